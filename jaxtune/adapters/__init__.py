@@ -1,0 +1,27 @@
+"""Fine-tuning methods. A new one is one file and one line in each registry that it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from jaxtune.adapters import full, lora
+from jaxtune.adapters.method import Method, Stored
+from jaxtune.errors import lookup
+
+METHODS: dict[str, Callable[[Any], Method]] = {
+    "lora": lora.from_config,
+    "full": full.from_config,
+}
+PEFT_TYPES: dict[str, Callable[[Stored], Method]] = {"LORA": lora.from_peft}
+
+
+def method_from_config(section: Any) -> Method:
+    """Returns the method that the ``adapter`` section of a config asks for."""
+    return lookup(METHODS, section.method, "adapter.method")(section)
+
+
+def method_from_peft(stored: Stored) -> Method:
+    """Returns the method, with its settings, of an adapter in PEFT's format."""
+    kind = str(stored.config.get("peft_type"))
+    return lookup(PEFT_TYPES, kind, "adapter_config.json: peft_type")(stored)

@@ -1,0 +1,85 @@
+"""The census of a model: what is trained and what is frozen, by module, with counts and bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from jaxtune.adapters.targets import linears
+from jaxtune.models.definition import Definition
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One group of arrays.
+
+    Attributes:
+      group: module name, without layer numbers.
+      kind: "trained" or "frozen".
+      modules: how many modules of the checkpoint the group stands for.
+      parameters: their number of values, padding not counted.
+      bytes: as held.
+      format: dtype or quantized format.
+    """
+
+    group: str
+    kind: str
+    modules: int
+    parameters: int
+    bytes: int
+    format: str
+
+
+def census(definition: Definition) -> list[Row]:
+    """Counts every array of a model, trained groups first."""
+    rows: dict[tuple[str, str, str], Row] = {}
+    edited = {(*p, "adapter"): m.adapter for p, m in linears(definition.module).items() if m.adapter}
+    for path, leaf in definition.leaves.items():
+        if leaf.kind == "constants":
+            continue
+        declaration = leaf.declaration
+        held = math.prod(declaration.stacked_shape)
+        count, modules = held, declaration.layers[1] if declaration.layers else 1
+        adapter = edited.get(path[:-1])
+        if adapter is not None:  # layers of lower rank are padded
+            ranks = [factor.rank for factor in adapter.factors]
+            count = held // (max(ranks) * len(ranks)) * sum(ranks)
+            modules = sum(rank > 0 for rank in ranks)
+        group = ".".join(part for part in path[:-1] if not part.isdigit() and part != "layers")
+        kind = "trained" if leaf.kind == "trainable" else "frozen"
+        key = (kind, group, str(leaf.dtype))
+        row = rows.get(key, Row(group, kind, 0, 0, 0, str(leaf.dtype)))
+        rows[key] = dataclasses.replace(
+            row,
+            modules=max(row.modules, modules),
+            parameters=row.parameters + count,
+            bytes=row.bytes + held * leaf.dtype.itemsize,
+        )
+    return sorted(rows.values(), key=lambda row: (row.kind != "trained", row.group))
+
+
+def trained_share(rows: list[Row]) -> tuple[int, int, float]:
+    """Returns (trained parameters, all parameters, their ratio)."""
+    trained = sum(row.parameters for row in rows if row.kind == "trained")
+    total = sum(row.parameters for row in rows)
+    return trained, total, trained / total
+
+
+def render(rows: list[Row]) -> str:
+    """Renders a census as a table of text: every trained group, and the frozen ones as one."""
+    trained, total, share = trained_share(rows)
+    lines = [f"{'trained':<36}{'modules':>8}{'parameters':>14}{'share':>9}{'MiB':>9}  format"]
+    for row in rows:
+        if row.kind == "trained":
+            lines.append(_line(row.group, row.modules, row.parameters, total, row.bytes, row.format))
+    frozen = [row for row in rows if row.kind == "frozen"]
+    for fmt in sorted({row.format for row in frozen}):
+        group = [row for row in frozen if row.format == fmt]
+        modules, count, size = (sum(getattr(r, a) for r in group) for a in ("modules", "parameters", "bytes"))
+        lines.append(_line("(frozen base)", modules, count, total, size, fmt))
+    lines.append(f"trains {trained:,} of {total:,} parameters ({share:.3%})")
+    return "\n".join(lines)
+
+
+def _line(group: str, modules: int, count: int, total: int, size: int, fmt: str) -> str:
+    return f"{group:<36}{modules:>8}{count:>14,}{count / total:>9.3%}{size / 2**20:>9.1f}  {fmt}"

@@ -1,0 +1,305 @@
+"""Hugging Face checkpoints, both ways: streamed in tensor by tensor, written out in shards."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+
+from jaxtune.checkpoints.atomic import new_directory
+from jaxtune.checkpoints.gguf import GGUFSource
+from jaxtune.checkpoints.progress import track
+from jaxtune.checkpoints.safetensors import SafetensorsFile, write_sharded
+from jaxtune.checkpoints.source import TensorSource
+from jaxtune.errors import JaxtuneError, closest
+from jaxtune.layers.tree import Tree, flatten, layer_names, unflatten
+from jaxtune.models.definition import Definition, Leaf
+from jaxtune.parallel.mesh import named_sharding
+
+SHARD_BYTES = 2 * 2**30
+INDEX = "model.safetensors.index.json"
+
+
+class HuggingFaceSource:
+    """A directory with config.json and model.safetensors, whole or sharded with an index."""
+
+    def __init__(self, directory: Path):
+        """Opens every file of a checkpoint and reads their headers.
+
+        Raises:
+          JaxtuneError: a file is missing, broken, or named outside the directory.
+        """
+        self.directory = directory
+        self.config = read_json(directory / "config.json")
+        if (directory / INDEX).is_file():
+            names = self._indexed_files()
+        elif (directory / "model.safetensors").is_file():
+            names = ["model.safetensors"]
+        else:
+            raise JaxtuneError(f"{directory}: holds neither model.safetensors nor {INDEX}")
+        self._files = [SafetensorsFile(directory / name) for name in names]
+        self._by_name: dict[str, SafetensorsFile] = {}
+        for file in self._files:
+            for name in file.names():
+                if name in self._by_name:
+                    raise JaxtuneError(f'{file.path}: tensor "{name}" is in another file as well')
+                self._by_name[name] = file
+
+    def _indexed_files(self) -> list[str]:
+        weight_map = read_json(self.directory / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise JaxtuneError(f'{self.directory / INDEX}: has no "weight_map"')
+        names = sorted({str(name) for name in weight_map.values()})
+        for name in names:
+            # An index is data from elsewhere: it may name files beside it and nothing else.
+            if name != Path(name).name or not name.endswith(".safetensors"):
+                raise JaxtuneError(f"{self.directory / INDEX}: refuses the file name {name!r}")
+        return names
+
+    def names(self) -> list[str]:
+        """Returns the names of all tensors."""
+        return list(self._by_name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns a tensor's shape."""
+        return self._by_name[name].shape(name)
+
+    def dtype(self, name: str) -> np.dtype:
+        """Returns a tensor's dtype."""
+        return self._by_name[name].dtype(name)
+
+    def read(self, name: str) -> np.ndarray:
+        """Returns a tensor as a view of the file."""
+        return self._by_name[name].read(name)
+
+    def where(self, name: str) -> str:
+        """Returns the file that holds a tensor."""
+        return str(self._by_name[name].path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+      JaxtuneError: no such file, or not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise JaxtuneError(f"{path}: no such file") from None
+    except (ValueError, RecursionError) as error:
+        raise JaxtuneError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise JaxtuneError(f"{path}: not a JSON object")
+    return content
+
+
+def resolve_path(path: str, revision: str = "") -> Path:
+    """Returns the local directory or .gguf file of a model, fetching a hub id if need be.
+
+    Raises:
+      JaxtuneError: neither a local path nor a hub id that can be fetched.
+    """
+    local = Path(path).expanduser()
+    if local.exists():
+        return local
+    if not path:
+        raise JaxtuneError("model.path is empty: give a Hugging Face directory, hub id or .gguf")
+    if path.startswith((".", "/", "~")) or path.count("/") != 1 or path.endswith(".gguf"):
+        raise JaxtuneError(f"{path}: no such file or directory")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+    try:
+        return Path(snapshot_download(path, revision=revision or None, allow_patterns=patterns))
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise JaxtuneError(f"{path}: not a local path, and the hub says: {reason}") from error
+
+
+def open_source(path: Path) -> TensorSource:
+    """Opens a Hugging Face directory or a .gguf file."""
+    if path.is_dir():
+        return HuggingFaceSource(path)
+    if path.suffix == ".gguf":
+        return GGUFSource(path)
+    raise JaxtuneError(f"{path}: neither a Hugging Face directory nor a .gguf file")
+
+
+def _ignored(name: str, config: Mapping[str, Any]) -> str | None:
+    """Says why a checkpoint tensor is not needed, or returns None when it should be."""
+    if name.endswith("rotary_emb.inv_freq"):
+        return "computed from config.json"
+    if name == "lm_head.weight" and config.get("tie_word_embeddings"):
+        return "tied to the embedding"
+    return None
+
+
+def _check_names(definition: Definition, source: TensorSource) -> dict[str, str]:
+    """Compares what the model needs with what the checkpoint has; returns what is ignored."""
+    needed: dict[str, tuple[int, ...]] = {}
+    for path, leaf in definition.in_checkpoint().items():
+        for name in layer_names(path, leaf.declaration):
+            needed[name] = leaf.declaration.shape
+    present = set(source.names())
+    ignored = {
+        name: reason
+        for name in sorted(present - set(needed))
+        if (reason := _ignored(name, definition.config))
+    }
+    missing = sorted(set(needed) - present)
+    extra = sorted(present - set(needed) - set(ignored))
+    shapes = [
+        f"{name} is {list(source.shape(name))}, not {list(shape)} ({source.where(name)})"
+        for name, shape in sorted(needed.items())
+        if name in present and source.shape(name) != shape
+    ]
+    problems = [
+        f"{len(names)} tensor(s) {what}: {_some(names)}{hint}"
+        for what, names, hint in (
+            ("missing", missing, closest(missing[0], extra) if missing else ""),
+            ("not in the architecture", extra, ""),
+            ("of the wrong shape", shapes, ""),
+        )
+        if names
+    ]
+    if problems:
+        raise JaxtuneError("the checkpoint does not fit config.json: " + "; ".join(problems))
+    return ignored
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _fill(stacked: jax.Array, value: jax.Array, layer: jax.Array) -> jax.Array:
+    return lax.dynamic_update_index_in_dim(stacked, value.astype(stacked.dtype), layer, 0)
+
+
+def load(
+    definition: Definition, source: TensorSource, mesh: Mesh, *, progress: bool = True
+) -> tuple[Tree, dict[str, str]]:
+    """Streams a checkpoint into a tree of arrays.
+
+    Each tensor is read once and goes straight to its devices and dtype; a stacked leaf is filled
+    in place, layer by layer, so that the host never holds more than the tensor in hand.
+
+    Args:
+      definition: what the model needs.
+      source: the checkpoint.
+      mesh: where the arrays go.
+      progress: shows a bar when it takes more than two seconds.
+
+    Returns:
+      (tree of every weight of the base model, {ignored tensor: reason}).
+
+    Raises:
+      JaxtuneError: tensors that are missing, unknown or of the wrong shape.
+    """
+    ignored = _check_names(definition, source)
+    leaves = definition.in_checkpoint()
+    names = {path: layer_names(path, leaf.declaration) for path, leaf in leaves.items()}
+    tree: dict[tuple[str, ...], jax.Array] = {}
+    with track(sum(map(len, names.values())), "loading weights", progress) as advance:
+        for path, leaf in leaves.items():
+            tree[path] = _load_leaf(leaf, names[path], source, mesh, advance)
+    return unflatten(tree), ignored
+
+
+def _load_leaf(
+    leaf: Leaf, names: list[str], source: TensorSource, mesh: Mesh, advance: Callable[[], None]
+) -> jax.Array:
+    declaration = leaf.declaration
+    sharding = named_sharding(mesh, declaration.axes)
+    # An unstacked leaf is a stack of one, so that both are copied out of the file the same way.
+    stacked = (len(names), *declaration.shape)
+    stacked_sharding = named_sharding(mesh, ("layers", *declaration.axes))
+    values = jnp.zeros(stacked, leaf.dtype, device=stacked_sharding)
+    for layer, name in enumerate(names):
+        value = jax.device_put(source.read(name), sharding)
+        values = _fill(values, value, jnp.int32(layer))
+        values.block_until_ready()
+        advance()
+    return values if declaration.layers else values.reshape(declaration.shape)
+
+
+def checkpoint_tensors(
+    definition: Definition,
+    tree: Tree,
+    dtype: Any,
+    edits: Mapping[tuple[str, ...], Callable[[int], jax.Array]],
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields (Hugging Face name, value) of every weight, in layer order where there are layers.
+
+    Args:
+      definition: of the model.
+      tree: every weight of the base model.
+      dtype: to write; None keeps each leaf's own.
+      edits: by path, how to compute a layer's weight where it is not the tree's.
+    """
+    values = dict(flatten(tree))
+    order: list[tuple[int, str, tuple[str, ...], int]] = []
+    for path, leaf in definition.in_checkpoint().items():
+        first = leaf.declaration.layers[0] if leaf.declaration.layers else -1
+        for layer, name in enumerate(layer_names(path, leaf.declaration)):
+            order.append((first + layer if leaf.declaration.layers else -1, name, path, layer))
+    for _, name, path, layer in sorted(order):
+        leaf = definition.leaves[path]
+        if path in edits:
+            value = edits[path](layer)
+        else:
+            value = values[path][layer] if leaf.declaration.layers else values[path]
+        yield name, np.asarray(value.astype(dtype or leaf.dtype))
+
+
+def save(
+    directory: str | Path,
+    definition: Definition,
+    tree: Tree,
+    *,
+    tokenizer: Any = None,
+    extra_files: Mapping[str, Path] | None = None,
+    dtype: Any = None,
+    edits: Mapping[tuple[str, ...], Callable[[int], jax.Array]] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Writes a Hugging Face checkpoint: sharded safetensors, index, config.json, tokenizer.
+
+    Nothing appears under the final name before everything is written.
+
+    Args:
+      directory: to create; an existing one that is not empty is refused.
+      definition: of the model.
+      tree: every weight of the base model.
+      tokenizer: saved beside the weights, if given.
+      extra_files: further files to copy, by name.
+      dtype: of the weights on disk; None keeps each leaf's own.
+      edits: see `checkpoint_tensors`.
+      shard_bytes: the most that one file holds.
+
+    Returns:
+      The directory.
+    """
+    with new_directory(directory) as scratch:
+        tensors = checkpoint_tensors(definition, tree, dtype, edits or {})
+        write_sharded(scratch, tensors, shard_bytes)
+        config = {k: v for k, v in definition.config.items() if k not in ("torch_dtype", "dtype")}
+        kinds = {str(jnp.dtype(dtype or leaf.dtype)) for leaf in definition.in_checkpoint().values()}
+        config["dtype"] = "bfloat16" if "bfloat16" in kinds else kinds.pop()
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (scratch / "config.json").write_text(text, encoding="utf-8")
+        for name, path in (extra_files or {}).items():
+            shutil.copyfile(path, scratch / name)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
+    return Path(directory)

@@ -1,0 +1,42 @@
+"""Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from jaxtune.adapters.method import Stored
+from jaxtune.checkpoints.atomic import new_directory
+from jaxtune.checkpoints.huggingface import read_json
+from jaxtune.checkpoints.safetensors import read_all, write_file
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+
+def read_adapter(directory: str | Path) -> Stored:
+    """Reads an adapter directory.
+
+    Raises:
+      JaxtuneError: a file is missing or broken.
+    """
+    directory = Path(directory)
+    return Stored(read_json(directory / CONFIG), read_all(directory / WEIGHTS))
+
+
+def write_adapter(directory: str | Path, stored: Stored, *, replace: bool = False) -> Path:
+    """Writes an adapter directory that PEFT loads, whole or not at all.
+
+    Args:
+      directory: to create.
+      stored: what a method's `store` returned.
+      replace: whether an existing directory may be replaced.
+    """
+    with new_directory(directory, replace=replace) as scratch:
+        tensors = {name: np.asarray(value) for name, value in sorted(stored.tensors.items())}
+        write_file(scratch / WEIGHTS, tensors)
+        text = json.dumps(stored.config, indent=2, ensure_ascii=False) + "\n"
+        (scratch / CONFIG).write_text(text, encoding="utf-8")
+    return Path(directory)

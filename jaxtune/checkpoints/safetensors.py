@@ -1,0 +1,156 @@
+"""Safetensors files, read through a memory map and written in shards.
+
+Source: the format's own description, https://github.com/huggingface/safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jaxtune.errors import JaxtuneError
+
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+
+
+class SafetensorsFile:
+    """One safetensors file; its tensors are views of a memory map.
+
+    The header is validated by the safetensors library before any of its offsets is used.
+    """
+
+    def __init__(self, path: Path):
+        """Opens a file.
+
+        Raises:
+          JaxtuneError: no such file, or not a whole and valid safetensors file.
+        """
+        self.path = path
+        if not path.is_file():
+            raise JaxtuneError(f"{path}: no such file")
+        try:
+            with safe_open(path, framework="numpy"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise JaxtuneError(f"{path}: not a whole safetensors file: {error}") from error
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header: dict[str, Any] = json.loads(file.read(length))
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        header.pop("__metadata__", None)
+        self._start = 8 + length
+        self._entries = header
+
+    def names(self) -> list[str]:
+        """Returns the names of the tensors in the file."""
+        return list(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns a tensor's shape."""
+        return tuple(self._entries[name]["shape"])
+
+    def dtype(self, name: str) -> np.dtype:
+        """Returns a tensor's dtype.
+
+        Raises:
+          JaxtuneError: a dtype that jaxtune cannot read.
+        """
+        kind = self._entries[name]["dtype"]
+        if kind not in DTYPES:
+            raise JaxtuneError(f'{self.path}: tensor "{name}" has dtype {kind}, which is not read')
+        return DTYPES[kind]
+
+    def read(self, name: str) -> np.ndarray:
+        """Returns a tensor as a read-only view of the file."""
+        start, stop = self._entries[name]["data_offsets"]
+        dtype = self.dtype(name)
+        flat = np.frombuffer(self._map, dtype, (stop - start) // dtype.itemsize, self._start + start)
+        return flat.reshape(self.shape(name))
+
+
+def read_all(path: Path) -> dict[str, np.ndarray]:
+    """Reads a small file whole: tensors by name, as views of its memory map."""
+    file = SafetensorsFile(path)
+    return {name: file.read(name) for name in file.names()}
+
+
+def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes one file that PyTorch's tools read.
+
+    Raises:
+      JaxtuneError: the disk is full or cannot be written.
+    """
+    contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    try:
+        save_file(contiguous, path, metadata={"format": "pt"})
+    except (SafetensorError, OSError) as error:
+        raise JaxtuneError(f"{path}: cannot write: {error}") from error
+
+
+def write_sharded(
+    directory: Path, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int
+) -> list[str]:
+    """Writes tensors as they come, a file when `shard_bytes` are full, and the index.
+
+    Args:
+      directory: an existing directory.
+      tensors: (name, value) in the order of the files; one shard of them is held at a time.
+      shard_bytes: a new file starts before a shard would exceed this.
+
+    Returns:
+      The names of the files written. One file is called model.safetensors and has no index.
+    """
+    parts: list[Path] = []
+    where: dict[str, int] = {}
+    shard: dict[str, np.ndarray] = {}
+    held = total = 0
+
+    def flush() -> None:
+        nonlocal held
+        parts.append(directory / f"part-{len(parts)}.safetensors")
+        write_file(parts[-1], shard)
+        shard.clear()
+        held = 0
+
+    for name, value in tensors:
+        if shard and held + value.nbytes > shard_bytes:
+            flush()
+        shard[name], where[name] = value, len(parts)
+        held, total = held + value.nbytes, total + value.nbytes
+    flush()
+    count = len(parts)
+    if count == 1:
+        names = ["model.safetensors"]
+    else:
+        names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {name: names[part] for name, part in where.items()},
+        }
+        text = json.dumps(index, indent=2) + "\n"
+        (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    for part, name in zip(parts, names, strict=True):
+        part.rename(directory / name)
+    return names

@@ -1,0 +1,37 @@
+"""Where checkpoint tensors come from: the interface that every file format offers."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class TensorSource(Protocol):
+    """The tensors of a checkpoint, under their Hugging Face names.
+
+    Attributes:
+      config: the content of config.json.
+    """
+
+    config: dict[str, Any]
+
+    def names(self) -> list[str]:
+        """Returns the names of all tensors."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns a tensor's shape without reading it."""
+        ...
+
+    def dtype(self, name: str) -> np.dtype:
+        """Returns the dtype that `read` gives."""
+        ...
+
+    def read(self, name: str) -> np.ndarray:
+        """Returns a tensor; memory-mapped where the format allows it."""
+        ...
+
+    def where(self, name: str) -> str:
+        """Returns the file that holds a tensor, for error messages."""
+        ...

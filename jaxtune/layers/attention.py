@@ -1,0 +1,221 @@
+"""Causal attention over packed segments: one interface, several backends behind it.
+
+B batch, T queries, S keys, H query heads, K key-value heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxtune.errors import lookup
+from jaxtune.layers.attention_kernels import cudnn_attention, splash_attention
+from jaxtune.layers.context import Cache, Context
+from jaxtune.layers.linear import Linear
+from jaxtune.layers.norm import RMSNorm
+from jaxtune.layers.rope import rotate_half
+from jaxtune.parallel.rules import constrain
+
+# Finite, so that a row that may attend to nothing (padding) gives a mean and not NaN.
+MASKED = -1e30
+# Queries that the blockwise backend handles at once.
+QUERY_BLOCK = 256
+
+
+def _mask(q_segments: jax.Array, kv_segments: jax.Array, offset: jax.Array | int) -> jax.Array:
+    """Returns bool [B, T, S]: same segment, and not after the query."""
+    rows = offset + jnp.arange(q_segments.shape[1])
+    causal = jnp.arange(kv_segments.shape[1])[None, :] <= rows[:, None]
+    return causal & (q_segments[:, :, None] == kv_segments[:, None, :])
+
+
+def xla_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_segments: jax.Array,
+    kv_segments: jax.Array,
+    offset: jax.Array | int,
+    scale: float,
+) -> jax.Array:
+    """Plain attention with a [T, S] mask, in float32: for CPUs and for single-token decoding.
+
+    The heads of a group are folded into the query axis, so keys and values are never repeated.
+    Arguments and result as in `attention`.
+    """
+    (batch, t, heads, dim), kv_heads, s = q.shape, k.shape[2], k.shape[1]
+    groups = heads // kv_heads
+    f32 = jnp.float32
+    q_ = q.astype(f32).transpose(0, 2, 1, 3).reshape(batch, kv_heads, groups * t, dim)
+    k_ = k.astype(f32).transpose(0, 2, 1, 3)
+    v_ = v.astype(f32).transpose(0, 2, 1, 3)
+    highest = lax.Precision.HIGHEST if q.dtype == f32 else None
+    heads_batch = ((0, 1), (0, 1))
+    scores = lax.dot_general(q_ * scale, k_, (((3,), (3,)), heads_batch), highest)
+    mask = _mask(q_segments, kv_segments, offset)[:, None, None]
+    scores = jnp.where(mask, scores.reshape(batch, kv_heads, groups, t, s), MASKED)
+    probabilities = jax.nn.softmax(scores, axis=-1).reshape(batch, kv_heads, groups * t, s)
+    out = lax.dot_general(probabilities, v_, (((3,), (2,)), heads_batch), highest)
+    return out.reshape(batch, heads, t, v.shape[-1]).transpose(0, 2, 1, 3).astype(q.dtype)
+
+
+def blockwise_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_segments: jax.Array,
+    kv_segments: jax.Array,
+    offset: jax.Array | int,
+    scale: float,
+) -> jax.Array:
+    """Attention one block of queries at a time, recomputed in the backward pass.
+
+    Runs anywhere and never holds a [T, S] array: for accelerators without a kernel for the shape.
+    Arguments and result as in `attention`.
+    """
+    batch, t = q_segments.shape
+    block = min(QUERY_BLOCK, t)
+    pad = -t % block
+    q = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0)))
+    q_segments = jnp.pad(q_segments, ((0, 0), (0, pad)))
+
+    @jax.checkpoint
+    def one_block(start: jax.Array) -> jax.Array:
+        q_block = lax.dynamic_slice_in_dim(q, start, block, 1)
+        segments = lax.dynamic_slice_in_dim(q_segments, start, block, 1)
+        return xla_attention(q_block, k, v, segments, kv_segments, offset + start, scale)
+
+    out = lax.map(one_block, jnp.arange(0, t + pad, block))
+    return jnp.moveaxis(out, 0, 1).reshape(batch, t + pad, *out.shape[3:])[:, :t]
+
+
+BACKENDS: dict[str, Callable[..., jax.Array]] = {
+    "xla": xla_attention,
+    "blockwise": blockwise_attention,
+    "cudnn": cudnn_attention,
+    "splash": splash_attention,
+}
+BY_PLATFORM = {"cpu": "xla", "tpu": "splash", "gpu": "cudnn", "cuda": "cudnn", "rocm": "blockwise"}
+
+
+def choose_backend(name: str, platform: str) -> str:
+    """Returns the backend for a platform when `name` is "auto", else `name` once checked."""
+    if name == "auto":
+        return BY_PLATFORM.get(platform, "blockwise")
+    lookup(BACKENDS, name, "model.attention")
+    return name
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    q_segments: jax.Array,
+    kv_segments: jax.Array,
+    offset: jax.Array | int = 0,
+    scale: float,
+    backend: str,
+) -> jax.Array:
+    """Causal attention in which a query sees only keys of its own segment.
+
+    Args:
+      q: [B, T, H, D].
+      k: [B, S, K, D] with H a multiple of K.
+      v: [B, S, K, Dv].
+      q_segments: int[B, T]; 0 is padding.
+      kv_segments: int[B, S].
+      offset: index among the keys of the first query (0 unless decoding).
+      scale: factor on the scores.
+      backend: a name from `BACKENDS`.
+
+    Returns:
+      [B, T, H, Dv] in the dtype of q. Rows of padding hold finite values of no meaning.
+    """
+    if q.shape[1] == 1:
+        backend = "xla"  # one query: a [1, S] mask is all there is
+    return BACKENDS[backend](q, k, v, q_segments, kv_segments, offset, scale)
+
+
+class Attention(nnx.Module):
+    """Multi-head, grouped-query or multi-query attention with rotary embeddings."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_attention_heads: int,
+        num_key_value_heads: int,
+        head_dim: int,
+        *,
+        bias: bool = False,
+        output_bias: bool = False,
+        qk_norm_eps: float | None = None,
+    ):
+        self.heads, self.kv_heads, self.head_dim = (
+            num_attention_heads,
+            num_key_value_heads,
+            head_dim,
+        )
+        q_dim, kv_dim = num_attention_heads * head_dim, num_key_value_heads * head_dim
+        self.q_proj = Linear(hidden_size, q_dim, axes=("heads", "embed"), bias=bias)
+        self.k_proj = Linear(hidden_size, kv_dim, axes=("kv_heads", "embed"), bias=bias)
+        self.v_proj = Linear(hidden_size, kv_dim, axes=("kv_heads", "embed"), bias=bias)
+        self.o_proj = Linear(q_dim, hidden_size, axes=("embed", "heads"), bias=output_bias)
+        with_norm = qk_norm_eps is not None
+        self.q_norm = nnx.data(RMSNorm(head_dim, qk_norm_eps) if with_norm else None)
+        self.k_norm = nnx.data(RMSNorm(head_dim, qk_norm_eps) if with_norm else None)
+
+    def cache_shapes(self, batch: int, length: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of one layer's share of the key-value cache."""
+        shape = (batch, length, self.kv_heads, self.head_dim)
+        return {"k": shape, "v": shape}
+
+    def __call__(
+        self, x: jax.Array, context: Context, cache: Cache | None = None, layer: Any = 0
+    ) -> tuple[jax.Array, Cache | None]:
+        """Attends within x [B, T, hidden], or to `cache` as well.
+
+        Args:
+          x: [B, T, hidden].
+          context: positions, segments and options of the pass.
+          cache: {"k", "v"}: [layers, B, S, K, D] of this run of layers; written in place.
+          layer: index into the cache.
+
+        Returns:
+          ([B, T, hidden], the updated cache).
+        """
+        batch, t = x.shape[:2]
+        q = self.q_proj(x, context.key_for("q_proj")).reshape(batch, t, self.heads, self.head_dim)
+        k = self.k_proj(x, context.key_for("k_proj")).reshape(batch, t, self.kv_heads, -1)
+        v = self.v_proj(x, context.key_for("v_proj")).reshape(batch, t, self.kv_heads, -1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = rotate_half(q, context.cos, context.sin)
+        k = rotate_half(k, context.cos, context.sin)
+        q = constrain(checkpoint_name(q, "q_proj"), "batch", "sequence", "heads", None)
+        k = constrain(checkpoint_name(k, "k_proj"), "batch", None, "kv_heads", None)
+        v = constrain(checkpoint_name(v, "v_proj"), "batch", None, "kv_heads", None)
+        kv_segments, offset = context.segment_ids, 0
+        if cache is not None:
+            cache = context.write(cache, {"k": k, "v": v}, layer)
+            if t == 1:  # several tokens start the cache, and need not read it back
+                k, v = (cache[name][layer].astype(x.dtype) for name in ("k", "v"))
+                kv_segments, offset = context.kv_segment_ids, context.cache_index
+        out = attention(
+            q,
+            k,
+            v,
+            q_segments=context.segment_ids,
+            kv_segments=kv_segments,
+            offset=offset,
+            scale=self.head_dim**-0.5,
+            backend=context.backend,
+        )
+        out = checkpoint_name(out.reshape(batch, t, -1), "attention")
+        return self.o_proj(out, context.key_for("o_proj")), cache

@@ -1,0 +1,62 @@
+"""What every layer of one forward pass shares."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import zlib
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Cache = dict[str, jax.Array]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["cos", "sin", "segment_ids", "kv_segment_ids", "cache_index", "key"],
+    meta_fields=["backend"],
+)
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """Positions, segments and options of a forward pass.
+
+    Attributes:
+      cos: float32 [B, T, rotary dim / 2].
+      sin: like `cos`.
+      segment_ids: int[B, T]; 0 is padding.
+      kv_segment_ids: int[B, S]; equal to `segment_ids` without a cache.
+      cache_index: where in the cache this pass starts. A pass of several tokens starts at 0;
+        later ones bring one token each.
+      key: for dropout in the current layer; None turns dropout off.
+      backend: attention backend.
+    """
+
+    cos: jax.Array
+    sin: jax.Array
+    segment_ids: jax.Array
+    kv_segment_ids: jax.Array
+    cache_index: jax.Array | int
+    key: jax.Array | None
+    backend: str
+
+    def key_for(self, name: str) -> jax.Array | None:
+        """Returns the random key of a named module of the current layer."""
+        return None if self.key is None else jax.random.fold_in(self.key, zlib.crc32(name.encode()))
+
+    def in_layer(self, layer: jax.Array) -> Context:
+        """Returns the context of one layer: the same, with a random key of its own."""
+        if self.key is None:
+            return self
+        return dataclasses.replace(self, key=jax.random.fold_in(self.key, layer))
+
+    def write(self, cache: Cache, values: Cache, layer: jax.Array | int) -> Cache:
+        """Puts this pass's values, each [B, T, …], into a layer of the stacked cache."""
+
+        def update(stacked: jax.Array, value: jax.Array) -> jax.Array:
+            start = (layer, 0, self.cache_index) + (0,) * (value.ndim - 2)
+            start = tuple(jnp.asarray(i, jnp.int32) for i in start)
+            return lax.dynamic_update_slice(stacked, value[None].astype(stacked.dtype), start)
+
+        return {name: update(cache[name], values[name]) for name in cache}

@@ -1,0 +1,184 @@
+"""The decoder that every architecture shares: embedding, runs of stacked layers, norm, head.
+
+An architecture decides what a layer is made of; this file scans over the layers. Layers of equal
+structure that follow one another form a run, which is one ``lax.scan``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+
+from jaxtune.layers.context import Cache, Context
+from jaxtune.layers.embedding import Embedding
+from jaxtune.layers.head import Head
+from jaxtune.layers.linear import Linear
+from jaxtune.layers.norm import RMSNorm
+from jaxtune.layers.remat import remat as remat_body
+from jaxtune.layers.rope import Rope
+from jaxtune.layers.tree import stack
+from jaxtune.parallel.rules import constrain
+
+
+class ForwardOptions(NamedTuple):
+    """How a forward pass computes: nothing here changes what it computes.
+
+    Attributes:
+      dtype: compute dtype.
+      attention: attention backend.
+      remat: rematerialisation policy.
+    """
+
+    dtype: Any = jnp.float32
+    attention: str = "xla"
+    remat: str = "none"
+
+
+class DecoderLayer(nnx.Module):
+    """A pre-norm layer: attention, then feed-forward, each added to the residual stream."""
+
+    def __init__(self, hidden_size: int, eps: float, self_attn: Any, mlp: Any):
+        self.input_layernorm = RMSNorm(hidden_size, eps)
+        self.self_attn = self_attn
+        self.post_attention_layernorm = RMSNorm(hidden_size, eps)
+        self.mlp = mlp
+
+    def __call__(
+        self, x: jax.Array, context: Context, cache: Cache | None, layer: jax.Array
+    ) -> tuple[jax.Array, Cache | None]:
+        """Maps x [B, T, hidden] and the run's cache to the same."""
+        h, cache = self.self_attn(self.input_layernorm(x), context, cache, layer)
+        x = x + h
+        x = x + self.mlp(self.post_attention_layernorm(x), context)
+        return constrain(x, "batch", "sequence", "hidden"), cache
+
+
+class Decoder(nnx.Module):
+    """Embedding, layers and the last norm."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        eps: float,
+        rope: Rope,
+        runs: Sequence[tuple[Callable[[], nnx.Module], int]],
+    ):
+        self.rope = rope
+        self.embed_tokens = Embedding(vocab_size, hidden_size)
+        counts = [count for _, count in runs]
+        self.run_layers = tuple((sum(counts[:i]), count) for i, count in enumerate(counts))
+        self.layers = nnx.List(
+            [stack(make(), *layers) for (make, _), layers in zip(runs, self.run_layers, strict=True)]
+        )
+        self.norm = RMSNorm(hidden_size, eps)
+
+    def init_cache(self, batch: int, length: int, dtype: DTypeLike) -> list[Cache]:
+        """Returns an empty cache for each run of layers: arrays [layers, B, length, …]."""
+        return [
+            {
+                name: jnp.zeros((count, *shape), dtype)
+                for name, shape in run.self_attn.cache_shapes(batch, length).items()
+            }
+            for run, (_, count) in zip(self.layers, self.run_layers, strict=True)
+        ]
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        segment_ids: jax.Array,
+        positions: jax.Array,
+        options: ForwardOptions,
+        key: jax.Array | None = None,
+        caches: list[Cache] | None = None,
+        kv_segment_ids: jax.Array | None = None,
+        cache_index: jax.Array | int = 0,
+    ) -> tuple[jax.Array, list[Cache] | None]:
+        """Runs the decoder; arguments and results as in `CausalLM.hidden`."""
+        cos, sin = self.rope.angles(positions)
+        kv_segment_ids = segment_ids if kv_segment_ids is None else kv_segment_ids
+        context = Context(
+            cos, sin, segment_ids, kv_segment_ids, cache_index, key, options.attention
+        )
+        x = constrain(self.embed_tokens(tokens, options.dtype), "batch", "sequence", "hidden")
+        updated: list[Cache] = []
+        for run, (first, count) in enumerate(self.run_layers):
+            cache = None if caches is None else caches[run]
+            x, cache = _scan(self.layers[run], x, context, cache, first, count, options.remat)
+            if cache is not None:
+                updated.append(cache)
+        return self.norm(x), updated or None
+
+
+def _scan(
+    layers: nnx.Module,
+    x: jax.Array,
+    context: Context,
+    cache: Cache | None,
+    first: int,
+    count: int,
+    policy: str,
+) -> tuple[jax.Array, Cache | None]:
+    """Applies a stacked run of layers one after the other."""
+    graphdef, state = nnx.split(layers)
+
+    def body(carry: Any, xs: Any) -> tuple[Any, None]:
+        (x, cache), (layer_state, index) = carry, xs
+        layer = nnx.merge(graphdef, layer_state)
+        return layer(x, context.in_layer(first + index), cache, index), None
+
+    (x, cache), _ = lax.scan(remat_body(body, policy), (x, cache), (state, jnp.arange(count)))
+    return x, cache
+
+
+class CausalLM(nnx.Module):
+    """A decoder with a head that gives the next token's logits."""
+
+    def __init__(self, model: Decoder, vocab_size: int, hidden_size: int, tied: bool):
+        self.model = model
+        head = None if tied else Linear(hidden_size, vocab_size, axes=("vocab", "embed"))
+        self.lm_head = nnx.data(head)
+
+    def hidden(
+        self,
+        tokens: jax.Array,
+        segment_ids: jax.Array,
+        positions: jax.Array,
+        options: ForwardOptions,
+        *,
+        key: jax.Array | None = None,
+        caches: list[Cache] | None = None,
+        kv_segment_ids: jax.Array | None = None,
+        cache_index: jax.Array | int = 0,
+    ) -> tuple[jax.Array, list[Cache] | None]:
+        """Runs everything but the head.
+
+        Args:
+          tokens: int[B, T].
+          segment_ids: int[B, T]; tokens attend within their segment, 0 is padding.
+          positions: int[B, T]; rotary position of each token within its segment.
+          options: compute dtype, attention backend, rematerialisation.
+          key: for dropout; None turns it off.
+          caches: from `Decoder.init_cache`, when generating.
+          kv_segment_ids: int[B, S] of the cached tokens, these included.
+          cache_index: where these tokens go in the cache.
+
+        Returns:
+          (normalised hidden states [B, T, hidden], updated caches).
+        """
+        return self.model(
+            tokens, segment_ids, positions, options, key, caches, kv_segment_ids, cache_index
+        )
+
+    def head(self) -> Head:
+        """Returns what turns hidden states into logits: the embedding where it is tied."""
+        if self.lm_head is None:
+            return Head(self.model.embed_tokens.weight.get_value())
+        adapter = self.lm_head.adapter
+        return Head(self.lm_head.weight.get_value(), None if adapter is None else adapter.edit())

@@ -1,0 +1,21 @@
+"""Token embeddings."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from jaxtune.layers.tree import parameter
+
+
+class Embedding(nnx.Module):
+    """A table [vocabulary, hidden]."""
+
+    def __init__(self, vocab_size: int, hidden_size: int):
+        self.weight = parameter((vocab_size, hidden_size), ("vocab", "embed"))
+
+    def __call__(self, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
+        """Looks up tokens int[B, T]; returns [B, T, hidden] in `dtype`."""
+        return jnp.take(self.weight.get_value(), tokens, axis=0, mode="clip").astype(dtype)

@@ -1,0 +1,187 @@
+"""The choke point: every projection of every model goes through `project`.
+
+A weight may be plain or quantized, frozen or trained, and may carry a low-rank edit. Products
+accumulate in float32 and are rounded once. The only residuals are the input and the weight as it
+is stored, so no dequantized copy outlives its use, and a frozen weight costs no gradient.
+
+Shapes: x [..., in], weight [out, in] (as Hugging Face stores it), lora_A [r, in], lora_B [out, r].
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from jaxtune.layers.tree import parameter
+from jaxtune.quant import materialize
+
+
+class LowRank(NamedTuple):
+    """The edit W + scale · B A of a weight [out, in].
+
+    Attributes:
+      lora_A: [r, in].
+      lora_B: [out, r].
+      scale: scalar.
+    """
+
+    lora_A: jax.Array
+    lora_B: jax.Array
+    scale: jax.Array
+
+
+class LinearAdapter(Protocol):
+    """What a fine-tuning method puts into the adapter slot of a `Linear`."""
+
+    def edit(self) -> LowRank:
+        """Returns the edit of the weight."""
+        ...
+
+    def drop(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        """Returns the input of the low-rank branch; `x` itself where nothing is dropped."""
+        ...
+
+
+def _dot(x: jax.Array, w: jax.Array, w_axis: int) -> jax.Array:
+    """Contracts the last axis of x with an axis of w, in float32."""
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    dims = (((x.ndim - 1,), (w_axis,)), ((), ()))
+    return lax.dot_general(x, w, dims, precision, preferred_element_type=jnp.float32)
+
+
+def _outer(g: jax.Array, x: jax.Array) -> jax.Array:
+    """Sums g ⊗ x over all leading axes: [..., out], [..., in] → float32 [out, in]."""
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    lead = tuple(range(x.ndim - 1))
+    return lax.dot_general(
+        g, x, ((lead, lead), ((), ())), precision, preferred_element_type=jnp.float32
+    )
+
+
+@jax.custom_vjp
+def linear_float32(x: jax.Array, weight: Any) -> jax.Array:
+    """Multiplies x [..., in] with a plain or quantized weight [out, in]; the result is float32.
+
+    The cotangent is rounded to the dtype of x before it meets the weight: a product of two
+    bfloat16 arrays is what matrix units are made for.
+    """
+    return _dot(x, materialize(weight, x.dtype), 1)
+
+
+def _linear(x: jax.Array, weight: Any) -> jax.Array:
+    return linear_float32(x, weight).astype(x.dtype)
+
+
+def _is_trained(tree: Any) -> bool:
+    leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: hasattr(leaf, "perturbed"))
+    return any(leaf.perturbed for leaf in leaves)
+
+
+def _values(tree: Any) -> Any:
+    return jax.tree.map(lambda p: p.value, tree, is_leaf=lambda leaf: hasattr(leaf, "perturbed"))
+
+
+def _linear_forward(x: Any, weight: Any) -> tuple[jax.Array, Any]:
+    trained, x, weight = _is_trained(weight), x.value, _values(weight)
+    # x is kept only where the weight is trained: None marks a frozen one.
+    like = jnp.zeros((), x.dtype)
+    return linear_float32(x, weight), (x if trained else None, weight, like)
+
+
+def _linear_backward(residuals: Any, g: jax.Array) -> tuple[jax.Array, Any]:
+    x, weight, like = residuals
+    g = g.astype(like.dtype)
+    dx = _dot(g, materialize(weight, g.dtype), 0).astype(g.dtype)
+    return dx, None if x is None else _outer(g, x).astype(weight.dtype)
+
+
+linear_float32.defvjp(_linear_forward, _linear_backward, symbolic_zeros=True)
+
+
+@jax.custom_vjp
+def _linear_low_rank(x: jax.Array, weight: Any, edit: LowRank) -> jax.Array:
+    return _low_rank_parts(x, weight, edit)[0]
+
+
+def _low_rank_parts(x: jax.Array, weight: Any, edit: LowRank) -> tuple[jax.Array, jax.Array]:
+    xa = _dot(x, edit.lora_A.astype(x.dtype), 1).astype(x.dtype)
+    delta = _dot(xa, edit.lora_B.astype(x.dtype), 1)
+    return (_dot(x, materialize(weight, x.dtype), 1) + edit.scale * delta).astype(x.dtype), xa
+
+
+def _low_rank_forward(x: jax.Array, weight: Any, edit: LowRank) -> tuple[jax.Array, Any]:
+    y, xa = _low_rank_parts(x, weight, edit)
+    return y, (x, xa, weight, edit)
+
+
+def _low_rank_backward(residuals: Any, g: jax.Array) -> tuple[jax.Array, None, LowRank]:
+    x, xa, weight, (lora_A, lora_B, scale) = residuals
+    gb = (_dot(g, lora_B.astype(g.dtype), 0) * scale).astype(g.dtype)
+    dx = _dot(g, materialize(weight, g.dtype), 0) + _dot(gb, lora_A.astype(g.dtype), 0)
+    edit = LowRank(
+        _outer(gb, x).astype(lora_A.dtype),
+        (_outer(g, xa) * scale).astype(lora_B.dtype),
+        jnp.zeros_like(scale),
+    )
+    return dx.astype(g.dtype), None, edit
+
+
+_linear_low_rank.defvjp(_low_rank_forward, _low_rank_backward)
+
+
+def project(
+    x: jax.Array,
+    weight: Any,
+    bias: jax.Array | None = None,
+    adapter: LinearAdapter | None = None,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Applies a weight, its adapter and its bias.
+
+    Args:
+      x: [..., in] in the compute dtype.
+      weight: [out, in], plain or quantized. Under an adapter it is frozen.
+      bias: [out] or None.
+      adapter: the method's edit of this weight, or None.
+      key: for dropout; None turns it off.
+
+    Returns:
+      [..., out] in the dtype of x.
+    """
+    if adapter is None:
+        y = _linear(x, weight)
+    else:
+        edit, dropped = adapter.edit(), adapter.drop(x, key)
+        if dropped is x:
+            y = _linear_low_rank(x, weight, edit)
+        else:
+            xa = _linear(dropped, edit.lora_A)
+            scale = edit.scale.astype(x.dtype)
+            y = _linear(x, weight) + scale * _linear(xa, edit.lora_B)
+    return y if bias is None else y + bias.astype(y.dtype)
+
+
+class Linear(nnx.Module):
+    """A projection [..., in] → [..., out] with an optional bias and an adapter slot."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        axes: tuple[str | None, str | None],
+        bias: bool = False,
+    ):
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = parameter((out_features, in_features), axes)
+        self.bias = nnx.data(parameter((out_features,), axes[:1], "zeros") if bias else None)
+        self.adapter = nnx.data(None)
+
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """Projects x [..., in] to [..., out] in the dtype of x."""
+        bias = None if self.bias is None else self.bias.get_value()
+        return project(x, self.weight.get_value(), bias, self.adapter, key)

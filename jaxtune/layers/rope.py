@@ -1,0 +1,133 @@
+"""Rotary position embeddings and their scalings, as transformers defines them.
+
+Source: Su et al., 2021; transformers' modeling_rope_utils.py for the scalings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtune.errors import JaxtuneError, lookup
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """A rotary embedding: one frequency per pair of dimensions.
+
+    Attributes:
+      inv_freq: radians per position, float32 values, one for each of dim / 2 pairs.
+      scale: factor on cos and sin (yarn's attention factor).
+    """
+
+    inv_freq: tuple[float, ...]
+    scale: float = 1.0
+
+    def angles(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns (cos, sin), each float32 [B, T, dim / 2], for positions int[B, T]."""
+        inv_freq = jnp.asarray(self.inv_freq, jnp.float32)
+        angles = positions.astype(jnp.float32)[..., None] * inv_freq
+        return jnp.cos(angles) * self.scale, jnp.sin(angles) * self.scale
+
+
+def rotate_half(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates x [B, T, heads, dim] with pairs (i, i + dim / 2); cos and sin are [B, T, dim / 2]."""
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+
+
+def _plain(parameters: Mapping[str, Any], dim: int) -> np.ndarray:
+    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    return (1.0 / np.float32(parameters["rope_theta"]) ** exponents).astype(np.float32)
+
+
+def _default(parameters: Mapping[str, Any], dim: int) -> tuple[np.ndarray, float]:
+    return _plain(parameters, dim), 1.0
+
+
+def _linear(parameters: Mapping[str, Any], dim: int) -> tuple[np.ndarray, float]:
+    return _plain(parameters, dim) / np.float32(parameters["factor"]), 1.0
+
+
+def _llama3(parameters: Mapping[str, Any], dim: int) -> tuple[np.ndarray, float]:
+    """Long waves are slowed by `factor`, short ones kept, those between interpolated."""
+    inv_freq, factor = _plain(parameters, dim), parameters["factor"]
+    low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
+    turns = parameters["original_max_position_embeddings"] * inv_freq / (2 * np.float32(math.pi))
+    smooth = np.clip((turns - low) / (high - low), 0, 1).astype(np.float32)
+    return (1 - smooth) * inv_freq / np.float32(factor) + smooth * inv_freq, 1.0
+
+
+def _yarn(parameters: Mapping[str, Any], dim: int) -> tuple[np.ndarray, float]:
+    """Source: Peng et al., 2023 (YaRN), with the attention factor that transformers infers."""
+    base, original = parameters["rope_theta"], parameters["original_max_position_embeddings"]
+    factor = parameters.get("factor")
+    factor = parameters["max_position_embeddings"] / original if factor is None else factor
+
+    def boundary(rotations: float) -> float:
+        return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
+
+    low = boundary(parameters.get("beta_fast") or 32)
+    high = boundary(parameters.get("beta_slow") or 1)
+    if parameters.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    high = high + 0.001 if low == high else high
+    ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
+    inv_freq = _plain(parameters, dim)
+    inv_freq = inv_freq / np.float32(factor) * ramp + inv_freq * (1 - ramp)
+    return inv_freq.astype(np.float32), _yarn_attention_factor(parameters, factor)
+
+
+def _yarn_attention_factor(parameters: Mapping[str, Any], factor: float) -> float:
+    def mscale(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    if parameters.get("attention_factor") is not None:
+        return float(parameters["attention_factor"])
+    numerator, denominator = parameters.get("mscale"), parameters.get("mscale_all_dim")
+    if numerator and denominator:
+        return mscale(numerator) / mscale(denominator)
+    return mscale(1.0)
+
+
+ROPE_TYPES: dict[str, Callable[[Mapping[str, Any], int], tuple[np.ndarray, float]]] = {
+    "default": _default,
+    "linear": _linear,
+    "llama3": _llama3,
+    "yarn": _yarn,
+}
+
+
+def rope_from_config(config: Mapping[str, Any], dim: int) -> Rope:
+    """Reads the rotary embedding of a Hugging Face config.
+
+    Args:
+      config: the content of config.json; both the newer ``rope_parameters`` and the older
+        ``rope_theta`` + ``rope_scaling`` are understood.
+      dim: how many dimensions of a head are rotated.
+
+    Raises:
+      JaxtuneError: an unknown rope type, or a scaling that lacks one of its numbers.
+    """
+    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    parameters.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
+    parameters["max_position_embeddings"] = config.get("max_position_embeddings")
+    if parameters.get("original_max_position_embeddings") is None:
+        parameters["original_max_position_embeddings"] = config.get("max_position_embeddings")
+    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise JaxtuneError("config.json: partial_rotary_factor other than 1 is not supported")
+    build = lookup(ROPE_TYPES, kind, "config.json: rope_type")
+    try:
+        inv_freq, scale = build(parameters, dim)
+    except (KeyError, TypeError) as error:
+        raise JaxtuneError(f"config.json: rope_type {kind} lacks a value: {error}") from error
+    return Rope(tuple(float(f) for f in inv_freq), scale)

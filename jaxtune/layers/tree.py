@@ -1,0 +1,144 @@
+"""Declared parameters: how a module says what it holds, and how trees and modules meet.
+
+A module declares each parameter once, with `parameter`. The declaration drives initialisation,
+conversion both ways, PEFT keys, target patterns, sharding, planning and error messages. Outside
+modules parameters live in plain nested dicts, named as Hugging Face names them; layers of equal
+structure are stacked along a leading axis, one stack per run of layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+Path = tuple[str, ...]
+Tree = dict[str, Any]
+
+
+class Weight(nnx.Variable):
+    """A parameter of the base model."""
+
+
+class Trainable(nnx.Variable):
+    """A parameter that a fine-tuning method adds and trains."""
+
+
+class Constant(nnx.Variable):
+    """An array that belongs to a method and is neither trained nor part of the base."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Declaration:
+    """What is known of a parameter before it exists.
+
+    Attributes:
+      shape: of one layer, as the checkpoint has it.
+      axes: logical axis of each dimension, for sharding.
+      init: "normal", "zeros" or "ones".
+      layers: (first layer, count) when stacked over a run of layers.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    init: str = "normal"
+    layers: tuple[int, int] | None = None
+
+    @property
+    def stacked_shape(self) -> tuple[int, ...]:
+        """Shape with the leading layer axis, where there is one."""
+        return (self.layers[1], *self.shape) if self.layers else self.shape
+
+    @property
+    def stacked_axes(self) -> tuple[str | None, ...]:
+        """Logical axes with the leading layer axis, where there is one."""
+        return ("layers", *self.axes) if self.layers else self.axes
+
+
+def parameter(
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    init: str = "normal",
+    kind: type[nnx.Variable] = Weight,
+    dtype: DTypeLike = jnp.float32,
+) -> nnx.Variable:
+    """Declares a parameter: an abstract array until a tree is bound to the module."""
+    declaration = Declaration(shape, axes, init)
+    return kind(jax.ShapeDtypeStruct(shape, dtype), declaration=declaration)
+
+
+def variables(module: nnx.Module) -> Iterator[tuple[Path, nnx.Variable]]:
+    """Yields every variable of a module with its path, in a fixed order."""
+    for path, variable in nnx.state(module).flat_state():
+        yield tuple(str(part) for part in path), variable
+
+
+def declaration_of(variable: nnx.Variable) -> Declaration:
+    """Returns what `parameter` declared."""
+    return variable.get_metadata()["declaration"]
+
+
+def stack(module: nnx.Module, first: int, count: int) -> nnx.Module:
+    """Turns one layer's abstract module into that of `count` layers starting at layer `first`."""
+    for _, variable in nnx.iter_graph(module):
+        if isinstance(variable, nnx.Variable):
+            declaration = dataclasses.replace(declaration_of(variable), layers=(first, count))
+            variable.set_metadata("declaration", declaration)
+            value = variable.get_value()
+            variable.set_value(jax.ShapeDtypeStruct(declaration.stacked_shape, value.dtype))
+    return module
+
+
+def flatten(tree: Mapping[str, Any], prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Yields the leaves of a nested dict with their paths; whatever is not a dict is a leaf."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, (*prefix, str(key)))
+        else:
+            yield (*prefix, str(key)), value
+
+
+def unflatten(leaves: Mapping[Path, Any]) -> Tree:
+    """Builds the nested dict whose leaves are these."""
+    tree: Tree = {}
+    for path, value in leaves.items():
+        node = tree
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+        node[path[-1]] = value
+    return tree
+
+
+def merge(*trees: Mapping[str, Any]) -> Tree:
+    """Joins nested dicts that share no leaf."""
+    return unflatten({path: leaf for tree in trees for path, leaf in flatten(tree)})
+
+
+def bind(graphdef: Any, *trees: Mapping[str, Any]) -> Any:
+    """Returns the module of `graphdef` that holds the arrays of these trees."""
+
+    def restore_indices(node: Any) -> Any:
+        # NNX addresses the runs of layers by integer; plain trees use strings throughout.
+        if not isinstance(node, Mapping):
+            return node
+        return {int(k) if k.isdigit() else k: restore_indices(v) for k, v in node.items()}
+
+    return nnx.merge(graphdef, restore_indices(merge(*trees)))
+
+
+def layer_names(path: Path, declaration: Declaration) -> list[str]:
+    """Returns the Hugging Face name of each layer's part of a leaf, in order.
+
+    ``("model", "layers", "1", "mlp", …)`` with layers (3, 2) gives ``model.layers.3.mlp.…`` and
+    ``model.layers.4.mlp.…``; a leaf that is not stacked has one name.
+    """
+    if declaration.layers is None:
+        return [".".join(path)]
+    first, count = declaration.layers
+    run = path.index("layers") + 1
+    return [".".join((*path[:run], str(first + i), *path[run + 1 :])) for i in range(count)]

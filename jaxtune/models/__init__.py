@@ -1,0 +1,27 @@
+"""Architectures, by the ``model_type`` of config.json. A new one is one file and one line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxtune.errors import lookup
+from jaxtune.layers.decoder import CausalLM
+from jaxtune.models import llama, qwen2, qwen3
+from jaxtune.models.hf_config import read
+
+ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], CausalLM]] = {
+    "llama": llama.build,
+    "qwen2": qwen2.build,
+    "qwen3": qwen3.build,
+}
+
+
+def build_model(config: Mapping[str, Any]) -> CausalLM:
+    """Builds the abstract model that a config.json describes.
+
+    Raises:
+      JaxtuneError: an unknown ``model_type``, or a setting that the architecture lacks.
+    """
+    kind = read(config, "model_type", str)
+    return lookup(ARCHITECTURES, kind, "config.json: model_type")(config)

@@ -1,0 +1,144 @@
+"""An abstract model with everything that is known of its parameters, and the three plain trees.
+
+``base`` is frozen, ``trainable`` is all that the gradient and the optimizer see, ``constants``
+belong to a method and are neither. Full fine-tuning is the case where the base is trainable.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from jaxtune.layers.decoder import CausalLM
+from jaxtune.layers.tree import (
+    Constant,
+    Declaration,
+    Path,
+    Trainable,
+    Tree,
+    Weight,
+    bind,
+    declaration_of,
+    flatten,
+    unflatten,
+    variables,
+)
+from jaxtune.parallel.mesh import named_sharding
+
+Kind = Literal["base", "trainable", "constants"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One array of a model.
+
+    Attributes:
+      kind: which tree holds it.
+      declaration: its shape, axes and initialiser.
+      dtype: as held.
+      in_checkpoint: whether it belongs to the base model, and not to a method.
+    """
+
+    kind: Kind
+    declaration: Declaration
+    dtype: Any
+    in_checkpoint: bool
+
+
+class Definition:
+    """The static half of a model: what its trees look like, without their values.
+
+    Attributes:
+      config: the content of config.json.
+      module: the abstract model with its adapters, to be read and not changed.
+      leaves: every array by path.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        model: CausalLM,
+        dtype: DTypeLike,
+        trains: Callable[[Path], bool] = lambda path: False,
+    ):
+        """Describes an abstract model.
+
+        Args:
+          config: the content of config.json.
+          model: the abstract module, with its adapters attached.
+          dtype: of frozen weights; whatever is trained is float32.
+          trains: says which base weights, by path, are trained.
+        """
+        self.config = dict(config)
+        self.module = model
+        self.leaves: dict[Path, Leaf] = {}
+        for path, variable in variables(model):
+            kind: Kind = "base"
+            if isinstance(variable, Trainable) or trains(path):
+                kind = "trainable"
+            elif isinstance(variable, Constant):
+                kind = "constants"
+            leaf_dtype = jnp.dtype(dtype) if kind == "base" else jnp.dtype(jnp.float32)
+            in_checkpoint = isinstance(variable, Weight)
+            self.leaves[path] = Leaf(kind, declaration_of(variable), leaf_dtype, in_checkpoint)
+        self._graphdef = nnx.graphdef(model)
+
+    def of_kind(self, *kinds: Kind) -> dict[Path, Leaf]:
+        """Returns the leaves of these trees."""
+        return {path: leaf for path, leaf in self.leaves.items() if leaf.kind in kinds}
+
+    def in_checkpoint(self) -> dict[Path, Leaf]:
+        """Returns the leaves that a checkpoint of the base model holds."""
+        return {path: leaf for path, leaf in self.leaves.items() if leaf.in_checkpoint}
+
+    def abstract(self, kind: Kind, mesh: Mesh | None = None) -> Tree:
+        """Returns a tree of ShapeDtypeStructs, with their shardings where a mesh is given."""
+        return unflatten(
+            {
+                path: jax.ShapeDtypeStruct(
+                    leaf.declaration.stacked_shape,
+                    leaf.dtype,
+                    sharding=named_sharding(mesh, leaf.declaration.stacked_axes) if mesh else None,
+                )
+                for path, leaf in self.of_kind(kind).items()
+            }
+        )
+
+    def bind(self, *trees: Mapping[str, Any]) -> CausalLM:
+        """Returns the model that holds the arrays of these trees."""
+        return bind(self._graphdef, *trees)
+
+    def split(self, tree: Mapping[str, Any]) -> dict[Kind, Tree]:
+        """Sorts the leaves of one tree into the three trees."""
+        parts: dict[Kind, dict[Path, Any]] = {"base": {}, "trainable": {}, "constants": {}}
+        for path, value in flatten(tree):
+            parts[self.leaves[path].kind][path] = value
+        return {kind: unflatten(leaves) for kind, leaves in parts.items()}
+
+
+def initialize(definition: Definition, key: jax.Array, std: float = 0.02) -> Tree:
+    """Draws random values for every base weight: for benchmarks and tests, not for training.
+
+    Args:
+      definition: of the model.
+      key: random key.
+      std: of the normal initialiser.
+    """
+
+    def draw(path: Path, leaf: Leaf, key: jax.Array) -> jax.Array:
+        shape = leaf.declaration.stacked_shape
+        if leaf.declaration.init == "normal":
+            return (jax.random.normal(key, shape, jnp.float32) * std).astype(leaf.dtype)
+        fill = {"zeros": 0.0, "ones": 1.0}[leaf.declaration.init]
+        return jnp.full(shape, fill, leaf.dtype)
+
+    leaves = definition.in_checkpoint()
+    keys = jax.random.split(key, len(leaves))
+    return unflatten({p: draw(p, leaf, k) for (p, leaf), k in zip(leaves.items(), keys, strict=True)})

@@ -1,0 +1,67 @@
+"""What the dense architectures (llama, qwen2, qwen3) have in common: how a config becomes layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtune.errors import JaxtuneError
+from jaxtune.layers.attention import Attention
+from jaxtune.layers.decoder import CausalLM, Decoder, DecoderLayer
+from jaxtune.layers.mlp import MLP
+from jaxtune.layers.rope import rope_from_config
+from jaxtune.models.hf_config import read, require
+
+
+def build_dense(
+    config: Mapping[str, Any],
+    *,
+    bias: bool,
+    output_bias: bool,
+    mlp_bias: bool,
+    qk_norm: bool,
+    default_head_dim: int | None = None,
+) -> CausalLM:
+    """Builds an abstract model in which every layer is attention and a gated feed-forward block.
+
+    Args:
+      config: the content of config.json.
+      bias: whether q, k and v have a bias.
+      output_bias: whether o has one.
+      mlp_bias: whether the feed-forward projections have one.
+      qk_norm: whether each head of q and k is normalised before the rotary embedding.
+      default_head_dim: where config.json has none; by default hidden_size / heads.
+
+    Raises:
+      JaxtuneError: a missing or unsupported setting.
+    """
+    require(config, "hidden_act", ("silu",))
+    require(config, "use_sliding_window", (False, None))
+    if any(kind != "full_attention" for kind in config.get("layer_types") or ()):
+        raise JaxtuneError('config.json: "layer_types" other than full_attention is not supported')
+    hidden, heads = read(config, "hidden_size", int), read(config, "num_attention_heads", int)
+    kv_heads = read(config, "num_key_value_heads", int, heads)
+    head_dim = read(config, "head_dim", int, default_head_dim or hidden // heads)
+    if heads % kv_heads:
+        raise JaxtuneError(
+            f"config.json: {heads} attention heads do not divide into {kv_heads} key-value heads"
+        )
+    ffn, vocab = read(config, "intermediate_size", int), read(config, "vocab_size", int)
+    eps = read(config, "rms_norm_eps", float, 1e-6)
+
+    def make_layer() -> DecoderLayer:
+        attention = Attention(
+            hidden,
+            heads,
+            kv_heads,
+            head_dim,
+            bias=bias,
+            output_bias=output_bias,
+            qk_norm_eps=eps if qk_norm else None,
+        )
+        return DecoderLayer(hidden, eps, attention, MLP(hidden, ffn, bias=mlp_bias))
+
+    layers = read(config, "num_hidden_layers", int)
+    rope = rope_from_config(config, head_dim)
+    decoder = Decoder(vocab, hidden, eps, rope, [(make_layer, layers)])
+    return CausalLM(decoder, vocab, hidden, read(config, "tie_word_embeddings", bool, False))

@@ -1,0 +1,1 @@
+"""Objectives: each returns sums and the weight to divide them by, once."""

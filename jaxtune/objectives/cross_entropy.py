@@ -1,0 +1,124 @@
+"""Token cross-entropy that never holds [tokens, vocabulary] logits.
+
+The sequence is cut into chunks. When a gradient is wanted, each chunk's is computed in the forward
+pass, while its logits are at hand: nothing is recomputed, and all that is kept is the gradient
+with respect to the hidden states and, if it is trained, the head.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxtune.layers.head import Head
+
+IGNORE = -100  # the target of a position that is not trained on, as in PyTorch
+TOKENS_PER_CHUNK = 1024
+
+
+class TokenLoss(NamedTuple):
+    """Sums over target tokens, float32 scalars.
+
+    Attributes:
+      loss: −log p of the targets.
+      weight: how many targets there are.
+      correct: targets that are the likeliest token.
+    """
+
+    loss: jax.Array
+    weight: jax.Array
+    correct: jax.Array
+
+
+def cross_entropy(hidden: jax.Array, head: Head, targets: jax.Array) -> TokenLoss:
+    """Sums the cross-entropy of every target.
+
+    Args:
+      hidden: [B, T, D], after the last norm.
+      head: gives the logits.
+      targets: int[B, T]; the token to predict at each position, or `IGNORE`.
+
+    Returns:
+      Sums over all targets; divide by `weight` once, over the whole batch.
+    """
+    batch, length = targets.shape
+    chunk = min(length, max(1, TOKENS_PER_CHUNK // batch))
+    pad = -length % chunk
+    hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
+    targets = jnp.pad(targets, ((0, 0), (0, pad)), constant_values=IGNORE)
+    loss, correct = _summed(hidden, head, targets, chunk)
+    return TokenLoss(loss, jnp.sum(targets != IGNORE).astype(jnp.float32), correct)
+
+
+def _chunk(array: jax.Array, start: jax.Array, size: int) -> jax.Array:
+    return lax.dynamic_slice_in_dim(array, start, size, axis=1)
+
+
+def _chunk_sums(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns (loss, correct, log-normaliser [B, C]) of logits float32 [B, C, V]."""
+    counted = targets != IGNORE
+    norm = jax.nn.logsumexp(logits, axis=-1)
+    picked = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+    loss = jnp.sum(jnp.where(counted, norm - picked, 0.0))
+    correct = jnp.sum(counted & (picked >= jnp.max(logits, axis=-1)))
+    return loss, correct.astype(jnp.float32), norm
+
+
+@jax.custom_vjp
+def _summed_dispatch(hidden: jax.Array, head: Head, targets: jax.Array, starts: jax.Array) -> Any:
+    size = targets.shape[1] // starts.shape[0]
+
+    def body(sums: Any, start: jax.Array) -> tuple[Any, None]:
+        loss, correct, _ = _chunk_sums(head(_chunk(hidden, start, size)), _chunk(targets, start, size))
+        return (sums[0] + loss, sums[1] + correct), None
+
+    return lax.scan(body, (jnp.float32(0), jnp.float32(0)), starts)[0]
+
+
+def _summed(hidden: jax.Array, head: Head, targets: jax.Array, chunk: int) -> Any:
+    return _summed_dispatch(hidden, head, targets, jnp.arange(0, targets.shape[1], chunk))
+
+
+def _forward(hidden: Any, head: Any, targets: Any, starts: Any) -> tuple[Any, Any]:
+    is_primal = lambda leaf: hasattr(leaf, "perturbed")  # noqa: E731
+    trained = any(leaf.perturbed for leaf in jax.tree.leaves(head, is_leaf=is_primal))
+    hidden, head, targets, starts = jax.tree.map(
+        lambda leaf: leaf.value, (hidden, head, targets, starts), is_leaf=is_primal
+    )
+    size = targets.shape[1] // starts.shape[0]
+
+    def body(carry: Any, start: jax.Array) -> tuple[Any, jax.Array]:
+        (total_loss, total_correct), d_head = carry
+        x, y = _chunk(hidden, start, size), _chunk(targets, start, size)
+        if trained:
+            logits, pullback = jax.vjp(lambda head, x: head(x), head, x)
+        else:
+            logits, pullback = jax.vjp(lambda x: head(x), x)
+        loss, correct, norm = _chunk_sums(logits, y)
+        d_logits = jnp.exp(logits - norm[..., None])
+        d_logits = d_logits - (jnp.arange(logits.shape[-1]) == y[..., None])
+        grads = pullback(jnp.where((y != IGNORE)[..., None], d_logits, 0.0))
+        if trained:
+            d_head = jax.tree.map(lambda a, g: a + g.astype(jnp.float32), d_head, grads[0])
+        return ((total_loss + loss, total_correct + correct), d_head), grads[-1]
+
+    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), head) if trained else None
+    initial = ((jnp.float32(0), jnp.float32(0)), zeros)
+    (sums, d_head), d_hidden = lax.scan(body, initial, starts)
+    d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(hidden.shape)
+    like = jax.tree.map(lambda w: jnp.zeros((), w.dtype), head) if trained else None
+    return sums, (d_hidden, d_head, like)
+
+
+def _backward(residuals: Any, cotangents: Any) -> Any:
+    d_hidden, d_head, like = residuals
+    g = cotangents[0]
+    if d_head is not None:
+        d_head = jax.tree.map(lambda d, w: (d * g).astype(w.dtype), d_head, like)
+    return (d_hidden * g).astype(d_hidden.dtype), d_head, None, None
+
+
+_summed_dispatch.defvjp(_forward, _backward, symbolic_zeros=True)

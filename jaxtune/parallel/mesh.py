@@ -1,0 +1,66 @@
+"""The device mesh of a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from jaxtune.errors import JaxtuneError
+from jaxtune.parallel.rules import MESH_AXES, partition_spec
+
+
+def mesh_shape(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:
+    """Returns the size of every mesh axis, in the order of `MESH_AXES`.
+
+    Args:
+      sizes: by axis; at most one may be -1 and takes the devices that the others leave.
+      devices: how many there are.
+
+    Raises:
+      JaxtuneError: the sizes do not multiply to `devices`; the message suggests sizes that do.
+    """
+    shape = [sizes[axis] for axis in MESH_AXES]
+    if 0 in shape or shape.count(-1) > 1:
+        raise JaxtuneError("mesh sizes are positive, and at most one is -1: " + _show(sizes))
+    fixed = math.prod(size for size in shape if size != -1)
+    if -1 in shape and devices % fixed == 0:
+        shape[shape.index(-1)] = devices // fixed
+    if math.prod(shape) != devices:
+        raise JaxtuneError(
+            f"{_show(sizes)} does not make use of {devices} device(s); "
+            f"mesh.data=-1 with the others at 1 always does"
+        )
+    return tuple(shape)
+
+
+def _show(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"mesh.{axis}={sizes[axis]}" for axis in MESH_AXES)
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Builds the mesh of a run; sharding is left to the compiler (automatic axis types).
+
+    Args:
+      sizes: devices along each of `MESH_AXES`; one of them may be -1.
+      devices: which devices; all of them by default.
+    """
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh(
+        mesh_shape(sizes, len(devices)),
+        MESH_AXES,
+        axis_types=(AxisType.Auto,) * len(MESH_AXES),
+        devices=devices,
+    )
+
+
+def single_device_mesh() -> Mesh:
+    """Returns the mesh of one device that loading and generation use by default."""
+    return make_mesh(dict.fromkeys(MESH_AXES, 1), jax.devices()[:1])
+
+
+def named_sharding(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:
+    """Returns the sharding on `mesh` of an array with these logical axes."""
+    return NamedSharding(mesh, partition_spec(axes))

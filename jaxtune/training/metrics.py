@@ -1,0 +1,118 @@
+"""What a run writes down as it goes: JSON lines, and TensorBoard events beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+from jaxtune.checkpoints.orbax import write_atomically
+from jaxtune.errors import JaxtuneError
+
+METRICS, EVALUATIONS, TENSORBOARD = "metrics.jsonl", "evaluations.jsonl", "tensorboard"
+
+
+class MetricLog:
+    """Appends to ``metrics.jsonl`` and ``evaluations.jsonl``; a context manager.
+
+    Every line is a JSON object that starts with its ``step`` and is on disk when the call
+    returns. A float32 is written so that reading it gives the same bits.
+    """
+
+    def __init__(self, directory: str | Path, tensorboard: bool, resume_step: int):
+        """Opens the log of a run that goes on after update number `resume_step`.
+
+        Args:
+          directory: the run's directory.
+          tensorboard: write TensorBoard events too, under ``tensorboard/``.
+          resume_step: updates that the state has seen, 0 for a new run. Later lines, which a
+            killed run has written past its last checkpoint, are dropped: the file reads as one
+            unbroken run.
+
+        Raises:
+          JaxtuneError: a line other than a torn last one is not a JSON object with a step.
+        """
+        directory = Path(directory)
+        for name in (METRICS, EVALUATIONS):
+            _drop_after(directory / name, resume_step)
+        self._metrics = (directory / METRICS).open("a", encoding="utf-8", buffering=1)
+        self._evaluations = (directory / EVALUATIONS).open("a", encoding="utf-8", buffering=1)
+        self._events: SummaryWriter | None = None
+        if tensorboard:
+            # Tells TensorBoard to forget what the killed run has written past its checkpoint.
+            purge = resume_step + 1 if resume_step else None
+            self._events = SummaryWriter(str(directory / TENSORBOARD), purge_step=purge)
+
+    def __enter__(self) -> MetricLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def train(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes the metrics of update number `step`, counted from 1.
+
+        Args:
+          step: updates done.
+          values: ``loss``, ``learning_rate``, ``grad_norm``, ``tokens`` (targets seen so far),
+            ``tokens_per_second`` and what else there is; finite numbers.
+        """
+        self._write(self._metrics, "train", step, values)
+
+    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes the scores on the held-out set after update number `step`; finite numbers."""
+        self._write(self._evaluations, "evaluation", step, values)
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._metrics.close()
+        self._evaluations.close()
+        if self._events is not None:
+            self._events.close()
+
+    def _write(self, file: Any, prefix: str, step: int, values: Mapping[str, float]) -> None:
+        file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+        if self._events is not None:
+            for name, value in values.items():
+                self._events.add_scalar(f"{prefix}/{name}", value, step)
+
+
+def read_lines(path: str | Path) -> list[dict[str, Any]]:
+    """Reads ``metrics.jsonl`` or ``evaluations.jsonl``.
+
+    Args:
+      path: the file; one that does not exist has no lines.
+
+    Returns:
+      The objects in order, without a last line that was cut short while it was written.
+
+    Raises:
+      JaxtuneError: another line is not a JSON object with a step; names file and line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    entries = []
+    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is torn
+        try:
+            entry = json.loads(line)
+            entry["step"] = int(entry["step"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise JaxtuneError(
+                f"{path}:{number}: not a JSON object with a step; mend or remove the line"
+            ) from error
+        entries.append(entry)
+    return entries
+
+
+def _drop_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = [entry for entry in read_lines(path) if entry["step"] <= step]
+    text = "".join(json.dumps(entry) + "\n" for entry in kept)
+    if text != path.read_text(encoding="utf-8", errors="replace"):
+        write_atomically(path, text)

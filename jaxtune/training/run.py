@@ -1,0 +1,193 @@
+"""A run is a directory: its frozen config, fingerprint, metrics, checkpoints and adapters."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from jaxtune import config as config_module
+from jaxtune.checkpoints.orbax import disk_full_named, write_atomically
+from jaxtune.errors import JaxtuneError
+from jaxtune.training.metrics import EVALUATIONS, METRICS
+
+
+class RunDirectory:
+    """The files of one run, and what may be done to them.
+
+    Anybody may read; one process at a time trains, inside `start`.
+    """
+
+    def __init__(self, path: str | Path):
+        """Names a run; touches nothing.
+
+        Args:
+          path: the run's directory, which need not exist yet.
+        """
+        self.path = Path(path)
+        self.config = self.path / "config.json"
+        self.fingerprint = self.path / "fingerprint.json"
+        self.metrics = self.path / METRICS
+        self.evaluations = self.path / EVALUATIONS
+        self.checkpoints = self.path / "checkpoints"
+        self.adapter_last = self.path / "adapter" / "last"
+        self.adapter_best = self.path / "adapter" / "best"
+        self.result = self.path / "result.json"
+
+    def exists(self) -> bool:
+        """Says whether a run was started here."""
+        return self.config.is_file()
+
+    @contextlib.contextmanager
+    def start(
+        self, config: ml_collections.FrozenConfigDict | None = None
+    ) -> Iterator[ml_collections.FrozenConfigDict]:
+        """Begins a run here or goes on with the one that is here; holds it while the block runs.
+
+        Args:
+          config: resolved config of a new run; None, or an equal one, to go on.
+
+        Yields:
+          The config to train with, as ``config.json`` holds it.
+
+        Raises:
+          JaxtuneError: no config and no run, a run with another config (with the differences),
+            or another process trains here.
+        """
+        if config is None:
+            self.read_config()  # before anything is made: there must be a run
+        with disk_full_named(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        with _locked(self.path):
+            if config is not None and not self.exists():
+                with disk_full_named(self.path):
+                    write_atomically(self.config, config_module.to_json(config))
+            frozen = self.read_config()
+            changes = _differences(_flat(frozen), _flat(config or frozen))
+            if changes:
+                raise JaxtuneError(
+                    f"{self.path}: the run that is here has another config: {changes}; go on "
+                    "without a config, or take another directory"
+                )
+            for adapter in (self.adapter_last, self.adapter_best):
+                _recover(adapter)
+            yield frozen
+
+    def read_config(self) -> ml_collections.FrozenConfigDict:
+        """Returns the frozen config of the run that is here.
+
+        Raises:
+          JaxtuneError: no run here, or a ``config.json`` that cannot be read.
+        """
+        if not self.exists():
+            raise JaxtuneError(f"{self.path}: no run here (no config.json)")
+        try:
+            return config_module.from_json(self.config)
+        except json.JSONDecodeError as error:
+            raise JaxtuneError(f"{self.config}:{error.lineno}: not JSON: {error.msg}") from error
+
+    def check_fingerprint(self, fingerprint: Mapping[str, str]) -> None:
+        """Stores what the run depends on besides its config, or compares it on resume.
+
+        Args:
+          fingerprint: hash or version by name: of data, tokenizer, base model …
+
+        Raises:
+          JaxtuneError: something has changed since the run began (with the differences).
+        """
+        fingerprint = dict(fingerprint)
+        if not self.fingerprint.is_file():
+            with disk_full_named(self.path):
+                write_atomically(self.fingerprint, json.dumps(fingerprint, indent=2) + "\n")
+            return
+        try:
+            stored = json.loads(self.fingerprint.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise JaxtuneError(f"{self.fingerprint}:{error.lineno}: not JSON") from error
+        if changes := _differences(stored, fingerprint):
+            raise JaxtuneError(
+                f"{self.path}: the run cannot go on exactly, for its inputs have changed: {changes}"
+            )
+
+    def replace_directory(self, target: Path, write: Callable[[Path], Any]) -> None:
+        """Writes a directory aside and swaps it in, so that no reader sees half of it.
+
+        Args:
+          target: one of the adapter directories.
+          write: fills the empty directory that it is given.
+        """
+        partial, previous = _beside(target, "partial"), _beside(target, "previous")
+        _recover(target)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            with disk_full_named(self.path):
+                write(partial)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        if target.exists():
+            target.rename(previous)
+        partial.rename(target)
+        shutil.rmtree(previous, ignore_errors=True)
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """Writes ``result.json``: what came out of the run, for people and programs to read."""
+        with disk_full_named(self.path):
+            write_atomically(self.result, json.dumps(dict(result), indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Holds a directory for this process; the system lets go of it if the process is killed."""
+    with (directory / "lock").open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise JaxtuneError(
+                f"{directory}: process {file.read().strip()} is training here; wait for it, or "
+                "take another directory"
+            ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _beside(target: Path, suffix: str) -> Path:
+    return target.with_name(f".{target.name}.{suffix}")
+
+
+def _recover(target: Path) -> None:
+    """Undoes or completes a swap that a kill has cut short between its two renames."""
+    previous = _beside(target, "previous")
+    if previous.exists():
+        if target.exists():
+            shutil.rmtree(previous)
+        else:
+            previous.rename(target)
+
+
+def _flat(config: ml_collections.FrozenConfigDict) -> dict[str, Any]:
+    return {
+        f"{section}.{name}": value
+        for section, entries in config.to_dict().items()
+        for name, value in entries.items()
+    }
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Returns ``"key: old → new, …"`` over the keys that differ; empty if none does."""
+    return ", ".join(
+        f"{key}: {old.get(key, 'absent')} → {new.get(key, 'absent')}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    )

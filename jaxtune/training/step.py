@@ -1,0 +1,119 @@
+"""The jitted steps: one update over accumulated micro-batches, and one batch of evaluation."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from jaxtune.layers.decoder import CausalLM, ForwardOptions
+from jaxtune.layers.tree import Tree
+from jaxtune.models.definition import Definition
+from jaxtune.objectives.cross_entropy import TokenLoss
+from jaxtune.parallel.rules import constrain
+from jaxtune.training.state import TrainState
+
+Batch = Mapping[str, jax.Array]
+Objective = Callable[[CausalLM, Batch, ForwardOptions, jax.Array | None], TokenLoss]
+
+
+class StepSettings(NamedTuple):
+    """What a training step is compiled for.
+
+    Attributes:
+      accumulation: micro-batches per update.
+      seed: of dropout.
+      dropout: whether anything is dropped, and so needs random keys.
+    """
+
+    accumulation: int
+    seed: int
+    dropout: bool
+
+
+def make_train_step(
+    definition: Definition,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    options: ForwardOptions,
+    settings: StepSettings,
+    like: TrainState,
+) -> Any:
+    """Builds the jitted update ``(state, base, constants, batch) → (state, metrics)``.
+
+    The batch has [rows, T] arrays and is cut into `settings.accumulation` micro-batches of
+    consecutive rows. Losses and gradients are summed over all of them, and divided once by the
+    number of target tokens in the whole batch, so the split changes nothing. The state is donated.
+
+    Metrics are float32 scalars: ``loss`` (mean over target tokens), ``grad_norm`` (before
+    clipping), ``learning_rate`` and ``tokens`` (targets in the batch).
+    """
+
+    def loss_sum(
+        trainable: Tree, base: Tree, constants: Tree, batch: Batch, key: jax.Array | None
+    ) -> tuple[jax.Array, TokenLoss]:
+        model = definition.bind(base, trainable, constants)
+        sums = objective(model, batch, options, key)
+        return sums.loss, sums
+
+    def summed_gradient(
+        state: TrainState, base: Tree, constants: Tree, batch: Batch
+    ) -> tuple[Tree, TokenLoss]:
+        differentiate = jax.grad(loss_sum, has_aux=True)
+
+        def micro_batch(carry: Any, xs: Any) -> tuple[Any, None]:
+            index, micro = xs
+            micro = {name: constrain(rows, "batch", "sequence") for name, rows in micro.items()}
+            key = _dropout_key(settings, state.step, index)
+            gradient = differentiate(state.trainable, base, constants, micro, key)
+            return jax.tree.map(jnp.add, carry, gradient), None
+
+        count = settings.accumulation
+        cut = {name: rows.reshape(count, -1, rows.shape[-1]) for name, rows in batch.items()}
+        zero = jax.tree.map(jnp.zeros_like, state.trainable), TokenLoss(*(jnp.float32(0),) * 3)
+        if count == 1:
+            first = {name: rows[0] for name, rows in cut.items()}
+            return micro_batch(zero, (jnp.int32(0), first))[0]
+        return lax.scan(micro_batch, zero, (jnp.arange(count), cut))[0]
+
+    def train_step(
+        state: TrainState, base: Tree, constants: Tree, batch: Batch
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        gradient, sums = summed_gradient(state, base, constants, batch)
+        weight = jnp.maximum(sums.weight, 1.0)
+        gradient = jax.tree.map(lambda g: g / weight, gradient)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
+        metrics = {
+            "loss": sums.loss / weight,
+            "grad_norm": optax.global_norm(gradient),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "tokens": sums.weight,
+        }
+        trainable = optax.apply_updates(state.trainable, updates)
+        return TrainState(state.step + 1, trainable, opt_state), metrics
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def _dropout_key(settings: StepSettings, step: jax.Array, micro: jax.Array) -> jax.Array | None:
+    if not settings.dropout:
+        return None
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(settings.seed), step), micro)
+
+
+def make_eval_step(definition: Definition, objective: Objective, options: ForwardOptions) -> Any:
+    """Builds the jitted ``(trainable, base, constants, batch) → TokenLoss``, without dropout."""
+
+    @functools.partial(jax.jit)
+    def eval_step(trainable: Tree, base: Tree, constants: Tree, batch: Batch) -> TokenLoss:
+        model = definition.bind(base, trainable, constants)
+        return objective(model, batch, options._replace(remat="none"), None)
+
+    return eval_step

@@ -1,0 +1,308 @@
+"""Checkpoints under real faults. Run as a program, this file is the process that gets hurt."""
+
+import json
+import logging
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxtune.checkpoints.orbax import Checkpoints
+from jaxtune.errors import JaxtuneError
+
+
+def state(seed=0, size=64):
+    random = np.random.default_rng(seed)
+    trainable = {
+        "layers": {
+            "q_proj": {"lora_A": jnp.asarray(random.standard_normal((2, size)), jnp.float32)}
+        },
+        "model.norm": jnp.asarray([1.0, -0.0, jnp.inf, jnp.nan, 1e-42], jnp.float32),
+        "half": jnp.asarray(random.standard_normal((3, 5)), jnp.bfloat16),
+    }
+    return {
+        "step": jnp.int32(seed),
+        "trainable": trainable,
+        "opt_state": optax.adamw(1e-3).init(trainable),
+    }
+
+
+def like(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def assert_same_bits(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def save_all(directory, steps, keep=5):
+    with Checkpoints(directory, keep) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, state(step), {"loader": {"position": step}})
+
+
+def array_file(directory, step):
+    return max((directory / str(step) / "state").rglob("d/*"), key=lambda f: f.stat().st_size)
+
+
+def test_round_trip_keeps_every_bit_and_the_structure(tmp_path):
+    tree = state(3)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, tree, {"loader": {"position": 3}, "best": 0.1})
+        assert checkpoints.latest_verified() == 3
+        restored, extra = checkpoints.restore(3, like(tree))
+    assert_same_bits(restored, tree)
+    assert extra == {"loader": {"position": 3}, "best": 0.1}
+
+
+def test_arrays_may_be_donated_once_save_returns(tmp_path):
+    tree = state(1, size=200_000)
+    expected = jax.tree.map(np.array, tree)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, tree, {})
+        shapes = like(tree)
+        overwrite = jax.jit(lambda t: jax.tree.map(lambda x: x * 0 + 7, t), donate_argnums=0)
+        jax.block_until_ready(overwrite(tree))
+        restored, _ = checkpoints.restore(1, shapes)
+    assert_same_bits(jax.tree.map(np.asarray, restored), expected)
+
+
+def test_rotation_keeps_the_newest(tmp_path):
+    save_all(tmp_path, range(1, 6), keep=2)
+    assert Checkpoints(tmp_path).steps() == [4, 5]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["4", "5"]
+
+
+def test_rotation_does_not_count_a_step_that_lost_a_file(tmp_path):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, state(step), {})
+        checkpoints.wait()
+        array_file(tmp_path, 3).unlink()
+        checkpoints.save(4, state(4), {})
+        checkpoints.wait()
+        assert checkpoints.steps() == [2, 3, 4]
+
+
+def test_a_single_checkpoint_is_not_enough(tmp_path):
+    with pytest.raises(JaxtuneError, match=r"checkpoint\.keep is at least 2, not 1"):
+        Checkpoints(tmp_path, keep=1)
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+FAULTS = {
+    "flipped bit": lambda d: flip(array_file(d, 3)),
+    "truncated array": lambda d: truncate(array_file(d, 3)),
+    "missing array": lambda d: array_file(d, 3).unlink(),
+    "changed loader state": lambda d: flip(d / "3" / "extra.json"),
+    "broken manifest": lambda d: truncate(d / "3" / "manifest.json"),
+    "no manifest": lambda d: (d / "3" / "manifest.json").unlink(),
+    "missing state": lambda d: shutil.rmtree(d / "3" / "state"),
+    "nothing at all": lambda d: (shutil.rmtree(d / "3"), (d / "3").mkdir()),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_damaged_step_is_set_aside_and_the_one_before_is_used(tmp_path, caplog, fault):
+    save_all(tmp_path, [1, 2, 3])
+    FAULTS[fault](tmp_path)
+    with Checkpoints(tmp_path) as checkpoints:
+        with caplog.at_level(logging.WARNING):
+            assert checkpoints.latest_verified() == 2
+        assert str(tmp_path / "3") in caplog.text
+        assert (tmp_path / "quarantine" / "3").is_dir()
+        assert not (tmp_path / "3").exists()
+        restored, extra = checkpoints.restore(2, like(state()))
+        assert_same_bits(restored, state(2))
+        assert extra == {"loader": {"position": 2}}
+        # The number is free again, and a second accident overwrites nothing.
+        checkpoints.save(3, state(3), {})
+        checkpoints.wait()
+        FAULTS[fault](tmp_path)
+    assert Checkpoints(tmp_path).latest_verified() == 2
+    assert (tmp_path / "quarantine" / "3-2").is_dir()
+
+
+def test_restoring_a_damaged_step_by_number_is_refused(tmp_path):
+    save_all(tmp_path, [1])
+    flip(array_file(tmp_path, 1))
+    with pytest.raises(JaxtuneError, match=r"d/\w+ has changed: its SHA-256 is not"):
+        Checkpoints(tmp_path).restore(1, like(state()))
+
+
+def test_no_checkpoint_is_none(tmp_path):
+    (tmp_path / "notes.txt").write_text("not a step")
+    (tmp_path / "quarantine").mkdir()
+    assert Checkpoints(tmp_path).latest_verified() is None
+    assert Checkpoints(tmp_path / "absent").latest_verified() is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t | {"step": jnp.float32(0)}, r"step is int32\[\], but the run needs float32"),
+        (
+            lambda t: t | {"trainable": t["trainable"] | {"half": jnp.zeros((3, 6), jnp.bfloat16)}},
+            r"trainable/half is bfloat16\[3, 5\], but the run needs bfloat16\[3, 6\]",
+        ),
+        (lambda t: t | {"stop": jnp.int32(0)}, 'holds no stop; did you mean "step"'),
+        (lambda t: {k: t[k] for k in ("opt_state", "trainable")}, "holds step, which the run has"),
+    ],
+)
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path, change, message):
+    save_all(tmp_path, [1])
+    with pytest.raises(JaxtuneError, match=message):
+        Checkpoints(tmp_path).restore(1, like(change(state())))
+
+
+def test_sharding_of_the_restored_tree_is_that_of_like(tmp_path):
+    save_all(tmp_path, [1])
+    mesh = jax.make_mesh((1,), ("data",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    wanted = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state()
+    )
+    restored, _ = Checkpoints(tmp_path).restore(1, wanted)
+    assert all(leaf.sharding == sharding for leaf in jax.tree.leaves(restored))
+
+
+def start(*arguments, wrapper=()):
+    command = [*wrapper, sys.executable, __file__, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def interrupt_in_a_save(process, directory):
+    """Stops the process again and again until it stands still within a save."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        time.sleep(0.01)
+        process.send_signal(signal.SIGSTOP)
+        steps = [p for p in directory.iterdir() if p.name.isdigit()]
+        if len(steps) > 1 and any(not (p / "manifest.json").exists() for p in steps):
+            return
+        process.send_signal(signal.SIGCONT)
+    raise TimeoutError
+
+
+def test_a_kill_in_the_middle_of_a_save_leaves_the_step_before(tmp_path):
+    process = start("forever", tmp_path)
+    try:
+        interrupt_in_a_save(process, tmp_path)
+    finally:
+        process.kill()
+        process.communicate()
+    with Checkpoints(tmp_path) as checkpoints:
+        before = checkpoints.steps()[-1]
+        latest = checkpoints.latest_verified()
+        assert latest == before
+        assert [p.name for p in (tmp_path / "quarantine").iterdir()] == [str(latest + 1)]
+        restored, extra = checkpoints.restore(latest, like(state(size=BIG)))
+    assert_same_bits(restored, state(latest, size=BIG))
+    assert extra == {"step": latest}
+
+
+BIG = 1_000_000  # 8 MB a save: long enough on any disk to be killed in
+
+
+def save_forever(directory):
+    with Checkpoints(directory) as checkpoints:
+        for step in range(1, 10_000):
+            checkpoints.save(step, state(step, size=BIG), {"step": step})
+
+
+def save_until_error(directory):
+    """Trains in small: polls after each save; prints the error, what is left, and how it reads."""
+    checkpoints = Checkpoints(directory, keep=50)
+    try:
+        for step in range(1, 50):
+            checkpoints.save(step, state(step, size=50_000), {})
+            while step not in checkpoints.steps():
+                checkpoints.poll()
+    except JaxtuneError as error:
+        names = sorted(p.name for p in Path(directory).iterdir())
+        again = Checkpoints(directory)
+        latest = again.latest_verified()
+        assert latest is not None
+        restored, _ = again.restore(latest, like(state(size=50_000)))
+        assert_same_bits(restored, state(latest, size=50_000))
+        print(json.dumps({"error": str(error), "names": names, "latest": latest, "failed": step}))
+
+
+def mount_wrapper(target):
+    """Returns a command prefix that mounts a tiny disk where nobody else sees it, or None."""
+    mount = f"mount -t tmpfs -o size=3m tmpfs '{target}' && exec \"$@\""
+    for options in (["--mount"], ["--user", "--map-root-user", "--mount"]):
+        prefix = ["unshare", *options, "sh", "-c", mount, "sh"]
+        if (
+            shutil.which("unshare")
+            and subprocess.run([*prefix, "true"], capture_output=True).returncode == 0
+        ):
+            return prefix
+    return None
+
+
+def test_a_full_disk_is_one_clear_error_and_costs_no_older_step(tmp_path):
+    wrapper = mount_wrapper(tmp_path)
+    if wrapper is None:
+        pytest.skip("needs the right to mount a tmpfs in a namespace of its own")
+    output, errors = start("until-error", tmp_path, wrapper=wrapper).communicate(timeout=120)
+    assert output, errors
+    result = json.loads(output.splitlines()[-1])
+    assert result["error"] == f"no space left on the disk of {tmp_path}"
+    assert result["latest"] == result["failed"] - 1 >= 1
+    assert result["names"] == sorted(str(n) for n in range(1, result["failed"]))
+
+
+def fail_to_write(directory):
+    """Saves, is not allowed to write more than small files, and is allowed again."""
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Checkpoints(directory) as checkpoints:
+        checkpoints.save(1, state(1), {})
+        checkpoints.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, most))
+        try:
+            checkpoints.save(2, state(2, size=50_000), {})
+            checkpoints.wait()
+        except Exception as error:
+            told = {"kind": type(error).__name__, "error": str(error)}
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+        told["left"] = sorted(p.name for p in Path(directory).iterdir())
+        checkpoints.save(3, state(3), {})
+        told["latest"] = checkpoints.latest_verified()
+    print(json.dumps(told))
+
+
+def test_another_write_error_passes_unchanged_and_is_told_once(tmp_path):
+    output, errors = start("fail", tmp_path).communicate(timeout=120)
+    assert output, errors
+    result = json.loads(output.splitlines()[-1])
+    assert result["kind"] != "JaxtuneError"
+    assert "File too large" in result["error"]
+    assert result["left"] == ["1"]
+    assert result["latest"] == 3
+
+
+if __name__ == "__main__":
+    roles = {"forever": save_forever, "until-error": save_until_error, "fail": fail_to_write}
+    roles[sys.argv[1]](sys.argv[2])

@@ -1,0 +1,314 @@
+"""The loop under real interruptions. Run as a program, this file is the run that is killed."""
+
+import dataclasses
+import logging
+import random
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxtune.checkpoints.orbax import Checkpoints
+from jaxtune.config import resolve
+from jaxtune.errors import JaxtuneError
+from jaxtune.training.loop import fit
+from jaxtune.training.metrics import read_lines
+from jaxtune.training.optimizer import make_optimizer, make_schedule
+from jaxtune.training.run import RunDirectory
+
+SIZE = 64
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class State:
+    step: Any
+    trainable: Any
+    opt_state: Any
+
+
+class Loader:
+    """Batches that depend on everything drawn before, as a shuffled and packed stream does."""
+
+    def __init__(self, poison=None):
+        self.random, self.drawn, self.poison = np.random.default_rng(7), 0, poison
+
+    def __next__(self):
+        self.drawn += 1
+        batch = self.random.standard_normal((16, SIZE)).astype(np.float32)
+        return batch * np.float32("nan") if self.drawn == self.poison else batch
+
+    def state(self):
+        return {"random": self.random.bit_generator.state, "drawn": self.drawn}
+
+    def restore(self, state):
+        self.random.bit_generator.state, self.drawn = state["random"], state["drawn"]
+
+
+def settings(**sections):
+    base = {
+        "training": {"steps": 20},
+        "optimizer": {"learning_rate": 1e-2, "warmup_steps": 3, "weight_decay": 0.1},
+        "checkpoint": {"every": 3},
+        "evaluation": {"every": 4},
+        "logging": {"tensorboard": False},
+    }
+    return resolve({name: base.get(name, {}) | sections.get(name, {}) for name in base | sections})
+
+
+def forward(trainable, batch):
+    return jnp.mean((jnp.tanh(batch @ trainable["proj"]["lora_A"]) - jnp.cos(batch)) ** 2)
+
+
+def problem(config):
+    """Returns the first state and the jitted step of a small regression with dropout."""
+    key = jax.random.key(config.training.seed)
+    trainable = {"proj": {"lora_A": jax.random.normal(key, (SIZE, SIZE)) / SIZE}}
+    optimizer, schedule = make_optimizer(config, trainable), make_schedule(config)
+
+    def step(state, batch):
+        kept = jax.random.bernoulli(jax.random.fold_in(key, state.step), 0.9, batch.shape)
+        loss, grads = jax.value_and_grad(forward)(state.trainable, batch * kept)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        metrics = {
+            "loss": loss,
+            "grad_norm": optax.tree.norm(grads),
+            "learning_rate": schedule(state.step),
+            "tokens": jnp.int32(batch.size) + state.step,
+        }
+        trainable = optax.apply_updates(state.trainable, updates)
+        return State(state.step + 1, trainable, opt_state), metrics
+
+    state = State(jnp.int32(0), trainable, optimizer.init(trainable))
+    return state, jax.jit(step, donate_argnums=0)
+
+
+HELD_OUT = np.random.default_rng(8).standard_normal((8, SIZE)).astype(np.float32)
+
+
+def evaluate(trainable):
+    return {"loss": float(forward(trainable, HELD_OUT))}
+
+
+def save_adapter(trainable, directory):
+    np.save(directory / "adapter.npy", np.asarray(trainable["proj"]["lora_A"]))
+
+
+def train(directory, config, **changes):
+    run = RunDirectory(directory)
+    with run.start(config) as frozen:
+        state, step = problem(frozen)
+        parts = {"step": step, "loader": Loader(), "evaluate": evaluate} | changes
+        return fit(state=state, save_adapter=save_adapter, run=run, config=frozen, **parts)
+
+
+def comparable(path):
+    """Returns the lines without what a clock has measured."""
+    return [{k: v for k, v in e.items() if k != "tokens_per_second"} for e in read_lines(path)]
+
+
+def assert_same_run(left, right):
+    left, right = RunDirectory(left), RunDirectory(right)
+    assert comparable(left.metrics) == comparable(right.metrics)
+    assert comparable(left.evaluations) == comparable(right.evaluations)
+    for ours, theirs in [
+        (left.adapter_last, right.adapter_last),
+        (left.adapter_best, right.adapter_best),
+    ]:
+        assert (ours / "adapter.npy").read_bytes() == (theirs / "adapter.npy").read_bytes()
+
+
+def test_a_run_learns_and_leaves_its_record(tmp_path):
+    config = settings()
+    state = train(tmp_path, config)
+    run = RunDirectory(tmp_path)
+    lines = read_lines(run.metrics)
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
+    schedule = make_schedule(config)
+    assert [line["learning_rate"] for line in lines] == [float(schedule(s)) for s in range(20)]
+    assert [line["tokens"] for line in lines] == list(np.cumsum([16 * SIZE + s for s in range(20)]))
+    assert all(line["tokens_per_second"] > 0 for line in lines)
+    assert [line["step"] for line in read_lines(run.evaluations)] == [4, 8, 12, 16, 20]
+    assert Checkpoints(run.checkpoints).steps() == [18, 20]
+    last = np.load(run.adapter_last / "adapter.npy")
+    np.testing.assert_array_equal(last, state.trainable["proj"]["lora_A"])
+
+
+def test_the_best_adapter_is_the_one_with_the_lowest_held_out_loss(tmp_path):
+    scores = iter([3.0, 1.0, 2.0, 1.0, 5.0])
+    seen = []
+
+    def scripted(trainable):
+        seen.append(np.asarray(trainable["proj"]["lora_A"]).copy())
+        return {"loss": next(scores)}
+
+    train(tmp_path, settings(), evaluate=scripted)
+    best = np.load(RunDirectory(tmp_path).adapter_best / "adapter.npy")
+    np.testing.assert_array_equal(best, seen[1])
+
+
+def test_nothing_is_evaluated_without_a_held_out_set_or_with_every_0(tmp_path):
+    train(tmp_path / "a", settings(), evaluate=None)
+    train(tmp_path / "b", settings(evaluation={"every": 0}))
+    for name in ("a", "b"):
+        run = RunDirectory(tmp_path / name)
+        assert read_lines(run.evaluations) == []
+        assert run.adapter_last.exists()
+        assert not run.adapter_best.exists()
+
+
+def test_logging_and_checkpoints_can_be_rarer(tmp_path):
+    train(tmp_path, settings(logging={"every": 8}, checkpoint={"every": 0}))
+    run = RunDirectory(tmp_path)
+    assert [line["step"] for line in read_lines(run.metrics)] == [8, 16]
+    assert read_lines(run.metrics)[0]["tokens"] == sum(16 * SIZE + s for s in range(8))
+    assert Checkpoints(run.checkpoints).steps() == [20]
+
+
+def test_no_steps_leaves_the_adapter_one_begins_with(tmp_path):
+    config = settings(training={"steps": 0}, optimizer={"warmup_steps": 0})
+    train(tmp_path, config)
+    start = problem(config)[0].trainable["proj"]["lora_A"]
+    last = np.load(RunDirectory(tmp_path).adapter_last / "adapter.npy")
+    np.testing.assert_array_equal(last, start)
+
+
+def test_a_finished_run_stays_as_it_is(tmp_path):
+    first = np.asarray(train(tmp_path, settings()).trainable["proj"]["lora_A"]).copy()
+    before = RunDirectory(tmp_path).metrics.read_text()
+    again = train(tmp_path, None).trainable["proj"]["lora_A"]
+    np.testing.assert_array_equal(first, again)
+    assert RunDirectory(tmp_path).metrics.read_text() == before
+
+
+def test_metrics_are_read_after_the_next_update_was_queued(tmp_path):
+    config = settings(checkpoint={"every": 0}, evaluation={"every": 0})
+    state, step = problem(config)
+    run, seen = RunDirectory(tmp_path), []
+
+    def watched(state, batch):
+        result = step(state, batch)
+        seen.append(len(read_lines(run.metrics)))
+        return result
+
+    with run.start(config):
+        fit(
+            state=state,
+            step=watched,
+            loader=Loader(),
+            evaluate=None,
+            save_adapter=save_adapter,
+            run=run,
+            config=config,
+        )
+    assert seen == [max(0, number - 1) for number in range(20)]
+
+
+@pytest.mark.parametrize("poisoned", [6, 7, 20])
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path, poisoned):
+    with pytest.raises(JaxtuneError, match=f"step {poisoned}: loss is nan"):
+        train(tmp_path, settings(), loader=Loader(poison=poisoned))
+    run = RunDirectory(tmp_path)
+    assert [line["step"] for line in read_lines(run.metrics)] == list(range(1, poisoned))
+    with Checkpoints(run.checkpoints) as checkpoints:
+        saved = checkpoints.latest_verified()
+        assert saved == (poisoned - 1) // 3 * 3
+    assert np.all(np.isfinite(np.load(run.adapter_last / "adapter.npy")))
+    train(tmp_path, None)  # with sound batches the run goes on
+    train(tmp_path.with_name("unbroken"), settings())
+    assert_same_run(tmp_path, tmp_path.with_name("unbroken"))
+
+
+def test_a_held_out_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(JaxtuneError, match="step 4: held-out loss is inf"):
+        train(tmp_path, settings(), evaluate=lambda trainable: {"loss": float("inf")})
+    assert read_lines(RunDirectory(tmp_path).evaluations) == []
+
+
+def test_a_damaged_checkpoint_costs_steps_but_no_exactness(tmp_path, caplog):
+    train(tmp_path / "unbroken", settings())
+    with pytest.raises(JaxtuneError):
+        train(tmp_path / "hurt", settings(), loader=Loader(poison=14))
+    run = RunDirectory(tmp_path / "hurt")
+    file = max((run.checkpoints / "12").rglob("d/*"), key=lambda f: f.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    train(run.path, None)
+    assert "moved to" in caplog.text
+    assert (run.checkpoints / "quarantine" / "12").is_dir()
+    assert_same_run(tmp_path / "unbroken", run.path)
+
+
+def test_an_interrupt_saves_nothing_half_and_says_how_to_go_on(tmp_path, caplog):
+    evaluations = []
+
+    def press(trainable):
+        evaluations.append(evaluate(trainable))
+        if len(evaluations) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return evaluations[-1]
+
+    with caplog.at_level(logging.WARNING), pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "a", settings(), evaluate=press)
+    expected = f"jaxtune train --workdir {tmp_path / 'a'} goes on from the checkpoint of step 6"
+    assert expected in caplog.text
+    run = RunDirectory(tmp_path / "a")
+    assert sorted(p.name for p in run.checkpoints.iterdir()) == ["3", "6"]
+    train(tmp_path / "a", None)
+    train(tmp_path / "b", settings())
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def kill_when(process, metrics, lines, delay):
+    """Kills a run `delay` seconds after its log has reached a number of lines."""
+    while process.poll() is None:
+        if metrics.exists() and metrics.read_bytes().count(b"\n") >= lines:
+            time.sleep(delay)
+            break
+        time.sleep(0.001)
+    process.kill()
+    return process.wait()
+
+
+def test_a_run_killed_again_and_again_has_the_losses_of_an_unbroken_one(tmp_path):
+    config = settings(training={"steps": 60})
+    train(tmp_path / "unbroken", config)
+    run, chance = RunDirectory(tmp_path / "killed"), random.Random(0)
+    with run.start(config):
+        pass
+    command = [sys.executable, __file__, str(run.path)]
+    for lines in (2, 14, 31, 47):
+        code = kill_when(subprocess.Popen(command), run.metrics, lines, chance.uniform(0, 0.02))
+        assert code == -signal.SIGKILL
+    subprocess.run(command, check=True)
+    assert_same_run(tmp_path / "unbroken", run.path)
+    assert [line["step"] for line in read_lines(run.metrics)] == list(range(1, 61))
+
+
+@pytest.mark.slow
+def test_many_kills_at_any_moment(tmp_path):
+    config = settings(training={"steps": 60}, checkpoint={"every": 1}, evaluation={"every": 2})
+    train(tmp_path / "unbroken", config)
+    run, chance = RunDirectory(tmp_path / "killed"), random.Random(1)
+    with run.start(config):
+        pass
+    command = [sys.executable, __file__, str(run.path)]
+    for _ in range(12):
+        done = len(read_lines(run.metrics))
+        lines = done + chance.randint(0, 4)
+        kill_when(subprocess.Popen(command), run.metrics, lines, chance.uniform(0, 0.1))
+    subprocess.run(command, check=True)
+    assert_same_run(tmp_path / "unbroken", run.path)
+
+
+if __name__ == "__main__":
+    train(sys.argv[1], None)
