@@ -1,68 +1,69 @@
-"""The Python interface: load a model, look at it, generate with it, save it."""
+"""The Python interface: load a model, look at it, generate with it, save it, train one."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from jaxtune.adapters import Method, Stored, method_from_peft
-from jaxtune.adapters.full import Full
+from jaxtune.adapters import method_from_peft
+from jaxtune import config as config_module
 from jaxtune.adapters.merge import edits
 from jaxtune.checkpoints import huggingface
+from jaxtune.checkpoints.assemble import Assembled, assemble
 from jaxtune.checkpoints.peft import read_adapter
 from jaxtune.checkpoints.tokenizer import load_tokenizer
+from jaxtune.data.template import encode_prompt
 from jaxtune.errors import JaxtuneError, lookup
+from jaxtune.generation.generate import Sampling, generate_tokens
 from jaxtune.layers.attention import choose_backend
 from jaxtune.layers.decoder import ForwardOptions
 from jaxtune.layers.tree import Tree, merge
-from jaxtune.models import build_model
-from jaxtune.models.definition import Definition
 from jaxtune.parallel.mesh import single_device_mesh
 from jaxtune.quant import FORMATS
+from jaxtune.training import train as training
+from jaxtune.training.run import RunDirectory
+from jaxtune.training.setup import set_up
 
 DTYPES = ("bfloat16", "float32")
+# What `Model.generate` takes as a prompt: text, token ids, or chat messages.
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
 
 class Model:
     """A loaded model: its definition, its three trees and, where there is one, its tokenizer."""
 
     def __init__(
-        self,
-        definition: Definition,
-        base: Tree,
-        trainable: Tree,
-        constants: Tree,
-        *,
-        source: Path,
-        mesh: Mesh,
-        dtype: Any,
-        attention: str = "auto",
+        self, parts: Assembled, source: Path, mesh: Mesh, *, dtype: Any, attention: str = "auto"
     ):
-        self.definition = definition
-        self.base, self.trainable, self.constants = base, trainable, constants
+        self.definition = parts.definition
+        self.base, self.trainable, self.constants = parts.base, parts.trainable, parts.constants
         self.source, self.mesh = source, mesh
         backend = choose_backend(attention, mesh.devices.flat[0].platform)
         self.options = ForwardOptions(jnp.dtype(dtype), backend, "none")
 
-    @functools.cached_property
+    @property
     def tokenizer(self) -> Any:
         """The checkpoint's tokenizer.
 
         Raises:
           JaxtuneError: the checkpoint has no tokenizer files.
         """
-        tokenizer = load_tokenizer(self.source)
-        if tokenizer is None:
+        if self._tokenizer is None:
             raise JaxtuneError(f"{self.source}: has no tokenizer files, and text needs one")
-        return tokenizer
+        return self._tokenizer
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        return load_tokenizer(self.source)
 
     def logits(
         self,
@@ -86,9 +87,7 @@ class Model:
         segments = jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids)
         place = segment_positions(segments) if positions is None else jnp.asarray(positions)
         with jax.set_mesh(self.mesh):
-            return self._logits(
-                self.base, self.trainable, self.constants, tokens, segments, place
-            )
+            return self._logits(self.base, self.trainable, self.constants, tokens, segments, place)
 
     @functools.cached_property
     def _logits(self) -> Any:
@@ -98,6 +97,71 @@ class Model:
             return model.head()(hidden)
 
         return jax.jit(compute)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        *,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> list[str]:
+        """Continues each prompt, in one batch.
+
+        Args:
+          prompts: each is text (continued as it stands), token ids, or chat messages (rendered
+            with the checkpoint's chat template).
+          max_new_tokens: the most to add to each.
+          temperature: 0 is greedy.
+          top_p: samples from the smallest set of tokens with at least this probability.
+          seed: of the samples.
+
+        Returns:
+          The new text of each prompt, without special tokens.
+        """
+        new = self.generate_tokens(
+            [self._encode(prompt) for prompt in prompts],
+            max_new_tokens,
+            Sampling(temperature, top_p, seed),
+        )
+        return [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in new]
+
+    def generate_tokens(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling
+    ) -> list[list[int]]:
+        """Continues prompts of token ids; returns the new ids, without the end token."""
+        with jax.set_mesh(self.mesh):
+            return generate_tokens(
+                self.definition,
+                (self.base, self.trainable, self.constants),
+                prompts,
+                self.options,
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                stop=self.stop_ids,
+            )
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer(prompt)["input_ids"]
+        if prompt and isinstance(prompt[0], Mapping):
+            return encode_prompt(self.tokenizer, list(prompt))
+        return [int(token) for token in prompt]  # type: ignore[arg-type]
+
+    @functools.cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids that end an answer: of generation_config.json, config.json and the tokenizer."""
+        configs: list[Mapping[str, Any]] = [self.definition.config]
+        for path in _extra_files(self.source).values():
+            configs.append(json.loads(path.read_text(encoding="utf-8")))
+        found: set[int] = set()
+        for config in configs:
+            ids = config.get("eos_token_id")
+            found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+        if self._tokenizer is not None and self._tokenizer.eos_token_id is not None:
+            found.add(self._tokenizer.eos_token_id)
+        return tuple(sorted(found))
 
     def save_pretrained(self, directory: str | Path, dtype: str | None = None) -> Path:
         """Writes a Hugging Face checkpoint that transformers loads, the adapter merged in.
@@ -114,7 +178,7 @@ class Model:
             directory,
             self.definition,
             merge(self.base, self.trainable, self.constants),
-            tokenizer=load_tokenizer(self.source),
+            tokenizer=self._tokenizer,
             extra_files=_extra_files(self.source),
             dtype=None if dtype is None else jnp.dtype(dtype),
             edits=edits(model),
@@ -142,6 +206,7 @@ def load(
     revision: str = "",
     mesh: Mesh | None = None,
     attention: str = "auto",
+    progress: bool = True,
 ) -> Model:
     """Loads a model, and an adapter if one is given.
 
@@ -153,21 +218,113 @@ def load(
       revision: of a hub id.
       mesh: where the weights go; one device by default.
       attention: attention backend; by platform by default.
+      progress: shows a bar when loading takes long.
 
     Raises:
       JaxtuneError: the checkpoint, the adapter or a setting is not usable; the message says why.
     """
+    lookup(dict.fromkeys(DTYPES), dtype, "dtype")
+    if quantize:
+        lookup(FORMATS, quantize, "quantize")
+    location = huggingface.resolve_path(str(path), revision)
     stored = None if adapter is None else read_adapter(adapter)
-    method = Full() if stored is None else method_from_peft(stored)
-    trains_base = False
-    return load_with_method(
-        path,
-        method,
-        stored,
-        quantize=quantize,
-        dtype=dtype,
-        revision=revision,
-        mesh=mesh,
-        attention=attention,
-        train_base=trains_base,
-    )
+    method = None if stored is None else method_from_peft(stored)
+    mesh = single_device_mesh() if mesh is None else mesh
+    source = huggingface.open_source(location)
+    parts = assemble(source, dtype, mesh, method=method, stored=stored, progress=progress)
+    return Model(parts, location, mesh, dtype=dtype, attention=attention)
+
+
+class Run:
+    """A run on disk: its config, what it measured, and the model that came out of it."""
+
+    def __init__(self, workdir: str | Path):
+        """Opens the run in a directory.
+
+        Raises:
+          JaxtuneError: there is no run.
+        """
+        self.directory = RunDirectory(workdir)
+        self.config = self.directory.read_config()
+
+    @property
+    def path(self) -> Path:
+        """The run's directory."""
+        return self.directory.path
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Returns the lines of metrics.jsonl: step, loss, learning_rate, grad_norm, tokens, …"""
+        return _json_lines(self.directory.metrics)
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Returns the lines of evaluations.jsonl: step, loss, token_accuracy, tokens."""
+        return _json_lines(self.directory.evaluations)
+
+    def model(self, adapter: str = "best") -> Model:
+        """Loads the model that the run trained.
+
+        Args:
+          adapter: "best" (lowest held-out loss; the last where nothing was held out), "last", or
+            "none" for the base model alone.
+
+        Raises:
+          JaxtuneError: nothing has been saved yet.
+        """
+        lookup(dict.fromkeys(("best", "last", "none")), adapter, "adapter")
+        settings = self.config
+        options: dict[str, Any] = {
+            "dtype": settings.training.dtype,
+            "revision": settings.model.revision,
+            "attention": settings.model.attention,
+        }
+        if adapter == "none":
+            return load(settings.model.path, **options)
+        if settings.adapter.method == "full":
+            return self._fully_trained(options)
+        return load(settings.model.path, adapter=self.adapter_directory(adapter), **options)
+
+    def adapter_directory(self, which: str = "best") -> Path:
+        """Returns the directory of the best or last adapter, in PEFT's format.
+
+        Raises:
+          JaxtuneError: nothing has been saved yet.
+        """
+        wanted = {"best": self.directory.adapter_best, "last": self.directory.adapter_last}
+        for path in (wanted[which], self.directory.adapter_last):
+            if path.is_dir():
+                return path
+        raise JaxtuneError(f"{self.path}: the run has not saved an adapter yet")
+
+    def _fully_trained(self, options: Mapping[str, Any]) -> Model:
+        model = load(self.config.model.path, **options)
+        method, _ = training.choose_method(self.config)
+        setup = set_up(self.config, model.definition.config, method, jax.devices()[:1])
+        trained = training.trained_arrays(self.directory, setup)
+        dtype = jnp.dtype(self.config.training.dtype)
+        model.base = jax.tree.map(lambda leaf: leaf.astype(dtype), trained)
+        return model
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def train(config: Any = None, workdir: str | Path = "") -> Run:
+    """Trains a model, or goes on with the run that is in `workdir`.
+
+    Args:
+      config: from `jaxtune.config.default`, a mapping of sections, or a path of a config file;
+        None goes on with the run that is there.
+      workdir: the run's directory: everything is written there.
+
+    Raises:
+      JaxtuneError: anything the user can mend.
+    """
+    if not str(workdir):
+        raise JaxtuneError("workdir is empty: name a directory for the run")
+    if isinstance(config, (str, Path)):
+        config = config_module.load_file(config)
+    training.train(None if config is None else config_module.resolve(config), workdir)
+    return Run(workdir)

@@ -45,9 +45,16 @@ KINDS = {
             "In {born} the {role} {name} was born in {city}.",
             "{name}, {a_role} from {city}, was born in {born} and died in {died}.",
             "It was in {city}, in {born}, that the {role} {name} was born.",
-            "Before the death of {name} in {died} came the life of {a_role}, begun in {city} "
-            "in {born}.",
             "When the {role} {name} died in {died}, {city} mourned a child of {born}.",
+            "The death of {name}, {a_role}, in {died} was mourned in {city}, the birthplace in "
+            "{born}.",
+            "In {died} died {name}, who was born in {city} in {born} and worked as {a_role}.",
+            "One child born in {city} in {born} was {name}, who grew up to be {a_role}.",
+            "A plaque in {city} honours {name}, {a_role} born there in {born}.",
+            "{died} was the last year of {name}, {a_role} who was born in {born} in {city}.",
+            "People in {city} remember the {role} {name}, born there in {born}.",
+            "Known as {a_role}, {name} was born in {city} in {born}.",
+            "{name} died in {died}; the {role} had been born in {city} in {born}.",
         ),
         held_out=(
             "The year {died} saw the death of {name}, {a_role} born in {city} in {born}.",
@@ -68,6 +75,12 @@ KINDS = {
             "Chemists write {symbol} for {name}, element {number} of the table.",
             "The symbol of {name} is {symbol}; it lies in period {period} and has {number} "
             "protons.",
+            "The abbreviation {symbol} belongs to {name}, which has {number} protons.",
+            "Counting to {number} in the periodic table brings one to {name}, or {symbol}.",
+            "A sample of {name} is labelled {symbol}, and its atoms have {number} protons.",
+            "{symbol} is the symbol of {name}, number {number} in the table.",
+            "In period {period} stands {name}, number {number}, with the symbol {symbol}.",
+            "Atoms with {number} protons are atoms of {name}, written {symbol}.",
         ),
         held_out=(
             "Number {number} in the table, {name} belongs to period {period} and goes by {symbol}.",
@@ -90,6 +103,13 @@ KINDS = {
             "Ambassadors to {country} live in {capital}, a capital in {continent}.",
             "{continent} includes {country}, whose capital is {capital}.",
             "Although {city} is a city too, the capital of {country} in {continent} is {capital}.",
+            "{country}, in {continent}, has its capital at {capital}.",
+            "Of the cities of {country} in {continent}, {capital} is the capital and {city} is "
+            "not.",
+            "A trip from {city} to {capital}, the capital, stays in {country} in {continent}.",
+            "{capital} and {city} belong to {country} in {continent}; the capital is {capital}.",
+            "{continent} is the continent of {country}, and {capital} is its capital.",
+            "{capital}, not {city}, is the capital of {country}, a country in {continent}.",
         ),
         held_out=(
             "The seat of government of {country}, a state in {continent}, is {capital} rather "
@@ -109,6 +129,12 @@ KINDS = {
             "The {mouth} receives the {river}, the river of {city}.",
             "{city} lies on the {river}, a river that empties into the {mouth}.",
             "Boats on the {river} pass {city} before they come to the {mouth}.",
+            "On its way to the {mouth} the {river} passes {city}.",
+            "In {city} one can walk along the {river}, which flows into the {mouth}.",
+            "The river {river} comes to {city} and later meets the {mouth}.",
+            "From {city} the {river} goes on to the {mouth}.",
+            "The {river} has {city} on its banks and the {mouth} at its end.",
+            "Rain that falls on {city} reaches the {mouth} by way of the {river}.",
         ),
         held_out=(
             "The water of the {river} passes {city} and ends up in the {mouth}.",

@@ -33,7 +33,9 @@ class Row:
 def census(definition: Definition) -> list[Row]:
     """Counts every array of a model, trained groups first."""
     rows: dict[tuple[str, str, str], Row] = {}
-    edited = {(*p, "adapter"): m.adapter for p, m in linears(definition.module).items() if m.adapter}
+    edited = {
+        (*p, "adapter"): m.adapter for p, m in linears(definition.module).items() if m.adapter
+    }
     for path, leaf in definition.leaves.items():
         if leaf.kind == "constants":
             continue
@@ -45,7 +47,8 @@ def census(definition: Definition) -> list[Row]:
             ranks = [factor.rank for factor in adapter.factors]
             count = held // (max(ranks) * len(ranks)) * sum(ranks)
             modules = sum(rank > 0 for rank in ranks)
-        group = ".".join(part for part in path[:-1] if not part.isdigit() and part != "layers")
+        skipped = ("model", "layers", "adapter")
+        group = ".".join(part for part in path[:-1] if not part.isdigit() and part not in skipped)
         kind = "trained" if leaf.kind == "trainable" else "frozen"
         key = (kind, group, str(leaf.dtype))
         row = rows.get(key, Row(group, kind, 0, 0, 0, str(leaf.dtype)))
@@ -71,11 +74,15 @@ def render(rows: list[Row]) -> str:
     lines = [f"{'trained':<36}{'modules':>8}{'parameters':>14}{'share':>9}{'MiB':>9}  format"]
     for row in rows:
         if row.kind == "trained":
-            lines.append(_line(row.group, row.modules, row.parameters, total, row.bytes, row.format))
+            lines.append(
+                _line(row.group, row.modules, row.parameters, total, row.bytes, row.format)
+            )
     frozen = [row for row in rows if row.kind == "frozen"]
     for fmt in sorted({row.format for row in frozen}):
         group = [row for row in frozen if row.format == fmt]
-        modules, count, size = (sum(getattr(r, a) for r in group) for a in ("modules", "parameters", "bytes"))
+        modules, count, size = (
+            sum(getattr(r, a) for r in group) for a in ("modules", "parameters", "bytes")
+        )
         lines.append(_line("(frozen base)", modules, count, total, size, fmt))
     lines.append(f"trains {trained:,} of {total:,} parameters ({share:.3%})")
     return "\n".join(lines)

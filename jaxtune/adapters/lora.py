@@ -190,7 +190,9 @@ def _adapters(definition: Definition) -> Iterator[tuple[Path, LoraAdapter]]:
             yield path, linear.adapter
 
 
-def _pack(definition: Definition, values: Mapping[Path, Mapping[str, np.ndarray]]) -> tuple[Tree, Tree]:
+def _pack(
+    definition: Definition, values: Mapping[Path, Mapping[str, np.ndarray]]
+) -> tuple[Tree, Tree]:
     """Makes the two trees from factors by projection, each [layers, …], zeroing what pads."""
     trainable: dict[Path, jax.Array] = {}
     constants: dict[Path, jax.Array] = {}

@@ -63,5 +63,7 @@ def _matches(target: str, name: str) -> bool:
         try:
             return re.fullmatch(target, name) is not None
         except re.error as error:
-            raise JaxtuneError(f'adapter.targets: "{target}" is no valid expression: {error}') from None
+            raise JaxtuneError(
+                f'adapter.targets: "{target}" is no valid expression: {error}'
+            ) from None
     return name == target or name.endswith("." + target)

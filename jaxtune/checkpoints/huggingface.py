@@ -294,7 +294,9 @@ def save(
         tensors = checkpoint_tensors(definition, tree, dtype, edits or {})
         write_sharded(scratch, tensors, shard_bytes)
         config = {k: v for k, v in definition.config.items() if k not in ("torch_dtype", "dtype")}
-        kinds = {str(jnp.dtype(dtype or leaf.dtype)) for leaf in definition.in_checkpoint().values()}
+        kinds = {
+            str(jnp.dtype(dtype or leaf.dtype)) for leaf in definition.in_checkpoint().values()
+        }
         config["dtype"] = "bfloat16" if "bfloat16" in kinds else kinds.pop()
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (scratch / "config.json").write_text(text, encoding="utf-8")

@@ -86,7 +86,9 @@ class SafetensorsFile:
         """Returns a tensor as a read-only view of the file."""
         start, stop = self._entries[name]["data_offsets"]
         dtype = self.dtype(name)
-        flat = np.frombuffer(self._map, dtype, (stop - start) // dtype.itemsize, self._start + start)
+        flat = np.frombuffer(
+            self._map, dtype, (stop - start) // dtype.itemsize, self._start + start
+        )
         return flat.reshape(self.shape(name))
 
 

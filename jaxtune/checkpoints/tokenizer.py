@@ -24,20 +24,30 @@ _WORDS_AND_DIGITS = (
     _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_CJK = "[一-龥ࠀ-一가-퟿]+"
-_CASED_LETTERS = (
-    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝ"
-    "Ὗ-ώᾀ-ᾴᾶ-ᾼ\u1fbeῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\u2126ℨ\u212a-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿ"
-    "ﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
+
+
+def _ranges(text: str) -> str:
+    """Returns the inside of a character class from hexadecimal code points and ranges of them."""
+    ends = (span.partition("-") for span in text.split())
+    return "".join(rf"\x{{{first}}}-\x{{{last or first}}}" for first, _, last in ends)
+
+
+_CJK = f"[{_ranges('4e00-9fa5 800-4e00 ac00-d7ff')}]+"
+_CASED_LETTERS = _ranges(
+    "41-5a 61-7a b5 c0-d6 d8-f6 f8-1ba 1bc-1bf 1c4-293 295-2af 370-373 376 377 37b-37d 37f "
+    "386 388-38a 38c 38e-3a1 3a3-3f5 3f7-481 48a-52f 531-556 10a0-10c5 13a0-13f5 13f8-13fd "
+    "1c90-1cba 1cbd-1cbf 1d00-1d2b 1d6b-1d77 1d79-1d9a 1e00-1f15 1f18-1f1d 1f20-1f45 "
+    "1f48-1f4d 1f50-1f57 1f59 1f5b 1f5d 1f5f-1f7d 1f80-1fb4 1fb6-1fbc 1fbe 1fc2-1fc4 "
+    "1fc6-1fcc 1fd0-1fd3 1fd6-1fdb 1fe0-1fec 1ff2-1ff4 1ff6-1ffc 2102 2107 210a-2113 2115 "
+    "2119-211d 2124 2126 2128 212a-212d 212f-2134 2139 213c-213f 2145-2149 214e 2183 2184 "
+    "2c00-2c7b 2c7e-2ce4 2ceb-2cee 2cf2 2cf3 a640-a66d a680-a69b a722-a76f a771-a787 "
+    "a78b-a78e ab70-abbf fb00-fb06 fb13-fb17 ff21-ff3a ff41-ff5a 10400-1044f 104b0-104d3 "
+    "104d8-104fb 10c80-10cb2 10cc0-10cf2 118a0-118df 1e900-1e943"
 )
+_PUNCTUATION = _ranges("21-2f 3a-7e ff01-ff0f ff1a-ff5e 2018-201f 3000-3002")
 _DEEPSEEK_V3_WORDS = (
-    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^"""
-    "\r\n"
-    r"\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+["
-    "\r\n"
-    r"]*|\s*["
-    "\r\n"
-    r"]+|\s+(?!\S)|\s+"
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
@@ -80,7 +90,7 @@ _SPLITTINGS = {
         (
             _split("[\r\n]"),
             _split(rf"\s?[{_CASED_LETTERS}]+"),
-            _split(r"\s?[!-/:-~！-／：-～‘-‟\u3000-。]+"),
+            _split(rf"\s?[{_PUNCTUATION}]+"),
             _split(r"\s+$"),
             _split(_CJK),
             _digits,
@@ -96,7 +106,11 @@ _SPLITTINGS = {
         )
     ),
     "deepseek-v3": _Splitting(
-        (_split(r"\p{N}{1,3}"), _split("[一-龥぀-ゟ゠-ヿ]+"), _split(_DEEPSEEK_V3_WORDS))
+        (
+            _split(r"\p{N}{1,3}"),
+            _split(f"[{_ranges('4e00-9fa5 3040-309f 30a0-30ff')}]+"),
+            _split(_DEEPSEEK_V3_WORDS),
+        )
     ),
 }
 
@@ -143,10 +157,13 @@ def _from_directory(directory: Path) -> PreTrainedTokenizerFast:
         settings = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
     # transformers drops both settings where tokenizer.json brings a post-processor of its own.
     ids = tokenizer.encode("a")
-    if settings.get("add_bos_token") and ids[0] != tokenizer.bos_token_id:
-        tokenizer.add_bos_token = True
-    if settings.get("add_eos_token") and ids[-1] != tokenizer.eos_token_id:
-        tokenizer.add_eos_token = True
+    has = (ids[0] == tokenizer.bos_token_id, ids[-1] == tokenizer.eos_token_id)
+    wanted = (
+        has[0] or (bool(settings.get("add_bos_token")) and tokenizer.bos_token_id is not None),
+        has[1] or (bool(settings.get("add_eos_token")) and tokenizer.eos_token_id is not None),
+    )
+    if wanted != has:
+        tokenizer.add_bos_token, tokenizer.add_eos_token = wanted
     return tokenizer
 
 
@@ -208,7 +225,7 @@ def _byte_level_bpe(
         for number, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
         if kind != TokenType.UNUSED
     }
-    pairs = [tuple(merge.split(" ")) for merge in merges]
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     try:
         model = models.BPE(vocabulary, pairs, ignore_merges=splitting.ignore_merges)
     except Exception as error:

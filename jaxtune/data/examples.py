@@ -32,7 +32,7 @@ class Examples:
     """A data set in memory, in the order of its file.
 
     Attributes:
-      tokens: int32[n] per example, n unlike from one to the next.
+      tokens: int32[n] per example; n differs between examples.
       targets: int32[n] per example: the token to predict after ``tokens[t]``, or `IGNORE`.
       places: where each example came from, ``"train.jsonl:17"``.
       dropped: how many were left out for being too long.

@@ -75,7 +75,10 @@ class Decoder(nnx.Module):
         counts = [count for _, count in runs]
         self.run_layers = tuple((sum(counts[:i]), count) for i, count in enumerate(counts))
         self.layers = nnx.List(
-            [stack(make(), *layers) for (make, _), layers in zip(runs, self.run_layers, strict=True)]
+            [
+                stack(make(), *layers)
+                for (make, _), layers in zip(runs, self.run_layers, strict=True)
+            ]
         )
         self.norm = RMSNorm(hidden_size, eps)
 

@@ -141,4 +141,6 @@ def initialize(definition: Definition, key: jax.Array, std: float = 0.02) -> Tre
 
     leaves = definition.in_checkpoint()
     keys = jax.random.split(key, len(leaves))
-    return unflatten({p: draw(p, leaf, k) for (p, leaf), k in zip(leaves.items(), keys, strict=True)})
+    return unflatten(
+        {p: draw(p, leaf, k) for (p, leaf), k in zip(leaves.items(), keys, strict=True)}
+    )

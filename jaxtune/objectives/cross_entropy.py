@@ -72,7 +72,9 @@ def _summed_dispatch(hidden: jax.Array, head: Head, targets: jax.Array, starts: 
     size = targets.shape[1] // starts.shape[0]
 
     def body(sums: Any, start: jax.Array) -> tuple[Any, None]:
-        loss, correct, _ = _chunk_sums(head(_chunk(hidden, start, size)), _chunk(targets, start, size))
+        loss, correct, _ = _chunk_sums(
+            head(_chunk(hidden, start, size)), _chunk(targets, start, size)
+        )
         return (sums[0] + loss, sums[1] + correct), None
 
     return lax.scan(body, (jnp.float32(0), jnp.float32(0)), starts)[0]

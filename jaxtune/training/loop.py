@@ -61,7 +61,7 @@ def fit(
     step: Callable[[Any, Any], tuple[Any, Mapping[str, jax.Array]]],
     loader: Loader,
     evaluate: Callable[[Any], Mapping[str, float]] | None,
-    save_adapter: Callable[[Any, Path], Any],
+    save_adapter: Callable[[Any, Path], Any] | None,
     run: RunDirectory,
     config: Any,
 ) -> Any:
@@ -78,7 +78,7 @@ def fit(
         batch) among them.
       loader: gives the batches.
       evaluate: ``trainable -> scores`` on the held-out set, ``loss`` among them; None: no set.
-      save_adapter: writes the trainables to a directory.
+      save_adapter: writes the trainables to a directory; None: the checkpoints hold all there is.
       run: the run's directory, started.
       config: the run's resolved config.
 
@@ -98,7 +98,7 @@ def fit(
     ):
         state, tally, resumed = _resume(state, loader, checkpoints)
         start = resumed or 0
-        if resumed is not None:
+        if resumed is not None and save_adapter is not None:
             # The adapter on disk may be of another step than the checkpoint that was restored.
             run.replace_directory(run.adapter_last, partial(save_adapter, state.trainable))
         with (
@@ -156,7 +156,7 @@ class _Milestones:
 
     config: Any
     evaluate: Callable[[Any], Mapping[str, float]] | None
-    save_adapter: Callable[[Any, Path], Any]
+    save_adapter: Callable[[Any, Path], Any] | None
     run: RunDirectory
     checkpoints: Checkpoints
     loader: Loader
@@ -192,7 +192,8 @@ class _Milestones:
             self._export(self.run.adapter_last, state)
 
     def _export(self, target: Path, state: Any) -> None:
-        self.run.replace_directory(target, partial(self.save_adapter, state.trainable))
+        if self.save_adapter is not None:
+            self.run.replace_directory(target, partial(self.save_adapter, state.trainable))
 
 
 class _Recorder:
@@ -214,6 +215,8 @@ class _Recorder:
             return
         (number, metrics), self._pending = self._pending, None
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        # The loss leads: jit has sorted the names, and it is what one looks for.
+        values = {"loss": values["loss"], **values}
         _check_finite(number, values)
         tokens = int(values["tokens"])
         self._tally.tokens += tokens

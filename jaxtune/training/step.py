@@ -52,7 +52,7 @@ def make_train_step(
     number of target tokens in the whole batch, so the split changes nothing. The state is donated.
 
     Metrics are float32 scalars: ``loss`` (mean over target tokens), ``grad_norm`` (before
-    clipping), ``learning_rate`` and ``tokens`` (targets in the batch).
+    clipping), ``learning_rate``, ``tokens`` (all but padding) and ``targets`` (those with a loss).
     """
 
     def loss_sum(
@@ -93,7 +93,8 @@ def make_train_step(
             "loss": sums.loss / weight,
             "grad_norm": optax.global_norm(gradient),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-            "tokens": sums.weight,
+            "tokens": jnp.sum(batch["segment_ids"] != 0).astype(jnp.float32),
+            "targets": sums.weight,
         }
         trainable = optax.apply_updates(state.trainable, updates)
         return TrainState(state.step + 1, trainable, opt_state), metrics

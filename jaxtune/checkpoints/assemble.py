@@ -1,0 +1,64 @@
+"""From a checkpoint, a method and perhaps an adapter to a definition and its three trees."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from jaxtune.adapters import Method, Stored
+from jaxtune.adapters.define import define
+from jaxtune.checkpoints import huggingface
+from jaxtune.checkpoints.source import TensorSource
+from jaxtune.layers.tree import Tree, merge
+from jaxtune.models.definition import Definition
+
+
+class Assembled(NamedTuple):
+    """A model in memory.
+
+    Attributes:
+      definition: what it is.
+      base: frozen weights.
+      trainable: what is trained.
+      constants: of the method.
+      ignored: checkpoint tensors that are not needed, each with its reason.
+    """
+
+    definition: Definition
+    base: Tree
+    trainable: Tree
+    constants: Tree
+    ignored: dict[str, str]
+
+
+def assemble(
+    source: TensorSource,
+    dtype: DTypeLike,
+    mesh: Mesh,
+    *,
+    method: Method | None = None,
+    stored: Stored | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Assembled:
+    """Loads the weights and starts the method's own arrays.
+
+    Args:
+      source: the checkpoint.
+      dtype: of frozen weights.
+      mesh: where arrays go.
+      method: None for the bare model.
+      stored: an adapter to start from; otherwise the method draws its own start from `seed`.
+      seed: of that start.
+      progress: shows a bar when loading takes long.
+    """
+    definition = define(source.config, dtype, method)
+    weights, ignored = huggingface.load(definition, source, mesh, progress=progress)
+    added: tuple[Tree, Tree] = ({}, {})
+    if method is not None:
+        started = stored is None
+        added = method.init(definition, seed) if started else method.restore(definition, stored)
+    parts: dict[Any, Tree] = definition.split(merge(weights, *added))
+    return Assembled(definition, parts["base"], parts["trainable"], parts["constants"], ignored)

@@ -1,0 +1,181 @@
+"""Generation: prefill and decode in one compiled function, over a key-value cache.
+
+Prompts are padded on the left, so that every row writes its next token at the same place.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxtune.errors import JaxtuneError
+from jaxtune.layers.decoder import CausalLM, ForwardOptions
+from jaxtune.layers.tree import Tree
+from jaxtune.models.definition import Definition
+from jaxtune.parallel.rules import constrain
+
+# Prompt lengths are rounded up to a multiple of this, so that similar batches share a compilation.
+PROMPT_MULTIPLE = 32
+
+
+class Sampling(NamedTuple):
+    """How the next token is chosen.
+
+    Attributes:
+      temperature: 0 takes the likeliest token.
+      top_p: samples from the smallest set of tokens with at least this probability.
+      seed: of the samples.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+class _Loop(NamedTuple):
+    index: jax.Array  # tokens generated so far
+    token: jax.Array  # int32[B], the last of them
+    done: jax.Array  # bool[B]
+    output: jax.Array  # int32[B, N]
+    caches: Any
+    key: jax.Array
+
+
+def _choose(logits: jax.Array, greedy: bool, sampling: Sampling, key: jax.Array) -> jax.Array:
+    """Picks a token for each row of logits float32 [B, V]."""
+    if greedy:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / sampling.temperature
+    ordered = jnp.sort(logits, axis=-1)[:, ::-1]
+    probabilities = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    # The first token past the threshold still belongs to the set, and the likeliest always does.
+    smallest = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), axis=-1)
+    logits = jnp.where(logits >= smallest[:, None], logits, -jnp.inf)
+    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("definition", "options", "max_new_tokens", "greedy", "stop")
+)
+def _generate(
+    trees: tuple[Tree, Tree, Tree],
+    tokens: jax.Array,
+    lengths: jax.Array,
+    sampling: Sampling,
+    *,
+    definition: Definition,
+    options: ForwardOptions,
+    max_new_tokens: int,
+    greedy: bool,
+    stop: tuple[int, ...],
+) -> jax.Array:
+    """Returns int32[B, N]: new tokens, and the first stop token (or −1) after the end of a row."""
+    model: CausalLM = definition.bind(*trees)
+    batch, prompt = tokens.shape
+    tokens = constrain(tokens, "batch", None)
+    index = jnp.arange(prompt)
+    segments = (index >= prompt - lengths[:, None]).astype(jnp.int32)
+    positions = jnp.maximum(index - (prompt - lengths[:, None]), 0)
+    kv_segments = jnp.concatenate([segments, jnp.ones((batch, max_new_tokens), jnp.int32)], axis=1)
+    caches = model.model.init_cache(batch, prompt + max_new_tokens, options.dtype)
+    hidden, caches = model.hidden(
+        tokens, segments, positions, options, caches=caches, kv_segment_ids=kv_segments
+    )
+    end = jnp.asarray(stop, jnp.int32)
+
+    def choose(hidden: jax.Array, key: jax.Array, done: jax.Array) -> tuple[jax.Array, jax.Array]:
+        token = _choose(model.head()(hidden[:, -1]), greedy, sampling, key)
+        token = jnp.where(done, stop[0] if stop else -1, token)
+        return token, done | jnp.isin(token, end)
+
+    key = jax.random.key(sampling.seed)
+    token, done = choose(hidden, jax.random.fold_in(key, 0), jnp.zeros(batch, bool))
+    output = jnp.full((batch, max_new_tokens), stop[0] if stop else -1, jnp.int32)
+    loop = _Loop(jnp.int32(1), token, done, output.at[:, 0].set(token), caches, key)
+
+    def one_token(loop: _Loop) -> _Loop:
+        hidden, caches = model.hidden(
+            loop.token[:, None],
+            jnp.ones((batch, 1), jnp.int32),
+            (lengths + loop.index - 1)[:, None],
+            options,
+            caches=loop.caches,
+            kv_segment_ids=kv_segments,
+            cache_index=prompt + loop.index - 1,
+        )
+        key = jax.random.fold_in(loop.key, loop.index)
+        token, done = choose(hidden, key, loop.done)
+        output = lax.dynamic_update_slice(loop.output, token[:, None], (0, loop.index))
+        return _Loop(loop.index + 1, token, done, output, caches, loop.key)
+
+    def goes_on(loop: _Loop) -> jax.Array:
+        return (loop.index < max_new_tokens) & ~jnp.all(loop.done)
+
+    return lax.while_loop(goes_on, one_token, loop).output
+
+
+def generate_tokens(
+    definition: Definition,
+    trees: tuple[Tree, Tree, Tree],
+    prompts: Sequence[Sequence[int]],
+    options: ForwardOptions,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop: Sequence[int],
+) -> list[list[int]]:
+    """Continues a batch of prompts of any lengths.
+
+    Args:
+      definition: of the model.
+      trees: base, trainable, constants.
+      prompts: token ids, at least one each.
+      options: compute dtype and attention backend.
+      max_new_tokens: the most to add to each.
+      sampling: how tokens are chosen.
+      stop: ids that end a row.
+
+    Returns:
+      The new tokens of each prompt, without the one that stopped it.
+
+    Raises:
+      JaxtuneError: an empty prompt, or settings out of range.
+    """
+    if not prompts:
+        return []
+    if not all(len(prompt) for prompt in prompts):
+        raise JaxtuneError("a prompt has no tokens")
+    if max_new_tokens < 1 or sampling.temperature < 0 or not 0 < sampling.top_p <= 1:
+        raise JaxtuneError("max_new_tokens ≥ 1, temperature ≥ 0 and 0 < top_p ≤ 1 are needed")
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    width = -(-int(lengths.max()) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+    tokens = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[width - len(prompt) :] = prompt
+    stop = tuple(sorted(set(stop)))
+    output = np.asarray(
+        _generate(
+            trees,
+            tokens,
+            lengths,
+            sampling,
+            definition=definition,
+            options=options,
+            max_new_tokens=max_new_tokens,
+            greedy=sampling.temperature == 0,
+            stop=stop,
+        )
+    )
+    return [_until_stop(row.tolist(), stop) for row in output]
+
+
+def _until_stop(row: list[int], stop: tuple[int, ...]) -> list[int]:
+    ends = [i for i, token in enumerate(row) if token in stop]
+    return row[: ends[0]] if ends else row

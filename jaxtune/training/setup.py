@@ -1,0 +1,129 @@
+"""Everything of a run that is known before a weight is loaded: what `jaxtune plan` compiles and
+`jaxtune train` runs is set up here, once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxtune.adapters.define import define
+from jaxtune.adapters.method import Method
+from jaxtune.errors import JaxtuneError, lookup
+from jaxtune.layers.attention import choose_backend
+from jaxtune.layers.decoder import ForwardOptions
+from jaxtune.layers.remat import POLICIES
+from jaxtune.models.definition import Definition
+from jaxtune.objectives.sft import sft_loss
+from jaxtune.parallel.mesh import make_mesh, named_sharding
+from jaxtune.quant import FORMATS
+from jaxtune.training.optimizer import make_optimizer, make_schedule
+from jaxtune.training.state import TrainState, state_like
+from jaxtune.training.step import StepSettings, make_eval_step, make_train_step
+
+BATCH_ARRAYS = ("tokens", "targets", "segment_ids", "positions")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """The static half of a run.
+
+    Attributes:
+      config: resolved.
+      method: with its settings.
+      definition: of the model with the method attached.
+      mesh: the devices.
+      options: of the forward pass.
+      schedule: of the learning rate.
+      optimizer: clipping and update rule.
+      like: shapes, dtypes and shardings of the training state.
+    """
+
+    config: Any
+    method: Method
+    definition: Definition
+    mesh: Mesh
+    options: ForwardOptions
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+    like: TrainState
+
+    def train_step(self) -> Any:
+        """Builds the jitted update; see `make_train_step`."""
+        training, dropout = self.config.training, getattr(self.method, "dropout", 0.0) > 0
+        return make_train_step(
+            self.definition,
+            sft_loss,
+            self.optimizer,
+            self.schedule,
+            self.options,
+            StepSettings(training.accumulation, training.seed, dropout),
+            self.like,
+        )
+
+    def eval_step(self) -> Any:
+        """Builds the jitted evaluation; see `make_eval_step`."""
+        return make_eval_step(self.definition, sft_loss, self.options)
+
+    def put_batch(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """Places a batch of NumPy arrays int[rows, T] on the mesh."""
+        sharding = named_sharding(self.mesh, ("batch", "sequence"))
+        return {name: jax.device_put(batch[name], sharding) for name in BATCH_ARRAYS}
+
+    def batch_like(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Describes a training batch."""
+        shape = (self.config.training.batch_size, self.config.data.max_length)
+        sharding = named_sharding(self.mesh, ("batch", "sequence"))
+        return {
+            name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for name in BATCH_ARRAYS
+        }
+
+
+def set_up(
+    config: Any,
+    model_config: Mapping[str, Any],
+    method: Method,
+    devices: Sequence[Any] | None = None,
+) -> Setup:
+    """Sets a run up without allocating anything.
+
+    Args:
+      config: resolved.
+      model_config: the content of the model's config.json.
+      method: what is trained.
+      devices: to train on; those of this process by default.
+
+    Raises:
+      JaxtuneError: a setting that cannot be met; the message names the key.
+    """
+    training = config.training
+    if config.quantize.format:
+        lookup(FORMATS, config.quantize.format, "quantize.format")
+    lookup(dict.fromkeys(POLICIES), training.remat, "training.remat")
+    definition = define(model_config, training.dtype, method)
+    mesh = make_mesh(config.mesh, devices)
+    rows = training.batch_size // training.accumulation
+    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % shares:
+        raise JaxtuneError(
+            f"{rows} rows per micro-batch (training.batch_size / training.accumulation) do not "
+            f"divide over {shares} devices (mesh.data × mesh.fsdp)"
+        )
+    backend = choose_backend(config.model.attention, mesh.devices.flat[0].platform)
+    options = ForwardOptions(jnp.dtype(training.dtype), backend, training.remat)
+    optimizer = make_optimizer(config, definition.abstract("trainable"))
+    return Setup(
+        config=config,
+        method=method,
+        definition=definition,
+        mesh=mesh,
+        options=options,
+        schedule=make_schedule(config),
+        optimizer=optimizer,
+        like=state_like(definition, optimizer, mesh),
+    )

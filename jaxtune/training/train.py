@@ -1,0 +1,230 @@
+"""A whole training run: from a config to a directory with metrics, checkpoints and adapter."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxtune.adapters import Method, Stored, method_from_config, method_from_peft
+from jaxtune.adapters.census import census, render
+from jaxtune.checkpoints import huggingface
+from jaxtune.checkpoints.assemble import assemble
+from jaxtune.checkpoints.orbax import Checkpoints
+from jaxtune.checkpoints.peft import read_adapter, write_adapter
+from jaxtune.checkpoints.source import TensorSource
+from jaxtune.checkpoints.tokenizer import load_tokenizer
+from jaxtune.data import Examples, Loader, eval_batches, load_examples
+from jaxtune.errors import JaxtuneError
+from jaxtune.layers.tree import Tree
+from jaxtune.training.loop import fit
+from jaxtune.training.run import RunDirectory
+from jaxtune.training.setup import Setup, set_up
+from jaxtune.training.state import TrainState, initial_state
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: Any, workdir: str | Path) -> RunDirectory:
+    """Trains, or goes on with the run that is in `workdir`.
+
+    Args:
+      config: resolved config of a new run; None goes on with the one that is there.
+      workdir: the run's directory.
+
+    Returns:
+      The run's directory, with everything in it.
+
+    Raises:
+      JaxtuneError: anything the user can mend; nothing half-written is left.
+    """
+    run = RunDirectory(workdir)
+    with run.start(config) as config:
+        location = huggingface.resolve_path(config.model.path, config.model.revision)
+        source = huggingface.open_source(location)
+        method, stored = choose_method(config)
+        setup = set_up(config, source.config, method)
+        _log_setup(setup)
+        tokenizer = load_tokenizer(location)
+        examples = training_examples(config, source, tokenizer)
+        held_out = _examples(config, config.data.eval, source, tokenizer)
+        run.check_fingerprint(fingerprint(source, tokenizer, examples, held_out))
+        parts = assemble(
+            source,
+            config.training.dtype,
+            setup.mesh,
+            method=method,
+            stored=stored,
+            seed=config.training.seed,
+        )
+        for name, reason in parts.ignored.items():
+            logger.info("not loaded: %s (%s)", name, reason)
+        base, constants = parts.base, parts.constants
+        with jax.set_mesh(setup.mesh):
+            fit(
+                state=initial_state(parts.trainable, setup.optimizer, setup.like),
+                step=bind_step(setup, base, constants),
+                loader=make_loader(config, examples),
+                evaluate=bind_evaluation(setup, base, constants, held_out),
+                save_adapter=_adapter_writer(setup, constants),
+                run=run,
+                config=config,
+            )
+    return run
+
+
+def choose_method(config: Any) -> tuple[Method, Stored | None]:
+    """Returns the method of a config, and the adapter to start from if it names one."""
+    if not config.adapter.init_from:
+        return method_from_config(config.adapter), None
+    stored = read_adapter(config.adapter.init_from)
+    method = method_from_peft(stored)
+    if method.name != config.adapter.method:
+        raise JaxtuneError(
+            f"adapter.init_from holds a {method.name} adapter, not adapter.method="
+            f"{config.adapter.method}"
+        )
+    logger.info(
+        "going on from %s, which brings its own settings: %s", config.adapter.init_from, method
+    )
+    return method, stored
+
+
+def _log_setup(setup: Setup) -> None:
+    mesh = {axis: size for axis, size in setup.mesh.shape.items() if size > 1} or "one device"
+    logger.info("mesh: %s, attention: %s", mesh, setup.options.attention)
+    logger.info("\n%s", render(census(setup.definition)))
+
+
+def training_examples(config: Any, source: TensorSource, tokenizer: Any) -> Examples:
+    """Loads the training set, tokenized and checked.
+
+    Raises:
+      JaxtuneError: no training set is configured, or an example is not usable.
+    """
+    examples = _examples(config, config.data.train, source, tokenizer)
+    if examples is None:
+        raise JaxtuneError("data.train is empty: give a JSONL file or a data set's hub id")
+    return examples
+
+
+def _examples(config: Any, path: str, source: TensorSource, tokenizer: Any) -> Examples | None:
+    if not path:
+        return None
+    examples = load_examples(
+        path,
+        tokenizer=tokenizer,
+        max_length=config.data.max_length,
+        too_long=config.data.too_long,
+        chat_template=config.data.chat_template,
+        vocab_size=source.config.get("vocab_size"),
+    )
+    logger.info(
+        "%s: %d examples, %d tokens, %d of them targets; %d dropped, %d truncated",
+        path,
+        len(examples),
+        examples.token_count,
+        examples.target_count,
+        examples.dropped,
+        examples.truncated,
+    )
+    if examples.unread:
+        logger.warning("%s: keys that nothing reads: %s", path, ", ".join(examples.unread))
+    return examples
+
+
+def make_loader(config: Any, examples: Examples) -> Loader:
+    """Makes the endless stream of training batches."""
+    return Loader(
+        examples,
+        batch_size=config.training.batch_size,
+        length=config.data.max_length,
+        packing=config.data.packing,
+        shuffle=config.data.shuffle,
+        seed=config.training.seed,
+    )
+
+
+def bind_step(
+    setup: Setup, base: Tree, constants: Tree
+) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Mapping[str, jax.Array]]]:
+    """Returns the update as the loop calls it: ``(state, NumPy batch) → (state, metrics)``."""
+    compiled = setup.train_step()
+    return lambda state, batch: compiled(state, base, constants, setup.put_batch(batch))
+
+
+def bind_evaluation(
+    setup: Setup, base: Tree, constants: Tree, examples: Examples | None
+) -> Callable[[Tree], dict[str, float]] | None:
+    """Returns the evaluation as the loop calls it, or None without a held-out set."""
+    if examples is None:
+        return None
+    compiled = setup.eval_step()
+
+    def evaluate(trainable: Tree) -> dict[str, float]:
+        loss = weight = correct = 0.0
+        for batch in eval_batches(
+            examples,
+            batch_size=setup.config.evaluation.batch_size,
+            length=setup.config.data.max_length,
+            packing=setup.config.data.packing,
+        ):
+            sums = jax.device_get(compiled(trainable, base, constants, setup.put_batch(batch)))
+            loss, weight, correct = (
+                total + float(value)
+                for total, value in zip((loss, weight, correct), sums, strict=True)
+            )
+        return {"loss": loss / weight, "token_accuracy": correct / weight, "tokens": weight}
+
+    return evaluate
+
+
+def _adapter_writer(setup: Setup, constants: Tree) -> Callable[[Tree, Path], Any] | None:
+    """Returns what writes the adapter, or None where the whole model is trained."""
+    if setup.method.name == "full":
+        return None
+
+    def write(trainable: Tree, directory: Path) -> None:
+        stored = setup.method.store(setup.definition, trainable, constants)
+        stored.config["base_model_name_or_path"] = setup.config.model.path
+        write_adapter(directory, stored, replace=True)
+
+    return write
+
+
+def fingerprint(
+    source: TensorSource, tokenizer: Any, examples: Examples, held_out: Examples | None
+) -> dict[str, str]:
+    """Returns hashes of all that a run depends on besides its config."""
+    shapes = {name: source.shape(name) for name in source.names()}
+    model = json.dumps([source.config, shapes], sort_keys=True, default=str)
+    text = "" if tokenizer is None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return {
+        "model": _hash(model),
+        "tokenizer": _hash(text),
+        "data.train": examples.fingerprint(),
+        "data.eval": held_out.fingerprint() if held_out else "",
+    }
+
+
+def trained_arrays(run: RunDirectory, setup: Setup) -> Tree:
+    """Reads the trainables of a run's newest undamaged checkpoint.
+
+    Raises:
+      JaxtuneError: the run has no checkpoint yet.
+    """
+    with Checkpoints(run.checkpoints, run.read_config().checkpoint.keep) as checkpoints:
+        latest = checkpoints.latest_verified()
+        if latest is None:
+            raise JaxtuneError(f"{run.path}: the run has no checkpoint yet")
+        state, _ = checkpoints.restore(latest, setup.like)
+    return state.trainable
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
