@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 from collections.abc import Mapping, Sequence
@@ -14,8 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from jaxtune.adapters import method_from_peft
 from jaxtune import config as config_module
+from jaxtune.adapters import method_from_peft
 from jaxtune.adapters.merge import edits
 from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.assemble import Assembled, assemble
@@ -287,13 +286,9 @@ class Run:
         """Returns the directory of the best or last adapter, in PEFT's format.
 
         Raises:
-          JaxtuneError: nothing has been saved yet.
+          JaxtuneError: nothing has been saved yet, or the run trains every weight.
         """
-        wanted = {"best": self.directory.adapter_best, "last": self.directory.adapter_last}
-        for path in (wanted[which], self.directory.adapter_last):
-            if path.is_dir():
-                return path
-        raise JaxtuneError(f"{self.path}: the run has not saved an adapter yet")
+        return self.directory.adapter(which)
 
     def _fully_trained(self, options: Mapping[str, Any]) -> Model:
         model = load(self.config.model.path, **options)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 from jaxtune.adapters.targets import linears
+from jaxtune.layers.tree import Path, layer_names
 from jaxtune.models.definition import Definition
 
 
@@ -33,28 +35,32 @@ class Row:
 def census(definition: Definition) -> list[Row]:
     """Counts every array of a model, trained groups first."""
     rows: dict[tuple[str, str, str], Row] = {}
-    edited = {
-        (*p, "adapter"): m.adapter for p, m in linears(definition.module).items() if m.adapter
+    modules: dict[tuple[str, str, str], set[str]] = {}
+    adapters: dict[Path, Any] = {
+        (*path, "adapter"): linear.adapter
+        for path, linear in linears(definition.module).items()
+        if linear.adapter is not None
     }
     for path, leaf in definition.leaves.items():
         if leaf.kind == "constants":
             continue
         declaration = leaf.declaration
-        held = math.prod(declaration.stacked_shape)
-        count, modules = held, declaration.layers[1] if declaration.layers else 1
-        adapter = edited.get(path[:-1])
+        count = held = math.prod(declaration.stacked_shape)
+        names = layer_names(path[:-1], declaration)
+        adapter = adapters.get(path[:-1])
         if adapter is not None:  # layers of lower rank are padded
             ranks = [factor.rank for factor in adapter.factors]
             count = held // (max(ranks) * len(ranks)) * sum(ranks)
-            modules = sum(rank > 0 for rank in ranks)
+            names = [name for name, rank in zip(names, ranks, strict=True) if rank]
         skipped = ("model", "layers", "adapter")
         group = ".".join(part for part in path[:-1] if not part.isdigit() and part not in skipped)
         kind = "trained" if leaf.kind == "trainable" else "frozen"
         key = (kind, group, str(leaf.dtype))
         row = rows.get(key, Row(group, kind, 0, 0, 0, str(leaf.dtype)))
+        modules.setdefault(key, set()).update(names)
         rows[key] = dataclasses.replace(
             row,
-            modules=max(row.modules, modules),
+            modules=len(modules[key]),
             parameters=row.parameters + count,
             bytes=row.bytes + held * leaf.dtype.itemsize,
         )

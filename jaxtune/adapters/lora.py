@@ -1,4 +1,7 @@
-"""LoRA: a trained low-rank edit W + (alpha / r) · B A of a frozen weight. Source: Hu et al., 2021."""
+"""LoRA: a trained low-rank edit W + (alpha / r) · B A of a frozen weight.
+
+Source: Hu et al., 2021.
+"""
 
 from __future__ import annotations
 

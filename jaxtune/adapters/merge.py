@@ -2,34 +2,45 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from jaxtune.adapters.targets import linears
 from jaxtune.layers.decoder import CausalLM
+from jaxtune.layers.linear import LowRank
 from jaxtune.layers.tree import Path, declaration_of
+from jaxtune.quant import materialize
+
+# Computes the merged weight [out, in] of one layer in a dtype.
+Edit = Callable[[int, DTypeLike], jax.Array]
 
 
-def merged_weight(linear: Any, layer: int) -> Any:
-    """Returns W + scale · B A, float32 [out, in], of one layer of a projection."""
+@functools.partial(jax.jit, static_argnames="dtype")
+def _merge(weight: Any, edit: LowRank, layer: int | None, dtype: DTypeLike) -> jax.Array:
+    # One program, so that no float32 copy of the weight outlives it.
+    if layer is not None:
+        weight, edit = jax.tree.map(lambda value: value[layer], (weight, edit))
+    delta = jnp.matmul(edit.lora_B, edit.lora_A, precision=lax.Precision.HIGHEST)
+    return (materialize(weight, jnp.float32) + edit.scale * delta).astype(dtype)
+
+
+def merged_weight(linear: Any, layer: int, dtype: DTypeLike = jnp.float32) -> jax.Array:
+    """Returns W + scale · B A of one layer of a projection, [out, in], rounded once to `dtype`."""
     stacked = declaration_of(linear.weight).layers is not None
-
-    def of_layer(value: Any) -> Any:
-        return value[layer] if stacked else value
-
-    weight = of_layer(linear.weight.get_value()).astype(jnp.float32)
-    edit = linear.adapter.edit()
-    lora_A, lora_B, scale = (of_layer(value) for value in edit)
-    return weight + scale * jnp.matmul(lora_B, lora_A, precision=lax.Precision.HIGHEST)
+    weight, edit = linear.weight.get_value(), linear.adapter.edit()
+    return _merge(weight, edit, layer if stacked else None, jnp.dtype(dtype))
 
 
-def edits(model: CausalLM) -> dict[Path, Callable[[int], Any]]:
+def edits(model: CausalLM) -> dict[Path, Edit]:
     """Returns, for every edited weight of a bound model, how to compute a layer's merged one."""
     return {
-        (*path, "weight"): lambda layer, linear=linear: merged_weight(linear, layer)
+        (*path, "weight"): functools.partial(merged_weight, linear)
         for path, linear in linears(model).items()
         if linear.adapter is not None
     }

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -24,10 +22,11 @@ def new_directory(directory: str | Path, *, replace: bool = False) -> Iterator[P
     Raises:
       JaxtuneError: the directory exists, or the disk is full; nothing is left behind.
     """
-    final = Path(directory)
-    if not replace and final.exists() and (not final.is_dir() or any(final.iterdir())):
-        raise JaxtuneError(f"{final}: exists already; remove it or choose another place")
+    final = Path(directory).resolve()
     try:
+        taken = final.exists() and (not final.is_dir() or any(final.iterdir()))
+        if taken and not replace:
+            raise JaxtuneError(f"{final}: exists already; remove it or choose another place")
         final.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
     except OSError as error:
@@ -37,8 +36,6 @@ def new_directory(directory: str | Path, *, replace: bool = False) -> Iterator[P
         scratch.chmod(0o755)
         _swap(scratch, final)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise JaxtuneError(f"{final}: no space left on the disk") from error
         raise JaxtuneError(f"{final}: cannot write: {error.strerror or error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -49,7 +46,7 @@ def _swap(scratch: Path, final: Path) -> None:
     old = None
     if final.exists():
         old = Path(tempfile.mkdtemp(prefix=f".{final.name}-old-", dir=final.parent))
-        os.replace(final, old)
-    os.replace(scratch, final)
+        final.replace(old)
+    scratch.replace(final)
     if old is not None:
         shutil.rmtree(old)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
+from jaxtune.adapters.merge import Edit
 from jaxtune.checkpoints.atomic import new_directory
 from jaxtune.checkpoints.gguf import GGUFSource
 from jaxtune.checkpoints.progress import track
@@ -38,7 +40,7 @@ class HuggingFaceSource:
         Raises:
           JaxtuneError: a file is missing, broken, or named outside the directory.
         """
-        self.directory = directory
+        self.path = directory
         self.config = read_json(directory / "config.json")
         if (directory / INDEX).is_file():
             names = self._indexed_files()
@@ -55,14 +57,14 @@ class HuggingFaceSource:
                 self._by_name[name] = file
 
     def _indexed_files(self) -> list[str]:
-        weight_map = read_json(self.directory / INDEX).get("weight_map")
+        weight_map = read_json(self.path / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise JaxtuneError(f'{self.directory / INDEX}: has no "weight_map"')
+            raise JaxtuneError(f'{self.path / INDEX}: has no "weight_map"')
         names = sorted({str(name) for name in weight_map.values()})
         for name in names:
             # An index is data from elsewhere: it may name files beside it and nothing else.
             if name != Path(name).name or not name.endswith(".safetensors"):
-                raise JaxtuneError(f"{self.directory / INDEX}: refuses the file name {name!r}")
+                raise JaxtuneError(f"{self.path / INDEX}: refuses the file name {name!r}")
         return names
 
     def names(self) -> list[str]:
@@ -96,6 +98,8 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise JaxtuneError(f"{path}: no such file") from None
+    except OSError as error:
+        raise JaxtuneError(f"{path}: cannot read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise JaxtuneError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(content, dict):
@@ -117,10 +121,16 @@ def resolve_path(path: str, revision: str = "") -> Path:
     if path.startswith((".", "/", "~")) or path.count("/") != 1 or path.endswith(".gguf"):
         raise JaxtuneError(f"{path}: no such file or directory")
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
     try:
         return Path(snapshot_download(path, revision=revision or None, allow_patterns=patterns))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise JaxtuneError(
+            f"{path}: no such directory here, not in the hub's cache, and the hub is out of reach "
+            "(no network, or HF_HUB_OFFLINE is set)"
+        ) from error
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise JaxtuneError(f"{path}: not a local path, and the hub says: {reason}") from error
@@ -158,6 +168,11 @@ def _check_names(definition: Definition, source: TensorSource) -> dict[str, str]
     }
     missing = sorted(set(needed) - present)
     extra = sorted(present - set(needed) - set(ignored))
+    dtypes = [
+        f"{name} is {source.dtype(name)} ({source.where(name)})"
+        for name in sorted(needed)
+        if name in present and not jnp.issubdtype(source.dtype(name), jnp.floating)
+    ]
     shapes = [
         f"{name} is {list(source.shape(name))}, not {list(shape)} ({source.where(name)})"
         for name, shape in sorted(needed.items())
@@ -169,21 +184,50 @@ def _check_names(definition: Definition, source: TensorSource) -> dict[str, str]
             ("missing", missing, closest(missing[0], extra) if missing else ""),
             ("not in the architecture", extra, ""),
             ("of the wrong shape", shapes, ""),
+            ("of a dtype that is no weight's", dtypes, ""),
         )
         if names
     ]
     if problems:
-        raise JaxtuneError("the checkpoint does not fit config.json: " + "; ".join(problems))
+        raise JaxtuneError(f"{source.path}: does not fit its config: " + "; ".join(problems))
     return ignored
 
 
 def _some(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    # A name is data from elsewhere: it shall not break the line, nor flood the terminal.
+    shown = [n if n.isprintable() and len(n) < 400 else ascii(n[:100]) for n in names[:most]]
+    return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _fill(stacked: jax.Array, value: jax.Array, layer: jax.Array) -> jax.Array:
     return lax.dynamic_update_index_in_dim(stacked, value.astype(stacked.dtype), layer, 0)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _copy(value: jax.Array, dtype: Any) -> jax.Array:
+    return jnp.copy(value.astype(dtype))
+
+
+class _Staging:
+    """One host buffer through which every tensor passes on its way to the devices.
+
+    A file's tensors seldom lie where a device can take them, and a fresh copy of each would leave
+    the allocator holding several of them after they are gone.
+    """
+
+    ALIGNMENT = 64  # of jax's arrays on a CPU, which then takes the buffer as it is
+
+    def __init__(self, size: int):
+        raw = np.empty(size + self.ALIGNMENT, np.uint8)
+        start = -raw.ctypes.data % self.ALIGNMENT
+        self._buffer = raw[start : start + size]
+
+    def put(self, value: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        """Returns an array that is valid until the next call: it may be the buffer itself."""
+        staged = self._buffer[: value.nbytes].view(value.dtype).reshape(value.shape)
+        np.copyto(staged, value)
+        return jax.device_put(staged, sharding)
 
 
 def load(
@@ -209,35 +253,48 @@ def load(
     ignored = _check_names(definition, source)
     leaves = definition.in_checkpoint()
     names = {path: layer_names(path, leaf.declaration) for path, leaf in leaves.items()}
+    largest = max(_size(source, name) for layers in names.values() for name in layers)
+    staging = _Staging(largest)
     tree: dict[tuple[str, ...], jax.Array] = {}
     with track(sum(map(len, names.values())), "loading weights", progress) as advance:
         for path, leaf in leaves.items():
-            tree[path] = _load_leaf(leaf, names[path], source, mesh, advance)
+            tree[path] = _load_leaf(leaf, names[path], source, mesh, staging, advance)
     return unflatten(tree), ignored
 
 
+def _size(source: TensorSource, name: str) -> int:
+    return math.prod(source.shape(name)) * source.dtype(name).itemsize
+
+
 def _load_leaf(
-    leaf: Leaf, names: list[str], source: TensorSource, mesh: Mesh, advance: Callable[[], None]
+    leaf: Leaf,
+    names: list[str],
+    source: TensorSource,
+    mesh: Mesh,
+    staging: _Staging,
+    advance: Callable[[], None],
 ) -> jax.Array:
     declaration = leaf.declaration
     sharding = named_sharding(mesh, declaration.axes)
-    # An unstacked leaf is a stack of one, so that both are copied out of the file the same way.
-    stacked = (len(names), *declaration.shape)
-    stacked_sharding = named_sharding(mesh, ("layers", *declaration.axes))
-    values = jnp.zeros(stacked, leaf.dtype, device=stacked_sharding)
-    for layer, name in enumerate(names):
-        value = jax.device_put(source.read(name), sharding)
-        values = _fill(values, value, jnp.int32(layer))
+    if declaration.layers is None:
+        values = _copy(staging.put(source.read(names[0]), sharding), leaf.dtype)
         values.block_until_ready()
         advance()
-    return values if declaration.layers else values.reshape(declaration.shape)
+        return values
+    stacked_sharding = named_sharding(mesh, declaration.stacked_axes)
+    values = jnp.zeros(declaration.stacked_shape, leaf.dtype, device=stacked_sharding)
+    for layer, name in enumerate(names):
+        values = _fill(values, staging.put(source.read(name), sharding), jnp.int32(layer))
+        values.block_until_ready()
+        advance()
+    return values
 
 
 def checkpoint_tensors(
     definition: Definition,
     tree: Tree,
     dtype: Any,
-    edits: Mapping[tuple[str, ...], Callable[[int], jax.Array]],
+    edits: Mapping[tuple[str, ...], Edit],
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (Hugging Face name, value) of every weight, in layer order where there are layers.
 
@@ -256,10 +313,19 @@ def checkpoint_tensors(
     for _, name, path, layer in sorted(order):
         leaf = definition.leaves[path]
         if path in edits:
-            value = edits[path](layer)
+            value = np.asarray(edits[path](layer, dtype or leaf.dtype))
         else:
-            value = values[path][layer] if leaf.declaration.layers else values[path]
-        yield name, np.asarray(value.astype(dtype or leaf.dtype))
+            value = _to_host(values[path], layer if leaf.declaration.layers else None)
+        yield name, value.astype(dtype or leaf.dtype, copy=False)
+
+
+def _to_host(value: jax.Array, layer: int | None) -> np.ndarray:
+    """Returns an array, or one layer of it, as a view where it is in host memory already."""
+    if layer is None:
+        return np.asarray(value)
+    devices = value.sharding.device_set
+    in_host_memory = len(devices) == 1 and next(iter(devices)).platform == "cpu"
+    return np.asarray(value)[layer] if in_host_memory else np.asarray(value[layer])
 
 
 def save(
@@ -270,7 +336,7 @@ def save(
     tokenizer: Any = None,
     extra_files: Mapping[str, Path] | None = None,
     dtype: Any = None,
-    edits: Mapping[tuple[str, ...], Callable[[int], jax.Array]] | None = None,
+    edits: Mapping[tuple[str, ...], Edit] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Writes a Hugging Face checkpoint: sharded safetensors, index, config.json, tokenizer.
@@ -293,11 +359,13 @@ def save(
     with new_directory(directory) as scratch:
         tensors = checkpoint_tensors(definition, tree, dtype, edits or {})
         write_sharded(scratch, tensors, shard_bytes)
-        config = {k: v for k, v in definition.config.items() if k not in ("torch_dtype", "dtype")}
+        config = dict(definition.config)
         kinds = {
             str(jnp.dtype(dtype or leaf.dtype)) for leaf in definition.in_checkpoint().values()
         }
-        config["dtype"] = "bfloat16" if "bfloat16" in kinds else kinds.pop()
+        # transformers 5 writes and reads "dtype"; older tools know it as "torch_dtype".
+        for key in {"dtype", *config} & {"dtype", "torch_dtype"}:
+            config[key] = "bfloat16" if "bfloat16" in kinds else next(iter(kinds))
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (scratch / "config.json").write_text(text, encoding="utf-8")
         for name, path in (extra_files or {}).items():

@@ -102,13 +102,13 @@ def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes one file that PyTorch's tools read.
 
     Raises:
-      JaxtuneError: the disk is full or cannot be written.
+      OSError: the disk is full or cannot be written.
     """
     contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     try:
         save_file(contiguous, path, metadata={"format": "pt"})
-    except (SafetensorError, OSError) as error:
-        raise JaxtuneError(f"{path}: cannot write: {error}") from error
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def write_sharded(

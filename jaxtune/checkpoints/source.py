@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,9 +12,11 @@ class TensorSource(Protocol):
     """The tensors of a checkpoint, under their Hugging Face names.
 
     Attributes:
+      path: the directory or file.
       config: the content of config.json.
     """
 
+    path: Path
     config: dict[str, Any]
 
     def names(self) -> list[str]:

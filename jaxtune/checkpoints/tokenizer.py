@@ -225,12 +225,16 @@ def _byte_level_bpe(
         for number, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
         if kind != TokenType.UNUSED
     }
-    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
-    try:
-        model = models.BPE(vocabulary, pairs, ignore_merges=splitting.ignore_merges)
-    except Exception as error:
-        raise JaxtuneError(f"{path}: tokenizer.ggml.merges do not fit: {error}") from error
-    backend = Tokenizer(model)
+    pairs = []
+    for number, merge in enumerate(merges):
+        left, _, right = merge.partition(" ")
+        # tokenizers panics, past every except clause, on some of these.
+        if not {left, right, left + right} <= vocabulary.keys():
+            raise JaxtuneError(
+                f'{path}: tokenizer.ggml.merges[{number}]="{merge}" joins or makes what is no token'
+            )
+        pairs.append((left, right))
+    backend = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=splitting.ignore_merges))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             *(step() for step in splitting.steps),

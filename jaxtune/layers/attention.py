@@ -9,91 +9,17 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxtune.errors import lookup
+from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.layers.attention_kernels import cudnn_attention, splash_attention
+from jaxtune.layers.attention_portable import blockwise_attention, xla_attention
 from jaxtune.layers.context import Cache, Context
 from jaxtune.layers.linear import Linear
 from jaxtune.layers.norm import RMSNorm
 from jaxtune.layers.rope import rotate_half
 from jaxtune.parallel.rules import constrain
-
-# Finite, so that a row that may attend to nothing (padding) gives a mean and not NaN.
-MASKED = -1e30
-# Queries that the blockwise backend handles at once.
-QUERY_BLOCK = 256
-
-
-def _mask(q_segments: jax.Array, kv_segments: jax.Array, offset: jax.Array | int) -> jax.Array:
-    """Returns bool [B, T, S]: same segment, and not after the query."""
-    rows = offset + jnp.arange(q_segments.shape[1])
-    causal = jnp.arange(kv_segments.shape[1])[None, :] <= rows[:, None]
-    return causal & (q_segments[:, :, None] == kv_segments[:, None, :])
-
-
-def xla_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    q_segments: jax.Array,
-    kv_segments: jax.Array,
-    offset: jax.Array | int,
-    scale: float,
-) -> jax.Array:
-    """Plain attention with a [T, S] mask, in float32: for CPUs and for single-token decoding.
-
-    The heads of a group are folded into the query axis, so keys and values are never repeated.
-    Arguments and result as in `attention`.
-    """
-    (batch, t, heads, dim), kv_heads, s = q.shape, k.shape[2], k.shape[1]
-    groups = heads // kv_heads
-    f32 = jnp.float32
-    q_ = q.astype(f32).transpose(0, 2, 1, 3).reshape(batch, kv_heads, groups * t, dim)
-    k_ = k.astype(f32).transpose(0, 2, 1, 3)
-    v_ = v.astype(f32).transpose(0, 2, 1, 3)
-    highest = lax.Precision.HIGHEST if q.dtype == f32 else None
-    heads_batch = ((0, 1), (0, 1))
-    scores = lax.dot_general(q_ * scale, k_, (((3,), (3,)), heads_batch), highest)
-    mask = _mask(q_segments, kv_segments, offset)[:, None, None]
-    scores = jnp.where(mask, scores.reshape(batch, kv_heads, groups, t, s), MASKED)
-    probabilities = jax.nn.softmax(scores, axis=-1).reshape(batch, kv_heads, groups * t, s)
-    out = lax.dot_general(probabilities, v_, (((3,), (2,)), heads_batch), highest)
-    return out.reshape(batch, heads, t, v.shape[-1]).transpose(0, 2, 1, 3).astype(q.dtype)
-
-
-def blockwise_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    q_segments: jax.Array,
-    kv_segments: jax.Array,
-    offset: jax.Array | int,
-    scale: float,
-) -> jax.Array:
-    """Attention one block of queries at a time, recomputed in the backward pass.
-
-    Runs anywhere and never holds a [T, S] array: for accelerators without a kernel for the shape.
-    Arguments and result as in `attention`.
-    """
-    batch, t = q_segments.shape
-    block = min(QUERY_BLOCK, t)
-    pad = -t % block
-    q = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0)))
-    q_segments = jnp.pad(q_segments, ((0, 0), (0, pad)))
-
-    @jax.checkpoint
-    def one_block(start: jax.Array) -> jax.Array:
-        q_block = lax.dynamic_slice_in_dim(q, start, block, 1)
-        segments = lax.dynamic_slice_in_dim(q_segments, start, block, 1)
-        return xla_attention(q_block, k, v, segments, kv_segments, offset + start, scale)
-
-    out = lax.map(one_block, jnp.arange(0, t + pad, block))
-    return jnp.moveaxis(out, 0, 1).reshape(batch, t + pad, *out.shape[3:])[:, :t]
-
 
 BACKENDS: dict[str, Callable[..., jax.Array]] = {
     "xla": xla_attention,
@@ -101,14 +27,25 @@ BACKENDS: dict[str, Callable[..., jax.Array]] = {
     "cudnn": cudnn_attention,
     "splash": splash_attention,
 }
+# Platforms of the kernels that not every device can run.
+KERNEL_PLATFORMS = {"cudnn": ("gpu", "cuda"), "splash": ("tpu",)}
 BY_PLATFORM = {"cpu": "xla", "tpu": "splash", "gpu": "cudnn", "cuda": "cudnn", "rocm": "blockwise"}
 
 
 def choose_backend(name: str, platform: str) -> str:
-    """Returns the backend for a platform when `name` is "auto", else `name` once checked."""
+    """Returns the backend for a platform when `name` is "auto", else `name` once checked.
+
+    Raises:
+      JaxtuneError: no such backend, or the platform cannot run it.
+    """
     if name == "auto":
         return BY_PLATFORM.get(platform, "blockwise")
     lookup(BACKENDS, name, "model.attention")
+    if platform not in KERNEL_PLATFORMS.get(name, (platform,)):
+        raise JaxtuneError(
+            f'model.attention="{name}" runs on {KERNEL_PLATFORMS[name][0]}, not on {platform}; '
+            '"auto" takes what the platform has'
+        )
     return name
 
 
@@ -140,7 +77,9 @@ def attention(
     """
     if q.shape[1] == 1:
         backend = "xla"  # one query: a [1, S] mask is all there is
-    return BACKENDS[backend](q, k, v, q_segments, kv_segments, offset, scale)
+    out = BACKENDS[backend](q, k, v, q_segments, kv_segments, offset, scale)
+    # splash names its output itself, along with what else its backward pass needs.
+    return out if backend == "splash" else checkpoint_name(out, "attention")
 
 
 class Attention(nnx.Module):
@@ -217,5 +156,4 @@ class Attention(nnx.Module):
             scale=self.head_dim**-0.5,
             backend=context.backend,
         )
-        out = checkpoint_name(out.reshape(batch, t, -1), "attention")
-        return self.o_proj(out, context.key_for("o_proj")), cache
+        return self.o_proj(out.reshape(batch, t, -1), context.key_for("o_proj")), cache

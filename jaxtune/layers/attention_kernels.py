@@ -1,11 +1,244 @@
-"""Attention kernels of accelerators."""
+"""Attention kernels of accelerators: splash on TPU, cuDNN on NVIDIA GPUs.
+
+Neither ever holds a [T, S] array. What a kernel cannot do goes to the blockwise backend, and the
+log says so once. Segments lie in one piece in their row, as packing leaves them.
+
+B batch, T queries, S keys, H query heads, K key-value heads, D head dimension. Arguments and
+results as in `jaxtune.layers.attention.attention`.
+"""
 
 from __future__ import annotations
 
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
 
-def cudnn_attention(q, k, v, q_segments, kv_segments, offset, scale):
-    raise NotImplementedError
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxtune.layers.attention_portable import blockwise_attention
+from jaxtune.parallel.rules import partition_spec
+
+try:
+    # jax.nn.dot_product_attention reaches cuDNN without the offsets of packed segments: with it,
+    # packing would cost a [T, T] mask. The private entry takes them.
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+except ImportError:
+    cudnn = None
+
+logger = logging.getLogger(__name__)
+
+Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+# The lane count of a TPU's vector unit; splash wants whole lanes of queries and of keys.
+SPLASH_LANES = 128
+# The largest tile of queries and of keys that splash is given; larger ones overflow VMEM.
+SPLASH_BLOCK = 512
+# Segments in a row that the cuDNN kernel is compiled for. It keeps float32 [B × this, H, T].
+CUDNN_SEGMENTS = 32
 
 
-def splash_attention(q, k, v, q_segments, kv_segments, offset, scale):
-    raise NotImplementedError
+@functools.cache
+def _log_once(message: str) -> None:
+    logger.warning(message)
+
+
+def _on_each_device(
+    kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array
+) -> jax.Array:
+    """Runs a kernel that the compiler cannot partition, on each device's rows and heads."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return kernel(q, k, v, segments)
+    heads = partition_spec(("batch", None, "heads", None))
+    kv_heads = partition_spec(("batch", None, "kv_heads", None))
+    return jax.shard_map(
+        kernel,
+        mesh=mesh,
+        in_specs=(heads, kv_heads, kv_heads, partition_spec(("batch", None))),
+        out_specs=heads,
+        check_vma=False,  # a kernel does not say over which axes its output varies
+    )(q, k, v, segments)
+
+
+def _not_self_attention(q: jax.Array, k: jax.Array, offset: jax.Array | int) -> str:
+    same = q.shape[1] == k.shape[1] and isinstance(offset, int) and offset == 0
+    return "" if same else "queries and keys are not of the same tokens"
+
+
+def splash_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_segments: jax.Array,
+    kv_segments: jax.Array,
+    offset: jax.Array | int,
+    scale: float,
+) -> jax.Array:
+    """Attention of a whole sequence with the splash kernel of jax: for TPUs.
+
+    Source: jax.experimental.pallas.ops.tpu.splash_attention.
+    """
+    if refusal := _not_self_attention(q, k, offset):
+        _log_once(f"attention: blockwise in place of splash ({refusal})")
+        out = blockwise_attention(q, k, v, q_segments, kv_segments, offset, scale)
+        return checkpoint_name(out, "attention")
+    kernel = functools.partial(splash_self_attention, scale=scale)
+    return _on_each_device(kernel, q, k, v, q_segments)
+
+
+def splash_self_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    *,
+    scale: float,
+    interpret: bool = False,
+) -> jax.Array:
+    """Runs the splash kernel on one device.
+
+    Args:
+      q: [B, T, H, D].
+      k: [B, T, K, D].
+      v: [B, T, K, Dv].
+      segments: int[B, T].
+      scale: factor on the scores.
+      interpret: evaluates the kernel step by step, on any device.
+
+    Returns:
+      [B, T, H, Dv] in the dtype of q.
+    """
+    # Imported here, for it is experimental and nothing but a TPU needs it.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    t, heads = q.shape[1:3]
+    # Padded tokens are a segment at the end of the row: no token of the row sees them.
+    pad = -t % SPLASH_LANES
+    length = t + pad
+    q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))
+    segments = jnp.pad(segments, ((0, 0), (0, pad)), constant_values=-1)
+    sizes = range(SPLASH_LANES, min(SPLASH_BLOCK, length) + 1, SPLASH_LANES)
+    block = max(size for size in sizes if length % size == 0)
+    # The fused backward kernel would hold a partial dq for every block of keys.
+    blocks = splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([masks.CausalMask((length, length))] * heads),
+        block_sizes=blocks,
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name="attention",
+        interpret=interpret,
+    )
+    q = (q.astype(jnp.float32) * scale).astype(q.dtype)
+    heads_first = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+    out: Any = jax.vmap(kernel)(*heads_first, splash.SegmentIds(segments, segments))
+    return out.transpose(0, 2, 1, 3)[:, :t].astype(q.dtype)
+
+
+def cudnn_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_segments: jax.Array,
+    kv_segments: jax.Array,
+    offset: jax.Array | int,
+    scale: float,
+) -> jax.Array:
+    """Attention of a whole sequence with cuDNN's fused kernel: for NVIDIA GPUs from Hopper on.
+
+    Rows of more than `CUDNN_SEGMENTS` segments are known only when the batch is there; a batch
+    that holds one is computed blockwise.
+    """
+    if refusal := _not_self_attention(q, k, offset) or _cudnn_refusal(q, v):
+        _log_once(f"attention: blockwise in place of cuDNN ({refusal})")
+        return blockwise_attention(q, k, v, q_segments, kv_segments, offset, scale)
+
+    def kernel(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+        starts, lengths, fits = segment_extents(segments, CUDNN_SEGMENTS)
+        return lax.cond(
+            fits,
+            lambda: _cudnn_packed(q, k, v, starts, lengths, scale),
+            lambda: blockwise_attention(q, k, v, segments, segments, 0, scale),
+        )
+
+    return _on_each_device(kernel, q, k, v, q_segments)
+
+
+def _cudnn_refusal(q: jax.Array, v: jax.Array) -> str:
+    """Says why cuDNN cannot do it, or returns an empty string when it can."""
+    if cudnn is None or not hasattr(cudnn, "dot_product_attention"):
+        return "this jax has no entry to it"
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it does not take {q.dtype}"
+    if q.shape[-1] != v.shape[-1] or q.shape[-1] > 128 or q.shape[-1] % 8:
+        return f"it does not take head dimensions {q.shape[-1]} and {v.shape[-1]}"
+    capability = getattr(jax.devices()[0], "compute_capability", "0")
+    if float(capability) < 9.0:
+        return "packed segments need compute capability 9.0"
+    try:
+        cudnn.check_cudnn_version()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def segment_extents(segments: jax.Array, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Finds where the segments of each row lie, padding being one of them.
+
+    Args:
+      segments: int[B, T].
+      most: how many segments of a row are listed.
+
+    Returns:
+      (first token of each segment int32[B, most], their lengths int32[B, most], whether every row
+      has at most that many: bool scalar). Entries past a row's last segment are -1.
+    """
+    t = segments.shape[1]
+    first = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    index = jnp.arange(t, dtype=jnp.int32)
+    starts = jnp.sort(jnp.where(first, index, t), axis=1)
+    starts = jnp.pad(starts, ((0, 0), (0, max(0, most + 1 - t))), constant_values=t)
+    lengths = starts[:, 1 : most + 1] - starts[:, :most]
+    absent = starts[:, :most] == t
+    fits = jnp.all(jnp.sum(first, axis=1) <= most)
+    return jnp.where(absent, -1, starts[:, :most]), jnp.where(absent, -1, lengths), fits
+
+
+def _cudnn_packed(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    starts: jax.Array,
+    lengths: jax.Array,
+    scale: float,
+) -> jax.Array:
+    """Calls cuDNN with a list of segments per row, as `segment_extents` gives it."""
+    assert cudnn is not None
+    # jax derives the strides of keys and values from the heads of q, so there must be as many.
+    groups = q.shape[2] // k.shape[2]
+    k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
+    offsets = jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1)
+    out: Any = cudnn.dot_product_attention(
+        q,
+        k,
+        v,
+        q_seqlen=lengths,
+        kv_seqlen=lengths,
+        q_offsets=offsets,
+        kv_offsets=offsets,
+        scale=scale,
+        mask_type=cudnn.MaskType.PADDING_CAUSAL,
+    )
+    return out

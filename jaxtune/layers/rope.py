@@ -117,8 +117,13 @@ def rope_from_config(config: Mapping[str, Any], dim: int) -> Rope:
     Raises:
       JaxtuneError: an unknown rope type, or a scaling that lacks one of its numbers.
     """
-    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(scaling, Mapping):
+        raise JaxtuneError(f"config.json: rope_scaling is {scaling!r}, not an object")
+    if dim % 2:
+        raise JaxtuneError(f"config.json: heads of {dim} dimensions do not split into pairs")
+    parameters = dict(scaling)
+    kind = str(parameters.get("rope_type") or parameters.get("type") or "default")
     parameters.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
     parameters["max_position_embeddings"] = config.get("max_position_embeddings")
     if parameters.get("original_max_position_embeddings") is None:
@@ -127,7 +132,12 @@ def rope_from_config(config: Mapping[str, Any], dim: int) -> Rope:
         raise JaxtuneError("config.json: partial_rotary_factor other than 1 is not supported")
     build = lookup(ROPE_TYPES, kind, "config.json: rope_type")
     try:
-        inv_freq, scale = build(parameters, dim)
-    except (KeyError, TypeError) as error:
-        raise JaxtuneError(f"config.json: rope_type {kind} lacks a value: {error}") from error
+        with np.errstate(all="ignore"):
+            inv_freq, scale = build(parameters, dim)
+    except KeyError as error:
+        raise JaxtuneError(f"config.json: rope_type {kind} lacks {error}") from error
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise JaxtuneError(f"config.json: rope_type {kind} has a bad number: {error}") from error
+    if not (np.isfinite(inv_freq).all() and math.isfinite(scale)):
+        raise JaxtuneError(f"config.json: rope_type {kind} has numbers that make no frequencies")
     return Rope(tuple(float(f) for f in inv_freq), scale)

@@ -1,4 +1,4 @@
-"""What the dense architectures (llama, qwen2, qwen3) have in common: how a config becomes layers."""
+"""What llama, qwen2 and qwen3 have in common: how a config becomes layers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxtune.layers.attention import Attention
 from jaxtune.layers.decoder import CausalLM, Decoder, DecoderLayer
 from jaxtune.layers.mlp import MLP
 from jaxtune.layers.rope import rope_from_config
-from jaxtune.models.hf_config import read, require
+from jaxtune.models.hf_config import read, require, size
 
 
 def build_dense(
@@ -39,14 +39,14 @@ def build_dense(
     require(config, "use_sliding_window", (False, None))
     if any(kind != "full_attention" for kind in config.get("layer_types") or ()):
         raise JaxtuneError('config.json: "layer_types" other than full_attention is not supported')
-    hidden, heads = read(config, "hidden_size", int), read(config, "num_attention_heads", int)
-    kv_heads = read(config, "num_key_value_heads", int, heads)
-    head_dim = read(config, "head_dim", int, default_head_dim or hidden // heads)
+    hidden, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
+    kv_heads = size(config, "num_key_value_heads", heads)
+    head_dim = size(config, "head_dim", default_head_dim or hidden // heads)
     if heads % kv_heads:
         raise JaxtuneError(
             f"config.json: {heads} attention heads do not divide into {kv_heads} key-value heads"
         )
-    ffn, vocab = read(config, "intermediate_size", int), read(config, "vocab_size", int)
+    ffn, vocab = size(config, "intermediate_size"), size(config, "vocab_size")
     eps = read(config, "rms_norm_eps", float, 1e-6)
 
     def make_layer() -> DecoderLayer:
@@ -61,7 +61,7 @@ def build_dense(
         )
         return DecoderLayer(hidden, eps, attention, MLP(hidden, ffn, bias=mlp_bias))
 
-    layers = read(config, "num_hidden_layers", int)
+    layers = size(config, "num_hidden_layers", most=10_000)
     rope = rope_from_config(config, head_dim)
     decoder = Decoder(vocab, hidden, eps, rope, [(make_layer, layers)])
     return CausalLM(decoder, vocab, hidden, read(config, "tie_word_embeddings", bool, False))

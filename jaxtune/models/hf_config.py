@@ -28,6 +28,19 @@ def read(config: Mapping[str, Any], key: str, kind: type, default: Any = _MISSIN
     return value
 
 
+def size(config: Mapping[str, Any], key: str, default: Any = _MISSING, *, most: int = 2**24) -> int:
+    """Returns a number of units, layers or tokens; see `read`.
+
+    Raises:
+      JaxtuneError: the number is not within 1 and `most`, which bounds what a hostile config.json
+        can make a program allocate before a tensor contradicts it.
+    """
+    value = read(config, key, int, default)
+    if not 1 <= value <= most:
+        raise JaxtuneError(f'config.json: "{key}" is {value}, not within 1 and {most}')
+    return value
+
+
 def require(config: Mapping[str, Any], key: str, supported: tuple[Any, ...]) -> None:
     """Checks a setting that would change the mathematics: absent or one of `supported`.
 

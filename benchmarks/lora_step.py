@@ -1,0 +1,188 @@
+"""A LoRA step of SmolLM2-135M beside PEFT's on torch: speed and memory, in one command.
+
+    python benchmarks/lora_step.py [--steps 6] [--rounds 2] [--batch 4] [--length 256]
+
+Both train the same rank on the same modules over the same random tokens, with AdamW and clipping.
+Each side runs in processes of its own, in turn, so that a change in the machine's speed meets
+both; PEFT runs in float32 and in bfloat16 and its better time counts. On a CPU only the ratios
+mean something. Needs the extras ``parity`` and ``quickstart`` (`make install`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+RANK, ALPHA, TARGETS = 16, 32, ["q_proj", "k_proj", "v_proj", "o_proj"]
+SIDES = ("jaxtune-bfloat16", "peft-float32", "peft-bfloat16")
+
+
+class PeakMemory:
+    """Polls the anonymous memory of this process; MiB."""
+
+    def __enter__(self) -> PeakMemory:
+        self.peak, self._stop = 0.0, threading.Event()
+        self._thread = threading.Thread(target=self._poll, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _poll(self) -> None:
+        while not self._stop.wait(0.005):
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("RssAnon"):
+                    self.peak = max(self.peak, int(line.split()[1]) / 1024)
+
+
+def tokens(batch: int, length: int):
+    """Returns random token ids [batch, length]."""
+    import numpy as np
+
+    return np.random.default_rng(0).integers(0, 49152, (batch, length))
+
+
+def run_jaxtune(checkpoint: str, dtype: str, batch: int, length: int, steps: int) -> dict:
+    import jax
+    import numpy as np
+
+    from jaxtune import config as config_module
+    from jaxtune.adapters import method_from_config
+    from jaxtune.checkpoints.assemble import assemble
+    from jaxtune.checkpoints.huggingface import open_source
+    from jaxtune.training.setup import set_up
+    from jaxtune.training.state import initial_state
+    from jaxtune.training.train import bind_step
+
+    config = config_module.resolve(
+        {
+            "adapter": {"rank": RANK, "alpha": float(ALPHA), "targets": tuple(TARGETS)},
+            "data": {"max_length": length},
+            "training": {"batch_size": batch, "dtype": dtype, "steps": 100},
+        }
+    )
+    source = open_source(Path(checkpoint))
+    method = method_from_config(config.adapter)
+    setup = set_up(config, source.config, method)
+    parts = assemble(source, dtype, setup.mesh, method=method)
+    ids = tokens(batch, length).astype(np.int32)
+    targets = np.concatenate([ids[:, 1:], np.full((batch, 1), -100, np.int32)], axis=1)
+    arrays = {
+        "tokens": ids,
+        "targets": targets,
+        "segment_ids": np.ones_like(ids),
+        "positions": np.broadcast_to(np.arange(length, dtype=np.int32), ids.shape),
+    }
+    with jax.set_mesh(setup.mesh):
+        state = initial_state(parts.trainable, setup.optimizer, setup.like)
+        step = bind_step(setup, parts.base, parts.constants)
+        begin = time.monotonic()
+        state, metrics = step(state, arrays)
+        losses = [float(metrics["loss"])]
+        compiled = time.monotonic() - begin
+        seconds = []
+        with PeakMemory() as memory:
+            for _ in range(steps):
+                begin = time.monotonic()
+                state, metrics = step(state, arrays)
+                losses.append(float(metrics["loss"]))
+                seconds.append(time.monotonic() - begin)
+    return {"seconds": seconds, "peak": memory.peak, "losses": losses, "compile": compiled}
+
+
+def run_peft(checkpoint: str, dtype: str, batch: int, length: int, steps: int) -> dict:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype))
+    settings = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")
+    model = get_peft_model(base, settings)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=2e-4)
+    ids = torch.tensor(tokens(batch, length))
+
+    def step() -> float:
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss)
+
+    losses, seconds = [step()], []
+    with PeakMemory() as memory:
+        for _ in range(steps):
+            begin = time.monotonic()
+            losses.append(step())
+            seconds.append(time.monotonic() - begin)
+    return {"seconds": seconds, "peak": memory.peak, "losses": losses, "compile": 0.0}
+
+
+def spawn(side: str, checkpoint: str, options: argparse.Namespace) -> dict:
+    """Runs one side in a process of its own and returns what it measured."""
+    command = [sys.executable, __file__, "--side", side, "--checkpoint", checkpoint]
+    for name in ("batch", "length", "steps"):
+        command += [f"--{name}", str(getattr(options, name))]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return json.loads(out.splitlines()[-1])
+
+
+def main() -> None:
+    """Runs all sides in turn and prints the comparison."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--side", choices=SIDES, help="run one side only, and print JSON")
+    parser.add_argument("--checkpoint", default="")
+    options = parser.parse_args()
+    if options.side:
+        program, dtype = options.side.split("-")
+        run = {"jaxtune": run_jaxtune, "peft": run_peft}[program]
+        measured = run(options.checkpoint, dtype, options.batch, options.length, options.steps)
+        print(json.dumps(measured))
+        return
+
+    import jaxtune
+    from jaxtune.quickstart import default_model_path
+
+    results: dict[str, list[dict]] = {side: [] for side in SIDES}
+    with tempfile.TemporaryDirectory() as scratch:
+        checkpoint = f"{scratch}/smollm2"
+        jaxtune.load(default_model_path()).save_pretrained(checkpoint)
+        for _ in range(options.rounds):
+            for side in SIDES:
+                results[side].append(spawn(side, checkpoint, options))
+    report(results, options.batch * options.length)
+
+
+def report(results: dict[str, list[dict]], tokens_per_step: int) -> None:
+    """Prints a row for each side, and the ratios that count."""
+    print(f"{'':<18}{'s/step':>9}{'tokens/s':>10}{'peak MiB':>10}{'compile s':>11}{'loss':>9}")
+    speed, memory = {}, {}
+    for side, runs in results.items():
+        seconds = statistics.median(s for run in runs for s in run["seconds"])
+        speed[side], memory[side] = tokens_per_step / seconds, max(run["peak"] for run in runs)
+        print(
+            f"{side:<18}{seconds:>9.2f}{speed[side]:>10.0f}{memory[side]:>10.0f}"
+            f"{runs[0]['compile']:>11.1f}{runs[0]['losses'][-1]:>9.4f}"
+        )
+    best = max(("peft-float32", "peft-bfloat16"), key=speed.__getitem__)
+    least = min(memory["peft-float32"], memory["peft-bfloat16"])
+    print(f"speed:  jaxtune / {best} = {speed['jaxtune-bfloat16'] / speed[best]:.2f}")
+    print(f"memory: jaxtune / the leaner PEFT = {memory['jaxtune-bfloat16'] / least:.2f}")
+
+
+if __name__ == "__main__":
+    main()

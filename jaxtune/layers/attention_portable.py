@@ -1,0 +1,81 @@
+"""Attention in plain JAX: backends that run on any device.
+
+B batch, T queries, S keys, H query heads, K key-value heads, D head dimension. Arguments and
+results as in `jaxtune.layers.attention.attention`.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# Finite, so that a row that may attend to nothing (padding) gives a mean and not NaN.
+MASKED = -1e30
+# Queries that the blockwise backend handles at once.
+QUERY_BLOCK = 256
+
+
+def _mask(q_segments: jax.Array, kv_segments: jax.Array, offset: jax.Array | int) -> jax.Array:
+    """Returns bool [B, T, S]: same segment, and not after the query."""
+    rows = offset + jnp.arange(q_segments.shape[1])
+    causal = jnp.arange(kv_segments.shape[1])[None, :] <= rows[:, None]
+    return causal & (q_segments[:, :, None] == kv_segments[:, None, :])
+
+
+def xla_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_segments: jax.Array,
+    kv_segments: jax.Array,
+    offset: jax.Array | int,
+    scale: float,
+) -> jax.Array:
+    """Plain attention with a [T, S] mask, in float32: for CPUs and for single-token decoding.
+
+    The heads of a group are folded into the query axis, so keys and values are never repeated.
+    """
+    (batch, t, heads, dim), kv_heads, s = q.shape, k.shape[2], k.shape[1]
+    groups = heads // kv_heads
+    f32 = jnp.float32
+    q_ = q.astype(f32).transpose(0, 2, 1, 3).reshape(batch, kv_heads, groups * t, dim)
+    k_ = k.astype(f32).transpose(0, 2, 1, 3)
+    v_ = v.astype(f32).transpose(0, 2, 1, 3)
+    highest = lax.Precision.HIGHEST if q.dtype == f32 else None
+    heads_batch = ((0, 1), (0, 1))
+    scores = lax.dot_general(q_ * scale, k_, (((3,), (3,)), heads_batch), highest)
+    mask = _mask(q_segments, kv_segments, offset)[:, None, None]
+    scores = jnp.where(mask, scores.reshape(batch, kv_heads, groups, t, s), MASKED)
+    probabilities = jax.nn.softmax(scores, axis=-1).reshape(batch, kv_heads, groups * t, s)
+    out = lax.dot_general(probabilities, v_, (((3,), (2,)), heads_batch), highest)
+    return out.reshape(batch, heads, t, v.shape[-1]).transpose(0, 2, 1, 3).astype(q.dtype)
+
+
+def blockwise_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_segments: jax.Array,
+    kv_segments: jax.Array,
+    offset: jax.Array | int,
+    scale: float,
+) -> jax.Array:
+    """Attention one block of queries at a time, recomputed in the backward pass.
+
+    Runs anywhere and never holds a [T, S] array: for accelerators without a kernel for the shape.
+    """
+    batch, t = q_segments.shape
+    block = min(QUERY_BLOCK, t)
+    pad = -t % block
+    q = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0)))
+    q_segments = jnp.pad(q_segments, ((0, 0), (0, pad)))
+
+    @jax.checkpoint
+    def one_block(start: jax.Array) -> jax.Array:
+        q_block = lax.dynamic_slice_in_dim(q, start, block, 1)
+        segments = lax.dynamic_slice_in_dim(q_segments, start, block, 1)
+        return xla_attention(q_block, k, v, segments, kv_segments, offset + start, scale)
+
+    out = lax.map(one_block, jnp.arange(0, t + pad, block))
+    return jnp.moveaxis(out, 0, 1).reshape(batch, t + pad, *out.shape[3:])[:, :t]

@@ -1,0 +1,55 @@
+"""Scores of a run on held-out examples, after the fact."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+
+from jaxtune.adapters import method_from_peft
+from jaxtune.checkpoints import huggingface
+from jaxtune.checkpoints.assemble import assemble
+from jaxtune.checkpoints.peft import read_adapter
+from jaxtune.checkpoints.tokenizer import load_tokenizer
+from jaxtune.errors import JaxtuneError
+from jaxtune.training.run import RunDirectory
+from jaxtune.training.setup import set_up
+from jaxtune.training.train import bind_evaluation, choose_method, read_examples, trained_arrays
+
+
+def evaluate(run: RunDirectory, adapter: str = "best", data: str = "") -> dict[str, float]:
+    """Evaluates what a run trained, on the run's own mesh.
+
+    Args:
+      run: a run that has saved something, or any run for the base model alone.
+      adapter: "best", "last", or "none" for the base model.
+      data: examples in any form that ``data.eval`` takes; empty: the run's ``data.eval``.
+
+    Returns:
+      ``loss`` (mean over target tokens, nats), ``perplexity``, ``token_accuracy`` (share of
+      targets that are the likeliest token) and ``tokens`` (targets).
+
+    Raises:
+      JaxtuneError: no examples, or nothing saved yet.
+    """
+    config = run.read_config()
+    location = huggingface.resolve_path(config.model.path, config.model.revision)
+    source = huggingface.open_source(location)
+    examples = read_examples(config, data or config.data.eval, source, load_tokenizer(location))
+    if examples is None:
+        raise JaxtuneError(f"{run.path}: data.eval is empty: name the examples with --data FILE")
+    full = config.adapter.method == "full"
+    # The base model is that of an adapter which has not begun to learn.
+    method, stored = choose_method(config)[0], None
+    if adapter != "none" and not full:
+        stored = read_adapter(run.adapter(adapter))
+        method = method_from_peft(stored)
+    setup = set_up(config, source.config, method)
+    parts = assemble(source, config.training.dtype, setup.mesh, method=method, stored=stored)
+    trained = full and adapter != "none"
+    trainable = trained_arrays(run, setup) if trained else parts.trainable
+    with jax.set_mesh(setup.mesh):
+        scoring = bind_evaluation(setup, parts.base, parts.constants, examples)
+        assert scoring is not None  # it is None without examples only
+        scores = scoring(trainable)
+    return {"loss": scores["loss"], "perplexity": math.exp(scores["loss"]), **scores}

