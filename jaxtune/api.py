@@ -46,8 +46,9 @@ class Model:
         self.definition = parts.definition
         self.base, self.trainable, self.constants = parts.base, parts.trainable, parts.constants
         self.source, self.mesh = source, mesh
-        backend = choose_backend(attention, mesh.devices.flat[0].platform)
-        self.options = ForwardOptions(jnp.dtype(dtype), backend, "none")
+        platform = mesh.devices.flat[0].platform
+        backend = choose_backend(attention, platform)
+        self.options = ForwardOptions(jnp.dtype(dtype), backend, "none", platform)
 
     @property
     def tokenizer(self) -> Any:

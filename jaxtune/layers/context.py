@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ Cache = dict[str, jax.Array]
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["cos", "sin", "segment_ids", "kv_segment_ids", "cache_index", "key"],
-    meta_fields=["backend"],
+    meta_fields=["backend", "dtype"],
 )
 @dataclasses.dataclass(frozen=True)
 class Context:
@@ -31,6 +32,7 @@ class Context:
         later ones bring one token each.
       key: for dropout in the current layer; None turns dropout off.
       backend: attention backend.
+      dtype: compute dtype.
     """
 
     cos: jax.Array
@@ -40,6 +42,7 @@ class Context:
     cache_index: jax.Array | int
     key: jax.Array | None
     backend: str
+    dtype: Any
 
     def key_for(self, name: str) -> jax.Array | None:
         """Returns the random key of a named module of the current layer."""

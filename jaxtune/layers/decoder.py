@@ -33,11 +33,22 @@ class ForwardOptions(NamedTuple):
       dtype: compute dtype.
       attention: attention backend.
       remat: rematerialisation policy.
+      platform: of the devices: "cpu", "gpu" or "tpu".
     """
 
     dtype: Any = jnp.float32
     attention: str = "xla"
     remat: str = "none"
+    platform: str = "cpu"
+
+    @property
+    def residual_dtype(self) -> Any:
+        """Dtype of the residual stream.
+
+        XLA's CPU backend has no bfloat16 update of a slice: it would convert the whole stack of
+        saved layer inputs, there and back, for every layer that adds one.
+        """
+        return jnp.float32 if self.platform == "cpu" else self.dtype
 
 
 class DecoderLayer(nnx.Module):
@@ -53,9 +64,10 @@ class DecoderLayer(nnx.Module):
         self, x: jax.Array, context: Context, cache: Cache | None, layer: jax.Array
     ) -> tuple[jax.Array, Cache | None]:
         """Maps x [B, T, hidden] and the run's cache to the same."""
-        h, cache = self.self_attn(self.input_layernorm(x), context, cache, layer)
+        h = self.input_layernorm(x, context.dtype)
+        h, cache = self.self_attn(h, context, cache, layer)
         x = x + h
-        x = x + self.mlp(self.post_attention_layernorm(x), context)
+        x = x + self.mlp(self.post_attention_layernorm(x, context.dtype), context)
         return constrain(x, "batch", "sequence", "hidden"), cache
 
 
@@ -107,16 +119,24 @@ class Decoder(nnx.Module):
         cos, sin = self.rope.angles(positions)
         kv_segment_ids = segment_ids if kv_segment_ids is None else kv_segment_ids
         context = Context(
-            cos, sin, segment_ids, kv_segment_ids, cache_index, key, options.attention
+            cos,
+            sin,
+            segment_ids,
+            kv_segment_ids,
+            cache_index,
+            key,
+            options.attention,
+            options.dtype,
         )
-        x = constrain(self.embed_tokens(tokens, options.dtype), "batch", "sequence", "hidden")
+        x = self.embed_tokens(tokens, options.residual_dtype)
+        x = constrain(x, "batch", "sequence", "hidden")
         updated: list[Cache] = []
         for run, (first, count) in enumerate(self.run_layers):
             cache = None if caches is None else caches[run]
-            x, cache = _scan(self.layers[run], x, context, cache, first, count, options.remat)
+            x, cache = _scan(self.layers[run], x, context, cache, (first, count), options)
             if cache is not None:
                 updated.append(cache)
-        return self.norm(x), updated or None
+        return self.norm(x, options.dtype), updated or None
 
 
 def _scan(
@@ -124,20 +144,36 @@ def _scan(
     x: jax.Array,
     context: Context,
     cache: Cache | None,
-    first: int,
-    count: int,
-    policy: str,
+    run: tuple[int, int],
+    options: ForwardOptions,
 ) -> tuple[jax.Array, Cache | None]:
-    """Applies a stacked run of layers one after the other."""
+    """Applies a stacked run of layers, given as (first layer, count), one after the other."""
     graphdef, state = nnx.split(layers)
+    # A slice of bfloat16 would make XLA's CPU backend convert the whole stack to float32 ahead of
+    # the loop, and hold it: the layers are sliced as bits instead.
+    as_bits = options.platform == "cpu"
 
     def body(carry: Any, xs: Any) -> tuple[Any, None]:
         (x, cache), (layer_state, index) = carry, xs
-        layer = nnx.merge(graphdef, layer_state)
-        return layer(x, context.in_layer(first + index), cache, index), None
+        layer = nnx.merge(graphdef, _from_bits(layer_state) if as_bits else layer_state)
+        return layer(x, context.in_layer(run[0] + index), cache, index), None
 
-    (x, cache), _ = lax.scan(remat_body(body, policy), (x, cache), (state, jnp.arange(count)))
+    stacked = _to_bits(state) if as_bits else state
+    xs = (stacked, jnp.arange(run[1]))
+    (x, cache), _ = lax.scan(remat_body(body, options.remat), (x, cache), xs)
     return x, cache
+
+
+def _to_bits(tree: Any) -> Any:
+    return jax.tree.map(
+        lambda a: lax.bitcast_convert_type(a, jnp.uint16) if a.dtype == jnp.bfloat16 else a, tree
+    )
+
+
+def _from_bits(tree: Any) -> Any:
+    return jax.tree.map(
+        lambda a: lax.bitcast_convert_type(a, jnp.bfloat16) if a.dtype == jnp.uint16 else a, tree
+    )
 
 
 class CausalLM(nnx.Module):

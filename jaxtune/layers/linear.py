@@ -179,7 +179,7 @@ class Linear(nnx.Module):
         self.in_features, self.out_features = in_features, out_features
         self.weight = parameter((out_features, in_features), axes)
         self.bias = nnx.data(parameter((out_features,), axes[:1], "zeros") if bias else None)
-        self.adapter = nnx.data(None)
+        self.adapter: Any = nnx.data(None)
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Projects x [..., in] to [..., out] in the dtype of x."""

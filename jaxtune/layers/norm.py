@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.typing import DTypeLike
 
 from jaxtune.layers.tree import parameter
 
@@ -20,8 +21,9 @@ class RMSNorm(nnx.Module):
         self.eps = eps
         self.weight = parameter((features,), ("norm",), "ones")
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalises x [..., features] over its last axis, in the dtype of x."""
+    def __call__(self, x: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
+        """Normalises x [..., features] over its last axis; the result has `dtype`, or that of x."""
+        dtype = x.dtype if dtype is None else dtype
         y = x.astype(jnp.float32)
         y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return self.weight.get_value().astype(x.dtype) * y.astype(x.dtype)
+        return self.weight.get_value().astype(dtype) * y.astype(dtype)

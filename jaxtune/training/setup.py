@@ -114,8 +114,9 @@ def set_up(
             f"{rows} rows per micro-batch (training.batch_size / training.accumulation) do not "
             f"divide over {shares} devices (mesh.data × mesh.fsdp)"
         )
-    backend = choose_backend(config.model.attention, mesh.devices.flat[0].platform)
-    options = ForwardOptions(jnp.dtype(training.dtype), backend, training.remat)
+    platform = mesh.devices.flat[0].platform
+    backend = choose_backend(config.model.attention, platform)
+    options = ForwardOptions(jnp.dtype(training.dtype), backend, training.remat, platform)
     optimizer = make_optimizer(config, definition.abstract("trainable"))
     return Setup(
         config=config,
