@@ -59,6 +59,7 @@ def run_jaxtune(checkpoint: str, dtype: str, batch: int, length: int, steps: int
     from jaxtune.adapters import method_from_config
     from jaxtune.checkpoints.assemble import assemble
     from jaxtune.checkpoints.huggingface import open_source
+    from jaxtune.layers.bits import as_bits
     from jaxtune.training.setup import set_up
     from jaxtune.training.state import initial_state
     from jaxtune.training.train import bind_step
@@ -84,7 +85,8 @@ def run_jaxtune(checkpoint: str, dtype: str, batch: int, length: int, steps: int
     }
     with jax.set_mesh(setup.mesh):
         state = initial_state(parts.trainable, setup.optimizer, setup.like)
-        step = bind_step(setup, parts.base, parts.constants)
+        base = as_bits(parts.base, setup.options.platform)
+        step = bind_step(setup, base, parts.constants)
         begin = time.monotonic()
         state, metrics = step(state, arrays)
         losses = [float(metrics["loss"])]

@@ -24,6 +24,7 @@ from jaxtune.data.template import encode_prompt
 from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.generation.generate import Sampling, generate_tokens
 from jaxtune.layers.attention import choose_backend
+from jaxtune.layers.bits import as_bits
 from jaxtune.layers.decoder import ForwardOptions
 from jaxtune.layers.tree import Tree, merge
 from jaxtune.parallel.mesh import single_device_mesh
@@ -65,6 +66,11 @@ class Model:
     def _tokenizer(self) -> Any:
         return load_tokenizer(self.source)
 
+    @property
+    def _trees(self) -> tuple[Tree, Tree, Tree]:
+        """The three trees as compiled functions take them."""
+        return as_bits(self.base, self.options.platform), self.trainable, self.constants
+
     def logits(
         self,
         tokens: ArrayLike,
@@ -87,7 +93,7 @@ class Model:
         segments = jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids)
         place = segment_positions(segments) if positions is None else jnp.asarray(positions)
         with jax.set_mesh(self.mesh):
-            return self._logits(self.base, self.trainable, self.constants, tokens, segments, place)
+            return self._logits(*self._trees, tokens, segments, place)
 
     @functools.cached_property
     def _logits(self) -> Any:
@@ -134,7 +140,7 @@ class Model:
         with jax.set_mesh(self.mesh):
             return generate_tokens(
                 self.definition,
-                (self.base, self.trainable, self.constants),
+                self._trees,
                 prompts,
                 self.options,
                 max_new_tokens=max_new_tokens,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -46,10 +47,21 @@ def _log_once(message: str) -> None:
     logger.warning(message)
 
 
-def _on_each_device(
+def on_each_device(
     kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array
 ) -> jax.Array:
-    """Runs a kernel that the compiler cannot partition, on each device's rows and heads."""
+    """Runs a kernel that the compiler cannot partition, on each device's rows and heads.
+
+    Args:
+      kernel: takes (q, k, v, segments) of one device and returns its [B, T, H, Dv].
+      q: [B, T, H, D].
+      k: [B, T, K, D].
+      v: [B, T, K, Dv].
+      segments: int[B, T].
+
+    Returns:
+      [B, T, H, Dv], split over the mesh in context like q.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return kernel(q, k, v, segments)
@@ -78,16 +90,16 @@ def splash_attention(
     offset: jax.Array | int,
     scale: float,
 ) -> jax.Array:
-    """Attention of a whole sequence with the splash kernel of jax: for TPUs.
+    """Attention of a whole sequence [B, T, H, D] with the splash kernel of jax: for TPUs.
 
     Source: jax.experimental.pallas.ops.tpu.splash_attention.
     """
     if refusal := _not_self_attention(q, k, offset):
-        _log_once(f"attention: blockwise in place of splash ({refusal})")
+        _log_once(f"attention: blockwise in place of splash: {refusal}")
         out = blockwise_attention(q, k, v, q_segments, kv_segments, offset, scale)
         return checkpoint_name(out, "attention")
     kernel = functools.partial(splash_self_attention, scale=scale)
-    return _on_each_device(kernel, q, k, v, q_segments)
+    return on_each_device(kernel, q, k, v, q_segments)
 
 
 def splash_self_attention(
@@ -156,13 +168,13 @@ def cudnn_attention(
     offset: jax.Array | int,
     scale: float,
 ) -> jax.Array:
-    """Attention of a whole sequence with cuDNN's fused kernel: for NVIDIA GPUs from Hopper on.
+    """Attention of a whole sequence [B, T, H, D] with cuDNN: for NVIDIA GPUs from Hopper on.
 
     Rows of more than `CUDNN_SEGMENTS` segments are known only when the batch is there; a batch
     that holds one is computed blockwise.
     """
     if refusal := _not_self_attention(q, k, offset) or _cudnn_refusal(q, v):
-        _log_once(f"attention: blockwise in place of cuDNN ({refusal})")
+        _log_once(f"attention: blockwise in place of cuDNN: {refusal}")
         return blockwise_attention(q, k, v, q_segments, kv_segments, offset, scale)
 
     def kernel(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
@@ -173,7 +185,7 @@ def cudnn_attention(
             lambda: blockwise_attention(q, k, v, segments, segments, 0, scale),
         )
 
-    return _on_each_device(kernel, q, k, v, q_segments)
+    return on_each_device(kernel, q, k, v, q_segments)
 
 
 def _cudnn_refusal(q: jax.Array, v: jax.Array) -> str:
@@ -184,8 +196,9 @@ def _cudnn_refusal(q: jax.Array, v: jax.Array) -> str:
         return f"it does not take {q.dtype}"
     if q.shape[-1] != v.shape[-1] or q.shape[-1] > 128 or q.shape[-1] % 8:
         return f"it does not take head dimensions {q.shape[-1]} and {v.shape[-1]}"
-    capability = getattr(jax.devices()[0], "compute_capability", "0")
-    if float(capability) < 9.0:
+    # Devices other than NVIDIA's have none, or a name such as "gfx90a".
+    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
+    if not re.fullmatch(r"\d+\.\d+", capability) or float(capability) < 9.0:
         return "packed segments need compute capability 9.0"
     try:
         cudnn.check_cudnn_version()

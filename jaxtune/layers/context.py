@@ -45,11 +45,11 @@ class Context:
     dtype: Any
 
     def key_for(self, name: str) -> jax.Array | None:
-        """Returns the random key of a named module of the current layer."""
+        """Returns the random key, a scalar, of a named module of the current layer."""
         return None if self.key is None else jax.random.fold_in(self.key, zlib.crc32(name.encode()))
 
     def in_layer(self, layer: jax.Array) -> Context:
-        """Returns the context of one layer: the same, with a random key of its own."""
+        """Returns the context of one layer (int scalar): the same, with a random key of its own."""
         if self.key is None:
             return self
         return dataclasses.replace(self, key=jax.random.fold_in(self.key, layer))

@@ -15,6 +15,7 @@ from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 
+from jaxtune.layers.bits import from_bits
 from jaxtune.layers.context import Cache, Context
 from jaxtune.layers.embedding import Embedding
 from jaxtune.layers.head import Head
@@ -149,31 +150,15 @@ def _scan(
 ) -> tuple[jax.Array, Cache | None]:
     """Applies a stacked run of layers, given as (first layer, count), one after the other."""
     graphdef, state = nnx.split(layers)
-    # A slice of bfloat16 would make XLA's CPU backend convert the whole stack to float32 ahead of
-    # the loop, and hold it: the layers are sliced as bits instead.
-    as_bits = options.platform == "cpu"
 
     def body(carry: Any, xs: Any) -> tuple[Any, None]:
         (x, cache), (layer_state, index) = carry, xs
-        layer = nnx.merge(graphdef, _from_bits(layer_state) if as_bits else layer_state)
+        layer = nnx.merge(graphdef, from_bits(layer_state))
         return layer(x, context.in_layer(run[0] + index), cache, index), None
 
-    stacked = _to_bits(state) if as_bits else state
-    xs = (stacked, jnp.arange(run[1]))
+    xs = (state, jnp.arange(run[1]))
     (x, cache), _ = lax.scan(remat_body(body, options.remat), (x, cache), xs)
     return x, cache
-
-
-def _to_bits(tree: Any) -> Any:
-    return jax.tree.map(
-        lambda a: lax.bitcast_convert_type(a, jnp.uint16) if a.dtype == jnp.bfloat16 else a, tree
-    )
-
-
-def _from_bits(tree: Any) -> Any:
-    return jax.tree.map(
-        lambda a: lax.bitcast_convert_type(a, jnp.bfloat16) if a.dtype == jnp.uint16 else a, tree
-    )
 
 
 class CausalLM(nnx.Module):

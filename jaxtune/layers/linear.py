@@ -42,7 +42,7 @@ class LinearAdapter(Protocol):
         ...
 
     def drop(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        """Returns the input of the low-rank branch; `x` itself where nothing is dropped."""
+        """Returns the low-rank branch's input [..., in]; `x` itself where nothing is dropped."""
         ...
 
 

@@ -74,7 +74,7 @@ def parameter(
 
 def variables(module: nnx.Module) -> Iterator[tuple[Path, nnx.Variable]]:
     """Yields every variable of a module with its path, in a fixed order."""
-    for path, variable in nnx.state(module).flat_state():
+    for path, variable in nnx.to_flat_state(nnx.state(module)):
         yield tuple(str(part) for part in path), variable
 
 

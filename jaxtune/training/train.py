@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from jaxtune.checkpoints.source import TensorSource
 from jaxtune.checkpoints.tokenizer import load_tokenizer
 from jaxtune.data import Examples, Loader, eval_batches, load_examples
 from jaxtune.errors import JaxtuneError
+from jaxtune.layers.bits import as_bits
 from jaxtune.layers.tree import Tree
+from jaxtune.training.describe import Split, describe
 from jaxtune.training.loop import fit
 from jaxtune.training.run import RunDirectory
 from jaxtune.training.setup import Setup, set_up
@@ -53,7 +55,6 @@ def train(config: Any, workdir: str | Path) -> RunDirectory:
         tokenizer = load_tokenizer(location)
         examples = training_examples(config, source, tokenizer)
         held_out = read_examples(config, config.data.eval, source, tokenizer)
-        run.check_fingerprint(fingerprint(source, tokenizer, examples, held_out))
         parts = assemble(
             source,
             config.training.dtype,
@@ -64,7 +65,17 @@ def train(config: Any, workdir: str | Path) -> RunDirectory:
         )
         for name, reason in parts.ignored.items():
             logger.info("not loaded: %s (%s)", name, reason)
-        base, constants = parts.base, parts.constants
+        # The run begins here: what is wrong with its inputs has been found by now.
+        run.check_fingerprint(fingerprint(source, tokenizer, examples, held_out))
+        run.write_description(
+            describe(
+                setup,
+                Split(examples, make_loader(config, examples)),
+                Split(held_out, held_out_batches(config, held_out)) if held_out else None,
+            )
+        )
+        base = as_bits(parts.base, setup.options.platform)
+        constants = parts.constants
         with jax.set_mesh(setup.mesh):
             fit(
                 state=initial_state(parts.trainable, setup.optimizer, setup.like),
@@ -151,10 +162,20 @@ def make_loader(config: Any, examples: Examples) -> Loader:
     )
 
 
+def held_out_batches(config: Any, examples: Examples) -> Iterator[Mapping[str, Any]]:
+    """Returns the batches of one evaluation."""
+    return eval_batches(
+        examples,
+        batch_size=config.evaluation.batch_size,
+        length=config.data.max_length,
+        packing=config.data.packing,
+    )
+
+
 def bind_step(
     setup: Setup, base: Tree, constants: Tree
 ) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Mapping[str, jax.Array]]]:
-    """Returns the update as the loop calls it: ``(state, NumPy batch) → (state, metrics)``."""
+    """Returns the update as the loop calls it: ``(state, batch) → (state, metrics as scalars)``."""
     compiled = setup.train_step()
     return lambda state, batch: compiled(state, base, constants, setup.put_batch(batch))
 
@@ -169,12 +190,7 @@ def bind_evaluation(
 
     def evaluate(trainable: Tree) -> dict[str, float]:
         loss = weight = correct = 0.0
-        for batch in eval_batches(
-            examples,
-            batch_size=setup.config.evaluation.batch_size,
-            length=setup.config.data.max_length,
-            packing=setup.config.data.packing,
-        ):
+        for batch in held_out_batches(setup.config, examples):
             sums = jax.device_get(compiled(trainable, base, constants, setup.put_batch(batch)))
             loss, weight, correct = (
                 total + float(value)
