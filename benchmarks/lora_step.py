@@ -4,7 +4,7 @@
 
 Both train the same rank on the same modules over the same random tokens, with AdamW and clipping.
 Each side runs in processes of its own, in turn, so that a change in the machine's speed meets
-both; PEFT runs in float32 and in bfloat16 and its better time counts. On a CPU only the ratios
+both; either program runs in float32 and in bfloat16 and its better time counts. On a CPU only the ratios
 mean something. Needs the extras ``parity`` and ``quickstart`` (`make install`).
 """
 
@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 RANK, ALPHA, TARGETS = 16, 32, ["q_proj", "k_proj", "v_proj", "o_proj"]
-SIDES = ("jaxtune-bfloat16", "peft-float32", "peft-bfloat16")
+SIDES = ("jaxtune-bfloat16", "jaxtune-float32", "peft-float32", "peft-bfloat16")
 
 
 class PeakMemory:
@@ -51,7 +51,7 @@ def tokens(batch: int, length: int):
     return np.random.default_rng(0).integers(0, 49152, (batch, length))
 
 
-def run_jaxtune(checkpoint: str, dtype: str, batch: int, length: int, steps: int) -> dict:
+def run_jaxtune(checkpoint: str, dtype: str, options: argparse.Namespace) -> dict:
     import jax
     import numpy as np
 
@@ -64,11 +64,12 @@ def run_jaxtune(checkpoint: str, dtype: str, batch: int, length: int, steps: int
     from jaxtune.training.state import initial_state
     from jaxtune.training.train import bind_step
 
+    batch, length = options.batch, options.length
     config = config_module.resolve(
         {
             "adapter": {"rank": RANK, "alpha": float(ALPHA), "targets": tuple(TARGETS)},
             "data": {"max_length": length},
-            "training": {"batch_size": batch, "dtype": dtype, "steps": 100},
+            "training": {"batch_size": batch, "dtype": dtype, "remat": options.remat},
         }
     )
     source = open_source(Path(checkpoint))
@@ -93,7 +94,7 @@ def run_jaxtune(checkpoint: str, dtype: str, batch: int, length: int, steps: int
         compiled = time.monotonic() - begin
         seconds = []
         with PeakMemory() as memory:
-            for _ in range(steps):
+            for _ in range(options.steps):
                 begin = time.monotonic()
                 state, metrics = step(state, arrays)
                 losses.append(float(metrics["loss"]))
@@ -101,7 +102,7 @@ def run_jaxtune(checkpoint: str, dtype: str, batch: int, length: int, steps: int
     return {"seconds": seconds, "peak": memory.peak, "losses": losses, "compile": compiled}
 
 
-def run_peft(checkpoint: str, dtype: str, batch: int, length: int, steps: int) -> dict:
+def run_peft(checkpoint: str, dtype: str, options: argparse.Namespace) -> dict:
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -111,7 +112,7 @@ def run_peft(checkpoint: str, dtype: str, batch: int, length: int, steps: int) -
     model = get_peft_model(base, settings)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=2e-4)
-    ids = torch.tensor(tokens(batch, length))
+    ids = torch.tensor(tokens(options.batch, options.length))
 
     def step() -> float:
         loss = model(input_ids=ids, labels=ids).loss
@@ -123,7 +124,7 @@ def run_peft(checkpoint: str, dtype: str, batch: int, length: int, steps: int) -
 
     losses, seconds = [step()], []
     with PeakMemory() as memory:
-        for _ in range(steps):
+        for _ in range(options.steps):
             begin = time.monotonic()
             losses.append(step())
             seconds.append(time.monotonic() - begin)
@@ -133,7 +134,7 @@ def run_peft(checkpoint: str, dtype: str, batch: int, length: int, steps: int) -
 def spawn(side: str, checkpoint: str, options: argparse.Namespace) -> dict:
     """Runs one side in a process of its own and returns what it measured."""
     command = [sys.executable, __file__, "--side", side, "--checkpoint", checkpoint]
-    for name in ("batch", "length", "steps"):
+    for name in ("batch", "length", "steps", "remat"):
         command += [f"--{name}", str(getattr(options, name))]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return json.loads(out.splitlines()[-1])
@@ -146,23 +147,26 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--remat", default="full")
     parser.add_argument("--side", choices=SIDES, help="run one side only, and print JSON")
     parser.add_argument("--checkpoint", default="")
     options = parser.parse_args()
     if options.side:
         program, dtype = options.side.split("-")
         run = {"jaxtune": run_jaxtune, "peft": run_peft}[program]
-        measured = run(options.checkpoint, dtype, options.batch, options.length, options.steps)
+        measured = run(options.checkpoint, dtype, options)
         print(json.dumps(measured))
         return
 
     import jaxtune
-    from jaxtune.quickstart import default_model_path
+    from jaxtune.config import load_file
+
+    quickstart = Path(__file__).resolve().parents[1] / "configs" / "quickstart.py"
 
     results: dict[str, list[dict]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = f"{scratch}/smollm2"
-        jaxtune.load(default_model_path()).save_pretrained(checkpoint)
+        jaxtune.load(load_file(quickstart).model.path).save_pretrained(checkpoint)
         for _ in range(options.rounds):
             for side in SIDES:
                 results[side].append(spawn(side, checkpoint, options))
@@ -180,10 +184,11 @@ def report(results: dict[str, list[dict]], tokens_per_step: int) -> None:
             f"{side:<18}{seconds:>9.2f}{speed[side]:>10.0f}{memory[side]:>10.0f}"
             f"{runs[0]['compile']:>11.1f}{runs[0]['losses'][-1]:>9.4f}"
         )
-    best = max(("peft-float32", "peft-bfloat16"), key=speed.__getitem__)
-    least = min(memory["peft-float32"], memory["peft-bfloat16"])
-    print(f"speed:  jaxtune / {best} = {speed['jaxtune-bfloat16'] / speed[best]:.2f}")
-    print(f"memory: jaxtune / the leaner PEFT = {memory['jaxtune-bfloat16'] / least:.2f}")
+    ours, theirs = ([s for s in SIDES if s.startswith(p)] for p in ("jaxtune", "peft"))
+    fastest = [max(sides, key=speed.__getitem__) for sides in (ours, theirs)]
+    leanest = [min(sides, key=memory.__getitem__) for sides in (ours, theirs)]
+    print(f"speed:  {' / '.join(fastest)} = {speed[fastest[0]] / speed[fastest[1]]:.2f}")
+    print(f"memory: {' / '.join(leanest)} = {memory[leanest[0]] / memory[leanest[1]]:.2f}")
 
 
 if __name__ == "__main__":
