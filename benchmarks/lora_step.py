@@ -3,9 +3,9 @@
     python benchmarks/lora_step.py [--steps 6] [--rounds 2] [--batch 4] [--length 256]
 
 Both train the same rank on the same modules over the same random tokens, with AdamW and clipping.
-Each side runs in processes of its own, in turn, so that a change in the machine's speed meets
-both; either program runs in float32 and in bfloat16 and its better time counts. On a CPU only the ratios
-mean something. Needs the extras ``parity`` and ``quickstart`` (`make install`).
+Each side runs in processes of its own, in turn, so that a change in the speed of the machine meets
+both; either program runs in float32 and in bfloat16 and its better time counts. On a CPU only the
+ratios mean something. Needs what `make install` installs.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ from jaxtune.training.setup import set_up
 
 DTYPES = ("bfloat16", "float32")
 # What `Model.generate` takes as a prompt: text, token ids, or chat messages.
-Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 
 class Model:
@@ -97,9 +97,16 @@ class Model:
 
     @functools.cached_property
     def _logits(self) -> Any:
-        def compute(base: Tree, trainable: Tree, constants: Tree, *inputs: jax.Array) -> jax.Array:
+        def compute(
+            base: Tree,
+            trainable: Tree,
+            constants: Tree,
+            tokens: jax.Array,
+            segment_ids: jax.Array,
+            positions: jax.Array,
+        ) -> jax.Array:
             model = self.definition.bind(base, trainable, constants)
-            hidden, _ = model.hidden(*inputs, self.options)
+            hidden, _ = model.hidden(tokens, segment_ids, positions, self.options)
             return model.head()(hidden)
 
         return jax.jit(compute)
@@ -151,16 +158,17 @@ class Model:
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             return self.tokenizer(prompt)["input_ids"]
-        if prompt and isinstance(prompt[0], Mapping):
-            return encode_prompt(self.tokenizer, list(prompt))
-        return [int(token) for token in prompt]  # type: ignore[arg-type]
+        messages = [message for message in prompt if isinstance(message, Mapping)]
+        if messages:
+            return encode_prompt(self.tokenizer, messages)
+        return [token for token in prompt if not isinstance(token, Mapping)]
 
     @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:
         """The ids that end an answer: of generation_config.json, config.json and the tokenizer."""
         configs: list[Mapping[str, Any]] = [self.definition.config]
         for path in _extra_files(self.source).values():
-            configs.append(json.loads(path.read_text(encoding="utf-8")))
+            configs.append(huggingface.read_json(path))
         found: set[int] = set()
         for config in configs:
             ids = config.get("eos_token_id")
@@ -179,6 +187,8 @@ class Model:
         Returns:
           The directory.
         """
+        if dtype is not None:
+            lookup(dict.fromkeys(DTYPES), dtype, "dtype")
         model = self.definition.bind(self.base, self.trainable, self.constants)
         return huggingface.save(
             directory,

@@ -12,13 +12,18 @@ import dataclasses
 import importlib.util
 import json
 import math
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import ml_collections
 
 from jaxtune.errors import JaxtuneError, closest
+
+# What `resolve` gives: an ml_collections.FrozenConfigDict, whose own types do not know that a
+# section has attributes.
+Config: TypeAlias = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,16 +188,21 @@ def _parse(key: str, text: str) -> Any:
 
 def resolve(
     config: ml_collections.ConfigDict | Mapping[str, Any], overrides: Sequence[str] = ()
-) -> ml_collections.FrozenConfigDict:
+) -> Config:
     """Checks a whole config, applies overrides and freezes it.
 
     Args:
       config: a tree of sections; keys that are absent take their default.
       overrides: ``"section.name=value"`` strings, applied in order.
 
+    Returns:
+      An `ml_collections.FrozenConfigDict` of sections.
+
     Raises:
       JaxtuneError: an unknown key (the message names the closest one) or a bad value.
     """
+    if not isinstance(config, (Mapping, ml_collections.ConfigDict)):
+        raise JaxtuneError(f"a config is a tree of sections, not {config!r}")
     tree = {s: {n: knob.default for n, knob in entries.items()} for s, entries in KNOBS.items()}
     for section, entries in dict(config).items():
         if section not in KNOBS or not isinstance(entries, (Mapping, ml_collections.ConfigDict)):
@@ -215,7 +225,7 @@ def resolve(
     return ml_collections.FrozenConfigDict(tree)
 
 
-def load_file(path: str | Path) -> ml_collections.ConfigDict:
+def load_file(path: str | Path) -> Any:
     """Runs a config file and returns what its ``get_config()`` returns.
 
     A config file is a Python program: run only files that you trust.
@@ -225,7 +235,8 @@ def load_file(path: str | Path) -> ml_collections.ConfigDict:
     """
     path = Path(path)
     if not path.is_file():
-        raise JaxtuneError(f"{path}: no such config file")
+        there = [file.name for file in path.parent.glob("*.py")]
+        raise JaxtuneError(f"{path}: no such config file{closest(path.name, there)}")
     spec = importlib.util.spec_from_file_location("jaxtune_config_file", path)
     if spec is None or spec.loader is None:
         raise JaxtuneError(f"{path}: a config file is a Python file (.py)")
@@ -233,17 +244,29 @@ def load_file(path: str | Path) -> ml_collections.ConfigDict:
     try:
         spec.loader.exec_module(module)
         config = module.get_config()
+    except JaxtuneError:
+        raise
     except Exception as error:
-        lines = " ".join(str(error).split())
-        raise JaxtuneError(f"{path}: {type(error).__name__}: {lines}") from error
+        line = error.lineno if isinstance(error, SyntaxError) else _line_within(path, error)
+        reason = " ".join(str(error).split())
+        raise JaxtuneError(f"{path}:{line}: {type(error).__name__}: {reason}") from error
+    if not isinstance(config, (Mapping, ml_collections.ConfigDict)):
+        raise JaxtuneError(f"{path}: get_config() returns {config!r} instead of a config")
     return config
 
 
-def to_json(config: ml_collections.FrozenConfigDict) -> str:
+def _line_within(path: Path, error: Exception) -> int:
+    """Returns the number of the line in `path` that an error came from; 0 if none did."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno or 0 for frame in frames if Path(frame.filename) == path]
+    return lines[-1] if lines else 0
+
+
+def to_json(config: Config) -> str:
     """Renders a resolved config as the JSON that a run directory keeps."""
     return json.dumps(config.to_dict(), indent=2, ensure_ascii=False) + "\n"
 
 
-def from_json(path: str | Path) -> ml_collections.FrozenConfigDict:
+def from_json(path: str | Path) -> Config:
     """Reads a config that `to_json` wrote; the config file that made it is never run again."""
     return resolve(json.loads(Path(path).read_text(encoding="utf-8")))

@@ -71,3 +71,29 @@ def smollm2(smollm2_gguf, tmp_path_factory) -> Path:
 
     directory = tmp_path_factory.mktemp("smollm2") / "hf"
     return jaxtune.load(smollm2_gguf, dtype="float32", progress=False).save_pretrained(directory)
+
+
+@pytest.fixture(scope="session")
+def tiny_chat(tiny, tmp_path_factory) -> Path:
+    """A tiny LLaMA with a tokenizer of single bytes and the template of ChatML."""
+    import shutil
+
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({byte: index for index, byte in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    directory = tmp_path_factory.mktemp("tiny_chat") / "model"
+    shutil.copytree(tiny("llama", vocab_size=len(tokenizer), **special), directory)
+    tokenizer.save_pretrained(directory)
+    return directory

@@ -6,6 +6,7 @@ Source: Hu et al., 2021.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import zlib
 from collections import Counter
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxtune.adapters.method import Method, Stored
+from jaxtune.adapters.method import BASE_COPY, Method, Stored
 from jaxtune.adapters.targets import linears, match_targets, module_names
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.decoder import CausalLM
@@ -74,7 +75,7 @@ class LoraAdapter(nnx.Module):
         return LowRank(self.lora_A.get_value(), self.lora_B.get_value(), self.scale.get_value())
 
     def drop(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        """Drops inputs of the low-rank branch at random, scaled to keep their mean."""
+        """Drops inputs [..., in] of the low-rank branch at random, scaled to keep their mean."""
         if key is None or self.dropout == 0:
             return x
         keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
@@ -203,8 +204,8 @@ def _pack(
         ranks = np.array([factor.rank for factor in adapter.factors])
         kept = np.arange(ranks.max()) < ranks[:, None]
         factors = {
-            "lora_A": values[path]["lora_A"] * kept[:, :, None],
-            "lora_B": values[path]["lora_B"] * kept[:, None, :],
+            "lora_A": np.where(kept[:, :, None], values[path]["lora_A"], 0),
+            "lora_B": np.where(kept[:, None, :], values[path]["lora_B"], 0),
         }
         for name, value in factors.items():
             shape = getattr(adapter, name).get_value().shape
@@ -277,11 +278,13 @@ def from_peft(stored: Stored) -> Lora:
             raise JaxtuneError(f'adapter_config.json: "{key}"={config[key]!r} is not supported')
     factors: dict[str, Factor] = {}
     for key, value in stored.tensors.items():
+        if key.endswith(BASE_COPY):
+            continue  # not an edit; who loads the base compares the two
         match = _KEY.fullmatch(key)
-        if match is None:
+        if match is None or value.ndim != 2 or not jnp.issubdtype(value.dtype, jnp.floating):
             raise JaxtuneError(f'adapter_model.safetensors: "{key}" is not a LoRA factor')
         name, rank = match[1], value.shape[0 if match[2] == "lora_A" else -1]
-        alpha = _pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
+        alpha = _pattern(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", 8))
         if config.get("use_rslora"):
             alpha = alpha * rank**0.5  # so that alpha / r is alpha / √r
         other = "lora_B" if match[2] == "lora_A" else "lora_A"
@@ -290,16 +293,31 @@ def from_peft(stored: Stored) -> Lora:
         factors[name] = Factor(rank, alpha)
     if not factors:
         raise JaxtuneError("adapter_model.safetensors holds no LoRA factors")
-    dropout = float(config.get("lora_dropout") or 0.0)
+    dropout = _number("lora_dropout", config.get("lora_dropout") or 0.0)
+    if not 0 <= dropout < 1:
+        raise JaxtuneError(f'adapter_config.json: "lora_dropout"={dropout} is not within 0 and 1')
     return Lora(dropout=dropout, factors=tuple(sorted(factors.items())))
 
 
-def _pattern(patterns: Mapping[str, float] | None, name: str, default: float) -> float:
+def _pattern(patterns: Any, name: str, default: Any) -> float:
     """Looks a module up as PEFT does: the first pattern that matches the end of its path."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return float(value)
-    return float(default)
+    if not isinstance(patterns, Mapping):
+        raise JaxtuneError(f'adapter_config.json: "alpha_pattern" is {patterns!r}, not an object')
+    for pattern, value in patterns.items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", name):
+                return _number("alpha_pattern", value)
+        except re.error as error:
+            raise JaxtuneError(
+                f'adapter_config.json: "alpha_pattern" has no valid expression: {error}'
+            ) from None
+    return _number("lora_alpha", default)
+
+
+def _number(key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise JaxtuneError(f'adapter_config.json: "{key}" has {value!r}, which is no number')
+    return float(value)
 
 
 def from_config(section: Any) -> Lora:

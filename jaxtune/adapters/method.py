@@ -11,17 +11,28 @@ from jaxtune.layers.decoder import CausalLM
 from jaxtune.layers.tree import Path, Tree
 from jaxtune.models.definition import Definition
 
+# How PEFT ends the key of the frozen weight of a head, which it stores beside the head's edit.
+BASE_COPY = ".base_layer.weight"
+
 
 class Stored(NamedTuple):
     """An adapter as PEFT stores it.
 
     Attributes:
       config: the content of adapter_config.json.
-      tensors: of adapter_model.safetensors, by key.
+      tensors: of adapter_model.safetensors, by key; shapes are those of PEFT's files.
     """
 
     config: dict[str, Any]
     tensors: dict[str, np.ndarray]
+
+    def base_copies(self) -> dict[str, np.ndarray]:
+        """Returns the frozen weights, each [out, in], that are stored beside edits, by HF name."""
+        return {
+            key.removeprefix("base_model.model.").replace(BASE_COPY, ".weight"): value
+            for key, value in self.tensors.items()
+            if key.endswith(BASE_COPY)
+        }
 
 
 class Method(abc.ABC):

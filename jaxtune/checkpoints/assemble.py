@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
@@ -11,6 +12,7 @@ from jaxtune.adapters import Method, Stored
 from jaxtune.adapters.define import define
 from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.source import TensorSource
+from jaxtune.errors import JaxtuneError
 from jaxtune.layers.tree import Tree, merge
 from jaxtune.models.definition import Definition
 
@@ -53,8 +55,13 @@ def assemble(
       stored: an adapter to start from; otherwise the method draws its own start from `seed`.
       seed: of that start.
       progress: shows a bar when loading takes long.
+
+    Raises:
+      JaxtuneError: checkpoint, method and adapter do not fit one another.
     """
     definition = define(source.config, dtype, method)
+    if stored is not None:
+        _check_copies(source, stored)
     weights, ignored = huggingface.load(definition, source, mesh, progress=progress)
     added: tuple[Tree, Tree] = ({}, {})
     if method is not None:
@@ -62,3 +69,14 @@ def assemble(
         added = method.init(definition, seed) if started else method.restore(definition, stored)
     parts: dict[Any, Tree] = definition.split(merge(weights, *added))
     return Assembled(definition, parts["base"], parts["trainable"], parts["constants"], ignored)
+
+
+def _check_copies(source: TensorSource, stored: Stored) -> None:
+    """Refuses an adapter that brings frozen weights other than those of the checkpoint."""
+    for name, copy in stored.base_copies().items():
+        ours = source.read(name) if name in source.names() else None
+        if ours is None or not np.array_equal(ours.astype(copy.dtype), copy):
+            raise JaxtuneError(
+                f"adapter_model.safetensors: its copy of {name} is not that of the checkpoint, "
+                "so the adapter belongs to another base model"
+            )

@@ -180,10 +180,19 @@ class GGUFSource:
             value = value[0]
         return value
 
+    def _count(self, key: str, default: int | None = None) -> int:
+        """Returns a value that has to be a positive integer."""
+        value = self._key(key, default)
+        if not isinstance(value, int) or value < 1:
+            raise JaxtuneError(
+                f"{self.path}: {self._architecture}.{key}={value!r} is no positive integer"
+            )
+        return value
+
     def _build_config(self, class_name: str) -> dict[str, Any]:
-        heads, hidden_size = self._key("attention.head_count"), self._key("embedding_length")
+        heads, hidden_size = self._count("attention.head_count"), self._count("embedding_length")
         rotary = self._key("rope.dimension_count", 0) if self._architecture == "llama" else 0
-        head_dim = self._key("attention.key_length", rotary or hidden_size // heads)
+        head_dim = self._count("attention.key_length", rotary or hidden_size // heads)
         if rotary and rotary != head_dim:
             raise JaxtuneError(
                 f"{self.path}: llama.rope.dimension_count={rotary} is not the head size {head_dim}"
@@ -192,14 +201,14 @@ class GGUFSource:
             "architectures": [class_name],
             "model_type": self._architecture,
             "hidden_size": hidden_size,
-            "num_hidden_layers": self._key("block_count"),
+            "num_hidden_layers": self._count("block_count"),
             "num_attention_heads": heads,
-            "num_key_value_heads": self._key("attention.head_count_kv", heads),
+            "num_key_value_heads": self._count("attention.head_count_kv", heads),
             "head_dim": head_dim,
-            "intermediate_size": self._key("feed_forward_length"),
+            "intermediate_size": self._count("feed_forward_length"),
             "hidden_act": "silu",
             "vocab_size": self.shape("model.embed_tokens.weight")[0],
-            "max_position_embeddings": self._key("context_length"),
+            "max_position_embeddings": self._count("context_length"),
             "rms_norm_eps": _decimal(self._key("attention.layer_norm_rms_epsilon")),
             "rope_theta": _decimal(self._key("rope.freq_base", 10000.0)),
             "rope_scaling": self._rope_scaling(head_dim),

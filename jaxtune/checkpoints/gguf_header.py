@@ -88,8 +88,10 @@ class _Cursor:
     def text(self) -> str:
         size = self.integer("<Q")
         start = self.take(size)
-        # Vocabularies hold pieces of characters in some files; only their identity matters.
-        return self.buffer[start : start + size].decode("utf-8", errors="surrogateescape")
+        try:
+            return self.buffer[start : start + size].decode("utf-8")
+        except UnicodeDecodeError:
+            raise JaxtuneError(f"{self.path}: text at byte {start} is not UTF-8") from None
 
     def value(self, value_type: int) -> Any:
         if value_type == GGUFValueType.STRING:

@@ -80,7 +80,7 @@ class HuggingFaceSource:
         return self._by_name[name].dtype(name)
 
     def read(self, name: str) -> np.ndarray:
-        """Returns a tensor as a view of the file."""
+        """Returns a tensor of the shape `shape(name)` as a view of the file."""
         return self._by_name[name].read(name)
 
     def where(self, name: str) -> str:
@@ -113,11 +113,11 @@ def resolve_path(path: str, revision: str = "") -> Path:
     Raises:
       JaxtuneError: neither a local path nor a hub id that can be fetched.
     """
+    if not path:
+        raise JaxtuneError("model.path is empty: give a Hugging Face directory, hub id or .gguf")
     local = Path(path).expanduser()
     if local.exists():
         return local
-    if not path:
-        raise JaxtuneError("model.path is empty: give a Hugging Face directory, hub id or .gguf")
     if path.startswith((".", "/", "~")) or path.count("/") != 1 or path.endswith(".gguf"):
         raise JaxtuneError(f"{path}: no such file or directory")
     from huggingface_hub import snapshot_download
@@ -297,6 +297,8 @@ def checkpoint_tensors(
     edits: Mapping[tuple[str, ...], Edit],
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (Hugging Face name, value) of every weight, in layer order where there are layers.
+
+    Values have the shape of one layer's weight.
 
     Args:
       definition: of the model.

@@ -83,7 +83,7 @@ class SafetensorsFile:
         return DTYPES[kind]
 
     def read(self, name: str) -> np.ndarray:
-        """Returns a tensor as a read-only view of the file."""
+        """Returns a tensor of the shape `shape(name)` as a read-only view of the file."""
         start, stop = self._entries[name]["data_offsets"]
         dtype = self.dtype(name)
         flat = np.frombuffer(
@@ -93,13 +93,13 @@ class SafetensorsFile:
 
 
 def read_all(path: Path) -> dict[str, np.ndarray]:
-    """Reads a small file whole: tensors by name, as views of its memory map."""
+    """Reads a small file whole: tensors of any shape by name, as views of its memory map."""
     file = SafetensorsFile(path)
     return {name: file.read(name) for name in file.names()}
 
 
 def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes one file that PyTorch's tools read.
+    """Writes tensors of any shape to one file that PyTorch's tools read.
 
     Raises:
       OSError: the disk is full or cannot be written.
@@ -114,7 +114,7 @@ def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 def write_sharded(
     directory: Path, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int
 ) -> list[str]:
-    """Writes tensors as they come, a file when `shard_bytes` are full, and the index.
+    """Writes tensors of any shape as they come, a file when `shard_bytes` are full, and the index.
 
     Args:
       directory: an existing directory.

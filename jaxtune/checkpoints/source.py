@@ -32,7 +32,7 @@ class TensorSource(Protocol):
         ...
 
     def read(self, name: str) -> np.ndarray:
-        """Returns a tensor; memory-mapped where the format allows it."""
+        """Returns a tensor of the shape `shape(name)`; memory-mapped where the format allows it."""
         ...
 
     def where(self, name: str) -> str:

@@ -123,7 +123,7 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedT
       revision: commit, tag or branch of a hub id.
 
     Returns:
-      A fast tokenizer, or None for a directory without tokenizer files.
+      A fast tokenizer, or None for a directory or a GGUF that brings none.
 
     Raises:
       JaxtuneError: files that cannot be read, an unknown GGUF pre-tokenizer, or text that decodes
@@ -135,7 +135,10 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedT
             return None
         tokenizer = _from_directory(local)
     else:
-        tokenizer = _from_gguf(local, read_header(local).metadata)
+        metadata = read_header(local).metadata
+        if "tokenizer.ggml.model" not in metadata:
+            return None
+        tokenizer = _from_gguf(local, metadata)
     ids = tokenizer.encode(_PROBE, add_special_tokens=False)
     decoded = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     if decoded != _PROBE:
@@ -157,7 +160,7 @@ def _from_directory(directory: Path) -> PreTrainedTokenizerFast:
         settings = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
     # transformers drops both settings where tokenizer.json brings a post-processor of its own.
     ids = tokenizer.encode("a")
-    has = (ids[0] == tokenizer.bos_token_id, ids[-1] == tokenizer.eos_token_id)
+    has = (ids[:1] == [tokenizer.bos_token_id], ids[-1:] == [tokenizer.eos_token_id])
     wanted = (
         has[0] or (bool(settings.get("add_bos_token")) and tokenizer.bos_token_id is not None),
         has[1] or (bool(settings.get("add_eos_token")) and tokenizer.eos_token_id is not None),
@@ -182,6 +185,8 @@ def _from_gguf(path: Path, metadata: Mapping[str, Any]) -> PreTrainedTokenizerFa
     splitting = lookup(_SPLITTINGS, name, f"{path}: tokenizer.ggml.pre")
     tokens, merges = entry("tokens", []), entry("merges", [])
     kinds = entry("token_type", [int(TokenType.NORMAL)] * len(tokens))
+    if not all(isinstance(values, list) for values in (tokens, merges, kinds)):
+        raise JaxtuneError(f"{path}: tokenizer.ggml.tokens, merges or token_type is no list")
     if not tokens or len(kinds) != len(tokens):
         raise JaxtuneError(f"{path}: {len(tokens)} tokenizer.ggml.tokens, {len(kinds)} token types")
     backend = _byte_level_bpe(path, splitting, tokens, kinds, merges)
@@ -195,7 +200,7 @@ def _from_gguf(path: Path, metadata: Mapping[str, Any]) -> PreTrainedTokenizerFa
         number = entry(f"{key}_token_id")
         if number is None:
             continue
-        if not 0 <= number < len(tokens):
+        if not isinstance(number, int) or not 0 <= number < len(tokens):
             raise JaxtuneError(
                 f"{path}: tokenizer.ggml.{key}_token_id={number} is outside the vocabulary of "
                 f"{len(tokens)}"

@@ -81,7 +81,7 @@ class Decoder(nnx.Module):
         hidden_size: int,
         eps: float,
         rope: Rope,
-        runs: Sequence[tuple[Callable[[], nnx.Module], int]],
+        runs: Sequence[tuple[Callable[[], DecoderLayer], int]],
     ):
         self.rope = rope
         self.embed_tokens = Embedding(vocab_size, hidden_size)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+_Module = TypeVar("_Module", bound=nnx.Module)
 Path = tuple[str, ...]
 Tree = dict[str, Any]
 
@@ -83,7 +84,7 @@ def declaration_of(variable: nnx.Variable) -> Declaration:
     return variable.get_metadata()["declaration"]
 
 
-def stack(module: nnx.Module, first: int, count: int) -> nnx.Module:
+def stack(module: _Module, first: int, count: int) -> _Module:
     """Turns one layer's abstract module into that of `count` layers starting at layer `first`."""
     for _, variable in nnx.iter_graph(module):
         if isinstance(variable, nnx.Variable):

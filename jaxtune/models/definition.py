@@ -128,7 +128,7 @@ def initialize(definition: Definition, key: jax.Array, std: float = 0.02) -> Tre
 
     Args:
       definition: of the model.
-      key: random key.
+      key: random key, a scalar.
       std: of the normal initialiser.
     """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -40,7 +41,7 @@ def _show(sizes: Mapping[str, int]) -> str:
     return ", ".join(f"mesh.{axis}={sizes[axis]}" for axis in MESH_AXES)
 
 
-def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """Builds the mesh of a run; sharding is left to the compiler (automatic axis types).
 
     Args:

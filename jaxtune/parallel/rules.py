@@ -39,7 +39,10 @@ def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pins the sharding of an activation; without a mesh in context it does nothing."""
+    """Pins the sharding of an activation of any shape, one axis name for each of its dimensions.
+
+    Without a mesh in context it does nothing.
+    """
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))

@@ -14,7 +14,7 @@ FORMATS: dict[str, Any] = {}
 
 
 def materialize(weight: Any, dtype: DTypeLike) -> jax.Array:
-    """Returns a plain or quantized weight as an array of `dtype`."""
+    """Returns a plain or quantized weight of any shape as an array of `dtype`."""
     if hasattr(weight, "dequantize"):
         return weight.dequantize(dtype)
     return weight.astype(dtype)

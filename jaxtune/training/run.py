@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_collections
-
 from jaxtune import config as config_module
 from jaxtune.checkpoints.orbax import disk_full_named, write_atomically
 from jaxtune.errors import JaxtuneError
 from jaxtune.training.metrics import EVALUATIONS, METRICS
+
+LOCK = "lock"
 
 
 class RunDirectory:
@@ -39,6 +39,7 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.adapter_last = self.path / "adapter" / "last"
         self.adapter_best = self.path / "adapter" / "best"
+        self.description = self.path / "description.json"
         self.result = self.path / "result.json"
 
     def exists(self) -> bool:
@@ -46,9 +47,7 @@ class RunDirectory:
         return self.config.is_file()
 
     @contextlib.contextmanager
-    def start(
-        self, config: ml_collections.FrozenConfigDict | None = None
-    ) -> Iterator[ml_collections.FrozenConfigDict]:
+    def start(self, config: config_module.Config = None) -> Iterator[config_module.Config]:
         """Begins a run here or goes on with the one that is here; holds it while the block runs.
 
         Args:
@@ -66,7 +65,8 @@ class RunDirectory:
         with disk_full_named(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         with _locked(self.path):
-            if config is not None and not self.exists():
+            fresh = config is not None and not self.exists()
+            if fresh:
                 with disk_full_named(self.path):
                     write_atomically(self.config, config_module.to_json(config))
             frozen = self.read_config()
@@ -78,9 +78,21 @@ class RunDirectory:
                 )
             for adapter in (self.adapter_last, self.adapter_best):
                 _recover(adapter)
-            yield frozen
+            try:
+                yield frozen
+            except BaseException:
+                if fresh and not self.fingerprint.is_file():
+                    self._withdraw()
+                raise
 
-    def read_config(self) -> ml_collections.FrozenConfigDict:
+    def _withdraw(self) -> None:
+        """Removes a run that failed before it began, so that a mended config may take its place."""
+        self.config.unlink()
+        (self.path / LOCK).unlink()
+        with contextlib.suppress(OSError):  # something of the user's is in it
+            self.path.rmdir()
+
+    def read_config(self) -> config_module.Config:
         """Returns the frozen config of the run that is here.
 
         Raises:
@@ -158,6 +170,12 @@ class RunDirectory:
         partial.rename(target)
         shutil.rmtree(previous, ignore_errors=True)
 
+    def write_description(self, description: Mapping[str, Any]) -> None:
+        """Writes ``description.json``: what the run is going to do, to compare it with others."""
+        with disk_full_named(self.path):
+            text = json.dumps(dict(description), indent=2, ensure_ascii=False)
+            write_atomically(self.description, text + "\n")
+
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Writes ``result.json``: what came out of the run, for people and programs to read."""
         with disk_full_named(self.path):
@@ -167,7 +185,7 @@ class RunDirectory:
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     """Holds a directory for this process; the system lets go of it if the process is killed."""
-    with (directory / "lock").open("a+", encoding="utf-8") as file:
+    with (directory / LOCK).open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -196,7 +214,7 @@ def _recover(target: Path) -> None:
             previous.rename(target)
 
 
-def _flat(config: ml_collections.FrozenConfigDict) -> dict[str, Any]:
+def _flat(config: config_module.Config) -> dict[str, Any]:
     return {
         f"{section}.{name}": value
         for section, entries in config.to_dict().items()

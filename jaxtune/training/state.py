@@ -28,7 +28,7 @@ class TrainState:
       opt_state: of the optax optimizer.
     """
 
-    step: jax.Array
+    step: Any
     trainable: Tree
     opt_state: Any
 

@@ -96,7 +96,7 @@ def make_train_step(
             "tokens": jnp.sum(batch["segment_ids"] != 0).astype(jnp.float32),
             "targets": sums.weight,
         }
-        trainable = optax.apply_updates(state.trainable, updates)
+        trainable = jax.tree.map(jnp.add, state.trainable, updates)
         return TrainState(state.step + 1, trainable, opt_state), metrics
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like)

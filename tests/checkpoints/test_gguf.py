@@ -295,13 +295,16 @@ def test_foreign_files_are_refused(tmp_path):
         b"\x01" + bytes(7) + b"k" + b"\x09\0\0\0" + b"\0\0\0\0" + (2**62).to_bytes(8, "little"),
         b"\x01" + bytes(7) + b"k" + b"\x09\0\0\0" + b"\x08\0\0\0" + (2**62).to_bytes(8, "little"),
         b"\x01" + bytes(7) + b"k" + b"\x63\0\0\0" + bytes(8),  # a value type that does not exist
+        b"\x01" + bytes(7) + b"\xff",  # a key that is not UTF-8
     ],
 )
 def test_hostile_sizes_are_refused_before_allocation(tmp_path, after_counts):
     path = tmp_path / "hostile.gguf"
     counts = (0).to_bytes(8, "little") + (1).to_bytes(8, "little")
     path.write_bytes(b"GGUF" + b"\x03\0\0\0" + counts + after_counts + bytes(16))
-    with pytest.raises(JaxtuneError, match=r"hostile\.gguf: (truncated or damaged|unknown)"):
+    with pytest.raises(
+        JaxtuneError, match=r"hostile\.gguf: (truncated or damaged|unknown|text at)"
+    ):
         GGUFSource(path)
 
 
@@ -324,6 +327,11 @@ def test_a_block_type_that_cannot_be_decoded_is_named(tmp_path):
     source = GGUFSource(path)
     with pytest.raises(JaxtuneError, match=r'"model\.embed_tokens\.weight" has block type Q8_1'):
         source.read("model.embed_tokens.weight")
+
+
+def test_a_count_of_zero_is_refused(tmp_path):
+    with pytest.raises(JaxtuneError, match=r"head_count_kv=0 is no positive integer"):
+        GGUFSource(write_tiny(tmp_path / "tiny.gguf", kv_heads=0))
 
 
 def test_layers_that_differ_are_refused(tmp_path):

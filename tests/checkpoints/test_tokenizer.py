@@ -222,9 +222,14 @@ def test_merges_of_unknown_tokens_are_refused(tmp_path):
         load_tokenizer(path)
 
 
-def test_a_directory_without_tokenizer_files_has_none(tmp_path):
+def test_a_checkpoint_may_come_without_a_tokenizer(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert load_tokenizer(tmp_path) is None
+    writer = gguf.GGUFWriter(tmp_path / "bare.gguf", "llama")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert load_tokenizer(tmp_path / "bare.gguf") is None
 
 
 @pytest.mark.parametrize("add_bos", [True, False])

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,19 +136,8 @@ def train_torch(model: Any, examples: Sequence[Example], recipe: Recipe) -> list
             loss.backward()
             total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_([p for _, p in named], recipe.clip_norm)
-        updates.append(Update(total, schedule.get_last_lr()[0], float(norm)))
+        updates.append(Update(total, float(schedule.get_last_lr()[0]), float(norm)))
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
     return updates
-
-
-@contextlib.contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """Gives torch this many threads for a while."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -139,6 +139,8 @@ def test_positions_can_be_given(tiny):
 def test_logits_of_smollm2_are_those_of_transformers(smollm2, smollm2_gguf):
     tokens = random_tokens(2, 2, 96, vocabulary=49152)
     theirs = torch_logits(load_torch(smollm2), tokens)
-    assert_same_logits(jaxtune.load(smollm2, dtype="float32", progress=False).logits(tokens), theirs)
+    assert_same_logits(
+        jaxtune.load(smollm2, dtype="float32", progress=False).logits(tokens), theirs
+    )
     straight = jaxtune.load(smollm2_gguf, dtype="float32", progress=False)
     assert_same_logits(straight.logits(tokens), theirs)

@@ -1,0 +1,138 @@
+"""Programs compiled for TPUs that are not there; the sizes are those of the compiler."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from jaxtune.config import resolve
+from jaxtune.errors import JaxtuneError
+from jaxtune.layers.attention import BACKENDS
+from jaxtune.planning import plan
+from jaxtune.planning.topology import GIB, describe
+
+pytestmark = pytest.mark.slow
+
+# The shape of DeepSeek-LLM-7B: https://huggingface.co/deepseek-ai/deepseek-llm-7b-base
+DEEPSEEK_7B = {
+    "model_type": "llama",
+    "vocab_size": 102400,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+SMALL = DEEPSEEK_7B | {
+    "vocab_size": 2048,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
+
+
+@pytest.fixture
+def planned(tmp_path):
+    """Plans a run on a model of which there is nothing but config.json, and prints the plan."""
+
+    def make(model, topology, **sections):
+        (tmp_path / "config.json").write_text(json.dumps(model))
+        result = plan(resolve({"model": {"path": str(tmp_path)}, **sections}), topology)
+        print(result.render())
+        return result
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "heads, kv_heads, dim, value_dim",
+    [(32, 32, 128, 128), (32, 8, 128, 128), (9, 3, 64, 64), (16, 16, 192, 128)],
+)
+def test_splash_never_holds_every_score(heads, kv_heads, dim, value_dim):
+    t = 4096
+    sharding = SingleDeviceSharding(describe("v5e:1x1").devices[0])
+
+    def loss(q, k, v, segments):
+        out = BACKENDS["splash"](q, k, v, segments, segments, 0, dim**-0.5)
+        return out.astype(jnp.float32).sum()
+
+    def like(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    compiled = (
+        jax.jit(jax.grad(loss, (0, 1, 2)))
+        .lower(
+            like(1, t, heads, dim),
+            like(1, t, kv_heads, dim),
+            like(1, t, kv_heads, value_dim),
+            like(1, t, dtype=jnp.int32),
+        )
+        .compile()
+    )
+    temporaries = compiled.memory_analysis().temp_size_in_bytes
+    print(f"{heads} heads of {dim}: {temporaries / 2**20:.0f} MiB of temporaries")
+    assert f"{t},{t}" not in compiled.as_text()
+    assert temporaries < heads * t * t / 2  # half a byte for each score
+
+
+def test_smollm2_on_one_chip(smollm2_gguf):
+    result = plan(
+        resolve(
+            {
+                "model": {"path": str(smollm2_gguf)},
+                "data": {"max_length": 256},
+                "training": {"batch_size": 4},
+            }
+        ),
+        "v5e:1x1",
+    )
+    print(result.render())
+    assert result.attention == "splash"
+    assert result.fits
+    assert result.total < 0.6 * GIB
+
+
+def test_deepseek_7b_lora_on_one_chip(planned):
+    result = planned(
+        DEEPSEEK_7B,
+        "v5e:1x1",
+        adapter={"rank": 8},
+        data={"max_length": 1024},
+        training={"batch_size": 4, "remat": "full"},
+    )
+    assert result.fits
+    assert result.total <= 15.5 * GIB
+
+
+def test_a_mesh_splits_weights_batch_and_heads(planned):
+    sections = {"data": {"max_length": 512}, "training": {"batch_size": 16}}
+    one = planned(SMALL, "v5e:1x1", **sections)
+    four = planned(SMALL, "v5e:2x2", mesh={"data": 1, "fsdp": 2, "tensor": 2}, **sections)
+    assert four.mesh["fsdp"] == four.mesh["tensor"] == 2
+    assert four.arguments["batch"] * 2 == one.arguments["batch"]
+    assert four.arguments["base"] < one.arguments["base"] / 3
+    assert four.temporaries < one.temporaries
+
+
+def test_what_the_compiler_refuses_for_its_size_does_not_fit(planned):
+    result = planned(
+        SMALL | {"vocab_size": 200_000, "hidden_size": 4096},
+        "v5e:1x1",
+        adapter={"method": "full"},
+        data={"max_length": 128},
+        training={"batch_size": 1},
+    )
+    assert not result.fits
+    assert result.total > result.capacity == 15.75 * GIB
+    assert "does not fit" in result.render()
+
+
+def test_a_shape_that_no_pod_has_is_an_error():
+    with pytest.raises(JaxtuneError, match='topology "v5e:3x3"'):
+        describe("v5e:3x3")

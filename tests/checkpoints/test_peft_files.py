@@ -1,0 +1,128 @@
+"""Adapter directories: written whole, and refused in one line where they do not fit."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import jaxtune
+from jaxtune.checkpoints.peft import read_adapter, write_adapter
+from jaxtune.errors import JaxtuneError
+
+A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+B = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+
+
+@pytest.fixture(scope="module")
+def peft_made(tiny, tmp_path_factory):
+    """An adapter that PEFT wrote."""
+    directory = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
+    config = LoraConfig(
+        r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", init_lora_weights=False
+    )
+    get_peft_model(model, config).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def adapter(peft_made, tmp_path):
+    """A copy of it to damage."""
+    shutil.copytree(peft_made, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_what_peft_wrote_is_written_again_bit_for_bit(peft_made, tmp_path):
+    write_adapter(tmp_path / "out", read_adapter(peft_made))
+    before = load_file(peft_made / "adapter_model.safetensors")
+    after = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert set(before) == set(after)
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    ours, theirs = (
+        PeftConfig.from_pretrained(tmp_path / "out"),
+        PeftConfig.from_pretrained(peft_made),
+    )
+    assert ours.to_dict() == theirs.to_dict()
+
+
+def test_an_adapter_is_replaced_only_when_asked(adapter):
+    stored = read_adapter(adapter)
+    with pytest.raises(JaxtuneError, match="exists already"):
+        write_adapter(adapter, stored)
+    write_adapter(adapter, stored._replace(tensors={"x": np.ones(2, np.float32)}), replace=True)
+    assert list(read_adapter(adapter).tensors) == ["x"]
+    # What was read before is still whole: its file lives on under the mapping.
+    assert np.isfinite(stored.tensors[A]).all()
+
+
+def refusal(base, adapter):
+    with pytest.raises(JaxtuneError) as raised:
+        jaxtune.load(base, adapter=adapter, progress=False)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def test_no_such_adapter(tiny, tmp_path):
+    assert refusal(tiny("llama"), tmp_path / "no").endswith("no/adapter_config.json: no such file")
+
+
+def test_weights_that_are_not_there_or_cut(tiny, adapter):
+    path = adapter / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert refusal(tiny("llama"), adapter).startswith(f"{path}: not a whole safetensors file")
+    path.unlink()
+    (adapter / "adapter_model.bin").touch()
+    assert refusal(tiny("llama"), adapter) == f"{path}: no such file"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "LOHA"}, 'adapter_config.json: peft_type="LOHA" is unknown'),
+        ({"peft_type": None}, 'adapter_config.json: peft_type="None" is unknown'),
+        ({"use_dora": True}, 'adapter_config.json: "use_dora"=True is not supported'),
+        ({"bias": "all"}, "adapter_config.json: \"bias\"='all' is not supported"),
+        ({"modules_to_save": ["lm_head"]}, "adapter_config.json: \"modules_to_save\"=['lm_head']"),
+        ({"lora_alpha": "x"}, "adapter_config.json: \"lora_alpha\" has 'x', which is no number"),
+        ({"lora_alpha": 1e999}, 'adapter_config.json: "lora_alpha" has inf'),
+        ({"lora_dropout": 1.5}, 'adapter_config.json: "lora_dropout"=1.5 is not within 0 and 1'),
+        ({"alpha_pattern": {"(": 1}}, 'adapter_config.json: "alpha_pattern" has no valid'),
+        ({"alpha_pattern": {"q_proj": []}}, 'adapter_config.json: "alpha_pattern" has []'),
+        ({"alpha_pattern": [1]}, 'adapter_config.json: "alpha_pattern" is [1], not an object'),
+    ],
+)
+def test_a_setting_that_would_be_dropped_or_is_no_setting(tiny, adapter, changes, message):
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    assert refusal(tiny("llama"), adapter).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(B), '"model.layers.0.self_attn.q_proj" lacks lora_B'),
+        (lambda t: t.pop(A), '"model.layers.0.self_attn.q_proj" lacks lora_A'),
+        (lambda t: t.update({"x": torch.ones(1)}), '"x" is not a LoRA factor'),
+        (lambda t: t.update({A: torch.ones(())}), 'lora_A.weight" is not a LoRA factor'),
+        (lambda t: t.update({A: torch.ones(4, 64, dtype=torch.int8)}), "is not a LoRA factor"),
+        (lambda t: t.update({B: torch.ones(64, 8)}), "has shape [4, 64], the model needs [8, 64]"),
+        (lambda t: t.update({A: torch.ones(4, 63)}), "has shape [4, 63], the model needs [4, 64]"),
+        (
+            lambda t: t.update({k.replace("0.self", "9.self"): t[k].clone() for k in (A, B)}),
+            "the adapter edits model.layers.9.self_attn.q_proj, which the model does not have",
+        ),
+        (lambda t: t.clear(), "holds no LoRA factors"),
+    ],
+)
+def test_factors_that_do_not_fit(tiny, adapter, change, message):
+    path = adapter / "adapter_model.safetensors"
+    tensors = {name: value.clone() for name, value in load_file(path).items()}
+    change(tensors)
+    save_file(tensors, path)
+    assert message in refusal(tiny("llama"), adapter)

@@ -1,0 +1,132 @@
+"""From a checkpoint on disk to files that other tools load, through what users type."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import jaxtune
+from jaxtune.cli import main
+
+# Logits of two programs in float32 on one machine: rounding, far below any error of substance.
+TOLERANCE = 2e-5
+
+
+@pytest.fixture(scope="module")
+def workdir(small_config, tmp_path_factory):
+    """A finished run."""
+    workdir = tmp_path_factory.mktemp("runs") / "mine"
+    main(["train", "--config", str(small_config), "--workdir", str(workdir)])
+    return workdir
+
+
+def close(ours, theirs):
+    ours, theirs = np.asarray(ours), theirs.detach().numpy()
+    return np.abs(ours - theirs).max() <= TOLERANCE * np.abs(theirs).max()
+
+
+def test_a_run_leaves_everything_behind(workdir):
+    assert {path.name for path in workdir.iterdir()} >= {
+        "config.json",
+        "description.json",
+        "fingerprint.json",
+        "metrics.jsonl",
+        "evaluations.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "adapter",
+    }
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 31))
+    promised = {"loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second"}
+    assert all(promised <= line.keys() for line in lines)
+    assert lines[-1]["loss"] < lines[0]["loss"] / 2
+
+
+def test_a_finished_run_stays_as_it_is(workdir, small_config, capsys):
+    before = (workdir / "metrics.jsonl").read_text()
+    main(["train", "--workdir", str(workdir)])
+    main(["train", "--config", str(small_config), "--workdir", str(workdir)])
+    assert capsys.readouterr().out.splitlines()[-1].startswith("done: 30 steps")
+    assert (workdir / "metrics.jsonl").read_text() == before
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", "--workdir", str(workdir), "--config.training.steps=40"])
+    assert exit_.value.code == 65
+    assert "training.steps: 30 → 40" in capsys.readouterr().err
+
+
+def test_eval_gives_the_scores_of_the_run(workdir, chats, capsys):
+    def scores(*flags):
+        main(["eval", "--workdir", str(workdir), "--json", *flags])
+        return json.loads(capsys.readouterr().out)
+
+    trained, base = scores(), scores("--base-only")
+    best = min(jaxtune.Run(workdir).evaluations(), key=lambda line: line["loss"])
+    assert trained["loss"] == pytest.approx(best["loss"], rel=1e-6)
+    assert trained["token_accuracy"] == best["token_accuracy"]
+    assert trained["perplexity"] == pytest.approx(np.exp(trained["loss"]))
+    assert base["loss"] > 2 * trained["loss"]
+    assert scores("--data", str(chats)) == trained
+    main(["eval", "--workdir", str(workdir)])
+    assert f"loss            {trained['loss']:.4f}" in capsys.readouterr().out
+
+
+def test_generate_answers_as_the_model_in_python_does(workdir, capsys):
+    def answers(*flags):
+        prompts = ["--prompt", "c2", "--prompt", "h31"]
+        main(["generate", "--workdir", str(workdir), "--max-new-tokens", "6", *prompts, *flags])
+        return capsys.readouterr().out
+
+    chat = [[{"role": "user", "content": text}] for text in ("c2", "h31")]
+    expected = jaxtune.Run(workdir).model().generate(chat, max_new_tokens=6)
+    assert answers() == f">>> c2\n{expected[0]}\n>>> h31\n{expected[1]}\n"
+    assert answers("--base-only") != answers("--raw")
+    sampled = ["--temperature", "1", "--top-p", "0.9", "--seed"]
+    assert answers(*sampled, "1") != answers(*sampled, "2")
+
+
+def test_the_exported_adapter_loads_in_peft(workdir, tiny_chat, tmp_path, capsys):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    main(["export", "--workdir", str(workdir), "--format", "peft", "--to", str(tmp_path / "a")])
+    base = AutoModelForCausalLM.from_pretrained(tiny_chat, dtype=torch.float32)
+    peft = PeftModel.from_pretrained(base, tmp_path / "a")
+    tokens = np.arange(24).reshape(2, 12)
+    ours = jaxtune.Run(workdir).model("best").logits(tokens)
+    assert close(ours, peft(torch.tensor(tokens)).logits)
+    files = ["--model", str(tiny_chat), "--adapter", str(tmp_path / "a")]
+    capsys.readouterr()
+    main(["generate", *files, "--prompt", "c2", "--max-new-tokens", "6"])
+    chat = [{"role": "user", "content": "c2"}]
+    expected = jaxtune.Run(workdir).model().generate([chat], max_new_tokens=6)
+    assert capsys.readouterr().out == f"{expected[0]}\n"
+
+
+def test_the_merged_checkpoint_loads_in_transformers(workdir, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    main(["export", "--workdir", str(workdir), "--format", "merged", "--to", str(tmp_path / "m")])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
+    tokens = np.arange(24).reshape(2, 12)
+    ours = jaxtune.Run(workdir).model("best").logits(tokens)
+    assert close(ours, merged(torch.tensor(tokens)).logits)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
+    assert tokenizer.decode(tokenizer("a1").input_ids, skip_special_tokens=True) == "a1"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_convert_writes_the_weights_in_the_dtype_asked_for(tiny_chat, tmp_path, dtype):
+    from safetensors import safe_open
+
+    main(["convert", "--from", str(tiny_chat), "--to", str(tmp_path / "hf"), "--dtype", dtype])
+    name = "model.layers.0.self_attn.q_proj.weight"
+    with safe_open(tiny_chat / "model.safetensors", "np") as file:
+        original = file.get_tensor(name)
+    with safe_open(tmp_path / "hf" / "model.safetensors", "flax") as file:
+        converted = file.get_tensor(name)
+    assert str(converted.dtype) == dtype
+    assert (converted == jax.numpy.asarray(original, dtype)).all()

@@ -1,0 +1,66 @@
+"""The quickstart: its parts on a tiny model, and the whole of it on the real one."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from jaxtune.cli import main
+from jaxtune.config import load_file, resolve
+from jaxtune.quickstart import quickstart
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_it_measures_trains_and_measures_again(small_config, tmp_path, capsys):
+    config = resolve(load_file(small_config), ["training.steps=60"])
+    workdir = tmp_path / "quickstart"
+    result = quickstart(config, workdir)
+    assert result == json.loads((workdir / "result.json").read_text())
+    assert result["before"].keys() == result["after"].keys() == {"loss", "exact_match"}
+    assert result["before"]["exact_match"] == 0
+    assert result["after"]["loss"] < result["before"]["loss"] / 2
+    assert 0 < result["seconds"]["train"] < result["seconds"]["total"]
+    shown = capsys.readouterr().out
+    assert "exact match" in shown and "base model" in shown
+    assert f"jaxtune generate --workdir {workdir}" in shown
+
+    times = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.name != "lock"}
+    assert quickstart(config, workdir) == result
+    shown = capsys.readouterr().out
+    assert "The quickstart has been run" in shown and f"rm -r {workdir}" in shown
+    assert times == {path: path.stat().st_mtime_ns for path in times}
+
+
+@pytest.mark.slow
+def test_it_goes_on_after_an_interruption(small_config, jaxtune_command, tmp_path):
+    workdir = tmp_path / "quickstart"
+    command = ("quickstart", "--config", small_config, "--workdir", workdir)
+    command += ("--config.training.steps=300",)
+    process, metrics = jaxtune_command(*command), workdir / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text()):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate()
+    assert process.returncode == 130 and "Traceback" not in error
+    before = (workdir / "before.json").read_text()
+    assert not (workdir / "result.json").exists()
+
+    output, error = jaxtune_command(*command).communicate()
+    assert "1/3" not in output and "2/3" in output, error
+    assert (workdir / "before.json").read_text() == before
+    result = json.loads((workdir / "result.json").read_text())
+    assert result["before"]["loss"] == json.loads(before)["loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_real_model_learns_the_task(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    main(["quickstart", "--workdir", str(tmp_path / "quickstart")])
+    result = json.loads((tmp_path / "quickstart" / "result.json").read_text())
+    assert result["before"]["exact_match"] < 0.1
+    assert result["after"]["exact_match"] >= 0.8
+    assert result["after"]["loss"] < 0.5 * result["before"]["loss"]

@@ -1,0 +1,126 @@
+"""What a config.json may say: every setting is read, or refused in one line that names it."""
+
+import json
+import re
+
+import pytest
+
+from jaxtune.errors import JaxtuneError
+from jaxtune.models import build_model
+from jaxtune.models.hf_config import read, require, size
+
+GOOD = {
+    "model_type": "llama",
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+NEEDED = [key for key in GOOD if key != "max_position_embeddings"]
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+def test_the_good_one_builds():
+    build_model(GOOD)
+
+
+@pytest.mark.parametrize("key", NEEDED)
+@pytest.mark.parametrize("value", ["absent", None])
+def test_a_key_that_is_needed(key, value):
+    config = {k: v for k, v in GOOD.items() if k != key} | ({} if value else {key: None})
+    with pytest.raises(JaxtuneError, match=f'^config.json lacks "{key}"$'):
+        build_model(config)
+
+
+@pytest.mark.parametrize("key", [k for k in NEEDED if k != "model_type"])
+@pytest.mark.parametrize("value", ["16", 16.0, True, [16], {}, 0, -1, 10**12])
+def test_a_size_is_a_positive_whole_number(key, value):
+    with pytest.raises(JaxtuneError, match=f'^config.json: "{key}" is .*{re.escape(str(value))}'):
+        build_model(GOOD | {key: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "lama"}, 'model_type="lama" is unknown; did you mean "llama"?'),
+        ({"model_type": "gpt2"}, "(known: llama, qwen2, qwen3"),
+        ({"model_type": 3}, '"model_type" is 3, not of type str'),
+        ({"hidden_act": "gelu"}, "\"hidden_act\"='gelu' is not supported (only 'silu')"),
+        ({"hidden_act": ["silu"]}, "\"hidden_act\"=['silu'] is not supported"),
+        ({"use_sliding_window": True}, '"use_sliding_window"=True is not supported'),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, '"layer_types" other than full'),
+        ({"num_key_value_heads": 3}, "4 attention heads do not divide into 3 key-value heads"),
+        ({"head_dim": 5}, "heads of 5 dimensions do not split into pairs"),
+        ({"tie_word_embeddings": "yes"}, "\"tie_word_embeddings\" is 'yes', not of type bool"),
+        ({"rms_norm_eps": "1e-5"}, "\"rms_norm_eps\" is '1e-5', not of type float"),
+        ({"attention_bias": 1}, '"attention_bias" is 1, not of type bool'),
+    ],
+)
+def test_a_setting_that_is_not_supported(changes, message):
+    with pytest.raises(JaxtuneError, match=re.escape(message)) as raised:
+        build_model(GOOD | changes)
+    assert "\n" not in str(raised.value)
+    assert str(raised.value).startswith("config.json: ")
+
+
+@pytest.mark.parametrize("place", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize(
+    ("scaling", "message"),
+    [
+        ({"rope_type": "dynamic", "factor": 2.0}, 'rope_type="dynamic" is unknown (known: default'),
+        ({"type": "longrope"}, 'rope_type="longrope" is unknown'),
+        ({"rope_type": "lama3"}, 'rope_type="lama3" is unknown; did you mean "llama3"?'),
+        ({"rope_type": 7}, 'rope_type="7" is unknown'),
+        ([1], "is [1], not an object"),
+        ("linear", "is 'linear', not an object"),
+        ({"rope_type": "linear"}, "rope_type linear lacks 'factor'"),
+        ({"rope_type": "linear", "factor": "two"}, "rope_type linear has"),
+        ({"rope_type": "linear", "factor": 0}, "rope_type linear has numbers that make no freq"),
+        ({"rope_type": "llama3", "factor": 8.0}, "rope_type llama3 lacks 'low_freq_factor'"),
+        ({"rope_type": "default", "rope_theta": 0}, "rope_type default has"),
+        ({"rope_type": "default", "rope_theta": -1.0}, "rope_type default has"),
+        ({"rope_type": "default", "rope_theta": "big"}, "rope_type default has"),
+        (YARN | {"original_max_position_embeddings": "16"}, "rope_type yarn has"),
+        (YARN | {"beta_fast": -3}, "rope_type yarn has"),
+        (YARN | {"rope_theta": 1}, "rope_type yarn has"),
+        (YARN | {"factor": None, "original_max_position_embeddings": -4}, "rope_type yarn has"),
+        ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ],
+)
+def test_a_rope_that_is_not_one(place, scaling, message):
+    with pytest.raises(JaxtuneError, match=re.escape(message)) as raised:
+        build_model(GOOD | {place: scaling})
+    assert "\n" not in str(raised.value)
+    assert str(raised.value).startswith("config.json: ")
+
+
+def test_settings_that_say_nothing_new_are_fine():
+    config = GOOD | {
+        "hidden_act": "silu",
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "layer_types": ["full_attention"] * 2,
+        "rope_scaling": None,
+        "num_key_value_heads": None,
+        "unknown_to_us": {"a": 1},
+    }
+    build_model(json.loads(json.dumps(config)))
+
+
+class TestRead:
+    def test_a_whole_number_is_a_float(self):
+        assert read({"eps": 1}, "eps", float) == 1.0
+        assert isinstance(read({"eps": 1}, "eps", float), float)
+
+    def test_null_takes_the_default(self):
+        assert read({"a": None}, "a", int, 3) == 3
+        assert size({}, "a", 3) == 3
+
+    def test_a_truth_is_no_number(self):
+        with pytest.raises(JaxtuneError, match='"a" is True, not of type int'):
+            read({"a": True}, "a", int)
+
+    def test_absent_is_supported(self):
+        require({}, "a", (1,))

@@ -1,0 +1,32 @@
+"""jaxtune's parts as the parity tests put them together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from oracles import IGNORE, Example
+
+from jaxtune.adapters.method import Method
+from jaxtune.checkpoints.assemble import Assembled, assemble
+from jaxtune.checkpoints.huggingface import open_source
+from jaxtune.data.examples import Examples
+from jaxtune.data.loader import Batch, eval_batches
+from jaxtune.parallel.mesh import single_device_mesh
+
+
+def load_parts(directory: Path, method: Method) -> Assembled:
+    """Loads a checkpoint in float32 with a method attached."""
+    return assemble(
+        open_source(directory), "float32", single_device_mesh(), method=method, progress=False
+    )
+
+
+def as_batch(rows: Sequence[Example], batch_size: int, length: int, *, packing: bool) -> Batch:
+    """Makes one batch of all rows, as the loader does; int32[batch_size, length] each."""
+    tokens = [np.asarray(row.input_ids, np.int32) for row in rows]
+    targets = [np.asarray([*row.labels[1:], IGNORE], np.int32) for row in rows]
+    examples = Examples(tokens, targets, [f"rows:{i}" for i in range(len(rows))])
+    (batch,) = eval_batches(examples, batch_size=batch_size, length=length, packing=packing)
+    return batch

@@ -1,0 +1,155 @@
+"""Adapters cross over to PEFT and back with the same logits, and so do merged models."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from oracles import assert_same_logits, load_torch, random_tokens, relative, torch_logits
+from parts import load_parts
+from peft import LoraConfig, PeftModel, get_peft_model
+
+import jaxtune
+from jaxtune.adapters import method_from_peft
+from jaxtune.adapters.lora import Lora
+from jaxtune.checkpoints.peft import read_adapter, write_adapter
+from jaxtune.layers.tree import flatten, unflatten
+
+TOKENS = random_tokens(1, 2, 24)
+
+OURS = {
+    "attention": ("llama", Lora(4, 6.0)),
+    "all-linear": ("qwen2", Lora(4, 8.0, targets=("all-linear",))),
+    "some-layers": ("qwen3", Lora(8, 8.0, targets=(r"model\.layers\.[12]\.mlp\.(up|down)_proj",))),
+    "one-layer": ("llama", Lora(4, 8.0, targets=("model.layers.1.self_attn.q_proj",))),
+    "lm-head": ("llama", Lora(4, 8.0, targets=("lm_head", "q_proj"))),
+}
+THEIRS = {
+    "list": {"target_modules": ["q_proj", "down_proj"]},
+    "regex": {"target_modules": r"model\.layers\.(0|2)\.(self_attn\.[qk]_proj|mlp\.up_proj)"},
+    "all-linear": {"target_modules": "all-linear"},
+    "layers-to-transform": {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [0, 2]},
+    "rank-pattern": {
+        "target_modules": ["q_proj", "o_proj", "gate_proj"],
+        "rank_pattern": {r"layers\.1\.self_attn\.q_proj": 2, "gate_proj": 7},
+    },
+    "alpha-pattern": {
+        "target_modules": ["q_proj", "o_proj"],
+        "alpha_pattern": {r"layers\.1\.self_attn\.q_proj": 3, "o_proj": 11},
+    },
+    "both-patterns-rslora": {
+        "target_modules": ["q_proj", "up_proj"],
+        "rank_pattern": {"up_proj": 9, r"model\.layers\.2\.self_attn\.q_proj": 1},
+        "alpha_pattern": {"up_proj": 5},
+        "use_rslora": True,
+    },
+    "rslora": {"target_modules": ["k_proj", "o_proj"], "use_rslora": True},
+    "lm-head": {"target_modules": ["lm_head", "v_proj"]},
+    "excluded": {"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["k_proj"]},
+}
+
+
+def with_random_factors(parts, seed=0):
+    """Replaces every factor, B included, with random values; padding of lower ranks stays zero."""
+    leaves = dict(flatten(parts.trainable))
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    drawn = {
+        path: jax.random.normal(key, value.shape) * 0.2 * _kept(parts.trainable, path)
+        for (path, value), key in zip(leaves.items(), keys, strict=True)
+    }
+    return parts._replace(trainable=unflatten(drawn))
+
+
+def _kept(trainable, path):
+    # A freshly drawn A is zero exactly where its rank is padded.
+    factors = dict(flatten(trainable))
+    lora_A = factors[(*path[:-1], "lora_A")]
+    rows = jnp.any(lora_A != 0, axis=-1)
+    return rows[..., :, None] if path[-1] == "lora_A" else rows[..., None, :]
+
+
+def peft_adapter(directory, target, *, seed=0, **settings):
+    """Makes an adapter with PEFT, with random factors; returns the logits of PEFT's model."""
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        **({"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM"} | settings), init_lora_weights=False
+    )
+    model = get_peft_model(load_torch(directory), config).eval()
+    model.save_pretrained(target)
+    return torch_logits(model, TOKENS)
+
+
+@pytest.mark.parametrize("case", OURS)
+def test_peft_loads_our_adapter(case, tiny, tmp_path):
+    model_type, method = OURS[case]
+    directory = tiny(model_type)
+    parts = with_random_factors(load_parts(directory, method))
+    stored = method.store(parts.definition, parts.trainable, parts.constants)
+    write_adapter(tmp_path / "adapter", stored)
+    base = load_torch(directory)
+    plain = torch_logits(base, TOKENS)
+    theirs = torch_logits(PeftModel.from_pretrained(base, tmp_path / "adapter").eval(), TOKENS)
+    ours = jaxtune.load(directory, adapter=tmp_path / "adapter", dtype="float32", progress=False)
+    assert_same_logits(ours.logits(TOKENS), theirs)
+    assert relative(theirs, plain) > 1e-2
+    # What was written is what was in memory.
+    for path, value in flatten(parts.trainable):
+        np.testing.assert_array_equal(dict(flatten(ours.trainable))[path], value)
+
+
+@pytest.mark.parametrize("case", THEIRS)
+def test_we_load_an_adapter_of_peft(case, tiny, tmp_path):
+    directory = tiny("llama")
+    theirs = peft_adapter(directory, tmp_path / "adapter", **THEIRS[case])
+    ours = jaxtune.load(directory, adapter=tmp_path / "adapter", dtype="float32", progress=False)
+    assert_same_logits(ours.logits(TOKENS), theirs)
+    # Written again by us, in our own terms, PEFT reads the same adapter.
+    method = method_from_peft(read_adapter(tmp_path / "adapter"))
+    stored = method.store(ours.definition, ours.trainable, ours.constants)
+    write_adapter(tmp_path / "again", stored)
+    again = PeftModel.from_pretrained(load_torch(directory), tmp_path / "again").eval()
+    assert_same_logits(torch_logits(again, TOKENS), theirs)
+
+
+@pytest.mark.parametrize("case", ["both-patterns-rslora", "lm-head"])
+def test_transformers_loads_our_merged_model(case, tiny, tmp_path):
+    directory = tiny("llama")
+    theirs = peft_adapter(directory, tmp_path / "adapter", **THEIRS[case])
+    ours = jaxtune.load(directory, adapter=tmp_path / "adapter", dtype="float32", progress=False)
+    merged = load_torch(ours.save_pretrained(tmp_path / "merged", dtype="float32"))
+    assert_same_logits(torch_logits(merged, TOKENS), theirs)
+
+
+@pytest.mark.parametrize(
+    ("key", "settings"),
+    [
+        ("use_dora", {"use_dora": True}),
+        ("modules_to_save", {"modules_to_save": ["embed_tokens"]}),
+        ("bias", {"bias": "lora_only"}),
+        ("lora_bias", {"lora_bias": True}),
+        ("trainable_token_indices", {"trainable_token_indices": [3, 4]}),
+    ],
+)
+def test_a_setting_that_would_be_dropped_is_refused_by_name(key, settings, tiny, tmp_path):
+    directory = tiny("qwen2")
+    peft_adapter(directory, tmp_path / "adapter", target_modules=["q_proj"], **settings)
+    with pytest.raises(jaxtune.JaxtuneError, match=f'"{key}"'):
+        jaxtune.load(directory, adapter=tmp_path / "adapter", dtype="float32", progress=False)
+
+
+def test_a_head_of_another_base_model_is_refused(tiny, tmp_path):
+    # PEFT stores the frozen weight of a head that it edits, and loads it over the base's own.
+    peft_adapter(tiny("llama"), tmp_path / "adapter", target_modules=["lm_head"])
+    with pytest.raises(jaxtune.JaxtuneError, match=r"lm_head\.weight"):
+        jaxtune.load(tiny("llama", seed=1), adapter=tmp_path / "adapter", progress=False)
+
+
+def test_an_adapter_of_another_kind_is_refused_by_name(tiny, tmp_path):
+    from peft import IA3Config
+
+    config = IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[])
+    get_peft_model(load_torch(tiny("llama")), config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(jaxtune.JaxtuneError, match="IA3"):
+        jaxtune.load(tiny("llama"), adapter=tmp_path / "adapter", progress=False)

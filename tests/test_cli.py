@@ -1,0 +1,237 @@
+"""The command line: what it says about mistakes, in one line and without a trace left behind."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+from jaxtune.cli import main
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "xla"))
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Writes a data set of messages, or of raw lines."""
+
+    def write(*lines, name="train.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        return path
+
+    return write
+
+
+def chat(question, answer):
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return json.dumps({"messages": turns})
+
+
+@pytest.fixture
+def config(tmp_path, tiny_chat, data):
+    """A config file of a small run that works."""
+    train = data(chat("one", "two"), chat("three", "four"))
+    path = tmp_path / "small.py"
+    path.write_text(
+        "from jaxtune import config\n\n"
+        "def get_config():\n"
+        "    c = config.default()\n"
+        f"    c.model.path = {str(tiny_chat)!r}\n"
+        f"    c.data.train = {str(train)!r}\n"
+        "    c.data.max_length = 64\n"
+        "    c.training.steps = 2\n"
+        "    c.training.batch_size = 2\n"
+        "    return c\n"
+    )
+    return path
+
+
+@pytest.fixture
+def fails(capsys, tmp_path):
+    """Runs a command that has to fail, in this process; returns the line that it says."""
+
+    def run(*arguments, code=65):
+        with pytest.raises(SystemExit) as exit_:
+            main([str(argument) for argument in arguments])
+        assert exit_.value.code == code
+        lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line.lower()]
+        assert len(lines) == 1 and lines[0].startswith("jaxtune: error: "), lines
+        assert not (tmp_path / "run").exists() and not (tmp_path / "out").exists()
+        return lines[0].removeprefix("jaxtune: error: ")
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["trian"],
+            '"trian" is no command; did you mean "train"? (known: train, eval, generate, export, '
+            "convert, plan, quickstart)",
+        ),
+        (
+            ["train", "--workdri", "run"],
+            'jaxtune train: unknown argument "--workdri"; did you mean "--workdir"?',
+        ),
+        (["train"], "jaxtune train: the following arguments are required: --workdir"),
+        (["train", "--workdir", "run"], "run: no run here (no config.json)"),
+        (
+            ["export", "--workdir", "run", "--format", "mergd", "--to", "out"],
+            'jaxtune export: argument --format: "mergd" is unknown; did you mean "merged"? '
+            "(known: peft, merged)",
+        ),
+        (
+            ["eval", "--workdir", "run", "--config.training.steps=3"],
+            "jaxtune eval: takes no --config.training.steps=3",
+        ),
+        (
+            ["generate", "--prompt", "hello"],
+            "jaxtune generate: one of the arguments --workdir --model is required",
+        ),
+        (["generate", "--workdir", "run", "--prompt", "x"], "run: no run here (no config.json)"),
+        (
+            ["convert", "--from", "nowhere.gguf", "--to", "out"],
+            "nowhere.gguf: no such file or directory",
+        ),
+    ],
+)
+def test_wrong_arguments(fails, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert fails(*arguments) == message
+
+
+def test_an_unknown_key_is_named_with_the_closest(fails, config, tmp_path):
+    line = fails(
+        "train", "--config", config, "--workdir", tmp_path / "run", "--config.data.trian=x"
+    )
+    assert line == 'unknown config key "data.trian"; did you mean "data.train"?'
+
+
+def test_an_unknown_target_is_named_with_what_exists(fails, config, tmp_path):
+    flags = ["--config", config, "--workdir", tmp_path / "run", "--config.adapter.targets", "qproj"]
+    line = fails("train", *flags)
+    assert line.startswith(
+        'adapter.targets: "qproj" matches no module; did you mean "q_proj"? (there are: down_proj'
+    )
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (None, "train.jsonl: no such file"),
+        ([chat("a", "b"), '{"messages": ['], "train.jsonl:2: broken JSON: Expecting value"),
+        ([chat("a", "b"), chat("a", "")], "train.jsonl:2: "),
+        ([chat("a", "b" * 100)], "train.jsonl:1: 122 tokens, and data.max_length is 64"),
+        (['{"input_ids": [1, 258], "labels": [1, 258]}'], "train.jsonl:1: input_ids holds 258"),
+    ],
+    ids=["missing", "broken", "empty answer", "over-long", "vocabulary"],
+)
+def test_bad_data_is_named_by_line(fails, config, data, tmp_path, lines, message):
+    data(*lines or ())
+    if lines is None:
+        (tmp_path / "train.jsonl").unlink()
+    line = fails("train", "--config", config, "--workdir", tmp_path / "run")
+    assert line.startswith(f"{tmp_path}/{message}")
+
+
+def _damaged(tiny_chat, tmp_path, change):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_chat, model)
+    change(model / "model.safetensors")
+    return model
+
+
+def _wrong_shape(path):
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(path)
+    name = "model.layers.1.mlp.down_proj.weight"
+    save_file(tensors | {name: tensors[name][:, :-1].copy()}, path)
+
+
+def test_a_wrong_shape_is_named(fails, config, tmp_path, tiny_chat):
+    model = _damaged(tiny_chat, tmp_path, _wrong_shape)
+    flags = ["--config", config, "--workdir", tmp_path / "run", f"--config.model.path={model}"]
+    line = fails("train", *flags)
+    assert "model.layers.1.mlp.down_proj.weight is [64, 95], not [64, 96]" in line
+
+
+def test_truncated_safetensors_are_named(fails, config, tmp_path, tiny_chat):
+    model = _damaged(tiny_chat, tmp_path, lambda path: os.truncate(path, path.stat().st_size // 2))
+    flags = ["--config", config, "--workdir", tmp_path / "run", f"--config.model.path={model}"]
+    assert fails("train", *flags).startswith(f"{model / 'model.safetensors'}: ")
+    assert fails("convert", "--from", model, "--to", tmp_path / "out").startswith(f"{model}/")
+
+
+def test_a_mended_config_may_take_the_place_of_one_that_failed(fails, config, tmp_path):
+    from jaxtune.config import load_file, resolve
+    from jaxtune.training.run import RunDirectory
+
+    workdir = tmp_path / "run"
+    fails("train", "--config", config, "--workdir", workdir, "--config.data.train=nowhere.jsonl")
+    with RunDirectory(workdir).start(resolve(load_file(config))) as frozen:
+        assert frozen.data.train.endswith("train.jsonl")
+
+
+def test_a_taken_name_is_refused_before_anything_is_loaded(capsys, tmp_path):
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(SystemExit):
+        main(["convert", "--from", "nowhere", "--to", str(tmp_path)])
+    assert "exists already; remove it or choose another place" in capsys.readouterr().err
+    assert (tmp_path / "mine.txt").read_text() == "precious"
+
+
+def test_a_file_that_cannot_be_made_is_named(capsys, config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", "--config", str(config), "--workdir", str(tmp_path / "file" / "run")])
+    assert exit_.value.code == 65
+    assert capsys.readouterr().err == f"jaxtune: error: {tmp_path}/file/run: Not a directory\n"
+
+
+def test_help_and_version_are_quick():
+    # A second and a half is what a user does not mind; importing jax alone may take longer.
+    for flag in ("--help", "--version"):
+        begin = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-m", "jaxtune.cli", flag], capture_output=True, text=True, check=True
+        )
+        seconds = time.monotonic() - begin
+        assert "jaxtune" in done.stdout and not done.stderr
+        assert seconds < 1.5
+    loaded = "import sys, jaxtune.cli; print('jax' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", loaded], text=True) == "False\n"
+
+
+def test_a_full_disk_is_one_line(config, tmp_path):
+    # A limit on the size of files is a full disk that needs no privileges to set up.
+    script = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000));"
+        "from jaxtune.cli import main; main(sys.argv[1:])"
+    )
+    export = tmp_path / "out"
+    command = [sys.executable, "-c", script, "convert", "--to", export, "--from"]
+    source = config.read_text().split("c.model.path = ")[1].splitlines()[0].strip("'")
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": ""}
+    done = subprocess.run([*command, source], env=environment, capture_output=True, text=True)
+    assert done.returncode == 65
+    assert done.stderr.startswith(f"jaxtune: error: {export}: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+
+
+def test_a_traceback_can_be_asked_for(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("JAXTUNE_DEBUG", "1")
+    from jaxtune import JaxtuneError
+
+    with pytest.raises(JaxtuneError):
+        main(["train", "--workdir", str(tmp_path / "run")])

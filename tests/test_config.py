@@ -1,0 +1,403 @@
+"""The config tree: what it accepts, how it refuses the rest, and that every knob counts."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import jaxtune
+from jaxtune import JaxtuneError, config
+from jaxtune.checkpoints import huggingface
+from jaxtune.checkpoints.assemble import assemble
+from jaxtune.checkpoints.tokenizer import load_tokenizer
+from jaxtune.config import default, knobs, load_file, resolve
+from jaxtune.training import train as training
+from jaxtune.training.describe import Split, describe
+from jaxtune.training.setup import set_up
+
+# The keys that users' files and scripts rely on.
+PROMISED = {
+    "model": {"path"},
+    "data": {"train", "eval", "max_length", "packing", "shuffle"},
+    "adapter": {"method", "rank", "alpha", "dropout", "targets", "init_from"},
+    "quantize": {"format"},
+    "training": {"steps", "batch_size", "accumulation", "seed", "dtype", "remat"},
+    "optimizer": {"name", "learning_rate", "schedule", "warmup_steps", "weight_decay", "clip_norm"}
+    | {"b1", "b2", "eps"},
+    "checkpoint": {"every"},
+    "evaluation": {"every"},
+    "logging": {"every"},
+    "mesh": {"data", "fsdp", "tensor", "expert", "sequence"},
+}
+
+
+def test_the_promised_keys_exist_and_every_knob_is_explained():
+    table = dict(knobs())
+    for section, names in PROMISED.items():
+        assert {f"{section}.{name}" for name in names} <= set(table)
+    assert all(len(knob.help) > 10 for knob in table.values())
+
+
+def test_the_default_tree_resolves_to_itself():
+    assert resolve(default()) == resolve({})
+    for key, knob in knobs():
+        section, name = key.split(".")
+        assert resolve({})[section][name] == knob.default
+
+
+def test_overrides_win_and_have_the_type_of_their_knob():
+    changed = resolve(
+        {"adapter": {"rank": 4}},
+        [
+            "adapter.rank=8",
+            "adapter.alpha=16",
+            "data.packing=false",
+            "adapter.targets=q_proj,v_proj",
+            "model.path=123",
+            "optimizer.learning_rate=1e-3",
+        ],
+    )
+    assert changed.adapter.rank == 8
+    assert changed.adapter.alpha == 16.0 and isinstance(changed.adapter.alpha, float)
+    assert changed.data.packing is False
+    assert changed.adapter.targets == ("q_proj", "v_proj")
+    assert changed.model.path == "123"
+    assert changed.optimizer.learning_rate == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("adapter.rnak=8", 'unknown config key "adapter.rnak"; did you mean "adapter.rank"?'),
+        ("adapter.rank=eight", "adapter.rank takes int, not 'eight'"),
+        ("adapter.rank=8.5", "adapter.rank takes int, not 8.5"),
+        ("adapter.rank=0", "adapter.rank is at least 1, not 0"),
+        ("adapter.rank=True", "adapter.rank takes int, not True"),
+        ("adapter.dropout=1.5", "adapter.dropout is at most 0.999, not 1.5"),
+        ("data.packing=perhaps", "data.packing takes true or false, not 'perhaps'"),
+        ("optimizer.learning_rate=1e999", "optimizer.learning_rate takes a finite number, not inf"),
+        ("training.dtype=float16", "training.dtype takes one of bfloat16, float32, not 'float16'"),
+        ("adapter.targets=", "adapter.targets takes one or more names, not ''"),
+        ("adapter.rank", "--config.adapter.rank needs a value: --config.adapter.rank=…"),
+        (
+            "training.batch_size=7",
+            "training.batch_size=7 does not divide into training.accumulation=2 micro-batches",
+        ),
+    ],
+)
+def test_a_bad_override_is_refused_by_name(override, message):
+    with pytest.raises(JaxtuneError) as error:
+        resolve({"training": {"accumulation": 2}}, [override])
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"adaptr": {"rank": 8}}, 'unknown config section "adaptr"; did you mean "adapter"?'),
+        ({"adapter": 3}, 'unknown config section "adapter"; did you mean "adapter"?'),
+        ({"adapter": {"rank": "8"}}, "adapter.rank takes int, not '8'"),
+        ([1], "a config is a tree of sections, not [1]"),
+    ],
+)
+def test_a_bad_tree_is_refused_by_name(tree, message):
+    with pytest.raises(JaxtuneError) as error:
+        resolve(tree)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("def get_config():\n    return 1 / 0\n", ":2: ZeroDivisionError: division by zero"),
+        ("def get_config(:\n", ":1: SyntaxError: "),
+        ("x = 1\n", "AttributeError: module 'jaxtune_config_file' has no attribute 'get_config'"),
+        ("def get_config():\n    pass\n", ": get_config() returns None instead of a config"),
+        (
+            "from jaxtune import config\n\ndef get_config():\n    c = config.default()\n"
+            "    c.adapter.rnak = 8\n    return c\n",
+            ':5: AttributeError: \'Key "rnak" does not exist',
+        ),
+    ],
+)
+def test_a_broken_config_file_is_named_with_its_line(tmp_path, source, message):
+    path = tmp_path / "mine.py"
+    path.write_text(source)
+    with pytest.raises(JaxtuneError) as error:
+        load_file(path)
+    text = str(error.value)
+    assert text.startswith(str(path)) and message in text and "\n" not in text
+
+
+def test_a_missing_config_file_is_named_with_the_closest(tmp_path):
+    (tmp_path / "quickstart.py").write_text("")
+    with pytest.raises(JaxtuneError, match=r'quikstart\.py: no such config file; did you mean "qu'):
+        load_file(tmp_path / "quikstart.py")
+
+
+def test_the_frozen_json_gives_back_the_config(tmp_path):
+    original = resolve({}, ["adapter.targets=q_proj,v_proj", "optimizer.learning_rate=3e-4"])
+    (tmp_path / "config.json").write_text(config.to_json(original))
+    assert config.from_json(tmp_path / "config.json") == original
+
+
+# Every knob and a value that must change what a run does; names in braces are those of `places`.
+# Further overrides apply to both sides, so that the knob has something to act on.
+PERTURBED = {
+    "model.path": ("{other_model}",),
+    "model.attention": ("blockwise",),
+    "data.train": ("{other_data}",),
+    "data.eval": ("{other_data}",),
+    "data.max_length": (128,),
+    "data.packing": (False,),
+    "data.shuffle": (False,),
+    "data.too_long": ("truncate", "data.max_length=26", "data.too_long=drop"),
+    "data.chat_template": ("{template}",),
+    "adapter.method": ("full",),
+    "adapter.rank": (2,),
+    "adapter.alpha": (8.0,),
+    "adapter.dropout": (0.5,),
+    "adapter.targets": ("v_proj",),
+    "adapter.init_from": ("{adapter}",),
+    "training.steps": (12,),
+    "training.batch_size": (8,),
+    "training.accumulation": (2,),
+    "training.seed": (1,),
+    "training.dtype": ("float32",),
+    "training.remat": ("none",),
+    "optimizer.learning_rate": (1e-3,),
+    "optimizer.schedule": ("constant",),
+    "optimizer.warmup_steps": (3,),
+    "optimizer.weight_decay": (0.1,),
+    "optimizer.clip_norm": (0.0,),
+    "optimizer.b1": (0.8,),
+    "optimizer.b2": (0.9,),
+    "optimizer.eps": (1e-6,),
+    "evaluation.batch_size": (2,),
+}
+# Those with a single valid value so far: any other one is refused by name.
+SINGLE = {"quantize.format": "int5", "optimizer.name": "adamu"}
+LOOPED = {"checkpoint.every", "checkpoint.keep", "evaluation.every", "logging.every"}
+LOOPED |= {"logging.tensorboard"}
+MESHED = {"mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.expert", "mesh.sequence"}
+FETCHED = {"model.revision"}
+
+
+def test_every_knob_is_perturbed_below():
+    covered = PERTURBED.keys() | SINGLE.keys() | LOOPED | MESHED | FETCHED
+    assert covered == dict(knobs()).keys()
+
+
+@pytest.fixture(scope="module")
+def places(tiny, tiny_chat, tmp_path_factory):
+    """Files for configs to name, by the name that `PERTURBED` uses."""
+    root = tmp_path_factory.mktemp("places")
+    for name, count in (("data", 12), ("other_data", 13)):
+        rows = [
+            {
+                "messages": [
+                    {"role": "user", "content": f"{i}"},
+                    {"role": "assistant", "content": "x" * (i % 7 + 1)},
+                ]
+            }
+            for i in range(count)
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (root / f"{name}.jsonl").write_text(text)
+    (root / "template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_chat)
+    get_peft_model(model, LoraConfig(r=3, target_modules=["q_proj"])).save_pretrained(
+        root / "adapter"
+    )
+    return {
+        "model": tiny_chat,
+        "other_model": tiny("llama", vocab_size=258, num_hidden_layers=2),
+        "data": root / "data.jsonl",
+        "other_data": root / "other_data.jsonl",
+        "template": root / "template.jinja",
+        "adapter": root / "adapter",
+    }
+
+
+def _base(places, *overrides):
+    return [
+        f"model.path={places['model']}",
+        f"data.train={places['data']}",
+        f"data.eval={places['data']}",
+        "data.max_length=64",
+        "training.steps=10",
+        "training.batch_size=4",
+        "adapter.rank=4",
+        *overrides,
+    ]
+
+
+def _digest(tree):
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+class Prepared:
+    """What a run resolves to, read off the real objects: the cheap parts first."""
+
+    def __init__(self, overrides):
+        self.config = resolve({}, overrides)
+        self.location = huggingface.resolve_path(self.config.model.path, self.config.model.revision)
+        self.source = huggingface.open_source(self.location)
+        self.method, self.stored = training.choose_method(self.config)
+        self.setup = set_up(self.config, self.source.config, self.method)
+
+    def description(self):
+        tokenizer = load_tokenizer(self.location)
+        # A model of the same vocabulary may come without tokenizer files.
+        tokenizer = tokenizer or load_tokenizer(Path(os.environ["TOKENIZER"]))
+        examples = training.training_examples(self.config, self.source, tokenizer)
+        held_out = training.read_examples(
+            self.config, self.config.data.eval, self.source, tokenizer
+        )
+        return describe(
+            self.setup,
+            Split(examples, training.make_loader(self.config, examples)),
+            Split(held_out, training.held_out_batches(self.config, held_out)),
+        )
+
+    def program(self):
+        setup = self.setup
+        with jax.set_mesh(setup.mesh):
+            lowered = setup.train_step().lower(
+                setup.like,
+                setup.definition.abstract("base", setup.mesh),
+                setup.definition.abstract("constants", setup.mesh),
+                setup.batch_like(),
+            )
+        return hashlib.sha256(lowered.as_text().encode()).hexdigest()
+
+    def start(self):
+        parts = assemble(
+            self.source,
+            self.config.training.dtype,
+            self.setup.mesh,
+            method=self.method,
+            stored=self.stored,
+            seed=self.config.training.seed,
+        )
+        return _digest((parts.trainable, parts.constants))
+
+    def differs_from(self, other):
+        """Looks for a difference where it is cheap to see first."""
+        return (
+            self.description() != other.description()
+            or self.start() != other.start()
+            or self.program() != other.program()
+        )
+
+
+def test_preparing_twice_resolves_to_the_same(places, monkeypatch):
+    monkeypatch.setenv("TOKENIZER", str(places["model"]))
+    assert not Prepared(_base(places)).differs_from(Prepared(_base(places)))
+
+
+@pytest.mark.parametrize("key", PERTURBED)
+def test_every_knob_has_a_consequence(places, key, monkeypatch):
+    monkeypatch.setenv("TOKENIZER", str(places["model"]))
+    value, *others = PERTURBED[key]
+    value = value.format(**places) if isinstance(value, str) else value
+    plain = Prepared(_base(places, *others))
+    assert Prepared(_base(places, *others, f"{key}={value}")).differs_from(plain)
+
+
+@pytest.mark.parametrize("key", SINGLE)
+def test_another_value_of_a_single_valued_knob_is_refused(places, key):
+    with pytest.raises(JaxtuneError, match=f'{key}="{SINGLE[key]}" is unknown'):
+        Prepared(_base(places, f"{key}={SINGLE[key]}"))
+
+
+def test_a_revision_chooses_the_snapshot_of_a_hub_id(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "models--someone--tiny"
+    for reference, commit in (("main", "a" * 40), ("v2", "b" * 40)):
+        (repository / "snapshots" / commit).mkdir(parents=True)
+        (repository / "snapshots" / commit / "config.json").write_text("{}")
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / reference).write_text(commit)
+    assert huggingface.resolve_path("someone/tiny", "").name == "a" * 40
+    assert huggingface.resolve_path("someone/tiny", "v2").name == "b" * 40
+
+
+@pytest.mark.slow
+def test_the_knobs_of_the_loop_show_in_the_run_directory(places, tmp_path):
+    def seen(name, *overrides):
+        fixed = ["training.steps=6", "checkpoint.every=1", "evaluation.every=2"]
+        run = jaxtune.train(resolve({}, _base(places, *fixed, *overrides)), tmp_path / name)
+        return {
+            "checkpoints": [path.name for path in sorted(run.directory.checkpoints.iterdir())],
+            "evaluated": [line["step"] for line in run.evaluations()],
+            "logged": [line["step"] for line in run.metrics()],
+            "tensorboard": (run.path / "tensorboard").is_dir(),
+        }
+
+    plain = seen("plain")
+    assert plain == {
+        "checkpoints": ["5", "6"],
+        "evaluated": [2, 4, 6],
+        "logged": [1, 2, 3, 4, 5, 6],
+        "tensorboard": True,
+    }
+    for override, consequence in (
+        ("checkpoint.every=4", {"checkpoints": ["4", "6"]}),
+        ("checkpoint.keep=3", {"checkpoints": ["4", "5", "6"]}),
+        ("evaluation.every=3", {"evaluated": [3, 6]}),
+        ("logging.every=3", {"logged": [3, 6]}),
+        ("logging.tensorboard=false", {"tensorboard": False}),
+    ):
+        assert seen(override, override) == plain | consequence
+
+
+def test_the_mesh_knobs_split_eight_devices(places):
+    script = """
+import json, sys
+from tests.test_config import Prepared
+base = json.loads(sys.argv[1])
+for sizes in json.loads(sys.argv[2]):
+    prepared = Prepared(base + [f"mesh.{axis}={size}" for axis, size in sizes.items()])
+    print(json.dumps([dict(prepared.setup.mesh.shape), prepared.program()]))
+"""
+    split = [{"data": 8}, {"data": 4, "fsdp": 2}, {"data": 4, "tensor": 2}]
+    split += [{"data": 4, "expert": 2}, {"data": 4, "sequence": 2}, {"data": -1}]
+    base = _base(places, "training.batch_size=8")
+    root = Path(__file__).parent.parent
+    output = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(base), json.dumps(split)],
+        env=os.environ
+        | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+            "PYTHONPATH": str(root),
+        },
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    shapes, programs = zip(*map(json.loads, output.splitlines()), strict=True)
+    full = dict.fromkeys(("data", "fsdp", "tensor", "expert", "sequence"), 1)
+    assert list(shapes) == [full | sizes for sizes in split[:-1]] + [full | {"data": 8}]
+    assert len(set(programs[:-1])) == len(split) - 1, "each mesh compiles to a program of its own"
+    assert programs[-1] == programs[0], "-1 takes all devices that the others leave"
