@@ -19,10 +19,10 @@ import numpy as np
 from flax import nnx
 
 from jaxtune.adapters.method import BASE_COPY, Method, Stored
-from jaxtune.adapters.targets import linears, match_targets, module_names
+from jaxtune.adapters.targets import Projection, linears, match_targets, module_names
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.decoder import CausalLM
-from jaxtune.layers.linear import Linear, LowRank
+from jaxtune.layers.linear import LowRank
 from jaxtune.layers.tree import (
     Constant,
     Path,
@@ -60,13 +60,15 @@ class LoraAdapter(nnx.Module):
     product with the other.
     """
 
-    def __init__(self, linear: Linear, factors: tuple[Factor, ...], dropout: float):
+    def __init__(self, linear: Projection, factors: tuple[Factor, ...], dropout: float):
         rank = max(factor.rank for factor in factors)
-        out_axis, in_axis = declaration_of(linear.weight).axes
+        declared = declaration_of(linear.weight)
+        (out_axis, in_axis), experts = declared.axes, declared.experts
         shape_A, shape_B = (rank, linear.in_features), (linear.out_features, rank)
-        self.lora_A = parameter(shape_A, ("rank", in_axis), kind=Trainable)
-        self.lora_B = parameter(shape_B, (out_axis, "rank"), "zeros", kind=Trainable)
-        self.scale = parameter((), (), "ones", kind=Constant)
+        axes_A, axes_B = ("rank", in_axis), (out_axis, "rank")
+        self.lora_A = parameter(shape_A, axes_A, kind=Trainable, experts=experts)
+        self.lora_B = parameter(shape_B, axes_B, "zeros", kind=Trainable, experts=experts)
+        self.scale = parameter((), (), "ones", kind=Constant, experts=experts)
         self.factors = factors
         self.dropout = dropout
 

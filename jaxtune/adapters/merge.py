@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
@@ -17,24 +18,23 @@ from jaxtune.layers.linear import LowRank
 from jaxtune.layers.tree import Path, declaration_of
 from jaxtune.quant import materialize
 
-# Computes the merged weight [out, in] of one layer in a dtype.
+# Computes the merged weight [out, in] of one layer (and expert) in a dtype.
 Edit = Callable[[int, DTypeLike], jax.Array]
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
-def _merge(weight: Any, edit: LowRank, layer: int | None, dtype: DTypeLike) -> jax.Array:
+def _merge(weight: Any, edit: LowRank, place: tuple[Any, ...], dtype: DTypeLike) -> jax.Array:
     # One program, so that no float32 copy of the weight outlives it.
-    if layer is not None:
-        weight, edit = jax.tree.map(lambda value: value[layer], (weight, edit))
+    weight, edit = jax.tree.map(lambda value: value[place], (weight, edit))
     delta = jnp.matmul(edit.lora_B, edit.lora_A, precision=lax.Precision.HIGHEST)
     return (materialize(weight, jnp.float32) + edit.scale * delta).astype(dtype)
 
 
-def merged_weight(linear: Any, layer: int, dtype: DTypeLike = jnp.float32) -> jax.Array:
-    """Returns W + scale · B A of one layer of a projection, [out, in], rounded once to `dtype`."""
-    stacked = declaration_of(linear.weight).layers is not None
+def merged_weight(linear: Any, part: int, dtype: DTypeLike = jnp.float32) -> jax.Array:
+    """Returns W + scale · B A of one layer (and expert), [out, in], rounded once to `dtype`."""
+    place = np.unravel_index(part, declaration_of(linear.weight).stack_shape)
     weight, edit = linear.weight.get_value(), linear.adapter.edit()
-    return _merge(weight, edit, layer if stacked else None, jnp.dtype(dtype))
+    return _merge(weight, edit, place, jnp.dtype(dtype))
 
 
 def edits(model: CausalLM) -> dict[Path, Edit]:

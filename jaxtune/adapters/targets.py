@@ -10,23 +10,27 @@ from flax import nnx
 from jaxtune.errors import JaxtuneError, closest
 from jaxtune.layers.decoder import CausalLM
 from jaxtune.layers.linear import Linear
+from jaxtune.layers.moe import ExpertLinear
 from jaxtune.layers.tree import Path, declaration_of, layer_names
 
 ALL_LINEAR = "all-linear"
 _REGEX = re.compile(r"[*+?\[\](){}|^$\\]")
 
 
-def linears(model: CausalLM) -> dict[Path, Linear]:
+Projection = Linear | ExpertLinear
+
+
+def linears(model: CausalLM) -> dict[Path, Projection]:
     """Returns every projection of a model by path; a run of stacked layers counts once."""
     return {
         tuple(str(part) for part in path): module
         for path, module in nnx.iter_modules(model)
-        if isinstance(module, Linear)
+        if isinstance(module, (Linear, ExpertLinear))
     }
 
 
-def module_names(path: Path, module: Linear) -> list[str]:
-    """Returns the Hugging Face module name in each layer of the run."""
+def module_names(path: Path, module: Projection) -> list[str]:
+    """Returns the Hugging Face module name in each layer of the run, and of each expert."""
     return layer_names(path, declaration_of(module.weight))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,17 +19,19 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxtune.adapters.merge import Edit
 from jaxtune.checkpoints.atomic import new_directory
+from jaxtune.checkpoints.fp8 import Float8Source
 from jaxtune.checkpoints.gguf import GGUFSource
 from jaxtune.checkpoints.progress import track
 from jaxtune.checkpoints.safetensors import SafetensorsFile, write_sharded
 from jaxtune.checkpoints.source import TensorSource
-from jaxtune.errors import JaxtuneError, closest
+from jaxtune.errors import JaxtuneError, closest, lookup
 from jaxtune.layers.tree import Tree, flatten, layer_names, unflatten
 from jaxtune.models.definition import Definition, Leaf
 from jaxtune.parallel.mesh import named_sharding
 
 SHARD_BYTES = 2 * 2**30
 INDEX = "model.safetensors.index.json"
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 class HuggingFaceSource:
@@ -136,10 +139,23 @@ def resolve_path(path: str, revision: str = "") -> Path:
         raise JaxtuneError(f"{path}: not a local path, and the hub says: {reason}") from error
 
 
+# What a config.json calls the quantization of its weights, and the source that undoes it.
+QUANTIZED_SOURCES: dict[str, Callable[[TensorSource], TensorSource]] = {"fp8": Float8Source}
+
+
 def open_source(path: Path) -> TensorSource:
-    """Opens a Hugging Face directory or a .gguf file."""
+    """Opens a Hugging Face directory, whose weights may be quantized, or a .gguf file.
+
+    Raises:
+      JaxtuneError: neither of these, or a quantization that is not known.
+    """
     if path.is_dir():
-        return HuggingFaceSource(path)
+        source = HuggingFaceSource(path)
+        settings = source.config.get("quantization_config")
+        if settings is None:
+            return source
+        kind = str(settings.get("quant_method") if isinstance(settings, Mapping) else settings)
+        return lookup(QUANTIZED_SOURCES, kind, f"{path}: quantization_config.quant_method")(source)
     if path.suffix == ".gguf":
         return GGUFSource(path)
     raise JaxtuneError(f"{path}: neither a Hugging Face directory nor a .gguf file")
@@ -151,6 +167,9 @@ def _ignored(name: str, config: Mapping[str, Any]) -> str | None:
         return "computed from config.json"
     if name == "lm_head.weight" and config.get("tie_word_embeddings"):
         return "tied to the embedding"
+    layer = _LAYER.match(name)
+    if layer and int(layer[1]) >= config["num_hidden_layers"]:
+        return "a multi-token-prediction layer, which fine-tuning does not use"
     return None
 
 
@@ -200,8 +219,11 @@ def _some(names: list[str], most: int = 5) -> str:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _fill(stacked: jax.Array, value: jax.Array, layer: jax.Array) -> jax.Array:
-    return lax.dynamic_update_index_in_dim(stacked, value.astype(stacked.dtype), layer, 0)
+def _fill(stacked: jax.Array, value: jax.Array, place: jax.Array) -> jax.Array:
+    """Puts a value where `place`, an index for each leading axis, says."""
+    start = (*place, *(jnp.int32(0),) * value.ndim)
+    value = value.astype(stacked.dtype).reshape((1,) * place.shape[0] + value.shape)
+    return lax.dynamic_update_slice(stacked, value, start)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -276,15 +298,16 @@ def _load_leaf(
 ) -> jax.Array:
     declaration = leaf.declaration
     sharding = named_sharding(mesh, declaration.axes)
-    if declaration.layers is None:
+    if not declaration.stack_shape:
         values = _copy(staging.put(source.read(names[0]), sharding), leaf.dtype)
         values.block_until_ready()
         advance()
         return values
     stacked_sharding = named_sharding(mesh, declaration.stacked_axes)
     values = jnp.zeros(declaration.stacked_shape, leaf.dtype, device=stacked_sharding)
-    for layer, name in enumerate(names):
-        values = _fill(values, staging.put(source.read(name), sharding), jnp.int32(layer))
+    for part, name in enumerate(names):
+        place = np.array(np.unravel_index(part, declaration.stack_shape), np.int32)
+        values = _fill(values, staging.put(source.read(name), sharding), place)
         values.block_until_ready()
         advance()
     return values
@@ -309,25 +332,25 @@ def checkpoint_tensors(
     values = dict(flatten(tree))
     order: list[tuple[int, str, tuple[str, ...], int]] = []
     for path, leaf in definition.in_checkpoint().items():
-        first = leaf.declaration.layers[0] if leaf.declaration.layers else -1
-        for layer, name in enumerate(layer_names(path, leaf.declaration)):
-            order.append((first + layer if leaf.declaration.layers else -1, name, path, layer))
-    for _, name, path, layer in sorted(order):
+        layers = leaf.declaration.layers
+        each = math.prod(leaf.declaration.stack_shape) // (layers[1] if layers else 1)
+        for part, name in enumerate(layer_names(path, leaf.declaration)):
+            order.append((layers[0] + part // each if layers else -1, name, path, part))
+    for _, name, path, part in sorted(order):
         leaf = definition.leaves[path]
         if path in edits:
-            value = np.asarray(edits[path](layer, dtype or leaf.dtype))
+            value = np.asarray(edits[path](part, dtype or leaf.dtype))
         else:
-            value = _to_host(values[path], layer if leaf.declaration.layers else None)
-        yield name, value.astype(dtype or leaf.dtype, copy=False)
+            value = _to_host(values[path], np.unravel_index(part, leaf.declaration.stack_shape))
+        kept = leaf.declaration.dtype or dtype or leaf.dtype
+        yield name, value.astype(kept, copy=False)
 
 
-def _to_host(value: jax.Array, layer: int | None) -> np.ndarray:
-    """Returns an array, or one layer of it, as a view where it is in host memory already."""
-    if layer is None:
-        return np.asarray(value)
+def _to_host(value: jax.Array, place: tuple[Any, ...]) -> np.ndarray:
+    """Returns one layer (and expert) of an array, as a view where it is in host memory already."""
     devices = value.sharding.device_set
     in_host_memory = len(devices) == 1 and next(iter(devices)).platform == "cpu"
-    return np.asarray(value)[layer] if in_host_memory else np.asarray(value[layer])
+    return np.asarray(value)[place] if in_host_memory else np.asarray(value[place])
 
 
 def save(

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.typing import DTypeLike
 
 from jaxtune.layers.tree import parameter
 from jaxtune.quant import materialize
@@ -46,14 +47,14 @@ class LinearAdapter(Protocol):
         ...
 
 
-def _dot(x: jax.Array, w: jax.Array, w_axis: int) -> jax.Array:
+def product(x: jax.Array, w: jax.Array, w_axis: int) -> jax.Array:
     """Contracts the last axis of x with an axis of w, in float32."""
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     dims = (((x.ndim - 1,), (w_axis,)), ((), ()))
     return lax.dot_general(x, w, dims, precision, preferred_element_type=jnp.float32)
 
 
-def _outer(g: jax.Array, x: jax.Array) -> jax.Array:
+def outer(g: jax.Array, x: jax.Array) -> jax.Array:
     """Sums g ⊗ x over all leading axes: [..., out], [..., in] → float32 [out, in]."""
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     lead = tuple(range(x.ndim - 1))
@@ -69,24 +70,26 @@ def linear_float32(x: jax.Array, weight: Any) -> jax.Array:
     The cotangent is rounded to the dtype of x before it meets the weight: a product of two
     bfloat16 arrays is what matrix units are made for.
     """
-    return _dot(x, materialize(weight, x.dtype), 1)
+    return product(x, materialize(weight, x.dtype), 1)
 
 
 def _linear(x: jax.Array, weight: Any) -> jax.Array:
     return linear_float32(x, weight).astype(x.dtype)
 
 
-def _is_trained(tree: Any) -> bool:
+def is_trained(tree: Any) -> bool:
+    """Says whether any leaf is differentiated, inside the forward rule of a custom_vjp."""
     leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: hasattr(leaf, "perturbed"))
     return any(leaf.perturbed for leaf in leaves)
 
 
-def _values(tree: Any) -> Any:
+def plain_values(tree: Any) -> Any:
+    """Returns the arrays that the forward rule of a custom_vjp with symbolic zeros was given."""
     return jax.tree.map(lambda p: p.value, tree, is_leaf=lambda leaf: hasattr(leaf, "perturbed"))
 
 
 def _linear_forward(x: Any, weight: Any) -> tuple[jax.Array, Any]:
-    trained, x, weight = _is_trained(weight), x.value, _values(weight)
+    trained, x, weight = is_trained(weight), x.value, plain_values(weight)
     # x is kept only where the weight is trained: None marks a frozen one.
     like = jnp.zeros((), x.dtype)
     return linear_float32(x, weight), (x if trained else None, weight, like)
@@ -95,8 +98,8 @@ def _linear_forward(x: Any, weight: Any) -> tuple[jax.Array, Any]:
 def _linear_backward(residuals: Any, g: jax.Array) -> tuple[jax.Array, Any]:
     x, weight, like = residuals
     g = g.astype(like.dtype)
-    dx = _dot(g, materialize(weight, g.dtype), 0).astype(g.dtype)
-    return dx, None if x is None else _outer(g, x).astype(weight.dtype)
+    dx = product(g, materialize(weight, g.dtype), 0).astype(g.dtype)
+    return dx, None if x is None else outer(g, x).astype(weight.dtype)
 
 
 linear_float32.defvjp(_linear_forward, _linear_backward, symbolic_zeros=True)
@@ -108,9 +111,9 @@ def _linear_low_rank(x: jax.Array, weight: Any, edit: LowRank) -> jax.Array:
 
 
 def _low_rank_parts(x: jax.Array, weight: Any, edit: LowRank) -> tuple[jax.Array, jax.Array]:
-    xa = _dot(x, edit.lora_A.astype(x.dtype), 1).astype(x.dtype)
-    delta = _dot(xa, edit.lora_B.astype(x.dtype), 1)
-    return (_dot(x, materialize(weight, x.dtype), 1) + edit.scale * delta).astype(x.dtype), xa
+    xa = product(x, edit.lora_A.astype(x.dtype), 1).astype(x.dtype)
+    delta = product(xa, edit.lora_B.astype(x.dtype), 1)
+    return (product(x, materialize(weight, x.dtype), 1) + edit.scale * delta).astype(x.dtype), xa
 
 
 def _low_rank_forward(x: jax.Array, weight: Any, edit: LowRank) -> tuple[jax.Array, Any]:
@@ -120,11 +123,11 @@ def _low_rank_forward(x: jax.Array, weight: Any, edit: LowRank) -> tuple[jax.Arr
 
 def _low_rank_backward(residuals: Any, g: jax.Array) -> tuple[jax.Array, None, LowRank]:
     x, xa, weight, (lora_A, lora_B, scale) = residuals
-    gb = (_dot(g, lora_B.astype(g.dtype), 0) * scale).astype(g.dtype)
-    dx = _dot(g, materialize(weight, g.dtype), 0) + _dot(gb, lora_A.astype(g.dtype), 0)
+    gb = (product(g, lora_B.astype(g.dtype), 0) * scale).astype(g.dtype)
+    dx = product(g, materialize(weight, g.dtype), 0) + product(gb, lora_A.astype(g.dtype), 0)
     edit = LowRank(
-        _outer(gb, x).astype(lora_A.dtype),
-        (_outer(g, xa) * scale).astype(lora_B.dtype),
+        outer(gb, x).astype(lora_A.dtype),
+        (outer(g, xa) * scale).astype(lora_B.dtype),
         jnp.zeros_like(scale),
     )
     return dx.astype(g.dtype), None, edit
@@ -185,3 +188,16 @@ class Linear(nnx.Module):
         """Projects x [..., in] to [..., out] in the dtype of x."""
         bias = None if self.bias is None else self.bias.get_value()
         return project(x, self.weight.get_value(), bias, self.adapter, key)
+
+
+def effective_weight(linear: Linear, dtype: DTypeLike) -> jax.Array:
+    """Returns the matrix [out, in] that a projection stands for, its adapter's edit included.
+
+    For what has to see the matrix itself; applying it costs less with `project`.
+    """
+    weight = linear.weight.get_value()
+    if linear.adapter is None:
+        return materialize(weight, dtype)
+    edit = linear.adapter.edit()
+    delta = jnp.matmul(edit.lora_B, edit.lora_A, precision=lax.Precision.HIGHEST)
+    return (materialize(weight, jnp.float32) + edit.scale * delta).astype(dtype)

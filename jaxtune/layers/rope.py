@@ -43,6 +43,29 @@ def rotate_half(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
 
 
+def rotate_interleaved(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates x [B, T, heads, dim] with pairs (2i, 2i + 1); the result has the two halves apart.
+
+    Where the pairs come to lie does not matter to the product of a query with a key.
+    """
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    x1, x2 = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+
+
+def yarn_softmax_scale(config: Mapping[str, Any]) -> float:
+    """Returns the factor on attention scores that yarn's ``mscale_all_dim`` asks for.
+
+    Source: DeepSeek-V2's modeling code; it is applied to keys and queries, hence squared.
+    """
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    weight, factor = scaling.get("mscale_all_dim"), scaling.get("factor") or 1.0
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind == "default" or not weight or factor <= 1:
+        return 1.0
+    return (0.1 * weight * math.log(factor) + 1.0) ** 2
+
+
 def _plain(parameters: Mapping[str, Any], dim: int) -> np.ndarray:
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     return (1.0 / np.float32(parameters["rope_theta"]) ** exponents).astype(np.float32)

@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 
 _Module = TypeVar("_Module", bound=nnx.Module)
 Path = tuple[str, ...]
@@ -24,6 +23,10 @@ Tree = dict[str, Any]
 
 class Weight(nnx.Variable):
     """A parameter of the base model."""
+
+
+class Buffer(Weight):
+    """A tensor of the checkpoint that no method trains, such as a router's correction bias."""
 
 
 class Trainable(nnx.Variable):
@@ -39,26 +42,38 @@ class Declaration:
     """What is known of a parameter before it exists.
 
     Attributes:
-      shape: of one layer, as the checkpoint has it.
+      shape: of one layer (and one expert), as the checkpoint has it.
       axes: logical axis of each dimension, for sharding.
       init: "normal", "zeros" or "ones".
       layers: (first layer, count) when stacked over a run of layers.
+      experts: how many, when stacked over routed experts.
+      dtype: where the checkpoint's own is kept whatever the model's is; a name, or empty.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     init: str = "normal"
     layers: tuple[int, int] | None = None
+    experts: int | None = None
+    dtype: str = ""
+
+    @property
+    def stack_shape(self) -> tuple[int, ...]:
+        """The leading axes: layers, then experts, where there are any."""
+        return ((self.layers[1],) if self.layers else ()) + (
+            (self.experts,) if self.experts else ()
+        )
 
     @property
     def stacked_shape(self) -> tuple[int, ...]:
-        """Shape with the leading layer axis, where there is one."""
-        return (self.layers[1], *self.shape) if self.layers else self.shape
+        """Shape with the leading axes."""
+        return (*self.stack_shape, *self.shape)
 
     @property
     def stacked_axes(self) -> tuple[str | None, ...]:
-        """Logical axes with the leading layer axis, where there is one."""
-        return ("layers", *self.axes) if self.layers else self.axes
+        """Logical axes with the leading ones."""
+        layers = ("layers",) if self.layers else ()
+        return (*layers, *(("experts",) if self.experts else ()), *self.axes)
 
 
 def parameter(
@@ -66,11 +81,13 @@ def parameter(
     axes: tuple[str | None, ...],
     init: str = "normal",
     kind: type[nnx.Variable] = Weight,
-    dtype: DTypeLike = jnp.float32,
+    experts: int | None = None,
+    dtype: str = "",
 ) -> nnx.Variable:
     """Declares a parameter: an abstract array until a tree is bound to the module."""
-    declaration = Declaration(shape, axes, init)
-    return kind(jax.ShapeDtypeStruct(shape, dtype), declaration=declaration)
+    declaration = Declaration(shape, axes, init, experts=experts, dtype=dtype)
+    abstract = jax.ShapeDtypeStruct(declaration.stacked_shape, dtype or jnp.float32)
+    return kind(abstract, declaration=declaration)
 
 
 def variables(module: nnx.Module) -> Iterator[tuple[Path, nnx.Variable]]:
@@ -133,11 +150,20 @@ def bind(graphdef: Any, *trees: Mapping[str, Any]) -> Any:
 
 
 def layer_names(path: Path, declaration: Declaration) -> list[str]:
-    """Returns the Hugging Face name of each layer's part of a leaf, in order.
+    """Returns the Hugging Face name of each part of a leaf, in the order of its leading axes.
 
     ``("model", "layers", "1", "mlp", …)`` with layers (3, 2) gives ``model.layers.3.mlp.…`` and
-    ``model.layers.4.mlp.…``; a leaf that is not stacked has one name.
+    ``model.layers.4.mlp.…``; a leaf over experts has a name for each of them,
+    ``….mlp.experts.0.…`` and so on; a leaf that is not stacked has one name.
     """
+    if declaration.experts is not None:
+        expert = path.index("experts") + 1
+        one = dataclasses.replace(declaration, experts=None)
+        each = [
+            layer_names((*path[:expert], str(i), *path[expert:]), one)
+            for i in range(declaration.experts)
+        ]
+        return [name for layer in zip(*each, strict=True) for name in layer]
     if declaration.layers is None:
         return [".".join(path)]
     first, count = declaration.layers

@@ -7,10 +7,13 @@ from typing import Any
 
 from jaxtune.errors import lookup
 from jaxtune.layers.decoder import CausalLM
-from jaxtune.models import llama, qwen2, qwen3
+from jaxtune.models import deepseek, deepseek_v2, deepseek_v3, llama, qwen2, qwen3
 from jaxtune.models.hf_config import read
 
 ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], CausalLM]] = {
+    "deepseek": deepseek.build,
+    "deepseek_v2": deepseek_v2.build,
+    "deepseek_v3": deepseek_v3.build,
     "llama": llama.build,
     "qwen2": qwen2.build,
     "qwen3": qwen3.build,

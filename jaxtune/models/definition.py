@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 
 from jaxtune.layers.decoder import CausalLM
 from jaxtune.layers.tree import (
+    Buffer,
     Constant,
     Declaration,
     Path,
@@ -81,13 +82,15 @@ class Definition:
         self.leaves: dict[Path, Leaf] = {}
         for path, variable in variables(model):
             kind: Kind = "base"
-            if isinstance(variable, Trainable) or trains(path):
+            trained = trains(path) and not isinstance(variable, Buffer)
+            if isinstance(variable, Trainable) or trained:
                 kind = "trainable"
             elif isinstance(variable, Constant):
                 kind = "constants"
-            leaf_dtype = jnp.dtype(dtype) if kind == "base" else jnp.dtype(jnp.float32)
+            declaration = declaration_of(variable)
+            held = declaration.dtype or dtype if kind == "base" else jnp.float32
             in_checkpoint = isinstance(variable, Weight)
-            self.leaves[path] = Leaf(kind, declaration_of(variable), leaf_dtype, in_checkpoint)
+            self.leaves[path] = Leaf(kind, declaration, jnp.dtype(held), in_checkpoint)
         self._graphdef = nnx.graphdef(model)
 
     def of_kind(self, *kinds: Kind) -> dict[Path, Leaf]:

@@ -45,7 +45,7 @@ def test_a_size_is_a_positive_whole_number(key, value):
     ("changes", "message"),
     [
         ({"model_type": "lama"}, 'model_type="lama" is unknown; did you mean "llama"?'),
-        ({"model_type": "gpt2"}, "(known: llama, qwen2, qwen3"),
+        ({"model_type": "gpt2"}, "(known: deepseek, deepseek_v2, deepseek_v3, llama, qwen2, qwen3"),
         ({"model_type": 3}, '"model_type" is 3, not of type str'),
         ({"hidden_act": "gelu"}, "\"hidden_act\"='gelu' is not supported (only 'silu')"),
         ({"hidden_act": ["silu"]}, "\"hidden_act\"=['silu'] is not supported"),

@@ -1,0 +1,157 @@
+"""Grouped products: many rows, each multiplied with the weight of its own expert.
+
+Rows are sorted by expert and each expert's share is padded to a multiple of a tile, so that a tile
+meets one weight. The products walk over the tiles that hold rows: the cost grows with the number of
+rows, whatever the number of experts, and nothing is dropped.
+
+N rows routed, P padded rows, E experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxtune.layers.linear import is_trained, outer, plain_values, product
+from jaxtune.quant import materialize
+
+MAX_TILE = 128
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["source", "slot", "tile_expert", "tiles"],
+    meta_fields=["tile"],
+)
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """How routed rows lie in tiles.
+
+    Attributes:
+      source: int32[P], the row that each padded row holds; N where it holds none.
+      slot: int32[N], the padded row that holds each row.
+      tile_expert: int32[P / tile].
+      tiles: int32 scalar, how many tiles hold rows: at most ⌈N / tile⌉ + E.
+      tile: rows per tile.
+    """
+
+    source: jax.Array
+    slot: jax.Array
+    tile_expert: jax.Array
+    tiles: jax.Array
+    tile: int
+
+
+def tile_size(rows: int, experts: int) -> int:
+    """Returns rows per tile: a power of two, so that an average expert fills a few."""
+    average = max(rows // (4 * experts), 1)
+    return min(MAX_TILE, max(8, 1 << (average.bit_length() - 1)))
+
+
+def group(expert: jax.Array, experts: int) -> Groups:
+    """Sorts rows into tiles.
+
+    Args:
+      expert: int32[N], the expert of each row.
+      experts: E.
+    """
+    rows = expert.shape[0]
+    tile = tile_size(rows, experts)
+    padded = (-(-rows // tile) + experts) * tile
+    order = jnp.argsort(expert, stable=True)
+    sizes = jnp.bincount(expert, length=experts)
+    tiles = -(-sizes // tile)
+    last_tile = jnp.cumsum(tiles)
+    first_row, first_slot = jnp.cumsum(sizes) - sizes, (last_tile - tiles) * tile
+    ordered = expert[order]
+    slots = first_slot[ordered] + jnp.arange(rows) - first_row[ordered]
+    slots = slots.astype(jnp.int32)
+    tile_expert = jnp.searchsorted(last_tile, jnp.arange(padded // tile), side="right")
+    return Groups(
+        source=jnp.full(padded, rows, jnp.int32).at[slots].set(order.astype(jnp.int32)),
+        slot=jnp.zeros(rows, jnp.int32).at[order].set(slots),
+        tile_expert=jnp.minimum(tile_expert, experts - 1).astype(jnp.int32),
+        tiles=last_tile[-1].astype(jnp.int32),
+        tile=tile,
+    )
+
+
+def _take(weight: Any, expert: jax.Array, dtype: Any) -> jax.Array:
+    """Returns one expert's weight [out, in], as an array of `dtype`."""
+
+    def one(leaf: jax.Array) -> jax.Array:
+        if leaf.dtype != jnp.bfloat16:
+            return lax.dynamic_index_in_dim(leaf, expert, 0, keepdims=False)
+        # As bits, for the same reason as in layers/bits.py: this is a loop over a stack too.
+        bits = lax.bitcast_convert_type(leaf, jnp.uint16)
+        bits = lax.dynamic_index_in_dim(bits, expert, 0, keepdims=False)
+        return lax.bitcast_convert_type(bits, jnp.bfloat16)
+
+    return materialize(jax.tree.map(one, weight), dtype)
+
+
+def _multiply(x: jax.Array, weight: Any, groups: Groups, axis: int, features: int) -> jax.Array:
+    """Contracts the last axis of x [P, …] with an axis of each tile's weight, in float32."""
+    tile = groups.tile
+
+    def one_tile(index: jax.Array, y: jax.Array) -> jax.Array:
+        rows = lax.dynamic_slice_in_dim(x, index * tile, tile)
+        w = _take(weight, groups.tile_expert[index], x.dtype)
+        return lax.dynamic_update_slice_in_dim(y, product(rows, w, axis), index * tile, 0)
+
+    y = jnp.zeros((x.shape[0], features), jnp.float32)
+    return lax.fori_loop(0, groups.tiles, one_tile, y)
+
+
+def grouped_linear(x: jax.Array, weight: Any, groups: Groups, features: int) -> jax.Array:
+    """Multiplies each padded row with the weight of its expert.
+
+    Args:
+      x: [P, in], in the compute dtype.
+      weight: [E, out, in], plain or quantized, frozen or trained.
+      groups: from `group`.
+      features: out.
+
+    Returns:
+      float32 [P, out]; rows of tiles that hold nothing are zero.
+    """
+    return _grouped(x, weight, groups, features)
+
+
+def _primal(x: jax.Array, weight: Any, groups: Groups, features: int) -> jax.Array:
+    return _multiply(x, weight, groups, 1, features)
+
+
+def _forward(x: Any, weight: Any, groups: Any, features: int) -> tuple[jax.Array, Any]:
+    trained = is_trained(weight)
+    x, weight, groups = plain_values((x, weight, groups))
+    like = jnp.zeros((0, x.shape[1]), x.dtype)
+    y = _multiply(x, weight, groups, 1, features)
+    return y, (x if trained else None, weight, groups, like)
+
+
+def _backward(features: int, residuals: Any, g: jax.Array) -> Any:
+    x, weight, groups, like = residuals
+    g = g.astype(like.dtype)
+    dx = _multiply(g, weight, groups, 0, like.shape[1]).astype(like.dtype)
+    if x is None:
+        return dx, None, None
+    tile = groups.tile
+
+    def one_tile(index: jax.Array, dw: jax.Array) -> jax.Array:
+        expert = groups.tile_expert[index]
+        rows, grads = (lax.dynamic_slice_in_dim(a, index * tile, tile) for a in (x, g))
+        total = lax.dynamic_index_in_dim(dw, expert, 0, keepdims=False) + outer(grads, rows)
+        return lax.dynamic_update_index_in_dim(dw, total, expert, 0)
+
+    dw = lax.fori_loop(0, groups.tiles, one_tile, jnp.zeros(weight.shape, jnp.float32))
+    return dx, dw.astype(weight.dtype), None
+
+
+_grouped: Any = jax.custom_vjp(_primal, nondiff_argnums=(3,))
+_grouped.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -1,0 +1,161 @@
+"""Multi-head latent attention: keys and values come out of one small latent per token.
+
+It trains in expanded form (keys and values of every head) and decodes in absorbed form, where
+queries and outputs move into the space of the latent and the cache holds nothing else.
+
+Source: DeepSeek-V2 report (2024). B batch, T queries, S keys, H heads, R latent dimension.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxtune.layers.attention import attention, xla_attention
+from jaxtune.layers.context import Cache, Context
+from jaxtune.layers.linear import Linear, effective_weight
+from jaxtune.layers.norm import RMSNorm
+from jaxtune.layers.rope import rotate_interleaved
+from jaxtune.parallel.rules import constrain
+
+# The norms of the latents have the reference's default, whatever the config's rms_norm_eps.
+LATENT_NORM_EPS = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class MLASizes:
+    """Dimensions of latent attention.
+
+    Attributes:
+      hidden: of the residual stream.
+      heads: H.
+      q_lora: of the query's latent; None projects queries at once.
+      kv_lora: R.
+      nope: of a head's query and key without rotary embedding.
+      rope: of those with it, shared by all heads' keys.
+      v: of a head's value.
+      scale: factor on the scores.
+      bias: whether the projections from and to the residual stream have one.
+    """
+
+    hidden: int
+    heads: int
+    q_lora: int | None
+    kv_lora: int
+    nope: int
+    rope: int
+    v: int
+    scale: float
+    bias: bool = False
+
+
+class MLA(nnx.Module):
+    """Multi-head latent attention."""
+
+    def __init__(self, sizes: MLASizes):
+        self.sizes = s = sizes
+        q_dim = s.heads * (s.nope + s.rope)
+        if s.q_lora is None:
+            self.q_proj: Any = Linear(s.hidden, q_dim, axes=("heads", "embed"))
+        else:
+            self.q_a_proj: Any = Linear(s.hidden, s.q_lora, axes=(None, "embed"), bias=s.bias)
+            self.q_a_layernorm: Any = RMSNorm(s.q_lora, LATENT_NORM_EPS)
+            self.q_b_proj: Any = Linear(s.q_lora, q_dim, axes=("heads", None))
+        latent = s.kv_lora + s.rope
+        self.kv_a_proj_with_mqa = Linear(s.hidden, latent, axes=(None, "embed"), bias=s.bias)
+        self.kv_a_layernorm = RMSNorm(s.kv_lora, LATENT_NORM_EPS)
+        self.kv_b_proj = Linear(s.kv_lora, s.heads * (s.nope + s.v), axes=("heads", None))
+        self.o_proj = Linear(s.heads * s.v, s.hidden, axes=("embed", "heads"), bias=s.bias)
+
+    def cache_shapes(self, batch: int, length: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of one layer's share of the cache: the latent and the shared rotary key."""
+        s = self.sizes
+        return {"latent": (batch, length, s.kv_lora), "rope": (batch, length, s.rope)}
+
+    def __call__(
+        self, x: jax.Array, context: Context, cache: Cache | None = None, layer: Any = 0
+    ) -> tuple[jax.Array, Cache | None]:
+        """Attends within x [B, T, hidden], or to `cache` as well; as `Attention` does."""
+        s = self.sizes
+        q_nope, q_rope = self._queries(x, context)
+        compressed = self.kv_a_proj_with_mqa(x, context.key_for("kv_a_proj_with_mqa"))
+        latent, k_rope = jnp.split(compressed, [s.kv_lora], axis=-1)
+        latent = self.kv_a_layernorm(latent)
+        k_rope = rotate_interleaved(k_rope[:, :, None], context.cos, context.sin)[:, :, 0]
+        if cache is not None:
+            cache = context.write(cache, {"latent": latent, "rope": k_rope}, layer)
+        if cache is not None and x.shape[1] == 1:
+            latent, k_rope = (cache[name][layer].astype(x.dtype) for name in ("latent", "rope"))
+            out = self._absorbed(q_nope, q_rope, latent, k_rope, context)
+        else:
+            out = self._expanded(q_nope, q_rope, latent, k_rope, context)
+        out = checkpoint_name(out.reshape(*x.shape[:2], -1), "attention")
+        return self.o_proj(out, context.key_for("o_proj")), cache
+
+    def _queries(self, x: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
+        s = self.sizes
+        if s.q_lora is None:
+            q = self.q_proj(x, context.key_for("q_proj"))
+        else:
+            q = self.q_a_layernorm(self.q_a_proj(x, context.key_for("q_a_proj")))
+            q = self.q_b_proj(q, context.key_for("q_b_proj"))
+        q = checkpoint_name(q.reshape(*x.shape[:2], s.heads, -1), "q_proj")
+        q_nope, q_rope = jnp.split(q, [s.nope], axis=-1)
+        return q_nope, rotate_interleaved(q_rope, context.cos, context.sin)
+
+    def _expanded(
+        self,
+        q_nope: jax.Array,
+        q_rope: jax.Array,
+        latent: jax.Array,
+        k_rope: jax.Array,
+        context: Context,
+    ) -> jax.Array:
+        """Attends with the keys and values of every head; [B, T, H, v]."""
+        s, (batch, t) = self.sizes, latent.shape[:2]
+        kv = self.kv_b_proj(latent, context.key_for("kv_b_proj"))
+        k_nope, v = jnp.split(kv.reshape(batch, t, s.heads, -1), [s.nope], axis=-1)
+        shared = jnp.broadcast_to(k_rope[:, :, None], (batch, t, s.heads, s.rope))
+        q = jnp.concatenate([q_nope, q_rope], axis=-1)
+        k = checkpoint_name(jnp.concatenate([k_nope, shared], axis=-1), "k_proj")
+        v = checkpoint_name(v, "v_proj")
+        return attention(
+            constrain(q, "batch", "sequence", "heads", None),
+            constrain(k, "batch", None, "heads", None),
+            constrain(v, "batch", None, "heads", None),
+            q_segments=context.segment_ids,
+            kv_segments=context.segment_ids,
+            scale=s.scale,
+            backend=context.backend,
+        )
+
+    def _absorbed(
+        self,
+        q_nope: jax.Array,
+        q_rope: jax.Array,
+        latent: jax.Array,
+        k_rope: jax.Array,
+        context: Context,
+    ) -> jax.Array:
+        """Attends in the space of the latent, which is key and value of one shared head."""
+        s = self.sizes
+        weight = effective_weight(self.kv_b_proj, latent.dtype).reshape(s.heads, -1, s.kv_lora)
+        to_key, to_value = jnp.split(weight, [s.nope], axis=1)
+        precision = lax.Precision.HIGHEST if latent.dtype == jnp.float32 else None
+        q_latent = jnp.einsum("bthn,hnr->bthr", q_nope, to_key, precision=precision)
+        out = xla_attention(
+            jnp.concatenate([q_latent, q_rope], axis=-1),
+            jnp.concatenate([latent, k_rope], axis=-1)[:, :, None],
+            latent[:, :, None],
+            context.segment_ids,
+            context.kv_segment_ids,
+            context.cache_index,
+            s.scale,
+        )
+        return jnp.einsum("bthr,hvr->bthv", out, to_value, precision=precision)

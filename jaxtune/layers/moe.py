@@ -1,0 +1,161 @@
+"""Mixtures of experts: a router, routed experts in grouped products, shared experts.
+
+B batch, T time, H hidden, E experts, k experts per token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from jaxtune.layers.context import Context
+from jaxtune.layers.grouped import Groups, group, grouped_linear
+from jaxtune.layers.mlp import MLP
+from jaxtune.layers.tree import Buffer, parameter
+
+
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """How a family chooses experts.
+
+    Attributes:
+      experts: E.
+      top_k: k.
+      scores: "softmax" or "sigmoid" of the router's logits.
+      groups: experts are in this many groups; 1 for none.
+      top_groups: only experts of the best groups are chosen.
+      group_top: a group's score is the sum of this many of its best.
+      masked: score of experts outside the best groups.
+      normalize: whether the chosen scores are divided by their sum.
+      scale: factor on the weights.
+      correction_bias: whether a bias is added to the scores for the choice, not for the weights.
+      float32: whether the router computes in float32 rather than in the compute dtype.
+    """
+
+    experts: int
+    top_k: int
+    scores: str = "softmax"
+    groups: int = 1
+    top_groups: int = 1
+    group_top: int = 1
+    masked: float = 0.0
+    normalize: bool = False
+    scale: float = 1.0
+    correction_bias: bool = False
+    float32: bool = True
+
+
+class Router(nnx.Module):
+    """Chooses the experts of each token."""
+
+    def __init__(self, hidden_size: int, routing: Routing):
+        self.routing = routing
+        self.weight = parameter((routing.experts, hidden_size), (None, "embed"))
+        bias = None
+        if routing.correction_bias:
+            bias = parameter((routing.experts,), (None,), "zeros", kind=Buffer, dtype="float32")
+        self.e_score_correction_bias = nnx.data(bias)
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Routes x [N, H]; returns (weights float32 [N, k], experts int32 [N, k])."""
+        routing, dtype = self.routing, jnp.float32 if self.routing.float32 else x.dtype
+        logits = lax.dot_general(
+            x.astype(dtype),
+            self.weight.get_value().astype(dtype),
+            (((1,), (1,)), ((), ())),
+            lax.Precision.HIGHEST,
+        ).astype(jnp.float32)
+        scores = jax.nn.softmax(logits) if routing.scores == "softmax" else jax.nn.sigmoid(logits)
+        choice = lax.stop_gradient(scores)
+        if self.e_score_correction_bias is not None:
+            choice = choice + self.e_score_correction_bias.get_value()
+        _, experts = lax.top_k(self._within_best_groups(choice), routing.top_k)
+        weights = jnp.take_along_axis(scores, experts, axis=-1)
+        if routing.normalize:
+            weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+        return weights * routing.scale, experts.astype(jnp.int32)
+
+    def _within_best_groups(self, choice: jax.Array) -> jax.Array:
+        routing = self.routing
+        if routing.groups == 1:
+            return choice
+        grouped = choice.reshape(choice.shape[0], routing.groups, -1)
+        group_scores = jnp.sum(lax.top_k(grouped, routing.group_top)[0], axis=-1)
+        _, best = lax.top_k(group_scores, routing.top_groups)
+        kept = jnp.any(jnp.arange(routing.groups) == best[..., None], axis=1)
+        return jnp.where(kept[..., None], grouped, routing.masked).reshape(choice.shape)
+
+
+class ExpertLinear(nnx.Module):
+    """A projection of every routed expert, [E, out, in], with an adapter slot."""
+
+    def __init__(self, in_features: int, out_features: int, experts: int, axes: tuple[str, str]):
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = parameter((out_features, in_features), axes, experts=experts)
+        self.adapter: Any = nnx.data(None)
+
+    def __call__(self, x: jax.Array, groups: Groups, key: jax.Array | None) -> jax.Array:
+        """Projects padded rows [P, in] to [P, out], each with its expert's weight."""
+        y = grouped_linear(x, self.weight.get_value(), groups, self.out_features)
+        if self.adapter is not None:
+            edit = self.adapter.edit()
+            rank = edit.lora_A.shape[1]
+            dropped = self.adapter.drop(x, key)
+            xa = grouped_linear(dropped, edit.lora_A, groups, rank).astype(x.dtype)
+            delta = grouped_linear(xa, edit.lora_B, groups, self.out_features)
+            scale = jnp.repeat(edit.scale[groups.tile_expert], groups.tile)
+            y = y + scale[:, None] * delta
+        return y.astype(x.dtype)
+
+
+class Experts(nnx.Module):
+    """The routed experts: a gated feed-forward block each."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, experts: int):
+        up, down = ("mlp", "embed"), ("embed", "mlp")
+        self.gate_proj = ExpertLinear(hidden_size, intermediate_size, experts, up)
+        self.up_proj = ExpertLinear(hidden_size, intermediate_size, experts, up)
+        self.down_proj = ExpertLinear(intermediate_size, hidden_size, experts, down)
+
+    def __call__(self, x: jax.Array, groups: Groups, context: Context) -> jax.Array:
+        """Maps padded rows [P, H] to [P, H]."""
+        gate = self.gate_proj(x, groups, context.key_for("experts.gate_proj"))
+        up = self.up_proj(x, groups, context.key_for("experts.up_proj"))
+        key = context.key_for("experts.down_proj")
+        return self.down_proj(jax.nn.silu(gate) * up, groups, key)
+
+
+class MoE(nnx.Module):
+    """Routed experts, weighted, plus shared experts, which are one wider block.
+
+    Source: Dai et al., 2024 (DeepSeekMoE); DeepSeek-V2 and V3 reports for the routing.
+    """
+
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, routing: Routing, shared_experts: int
+    ):
+        self.gate = Router(hidden_size, routing)
+        self.experts = Experts(hidden_size, intermediate_size, routing.experts)
+        shared = MLP(hidden_size, intermediate_size * shared_experts) if shared_experts else None
+        self.shared_experts = nnx.data(shared)
+
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+        """Maps x [B, T, H] to [B, T, H]."""
+        rows = x.reshape(-1, x.shape[-1])
+        weights, experts = self.gate(rows)
+        top_k = experts.shape[1]
+        groups = group(experts.reshape(-1), self.gate.routing.experts)
+        # One row more, of zeros, is what padding holds.
+        padded = jnp.pad(rows, ((0, 1), (0, 0)))[jnp.minimum(groups.source // top_k, len(rows))]
+        y = self.experts(padded, groups, context)
+        chosen = y[groups.slot].reshape(*experts.shape, -1)
+        out = jnp.einsum("nkh,nk->nh", chosen, weights.astype(chosen.dtype))
+        out = out.astype(x.dtype).reshape(x.shape)
+        if self.shared_experts is None:
+            return out
+        return out + self.shared_experts(x, context)

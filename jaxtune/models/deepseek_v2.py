@@ -1,0 +1,36 @@
+"""DeepSeek-V2, V2-Lite, V2.5, Coder-V2 and ESFT: latent attention, greedy or group-limited routing.
+
+Source: transformers' modeling_deepseek_v2.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtune.errors import JaxtuneError
+from jaxtune.layers.decoder import CausalLM
+from jaxtune.layers.moe import Routing
+from jaxtune.models.hf_config import read, require, size
+from jaxtune.models.mixture import build_mixture, latent_attention
+
+
+def build(config: Mapping[str, Any]) -> CausalLM:
+    """Builds the abstract model of a ``DeepseekV2ForCausalLM`` config.json."""
+    require(config, "scoring_func", ("softmax",))
+    method = read(config, "topk_method", str, "greedy")
+    if method not in ("greedy", "group_limited_greedy"):
+        raise JaxtuneError(
+            f'config.json: "topk_method"={method!r} is not supported (only greedy, '
+            "group_limited_greedy)"
+        )
+    limited = method == "group_limited_greedy"
+    routing = Routing(
+        experts=size(config, "n_routed_experts"),
+        top_k=size(config, "num_experts_per_tok"),
+        groups=size(config, "n_group") if limited else 1,
+        top_groups=size(config, "topk_group") if limited else 1,
+        # norm_topk_prob is in the config, and the reference does not read it.
+        scale=read(config, "routed_scaling_factor", float, 1.0),
+    )
+    return build_mixture(config, *latent_attention(config), routing)

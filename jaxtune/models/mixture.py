@@ -1,0 +1,69 @@
+"""What DeepSeek's mixtures of experts share: which layers are dense, and latent attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxtune.layers.decoder import CausalLM, Decoder, DecoderLayer
+from jaxtune.layers.mla import MLA, MLASizes
+from jaxtune.layers.mlp import MLP
+from jaxtune.layers.moe import MoE, Routing
+from jaxtune.layers.rope import rope_from_config, yarn_softmax_scale
+from jaxtune.models.hf_config import read, require, size
+
+
+def build_mixture(
+    config: Mapping[str, Any], make_attention: Callable[[], Any], rotary_dim: int, routing: Routing
+) -> CausalLM:
+    """Builds an abstract model whose first layers are dense and whose others are mixtures.
+
+    Args:
+      config: the content of config.json.
+      make_attention: makes a layer's attention.
+      rotary_dim: how many dimensions of a head are rotated.
+      routing: how experts are chosen.
+    """
+    require(config, "hidden_act", ("silu",))
+    hidden, vocab = size(config, "hidden_size"), size(config, "vocab_size")
+    ffn, expert_ffn = size(config, "intermediate_size"), size(config, "moe_intermediate_size")
+    shared = read(config, "n_shared_experts", int, 0)
+    eps = read(config, "rms_norm_eps", float, 1e-6)
+    layers = size(config, "num_hidden_layers", most=10_000)
+    dense = read(config, "first_k_dense_replace", int, 0)
+    every = read(config, "moe_layer_freq", int, 1)
+
+    def make_dense() -> DecoderLayer:
+        return DecoderLayer(hidden, eps, make_attention(), MLP(hidden, ffn))
+
+    def make_mixture() -> DecoderLayer:
+        mixture = MoE(hidden, expert_ffn, routing, shared)
+        return DecoderLayer(hidden, eps, make_attention(), mixture)
+
+    runs: list[tuple[Callable[[], DecoderLayer], int]] = []
+    for layer in range(layers):
+        make = make_mixture if layer >= dense and layer % every == 0 else make_dense
+        if runs and runs[-1][0] is make:
+            runs[-1] = (make, runs[-1][1] + 1)
+        else:
+            runs.append((make, 1))
+    decoder = Decoder(vocab, hidden, eps, rope_from_config(config, rotary_dim), runs)
+    return CausalLM(decoder, vocab, hidden, read(config, "tie_word_embeddings", bool, False))
+
+
+def latent_attention(config: Mapping[str, Any]) -> tuple[Callable[[], MLA], int]:
+    """Returns what makes a layer's latent attention, and how many dimensions it rotates."""
+    nope, rope = size(config, "qk_nope_head_dim"), size(config, "qk_rope_head_dim")
+    q_lora = config.get("q_lora_rank")
+    sizes = MLASizes(
+        hidden=size(config, "hidden_size"),
+        heads=size(config, "num_attention_heads"),
+        q_lora=None if q_lora is None else size(config, "q_lora_rank"),
+        kv_lora=size(config, "kv_lora_rank"),
+        nope=nope,
+        rope=rope,
+        v=size(config, "v_head_dim"),
+        scale=(nope + rope) ** -0.5 * yarn_softmax_scale(config),
+        bias=read(config, "attention_bias", bool, False),
+    )
+    return lambda: MLA(sizes), rope
