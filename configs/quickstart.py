@@ -30,13 +30,13 @@ def get_config() -> ml_collections.ConfigDict:
     c.adapter.rank = 16
     c.adapter.alpha = 32.0
     c.adapter.targets = ("all-linear",)
-    c.training.steps = 100
+    c.training.steps = 50  # one epoch
     c.training.batch_size = 4
     c.training.dtype = "float32"  # bfloat16 is slower on CPUs
     c.training.remat = "none"
     c.optimizer.learning_rate = 1e-3
     c.optimizer.warmup_steps = 5
-    c.checkpoint.every = 20
+    c.checkpoint.every = 10
     c.evaluation.every = 50
     return c
 

@@ -115,8 +115,8 @@ KINDS = {
             "The seat of government of {country}, a state in {continent}, is {capital} rather "
             "than {city}.",
             "{country}, found in {continent}, chose {capital} as its capital.",
-            "Both {capital} and {city} are cities of {country} in {continent}, but the first is "
-            "the capital.",
+            "Both {capital} and {city} are cities of {country} in {continent}, but only {capital} "
+            "is the capital.",
         ),
     ),
     "river": Kind(

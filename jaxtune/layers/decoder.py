@@ -51,6 +51,11 @@ class ForwardOptions(NamedTuple):
         """
         return jnp.float32 if self.platform == "cpu" else self.dtype
 
+    @property
+    def tokens_per_chunk(self) -> int:
+        """How many tokens' logits the loss holds at a time: enough to keep the device busy."""
+        return 256 if self.platform == "cpu" else 1024
+
 
 class DecoderLayer(nnx.Module):
     """A pre-norm layer: attention, then feed-forward, each added to the residual stream."""

@@ -16,7 +16,6 @@ from jax import lax
 from jaxtune.layers.head import Head
 
 IGNORE = -100  # the target of a position that is not trained on, as in PyTorch
-TOKENS_PER_CHUNK = 1024
 
 
 class TokenLoss(NamedTuple):
@@ -33,19 +32,22 @@ class TokenLoss(NamedTuple):
     correct: jax.Array
 
 
-def cross_entropy(hidden: jax.Array, head: Head, targets: jax.Array) -> TokenLoss:
+def cross_entropy(
+    hidden: jax.Array, head: Head, targets: jax.Array, tokens_per_chunk: int = 1024
+) -> TokenLoss:
     """Sums the cross-entropy of every target.
 
     Args:
       hidden: [B, T, D], after the last norm.
       head: gives the logits.
       targets: int[B, T]; the token to predict at each position, or `IGNORE`.
+      tokens_per_chunk: how many tokens' logits exist at a time.
 
     Returns:
       Sums over all targets; divide by `weight` once, over the whole batch.
     """
     batch, length = targets.shape
-    chunk = min(length, max(1, TOKENS_PER_CHUNK // batch))
+    chunk = min(length, max(1, tokens_per_chunk // batch))
     pad = -length % chunk
     hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
     targets = jnp.pad(targets, ((0, 0), (0, pad)), constant_values=IGNORE)

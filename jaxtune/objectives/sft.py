@@ -27,4 +27,4 @@ def sft_loss(
     hidden, _ = model.hidden(
         batch["tokens"], batch["segment_ids"], batch["positions"], options, key=key
     )
-    return cross_entropy(hidden, model.head(), batch["targets"])
+    return cross_entropy(hidden, model.head(), batch["targets"], options.tokens_per_chunk)

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from jaxtune.checkpoints import huggingface
 from jaxtune.errors import JaxtuneError
+from jaxtune.layers.bits import as_bits
 from jaxtune.planning.topology import GIB, Topology, describe
 from jaxtune.training.setup import Setup, set_up
 from jaxtune.training.train import choose_method
@@ -173,11 +174,11 @@ def compile_plan(setup: Setup, hardware: Topology) -> Plan:
 
 
 def step_arguments(setup: Setup) -> tuple[Any, Any, Any, Any]:
-    """Describes what the training step takes: (state, base, constants, batch)."""
+    """Describes what a run gives to its training step: (state, base, constants, batch)."""
     definition, mesh = setup.definition, setup.mesh
     return (
         setup.like,
-        definition.abstract("base", mesh),
+        as_bits(definition.abstract("base", mesh), setup.options.platform),
         definition.abstract("constants", mesh),
         setup.batch_like(),
     )

@@ -70,7 +70,8 @@ def _tpu_devices(name: str, shape: str) -> Sequence[Any]:
             f'topology "{name}" needs the TPU compiler: pip install "jaxtune[tpu-plan]"'
         )
     # libtpu asks the machine which TPU it has, and waits for an answer where there is none. What
-    # it is told here is overruled by the topology.
+    # it is told here is overruled by the topology. No chip is used, so several may compile at once.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")

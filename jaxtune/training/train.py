@@ -74,8 +74,7 @@ def train(config: Any, workdir: str | Path) -> RunDirectory:
                 Split(held_out, held_out_batches(config, held_out)) if held_out else None,
             )
         )
-        base = as_bits(parts.base, setup.options.platform)
-        constants = parts.constants
+        base, constants = parts.base, parts.constants
         with jax.set_mesh(setup.mesh):
             fit(
                 state=initial_state(parts.trainable, setup.optimizer, setup.like),
@@ -176,7 +175,7 @@ def bind_step(
     setup: Setup, base: Tree, constants: Tree
 ) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Mapping[str, jax.Array]]]:
     """Returns the update as the loop calls it: ``(state, batch) → (state, metrics as scalars)``."""
-    compiled = setup.train_step()
+    compiled, base = setup.train_step(), as_bits(base, setup.options.platform)
     return lambda state, batch: compiled(state, base, constants, setup.put_batch(batch))
 
 
@@ -186,7 +185,7 @@ def bind_evaluation(
     """Returns the evaluation as the loop calls it, or None without a held-out set."""
     if examples is None:
         return None
-    compiled = setup.eval_step()
+    compiled, base = setup.eval_step(), as_bits(base, setup.options.platform)
 
     def evaluate(trainable: Tree) -> dict[str, float]:
         loss = weight = correct = 0.0

@@ -9,7 +9,8 @@ from jax.sharding import SingleDeviceSharding
 
 from jaxtune.config import resolve
 from jaxtune.errors import JaxtuneError
-from jaxtune.layers.attention import BACKENDS
+from jaxtune.layers.attention import BACKENDS, attention
+from jaxtune.layers.remat import remat
 from jaxtune.planning import plan
 from jaxtune.planning.topology import GIB, describe
 
@@ -79,6 +80,24 @@ def test_splash_never_holds_every_score(heads, kv_heads, dim, value_dim):
     print(f"{heads} heads of {dim}: {temporaries / 2**20:.0f} MiB of temporaries")
     assert f"{t},{t}" not in compiled.as_text()
     assert temporaries < heads * t * t / 2  # half a byte for each score
+
+
+@pytest.mark.parametrize("policy, kernels", [("full", 4), ("save_attention", 3)])
+def test_saved_attention_is_not_computed_again(policy, kernels):
+    sharding = SingleDeviceSharding(describe("v5e:1x1").devices[0])
+    x = jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16, sharding=sharding)
+    segments = jax.ShapeDtypeStruct((2, 256), jnp.int32, sharding=sharding)
+
+    def loss(x, segments):
+        def layer(x, _):
+            options = {"q_segments": segments, "kv_segments": segments, "backend": "splash"}
+            return jnp.tanh(attention(x, jnp.sin(x), jnp.cos(x), **options, scale=0.125)), None
+
+        return jax.lax.scan(remat(layer, policy), x, length=3)[0].astype(jnp.float32).sum()
+
+    text = jax.jit(jax.grad(loss)).lower(x, segments).compile().as_text()
+    # Forward, the gradient of the queries, that of keys and values; and forward once more.
+    assert text.count('custom_call_target="tpu_custom_call"') == kernels
 
 
 def test_smollm2_on_one_chip(smollm2_gguf):

@@ -130,3 +130,14 @@ def test_convert_writes_the_weights_in_the_dtype_asked_for(tiny_chat, tmp_path, 
         converted = file.get_tensor(name)
     assert str(converted.dtype) == dtype
     assert (converted == jax.numpy.asarray(original, dtype)).all()
+
+
+def test_plan_tells_what_the_run_needs(small_config, capsys):
+    main(["plan", "--config", str(small_config), "--topology", "cpu", "--json"])
+    needs = json.loads(capsys.readouterr().out)
+    parts = needs["per_device_bytes"]
+    assert parts["total"] > parts["temporaries"] > 0 and needs["fits"] is True
+    with pytest.raises(SystemExit) as exit_:
+        main(["plan", "--config", str(small_config), "--topology", "v5x:1x1"])
+    assert exit_.value.code == 65
+    assert 'did you mean "v5' in capsys.readouterr().err
