@@ -17,18 +17,21 @@ def new_directory(directory: str | Path, *, replace: bool = False) -> Iterator[P
 
     Args:
       directory: the final name.
-      replace: swaps an existing directory out; otherwise one that is not empty is refused.
+      replace: swaps an existing directory out; otherwise one that is not empty is refused. The
+        caller is its only writer. A kill between the two renames of the swap leaves what
+        `recover` puts back.
 
     Raises:
       JaxtuneError: the directory exists, or the disk is full; nothing is left behind.
     """
     final = Path(directory).resolve()
     try:
+        recover(final)
         taken = final.exists() and (not final.is_dir() or any(final.iterdir()))
         if taken and not replace:
             raise JaxtuneError(f"{final}: exists already; remove it or choose another place")
         final.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
+        scratch = _scratch(final, replace)
     except OSError as error:
         raise JaxtuneError(f"{final}: {error.strerror}") from error
     try:
@@ -41,12 +44,32 @@ def new_directory(directory: str | Path, *, replace: bool = False) -> Iterator[P
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def _scratch(final: Path, replace: bool) -> Path:
+    if not replace:  # another process may be writing beside this one
+        return Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
+    scratch = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    return scratch
+
+
+def recover(directory: Path) -> None:
+    """Undoes or completes a swap that a kill has cut short between its two renames."""
+    previous = _previous(directory)
+    if previous.exists():
+        if directory.exists():
+            shutil.rmtree(previous)
+        else:
+            previous.rename(directory)
+
+
 def _swap(scratch: Path, final: Path) -> None:
     """Gives `scratch` the final name; what was there is removed only afterwards."""
-    old = None
     if final.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{final.name}-old-", dir=final.parent))
-        final.replace(old)
-    scratch.replace(final)
-    if old is not None:
-        shutil.rmtree(old)
+        final.rename(_previous(final))
+    scratch.rename(final)
+    shutil.rmtree(_previous(final), ignore_errors=True)
+
+
+def _previous(directory: Path) -> Path:
+    return directory.with_name(f".{directory.name}.previous")

@@ -26,17 +26,21 @@ def read_adapter(directory: str | Path) -> Stored:
     return Stored(read_json(directory / CONFIG), read_all(directory / WEIGHTS))
 
 
-def write_adapter(directory: str | Path, stored: Stored, *, replace: bool = False) -> Path:
-    """Writes an adapter directory that PEFT loads, whole or not at all.
+def write_adapter(directory: str | Path, stored: Stored) -> Path:
+    """Writes a new adapter directory that PEFT loads, whole or not at all.
 
     Args:
       directory: to create.
       stored: what a method's `store` returned.
-      replace: whether an existing directory may be replaced.
     """
-    with new_directory(directory, replace=replace) as scratch:
-        tensors = {name: np.asarray(value) for name, value in sorted(stored.tensors.items())}
-        write_file(scratch / WEIGHTS, tensors)
-        text = json.dumps(stored.config, indent=2, ensure_ascii=False) + "\n"
-        (scratch / CONFIG).write_text(text, encoding="utf-8")
+    with new_directory(directory) as scratch:
+        write_adapter_files(scratch, stored)
     return Path(directory)
+
+
+def write_adapter_files(directory: Path, stored: Stored) -> None:
+    """Writes the files of an adapter into an existing directory."""
+    tensors = {name: np.asarray(value) for name, value in sorted(stored.tensors.items())}
+    write_file(directory / WEIGHTS, tensors)
+    text = json.dumps(stored.config, indent=2, ensure_ascii=False) + "\n"
+    (directory / CONFIG).write_text(text, encoding="utf-8")

@@ -6,12 +6,12 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxtune import config as config_module
+from jaxtune.checkpoints.atomic import new_directory, recover
 from jaxtune.checkpoints.orbax import disk_full_named, write_atomically
 from jaxtune.errors import JaxtuneError
 from jaxtune.training.metrics import EVALUATIONS, METRICS
@@ -77,7 +77,7 @@ class RunDirectory:
                     "without a config, or take another directory"
                 )
             for adapter in (self.adapter_last, self.adapter_best):
-                _recover(adapter)
+                recover(adapter)
             try:
                 yield frozen
             except BaseException:
@@ -155,20 +155,8 @@ class RunDirectory:
           target: one of the adapter directories.
           write: fills the empty directory that it is given.
         """
-        partial, previous = _beside(target, "partial"), _beside(target, "previous")
-        _recover(target)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
-            with disk_full_named(self.path):
-                write(partial)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        if target.exists():
-            target.rename(previous)
-        partial.rename(target)
-        shutil.rmtree(previous, ignore_errors=True)
+        with disk_full_named(self.path), new_directory(target, replace=True) as scratch:
+            write(scratch)
 
     def write_description(self, description: Mapping[str, Any]) -> None:
         """Writes ``description.json``: what the run is going to do, to compare it with others."""
@@ -198,20 +186,6 @@ def _locked(directory: Path) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
-
-
-def _beside(target: Path, suffix: str) -> Path:
-    return target.with_name(f".{target.name}.{suffix}")
-
-
-def _recover(target: Path) -> None:
-    """Undoes or completes a swap that a kill has cut short between its two renames."""
-    previous = _beside(target, "previous")
-    if previous.exists():
-        if target.exists():
-            shutil.rmtree(previous)
-        else:
-            previous.rename(target)
 
 
 def _flat(config: config_module.Config) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from jaxtune.adapters.census import census, render
 from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.assemble import assemble
 from jaxtune.checkpoints.orbax import Checkpoints
-from jaxtune.checkpoints.peft import read_adapter, write_adapter
+from jaxtune.checkpoints.peft import read_adapter, write_adapter_files
 from jaxtune.checkpoints.source import TensorSource
 from jaxtune.checkpoints.tokenizer import load_tokenizer
 from jaxtune.data import Examples, Loader, eval_batches, load_examples
@@ -208,7 +208,7 @@ def _adapter_writer(setup: Setup, constants: Tree) -> Callable[[Tree, Path], Any
     def write(trainable: Tree, directory: Path) -> None:
         stored = setup.method.store(setup.definition, trainable, constants)
         stored.config["base_model_name_or_path"] = setup.config.model.path
-        write_adapter(directory, stored, replace=True)
+        write_adapter_files(directory, stored)
 
     return write
 

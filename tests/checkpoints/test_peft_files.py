@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import jaxtune
-from jaxtune.checkpoints.peft import read_adapter, write_adapter
+from jaxtune.checkpoints.atomic import new_directory
+from jaxtune.checkpoints.peft import read_adapter, write_adapter, write_adapter_files
 from jaxtune.errors import JaxtuneError
 
 A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -55,7 +56,8 @@ def test_an_adapter_is_replaced_only_when_asked(adapter):
     stored = read_adapter(adapter)
     with pytest.raises(JaxtuneError, match="exists already"):
         write_adapter(adapter, stored)
-    write_adapter(adapter, stored._replace(tensors={"x": np.ones(2, np.float32)}), replace=True)
+    with new_directory(adapter, replace=True) as scratch:
+        write_adapter_files(scratch, stored._replace(tensors={"x": np.ones(2, np.float32)}))
     assert list(read_adapter(adapter).tensors) == ["x"]
     # What was read before is still whole: its file lives on under the mapping.
     assert np.isfinite(stored.tensors[A]).all()
