@@ -48,7 +48,7 @@ class LinearAdapter(Protocol):
 
 
 def product(x: jax.Array, w: jax.Array, w_axis: int) -> jax.Array:
-    """Contracts the last axis of x with an axis of w, in float32."""
+    """Contracts the last axis of x [..., n] with axis `w_axis` of w [out, in], in float32."""
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     dims = (((x.ndim - 1,), (w_axis,)), ((), ()))
     return lax.dot_general(x, w, dims, precision, preferred_element_type=jnp.float32)

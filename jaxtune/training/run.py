@@ -81,7 +81,8 @@ class RunDirectory:
             try:
                 yield frozen
             except BaseException:
-                if fresh and not self.fingerprint.is_file():
+                begun = (self.fingerprint, self.metrics, self.checkpoints)
+                if fresh and not any(path.exists() for path in begun):
                     self._withdraw()
                 raise
 
