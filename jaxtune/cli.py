@@ -287,6 +287,8 @@ def set_up_process() -> None:
     handler.setFormatter(_Formatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("jaxtune").setLevel(logging.INFO)
+    # transformers is used for its tokenizers, and would warn that its models need torch.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Read by jax when it is imported. The second run of a config then starts at once.
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxtune" / "xla"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxtune.errors import JaxtuneError, lookup
+from jaxtune.errors import lookup
+
+logger = logging.getLogger(__name__)
 
 
 def _constant(peak: float, steps: int) -> optax.Schedule:
@@ -62,7 +65,7 @@ def make_schedule(config: Any) -> optax.Schedule:
       A function of the update's number, from 0 (int32 scalar), to its rate (float32 scalar).
 
     Raises:
-      JaxtuneError: an unknown schedule, or a warm-up longer than the run.
+      JaxtuneError: an unknown schedule.
 
     Source: the ``get_*_schedule_with_warmup`` functions of transformers have the same values.
     """
@@ -70,9 +73,14 @@ def make_schedule(config: Any) -> optax.Schedule:
     after = lookup(SCHEDULES, settings.schedule, key="optimizer.schedule")
     warmup, peak = settings.warmup_steps, settings.learning_rate
     if warmup > steps:
-        raise JaxtuneError(f"optimizer.warmup_steps={warmup} is more than training.steps={steps}")
+        logger.warning(
+            "optimizer.warmup_steps=%d is more than training.steps=%d: the run ends before the "
+            "learning rate is what optimizer.learning_rate says",
+            warmup,
+            steps,
+        )
     rising = optax.linear_schedule(0.0, peak, max(warmup, 1))
-    return optax.join_schedules([rising, after(peak, steps - warmup)], boundaries=[warmup])
+    return optax.join_schedules([rising, after(peak, max(steps - warmup, 0))], boundaries=[warmup])
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
@@ -126,7 +134,7 @@ def make_optimizer(config: Any, trainable: Any) -> optax.GradientTransformation:
       The transformation from gradients to the updates to add, both shaped as `trainable`.
 
     Raises:
-      JaxtuneError: an unknown optimizer or schedule, or a warm-up longer than the run.
+      JaxtuneError: an unknown optimizer or schedule.
     """
     settings = config.optimizer
     rule = lookup(OPTIMIZERS, settings.name, key="optimizer.name")

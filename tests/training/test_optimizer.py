@@ -185,10 +185,15 @@ def test_donation_gives_the_same_bits():
     [
         ({"name": "adamv"}, 'optimizer.name="adamv" is unknown; did you mean "adamw"?'),
         ({"schedule": "cosin"}, 'optimizer.schedule="cosin" is unknown; did you mean "cosine"?'),
-        ({"warmup_steps": 21}, "optimizer.warmup_steps=21 is more than training.steps=20"),
     ],
 )
 def test_impossible_settings_are_named(settings, message):
     with pytest.raises(JaxtuneError) as error:
         make_optimizer(config(**settings), {"a": jnp.ones(2)})
     assert message in str(error.value)
+
+
+def test_a_warm_up_longer_than_the_run_is_said(caplog):
+    schedule = make_schedule(config(warmup_steps=40, learning_rate=1e-3))
+    assert "optimizer.warmup_steps=40 is more than training.steps=20" in caplog.text
+    assert float(schedule(20)) == pytest.approx(0.5e-3, rel=1e-6)
