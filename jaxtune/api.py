@@ -138,7 +138,11 @@ class Model:
             max_new_tokens,
             Sampling(temperature, top_p, seed),
         )
-        return [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in new]
+        # A clean-up of spaces would change what was generated.
+        decode = functools.partial(
+            self.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return [decode(tokens) for tokens in new]
 
     def generate_tokens(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling

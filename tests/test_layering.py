@@ -24,6 +24,7 @@ ORDER = (
     "api",
     "quickstart",
     "cli",
+    "__main__",
 )
 ROOT = Path(jaxtune.__file__).parent
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
