@@ -32,11 +32,12 @@ def dequantize(weight: np.ndarray, scale: np.ndarray, block: tuple[int, int]) ->
       scale: float32 [⌈rows / block rows⌉, ⌈columns / block columns⌉].
       block: (rows, columns) that share a scale.
     """
-    columns = weight.shape[1]
-    out = np.take(_VALUES, weight.view(np.uint8))
-    across = np.repeat(scale.astype(np.float32, copy=False), block[1], axis=1)[:, :columns]
-    for i in range(scale.shape[0]):
-        out[i * block[0] : (i + 1) * block[0]] *= across[i]
+    bits, out = weight.view(np.uint8), np.empty(weight.shape, np.float32)
+    # By rows of blocks: look-ups take 8 bytes of index per value, and so stay within a cache.
+    for first in range(0, weight.shape[0], block[0]):
+        rows = slice(first, first + block[0])
+        across = np.repeat(scale[first // block[0]], block[1])[: weight.shape[1]]
+        np.multiply(np.take(_VALUES, bits[rows]), across, out=out[rows])
     return out
 
 
@@ -53,19 +54,28 @@ class Float8Source:
         self._source = source
         self.path: Path = source.path
         self.config = dict(source.config)
-        self._block = _block_size(self.config.pop("quantization_config"))
+        self._block = _block_size(self.config.pop("quantization_config"), self.path)
         present = set(source.names())
         self._scaled = {name for name in present if name + SUFFIX in present}
-        self._names = [name for name in source.names() if name.removesuffix(SUFFIX) == name]
+        scales = {name + SUFFIX for name in self._scaled}
+        self._names = [name for name in source.names() if name not in scales]
         for name in self._names:
             self._check(name)
 
     def _check(self, name: str) -> None:
         source = self._source
+        dtype = source.dtype(name)
         if name not in self._scaled:
-            if source.dtype(name) == np.dtype(ml_dtypes.float8_e4m3fn):
+            if dtype == np.dtype(ml_dtypes.float8_e4m3fn):
                 raise JaxtuneError(f'{source.where(name)}: "{name}" is fp8 and has no {SUFFIX}')
             return
+        if dtype != np.dtype(ml_dtypes.float8_e4m3fn):
+            raise JaxtuneError(f'{source.where(name)}: "{name}" is {dtype}, yet has a {SUFFIX}')
+        if source.dtype(name + SUFFIX) != np.float32:
+            raise JaxtuneError(
+                f'{source.where(name)}: "{name}{SUFFIX}" is {source.dtype(name + SUFFIX)}, '
+                "not float32"
+            )
         shape, scale = source.shape(name), source.shape(name + SUFFIX)
         wanted = tuple(-(-n // block) for n, block in zip(shape, self._block, strict=False))
         if len(shape) != 2 or scale != wanted:
@@ -97,8 +107,15 @@ class Float8Source:
         return self._source.where(name)
 
 
-def _block_size(settings: Mapping[str, Any]) -> tuple[int, int]:
-    block = settings.get("weight_block_size") or ()
-    if settings.get("fmt", "e4m3") != "e4m3" or len(block) != 2 or min(block) < 1:
-        raise JaxtuneError(f"config.json: quantization_config {dict(settings)!r} is not supported")
-    return int(block[0]), int(block[1])
+def _block_size(settings: Mapping[str, Any], path: Path) -> tuple[int, int]:
+    where = f"{path / 'config.json'}: quantization_config"
+    if (kind := settings.get("fmt", "e4m3")) != "e4m3":
+        raise JaxtuneError(f"{where}.fmt={kind!r} is not supported (only 'e4m3')")
+    block = settings.get("weight_block_size")
+    if (
+        not isinstance(block, list)
+        or [type(size) for size in block] != [int, int]
+        or min(block) < 1
+    ):
+        raise JaxtuneError(f"{where}.weight_block_size={block!r} is not two positive numbers")
+    return block[0], block[1]

@@ -20,11 +20,12 @@ def build(config: Mapping[str, Any]) -> CausalLM:
     require(config, "scoring_func", ("softmax",))
     hidden, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
     kv_heads, head_dim = size(config, "num_key_value_heads", heads), hidden // heads
-    bias = read(config, "attention_bias", bool, False)
+    bias, top_k = read(config, "attention_bias", bool, False), size(config, "num_experts_per_tok")
     routing = Routing(
         experts=size(config, "n_routed_experts"),
-        top_k=size(config, "num_experts_per_tok"),
-        normalize=read(config, "norm_topk_prob", bool, False),
+        top_k=top_k,
+        # The reference leaves the weight of a single expert as it is.
+        normalize=top_k > 1 and read(config, "norm_topk_prob", bool, False),
         float32=False,
     )
     return build_mixture(

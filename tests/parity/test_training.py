@@ -228,6 +228,7 @@ def test_dropout_is_repeatable_and_differs_between_steps(tiny, tmp_path):
     assert not set(other) & set(losses[0])
 
 
+@pytest.mark.slow
 def test_the_configured_dropout_takes_effect_once_b_is_not_zero(tiny, tmp_path):
     recipe = Recipe(steps=3, warmup_steps=0)
     rows = write_rows(tmp_path / "rows.jsonl", make_examples(8, longest=LENGTH))

@@ -1,0 +1,136 @@
+"""Grouped products are those of a dense einsum, and compute few tiles more than they must."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtune.layers.grouped import MAX_TILE, group, grouped_linear, tile_size
+
+EXPERTS, IN, OUT = 6, 20, 12
+# Sums of some tens of float32 products in another order.
+FLOAT32 = 2e-6
+# The result of a bfloat16 product is rounded once, to 8 bits.
+BFLOAT16 = 2.0**-7
+
+
+def routes(kind, rows, experts=EXPERTS):
+    """Returns the expert of each row."""
+    rng = np.random.default_rng(0)
+    chosen = {
+        "even": range(experts),
+        "random": rng.integers(0, experts, rows),
+        "one-takes-all": [experts // 3],
+        "the-last-takes-all": [experts - 1],
+        "the-first-is-empty": range(1, experts),
+        "most-are-empty": [1, experts - 2],
+    }[kind]
+    return np.resize(chosen, rows).astype(np.int32)
+
+
+def ours(x, weight, expert):
+    """Multiplies each row with the weight of its expert: [N, in] → float32 [N, out]."""
+    groups = group(expert, weight.shape[0])
+    padded = jnp.pad(x, ((0, 1), (0, 0)))[groups.source]
+    return grouped_linear(padded, weight, groups, weight.shape[1])[groups.slot]
+
+
+def dense(x, weight, expert):
+    """The same, with every expert's product of every row."""
+    one_hot = jax.nn.one_hot(expert, weight.shape[0], dtype=jnp.float32)
+    return jnp.einsum(
+        "ni,eoi,ne->no",
+        x.astype(jnp.float32),
+        weight.astype(jnp.float32),
+        one_hot,
+        precision="highest",
+    )
+
+
+def relative(value, expected):
+    value, expected = np.asarray(value, np.float64), np.asarray(expected, np.float64)
+    return np.max(np.abs(value - expected)) / np.max(np.abs(expected))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "even",
+        "random",
+        "one-takes-all",
+        "the-last-takes-all",
+        "the-first-is-empty",
+        "most-are-empty",
+    ],
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("rows", [1, 61, 768])
+def test_products_and_gradients_are_those_of_an_einsum(kind, dtype, rows):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, weight, g = (
+        jax.random.normal(key, shape).astype(dtype)
+        for key, shape in zip(keys, [(rows, IN), (EXPERTS, OUT, IN), (rows, OUT)], strict=True)
+    )
+    expert = jnp.asarray(routes(kind, rows))
+    bar = FLOAT32 if dtype == jnp.float32 else BFLOAT16
+
+    def results(function):
+        y, pull = jax.vjp(lambda x, weight: function(x, weight, expert), x, weight)
+        return y, *pull(g.astype(jnp.float32))
+
+    y, dx, dw = jax.jit(lambda: results(ours))()
+    expected_y, expected_dx, expected_dw = results(dense)
+    assert y.dtype == jnp.float32
+    assert (dx.dtype, dw.dtype) == (dtype, dtype)
+    # The product itself is not rounded: bfloat16 operands have exact products in float32.
+    assert relative(y, expected_y) <= FLOAT32
+    assert relative(dx, expected_dx) <= bar
+    assert relative(dw, expected_dw) <= bar
+    empty = np.setdiff1d(np.arange(EXPERTS), expert)
+    assert not np.any(np.asarray(dw, np.float32)[empty])
+
+
+def test_a_frozen_weight_gets_the_same_gradient_of_its_input():
+    keys = jax.random.split(jax.random.key(1), 2)
+    x = jax.random.normal(keys[0], (61, IN))
+    weight = jax.random.normal(keys[1], (EXPERTS, OUT, IN))
+    expert = jnp.asarray(routes("random", 61))
+    dx = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(ours(x, weight, expert)))))(x)
+    expected = jax.grad(lambda x: jnp.sum(jnp.sin(dense(x, weight, expert))))(x)
+    assert relative(dx, expected) <= FLOAT32
+
+
+@pytest.mark.parametrize("experts", [1, 8, 64, 256])
+@pytest.mark.parametrize("rows", [1, 7, 100, 4096, 4 * MAX_TILE * 64])
+def test_few_tiles_are_computed_beyond_the_ideal(rows, experts):
+    for kind in ("even", "random", "one-takes-all"):
+        expert = routes(kind, rows, experts)
+        groups = group(jnp.asarray(expert), experts)
+        ideal = -(-rows // groups.tile)
+        assert ideal <= int(groups.tiles) <= ideal + experts, kind
+        assert groups.tile == tile_size(rows, experts) <= MAX_TILE
+        # Each row has a place of its own, in a tile of its expert that is computed.
+        slot = np.asarray(groups.slot)
+        assert len(set(slot)) == rows
+        assert (np.asarray(groups.source)[slot] == np.arange(rows)).all()
+        assert (np.asarray(groups.tile_expert)[slot // groups.tile] == expert).all()
+        assert slot.max() < int(groups.tiles) * groups.tile
+        assert (np.asarray(groups.source) < rows).sum() == rows
+
+
+def test_full_tiles_where_every_expert_has_four():
+    assert tile_size(4 * MAX_TILE * 64, 64) == tile_size(4 * MAX_TILE * 64, 8) == MAX_TILE
+
+
+def test_rows_of_tiles_that_hold_nothing_are_zero():
+    expert = jnp.asarray(routes("one-takes-all", 61))
+    groups = group(expert, EXPERTS)
+    y = grouped_linear(
+        jnp.ones((groups.source.shape[0], IN)), jnp.ones((EXPERTS, OUT, IN)), groups, OUT
+    )
+    computed = int(groups.tiles) * groups.tile
+    assert computed < y.shape[0]
+    assert (np.asarray(y[:computed]) == IN).all()
+    assert not np.any(y[computed:])
