@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +81,7 @@ class Families:
         settings = SHARED | DEFAULTS[model_type] | changes
         if model_type == "deepseek":
             model: Any = deepseek_moe.build(settings)
-            for name, value in model.named_parameters():
+            for _, value in model.named_parameters():
                 if value.ndim > 1:
                     torch.nn.init.normal_(value, std=settings["initializer_range"])
         else:
@@ -100,7 +99,7 @@ class Families:
 @torch.no_grad()
 def randomize(model: Any) -> None:
     """Draws the weights that start at constants."""
-    for name, value in model.named_parameters():
+    for _, value in model.named_parameters():
         if value.ndim == 1:
             value.normal_(mean=float("norm" in name), std=0.3)
         elif name.endswith("mlp.gate.weight"):
