@@ -99,7 +99,7 @@ class Families:
 @torch.no_grad()
 def randomize(model: Any) -> None:
     """Draws the weights that start at constants."""
-    for _, value in model.named_parameters():
+    for name, value in model.named_parameters():
         if value.ndim == 1:
             value.normal_(mean=float("norm" in name), std=0.3)
         elif name.endswith("mlp.gate.weight"):
