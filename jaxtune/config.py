@@ -58,7 +58,9 @@ KNOBS: dict[str, dict[str, Knob]] = {
             choices=("error", "drop", "truncate"),
         ),
         "chat_template": Knob(
-            "", "a Jinja file used in place of the checkpoint's own chat template"
+            "",
+            "used in place of the checkpoint's own chat template: a Jinja file, or the name of a "
+            "built-in one such as deepseek-v3",
         ),
     },
     "adapter": {

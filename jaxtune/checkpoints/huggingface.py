@@ -223,7 +223,11 @@ def _fill(stacked: jax.Array, value: jax.Array, place: jax.Array) -> jax.Array:
     """Puts a value where `place`, an index for each leading axis, says."""
     start = (*place, *(jnp.int32(0),) * value.ndim)
     value = value.astype(stacked.dtype).reshape((1,) * place.shape[0] + value.shape)
-    return lax.dynamic_update_slice(stacked, value, start)
+    if stacked.dtype != jnp.bfloat16:
+        return lax.dynamic_update_slice(stacked, value, start)
+    # XLA's CPU backend would rewrite the whole stack for every layer: it updates no bfloat16 slice.
+    bits, part = (lax.bitcast_convert_type(array, jnp.uint16) for array in (stacked, value))
+    return lax.bitcast_convert_type(lax.dynamic_update_slice(bits, part, start), jnp.bfloat16)
 
 
 @functools.partial(jax.jit, static_argnums=1)

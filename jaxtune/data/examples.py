@@ -89,7 +89,8 @@ def load_examples(
       tokenizer: a fast tokenizer; None where every row is input_ids + labels.
       max_length: most tokens of an example.
       too_long: what becomes of a longer one: ``error``, ``drop`` or ``truncate`` (its end).
-      chat_template: a Jinja file used in place of the tokenizer's own template; empty: its own.
+      chat_template: a Jinja file or the name of a built-in template, used in place of the
+        tokenizer's own; empty: its own.
       vocab_size: token ids are below this; None: unchecked.
       revision: commit, tag or branch of a hub id.
       progress: whether to show a bar on a terminal once it takes over two seconds.

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 IGNORE = -100
 ROLES = ("system", "user", "assistant", "tool")
+BUILT_IN = Path(__file__).parent / "templates"
 
 Message = Mapping[str, Any]
 
@@ -72,14 +73,35 @@ def check_messages(messages: Any, place: str) -> list[dict[str, str]]:
     return turns
 
 
+def built_in_templates() -> dict[str, Path]:
+    """Returns the Jinja files that come with jaxtune, by the name that data.chat_template takes."""
+    found = {path.stem: path for path in BUILT_IN.glob("*.jinja")}
+    return dict(sorted(found.items()))
+
+
 def read_template(path: str | Path) -> str:
-    """Returns the Jinja source that data.chat_template names; an empty path gives ``""``."""
+    """Returns the Jinja source that data.chat_template names; an empty path gives ``""``.
+
+    Args:
+      path: the name of a built-in template, or a file.
+
+    Raises:
+      JaxtuneError: neither of these, or a file that cannot be read.
+    """
     if not str(path):
         return ""
+    known = built_in_templates()
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8"
+        return known.get(str(path), Path(path).expanduser()).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise JaxtuneError(
+            f"data.chat_template={path}: No such file or built-in template"
+            f"{closest(str(path), known)} (built in: {', '.join(known)})"
+        ) from error
+    # No home directory of that name; a zero byte in the path.
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+        reason = getattr(error, "strerror", None) or reason
         raise JaxtuneError(f"data.chat_template={path}: {reason}") from error
 
 
@@ -157,7 +179,8 @@ class ChatTemplate:
         if not self.exists():
             raise JaxtuneError(
                 f"{place}: messages need a chat template and the tokenizer has none: "
-                "set data.chat_template to a Jinja file"
+                "set data.chat_template to a Jinja file or a built-in template "
+                f"({', '.join(built_in_templates())})"
             )
         try:
             return self._apply(messages, generation_prompt)
@@ -230,7 +253,8 @@ def _rewrites(place: str, index: int, what: str) -> JaxtuneError:
     return JaxtuneError(
         f"{place}: the chat template rewrites the conversation: messages[{index}] {what} (some "
         "templates delete or add reasoning), so its targets cannot be told; end the row at the "
-        "turn to learn, or set data.chat_template to a Jinja file that keeps every turn as it is"
+        "turn to learn, or set data.chat_template to one that keeps every turn as it is: a Jinja "
+        "file, or a built-in such as deepseek-r1"
     )
 
 
@@ -276,7 +300,8 @@ def encode_prompt(
     Args:
       tokenizer: a fast tokenizer of `transformers`.
       messages: turns with role and content.
-      chat_template: a Jinja file used in place of the tokenizer's own template; empty: its own.
+      chat_template: a Jinja file or the name of a built-in template, used in place of the
+        tokenizer's own; empty: its own.
     """
     template = ChatTemplate(tokenizer, read_template(chat_template))
     turns = check_messages(messages, "prompt")

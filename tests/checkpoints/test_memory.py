@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,11 +94,12 @@ class Measured(NamedTuple):
 
     peak: int
     reads: int
+    seconds: float
 
 
-def measure(*arguments):
-    """Runs this file as a program and watches its memory while it works."""
-    command = [sys.executable, __file__, *map(str, arguments)]
+def measure(*arguments, program=__file__):
+    """Runs this file, or another, as a program and watches its memory while it works."""
+    command = [sys.executable, program, *map(str, arguments)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
         assert process.stdin is not None and process.stdout is not None
@@ -105,13 +107,15 @@ def measure(*arguments):
         before = peak = anonymous(process.pid)
         process.stdin.write("go\n")
         process.stdin.flush()
+        start = time.perf_counter()
         with selectors.DefaultSelector() as selector:
             selector.register(process.stdout, selectors.EVENT_READ)
             while not selector.select(0.0005):
                 peak = max(peak, anonymous(process.pid))
+        seconds = time.perf_counter() - start
         reads = int(process.stdout.readline())
     assert process.returncode == 0
-    return Measured(peak - before, reads)
+    return Measured(peak - before, reads, seconds)
 
 
 def work(what, directory, dtype, to):
