@@ -102,7 +102,14 @@ def test_the_gradient_of_every_weight_is_that_of_torch(family, changes, policy, 
     assert max(errors.values()) <= GRADIENT, errors
 
 
-@pytest.mark.parametrize("family", ["deepseek", "deepseek_v2", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param("deepseek", marks=pytest.mark.slow),
+        pytest.param("deepseek_v2", marks=pytest.mark.slow),
+        "deepseek_v3",
+    ],
+)
 def test_packed_rows_give_the_loss_and_gradient_of_rows_alone(family, families):
     rows = make_examples(8, longest=24, seed=4)
     parts = load_parts(families(family), Full())

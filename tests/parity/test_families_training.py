@@ -76,7 +76,7 @@ def start(model, target, **settings):
     ],
 )
 def test_lora_trains_as_peft_does(family, changes, settings, families, tmp_path):
-    directory, recipe = families(family, **changes), Recipe(learning_rate=2e-3, accumulation=2)
+    directory, recipe = families(family, **changes), Recipe(accumulation=2)
     examples = make_examples(60, longest=LENGTH)
     config = run_config(
         directory,
