@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from jaxtune import config as config_module
-from jaxtune.adapters import method_from_peft
+from jaxtune.adapters import Method, method_from_peft
 from jaxtune.adapters.merge import edits
 from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.assemble import Assembled, assemble
@@ -26,8 +26,9 @@ from jaxtune.generation.generate import Sampling, generate_tokens
 from jaxtune.layers.attention import choose_backend
 from jaxtune.layers.bits import as_bits
 from jaxtune.layers.decoder import ForwardOptions
-from jaxtune.layers.tree import Tree, merge
+from jaxtune.layers.tree import Tree, flatten, merge, unflatten
 from jaxtune.parallel.mesh import single_device_mesh
+from jaxtune.parallel.rules import MESH_AXES
 from jaxtune.quant import FORMATS
 from jaxtune.training import train as training
 from jaxtune.training.run import RunDirectory
@@ -299,8 +300,9 @@ class Run:
         }
         if adapter == "none":
             return load(settings.model.path, **options)
-        if settings.adapter.method == "full":
-            return self._fully_trained(options)
+        method, _ = training.choose_method(settings)
+        if not method.has_adapter:
+            return self._fully_trained(method, options)
         return load(settings.model.path, adapter=self.adapter_directory(adapter), **options)
 
     def adapter_directory(self, which: str = "best") -> Path:
@@ -311,13 +313,20 @@ class Run:
         """
         return self.directory.adapter(which)
 
-    def _fully_trained(self, options: Mapping[str, Any]) -> Model:
+    def _fully_trained(self, method: Method, options: Mapping[str, Any]) -> Model:
         model = load(self.config.model.path, **options)
-        method, _ = training.choose_method(self.config)
-        setup = set_up(self.config, model.definition.config, method, jax.devices()[:1])
-        trained = training.trained_arrays(self.directory, setup)
-        dtype = jnp.dtype(self.config.training.dtype)
-        model.base = jax.tree.map(lambda leaf: leaf.astype(dtype), trained)
+        # One device, whatever the run had: a checkpoint restores onto any mesh.
+        alone = [f"mesh.{axis}=1" for axis in MESH_AXES]
+        config = config_module.resolve(self.config.to_dict(), alone)
+        setup = set_up(config, model.definition.config, method, jax.devices()[:1])
+        trained = dict(flatten(training.trained_arrays(self.directory, setup)))
+        # What is never trained, such as a router's correction bias, stays as it was loaded.
+        model.base = unflatten(
+            {
+                path: trained[path].astype(loaded.dtype) if path in trained else loaded
+                for path, loaded in flatten(model.base)
+            }
+        )
         return model
 
 

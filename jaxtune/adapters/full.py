@@ -17,6 +17,7 @@ class Full(Method):
     """Trains the base model itself."""
 
     name: ClassVar[str] = "full"
+    has_adapter: ClassVar[bool] = False
 
     def attach(self, model: CausalLM) -> None:
         """Adds nothing."""

@@ -9,14 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.typing import DTypeLike
 
 from jaxtune.adapters.targets import linears
 from jaxtune.layers.decoder import CausalLM
-from jaxtune.layers.linear import LowRank
+from jaxtune.layers.linear import LowRank, edited_weight
 from jaxtune.layers.tree import Path, declaration_of
-from jaxtune.quant import materialize
 
 # Computes the merged weight [out, in] of one layer (and expert) in a dtype.
 Edit = Callable[[int, DTypeLike], jax.Array]
@@ -26,8 +24,7 @@ Edit = Callable[[int, DTypeLike], jax.Array]
 def _merge(weight: Any, edit: LowRank, place: tuple[Any, ...], dtype: DTypeLike) -> jax.Array:
     # One program, so that no float32 copy of the weight outlives it.
     weight, edit = jax.tree.map(lambda value: value[place], (weight, edit))
-    delta = jnp.matmul(edit.lora_B, edit.lora_A, precision=lax.Precision.HIGHEST)
-    return (materialize(weight, jnp.float32) + edit.scale * delta).astype(dtype)
+    return edited_weight(weight, edit, dtype)
 
 
 def merged_weight(linear: Any, part: int, dtype: DTypeLike = jnp.float32) -> jax.Array:

@@ -36,9 +36,17 @@ class Stored(NamedTuple):
 
 
 class Method(abc.ABC):
-    """A fine-tuning method with its settings."""
+    """A fine-tuning method with its settings.
+
+    Attributes:
+      name: as ``adapter.method`` calls it.
+      has_adapter: whether what it trains is stored apart from the model.
+      dropout: whether anything is dropped while training, and how much.
+    """
 
     name: ClassVar[str]
+    has_adapter: ClassVar[bool] = True
+    dropout: float = 0.0
 
     @abc.abstractmethod
     def attach(self, model: CausalLM) -> None:

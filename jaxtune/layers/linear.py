@@ -198,6 +198,10 @@ def effective_weight(linear: Linear, dtype: DTypeLike) -> jax.Array:
     weight = linear.weight.get_value()
     if linear.adapter is None:
         return materialize(weight, dtype)
-    edit = linear.adapter.edit()
+    return edited_weight(weight, linear.adapter.edit(), dtype)
+
+
+def edited_weight(weight: Any, edit: LowRank, dtype: DTypeLike) -> jax.Array:
+    """Returns W + scale · B A [out, in] of a plain or quantized weight, rounded once to `dtype`."""
     delta = jnp.matmul(edit.lora_B, edit.lora_A, precision=lax.Precision.HIGHEST)
     return (materialize(weight, jnp.float32) + edit.scale * delta).astype(dtype)

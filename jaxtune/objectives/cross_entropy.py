@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxtune.layers.head import Head
+from jaxtune.layers.linear import is_trained, plain_values
 
 IGNORE = -100  # the target of a position that is not trained on, as in PyTorch
 
@@ -87,11 +88,8 @@ def _summed(hidden: jax.Array, head: Head, targets: jax.Array, chunk: int) -> An
 
 
 def _forward(hidden: Any, head: Any, targets: Any, starts: Any) -> tuple[Any, Any]:
-    is_primal = lambda leaf: hasattr(leaf, "perturbed")  # noqa: E731
-    trained = any(leaf.perturbed for leaf in jax.tree.leaves(head, is_leaf=is_primal))
-    hidden, head, targets, starts = jax.tree.map(
-        lambda leaf: leaf.value, (hidden, head, targets, starts), is_leaf=is_primal
-    )
+    trained = is_trained(head)
+    hidden, head, targets, starts = plain_values((hidden, head, targets, starts))
     size = targets.shape[1] // starts.shape[0]
 
     def body(carry: Any, start: jax.Array) -> tuple[Any, jax.Array]:

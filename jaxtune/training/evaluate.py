@@ -38,16 +38,15 @@ def evaluate(run: RunDirectory, adapter: str = "best", data: str = "") -> dict[s
     examples = read_examples(config, data or config.data.eval, source, load_tokenizer(location))
     if examples is None:
         raise JaxtuneError(f"{run.path}: data.eval is empty: name the examples with --data FILE")
-    full = config.adapter.method == "full"
     # The base model is that of an adapter which has not begun to learn.
     method, stored = choose_method(config)[0], None
-    if adapter != "none" and not full:
+    if adapter != "none" and method.has_adapter:
         stored = read_adapter(run.adapter(adapter))
         method = method_from_peft(stored)
     setup = set_up(config, source.config, method)
     parts = assemble(source, config.training.dtype, setup.mesh, method=method, stored=stored)
-    trained = full and adapter != "none"
-    trainable = trained_arrays(run, setup) if trained else parts.trainable
+    saved = adapter != "none" and not method.has_adapter
+    trainable = trained_arrays(run, setup) if saved else parts.trainable
     with jax.set_mesh(setup.mesh):
         scoring = bind_evaluation(setup, parts.base, parts.constants, examples)
         assert scoring is not None  # it is None without examples only

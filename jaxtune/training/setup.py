@@ -55,7 +55,7 @@ class Setup:
 
     def train_step(self) -> Any:
         """Builds the jitted update; see `make_train_step`."""
-        training, dropout = self.config.training, getattr(self.method, "dropout", 0.0) > 0
+        training, dropout = self.config.training, self.method.dropout > 0
         return make_train_step(
             self.definition,
             sft_loss,
@@ -109,11 +109,15 @@ def set_up(
     mesh = make_mesh(config.mesh, devices)
     rows = training.batch_size // training.accumulation
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % shares:
-        raise JaxtuneError(
-            f"{rows} rows per micro-batch (training.batch_size / training.accumulation) do not "
-            f"divide over {shares} devices (mesh.data × mesh.fsdp)"
-        )
+    parts = {"rows per micro-batch (training.batch_size / training.accumulation)": rows}
+    if config.data.eval:
+        held_out = config.evaluation.batch_size
+        parts["rows per evaluation batch (evaluation.batch_size)"] = held_out
+    for what, count in parts.items():
+        if count % shares:
+            raise JaxtuneError(
+                f"{count} {what} do not divide over {shares} devices (mesh.data × mesh.fsdp)"
+            )
     platform = mesh.devices.flat[0].platform
     backend = choose_backend(config.model.attention, platform)
     options = ForwardOptions(jnp.dtype(training.dtype), backend, training.remat, platform)

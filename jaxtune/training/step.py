@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -112,7 +111,7 @@ def _dropout_key(settings: StepSettings, step: jax.Array, micro: jax.Array) -> j
 def make_eval_step(definition: Definition, objective: Objective, options: ForwardOptions) -> Any:
     """Builds the jitted ``(trainable, base, constants, batch) → TokenLoss``, without dropout."""
 
-    @functools.partial(jax.jit)
+    @jax.jit
     def eval_step(trainable: Tree, base: Tree, constants: Tree, batch: Batch) -> TokenLoss:
         model = definition.bind(base, trainable, constants)
         return objective(model, batch, options._replace(remat="none"), None)

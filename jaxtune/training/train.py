@@ -202,7 +202,7 @@ def bind_evaluation(
 
 def _adapter_writer(setup: Setup, constants: Tree) -> Callable[[Tree, Path], Any] | None:
     """Returns what writes the adapter, or None where the whole model is trained."""
-    if setup.method.name == "full":
+    if not setup.method.has_adapter:
         return None
 
     def write(trainable: Tree, directory: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from disks import small_disk
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -389,7 +390,7 @@ class TestSaving:
 
     @pytest.mark.slow
     def test_a_full_disk_is_one_line_and_leaves_nothing(self, tiny, tmp_path):
-        wrapper = small_disk(tmp_path)
+        wrapper = small_disk(tmp_path, "300k")
         if wrapper is None:
             pytest.skip("needs the right to mount a tmpfs in a namespace of its own")
         done = run_save(tiny("llama"), tmp_path / "out", "at once", wrapper=wrapper)
@@ -411,19 +412,6 @@ class TestSaving:
         assert not (tmp_path / "out").exists()
         # The part that was written is there, so the kill did come in the middle.
         assert list(tmp_path.glob(".out-*/part-0.safetensors"))
-
-
-def small_disk(target):
-    """Returns a command prefix that mounts a tiny disk where nobody else sees it, or None."""
-    mount = f"mount -t tmpfs -o size=300k tmpfs '{target}' && exec \"$@\""
-    for options in (["--mount"], ["--user", "--map-root-user", "--mount"]):
-        prefix = ["unshare", *options, "sh", "-c", mount, "sh"]
-        if (
-            shutil.which("unshare")
-            and subprocess.run([*prefix, "true"], capture_output=True).returncode == 0
-        ):
-            return prefix
-    return None
 
 
 def run_save(source, target, how, wrapper=()):

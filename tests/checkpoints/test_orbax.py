@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from disks import small_disk
 
 from jaxtune.checkpoints.orbax import Checkpoints
 from jaxtune.errors import JaxtuneError
@@ -249,21 +250,8 @@ def save_until_error(directory):
         print(json.dumps({"error": str(error), "names": names, "latest": latest, "failed": step}))
 
 
-def mount_wrapper(target):
-    """Returns a command prefix that mounts a tiny disk where nobody else sees it, or None."""
-    mount = f"mount -t tmpfs -o size=3m tmpfs '{target}' && exec \"$@\""
-    for options in (["--mount"], ["--user", "--map-root-user", "--mount"]):
-        prefix = ["unshare", *options, "sh", "-c", mount, "sh"]
-        if (
-            shutil.which("unshare")
-            and subprocess.run([*prefix, "true"], capture_output=True).returncode == 0
-        ):
-            return prefix
-    return None
-
-
 def test_a_full_disk_is_one_clear_error_and_costs_no_older_step(tmp_path):
-    wrapper = mount_wrapper(tmp_path)
+    wrapper = small_disk(tmp_path, "3m")
     if wrapper is None:
         pytest.skip("needs the right to mount a tmpfs in a namespace of its own")
     output, errors = start("until-error", tmp_path, wrapper=wrapper).communicate(timeout=120)
