@@ -29,7 +29,6 @@ from jaxtune.layers.decoder import ForwardOptions
 from jaxtune.layers.tree import Tree, flatten, merge, unflatten
 from jaxtune.parallel.mesh import single_device_mesh
 from jaxtune.parallel.rules import MESH_AXES
-from jaxtune.quant import FORMATS
 from jaxtune.training import train as training
 from jaxtune.training.run import RunDirectory
 from jaxtune.training.setup import set_up
@@ -221,7 +220,7 @@ def _extra_files(source: Path) -> Mapping[str, Path]:
 def load(
     path: str | Path,
     adapter: str | Path | None = None,
-    quantize: str | None = None,
+    quantize: str | Mapping[str, Any] | None = None,
     dtype: str = "bfloat16",
     *,
     revision: str = "",
@@ -234,7 +233,8 @@ def load(
     Args:
       path: a Hugging Face directory, a hub id or a .gguf file.
       adapter: a directory in PEFT's format.
-      quantize: format of the weights; None keeps `dtype`.
+      quantize: format of the weights ("nf4", "int4", "int8", "fp8"), or settings as the
+        ``quantize`` section of a config has them; None keeps `dtype`.
       dtype: "bfloat16" or "float32", whatever is on disk.
       revision: of a hub id.
       mesh: where the weights go; one device by default.
@@ -245,14 +245,22 @@ def load(
       JaxtuneError: the checkpoint, the adapter or a setting is not usable; the message says why.
     """
     lookup(dict.fromkeys(DTYPES), dtype, "dtype")
-    if quantize:
-        lookup(FORMATS, quantize, "quantize")
+    section = {"format": quantize} if isinstance(quantize, str) else dict(quantize or {})
+    settings = config_module.resolve({"quantize": section}).quantize
     location = huggingface.resolve_path(str(path), revision)
     stored = None if adapter is None else read_adapter(adapter)
     method = None if stored is None else method_from_peft(stored)
     mesh = single_device_mesh() if mesh is None else mesh
     source = huggingface.open_source(location)
-    parts = assemble(source, dtype, mesh, method=method, stored=stored, progress=progress)
+    parts = assemble(
+        source,
+        dtype,
+        mesh,
+        method=method,
+        quantization=huggingface.choose_quantization(settings, source.config),
+        stored=stored,
+        progress=progress,
+    )
     return Model(parts, location, mesh, dtype=dtype, attention=attention)
 
 
@@ -297,6 +305,7 @@ class Run:
             "dtype": settings.training.dtype,
             "revision": settings.model.revision,
             "attention": settings.model.attention,
+            "quantize": settings.quantize.to_dict(),
         }
         if adapter == "none":
             return load(settings.model.path, **options)

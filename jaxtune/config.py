@@ -77,7 +77,21 @@ KNOBS: dict[str, dict[str, Knob]] = {
             "", "a PEFT adapter to go on from; it brings its own rank, alpha and targets"
         ),
     },
-    "quantize": {"format": Knob("", "format of the frozen base; empty: training.dtype")},
+    "quantize": {
+        "format": Knob(
+            "",
+            "format of the frozen base: nf4, int4, int8 or fp8; empty: training.dtype",
+        ),
+        "modules": Knob(
+            ("all-linear",),
+            "which modules are quantized, as adapter.targets names them; all-linear leaves out "
+            "the head (and embedding, norms and router are never quantized)",
+            names=True,
+        ),
+        "double": Knob(True, "nf4: whether the scales are quantized too"),
+        "group_size": Knob(64, "int4: columns that share a scale; 0: a whole row", minimum=0),
+        "symmetric": Knob(True, "int4: whether groups have no zero point of their own"),
+    },
     "training": {
         "steps": Knob(100, "optimizer updates", minimum=0),
         "batch_size": Knob(8, "rows per update, over all devices", minimum=1),

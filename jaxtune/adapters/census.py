@@ -55,14 +55,14 @@ def census(definition: Definition) -> list[Row]:
         skipped = ("model", "layers", "adapter")
         group = ".".join(part for part in path[:-1] if not part.isdigit() and part not in skipped)
         kind = "trained" if leaf.kind == "trainable" else "frozen"
-        key = (kind, group, str(leaf.dtype))
-        row = rows.get(key, Row(group, kind, 0, 0, 0, str(leaf.dtype)))
+        key = (kind, group, leaf.stored_as)
+        row = rows.get(key, Row(group, kind, 0, 0, 0, leaf.stored_as))
         modules.setdefault(key, set()).update(names)
         rows[key] = dataclasses.replace(
             row,
             modules=len(modules[key]),
             parameters=row.parameters + count,
-            bytes=row.bytes + held * leaf.dtype.itemsize,
+            bytes=row.bytes + leaf.nbytes,
         )
     return sorted(rows.values(), key=lambda row: (row.kind != "trained", row.group))
 

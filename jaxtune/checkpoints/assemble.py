@@ -15,6 +15,7 @@ from jaxtune.checkpoints.source import TensorSource
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.tree import Tree, merge
 from jaxtune.models.definition import Definition
+from jaxtune.quant import Quantization
 
 
 class Assembled(NamedTuple):
@@ -41,6 +42,7 @@ def assemble(
     mesh: Mesh,
     *,
     method: Method | None = None,
+    quantization: Quantization | None = None,
     stored: Stored | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -52,6 +54,7 @@ def assemble(
       dtype: of frozen weights.
       mesh: where arrays go.
       method: None for the bare model.
+      quantization: of frozen weights, which are quantized while they stream in; None for none.
       stored: an adapter to start from; otherwise the method draws its own start from `seed`.
       seed: of that start.
       progress: shows a bar when loading takes long.
@@ -59,7 +62,7 @@ def assemble(
     Raises:
       JaxtuneError: checkpoint, method and adapter do not fit one another.
     """
-    definition = define(source.config, dtype, method)
+    definition = define(source.config, dtype, method, quantization)
     if stored is not None:
         _check_copies(source, stored)
     weights, ignored = huggingface.load(definition, source, mesh, progress=progress)

@@ -16,8 +16,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxtune.checkpoints.source import TensorSource
+from jaxtune.checkpoints.source import ALL, TensorSource
 from jaxtune.errors import JaxtuneError
+from jaxtune.quant.fp8 import Float8
+from jaxtune.quant.weight import Format
 
 SUFFIX = "_scale_inv"
 # Every float8_e4m3fn value by its bits: a look-up is several times faster than a cast.
@@ -53,8 +55,8 @@ class Float8Source:
         """
         self._source = source
         self.path: Path = source.path
-        self.config = dict(source.config)
-        self._block = _block_size(self.config.pop("quantization_config"), self.path)
+        self.config = source.config
+        self._block = block_size(self.config["quantization_config"], self.path)
         present = set(source.names())
         self._scaled = {name for name in present if name + SUFFIX in present}
         scales = {name + SUFFIX for name in self._scaled}
@@ -95,19 +97,35 @@ class Float8Source:
         """Returns the dtype that `read` gives: float32 for a scaled weight."""
         return np.dtype(np.float32) if name in self._scaled else self._source.dtype(name)
 
-    def read(self, name: str) -> np.ndarray:
-        """Returns a tensor of the shape `shape(name)`, dequantized if it was scaled."""
+    def read(self, name: str, rows: slice = ALL) -> np.ndarray:
+        """Returns a tensor of the shape `shape(name)`, or rows of it, dequantized if scaled."""
         value = self._source.read(name)
         if name not in self._scaled:
-            return value
-        return dequantize(value, self._source.read(name + SUFFIX), self._block)
+            return value[rows] if value.ndim else value
+        first, last, _ = rows.indices(value.shape[0])
+        block = first // self._block[0]
+        start = block * self._block[0]  # rows of a block share their scales
+        scale = self._source.read(name + SUFFIX)[block:]
+        return dequantize(value[start:last], scale, self._block)[first - start :]
+
+    def read_parts(self, name: str, form: Format) -> dict[str, np.ndarray] | None:
+        """Returns bytes and scales as they are on disk if they are in blocks of the same size."""
+        if name not in self._scaled or form != Float8(self._block):
+            return None
+        codes, scale = self._source.read(name), self._source.read(name + SUFFIX)
+        return {"codes": codes.view(np.uint8), "scale": scale}
 
     def where(self, name: str) -> str:
         """Returns the file that holds a tensor."""
         return self._source.where(name)
 
 
-def _block_size(settings: Mapping[str, Any], path: Path) -> tuple[int, int]:
+def block_size(settings: Mapping[str, Any], path: Path) -> tuple[int, int]:
+    """Returns the (rows, columns) of a block from the ``quantization_config`` of a checkpoint.
+
+    Raises:
+      JaxtuneError: another kind of fp8, or no such size.
+    """
     where = f"{path / 'config.json'}: quantization_config"
     if (kind := settings.get("fmt", "e4m3")) != "e4m3":
         raise JaxtuneError(f"{where}.fmt={kind!r} is not supported (only 'e4m3')")

@@ -16,7 +16,9 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from jaxtune.checkpoints.gguf_header import TensorInfo, read_header
+from jaxtune.checkpoints.source import ALL
 from jaxtune.errors import JaxtuneError, closest, lookup
+from jaxtune.quant import Format
 
 _ROWS_PER_CHUNK = 2048  # keeps the decoder's temporaries far below a large tensor
 _WHOLE_MODEL_NAMES = {
@@ -116,8 +118,12 @@ class GGUFSource:
         self._info(name)
         return str(self.path)
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, rows: slice = ALL) -> np.ndarray:
         """Decodes one tensor.
+
+        Args:
+          name: of the tensor.
+          rows: to return; all by default, and the only ones for a tensor without dimensions.
 
         Returns:
           float32 of `shape(name)`; read-only and memory-mapped where the file holds float32. The
@@ -127,34 +133,43 @@ class GGUFSource:
         Raises:
           JaxtuneError: no such tensor, or a block type that cannot be decoded here.
         """
-        values = self._decode(self._info(name), name)
+        info = self._info(name)
+        order = self._row_order(name, info)
+        if len(info.shape) == 1:
+            return self._decode(info, name)[ALL if order is None else order][rows]
+        return self._decode(info, name, rows if order is None else order[rows])
+
+    def read_parts(self, name: str, form: Format) -> None:
+        """Returns None: no tensor is stored in a format of jaxtune's."""
+        del name, form
+
+    def _row_order(self, name: str, info: TensorInfo) -> np.ndarray | None:
+        """Returns the row in the file of each row of a tensor; None where they are the same."""
         heads = {
             "q_proj": self.config["num_attention_heads"],
             "k_proj": self.config["num_key_value_heads"],
         }.get(name.split(".")[-2])
         if heads is None or self._architecture != "llama":
-            return values
-        if values.shape[0] % (2 * heads):
-            raise JaxtuneError(
-                f'{self.path}: tensor "{name}" has {values.shape[0]} rows for {heads} heads'
-            )
-        interleaved = values.reshape(heads, -1, 2, *values.shape[1:])
-        return np.ascontiguousarray(interleaved.swapaxes(1, 2)).reshape(values.shape)
+            return None
+        rows = info.shape[0]
+        if rows % (2 * heads):
+            raise JaxtuneError(f'{self.path}: tensor "{name}" has {rows} rows for {heads} heads')
+        return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self._tensors:
             raise JaxtuneError(f'{self.path}: no tensor "{name}"{closest(name, self._tensors)}')
         return self._tensors[name]
 
-    def _decode(self, info: TensorInfo, name: str) -> np.ndarray:
-        """Returns a tensor as it lies in the file, in float32."""
+    def _decode(self, info: TensorInfo, name: str, chosen: slice | np.ndarray = ALL) -> np.ndarray:
+        """Returns a tensor as it lies in the file, or chosen rows of a matrix, in float32."""
         if not info.size:
-            return np.zeros(info.shape, np.float32)
+            return np.zeros(info.shape, np.float32)[chosen]
         packed = np.memmap(self.path, np.uint8, "r", info.offset, (info.size,))
         if info.block_type == GGMLQuantizationType.F32:
-            return packed.view("<f4").reshape(info.shape)
-        rows = math.prod(info.shape[:-1])
-        packed = packed.reshape(rows, -1)
+            return packed.view("<f4").reshape(info.shape)[chosen]
+        packed = packed.reshape(math.prod(info.shape[:-1]), -1)[chosen]
+        rows = packed.shape[0]
         values = np.empty((rows, info.shape[-1]), np.float32)
         try:
             for start in range(0, rows, _ROWS_PER_CHUNK):
@@ -165,7 +180,7 @@ class GGUFSource:
                 f'{self.path}: tensor "{name}" has block type {info.block_type.name}, which cannot '
                 f"be decoded"
             ) from None
-        return values.reshape(info.shape)
+        return values.reshape(-1, *info.shape[1:])
 
     def _key(self, key: str, default: Any = None) -> Any:
         """Returns a value under the architecture's prefix; without a default it has to exist."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -15,19 +16,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtune.adapters.merge import Edit
 from jaxtune.checkpoints.atomic import new_directory
-from jaxtune.checkpoints.fp8 import Float8Source
+from jaxtune.checkpoints.fp8 import Float8Source, block_size
 from jaxtune.checkpoints.gguf import GGUFSource
 from jaxtune.checkpoints.progress import track
+from jaxtune.checkpoints.quantize import read_quantized
 from jaxtune.checkpoints.safetensors import SafetensorsFile, write_sharded
-from jaxtune.checkpoints.source import TensorSource
+from jaxtune.checkpoints.source import ALL, TensorSource
 from jaxtune.errors import JaxtuneError, closest, lookup
 from jaxtune.layers.tree import Tree, flatten, layer_names, unflatten
-from jaxtune.models.definition import Definition, Leaf
+from jaxtune.models.definition import Definition, Leaf, as_matrix
 from jaxtune.parallel.mesh import named_sharding
+from jaxtune.quant import Format, Quantization, QuantizedWeight, quantization_from_config
+from jaxtune.quant.fp8 import Float8
 
 SHARD_BYTES = 2 * 2**30
 INDEX = "model.safetensors.index.json"
@@ -82,9 +86,14 @@ class HuggingFaceSource:
         """Returns a tensor's dtype."""
         return self._by_name[name].dtype(name)
 
-    def read(self, name: str) -> np.ndarray:
-        """Returns a tensor of the shape `shape(name)` as a view of the file."""
-        return self._by_name[name].read(name)
+    def read(self, name: str, rows: slice = ALL) -> np.ndarray:
+        """Returns a tensor of the shape `shape(name)`, or rows of it, as a view of the file."""
+        value = self._by_name[name].read(name)
+        return value[rows] if value.ndim else value
+
+    def read_parts(self, name: str, form: Format) -> None:
+        """Returns None: the tensors are plain."""
+        del name, form
 
     def where(self, name: str) -> str:
         """Returns the file that holds a tensor."""
@@ -159,6 +168,33 @@ def open_source(path: Path) -> TensorSource:
     if path.suffix == ".gguf":
         return GGUFSource(path)
     raise JaxtuneError(f"{path}: neither a Hugging Face directory nor a .gguf file")
+
+
+# The format in which such a checkpoint holds its weights, from the same settings.
+STORED_FORMATS: dict[str, Callable[[Mapping[str, Any], Path], Format]] = {
+    "fp8": lambda settings, path: Float8(block_size(settings, path))
+}
+
+
+def choose_quantization(section: Any, model_config: Mapping[str, Any]) -> Quantization | None:
+    """Returns how the base is quantized: as a config's ``quantize`` section says.
+
+    Where the checkpoint is stored in the same format, its own settings are kept, and with them
+    every bit.
+
+    Args:
+      section: of a resolved config.
+      model_config: the content of the checkpoint's config.json.
+    """
+    quantization = quantization_from_config(section)
+    settings = model_config.get("quantization_config")
+    if quantization is None or not isinstance(settings, Mapping):
+        return quantization
+    make = STORED_FORMATS.get(str(settings.get("quant_method")))
+    stored = None if make is None else make(settings, Path())
+    if stored is None or stored.name != quantization.format.name:
+        return quantization
+    return dataclasses.replace(quantization, format=stored)
 
 
 def _ignored(name: str, config: Mapping[str, Any]) -> str | None:
@@ -279,17 +315,22 @@ def load(
     ignored = _check_names(definition, source)
     leaves = definition.in_checkpoint()
     names = {path: layer_names(path, leaf.declaration) for path, leaf in leaves.items()}
-    largest = max(_size(source, name) for layers in names.values() for name in layers)
+    largest = max(_staged(leaves[p], source, name) for p, each in names.items() for name in each)
     staging = _Staging(largest)
-    tree: dict[tuple[str, ...], jax.Array] = {}
+    tree: dict[tuple[str, ...], Any] = {}
     with track(sum(map(len, names.values())), "loading weights", progress) as advance:
         for path, leaf in leaves.items():
-            tree[path] = _load_leaf(leaf, names[path], source, mesh, staging, advance)
+            fill = _load_leaf if leaf.format is None else _load_quantized
+            tree[path] = fill(leaf, names[path], source, mesh, staging, advance)
     return unflatten(tree), ignored
 
 
-def _size(source: TensorSource, name: str) -> int:
-    return math.prod(source.shape(name)) * source.dtype(name).itemsize
+def _staged(leaf: Leaf, source: TensorSource, name: str) -> int:
+    """Returns the most bytes of a tensor that are on their way to the devices at one time."""
+    shape = source.shape(name)
+    if leaf.format is None:
+        return math.prod(shape) * source.dtype(name).itemsize
+    return max(part.nbytes for part in leaf.format.parts(as_matrix(shape)).values())
 
 
 def _load_leaf(
@@ -315,6 +356,36 @@ def _load_leaf(
         values.block_until_ready()
         advance()
     return values
+
+
+def _load_quantized(
+    leaf: Leaf,
+    names: list[str],
+    source: TensorSource,
+    mesh: Mesh,
+    staging: _Staging,
+    advance: Callable[[], None],
+) -> QuantizedWeight:
+    """Quantizes each layer's weight as it is read, and fills the stack of each part in place."""
+    form, stack = leaf.format, leaf.declaration.stack_shape
+    like = leaf.abstract(mesh)
+    assert form is not None
+    parts = {
+        key: jnp.zeros(part.shape, part.dtype, device=part.sharding)
+        for key, part in like.parts.items()
+    }
+    for index, name in enumerate(names):
+        place = np.array(np.unravel_index(index, stack), np.int32) if stack else None
+        for key, value in read_quantized(source, name, form).items():
+            sharding = like.parts[key].sharding
+            one = NamedSharding(mesh, PartitionSpec(*tuple(sharding.spec)[len(stack) :]))
+            part = staging.put(value, one)
+            parts[key] = (
+                _copy(part, part.dtype) if place is None else _fill(parts[key], part, place)
+            )
+            parts[key].block_until_ready()
+        advance()
+    return dataclasses.replace(like, parts=parts)
 
 
 def checkpoint_tensors(
@@ -345,13 +416,24 @@ def checkpoint_tensors(
         if path in edits:
             value = np.asarray(edits[path](part, dtype or leaf.dtype))
         else:
-            value = _to_host(values[path], np.unravel_index(part, leaf.declaration.stack_shape))
+            place = np.unravel_index(part, leaf.declaration.stack_shape)
+            value = _to_host(values[path], place, dtype or leaf.dtype)
         kept = leaf.declaration.dtype or dtype or leaf.dtype
         yield name, value.astype(kept, copy=False)
 
 
-def _to_host(value: jax.Array, place: tuple[Any, ...]) -> np.ndarray:
-    """Returns one layer (and expert) of an array, as a view where it is in host memory already."""
+@functools.partial(jax.jit, static_argnames="dtype")
+def _dequantize(weight: QuantizedWeight, place: tuple[Any, ...], dtype: Any) -> jax.Array:
+    return jax.tree.map(lambda part: part[place], weight).dequantize(dtype)
+
+
+def _to_host(value: Any, place: tuple[Any, ...], dtype: Any) -> np.ndarray:
+    """Returns one layer (and expert) of a weight, as a view where it is in host memory already.
+
+    A quantized one is dequantized to `dtype`.
+    """
+    if isinstance(value, QuantizedWeight):
+        return np.asarray(_dequantize(value, place, jnp.dtype(dtype)))
     devices = value.sharding.device_set
     in_host_memory = len(devices) == 1 and next(iter(devices)).platform == "cpu"
     return np.asarray(value)[place] if in_host_memory else np.asarray(value[place])
@@ -388,7 +470,7 @@ def save(
     with new_directory(directory) as scratch:
         tensors = checkpoint_tensors(definition, tree, dtype, edits or {})
         write_sharded(scratch, tensors, shard_bytes)
-        config = dict(definition.config)
+        config = {k: v for k, v in definition.config.items() if k != "quantization_config"}
         kinds = {
             str(jnp.dtype(dtype or leaf.dtype)) for leaf in definition.in_checkpoint().values()
         }

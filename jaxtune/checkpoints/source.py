@@ -7,6 +7,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from jaxtune.quant import Format
+
+ALL = slice(None)  # of a tensor's rows
+
 
 class TensorSource(Protocol):
     """The tensors of a checkpoint, under their Hugging Face names.
@@ -31,8 +35,15 @@ class TensorSource(Protocol):
         """Returns the dtype that `read` gives."""
         ...
 
-    def read(self, name: str) -> np.ndarray:
-        """Returns a tensor of the shape `shape(name)`; memory-mapped where the format allows it."""
+    def read(self, name: str, rows: slice = ALL) -> np.ndarray:
+        """Returns a tensor of the shape `shape(name)`, or some rows of one that has dimensions.
+
+        It is memory-mapped where the file format allows it.
+        """
+        ...
+
+    def read_parts(self, name: str, form: Format) -> dict[str, np.ndarray] | None:
+        """Returns a tensor's parts if it is stored in just this format, else None."""
         ...
 
     def where(self, name: str) -> str:

@@ -22,7 +22,7 @@ _STACKS = ("model", "layers")
 def as_bits(tree: Tree, platform: str) -> Tree:
     """Returns the tree as a compiled function takes it on this platform.
 
-    On a CPU bfloat16 leaves of stacked layers become uint16 views of the same memory; elsewhere
+    On a CPU bfloat16 arrays of stacked layers become uint16 views of the same memory; elsewhere
     the tree is returned as it is.
 
     Args:
@@ -42,7 +42,13 @@ def from_bits(tree: Any) -> Any:
 
 
 def _view(path: tuple[str, ...], leaf: Any) -> Any:
-    if path[:2] != _STACKS or getattr(leaf, "dtype", None) != jnp.bfloat16:
+    if path[:2] != _STACKS:
+        return leaf
+    return jax.tree.map(_view_array, leaf)
+
+
+def _view_array(leaf: Any) -> Any:
+    if leaf.dtype != jnp.bfloat16:
         return leaf
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(leaf.shape, jnp.uint16, sharding=leaf.sharding)

@@ -7,13 +7,14 @@ belong to a method and are neither. Full fine-tuning is the case where the base 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from jaxtune.layers.decoder import CausalLM
@@ -32,6 +33,8 @@ from jaxtune.layers.tree import (
     variables,
 )
 from jaxtune.parallel.mesh import named_sharding
+from jaxtune.parallel.rules import even_spec
+from jaxtune.quant import Format, QuantizedWeight
 
 Kind = Literal["base", "trainable", "constants"]
 
@@ -43,14 +46,53 @@ class Leaf:
     Attributes:
       kind: which tree holds it.
       declaration: its shape, axes and initialiser.
-      dtype: as held.
+      dtype: as held; of a quantized weight what it is written in where it is not quantized.
       in_checkpoint: whether it belongs to the base model, and not to a method.
+      format: of a quantized weight.
     """
 
     kind: Kind
     declaration: Declaration
     dtype: Any
     in_checkpoint: bool
+    format: Format | None = None
+
+    @property
+    def stored_as(self) -> str:
+        """Name of the format, or of the dtype where the weight is not quantized."""
+        return str(self.dtype) if self.format is None else self.format.name
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the whole stack in bytes."""
+        shape = self.declaration.shape
+        if self.format is None:
+            each = math.prod(shape) * self.dtype.itemsize
+        else:
+            each = self.format.nbytes(as_matrix(shape))
+        return each * math.prod(self.declaration.stack_shape)
+
+    def abstract(self, mesh: Mesh | None = None) -> Any:
+        """Returns a ShapeDtypeStruct, or a `QuantizedWeight` of them; sharded if on a mesh."""
+        declaration = self.declaration
+        if self.format is None:
+            sharding = named_sharding(mesh, declaration.stacked_axes) if mesh else None
+            return jax.ShapeDtypeStruct(declaration.stacked_shape, self.dtype, sharding=sharding)
+        matrix, parts = as_matrix(declaration.shape), {}
+        weight = QuantizedWeight({}, self.format, matrix, declaration.axes)
+        lead = declaration.stack_shape
+        for name, part in self.format.parts(matrix).items():
+            shape = (*lead, *part.shape)
+            axes = (*declaration.stacked_axes[: len(lead)], *weight.part_axes(name))
+            sharding = NamedSharding(mesh, even_spec(axes, shape, mesh.shape)) if mesh else None
+            parts[name] = jax.ShapeDtypeStruct(shape, part.dtype, sharding=sharding)
+        return dataclasses.replace(weight, parts=parts)
+
+
+def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Returns a shape of two dimensions as what it is."""
+    rows, columns = shape
+    return rows, columns
 
 
 class Definition:
@@ -68,6 +110,7 @@ class Definition:
         model: CausalLM,
         dtype: DTypeLike,
         trains: Callable[[Path], bool] = lambda path: False,
+        formats: Callable[[Path], Format | None] = lambda path: None,
     ):
         """Describes an abstract model.
 
@@ -76,6 +119,7 @@ class Definition:
           model: the abstract module, with its adapters attached.
           dtype: of frozen weights; whatever is trained is float32.
           trains: says which base weights, by path, are trained.
+          formats: says how frozen base weights, by path, are quantized.
         """
         self.config = dict(config)
         self.module = model
@@ -90,7 +134,8 @@ class Definition:
             declaration = declaration_of(variable)
             held = declaration.dtype or dtype if kind == "base" else jnp.float32
             in_checkpoint = isinstance(variable, Weight)
-            self.leaves[path] = Leaf(kind, declaration, jnp.dtype(held), in_checkpoint)
+            form = formats(path) if kind == "base" and in_checkpoint else None
+            self.leaves[path] = Leaf(kind, declaration, jnp.dtype(held), in_checkpoint, form)
         self._graphdef = nnx.graphdef(model)
 
     def of_kind(self, *kinds: Kind) -> dict[Path, Leaf]:
@@ -103,16 +148,7 @@ class Definition:
 
     def abstract(self, kind: Kind, mesh: Mesh | None = None) -> Tree:
         """Returns a tree of ShapeDtypeStructs, with their shardings where a mesh is given."""
-        return unflatten(
-            {
-                path: jax.ShapeDtypeStruct(
-                    leaf.declaration.stacked_shape,
-                    leaf.dtype,
-                    sharding=named_sharding(mesh, leaf.declaration.stacked_axes) if mesh else None,
-                )
-                for path, leaf in self.of_kind(kind).items()
-            }
-        )
+        return unflatten({path: leaf.abstract(mesh) for path, leaf in self.of_kind(kind).items()})
 
     def bind(self, *trees: Mapping[str, Any]) -> CausalLM:
         """Returns the model that holds the arrays of these trees."""

@@ -6,7 +6,8 @@ Every parameter, optimizer moment, batch and activation names its axes logically
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import jax
 from jax.sharding import PartitionSpec
@@ -46,3 +47,37 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+
+
+def even_spec(
+    axes: Sequence[str | None], shape: Sequence[int], mesh_shape: Mapping[str, int]
+) -> PartitionSpec:
+    """Returns the PartitionSpec of an array, leaving out what does not divide a dimension evenly.
+
+    For small arrays that accompany a weight, such as its scales: whole copies do no harm.
+
+    Args:
+      axes: logical, one for each dimension.
+      shape: of the array.
+      mesh_shape: devices along each mesh axis.
+    """
+    entries = tuple(partition_spec(axes))
+    return PartitionSpec(
+        *(
+            entry if size % _devices_along(entry, mesh_shape) == 0 else None
+            for entry, size in zip(entries, shape, strict=True)
+        )
+    )
+
+
+def _devices_along(entry: object, mesh_shape: Mapping[str, int]) -> int:
+    names = (entry,) if isinstance(entry, str) else entry if isinstance(entry, tuple) else ()
+    return math.prod(mesh_shape[name] for name in names)
+
+
+def constrain_where_even(x: jax.Array, *axes: str | None) -> jax.Array:
+    """As `constrain`, but leaves whole what does not divide a dimension evenly."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, even_spec(axes, x.shape, mesh.shape))

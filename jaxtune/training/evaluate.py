@@ -44,7 +44,14 @@ def evaluate(run: RunDirectory, adapter: str = "best", data: str = "") -> dict[s
         stored = read_adapter(run.adapter(adapter))
         method = method_from_peft(stored)
     setup = set_up(config, source.config, method)
-    parts = assemble(source, config.training.dtype, setup.mesh, method=method, stored=stored)
+    parts = assemble(
+        source,
+        config.training.dtype,
+        setup.mesh,
+        method=method,
+        quantization=setup.quantization,
+        stored=stored,
+    )
     saved = adapter != "none" and not method.has_adapter
     trainable = trained_arrays(run, setup) if saved else parts.trainable
     with jax.set_mesh(setup.mesh):

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from jaxtune.adapters.define import define
 from jaxtune.adapters.method import Method
+from jaxtune.checkpoints.huggingface import choose_quantization
 from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.layers.attention import choose_backend
 from jaxtune.layers.decoder import ForwardOptions
@@ -21,7 +22,7 @@ from jaxtune.layers.remat import POLICIES
 from jaxtune.models.definition import Definition
 from jaxtune.objectives.sft import sft_loss
 from jaxtune.parallel.mesh import make_mesh, named_sharding
-from jaxtune.quant import FORMATS
+from jaxtune.quant import Quantization
 from jaxtune.training.optimizer import make_optimizer, make_schedule
 from jaxtune.training.state import TrainState, state_like
 from jaxtune.training.step import StepSettings, make_eval_step, make_train_step
@@ -37,6 +38,7 @@ class Setup:
       config: resolved.
       method: with its settings.
       definition: of the model with the method attached.
+      quantization: of its frozen weights, if any.
       mesh: the devices.
       options: of the forward pass.
       schedule: of the learning rate.
@@ -47,6 +49,7 @@ class Setup:
     config: Any
     method: Method
     definition: Definition
+    quantization: Quantization | None
     mesh: Mesh
     options: ForwardOptions
     schedule: optax.Schedule
@@ -102,10 +105,14 @@ def set_up(
       JaxtuneError: a setting that cannot be met; the message names the key.
     """
     training = config.training
-    if config.quantize.format:
-        lookup(FORMATS, config.quantize.format, "quantize.format")
+    quantization = choose_quantization(config.quantize, model_config)
     lookup(dict.fromkeys(POLICIES), training.remat, "training.remat")
-    definition = define(model_config, training.dtype, method)
+    definition = define(model_config, training.dtype, method, quantization)
+    if quantization is not None and not any(leaf.format for leaf in definition.leaves.values()):
+        raise JaxtuneError(
+            f"quantize.format={config.quantize.format}: adapter.method={method.name} trains all of "
+            "quantize.modules, and what is trained is not quantized"
+        )
     mesh = make_mesh(config.mesh, devices)
     rows = training.batch_size // training.accumulation
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -126,6 +133,7 @@ def set_up(
         config=config,
         method=method,
         definition=definition,
+        quantization=quantization,
         mesh=mesh,
         options=options,
         schedule=make_schedule(config),

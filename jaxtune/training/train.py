@@ -60,6 +60,7 @@ def train(config: Any, workdir: str | Path) -> RunDirectory:
             config.training.dtype,
             setup.mesh,
             method=method,
+            quantization=setup.quantization,
             stored=stored,
             seed=config.training.seed,
         )

@@ -1,0 +1,74 @@
+"""Quantizing one tensor of a checkpoint while it is read, some rows at a time."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtune.checkpoints.source import TensorSource
+from jaxtune.errors import JaxtuneError
+from jaxtune.quant import Format
+
+# Values that are in float32 at one time: 8 MiB of them, whatever the size of the tensor.
+CHUNK = 2 * 2**20
+ROWS = 128  # of a block of an fp8 checkpoint, which is read by whole blocks
+
+
+@functools.partial(jax.jit, static_argnames="form")
+def _encode(weight: jax.Array, form: Format) -> tuple[dict[str, jax.Array], jax.Array]:
+    weight = weight.astype(jnp.float32)
+    return form.encode(weight), jnp.isfinite(weight).all()
+
+
+def host_device() -> Any:
+    """Returns the device of the host's own memory; an accelerator where jax was given no other."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return jax.local_devices()[0]
+
+
+def read_quantized(source: TensorSource, name: str, form: Format) -> dict[str, np.ndarray]:
+    """Reads a tensor [out, in] as the parts of a format, without a copy of it in more bits.
+
+    What is stored in this very format is taken as it is, bit for bit.
+
+    Args:
+      source: of the tensor.
+      name: of the tensor.
+      form: to quantize to.
+
+    Returns:
+      Arrays as `Format.parts` describes them.
+
+    Raises:
+      JaxtuneError: a value that is not finite, and so has no code.
+    """
+    stored = source.read_parts(name, form)
+    if stored is not None:
+        return stored
+    return quantize_rows(source, name, form)
+
+
+def quantize_rows(source: TensorSource, name: str, form: Format) -> dict[str, np.ndarray]:
+    """Quantizes a tensor [out, in] chunk by chunk; arguments and result as of `read_quantized`."""
+    rows, columns = source.shape(name)
+    multiple = math.lcm(ROWS, form.row_multiple(columns))
+    step = max(CHUNK // columns // multiple, 1) * multiple
+    device, chunks = host_device(), []
+    for first in range(0, rows, step):
+        values = jax.device_put(source.read(name, slice(first, min(first + step, rows))), device)
+        parts, finite = _encode(values, form)
+        if not finite:
+            raise JaxtuneError(
+                f"{source.where(name)}: {name} has values that are not finite, within rows "
+                f"{first} to {min(first + step, rows) - 1}: they cannot be quantized"
+            )
+        chunks.append({key: np.asarray(part) for key, part in parts.items()})
+    whole = {key: np.concatenate([chunk[key] for chunk in chunks]) for key in chunks[0]}
+    return form.finish(whole)

@@ -1,0 +1,68 @@
+"""8-bit floats (e4m3) with a scale for each block of rows and columns: w = code · scale.
+
+DeepSeek's own checkpoints of V3 and R1 are stored like this, in blocks of 128 × 128, and such a
+checkpoint can be trained upon as it is. Blocks at the edges may be ragged.
+
+Source: DeepSeek-V3 report (2024), and config.json's ``weight_block_size``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxtune.quant.packing import spread
+from jaxtune.quant.weight import Format, Part, Parts
+
+LARGEST = 448.0  # of float8_e4m3fn
+
+
+@dataclasses.dataclass(frozen=True)
+class Float8(Format):
+    """Settings of the format.
+
+    Attributes:
+      block: (rows, columns) that share a scale.
+    """
+
+    name: ClassVar[str] = "fp8"
+
+    block: tuple[int, int] = (128, 128)
+
+    def parts(self, shape: tuple[int, int]) -> dict[str, Part]:
+        """Returns codes, as bytes, and the scale of each block."""
+        blocks = tuple(-(-n // size) for n, size in zip(shape, self.block, strict=True))
+        return {
+            # Bytes, for XLA's CPU backend has no slice of 8-bit floats.
+            "codes": Part(shape, jnp.uint8, (0, 1)),
+            "scale": Part(blocks, jnp.float32, (None, None)),
+        }
+
+    def row_multiple(self, columns: int) -> int:
+        """Returns the rows of a block."""
+        del columns
+        return self.block[0]
+
+    def encode(self, weight: jax.Array) -> Parts:
+        """Quantizes float32 [rows, in]."""
+        (rows, columns), (tall, wide) = weight.shape, self.block
+        padded = jnp.pad(jnp.abs(weight), ((0, -rows % tall), (0, -columns % wide)))
+        absmax = jnp.max(padded.reshape(-(-rows // tall), tall, -1, wide), axis=(1, 3))
+        scale = jnp.where(absmax == 0, 1, absmax / LARGEST)
+        codes = (weight / self._over(scale, (rows, columns))).astype(jnp.float8_e4m3fn)
+        return {"codes": lax.bitcast_convert_type(codes, jnp.uint8), "scale": scale}
+
+    def decode(self, parts: Mapping[str, jax.Array], shape: tuple[int, int]) -> jax.Array:
+        """Returns float32 [out, in]."""
+        codes = lax.bitcast_convert_type(parts["codes"], jnp.float8_e4m3fn)
+        return codes.astype(jnp.float32) * self._over(parts["scale"], shape)
+
+    def _over(self, scale: jax.Array, shape: tuple[int, int]) -> jax.Array:
+        """Repeats each block's scale over the block."""
+        rows = spread(scale, self.block[1], shape[1])
+        return jnp.repeat(rows, self.block[0], axis=0)[: shape[0]]

@@ -1,0 +1,81 @@
+"""4-bit integers with a scale for each group of columns, or for each row.
+
+Symmetric: w = scale · (code − 8); the value of largest magnitude is code 0, so that all 16 codes
+are of use, and a scale may be negative. Asymmetric: w = scale · (code − zero).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxtune.quant.packing import in_groups, pack, packed_columns, spread, unpack
+from jaxtune.quant.weight import Format, Part, Parts
+
+
+@dataclasses.dataclass(frozen=True)
+class Int4(Format):
+    """Settings of the format.
+
+    Attributes:
+      group_size: columns that share a scale; 0 for the whole row.
+      symmetric: whether the codes have no zero point of their own.
+    """
+
+    name: ClassVar[str] = "int4"
+
+    group_size: int = 64
+    symmetric: bool = True
+
+    def _size(self, columns: int) -> int:
+        return self.group_size or columns
+
+    def parts(self, shape: tuple[int, int]) -> dict[str, Part]:
+        """Returns codes, bfloat16 scales and, where asymmetric, zero points."""
+        rows, columns = shape
+        groups = (rows, -(-columns // self._size(columns)))
+        parts = {
+            "codes": Part((rows, packed_columns(columns)), jnp.uint8, (0, 1)),
+            "scale": Part(groups, jnp.bfloat16, (0, 1)),
+        }
+        if not self.symmetric:
+            parts["zero"] = Part(groups, jnp.uint8, (0, 1))
+        return parts
+
+    def encode(self, weight: jax.Array) -> Parts:
+        """Quantizes float32 [rows, in]: codes are the nearest to the weight at the stored scale."""
+        columns = weight.shape[1]
+        grouped = in_groups(weight, self._size(columns))
+        if self.symmetric:
+            largest = jnp.argmax(jnp.abs(grouped), axis=-1, keepdims=True)
+            scale = jnp.take_along_axis(grouped, largest, axis=-1)[..., 0] / -8
+            zero = None
+        else:
+            low = jnp.minimum(jnp.min(grouped, axis=-1), 0)
+            high = jnp.maximum(jnp.max(grouped, axis=-1), 0)
+            scale = (high - low) / 15
+            zero = jnp.clip(jnp.round(-low / _unless_zero(scale)), 0, 15)
+        scale = scale.astype(jnp.bfloat16)
+        steps = jnp.round(grouped / _unless_zero(scale.astype(jnp.float32))[..., None])
+        codes = jnp.clip(steps + (8 if zero is None else zero[..., None]), 0, 15)
+        codes = codes.astype(jnp.uint8).reshape(weight.shape[0], -1)[:, :columns]
+        parts: Parts = {"codes": pack(codes), "scale": scale}
+        return parts if zero is None else {**parts, "zero": zero.astype(jnp.uint8)}
+
+    def decode(self, parts: Mapping[str, jax.Array], shape: tuple[int, int]) -> jax.Array:
+        """Returns float32 [out, in]."""
+        columns = shape[1]
+        size = self._size(columns)
+        codes = unpack(parts["codes"], columns).astype(jnp.float32)
+        scale = spread(parts["scale"].astype(jnp.float32), size, columns)
+        if self.symmetric:
+            return (codes - 8) * scale
+        return (codes - spread(parts["zero"].astype(jnp.float32), size, columns)) * scale
+
+
+def _unless_zero(scale: jax.Array) -> jax.Array:
+    return jnp.where(scale == 0, 1, scale)

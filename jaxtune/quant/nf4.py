@@ -1,0 +1,176 @@
+"""NormalFloat: 4-bit codes of a normal distribution's quantiles, scaled by blocks of 64 values.
+
+With double quantization the scales themselves are 8-bit codes, in blocks of 256, around their mean.
+Codes and scales are, bit for bit, those of bitsandbytes: blocks run over the weight row by row,
+across the ends of rows where a row is no multiple of 64.
+
+Source: Dettmers et al., 2023 (QLoRA); Dettmers et al., 2021 (the 8-bit map).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxtune.quant.packing import look_up, pack, packed_columns, spread, unpack
+from jaxtune.quant.weight import Format, Part, Parts
+
+BLOCK = 64
+NESTED_BLOCK = 256
+# fmt: off
+NF4 = np.array(
+    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0],
+    np.float32,
+)
+# fmt: on
+_MIDPOINTS = (NF4[1:] + NF4[:-1]) / 2
+SMALLEST = np.float32(1e-38)  # an absmax of zero is divided by this
+
+
+def _linspace(steps: int) -> np.ndarray:
+    """Returns bounds from 0.1 to 1, rounded as torch rounds them: from the nearer end, fused."""
+    low, high = np.float32(0.1), np.float32(1)
+    step, index = np.float64((high - low) / np.float32(steps)), np.arange(steps + 1)
+    upward, downward = low + step * index, high - step * (steps - index)
+    return np.where(index < (steps + 1) // 2, upward, downward).astype(np.float32)
+
+
+def _dynamic_map() -> np.ndarray:
+    """Returns the signed 8-bit map: 7 decades, each with twice the steps of the one below."""
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        bounds = _linspace(2**exponent)
+        means = (bounds[:-1] + bounds[1:]) / np.float32(2)
+        decade = (np.float32(10.0 ** (exponent - 6)) * means).tolist()
+        values += decade + [-value for value in decade]
+    return np.sort(np.array(values, np.float32))
+
+
+DYNAMIC = _dynamic_map()
+
+
+@dataclasses.dataclass(frozen=True)
+class NormalFloat4(Format):
+    """Settings of the format.
+
+    Attributes:
+      double: whether the scales are quantized too.
+    """
+
+    name: ClassVar[str] = "nf4"
+
+    double: bool = True
+
+    def parts(self, shape: tuple[int, int]) -> dict[str, Part]:
+        """Returns codes and scales, with the scales' own scales where they are quantized."""
+        rows, columns = shape
+        blocks, axes = _block_shape(shape), (0, 1) if columns % BLOCK == 0 else (None,)
+        codes = Part((rows, packed_columns(columns)), jnp.uint8, (0, 1))
+        if not self.double:
+            return {"codes": codes, "absmax": Part(blocks, jnp.float32, axes)}
+        nested = (-(-math.prod(blocks) // NESTED_BLOCK),)
+        return {
+            "codes": codes,
+            "absmax": Part(blocks, jnp.uint8, axes),
+            "nested_absmax": Part(nested, jnp.float32, (None,)),
+            "nested_offset": Part((), jnp.float32, ()),
+        }
+
+    def row_multiple(self, columns: int) -> int:
+        """Returns the fewest rows that end with a block."""
+        return BLOCK // math.gcd(columns, BLOCK)
+
+    def encode(self, weight: jax.Array) -> Parts:
+        """Quantizes float32 [rows, in]; the scales are still float32."""
+        rows, columns = weight.shape
+        flat = jnp.pad(weight.reshape(-1), (0, -weight.size % BLOCK)).reshape(-1, BLOCK)
+        absmax = jnp.max(jnp.abs(flat), axis=1)
+        scaled = (flat * (1 / jnp.maximum(absmax, SMALLEST))[:, None]).reshape(-1)
+        scaled = scaled[: weight.size].reshape(rows, columns)
+        codes = sum((scaled > midpoint).astype(jnp.uint8) for midpoint in _MIDPOINTS)
+        return {
+            "codes": pack(jnp.asarray(codes)),
+            "absmax": absmax.reshape(_block_shape(weight.shape)),
+        }
+
+    def finish(self, parts: Parts) -> Parts:
+        """Quantizes the scales."""
+        if not self.double:
+            return parts
+        absmax = np.asarray(parts["absmax"])
+        codes, nested, offset = quantize_scales(absmax.reshape(-1))
+        return {
+            "codes": parts["codes"],
+            "absmax": codes.reshape(absmax.shape),
+            "nested_absmax": nested,
+            "nested_offset": offset,
+        }
+
+    def decode(self, parts: Mapping[str, jax.Array], shape: tuple[int, int]) -> jax.Array:
+        """Returns float32 [out, in]."""
+        rows, columns = shape
+        absmax = self._absmax(parts)
+        if columns % BLOCK == 0:
+            scales = spread(absmax, BLOCK, columns)
+        else:
+            scales = jnp.repeat(absmax, BLOCK)[: rows * columns].reshape(shape)
+        return look_up(NF4, unpack(parts["codes"], columns)) * scales
+
+    def _absmax(self, parts: Mapping[str, jax.Array]) -> jax.Array:
+        if not self.double:
+            return parts["absmax"]
+        codes = parts["absmax"]
+        nested = jnp.repeat(parts["nested_absmax"], NESTED_BLOCK)[: codes.size]
+        offset = parts["nested_offset"]
+        scaled = look_up(DYNAMIC, codes) * nested.reshape(codes.shape)
+        return _rounded(scaled, offset) + offset
+
+
+def _rounded(product: jax.Array, other: jax.Array) -> jax.Array:
+    """Returns a float32 product as it is, but so that no compiler fuses it with a sum to come.
+
+    bitsandbytes rounds before it adds. Barriers do not outlive the passes that fuse; flipping no
+    bits does, where only the data say that there are none to flip: `other` is no NaN.
+    """
+    no_bits = (other != other).astype(jnp.uint32)
+    bits = lax.bitcast_convert_type(product, jnp.uint32) ^ no_bits
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _block_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    rows, columns = shape
+    if columns % BLOCK == 0:
+        return rows, columns // BLOCK
+    return (-(-rows * columns // BLOCK),)
+
+
+def quantize_scales(
+    absmax: np.ndarray, offset: np.float32 | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Quantizes scales to 8 bits around an offset.
+
+    Args:
+      absmax: float32 [blocks].
+      offset: to subtract first; the mean by default.
+
+    Returns:
+      (codes uint8 [blocks], float32 [⌈blocks / 256⌉], the offset, a float32 scalar).
+    """
+    if offset is None:
+        offset = np.float32(absmax.mean(dtype=np.float64))
+    centred = np.pad(absmax - offset, (0, -absmax.size % NESTED_BLOCK)).reshape(-1, NESTED_BLOCK)
+    nested = np.abs(centred).max(axis=1)
+    scaled = centred * (1 / np.maximum(nested, SMALLEST))[:, None]
+    codes = np.searchsorted((DYNAMIC[1:] + DYNAMIC[:-1]) / 2, scaled.reshape(-1), side="left")
+    codes = np.where(np.repeat(nested, NESTED_BLOCK) == 0, 0, codes)
+    return codes.astype(np.uint8)[: absmax.size], nested, np.asarray(offset, np.float32)

@@ -1,0 +1,130 @@
+"""A weight that is stored in fewer bits than it computes in, and what a format has to say of it."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+
+from jaxtune.parallel.rules import constrain_where_even
+
+Parts = dict[str, Any]
+
+
+class Part(NamedTuple):
+    """One array of a quantized weight [out, in].
+
+    Attributes:
+      shape: without leading axes.
+      dtype: of the array.
+      axes: for each dimension, which one of the weight's (0: out, 1: in) it runs along; None for
+        neither, and then it is not sharded.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    axes: tuple[int | None, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+class Format(abc.ABC):
+    """A weight format with its settings. Subclasses are frozen dataclasses, so that they hash."""
+
+    name: ClassVar[str]
+
+    @abc.abstractmethod
+    def parts(self, shape: tuple[int, int]) -> dict[str, Part]:
+        """Returns the arrays that a weight [out, in] is stored in."""
+
+    @abc.abstractmethod
+    def encode(self, weight: jax.Array) -> Parts:
+        """Quantizes rows of a weight, float32 [rows, in]; traceable.
+
+        The rows are a multiple of `row_multiple`, unless they are the last ones. Values may still
+        need `finish`.
+        """
+
+    def row_multiple(self, columns: int) -> int:
+        """Returns how many rows of so many columns have to be encoded together."""
+        del columns
+        return 1
+
+    def finish(self, parts: Parts) -> Parts:
+        """Completes what `encode` gave for all rows of a weight, as NumPy arrays."""
+        return parts
+
+    @abc.abstractmethod
+    def decode(self, parts: Mapping[str, jax.Array], shape: tuple[int, int]) -> jax.Array:
+        """Returns float32 [out, in]; traceable."""
+
+    def nbytes(self, shape: tuple[int, int]) -> int:
+        """Returns the size of a weight [out, in] in bytes."""
+        return sum(part.nbytes for part in self.parts(shape).values())
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["parts"],
+    meta_fields=["format", "matrix", "axes"],
+)
+@dataclasses.dataclass(frozen=True)
+class QuantizedWeight:
+    """A stack of quantized weights, [..., out, in]: a pytree whose leaves have the leading axes.
+
+    Attributes:
+      parts: arrays by name, each with the leading axes (layers, experts) first.
+      format: what the parts mean.
+      matrix: (out, in).
+      axes: logical axes of out and in.
+    """
+
+    parts: Parts
+    format: Format
+    matrix: tuple[int, int]
+    axes: tuple[str | None, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weights, leading axes included."""
+        name, part = next(iter(self.format.parts(self.matrix).items()))
+        return (*self.parts[name].shape[: self.parts[name].ndim - len(part.shape)], *self.matrix)
+
+    def dequantize(self, dtype: DTypeLike) -> jax.Array:
+        """Returns the weights as an array, computed in float32 and rounded once to `dtype`."""
+        lead = len(self.shape) - 2
+        decode = self._decode
+        for _ in range(lead):
+            decode = jax.vmap(decode)
+        return decode(self._gathered() if lead == 0 else self.parts).astype(dtype)
+
+    def _decode(self, parts: Parts) -> jax.Array:
+        return self.format.decode(parts, self.matrix)
+
+    def _gathered(self) -> Parts:
+        # Where a weight is spread over devices that each need all of it, the codes travel and
+        # not the wider values.
+        axes = tuple(None if axis == "embed" else axis for axis in self.axes)
+        specified = self.format.parts(self.matrix)
+        return {
+            name: constrain_where_even(value, *_along(specified[name], axes))
+            for name, value in self.parts.items()
+        }
+
+    def part_axes(self, name: str) -> tuple[str | None, ...]:
+        """Returns the logical axes of a part, without those of the leading ones."""
+        return _along(self.format.parts(self.matrix)[name], self.axes)
+
+
+def _along(part: Part, axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
+    return tuple(None if axis is None else axes[axis] for axis in part.axes)
