@@ -70,5 +70,9 @@ def quantize_rows(source: TensorSource, name: str, form: Format) -> dict[str, np
                 f"{first} to {min(first + step, rows) - 1}: they cannot be quantized"
             )
         chunks.append({key: np.asarray(part) for key, part in parts.items()})
-    whole = {key: np.concatenate([chunk[key] for chunk in chunks]) for key in chunks[0]}
+    specified, whole = form.parts((rows, columns)), {}
+    for key in chunks[0]:
+        axes = specified[key].axes
+        along_rows = axes.index(0) if 0 in axes else 0
+        whole[key] = np.concatenate([chunk[key] for chunk in chunks], axis=along_rows)
     return form.finish(whole)

@@ -54,7 +54,7 @@ class ForwardOptions(NamedTuple):
     @property
     def tokens_per_chunk(self) -> int:
         """How many tokens' logits the loss holds at a time: enough to keep the device busy."""
-        return 256 if self.platform == "cpu" else 1024
+        return 256 if self.platform == "cpu" else 512
 
 
 class DecoderLayer(nnx.Module):

@@ -18,7 +18,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxtune.layers.tree import parameter
-from jaxtune.quant import materialize
+from jaxtune.quant import QuantizedWeight, materialize
 
 
 class LowRank(NamedTuple):
@@ -54,6 +54,14 @@ def product(x: jax.Array, w: jax.Array, w_axis: int) -> jax.Array:
     return lax.dot_general(x, w, dims, precision, preferred_element_type=jnp.float32)
 
 
+def times_weight(x: jax.Array, weight: Any, w_axis: int) -> jax.Array:
+    """As `product`, with a weight [out, in] that may be quantized."""
+    if isinstance(weight, QuantizedWeight):
+        # Not before x is there: a compiler that dequantized ahead would hold many weights at once.
+        x, weight = lax.optimization_barrier((x, weight))
+    return product(x, materialize(weight, x.dtype), w_axis)
+
+
 def outer(g: jax.Array, x: jax.Array) -> jax.Array:
     """Sums g ⊗ x over all leading axes: [..., out], [..., in] → float32 [out, in]."""
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
@@ -70,7 +78,7 @@ def linear_float32(x: jax.Array, weight: Any) -> jax.Array:
     The cotangent is rounded to the dtype of x before it meets the weight: a product of two
     bfloat16 arrays is what matrix units are made for.
     """
-    return product(x, materialize(weight, x.dtype), 1)
+    return times_weight(x, weight, 1)
 
 
 def _linear(x: jax.Array, weight: Any) -> jax.Array:
@@ -98,7 +106,7 @@ def _linear_forward(x: Any, weight: Any) -> tuple[jax.Array, Any]:
 def _linear_backward(residuals: Any, g: jax.Array) -> tuple[jax.Array, Any]:
     x, weight, like = residuals
     g = g.astype(like.dtype)
-    dx = product(g, materialize(weight, g.dtype), 0).astype(g.dtype)
+    dx = times_weight(g, weight, 0).astype(g.dtype)
     return dx, None if x is None else outer(g, x).astype(weight.dtype)
 
 
@@ -113,7 +121,7 @@ def _linear_low_rank(x: jax.Array, weight: Any, edit: LowRank) -> jax.Array:
 def _low_rank_parts(x: jax.Array, weight: Any, edit: LowRank) -> tuple[jax.Array, jax.Array]:
     xa = product(x, edit.lora_A.astype(x.dtype), 1).astype(x.dtype)
     delta = product(xa, edit.lora_B.astype(x.dtype), 1)
-    return (product(x, materialize(weight, x.dtype), 1) + edit.scale * delta).astype(x.dtype), xa
+    return (times_weight(x, weight, 1) + edit.scale * delta).astype(x.dtype), xa
 
 
 def _low_rank_forward(x: jax.Array, weight: Any, edit: LowRank) -> tuple[jax.Array, Any]:
@@ -124,7 +132,7 @@ def _low_rank_forward(x: jax.Array, weight: Any, edit: LowRank) -> tuple[jax.Arr
 def _low_rank_backward(residuals: Any, g: jax.Array) -> tuple[jax.Array, None, LowRank]:
     x, xa, weight, (lora_A, lora_B, scale) = residuals
     gb = (product(g, lora_B.astype(g.dtype), 0) * scale).astype(g.dtype)
-    dx = product(g, materialize(weight, g.dtype), 0) + product(gb, lora_A.astype(g.dtype), 0)
+    dx = times_weight(g, weight, 0) + product(gb, lora_A.astype(g.dtype), 0)
     edit = LowRank(
         outer(gb, x).astype(lora_A.dtype),
         (outer(g, xa) * scale).astype(lora_B.dtype),

@@ -64,5 +64,5 @@ class Float8(Format):
 
     def _over(self, scale: jax.Array, shape: tuple[int, int]) -> jax.Array:
         """Repeats each block's scale over the block."""
-        rows = spread(scale, self.block[1], shape[1])
-        return jnp.repeat(rows, self.block[0], axis=0)[: shape[0]]
+        rows = jnp.repeat(scale, self.block[1], axis=1)[:, : shape[1]]
+        return spread(rows, self.block[0], shape[0])

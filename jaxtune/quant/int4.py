@@ -13,7 +13,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxtune.quant.packing import in_groups, pack, packed_columns, spread, unpack
+from jaxtune.quant.packing import in_groups, pack, packed_size, spread, unpack
 from jaxtune.quant.weight import Format, Part, Parts
 
 
@@ -37,13 +37,13 @@ class Int4(Format):
     def parts(self, shape: tuple[int, int]) -> dict[str, Part]:
         """Returns codes, bfloat16 scales and, where asymmetric, zero points."""
         rows, columns = shape
-        groups = (rows, -(-columns // self._size(columns)))
+        groups = (-(-columns // self._size(columns)), rows)
         parts = {
-            "codes": Part((rows, packed_columns(columns)), jnp.uint8, (0, 1)),
-            "scale": Part(groups, jnp.bfloat16, (0, 1)),
+            "codes": Part((packed_size(columns), rows), jnp.uint8, (1, 0)),
+            "scale": Part(groups, jnp.bfloat16, (1, 0)),
         }
         if not self.symmetric:
-            parts["zero"] = Part(groups, jnp.uint8, (0, 1))
+            parts["zero"] = Part(groups, jnp.uint8, (1, 0))
         return parts
 
     def encode(self, weight: jax.Array) -> Parts:
@@ -63,8 +63,8 @@ class Int4(Format):
         steps = jnp.round(grouped / _unless_zero(scale.astype(jnp.float32))[..., None])
         codes = jnp.clip(steps + (8 if zero is None else zero[..., None]), 0, 15)
         codes = codes.astype(jnp.uint8).reshape(weight.shape[0], -1)[:, :columns]
-        parts: Parts = {"codes": pack(codes), "scale": scale}
-        return parts if zero is None else {**parts, "zero": zero.astype(jnp.uint8)}
+        parts: Parts = {"codes": pack(codes), "scale": scale.T}
+        return parts if zero is None else {**parts, "zero": zero.astype(jnp.uint8).T}
 
     def decode(self, parts: Mapping[str, jax.Array], shape: tuple[int, int]) -> jax.Array:
         """Returns float32 [out, in]."""
@@ -73,8 +73,9 @@ class Int4(Format):
         codes = unpack(parts["codes"], columns).astype(jnp.float32)
         scale = spread(parts["scale"].astype(jnp.float32), size, columns)
         if self.symmetric:
-            return (codes - 8) * scale
-        return (codes - spread(parts["zero"].astype(jnp.float32), size, columns)) * scale
+            return ((codes - 8) * scale).T
+        zero = spread(parts["zero"].astype(jnp.float32), size, columns)
+        return ((codes - zero) * scale).T
 
 
 def _unless_zero(scale: jax.Array) -> jax.Array:

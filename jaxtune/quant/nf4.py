@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxtune.quant.packing import look_up, pack, packed_columns, spread, unpack
+from jaxtune.quant.packing import look_up, pack, packed_size, spread, unpack
 from jaxtune.quant.weight import Format, Part, Parts
 
 BLOCK = 64
@@ -34,7 +34,6 @@ NF4 = np.array(
 )
 # fmt: on
 _MIDPOINTS = (NF4[1:] + NF4[:-1]) / 2
-SMALLEST = np.float32(1e-38)  # an absmax of zero is divided by this
 
 
 def _linspace(steps: int) -> np.ndarray:
@@ -74,8 +73,8 @@ class NormalFloat4(Format):
     def parts(self, shape: tuple[int, int]) -> dict[str, Part]:
         """Returns codes and scales, with the scales' own scales where they are quantized."""
         rows, columns = shape
-        blocks, axes = _block_shape(shape), (0, 1) if columns % BLOCK == 0 else (None,)
-        codes = Part((rows, packed_columns(columns)), jnp.uint8, (0, 1))
+        blocks, axes = _block_shape(shape), (1, 0) if columns % BLOCK == 0 else (None,)
+        codes = Part((packed_size(columns), rows), jnp.uint8, (1, 0))
         if not self.double:
             return {"codes": codes, "absmax": Part(blocks, jnp.float32, axes)}
         nested = (-(-math.prod(blocks) // NESTED_BLOCK),)
@@ -95,23 +94,23 @@ class NormalFloat4(Format):
         rows, columns = weight.shape
         flat = jnp.pad(weight.reshape(-1), (0, -weight.size % BLOCK)).reshape(-1, BLOCK)
         absmax = jnp.max(jnp.abs(flat), axis=1)
-        scaled = (flat * (1 / jnp.maximum(absmax, SMALLEST))[:, None]).reshape(-1)
+        scaled = (flat * (1 / jnp.where(absmax == 0, 1, absmax))[:, None]).reshape(-1)
         scaled = scaled[: weight.size].reshape(rows, columns)
         codes = sum((scaled > midpoint).astype(jnp.uint8) for midpoint in _MIDPOINTS)
         return {
             "codes": pack(jnp.asarray(codes)),
-            "absmax": absmax.reshape(_block_shape(weight.shape)),
+            "absmax": absmax.reshape(rows, -1).T if columns % BLOCK == 0 else absmax,
         }
 
     def finish(self, parts: Parts) -> Parts:
         """Quantizes the scales."""
         if not self.double:
             return parts
-        absmax = np.asarray(parts["absmax"])
-        codes, nested, offset = quantize_scales(absmax.reshape(-1))
+        absmax = np.asarray(parts["absmax"])  # its blocks are numbered row of the weight by row
+        codes, nested, offset = quantize_scales(absmax.T.reshape(-1))
         return {
             "codes": parts["codes"],
-            "absmax": codes.reshape(absmax.shape),
+            "absmax": codes.reshape(absmax.T.shape).T,
             "nested_absmax": nested,
             "nested_offset": offset,
         }
@@ -123,8 +122,8 @@ class NormalFloat4(Format):
         if columns % BLOCK == 0:
             scales = spread(absmax, BLOCK, columns)
         else:
-            scales = jnp.repeat(absmax, BLOCK)[: rows * columns].reshape(shape)
-        return look_up(NF4, unpack(parts["codes"], columns)) * scales
+            scales = jnp.repeat(absmax, BLOCK)[: rows * columns].reshape(shape).T
+        return (look_up(NF4, unpack(parts["codes"], columns)) * scales).T
 
     def _absmax(self, parts: Mapping[str, jax.Array]) -> jax.Array:
         if not self.double:
@@ -132,7 +131,7 @@ class NormalFloat4(Format):
         codes = parts["absmax"]
         nested = jnp.repeat(parts["nested_absmax"], NESTED_BLOCK)[: codes.size]
         offset = parts["nested_offset"]
-        scaled = look_up(DYNAMIC, codes) * nested.reshape(codes.shape)
+        scaled = look_up(DYNAMIC, codes) * nested.reshape(codes.T.shape).T
         return _rounded(scaled, offset) + offset
 
 
@@ -150,7 +149,7 @@ def _rounded(product: jax.Array, other: jax.Array) -> jax.Array:
 def _block_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     rows, columns = shape
     if columns % BLOCK == 0:
-        return rows, columns // BLOCK
+        return columns // BLOCK, rows
     return (-(-rows * columns // BLOCK),)
 
 
@@ -170,7 +169,7 @@ def quantize_scales(
         offset = np.float32(absmax.mean(dtype=np.float64))
     centred = np.pad(absmax - offset, (0, -absmax.size % NESTED_BLOCK)).reshape(-1, NESTED_BLOCK)
     nested = np.abs(centred).max(axis=1)
-    scaled = centred * (1 / np.maximum(nested, SMALLEST))[:, None]
+    scaled = centred * (1 / np.where(nested == 0, 1, nested))[:, None]
     codes = np.searchsorted((DYNAMIC[1:] + DYNAMIC[:-1]) / 2, scaled.reshape(-1), side="left")
     codes = np.where(np.repeat(nested, NESTED_BLOCK) == 0, 0, codes)
     return codes.astype(np.uint8)[: absmax.size], nested, np.asarray(offset, np.float32)

@@ -1,8 +1,9 @@
 """Two 4-bit codes per byte, and looking codes up in a table.
 
-Codes are packed in blocks of 64 columns: byte j of a block holds column j in its high half and
-column j + 32 in its low one. Unpacking is then a concatenation of two slices, and not an
-interleaving, which on a TPU costs a copy of the weight; and a block can move to another device.
+Codes of a weight [out, in] are stored as [in, out], in blocks of 64 inputs: byte j of a block holds
+input j in its high half and input j + 32 in its low one. A TPU's registers then run along `out`:
+unpacking is a concatenation of whole registers, and a scale is one register for 64 others. Along
+`in` it would cost a copy of the codes of all layers in another order.
 """
 
 from __future__ import annotations
@@ -19,23 +20,23 @@ BLOCK = 64
 _HALF = BLOCK // 2
 
 
-def packed_columns(columns: int) -> int:
-    """Returns how many bytes a row of so many codes takes."""
+def packed_size(columns: int) -> int:
+    """Returns how many bytes the codes of a row of so many columns take."""
     return -(-columns // BLOCK) * _HALF
 
 
 def pack(codes: jax.Array) -> jax.Array:
-    """Packs codes uint8 [rows, columns], each under 16, to [rows, packed_columns(columns)]."""
+    """Packs codes uint8 [rows, columns], each under 16, to [packed_size(columns), rows]."""
     rows, columns = codes.shape
-    padded = jnp.pad(codes, ((0, 0), (0, -columns % BLOCK))).reshape(rows, -1, BLOCK)
-    return ((padded[..., :_HALF] << 4) | padded[..., _HALF:]).reshape(rows, -1)
+    padded = jnp.pad(codes, ((0, 0), (0, -columns % BLOCK))).T.reshape(-1, BLOCK, rows)
+    return ((padded[:, :_HALF] << 4) | padded[:, _HALF:]).reshape(-1, rows)
 
 
 def unpack(packed: jax.Array, columns: int) -> jax.Array:
-    """Undoes `pack`: uint8 [rows, columns]."""
-    blocks = packed.reshape(packed.shape[0], -1, _HALF)
-    codes = jnp.concatenate([blocks >> 4, blocks & 15], axis=-1)
-    return codes.reshape(packed.shape[0], -1)[:, :columns]
+    """Returns the codes that `pack` was given, transposed: uint8 [columns, rows]."""
+    blocks = packed.reshape(-1, _HALF, packed.shape[-1])
+    codes = jnp.concatenate([blocks >> 4, blocks & 15], axis=1)
+    return codes.reshape(-1, packed.shape[-1])[:columns]
 
 
 def look_up(table: np.ndarray, codes: jax.Array) -> jax.Array:
@@ -70,11 +71,11 @@ def _select(table: Sequence[float], codes: jax.Array) -> jax.Array:
     return values[0]
 
 
-def spread(scales: jax.Array, size: int, columns: int) -> jax.Array:
-    """Repeats each group's value over its columns: [rows, groups] → [rows, columns]."""
-    rows, groups = scales.shape
-    wide = jnp.broadcast_to(scales[:, :, None], (rows, groups, size)).reshape(rows, groups * size)
-    return wide[:, :columns]
+def spread(scales: jax.Array, size: int, length: int) -> jax.Array:
+    """Repeats each group's value along the first axis: [groups, rows] → [length, rows]."""
+    groups, rows = scales.shape
+    tall = jnp.broadcast_to(scales[:, None], (groups, size, rows)).reshape(groups * size, rows)
+    return tall[:length]
 
 
 def in_groups(weight: jax.Array, size: int) -> jax.Array:
