@@ -22,6 +22,7 @@ from jaxtune.models.definition import Definition
 from jaxtune.objectives.sft import sft_loss
 from jaxtune.parallel.mesh import make_mesh, named_sharding
 from jaxtune.quant import FORMATS
+from jaxtune.training.experts import mixture_layers
 from jaxtune.training.optimizer import make_optimizer, make_schedule
 from jaxtune.training.state import TrainState, state_like
 from jaxtune.training.step import StepSettings, make_eval_step, make_train_step
@@ -62,7 +63,7 @@ class Setup:
             self.optimizer,
             self.schedule,
             self.options,
-            StepSettings(training.accumulation, training.seed, dropout),
+            StepSettings(training.accumulation, training.seed, dropout, training.balance_loss),
             self.like,
         )
 
@@ -106,6 +107,11 @@ def set_up(
         lookup(FORMATS, config.quantize.format, "quantize.format")
     lookup(dict.fromkeys(POLICIES), training.remat, "training.remat")
     definition = define(model_config, training.dtype, method)
+    if training.balance_loss and not mixture_layers(definition):
+        raise JaxtuneError(
+            f"training.balance_loss={training.balance_loss:g} has nothing to balance: "
+            f"{model_config.get('model_type')} has no routed experts"
+        )
     mesh = make_mesh(config.mesh, devices)
     rows = training.batch_size // training.accumulation
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
