@@ -144,6 +144,7 @@ class Decoder(nnx.Module):
             key,
             options.attention,
             options.dtype,
+            options.platform,
         )
         x = self.embed_tokens(tokens, options.residual_dtype)
         x = constrain(x, "batch", "sequence", "hidden")

@@ -15,7 +15,7 @@ from jax import lax
 
 from jaxtune.layers.balance import Routed, routed
 from jaxtune.layers.context import Context
-from jaxtune.layers.grouped import Groups, group, grouped_linear
+from jaxtune.layers.grouped import Groups, choose_kernel, group, grouped_linear
 from jaxtune.layers.mlp import MLP
 from jaxtune.layers.tree import Buffer, parameter
 
@@ -177,7 +177,8 @@ class MoE(nnx.Module):
         weights, experts = self.gate.choose(scores)
         routing = self.gate.describe(scores, experts, context.segment_ids)
         top_k = experts.shape[1]
-        groups = group(experts.reshape(-1), self.gate.routing.experts)
+        kernel = choose_kernel(context.platform)
+        groups = group(experts.reshape(-1), self.gate.routing.experts, kernel)
         # One row more, of zeros, is what padding holds.
         padded = jnp.pad(rows, ((0, 1), (0, 0)))[jnp.minimum(groups.source // top_k, len(rows))]
         y = self.experts(padded, groups, context)

@@ -1,0 +1,68 @@
+"""A mixture of experts compiled for a TPU: grouped kernels, and no product of every expert."""
+
+import re
+
+import jax
+import pytest
+
+from jaxtune.adapters.full import Full
+from jaxtune.adapters.lora import Lora
+from jaxtune.config import resolve
+from jaxtune.planning.plan import step_arguments
+from jaxtune.planning.topology import describe
+from jaxtune.training.setup import set_up
+
+pytestmark = pytest.mark.slow
+
+# V2-Lite's structure at an eighth of its sizes.
+MIXTURE = {
+    "model_type": "deepseek_v2",
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 176,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "rms_norm_eps": 1e-6,
+}
+KERNEL = 'custom_call_target="tpu_custom_call"'
+LENGTH, ROWS, TOP_K, HIDDEN, WIDTH = 1024, 4, 6, 256, 176
+
+
+def compiled(experts, method):
+    """Compiles the training step of a mixture for one v5e chip."""
+    config = resolve({"data": {"max_length": LENGTH}, "training": {"batch_size": ROWS}})
+    model = MIXTURE | {"n_routed_experts": experts}
+    setup = set_up(config, model, method, describe("v5e:1x1").devices)
+    with jax.set_mesh(setup.mesh):
+        step = setup.train_step().lower(*step_arguments(setup)).compile()
+    temporaries = step.memory_analysis().temp_size_in_bytes
+    print(f"{method.name}, {experts} experts: {temporaries / 2**20:.0f} MiB of temporaries")
+    return step
+
+
+def products(step, experts):
+    """Returns the lines of plain products that have an axis of experts."""
+    lines = re.findall(r"^.* (?:dot|convolution)\(.*$", step.as_text(), re.MULTILINE)
+    return [line for line in lines if re.search(rf"\[(?:\d+,)*{experts}(?:,\d+){{2}}\]", line)]
+
+
+@pytest.mark.parametrize("method", [Lora(8, 16.0, targets=("all-linear",)), Full()])
+def test_each_row_meets_one_expert(method):
+    few, many = compiled(16, method), compiled(61, method)
+    kernels = set(re.findall(r"grouped_(?:multiply|outer_sums)", many.as_text()))
+    assert kernels == {"grouped_multiply", "grouped_outer_sums"}
+    # Three projections: forward, and twice in the backward pass; the weights' gradients beside.
+    assert many.as_text().count(KERNEL) >= 3 * 3 + 3
+    assert not products(many, 61)
+    flops = [step.cost_analysis()["flops"] for step in (few, many)]
+    # Products of every row with every expert would grow fourfold.
+    assert flops[1] < 1.5 * flops[0]
