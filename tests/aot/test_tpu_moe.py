@@ -50,9 +50,10 @@ def compiled(experts, method):
 
 
 def products(step, experts):
-    """Returns the lines of plain products that have an axis of experts."""
+    """Returns the plain products in which an array of three axes or more has one of experts."""
     lines = re.findall(r"^.* (?:dot|convolution)\(.*$", step.as_text(), re.MULTILINE)
-    return [line for line in lines if re.search(rf"\[(?:\d+,)*{experts}(?:,\d+){{2}}\]", line)]
+    shapes = re.compile(rf"\[(?=(?:\d+,){{2,}}\d+\])(?:\d+,)*{experts}(?:,\d+)*\]")
+    return [line for line in lines if shapes.search(line)]
 
 
 def assert_grouped(step, experts):
