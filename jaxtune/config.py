@@ -105,6 +105,12 @@ KNOBS: dict[str, dict[str, Knob]] = {
         "remat": Knob(
             "full", "what the backward pass recomputes: none, full (each layer), or a named policy"
         ),
+        "balance_loss": Knob(
+            0.0,
+            "factor on the loss that spreads tokens over routed experts, beside the loss itself "
+            "and never in what is reported as loss; 0: off",
+            minimum=0,
+        ),
     },
     "optimizer": {
         "name": Knob("adamw", "optax optimizer"),

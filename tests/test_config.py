@@ -171,6 +171,7 @@ PERTURBED = {
     "training.seed": (1,),
     "training.dtype": ("float32",),
     "training.remat": ("none",),
+    "training.balance_loss": (0.01, "model.path={mixture}", "adapter.targets=o_proj"),
     "optimizer.learning_rate": (1e-3,),
     "optimizer.schedule": ("constant",),
     "optimizer.warmup_steps": (3,),
@@ -224,6 +225,22 @@ def places(tiny, tiny_chat, tmp_path_factory):
     return {
         "model": tiny_chat,
         "other_model": tiny("llama", vocab_size=258, num_hidden_layers=2),
+        "mixture": tiny(
+            "deepseek_v2",
+            vocab_size=258,
+            num_key_value_heads=4,
+            moe_intermediate_size=24,
+            n_routed_experts=8,
+            num_experts_per_tok=2,
+            n_group=1,
+            topk_group=1,
+            first_k_dense_replace=1,
+            q_lora_rank=None,
+            kv_lora_rank=28,
+            qk_nope_head_dim=12,
+            qk_rope_head_dim=16,
+            v_head_dim=10,
+        ),
         "data": root / "data.jsonl",
         "other_data": root / "other_data.jsonl",
         "template": root / "template.jinja",
@@ -316,6 +333,7 @@ def test_every_knob_has_a_consequence(places, key, monkeypatch):
     monkeypatch.setenv("TOKENIZER", str(places["model"]))
     value, *others = PERTURBED[key]
     value = value.format(**places) if isinstance(value, str) else value
+    others = [other.format(**places) for other in others]
     plain = Prepared(_base(places, *others))
     assert Prepared(_base(places, *others, f"{key}={value}")).differs_from(plain)
 

@@ -17,7 +17,7 @@ Cache = dict[str, jax.Array]
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["cos", "sin", "segment_ids", "kv_segment_ids", "cache_index", "key"],
-    meta_fields=["backend", "dtype"],
+    meta_fields=["backend", "dtype", "platform"],
 )
 @dataclasses.dataclass(frozen=True)
 class Context:
@@ -33,6 +33,7 @@ class Context:
       key: for dropout in the current layer; None turns dropout off.
       backend: attention backend.
       dtype: compute dtype.
+      platform: of the devices: "cpu", "gpu" or "tpu".
     """
 
     cos: jax.Array
@@ -43,6 +44,7 @@ class Context:
     key: jax.Array | None
     backend: str
     dtype: Any
+    platform: str = "cpu"
 
     def key_for(self, name: str) -> jax.Array | None:
         """Returns the random key, a scalar, of a named module of the current layer."""

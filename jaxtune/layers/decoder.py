@@ -15,11 +15,13 @@ from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 
+from jaxtune.layers.balance import Routed
 from jaxtune.layers.bits import from_bits
 from jaxtune.layers.context import Cache, Context
 from jaxtune.layers.embedding import Embedding
 from jaxtune.layers.head import Head
 from jaxtune.layers.linear import Linear
+from jaxtune.layers.moe import MoE
 from jaxtune.layers.norm import RMSNorm
 from jaxtune.layers.remat import remat as remat_body
 from jaxtune.layers.rope import Rope
@@ -68,13 +70,17 @@ class DecoderLayer(nnx.Module):
 
     def __call__(
         self, x: jax.Array, context: Context, cache: Cache | None, layer: jax.Array
-    ) -> tuple[jax.Array, Cache | None]:
-        """Maps x [B, T, hidden] and the run's cache to the same."""
+    ) -> tuple[jax.Array, Cache | None, Routed | None]:
+        """Maps x [B, T, hidden] and the run's cache to the same; says how a mixture routed it."""
         h = self.input_layernorm(x, context.dtype)
         h, cache = self.self_attn(h, context, cache, layer)
         x = x + h
-        x = x + self.mlp(self.post_attention_layernorm(x, context.dtype), context)
-        return constrain(x, "batch", "sequence", "hidden"), cache
+        h, routed = self.post_attention_layernorm(x, context.dtype), None
+        if isinstance(self.mlp, MoE):
+            h, routed = self.mlp.with_routing(h, context)
+        else:
+            h = self.mlp(h, context)
+        return constrain(x + h, "batch", "sequence", "hidden"), cache, routed
 
 
 class Decoder(nnx.Module):
@@ -120,8 +126,13 @@ class Decoder(nnx.Module):
         caches: list[Cache] | None = None,
         kv_segment_ids: jax.Array | None = None,
         cache_index: jax.Array | int = 0,
-    ) -> tuple[jax.Array, list[Cache] | None]:
-        """Runs the decoder; arguments and results as in `CausalLM.hidden`."""
+    ) -> tuple[jax.Array, list[Cache] | None, Routed | None]:
+        """Runs the decoder; arguments as in `CausalLM.hidden`.
+
+        Returns:
+          (normalised hidden states [B, T, hidden], updated caches, the routing of every mixture
+          of experts with a leading axis of layers, or None where there is none).
+        """
         cos, sin = self.rope.angles(positions)
         kv_segment_ids = segment_ids if kv_segment_ids is None else kv_segment_ids
         context = Context(
@@ -133,16 +144,23 @@ class Decoder(nnx.Module):
             key,
             options.attention,
             options.dtype,
+            options.platform,
         )
         x = self.embed_tokens(tokens, options.residual_dtype)
         x = constrain(x, "batch", "sequence", "hidden")
         updated: list[Cache] = []
+        routings: list[Routed] = []
         for run, (first, count) in enumerate(self.run_layers):
             cache = None if caches is None else caches[run]
-            x, cache = _scan(self.layers[run], x, context, cache, (first, count), options)
+            x, cache, routed = _scan(self.layers[run], x, context, cache, (first, count), options)
             if cache is not None:
                 updated.append(cache)
-        return self.norm(x, options.dtype), updated or None
+            if routed is not None:
+                routings.append(routed)
+        routing = None
+        if routings:
+            routing = jax.tree.map(lambda *runs: jnp.concatenate(runs), *routings)
+        return self.norm(x, options.dtype), updated or None, routing
 
 
 def _scan(
@@ -152,18 +170,19 @@ def _scan(
     cache: Cache | None,
     run: tuple[int, int],
     options: ForwardOptions,
-) -> tuple[jax.Array, Cache | None]:
+) -> tuple[jax.Array, Cache | None, Routed | None]:
     """Applies a stacked run of layers, given as (first layer, count), one after the other."""
     graphdef, state = nnx.split(layers)
 
-    def body(carry: Any, xs: Any) -> tuple[Any, None]:
+    def body(carry: Any, xs: Any) -> tuple[Any, Routed | None]:
         (x, cache), (layer_state, index) = carry, xs
         layer = nnx.merge(graphdef, from_bits(layer_state))
-        return layer(x, context.in_layer(run[0] + index), cache, index), None
+        x, cache, routed = layer(x, context.in_layer(run[0] + index), cache, index)
+        return (x, cache), routed
 
     xs = (state, jnp.arange(run[1]))
-    (x, cache), _ = lax.scan(remat_body(body, options.remat), (x, cache), xs)
-    return x, cache
+    (x, cache), routed = lax.scan(remat_body(body, options.remat), (x, cache), xs)
+    return x, cache, routed
 
 
 class CausalLM(nnx.Module):
@@ -201,9 +220,28 @@ class CausalLM(nnx.Module):
         Returns:
           (normalised hidden states [B, T, hidden], updated caches).
         """
-        return self.model(
+        hidden, caches, _ = self.model(
             tokens, segment_ids, positions, options, key, caches, kv_segment_ids, cache_index
         )
+        return hidden, caches
+
+    def hidden_with_routing(
+        self,
+        tokens: jax.Array,
+        segment_ids: jax.Array,
+        positions: jax.Array,
+        options: ForwardOptions,
+        *,
+        key: jax.Array | None = None,
+    ) -> tuple[jax.Array, Routed | None]:
+        """Runs everything but the head, without a cache; arguments as in `hidden`.
+
+        Returns:
+          (normalised hidden states [B, T, hidden], the routing of every mixture of experts with
+          a leading axis of layers, or None where there is none).
+        """
+        hidden, _, routing = self.model(tokens, segment_ids, positions, options, key)
+        return hidden, routing
 
     def head(self) -> Head:
         """Returns what turns hidden states into logits: the embedding where it is tied."""

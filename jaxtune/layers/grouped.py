@@ -4,6 +4,9 @@ Rows are sorted by expert and each expert's share is padded to a multiple of a t
 meets one weight. The products walk over the tiles that hold rows: the cost grows with the number of
 rows, whatever the number of experts, and nothing is dropped.
 
+The walk is a loop that any platform can compile, or the kernels of `grouped_pallas` on a TPU. The
+loop turns a quantized weight into an array one expert at a time, so that it never holds a stack.
+
 N rows routed, P padded rows, E experts.
 """
 
@@ -17,16 +20,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxtune.layers import grouped_pallas
 from jaxtune.layers.linear import is_trained, outer, plain_values, product
 from jaxtune.quant import materialize
 
 MAX_TILE = 128
+# Rows of the smallest tile: a TPU lays bfloat16 out in tiles of 16 rows.
+MIN_TILE = {"loop": 8, "pallas": 16}
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["source", "slot", "tile_expert", "tiles"],
-    meta_fields=["tile"],
+    meta_fields=["tile", "kernel"],
 )
 @dataclasses.dataclass(frozen=True)
 class Groups:
@@ -38,6 +44,7 @@ class Groups:
       tile_expert: int32[P / tile].
       tiles: int32 scalar, how many tiles hold rows: at most ⌈N / tile⌉ + E.
       tile: rows per tile.
+      kernel: what multiplies plain weights: "loop" or "pallas".
     """
 
     source: jax.Array
@@ -45,23 +52,33 @@ class Groups:
     tile_expert: jax.Array
     tiles: jax.Array
     tile: int
+    kernel: str
 
 
-def tile_size(rows: int, experts: int) -> int:
+def choose_kernel(platform: str) -> str:
+    """Returns what multiplies best on a platform, with the mesh in context."""
+    mesh = jax.sharding.get_abstract_mesh()
+    # A kernel is not partitioned by the compiler, a loop is.
+    alone = mesh.empty or mesh.size == 1
+    return "pallas" if platform == "tpu" and alone else "loop"
+
+
+def tile_size(rows: int, experts: int, kernel: str = "loop") -> int:
     """Returns rows per tile: a power of two, so that an average expert fills a few."""
     average = max(rows // (4 * experts), 1)
-    return min(MAX_TILE, max(8, 1 << (average.bit_length() - 1)))
+    return min(MAX_TILE, max(MIN_TILE[kernel], 1 << (average.bit_length() - 1)))
 
 
-def group(expert: jax.Array, experts: int) -> Groups:
+def group(expert: jax.Array, experts: int, kernel: str = "loop") -> Groups:
     """Sorts rows into tiles.
 
     Args:
       expert: int32[N], the expert of each row.
       experts: E.
+      kernel: what is going to multiply them; see `choose_kernel`.
     """
     rows = expert.shape[0]
-    tile = tile_size(rows, experts)
+    tile = tile_size(rows, experts, kernel)
     padded = (-(-rows // tile) + experts) * tile
     order = jnp.argsort(expert, stable=True)
     sizes = jnp.bincount(expert, length=experts)
@@ -78,6 +95,7 @@ def group(expert: jax.Array, experts: int) -> Groups:
         tile_expert=jnp.minimum(tile_expert, experts - 1).astype(jnp.int32),
         tiles=last_tile[-1].astype(jnp.int32),
         tile=tile,
+        kernel=kernel,
     )
 
 
@@ -98,6 +116,8 @@ def _take(weight: Any, expert: jax.Array, dtype: Any) -> jax.Array:
 def _multiply(x: jax.Array, weight: Any, groups: Groups, axis: int, features: int) -> jax.Array:
     """Contracts the last axis of x [P, …] with an axis of each tile's weight, in float32."""
     tile = groups.tile
+    if groups.kernel == "pallas" and isinstance(weight, jax.Array):
+        return grouped_pallas.multiply(x, weight, groups.tile_expert, groups.tiles, axis)
 
     def one_tile(index: jax.Array, y: jax.Array) -> jax.Array:
         rows = lax.dynamic_slice_in_dim(x, index * tile, tile)
@@ -141,7 +161,14 @@ def _backward(features: int, residuals: Any, g: jax.Array) -> Any:
     dx = _multiply(g, weight, groups, 0, like.shape[1]).astype(like.dtype)
     if x is None:
         return dx, None, None
+    return dx, _outer_sums(g, x, weight, groups).astype(weight.dtype), None
+
+
+def _outer_sums(g: jax.Array, x: jax.Array, weight: jax.Array, groups: Groups) -> jax.Array:
+    """Sums g [P, out] ⊗ x [P, in] over the rows of each expert: float32 [E, out, in]."""
     tile = groups.tile
+    if groups.kernel == "pallas":
+        return grouped_pallas.outer_sums(g, x, groups.tile_expert, groups.tiles, weight.shape[0])
 
     def one_tile(index: jax.Array, dw: jax.Array) -> jax.Array:
         expert = groups.tile_expert[index]
@@ -149,8 +176,7 @@ def _backward(features: int, residuals: Any, g: jax.Array) -> Any:
         total = lax.dynamic_index_in_dim(dw, expert, 0, keepdims=False) + outer(grads, rows)
         return lax.dynamic_update_index_in_dim(dw, total, expert, 0)
 
-    dw = lax.fori_loop(0, groups.tiles, one_tile, jnp.zeros(weight.shape, jnp.float32))
-    return dx, dw.astype(weight.dtype), None
+    return lax.fori_loop(0, groups.tiles, one_tile, jnp.zeros(weight.shape, jnp.float32))
 
 
 _grouped: Any = jax.custom_vjp(_primal, nondiff_argnums=(3,))

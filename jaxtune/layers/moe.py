@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from jaxtune.layers.balance import Routed, routed
 from jaxtune.layers.context import Context
-from jaxtune.layers.grouped import Groups, group, grouped_linear
+from jaxtune.layers.grouped import Groups, choose_kernel, group, grouped_linear
 from jaxtune.layers.mlp import MLP
 from jaxtune.layers.tree import Buffer, parameter
 
@@ -63,6 +64,10 @@ class Router(nnx.Module):
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Routes x [N, H]; returns (weights float32 [N, k], experts int32 [N, k])."""
+        return self.choose(self.scores(x))
+
+    def scores(self, x: jax.Array) -> jax.Array:
+        """Returns the score of every expert, float32 [N, E], of x [N, H]."""
         routing, dtype = self.routing, jnp.float32 if self.routing.float32 else x.dtype
         logits = lax.dot_general(
             x.astype(dtype),
@@ -70,7 +75,11 @@ class Router(nnx.Module):
             (((1,), (1,)), ((), ())),
             lax.Precision.HIGHEST,
         ).astype(jnp.float32)
-        scores = jax.nn.softmax(logits) if routing.scores == "softmax" else jax.nn.sigmoid(logits)
+        return jax.nn.softmax(logits) if routing.scores == "softmax" else jax.nn.sigmoid(logits)
+
+    def choose(self, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns (weights float32 [N, k], experts int32 [N, k]) by scores [N, E]."""
+        routing = self.routing
         choice = lax.stop_gradient(scores)
         if self.e_score_correction_bias is not None:
             choice = choice + self.e_score_correction_bias.get_value()
@@ -79,6 +88,19 @@ class Router(nnx.Module):
         if routing.normalize:
             weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
         return weights * routing.scale, experts.astype(jnp.int32)
+
+    def describe(self, scores: jax.Array, experts: jax.Array, segment_ids: jax.Array) -> Routed:
+        """Describes a choice of experts int32 [N, k] by scores [N, E], of tokens int[B, T]."""
+        counted, (batch, length) = experts, segment_ids.shape
+        if self.e_score_correction_bias is not None:
+            # V3's report counts the experts of the highest scores, whatever bias and groups say.
+            _, counted = lax.top_k(scores, self.routing.top_k)
+        if self.routing.scores == "sigmoid":
+            scores = scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
+        scores, experts, counted = (
+            a.reshape(batch, length, -1) for a in (scores, experts, counted)
+        )
+        return routed(scores, experts, counted, segment_ids)
 
     def _within_best_groups(self, choice: jax.Array) -> jax.Array:
         routing = self.routing
@@ -146,16 +168,23 @@ class MoE(nnx.Module):
 
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         """Maps x [B, T, H] to [B, T, H]."""
+        return self.with_routing(x, context)[0]
+
+    def with_routing(self, x: jax.Array, context: Context) -> tuple[jax.Array, Routed]:
+        """Maps x [B, T, H] to [B, T, H], and says how its tokens were routed."""
         rows = x.reshape(-1, x.shape[-1])
-        weights, experts = self.gate(rows)
+        scores = self.gate.scores(rows)
+        weights, experts = self.gate.choose(scores)
+        routing = self.gate.describe(scores, experts, context.segment_ids)
         top_k = experts.shape[1]
-        groups = group(experts.reshape(-1), self.gate.routing.experts)
+        kernel = choose_kernel(context.platform)
+        groups = group(experts.reshape(-1), self.gate.routing.experts, kernel)
         # One row more, of zeros, is what padding holds.
         padded = jnp.pad(rows, ((0, 1), (0, 0)))[jnp.minimum(groups.source // top_k, len(rows))]
         y = self.experts(padded, groups, context)
         chosen = y[groups.slot].reshape(*experts.shape, -1)
         out = jnp.einsum("nkh,nk->nh", chosen, weights.astype(chosen.dtype))
         out = out.astype(x.dtype).reshape(x.shape)
-        if self.shared_experts is None:
-            return out
-        return out + self.shared_experts(x, context)
+        if self.shared_experts is not None:
+            out = out + self.shared_experts(x, context)
+        return out, routing

@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 
 from jaxtune.layers.decoder import CausalLM, ForwardOptions
-from jaxtune.objectives.cross_entropy import TokenLoss, cross_entropy
+from jaxtune.objectives.balance import ExpertSums, expert_sums
+from jaxtune.objectives.cross_entropy import cross_entropy
+
+
+class BatchSums(NamedTuple):
+    """What an objective gives for a batch: sums, float32.
+
+    Attributes:
+      loss: a scalar.
+      weight: what to divide it by, once, over the whole batch; a scalar.
+      correct: targets that are the likeliest token; a scalar.
+      experts: of the routing; None for a model without experts.
+    """
+
+    loss: jax.Array
+    weight: jax.Array
+    correct: jax.Array
+    experts: ExpertSums | None
 
 
 def sft_loss(
@@ -15,7 +33,7 @@ def sft_loss(
     batch: Mapping[str, jax.Array],
     options: ForwardOptions,
     key: jax.Array | None,
-) -> TokenLoss:
+) -> BatchSums:
     """Returns the summed loss of a batch and what to divide it by.
 
     Args:
@@ -24,7 +42,10 @@ def sft_loss(
       options: of the forward pass.
       key: for dropout; None turns it off.
     """
-    hidden, _ = model.hidden(
-        batch["tokens"], batch["segment_ids"], batch["positions"], options, key=key
+    targets, segment_ids = batch["targets"], batch["segment_ids"]
+    hidden, routing = model.hidden_with_routing(
+        batch["tokens"], segment_ids, batch["positions"], options, key=key
     )
-    return cross_entropy(hidden, model.head(), batch["targets"], options.tokens_per_chunk)
+    sums = cross_entropy(hidden, model.head(), targets, options.tokens_per_chunk)
+    experts = None if routing is None else expert_sums(routing, targets, segment_ids)
+    return BatchSums(*sums, experts=experts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 
@@ -17,7 +18,7 @@ from jaxtune.training.setup import set_up
 from jaxtune.training.train import bind_evaluation, choose_method, read_examples, trained_arrays
 
 
-def evaluate(run: RunDirectory, adapter: str = "best", data: str = "") -> dict[str, float]:
+def evaluate(run: RunDirectory, adapter: str = "best", data: str = "") -> dict[str, Any]:
     """Evaluates what a run trained, on the run's own mesh.
 
     Args:
@@ -27,7 +28,8 @@ def evaluate(run: RunDirectory, adapter: str = "best", data: str = "") -> dict[s
 
     Returns:
       ``loss`` (mean over target tokens, nats), ``perplexity``, ``token_accuracy`` (share of
-      targets that are the likeliest token) and ``tokens`` (targets).
+      targets that are the likeliest token) and ``tokens`` (targets); of a mixture of experts also
+      what `bind_evaluation` says of the routing.
 
     Raises:
       JaxtuneError: no examples, or nothing saved yet.

@@ -60,7 +60,7 @@ def fit(
     state: Any,
     step: Callable[[Any, Any], tuple[Any, Mapping[str, jax.Array]]],
     loader: Loader,
-    evaluate: Callable[[Any], Mapping[str, float]] | None,
+    evaluate: Callable[[Any], Mapping[str, Any]] | None,
     save_adapter: Callable[[Any, Path], Any] | None,
     run: RunDirectory,
     config: Any,
@@ -77,7 +77,8 @@ def fit(
         scalars, with ``loss``, ``grad_norm``, ``learning_rate`` and ``tokens`` (targets in the
         batch) among them.
       loader: gives the batches.
-      evaluate: ``trainable -> scores`` on the held-out set, ``loss`` among them; None: no set.
+      evaluate: ``trainable -> scores`` on the held-out set, ``loss`` among them; numbers, but
+        for ``expert_load``, which is written to a file of its own. None: no set.
       save_adapter: writes the trainables to a directory; None: the checkpoints hold all there is.
       run: the run's directory, started.
       config: the run's resolved config.
@@ -155,7 +156,7 @@ class _Milestones:
     """What happens between updates: evaluations, checkpoints, adapters."""
 
     config: Any
-    evaluate: Callable[[Any], Mapping[str, float]] | None
+    evaluate: Callable[[Any], Mapping[str, Any]] | None
     save_adapter: Callable[[Any, Path], Any] | None
     run: RunDirectory
     checkpoints: Checkpoints
@@ -177,9 +178,12 @@ class _Milestones:
         if self.evaluate is None:
             return
         with self.recorder.paused():
-            scores = {name: float(value) for name, value in self.evaluate(state.trainable).items()}
+            scores = dict(self.evaluate(state.trainable))
+            load = scores.pop("expert_load", None)
             _check_finite(number, scores, "held-out ")
             self.log.evaluation(number, scores)
+            if load is not None:
+                self.run.write_expert_load({"step": number, "load": load})
             logger.info("step %d: held-out loss %.4f", number, scores["loss"])
             if self.tally.best_loss is None or scores["loss"] < self.tally.best_loss:
                 self.tally.best_loss = scores["loss"]

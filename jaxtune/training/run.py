@@ -41,6 +41,7 @@ class RunDirectory:
         self.adapter_best = self.path / "adapter" / "best"
         self.description = self.path / "description.json"
         self.result = self.path / "result.json"
+        self.expert_load = self.path / "expert_load.json"
 
     def exists(self) -> bool:
         """Says whether a run was started here."""
@@ -164,6 +165,11 @@ class RunDirectory:
         with disk_full_named(self.path):
             text = json.dumps(dict(description), indent=2, ensure_ascii=False)
             write_atomically(self.description, text + "\n")
+
+    def write_expert_load(self, content: Mapping[str, Any]) -> None:
+        """Writes ``expert_load.json``: who was chosen at the last evaluation, expert by expert."""
+        with disk_full_named(self.path):
+            write_atomically(self.expert_load, json.dumps(dict(content)) + "\n")
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Writes ``result.json``: what came out of the run, for people and programs to read."""

@@ -23,6 +23,7 @@ from jaxtune.models.definition import Definition
 from jaxtune.objectives.sft import sft_loss
 from jaxtune.parallel.mesh import make_mesh, named_sharding
 from jaxtune.quant import Quantization
+from jaxtune.training.experts import mixture_layers
 from jaxtune.training.optimizer import make_optimizer, make_schedule
 from jaxtune.training.state import TrainState, state_like
 from jaxtune.training.step import StepSettings, make_eval_step, make_train_step
@@ -65,7 +66,7 @@ class Setup:
             self.optimizer,
             self.schedule,
             self.options,
-            StepSettings(training.accumulation, training.seed, dropout),
+            StepSettings(training.accumulation, training.seed, dropout, training.balance_loss),
             self.like,
         )
 
@@ -112,6 +113,11 @@ def set_up(
         raise JaxtuneError(
             f"quantize.format={config.quantize.format}: adapter.method={method.name} trains all of "
             "quantize.modules, and what is trained is not quantized"
+        )
+    if training.balance_loss and not mixture_layers(definition):
+        raise JaxtuneError(
+            f"training.balance_loss={training.balance_loss:g} has nothing to balance: "
+            f"{model_config.get('model_type')} has no routed experts"
         )
     mesh = make_mesh(config.mesh, devices)
     rows = training.batch_size // training.accumulation

@@ -13,12 +13,13 @@ from jax import lax
 from jaxtune.layers.decoder import CausalLM, ForwardOptions
 from jaxtune.layers.tree import Tree
 from jaxtune.models.definition import Definition
-from jaxtune.objectives.cross_entropy import TokenLoss
+from jaxtune.objectives.sft import BatchSums
 from jaxtune.parallel.rules import constrain
+from jaxtune.training.experts import load_summary
 from jaxtune.training.state import TrainState
 
 Batch = Mapping[str, jax.Array]
-Objective = Callable[[CausalLM, Batch, ForwardOptions, jax.Array | None], TokenLoss]
+Objective = Callable[[CausalLM, Batch, ForwardOptions, jax.Array | None], BatchSums]
 
 
 class StepSettings(NamedTuple):
@@ -28,11 +29,13 @@ class StepSettings(NamedTuple):
       accumulation: micro-batches per update.
       seed: of dropout.
       dropout: whether anything is dropped, and so needs random keys.
+      balance_loss: factor on the balance loss of a mixture of experts; 0 leaves it out.
     """
 
     accumulation: int
     seed: int
     dropout: bool
+    balance_loss: float = 0.0
 
 
 def make_train_step(
@@ -51,35 +54,40 @@ def make_train_step(
     number of target tokens in the whole batch, so the split changes nothing. The state is donated.
 
     Metrics are float32 scalars: ``loss`` (mean over target tokens), ``grad_norm`` (before
-    clipping), ``learning_rate``, ``tokens`` (all but padding) and ``targets`` (those with a loss).
+    clipping), ``learning_rate``, ``tokens`` (all but padding) and ``targets`` (those with a loss);
+    of a mixture of experts also those of `load_summary` and, where it is trained on,
+    ``balance_loss`` (summed over layers, without its factor; it is no part of ``loss``).
     """
 
     def loss_sum(
         trainable: Tree, base: Tree, constants: Tree, batch: Batch, key: jax.Array | None
-    ) -> tuple[jax.Array, TokenLoss]:
+    ) -> tuple[jax.Array, BatchSums]:
         model = definition.bind(base, trainable, constants)
         sums = objective(model, batch, options, key)
-        return sums.loss, sums
+        if not settings.balance_loss or sums.experts is None:
+            return sums.loss, sums
+        return sums.loss + settings.balance_loss * sums.experts.balance, sums
 
     def summed_gradient(
         state: TrainState, base: Tree, constants: Tree, batch: Batch
-    ) -> tuple[Tree, TokenLoss]:
+    ) -> tuple[Tree, BatchSums]:
         differentiate = jax.grad(loss_sum, has_aux=True)
 
-        def micro_batch(carry: Any, xs: Any) -> tuple[Any, None]:
+        def micro_batch(total: Tree, xs: Any) -> tuple[Tree, BatchSums]:
             index, micro = xs
             micro = {name: constrain(rows, "batch", "sequence") for name, rows in micro.items()}
             key = _dropout_key(settings, state.step, index)
-            gradient = differentiate(state.trainable, base, constants, micro, key)
-            return jax.tree.map(jnp.add, carry, gradient), None
+            gradient, sums = differentiate(state.trainable, base, constants, micro, key)
+            return jax.tree.map(jnp.add, total, gradient), sums
 
         count = settings.accumulation
         cut = {name: rows.reshape(count, -1, rows.shape[-1]) for name, rows in batch.items()}
-        zero = jax.tree.map(jnp.zeros_like, state.trainable), TokenLoss(*(jnp.float32(0),) * 3)
+        zero = jax.tree.map(jnp.zeros_like, state.trainable)
         if count == 1:
             first = {name: rows[0] for name, rows in cut.items()}
-            return micro_batch(zero, (jnp.int32(0), first))[0]
-        return lax.scan(micro_batch, zero, (jnp.arange(count), cut))[0]
+            return micro_batch(zero, (jnp.int32(0), first))
+        gradient, each = lax.scan(micro_batch, zero, (jnp.arange(count), cut))
+        return gradient, jax.tree.map(lambda sums: jnp.sum(sums, axis=0), each)
 
     def train_step(
         state: TrainState, base: Tree, constants: Tree, batch: Batch
@@ -95,6 +103,10 @@ def make_train_step(
             "tokens": jnp.sum(batch["segment_ids"] != 0).astype(jnp.float32),
             "targets": sums.weight,
         }
+        if sums.experts is not None:
+            metrics |= load_summary(sums.experts.load)
+            if settings.balance_loss:
+                metrics["balance_loss"] = sums.experts.balance / weight
         trainable = jax.tree.map(jnp.add, state.trainable, updates)
         return TrainState(state.step + 1, trainable, opt_state), metrics
 
@@ -109,10 +121,10 @@ def _dropout_key(settings: StepSettings, step: jax.Array, micro: jax.Array) -> j
 
 
 def make_eval_step(definition: Definition, objective: Objective, options: ForwardOptions) -> Any:
-    """Builds the jitted ``(trainable, base, constants, batch) → TokenLoss``, without dropout."""
+    """Builds the jitted ``(trainable, base, constants, batch) → BatchSums``, without dropout."""
 
     @jax.jit
-    def eval_step(trainable: Tree, base: Tree, constants: Tree, batch: Batch) -> TokenLoss:
+    def eval_step(trainable: Tree, base: Tree, constants: Tree, batch: Batch) -> BatchSums:
         model = definition.bind(base, trainable, constants)
         return objective(model, batch, options._replace(remat="none"), None)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxtune.adapters import Method, Stored, method_from_config, method_from_peft
 from jaxtune.adapters.census import census, render
@@ -24,6 +25,7 @@ from jaxtune.errors import JaxtuneError
 from jaxtune.layers.bits import as_bits
 from jaxtune.layers.tree import Tree
 from jaxtune.training.describe import Split, describe
+from jaxtune.training.experts import load_summary, load_table, mixture_layers
 from jaxtune.training.loop import fit
 from jaxtune.training.run import RunDirectory
 from jaxtune.training.setup import Setup, set_up
@@ -182,21 +184,35 @@ def bind_step(
 
 def bind_evaluation(
     setup: Setup, base: Tree, constants: Tree, examples: Examples | None
-) -> Callable[[Tree], dict[str, float]] | None:
-    """Returns the evaluation as the loop calls it, or None without a held-out set."""
+) -> Callable[[Tree], dict[str, Any]] | None:
+    """Returns the evaluation as the loop calls it, or None without a held-out set.
+
+    Of a mixture of experts the scores have `load_summary`, ``balance_loss`` (summed over layers)
+    and ``expert_load``, the table of `load_table`.
+    """
     if examples is None:
         return None
     compiled, base = setup.eval_step(), as_bits(base, setup.options.platform)
 
-    def evaluate(trainable: Tree) -> dict[str, float]:
-        loss = weight = correct = 0.0
+    def evaluate(trainable: Tree) -> dict[str, Any]:
+        total = None
         for batch in held_out_batches(setup.config, examples):
             sums = jax.device_get(compiled(trainable, base, constants, setup.put_batch(batch)))
-            loss, weight, correct = (
-                total + float(value)
-                for total, value in zip((loss, weight, correct), sums, strict=True)
-            )
-        return {"loss": loss / weight, "token_accuracy": correct / weight, "tokens": weight}
+            # Sums over a whole set in float64.
+            sums = jax.tree.map(np.float64, sums)
+            total = sums if total is None else jax.tree.map(np.add, total, sums)
+        assert total is not None  # a set is never empty
+        scores: dict[str, Any] = {
+            "loss": float(total.loss / total.weight),
+            "token_accuracy": float(total.correct / total.weight),
+            "tokens": float(total.weight),
+        }
+        if total.experts is None:
+            return scores
+        load = total.experts.load
+        scores |= {name: float(value) for name, value in load_summary(load).items()}
+        scores["balance_loss"] = float(total.experts.balance / total.weight)
+        return scores | {"expert_load": load_table(load, mixture_layers(setup.definition))}
 
     return evaluate
 

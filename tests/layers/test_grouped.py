@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
+from jaxtune.layers import grouped_pallas
 from jaxtune.layers.grouped import MAX_TILE, group, grouped_linear, tile_size
 
 EXPERTS, IN, OUT = 6, 20, 12
@@ -30,9 +34,9 @@ def routes(kind, rows, experts=EXPERTS):
     return np.resize(chosen, rows).astype(np.int32)
 
 
-def ours(x, weight, expert):
+def ours(x, weight, expert, kernel="loop"):
     """Multiplies each row with the weight of its expert: [N, in] → float32 [N, out]."""
-    groups = group(expert, weight.shape[0])
+    groups = group(expert, weight.shape[0], kernel)
     padded = jnp.pad(x, ((0, 1), (0, 0)))[groups.source]
     return grouped_linear(padded, weight, groups, weight.shape[1])[groups.slot]
 
@@ -90,6 +94,71 @@ def test_products_and_gradients_are_those_of_an_einsum(kind, dtype, rows):
     assert relative(dw, expected_dw) <= bar
     empty = np.setdiff1d(np.arange(EXPERTS), expert)
     assert not np.any(np.asarray(dw, np.float32)[empty])
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "rows"),
+    [
+        ("random", jnp.float32, 1),
+        ("random", jnp.float32, 768),
+        ("random", jnp.bfloat16, 768),
+        ("most-are-empty", jnp.float32, 61),
+        ("the-last-takes-all", jnp.float32, 61),
+        ("the-first-is-empty", jnp.bfloat16, 61),
+    ],
+)
+def test_the_kernels_of_a_tpu_do_what_the_loop_does(kind, dtype, rows, monkeypatch):
+    # Two blocks of a weight and of its gradient, the last of which reach beyond the end.
+    monkeypatch.setattr(grouped_pallas, "WEIGHT_BLOCK", 1)
+    monkeypatch.setattr(grouped_pallas, "GRADIENT_BLOCK", 128)
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = [(rows, 200), (EXPERTS, 136, 200), (rows, 136)]
+    x, weight, g = (
+        jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes, strict=True)
+    )
+    expert = jnp.asarray(routes(kind, rows))
+
+    def results(kernel):
+        y, pull = jax.vjp(lambda x, weight: ours(x, weight, expert, kernel), x, weight)
+        return y, *pull(g.astype(jnp.float32))
+
+    expected = jax.jit(lambda: results("loop"))()
+    with pltpu.force_tpu_interpret_mode():  # what nothing has written reads as NaN
+        values = jax.jit(lambda: results("pallas"))()
+    for value, other in zip(values, expected, strict=True):
+        assert value.dtype == other.dtype
+        assert relative(value, other) <= (FLOAT32 if value.dtype == jnp.float32 else BFLOAT16)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Scaled:
+    """Eight-bit weights with a scale for each row."""
+
+    values: jax.Array
+    scales: jax.Array
+
+    def dequantize(self, dtype):
+        return self.values.astype(dtype) * self.scales.astype(dtype)
+
+
+@pytest.mark.parametrize("kernel", ["loop", "pallas"])
+def test_a_quantized_stack_is_never_dequantized_whole(kernel):
+    keys = jax.random.split(jax.random.key(2), 3)
+    values = jax.random.randint(keys[0], (EXPERTS, OUT, IN), -127, 128, jnp.int8)
+    weight = Scaled(values, jax.random.normal(keys[1], (EXPERTS, OUT, 1)))
+    x, expert = jax.random.normal(keys[2], (61, IN)), jnp.asarray(routes("random", 61))
+    groups = group(expert, EXPERTS, kernel)
+    padded = jnp.pad(x, ((0, 1), (0, 0)))[groups.source]
+
+    def total(padded, multiplied):
+        return jnp.sum(jnp.sin(grouped_linear(padded, multiplied, groups, OUT)[groups.slot]))
+
+    compiled = jax.jit(jax.grad(total)).lower(padded, weight).compile()
+    with pltpu.force_tpu_interpret_mode():
+        expected = jax.grad(total)(padded, weight.dequantize(jnp.float32))
+    assert relative(compiled(padded, weight), expected) <= FLOAT32
+    assert f"f32[{EXPERTS},{OUT},{IN}]" not in compiled.as_text()
 
 
 def test_a_frozen_weight_gets_the_same_gradient_of_its_input():

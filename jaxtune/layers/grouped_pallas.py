@@ -1,0 +1,152 @@
+"""Grouped products as Pallas kernels for TPUs.
+
+A tile of rows meets one weight, so a kernel is a product per tile whose weight is looked up by the
+tile's expert. A block of the weight stays in VMEM from one tile of an expert to the next. Operands
+are plain arrays: a quantized stack would have to be dequantized whole.
+
+P padded rows, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxtune.layers.linear import outer, product
+
+# Bytes of a weight's block, of which VMEM holds two beside the rows.
+WEIGHT_BLOCK = 4 * 2**20
+# Rows and columns of a gradient's block, float32.
+GRADIENT_BLOCK = 512
+LANES = 128
+
+
+def features_per_block(contracted: int, features: int, itemsize: int) -> int:
+    """Returns how many features of a weight, at least a lane of each, make up a block.
+
+    Args:
+      contracted: length of the axis that is summed over, which is never cut.
+      features: of the result.
+      itemsize: bytes of a number.
+    """
+    return min(features, max(WEIGHT_BLOCK // (contracted * itemsize) // LANES, 1) * LANES)
+
+
+def _cost(products: int, *operands: jax.Array) -> pl.CostEstimate:
+    """Tells the compiler what it cannot see inside a kernel."""
+    read = sum(operand.size * operand.dtype.itemsize for operand in operands)
+    return pl.CostEstimate(flops=2 * products, bytes_accessed=read, transcendentals=0)
+
+
+def multiply(
+    x: jax.Array, weight: jax.Array, tile_expert: jax.Array, tiles: jax.Array, axis: int
+) -> jax.Array:
+    """Contracts the last axis of x with an axis of the weight of each tile's expert.
+
+    Args:
+      x: [P, …].
+      weight: [E, out, in].
+      tile_expert: int32[P / tile].
+      tiles: int32 scalar, how many tiles hold rows.
+      axis: of one expert's weight: 1 for in, 0 for out.
+
+    Returns:
+      float32 [P, features]; rows of tiles that hold nothing are zero.
+    """
+    (rows, contracted), features = x.shape, weight.shape[2 - axis]
+    tile = rows // tile_expert.shape[0]
+    columns = features_per_block(contracted, features, x.dtype.itemsize)
+
+    def kernel(expert: Any, tiles: Any, x: Any, weight: Any, y: Any) -> None:
+        holds = pl.program_id(1) < tiles[0]
+
+        @pl.when(holds)
+        def _multiply() -> None:
+            y[...] = product(x[...], weight[...], axis)
+
+        @pl.when(~holds)
+        def _clear() -> None:
+            y[...] = jnp.zeros_like(y)
+
+    def weight_block(column: Any, i: Any, expert: Any, tiles: Any) -> tuple[Any, ...]:
+        return (expert[i], column, 0) if axis == 1 else (expert[i], 0, column)
+
+    block = (columns, contracted) if axis == 1 else (contracted, columns)
+    return pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((rows, features), jnp.float32),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(pl.cdiv(features, columns), tile_expert.shape[0]),
+            in_specs=[
+                pl.BlockSpec((tile, contracted), lambda column, i, expert, tiles: (i, 0)),
+                pl.BlockSpec((None, *block), weight_block),
+            ],
+            out_specs=pl.BlockSpec((tile, columns), lambda column, i, expert, tiles: (i, column)),
+        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        cost_estimate=_cost(rows * contracted * features, x, weight),
+        name="grouped_multiply",
+    )(tile_expert, tiles[None], x, weight.astype(x.dtype))
+
+
+def outer_sums(
+    g: jax.Array, x: jax.Array, tile_expert: jax.Array, tiles: jax.Array, experts: int
+) -> jax.Array:
+    """Sums g ⊗ x over the rows of each expert.
+
+    Args:
+      g: [P, out].
+      x: [P, in].
+      tile_expert: int32[P / tile], ascending.
+      tiles: int32 scalar, how many tiles hold rows.
+      experts: E.
+
+    Returns:
+      float32 [E, out, in].
+    """
+    count, (rows, out), features = tile_expert.shape[0], g.shape, x.shape[1]
+    tile = rows // count
+    height, width = min(GRADIENT_BLOCK, out), min(GRADIENT_BLOCK, features)
+
+    def kernel(expert: Any, tiles: Any, g: Any, x: Any, total: Any) -> None:
+        i = pl.program_id(2)
+        first = (i == 0) | (expert[i] != expert[jnp.maximum(i - 1, 0)])
+
+        @pl.when((i < tiles[0]) & first)
+        def _begin() -> None:
+            total[...] = outer(g[...], x[...])
+
+        @pl.when((i < tiles[0]) & ~first)
+        def _add() -> None:
+            total[...] += outer(g[...], x[...])
+
+    total = pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((experts, out, features), jnp.float32),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(pl.cdiv(out, height), pl.cdiv(features, width), count),
+            in_specs=[
+                pl.BlockSpec((tile, height), lambda row, column, i, expert, tiles: (i, row)),
+                pl.BlockSpec((tile, width), lambda row, column, i, expert, tiles: (i, column)),
+            ],
+            out_specs=pl.BlockSpec(
+                (None, height, width),
+                lambda row, column, i, expert, tiles: (expert[i], row, column),
+            ),
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary")
+        ),
+        cost_estimate=_cost(rows * out * features, g, x),
+        name="grouped_outer_sums",
+    )(tile_expert, tiles[None], g, x)
+    # No tile has written what belongs to an expert without rows.
+    held = jnp.arange(count) < tiles
+    chosen = jnp.zeros(experts, bool).at[tile_expert].max(held)
+    return jnp.where(chosen[:, None, None], total, 0.0)
