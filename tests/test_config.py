@@ -165,6 +165,11 @@ PERTURBED = {
     "adapter.dropout": (0.5,),
     "adapter.targets": ("v_proj",),
     "adapter.init_from": ("{adapter}",),
+    "quantize.format": ("int8",),
+    "quantize.modules": ("q_proj", "quantize.format=int8"),
+    "quantize.double": (False, "quantize.format=nf4"),
+    "quantize.group_size": (32, "quantize.format=int4"),
+    "quantize.symmetric": (False, "quantize.format=int4"),
     "training.steps": (12,),
     "training.batch_size": (8,),
     "training.accumulation": (2,),
@@ -183,7 +188,7 @@ PERTURBED = {
     "evaluation.batch_size": (2,),
 }
 # Those with a single valid value so far: any other one is refused by name.
-SINGLE = {"quantize.format": "int5", "optimizer.name": "adamu"}
+SINGLE = {"optimizer.name": "adamu"}
 LOOPED = {"checkpoint.every", "checkpoint.keep", "evaluation.every", "logging.every"}
 LOOPED |= {"logging.tensorboard"}
 MESHED = {"mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.expert", "mesh.sequence"}
