@@ -64,9 +64,10 @@ KNOBS: dict[str, dict[str, Knob]] = {
         ),
     },
     "adapter": {
-        "method": Knob("lora", "what is trained: lora, or full (every weight)"),
+        "method": Knob("lora", "what is trained: lora, dora, or full (every weight)"),
         "rank": Knob(16, "rank r of the LoRA factors", minimum=1),
         "alpha": Knob(32.0, "LoRA scale is alpha / rank", minimum=0),
+        "rslora": Knob(False, "the scale is alpha / √rank instead, which holds up at high ranks"),
         "dropout": Knob(0.0, "dropout on the input of the LoRA branch", minimum=0, maximum=0.999),
         "targets": Knob(
             ("q_proj", "k_proj", "v_proj", "o_proj"),

@@ -162,6 +162,7 @@ PERTURBED = {
     "adapter.method": ("full",),
     "adapter.rank": (2,),
     "adapter.alpha": (8.0,),
+    "adapter.rslora": (True,),
     "adapter.dropout": (0.5,),
     "adapter.targets": ("v_proj",),
     "adapter.init_from": ("{adapter}",),

@@ -5,15 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from jaxtune.adapters import full, lora
+from jaxtune.adapters import dora, full, lora
 from jaxtune.adapters.method import Method, Stored
 from jaxtune.errors import lookup
 
 METHODS: dict[str, Callable[[Any], Method]] = {
     "lora": lora.from_config,
+    "dora": dora.from_config,
     "full": full.from_config,
 }
-PEFT_TYPES: dict[str, Callable[[Stored], Method]] = {"LORA": lora.from_peft}
+
+
+def _lora_from_peft(stored: Stored) -> Method:
+    return dora.from_peft(stored) if stored.config.get("use_dora") else lora.from_peft(stored)
+
+
+PEFT_TYPES: dict[str, Callable[[Stored], Method]] = {"LORA": _lora_from_peft}
 
 
 def method_from_config(section: Any) -> Method:

@@ -18,6 +18,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
 from jaxtune.adapters.merge import Edit
+from jaxtune.adapters.method import BaseEdit
 from jaxtune.checkpoints.atomic import new_directory
 from jaxtune.checkpoints.fp8 import Float8Source
 from jaxtune.checkpoints.gguf import GGUFSource
@@ -257,7 +258,12 @@ class _Staging:
 
 
 def load(
-    definition: Definition, source: TensorSource, mesh: Mesh, *, progress: bool = True
+    definition: Definition,
+    source: TensorSource,
+    mesh: Mesh,
+    *,
+    edit: BaseEdit | None = None,
+    progress: bool = True,
 ) -> tuple[Tree, dict[str, str]]:
     """Streams a checkpoint into a tree of arrays.
 
@@ -268,6 +274,7 @@ def load(
       definition: what the model needs.
       source: the checkpoint.
       mesh: where the arrays go.
+      edit: changes the weights that it names, in float32, as they are read.
       progress: shows a bar when it takes more than two seconds.
 
     Returns:
@@ -279,23 +286,31 @@ def load(
     ignored = _check_names(definition, source)
     leaves = definition.in_checkpoint()
     names = {path: layer_names(path, leaf.declaration) for path, leaf in leaves.items()}
-    largest = max(_size(source, name) for layers in names.values() for name in layers)
+    edited = frozenset() if edit is None else frozenset(edit.names)
+    largest = max(_size(source, n, n in edited) for layers in names.values() for n in layers)
     staging = _Staging(largest)
+
+    def read(name: str) -> np.ndarray:
+        value = source.read(name)
+        if edit is None or name not in edited:
+            return value
+        return edit(name, value.astype(np.float32))
+
     tree: dict[tuple[str, ...], jax.Array] = {}
     with track(sum(map(len, names.values())), "loading weights", progress) as advance:
         for path, leaf in leaves.items():
-            tree[path] = _load_leaf(leaf, names[path], source, mesh, staging, advance)
+            tree[path] = _load_leaf(leaf, names[path], read, mesh, staging, advance)
     return unflatten(tree), ignored
 
 
-def _size(source: TensorSource, name: str) -> int:
-    return math.prod(source.shape(name)) * source.dtype(name).itemsize
+def _size(source: TensorSource, name: str, edited: bool) -> int:
+    return math.prod(source.shape(name)) * (4 if edited else source.dtype(name).itemsize)
 
 
 def _load_leaf(
     leaf: Leaf,
     names: list[str],
-    source: TensorSource,
+    read: Callable[[str], np.ndarray],
     mesh: Mesh,
     staging: _Staging,
     advance: Callable[[], None],
@@ -303,7 +318,7 @@ def _load_leaf(
     declaration = leaf.declaration
     sharding = named_sharding(mesh, declaration.axes)
     if not declaration.stack_shape:
-        values = _copy(staging.put(source.read(names[0]), sharding), leaf.dtype)
+        values = _copy(staging.put(read(names[0]), sharding), leaf.dtype)
         values.block_until_ready()
         advance()
         return values
@@ -311,7 +326,7 @@ def _load_leaf(
     values = jnp.zeros(declaration.stacked_shape, leaf.dtype, device=stacked_sharding)
     for part, name in enumerate(names):
         place = np.array(np.unravel_index(part, declaration.stack_shape), np.int32)
-        values = _fill(values, staging.put(source.read(name), sharding), place)
+        values = _fill(values, staging.put(read(name), sharding), place)
         values.block_until_ready()
         advance()
     return values

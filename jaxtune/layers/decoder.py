@@ -209,5 +209,7 @@ class CausalLM(nnx.Module):
         """Returns what turns hidden states into logits: the embedding where it is tied."""
         if self.lm_head is None:
             return Head(self.model.embed_tokens.weight.get_value())
+        weight, bias = self.lm_head.frozen
         adapter = self.lm_head.adapter
-        return Head(self.lm_head.weight.get_value(), None if adapter is None else adapter.edit())
+        dtype = getattr(weight, "dtype", jnp.float32)
+        return Head(weight) if adapter is None else Head(weight, adapter.edit(weight, bias, dtype))

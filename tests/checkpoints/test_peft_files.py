@@ -88,7 +88,10 @@ def test_weights_that_are_not_there_or_cut(tiny, adapter):
     [
         ({"peft_type": "LOHA"}, 'adapter_config.json: peft_type="LOHA" is unknown'),
         ({"peft_type": None}, 'adapter_config.json: peft_type="None" is unknown'),
-        ({"use_dora": True}, 'adapter_config.json: "use_dora"=True is not supported'),
+        (
+            {"use_dora": True},
+            'adapter_model.safetensors: "model.layers.0.mlp.down_proj" lacks lora_magnitude_vector',
+        ),
         ({"bias": "all"}, "adapter_config.json: \"bias\"='all' is not supported"),
         ({"modules_to_save": ["lm_head"]}, "adapter_config.json: \"modules_to_save\"=['lm_head']"),
         ({"lora_alpha": "x"}, "adapter_config.json: \"lora_alpha\" has 'x', which is no number"),

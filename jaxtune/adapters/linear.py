@@ -1,0 +1,276 @@
+"""What methods that edit projections share: filling slots, packing layers, PEFT's keys.
+
+Such a method says which settings each chosen module has, what an adapter of these settings holds
+(its parts) and what PEFT's config says. All else is here.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from jaxtune.adapters.method import BASE_COPY, Method, Stored
+from jaxtune.adapters.targets import Projection, linears, match_targets, module_names
+from jaxtune.errors import JaxtuneError
+from jaxtune.layers.decoder import CausalLM
+from jaxtune.layers.linear import Edit
+from jaxtune.layers.tree import (
+    Declaration,
+    Path,
+    Tree,
+    declaration_of,
+    flatten,
+    stack,
+    unflatten,
+)
+from jaxtune.models.definition import Definition
+
+PREFIX = "base_model.model."
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A trained array of one projection of one layer (and expert).
+
+    Attributes:
+      key: what follows the module's name in PEFT's file.
+      shape: in memory, without what pads it.
+      stored: its shape in the file, where that is another.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    stored: tuple[int, ...] | None = None
+
+
+class SlotAdapter(nnx.Module, abc.ABC):
+    """What fills the slot of a projection, in every layer of its run.
+
+    Layers (and experts) that the method leaves alone have a share of the arrays all the same.
+
+    Attributes:
+      settings: of each layer (and expert), in the order of the leading axes; None where the
+        method leaves the projection alone.
+      dropout: on the input of a low-rank branch.
+    """
+
+    settings: tuple[Any, ...]
+    dropout: float = 0.0
+
+    @abc.abstractmethod
+    def parts(self, setting: Any) -> dict[str, Part]:
+        """Returns the trained arrays of a layer with this setting, by attribute."""
+
+    @abc.abstractmethod
+    def start(self, name: str, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
+        """Returns the start of the trained array `name`, of the given stacked shape."""
+
+    @abc.abstractmethod
+    def constants(self) -> dict[str, np.ndarray]:
+        """Returns the arrays that are not trained, by attribute, as far as settings give them."""
+
+    @abc.abstractmethod
+    def edit(self, weight: Any, bias: jax.Array | None, dtype: DTypeLike) -> Edit:
+        """Returns the edit; see `LinearAdapter`."""
+
+    def drop(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        """Drops inputs [..., in] of the low-rank branch at random, scaled to keep their mean."""
+        if key is None or self.dropout == 0:
+            return x
+        keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
+        return jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
+
+    @property
+    def chosen(self) -> np.ndarray:
+        """bool [layers · experts]: where the method edits."""
+        return np.array([setting is not None for setting in self.settings])
+
+
+class LinearMethod(Method):
+    """A method that puts a `SlotAdapter` into the slots of chosen projections."""
+
+    dropout: float = 0.0
+
+    @abc.abstractmethod
+    def choose(self, names: list[str]) -> dict[str, Any]:
+        """Returns the settings of each module to edit, out of the names of all projections."""
+
+    @abc.abstractmethod
+    def adapter(self, linear: Projection, settings: tuple[Any, ...]) -> SlotAdapter:
+        """Makes the abstract adapter of one run's projection, as of one layer."""
+
+    @abc.abstractmethod
+    def peft_config(self, definition: Definition, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns adapter_config.json, given the settings by Hugging Face module name."""
+
+    def attach(self, model: CausalLM) -> None:
+        """Fills the adapter slot of every chosen projection."""
+        modules = linears(model)
+        chosen = self.choose([n for path, m in modules.items() for n in module_names(path, m)])
+        for path, linear in modules.items():
+            settings = tuple(chosen.get(name) for name in module_names(path, linear))
+            if all(setting is None for setting in settings):
+                continue
+            if path == ("lm_head",) and self.dropout:
+                raise JaxtuneError("adapter.dropout must be 0 where adapter.targets has lm_head")
+            adapter = self.adapter(linear, settings)
+            layers = declaration_of(linear.weight).layers
+            linear.adapter = stack(adapter, *layers) if layers else adapter
+
+    def init(self, definition: Definition, seed: int) -> tuple[Tree, Tree]:
+        """Starts every adapter as it says; what pads is zero."""
+        trainable: dict[Path, np.ndarray] = {}
+        for path, _, adapter in adapters(definition):
+            # Depends on the module's name, so that one target more changes no other's start.
+            key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(".".join(path).encode()))
+            for name, declared in _declared(definition, path, adapter).items():
+                started = adapter.start(name, declared.stacked_shape, key)
+                value = _cut(adapter, name, np.asarray(started, np.float32), declared)
+                trainable[(*path, "adapter", name)] = value
+        return _trees(definition, trainable)
+
+    def store(self, definition: Definition, trainable: Tree, constants: Tree) -> Stored:
+        """Returns adapter_config.json and the parts of each projection of each layer."""
+        del constants
+        values, tensors = dict(flatten(trainable)), {}
+        settings: dict[str, Any] = {}
+        for path, names, adapter in adapters(definition):
+            stacks = {
+                part: _flat(np.asarray(values[(*path, "adapter", part)], np.float32), declared)
+                for part, declared in _declared(definition, path, adapter).items()
+            }
+            for i, (name, setting) in enumerate(zip(names, adapter.settings, strict=True)):
+                if setting is None:
+                    continue
+                settings[name] = setting
+                for attribute, part in adapter.parts(setting).items():
+                    value = stacks[attribute][i][_slices(part)].reshape(part.stored or part.shape)
+                    tensors[f"{PREFIX}{name}{part.key}"] = value.copy()
+        return Stored(self.peft_config(definition, settings), tensors)
+
+    def restore(self, definition: Definition, stored: Stored) -> tuple[Tree, Tree]:
+        """Packs PEFT's tensors into stacked arrays."""
+        trainable: dict[Path, np.ndarray] = {}
+        for path, names, adapter in adapters(definition):
+            declared = _declared(definition, path, adapter)
+            packed = {n: np.zeros(d.stacked_shape, np.float32) for n, d in declared.items()}
+            for i, (name, setting) in enumerate(zip(names, adapter.settings, strict=True)):
+                parts = adapter.parts(setting) if setting is not None else {}
+                for attribute, part in parts.items():
+                    value = _tensor(stored, name, part).reshape(part.shape)
+                    _flat(packed[attribute], declared[attribute])[i][_slices(part)] = value
+            trainable |= {(*path, "adapter", name): value for name, value in packed.items()}
+        return _trees(definition, trainable)
+
+
+def adapters(definition: Definition) -> Iterator[tuple[Path, list[str], SlotAdapter]]:
+    """Yields each edited projection's path, its module names and its adapter."""
+    for path, linear in linears(definition.module).items():
+        if linear.adapter is not None:
+            yield path, module_names(path, linear), linear.adapter
+
+
+def select(targets: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Returns the targeted modules, in the order of the names."""
+    matched = match_targets(targets, names)
+    return [name for name in names if name in matched]
+
+
+def check_known(given: Sequence[str], names: Sequence[str]) -> None:
+    """Raises a JaxtuneError if an adapter from disk edits a module that the model lacks."""
+    known = set(names)
+    for name in given:
+        if name not in known:
+            raise JaxtuneError(f"the adapter edits {name}, which the model does not have")
+
+
+def target_modules(definition: Definition, names: Sequence[str]) -> list[str]:
+    """Returns PEFT's names of modules: short where they say it all, or else whole paths."""
+    suffixes = {name.rsplit(".", 1)[-1] for name in names}
+    every = [n for p, m in linears(definition.module).items() for n in module_names(p, m)]
+    by_suffix = {n for n in every if n.rsplit(".", 1)[-1] in suffixes}
+    return sorted(suffixes if by_suffix == set(names) else names)
+
+
+def edit_tensors(stored: Stored) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the tensors of a file that are edits: all but a head's copy of the base.
+
+    Raises:
+      JaxtuneError: a key that does not begin as PEFT's do, or a dtype that no edit has.
+    """
+    for key, value in stored.tensors.items():
+        if key.endswith(BASE_COPY):
+            continue  # who loads the base compares the two
+        if not key.startswith(PREFIX) or not jnp.issubdtype(value.dtype, jnp.floating):
+            kind = stored.config.get("peft_type")
+            raise JaxtuneError(f'adapter_model.safetensors: "{key}" is no tensor of {kind}')
+        yield key.removeprefix(PREFIX), value
+
+
+def _declared(definition: Definition, path: Path, adapter: SlotAdapter) -> dict[str, Declaration]:
+    """Returns what is declared of each trained array of an adapter, by attribute."""
+    setting = next(setting for setting in adapter.settings if setting is not None)
+    return {
+        part: definition.leaves[(*path, "adapter", part)].declaration
+        for part in adapter.parts(setting)
+    }
+
+
+def _flat(value: np.ndarray, declaration: Declaration) -> np.ndarray:
+    """Views a stacked array with one leading axis, of all layers and experts."""
+    return value.reshape(math.prod(declaration.stack_shape), *declaration.shape)
+
+
+def _slices(part: Part) -> tuple[slice, ...]:
+    return tuple(slice(size) for size in part.shape)
+
+
+def _cut(
+    adapter: SlotAdapter, name: str, value: np.ndarray, declaration: Declaration
+) -> np.ndarray:
+    """Zeroes what pads."""
+    cut = np.zeros_like(value)
+    source, target = _flat(value, declaration), _flat(cut, declaration)
+    for i, setting in enumerate(adapter.settings):
+        if setting is not None:
+            kept = (i, *_slices(adapter.parts(setting)[name]))
+            target[kept] = source[kept]
+    return cut
+
+
+def _trees(definition: Definition, trainable: Mapping[Path, np.ndarray]) -> tuple[Tree, Tree]:
+    """Makes the two trees; constants that no setting gives are zero."""
+    constants = {
+        path: jnp.zeros(leaf.declaration.stacked_shape, jnp.float32)
+        for path, leaf in definition.of_kind("constants").items()
+    }
+    for path, _, adapter in adapters(definition):
+        for name, value in adapter.constants().items():
+            shape = constants[(*path, "adapter", name)].shape
+            constants[(*path, "adapter", name)] = jnp.asarray(value, jnp.float32).reshape(shape)
+    trained = {path: jnp.asarray(value, jnp.float32) for path, value in trainable.items()}
+    return unflatten(trained), unflatten(constants)
+
+
+def _tensor(stored: Stored, name: str, part: Part) -> np.ndarray:
+    key, shape = f"{PREFIX}{name}{part.key}", part.stored or part.shape
+    what = f"{name}{part.key.removesuffix('.weight')}"
+    if key not in stored.tensors:
+        raise JaxtuneError(f'adapter_model.safetensors: "{name}" lacks {part.key[1:]}')
+    value = stored.tensors[key]
+    if value.shape != shape:
+        raise JaxtuneError(
+            f"adapter_model.safetensors: {what} has shape {list(value.shape)}, "
+            f"the model needs {list(shape)}"
+        )
+    return value.astype(np.float32)
