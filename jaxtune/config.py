@@ -64,7 +64,9 @@ KNOBS: dict[str, dict[str, Knob]] = {
         ),
     },
     "adapter": {
-        "method": Knob("lora", "what is trained: lora, dora, or full (every weight)"),
+        "method": Knob(
+            "lora", "what is trained: lora, dora, pissa, vera, ia3, bitfit, or full (every weight)"
+        ),
         "rank": Knob(16, "rank r of the LoRA factors", minimum=1),
         "alpha": Knob(32.0, "LoRA scale is alpha / rank", minimum=0),
         "rslora": Knob(False, "the scale is alpha / √rank instead, which holds up at high ranks"),
@@ -72,6 +74,11 @@ KNOBS: dict[str, dict[str, Knob]] = {
         "targets": Knob(
             ("q_proj", "k_proj", "v_proj", "o_proj"),
             "modules to adapt: names, all-linear, or a regular expression of the whole path",
+            names=True,
+        ),
+        "feedforward": Knob(
+            ("down_proj",),
+            "modules that (IA)³ scales at their inputs; targets at outputs",
             names=True,
         ),
         "init_from": Knob(

@@ -165,6 +165,7 @@ PERTURBED = {
     "adapter.rslora": (True,),
     "adapter.dropout": (0.5,),
     "adapter.targets": ("v_proj",),
+    "adapter.feedforward": ("up_proj", "adapter.method=ia3"),
     "adapter.init_from": ("{adapter}",),
     "training.steps": (12,),
     "training.batch_size": (8,),

@@ -10,7 +10,7 @@ import abc
 import dataclasses
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -90,10 +90,15 @@ class SlotAdapter(nnx.Module, abc.ABC):
         keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
         return jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
 
+    def edits_bias(self, linear: Projection) -> bool:
+        """Says whether an edit of this projection has a bias."""
+        del linear
+        return False
+
     @property
     def chosen(self) -> np.ndarray:
-        """bool [layers · experts]: where the method edits."""
-        return np.array([setting is not None for setting in self.settings])
+        """float32 [layers · experts]: 1 where the method edits, 0 elsewhere."""
+        return np.array([setting is not None for setting in self.settings], np.float32)
 
 
 class LinearMethod(Method):
@@ -102,8 +107,8 @@ class LinearMethod(Method):
     dropout: float = 0.0
 
     @abc.abstractmethod
-    def choose(self, names: list[str]) -> dict[str, Any]:
-        """Returns the settings of each module to edit, out of the names of all projections."""
+    def choose(self, modules: Mapping[str, Projection]) -> dict[str, Any]:
+        """Returns the settings of each module to edit, out of all projections by name."""
 
     @abc.abstractmethod
     def adapter(self, linear: Projection, settings: tuple[Any, ...]) -> SlotAdapter:
@@ -116,7 +121,7 @@ class LinearMethod(Method):
     def attach(self, model: CausalLM) -> None:
         """Fills the adapter slot of every chosen projection."""
         modules = linears(model)
-        chosen = self.choose([n for path, m in modules.items() for n in module_names(path, m)])
+        chosen = self.choose({n: m for path, m in modules.items() for n in module_names(path, m)})
         for path, linear in modules.items():
             settings = tuple(chosen.get(name) for name in module_names(path, linear))
             if all(setting is None for setting in settings):
@@ -180,26 +185,51 @@ def adapters(definition: Definition) -> Iterator[tuple[Path, list[str], SlotAdap
             yield path, module_names(path, linear), linear.adapter
 
 
-def select(targets: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Returns the targeted modules, in the order of the names."""
-    matched = match_targets(targets, names)
+def select(targets: Sequence[str], names: Iterable[str], key: str = "adapter.targets") -> list[str]:
+    """Returns the modules that the targets of a setting name, in the order of the names."""
+    matched = match_targets(targets, names, key)
     return [name for name in names if name in matched]
 
 
-def check_known(given: Sequence[str], names: Sequence[str]) -> None:
-    """Raises a JaxtuneError if an adapter from disk edits a module that the model lacks."""
-    known = set(names)
-    for name in given:
-        if name not in known:
+def from_disk(given: Iterable[tuple[str, Any]], names: Collection[str]) -> dict[str, Any]:
+    """Returns the settings by module that an adapter on disk brings.
+
+    Raises:
+      JaxtuneError: it edits a module that the model lacks.
+    """
+    settings = dict(given)
+    for name in settings:
+        if name not in names:
             raise JaxtuneError(f"the adapter edits {name}, which the model does not have")
+    return settings
 
 
-def target_modules(definition: Definition, names: Sequence[str]) -> list[str]:
+def target_modules(definition: Definition, names: Collection[str]) -> list[str]:
     """Returns PEFT's names of modules: short where they say it all, or else whole paths."""
     suffixes = {name.rsplit(".", 1)[-1] for name in names}
     every = [n for p, m in linears(definition.module).items() for n in module_names(p, m)]
     by_suffix = {n for n in every if n.rsplit(".", 1)[-1] in suffixes}
     return sorted(suffixes if by_suffix == set(names) else names)
+
+
+def peft_config(kind: str, definition: Definition, names: Collection[str]) -> dict[str, Any]:
+    """Returns what adapter_config.json says whatever the method."""
+    return {
+        "peft_type": kind,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": definition.config.get("_name_or_path"),
+        "target_modules": target_modules(definition, names),
+        "modules_to_save": None,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+
+
+def refuse(config: Mapping[str, Any], plain: Mapping[str, Any]) -> None:
+    """Raises a JaxtuneError for a setting of adapter_config.json that is not its plain value."""
+    for key, value in plain.items():
+        if config.get(key) not in (value, None, [], {}):
+            raise JaxtuneError(f'adapter_config.json: "{key}"={config[key]!r} is not supported')
 
 
 def edit_tensors(stored: Stored) -> Iterator[tuple[str, np.ndarray]]:

@@ -21,10 +21,11 @@ from jaxtune.adapters.linear import (
     LinearMethod,
     Part,
     SlotAdapter,
-    check_known,
     edit_tensors,
+    from_disk,
+    peft_config,
+    refuse,
     select,
-    target_modules,
 )
 from jaxtune.adapters.method import Stored
 from jaxtune.adapters.targets import Projection
@@ -122,13 +123,12 @@ class Lora(LinearMethod):
     factors: tuple[tuple[str, Factor], ...] = ()
     rslora: bool = False
 
-    def choose(self, names: list[str]) -> dict[str, Factor]:
+    def choose(self, modules: Mapping[str, Projection]) -> dict[str, Factor]:
         """Returns the rank and alpha of every target, or those that were read from disk."""
         if self.factors:
-            check_known([name for name, _ in self.factors], names)
-            return dict(self.factors)
+            return from_disk(self.factors, modules)
         factor = Factor(self.rank, self.alpha, self.rslora)
-        return dict.fromkeys(select(self.targets, names), factor)
+        return dict.fromkeys(select(self.targets, modules), factor)
 
     def adapter(self, linear: Projection, settings: tuple[Factor | None, ...]) -> LoraAdapter:
         """Makes the two factors."""
@@ -137,23 +137,16 @@ class Lora(LinearMethod):
     def peft_config(self, definition: Definition, settings: Mapping[str, Factor]) -> dict[str, Any]:
         """Writes the commonest rank and alpha, and patterns for the others."""
         common = Counter(settings.values()).most_common(1)[0][0]
-        return {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": definition.config.get("_name_or_path"),
+        return peft_config("LORA", definition, settings) | {
             "r": common.rank,
             "lora_alpha": int(common.alpha) if common.alpha == int(common.alpha) else common.alpha,
             "lora_dropout": self.dropout,
-            "target_modules": target_modules(definition, list(settings)),
             "rank_pattern": {n: f.rank for n, f in settings.items() if f.rank != common.rank},
             "alpha_pattern": {n: f.alpha for n, f in settings.items() if f.alpha != common.alpha},
             "bias": "none",
-            "fan_in_fan_out": False,
             "use_rslora": common.rslora,
             "use_dora": False,
-            "modules_to_save": None,
             "init_lora_weights": True,
-            "inference_mode": True,
         }
 
 
@@ -167,6 +160,9 @@ _UNSUPPORTED = {
     "target_parameters": None,
 }
 
+# Starts of PEFT after which the factors belong to another base than the checkpoint.
+_EDIT_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
 
 def read_settings(stored: Stored) -> tuple[float, tuple[tuple[str, Factor], ...]]:
     """Returns (dropout, rank and alpha by module) of a LoRA adapter that PEFT wrote.
@@ -175,9 +171,12 @@ def read_settings(stored: Stored) -> tuple[float, tuple[tuple[str, Factor], ...]
       JaxtuneError: a setting or a tensor that jaxtune would have to drop.
     """
     config = stored.config
-    for key, plain in _UNSUPPORTED.items():
-        if config.get(key) not in (plain, None, [], {}):
-            raise JaxtuneError(f'adapter_config.json: "{key}"={config[key]!r} is not supported')
+    refuse(config, _UNSUPPORTED)
+    if str(config.get("init_lora_weights")).lower().startswith(_EDIT_THE_BASE):
+        raise JaxtuneError(
+            f'adapter_config.json: "init_lora_weights"={config["init_lora_weights"]!r} stands for '
+            "factors beside an edited base; let PEFT convert the adapter to plain LoRA"
+        )
     factors: dict[str, Factor] = {}
     keys = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if config.get("use_dora") else set())
     for key, value in edit_tensors(stored):

@@ -34,13 +34,16 @@ def module_names(path: Path, module: Projection) -> list[str]:
     return layer_names(path, declaration_of(module.weight))
 
 
-def match_targets(targets: Sequence[str], names: Iterable[str]) -> set[str]:
+def match_targets(
+    targets: Sequence[str], names: Iterable[str], key: str = "adapter.targets"
+) -> set[str]:
     """Returns the modules that `targets` name.
 
     Args:
       targets: each is the end of a module's path (``q_proj``, ``mlp.up_proj``), ``all-linear``
         (every projection but the head), or a regular expression of the whole path.
       names: the Hugging Face names of all projections.
+      key: the setting that the targets are from, for messages.
 
     Raises:
       JaxtuneError: a target that matches nothing, or an invalid expression; the message lists
@@ -49,25 +52,23 @@ def match_targets(targets: Sequence[str], names: Iterable[str]) -> set[str]:
     names = list(names)
     matched: set[str] = set()
     for target in targets:
-        found = {name for name in names if _matches(target, name)}
+        found = {name for name in names if _matches(target, name, key)}
         if not found:
             known = sorted({name.rsplit(".", 1)[-1] for name in names})
             raise JaxtuneError(
-                f'adapter.targets: "{target}" matches no module{closest(target, known)} '
+                f'{key}: "{target}" matches no module{closest(target, known)} '
                 f"(there are: {', '.join(known)})"
             )
         matched |= found
     return matched
 
 
-def _matches(target: str, name: str) -> bool:
+def _matches(target: str, name: str, key: str) -> bool:
     if target == ALL_LINEAR:
         return name != "lm_head"
     if _REGEX.search(target):
         try:
             return re.fullmatch(target, name) is not None
         except re.error as error:
-            raise JaxtuneError(
-                f'adapter.targets: "{target}" is no valid expression: {error}'
-            ) from None
+            raise JaxtuneError(f'{key}: "{target}" is no valid expression: {error}') from None
     return name == target or name.endswith("." + target)

@@ -23,7 +23,7 @@ from jaxtune.layers.linear import Linear
 from jaxtune.layers.norm import RMSNorm
 from jaxtune.layers.remat import remat as remat_body
 from jaxtune.layers.rope import Rope
-from jaxtune.layers.tree import stack
+from jaxtune.layers.tree import Shared, stack
 from jaxtune.parallel.rules import constrain
 
 
@@ -154,11 +154,11 @@ def _scan(
     options: ForwardOptions,
 ) -> tuple[jax.Array, Cache | None]:
     """Applies a stacked run of layers, given as (first layer, count), one after the other."""
-    graphdef, state = nnx.split(layers)
+    graphdef, shared, state = nnx.split(layers, Shared, ...)
 
     def body(carry: Any, xs: Any) -> tuple[Any, None]:
         (x, cache), (layer_state, index) = carry, xs
-        layer = nnx.merge(graphdef, from_bits(layer_state))
+        layer = nnx.merge(graphdef, shared, from_bits(layer_state))
         return layer(x, context.in_layer(run[0] + index), cache, index), None
 
     xs = (state, jnp.arange(run[1]))

@@ -174,7 +174,7 @@ def _add_low_rank(x: jax.Array, dropped: jax.Array, weight: Any, term: LowRank) 
         return _linear_low_rank(x, weight, term)
     # Here a factor that is not trained costs no gradient.
     xa = rescale(_linear(dropped, term.lora_A), term.rank_scale)
-    return _linear(x, weight) + term.scale.astype(x.dtype) * _linear(xa, term.lora_B)
+    return _linear(x, weight) + rescale(_linear(xa, term.lora_B), term.scale)
 
 
 def project(

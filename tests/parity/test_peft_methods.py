@@ -18,7 +18,7 @@ from oracles import (
     torch_logits,
     train_torch,
 )
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from test_training import LENGTH, run_config, write_rows
 
 import jaxtune
@@ -32,6 +32,9 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LATENT = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
 # The norm of each row comes from a sum of three terms here and of the edited weight itself there.
 DORA_LOSS = 1e-4
+
+# Of logits after training: AdamW makes more of small differences of gradients than a loss does.
+TRAINED = 1e-3
 
 
 class Case(NamedTuple):
@@ -54,6 +57,8 @@ class Case(NamedTuple):
 CASES = {
     "rslora": Case(LoraConfig, {"r": 4, "lora_alpha": 6, "use_rslora": True}, "lora"),
     "dora": Case(LoraConfig, {"r": 4, "lora_alpha": 8, "use_dora": True}, "dora", DORA_LOSS),
+    "vera": Case(VeraConfig, {"r": 24}, "vera", learning_rate=5e-2),
+    "ia3": Case(IA3Config, {"feedforward_modules": ["down_proj"]}, "ia3", learning_rate=5e-2),
 }
 TARGETS = {
     "llama": {"target_modules": [*ATTENTION, "gate_proj", "down_proj"]},
@@ -140,3 +145,49 @@ def test_adapters_cross_both_ways_and_merge(case, checkpoint, model_type, tmp_pa
     merged = ours.save_pretrained(tmp_path / "merged", dtype="float32")
     assert_same_logits(torch_logits(reference(merged), TOKENS), theirs)
     assert before == {path: np.asarray(value).tobytes() for path, value in flatten(ours.base)}
+
+
+def test_the_scales_of_ia3_take_a_bias_along(tiny, tmp_path):
+    # Qwen2's projections of queries, keys and values have biases; attention's output has none.
+    directory = tiny("qwen2")
+    settings = {"target_modules": ATTENTION, "feedforward_modules": []}
+    model = get_peft_model(reference(directory), IA3Config(task_type="CAUSAL_LM", **settings))
+    theirs = torch_logits(scramble(model), TOKENS)
+    model.save_pretrained(tmp_path / "theirs")
+    ours = jaxtune.load(directory, adapter=tmp_path / "theirs", dtype="float32", progress=False)
+    assert_same_logits(ours.logits(TOKENS), theirs)
+    merged = ours.save_pretrained(tmp_path / "merged", dtype="float32")
+    assert_same_logits(torch_logits(reference(merged), TOKENS), theirs)
+
+
+@ON_BOTH
+@pytest.mark.parametrize("rslora", [False, True], ids=["alpha-r", "rslora"])
+def test_pissa_starts_and_trains_as_peft_does(rslora, checkpoint, model_type, tmp_path):
+    recipe, examples = Recipe(accumulation=1), make_examples(60, longest=LENGTH)
+    targets = TARGETS[model_type]["target_modules"]
+    section = {"method": "pissa", "rank": 4, "alpha": 8.0, "targets": targets, "rslora": rslora}
+    rows = write_rows(tmp_path / "rows.jsonl", examples)
+    run = jaxtune.train(run_config(checkpoint, rows, recipe, adapter=section), tmp_path / "run")
+    torch.manual_seed(0)
+    start = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=targets,
+        init_lora_weights="pissa",
+        use_rslora=rslora,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(reference(checkpoint), start)
+    theirs = [update.loss for update in train_torch(model, examples, recipe)]
+    errors = [
+        relative(line["loss"], loss) for line, loss in zip(run.metrics(), theirs, strict=True)
+    ]
+    assert max(errors) <= LOSS, errors
+    # What the run stores is LoRA of the checkpoint as it is, for anybody.
+    expected = torch_logits(model.eval(), TOKENS)
+    adapter = run.adapter_directory("last")
+    plain = PeftModel.from_pretrained(reference(checkpoint), adapter).eval()
+    ours = run.model("last").logits(TOKENS)
+    assert_same_logits(torch_logits(plain, TOKENS), ours)
+    assert relative(ours, expected) <= TRAINED
+    assert relative(torch_logits(reference(checkpoint), TOKENS), expected) > SHOWS
