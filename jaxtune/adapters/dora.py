@@ -107,12 +107,13 @@ class Dora(Lora):
         base = dict(flatten(weights))
         trainable, constants = (dict(flatten(tree)) for tree in trees)
         for path, _, adapter in adapters(definition):
-            stack = definition.leaves[(*path, "weight")].declaration.stack_shape
+            declared = definition.leaves[(*path, "weight")].declaration
+            stack = declared.stack_shape
             squares = jnp.stack(
                 [
                     _row_squares(base[(*path, "weight")], np.unravel_index(part, stack))
                     if chosen
-                    else jnp.zeros(adapter.out_features)
+                    else jnp.zeros(declared.shape[0])
                     for part, chosen in enumerate(adapter.chosen)
                 ]
             ).reshape(*stack, -1)

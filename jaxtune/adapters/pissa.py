@@ -78,8 +78,8 @@ def principal_factors(weight: np.ndarray, factor: Factor) -> tuple[np.ndarray, n
     else:
         # The start vector is fixed: a run that goes on finds the very same factors.
         start = np.ones(min(weight.shape), np.float32)
-        left, values, right = svds(weight, k=factor.rank, v0=start, return_singular_vectors=True)
-        left, values, right = left[:, ::-1], values[::-1], right[::-1]
+        found: Any = svds(weight, k=factor.rank, v0=start)
+        left, values, right = found[0][:, ::-1], found[1][::-1], found[2][::-1]
     rank = factor.rank
     roots = np.sqrt(values[:rank] / factor.scale)
     lora_A, lora_B = roots[:, None] * right[:rank], left[:, :rank] * roots
