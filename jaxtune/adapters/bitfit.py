@@ -24,10 +24,11 @@ from jaxtune.adapters.linear import (
     from_disk,
     peft_config,
     refuse,
-    select,
+    shared_settings,
 )
 from jaxtune.adapters.method import Start, Stored
-from jaxtune.adapters.targets import Projection
+from jaxtune.adapters.saved import saved_modules
+from jaxtune.adapters.targets import Projection, in_layers
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.linear import Edit
 from jaxtune.layers.tree import (
@@ -98,7 +99,8 @@ class BitFit(LinearMethod):
         if self.modules:
             return from_disk([(name, True) for name in self.modules], modules)
         biased = [name for name, linear in modules.items() if linear.frozen[1] is not None]
-        return dict.fromkeys(biased or select(self.targets, modules), True)
+        chosen = in_layers(biased, self.layers) if biased else self.select(self.targets, modules)
+        return dict.fromkeys(chosen, True)
 
     def adapter(self, linear: Projection, settings: tuple[bool | None, ...]) -> BiasAdapter:
         """Makes the bias."""
@@ -122,7 +124,7 @@ class BitFit(LinearMethod):
 
 def from_config(section: Any) -> BitFit:
     """Returns the method that the ``adapter`` section of a config describes."""
-    return BitFit(tuple(section.targets))
+    return BitFit(tuple(section.targets), **shared_settings(section))
 
 
 def from_peft(stored: Stored) -> BitFit:
@@ -131,13 +133,14 @@ def from_peft(stored: Stored) -> BitFit:
     Raises:
       JaxtuneError: a setting or a tensor that jaxtune would have to drop.
     """
-    refuse(stored.config, {"modules_to_save": None, "fan_in_fan_out": False})
+    refuse(stored.config, {"fan_in_fan_out": False})
     modules: list[str] = []
-    for key, value in edit_tensors(stored):
+    for key, value in edit_tensors(stored, "a bias"):
         name, _, kind = key.rpartition(".")
         if kind != "bias" or value.ndim != 1:
-            raise JaxtuneError(f'adapter_model.safetensors: "{PREFIX}{key}" is no bias')
+            raise JaxtuneError(f'adapter_model.safetensors: "{PREFIX}{key}" is not a bias')
         modules.append(name)
     if not modules:
         raise JaxtuneError("adapter_model.safetensors holds no biases")
-    return BitFit(modules=tuple(sorted(modules)))
+    saved = saved_modules(stored)
+    return BitFit(modules=tuple(sorted(modules)), modules_to_save=saved)

@@ -134,5 +134,4 @@ def from_peft(stored: Stored) -> Dora:
     Raises:
       JaxtuneError: see `read_settings`.
     """
-    dropout, factors = read_settings(stored)
-    return Dora(dropout=dropout, factors=factors)
+    return Dora(**read_settings(stored))

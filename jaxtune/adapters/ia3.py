@@ -23,9 +23,10 @@ from jaxtune.adapters.linear import (
     from_disk,
     peft_config,
     refuse,
-    select,
+    shared_settings,
 )
 from jaxtune.adapters.method import Stored
+from jaxtune.adapters.saved import saved_modules
 from jaxtune.adapters.targets import Projection
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.linear import Edit
@@ -99,8 +100,8 @@ class IA3(LinearMethod):
         """Returns which end of each module is scaled."""
         if self.ends:
             return from_disk(self.ends, modules)
-        outputs = select(self.targets, modules)
-        inputs = select(self.feedforward, modules, "adapter.feedforward")
+        outputs = self.select(self.targets, modules)
+        inputs = self.select(self.feedforward, modules, "adapter.feedforward")
         return dict.fromkeys(outputs, OUTPUTS) | dict.fromkeys(inputs, INPUTS)
 
     def adapter(self, linear: Projection, settings: tuple[str | None, ...]) -> IA3Adapter:
@@ -131,7 +132,8 @@ class IA3(LinearMethod):
 
 def from_config(section: Any) -> IA3:
     """Returns the method that the ``adapter`` section of a config describes."""
-    return IA3(tuple(section.targets), tuple(section.feedforward))
+    targets, feedforward = tuple(section.targets), tuple(section.feedforward)
+    return IA3(targets, feedforward, **shared_settings(section))
 
 
 def from_peft(stored: Stored) -> IA3:
@@ -140,13 +142,15 @@ def from_peft(stored: Stored) -> IA3:
     Raises:
       JaxtuneError: a setting or a tensor that jaxtune would have to drop.
     """
-    refuse(stored.config, {"modules_to_save": None, "fan_in_fan_out": False})
+    refuse(stored.config, {"fan_in_fan_out": False})
     ends: dict[str, str] = {}
-    for key, value in edit_tensors(stored):
+    for key, value in edit_tensors(stored, "a scale of (IA)³"):
         name, _, kind = key.rpartition(".")
         if kind != "ia3_l" or value.ndim != 2 or 1 not in value.shape:
-            raise JaxtuneError(f'adapter_model.safetensors: "{PREFIX}{key}" is no scale of (IA)³')
+            raise JaxtuneError(
+                f'adapter_model.safetensors: "{PREFIX}{key}" is not a scale of (IA)³'
+            )
         ends[name] = OUTPUTS if value.shape[1] == 1 else INPUTS
     if not ends:
         raise JaxtuneError("adapter_model.safetensors holds no scales of (IA)³")
-    return IA3(ends=tuple(sorted(ends.items())))
+    return IA3(ends=tuple(sorted(ends.items())), modules_to_save=saved_modules(stored))

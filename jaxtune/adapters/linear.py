@@ -20,7 +20,15 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxtune.adapters.method import BASE_COPY, Method, Stored
-from jaxtune.adapters.targets import Projection, linears, match_targets, module_names
+from jaxtune.adapters.saved import check_saved, ends_with, saved_arrays, saved_modules
+from jaxtune.adapters.targets import (
+    Projection,
+    in_layers,
+    linears,
+    match_targets,
+    module_names,
+    parse_layers,
+)
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.decoder import CausalLM
 from jaxtune.layers.linear import Edit
@@ -30,6 +38,7 @@ from jaxtune.layers.tree import (
     Tree,
     declaration_of,
     flatten,
+    merge,
     stack,
     unflatten,
 )
@@ -101,10 +110,18 @@ class SlotAdapter(nnx.Module, abc.ABC):
         return np.array([setting is not None for setting in self.settings], np.float32)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearMethod(Method):
-    """A method that puts a `SlotAdapter` into the slots of chosen projections."""
+    """A method that puts a `SlotAdapter` into the slots of chosen projections.
 
-    dropout: float = 0.0
+    Attributes:
+      layers: the only ones to edit; empty for all.
+      modules_to_save: modules without an adapter, by the ends of their names, that are trained as
+        they are and stored whole.
+    """
+
+    layers: tuple[int, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
 
     @abc.abstractmethod
     def choose(self, modules: Mapping[str, Projection]) -> dict[str, Any]:
@@ -118,8 +135,21 @@ class LinearMethod(Method):
     def peft_config(self, definition: Definition, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Returns adapter_config.json, given the settings by Hugging Face module name."""
 
+    def select(
+        self, targets: Sequence[str], modules: Iterable[str], key: str = "adapter.targets"
+    ) -> list[str]:
+        """Returns the modules that the targets of a setting name, in the order of `modules`."""
+        names = in_layers(modules, self.layers)
+        matched = match_targets(targets, names, key)
+        return [name for name in names if name in matched]
+
+    def trains(self, path: Path) -> bool:
+        """Says yes to the arrays of modules that are stored whole."""
+        return any(ends_with(path[:-1], name) for name in self.modules_to_save)
+
     def attach(self, model: CausalLM) -> None:
         """Fills the adapter slot of every chosen projection."""
+        check_saved(model, self.modules_to_save)
         modules = linears(model)
         chosen = self.choose({n: m for path, m in modules.items() for n in module_names(path, m)})
         for path, linear in modules.items():
@@ -129,6 +159,11 @@ class LinearMethod(Method):
             if path == ("lm_head",) and self.dropout:
                 raise JaxtuneError("adapter.dropout must be 0 where adapter.targets has lm_head")
             adapter = self.adapter(linear, settings)
+            if self.trains((*path, "weight")):
+                raise JaxtuneError(
+                    f"{'.'.join(path)} is in adapter.modules_to_save, which trains it whole, and "
+                    "in adapter.targets"
+                )
             layers = declaration_of(linear.weight).layers
             linear.adapter = stack(adapter, *layers) if layers else adapter
 
@@ -161,21 +196,35 @@ class LinearMethod(Method):
                 for attribute, part in adapter.parts(setting).items():
                     value = stacks[attribute][i][_slices(part)].reshape(part.stored or part.shape)
                     tensors[f"{PREFIX}{name}{part.key}"] = value.copy()
-        return Stored(self.peft_config(definition, settings), tensors)
+        for path, names, declared in saved_arrays(definition):
+            value = np.asarray(values[path], np.float32).reshape(-1, *declared.shape)
+            tensors |= {PREFIX + name: value[i].copy() for i, name in enumerate(names)}
+        config = self.peft_config(definition, settings)
+        return Stored(config | {"modules_to_save": list(self.modules_to_save) or None}, tensors)
 
     def restore(self, definition: Definition, stored: Stored) -> tuple[Tree, Tree]:
-        """Packs PEFT's tensors into stacked arrays."""
-        trainable: dict[Path, np.ndarray] = {}
-        for path, names, adapter in adapters(definition):
-            declared = _declared(definition, path, adapter)
-            packed = {n: np.zeros(d.stacked_shape, np.float32) for n, d in declared.items()}
-            for i, (name, setting) in enumerate(zip(names, adapter.settings, strict=True)):
-                parts = adapter.parts(setting) if setting is not None else {}
-                for attribute, part in parts.items():
-                    value = _tensor(stored, name, part).reshape(part.shape)
-                    _flat(packed[attribute], declared[attribute])[i][_slices(part)] = value
-            trainable |= {(*path, "adapter", name): value for name, value in packed.items()}
-        return _trees(definition, trainable)
+        """Packs PEFT's tensors into stacked arrays, and takes modules over that are whole."""
+        trainable, constants = pack(definition, stored)
+        whole: dict[Path, jax.Array] = {}
+        for path, names, declared in saved_arrays(definition):
+            values = [_tensor(stored, name, Part("", declared.shape)) for name in names]
+            whole[path] = jnp.asarray(np.stack(values).reshape(declared.stacked_shape))
+        return merge(trainable, unflatten(whole)), constants
+
+
+def pack(definition: Definition, stored: Stored) -> tuple[Tree, Tree]:
+    """Packs the parts of every adapter, by PEFT's keys, into (trainable, constants)."""
+    trainable: dict[Path, np.ndarray] = {}
+    for path, names, adapter in adapters(definition):
+        declared = _declared(definition, path, adapter)
+        packed = {n: np.zeros(d.stacked_shape, np.float32) for n, d in declared.items()}
+        for i, (name, setting) in enumerate(zip(names, adapter.settings, strict=True)):
+            parts = adapter.parts(setting) if setting is not None else {}
+            for attribute, part in parts.items():
+                value = _tensor(stored, name, part).reshape(part.shape)
+                _flat(packed[attribute], declared[attribute])[i][_slices(part)] = value
+        trainable |= {(*path, "adapter", name): value for name, value in packed.items()}
+    return _trees(definition, trainable)
 
 
 def adapters(definition: Definition) -> Iterator[tuple[Path, list[str], SlotAdapter]]:
@@ -183,12 +232,6 @@ def adapters(definition: Definition) -> Iterator[tuple[Path, list[str], SlotAdap
     for path, linear in linears(definition.module).items():
         if linear.adapter is not None:
             yield path, module_names(path, linear), linear.adapter
-
-
-def select(targets: Sequence[str], names: Iterable[str], key: str = "adapter.targets") -> list[str]:
-    """Returns the modules that the targets of a setting name, in the order of the names."""
-    matched = match_targets(targets, names, key)
-    return [name for name in names if name in matched]
 
 
 def from_disk(given: Iterable[tuple[str, Any]], names: Collection[str]) -> dict[str, Any]:
@@ -212,6 +255,14 @@ def target_modules(definition: Definition, names: Collection[str]) -> list[str]:
     return sorted(suffixes if by_suffix == set(names) else names)
 
 
+def shared_settings(section: Any) -> dict[str, Any]:
+    """Returns what every such method takes of the ``adapter`` section of a config."""
+    return {
+        "layers": parse_layers(section.layers),
+        "modules_to_save": tuple(section.modules_to_save),
+    }
+
+
 def peft_config(kind: str, definition: Definition, names: Collection[str]) -> dict[str, Any]:
     """Returns what adapter_config.json says whatever the method."""
     return {
@@ -219,7 +270,6 @@ def peft_config(kind: str, definition: Definition, names: Collection[str]) -> di
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": definition.config.get("_name_or_path"),
         "target_modules": target_modules(definition, names),
-        "modules_to_save": None,
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
@@ -232,8 +282,14 @@ def refuse(config: Mapping[str, Any], plain: Mapping[str, Any]) -> None:
             raise JaxtuneError(f'adapter_config.json: "{key}"={config[key]!r} is not supported')
 
 
-def edit_tensors(stored: Stored) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the tensors of a file that are edits: all but a head's copy of the base.
+def edit_tensors(stored: Stored, what: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the tensors of a file that are edits, by key without PEFT's prefix.
+
+    What is left out are modules that are stored whole, and a head's copy of the base.
+
+    Args:
+      stored: an adapter on disk.
+      what: the method's tensors are, for messages: "a bias".
 
     Raises:
       JaxtuneError: a key that does not begin as PEFT's do, or a dtype that no edit has.
@@ -242,9 +298,10 @@ def edit_tensors(stored: Stored) -> Iterator[tuple[str, np.ndarray]]:
         if key.endswith(BASE_COPY):
             continue  # who loads the base compares the two
         if not key.startswith(PREFIX) or not jnp.issubdtype(value.dtype, jnp.floating):
-            kind = stored.config.get("peft_type")
-            raise JaxtuneError(f'adapter_model.safetensors: "{key}" is no tensor of {kind}')
-        yield key.removeprefix(PREFIX), value
+            raise JaxtuneError(f'adapter_model.safetensors: "{key}" is not {what}')
+        name = key.removeprefix(PREFIX)
+        if not any(ends_with(name.split(".")[:-1], saved) for saved in saved_modules(stored)):
+            yield name, value
 
 
 def _declared(definition: Definition, path: Path, adapter: SlotAdapter) -> dict[str, Declaration]:
@@ -296,7 +353,7 @@ def _tensor(stored: Stored, name: str, part: Part) -> np.ndarray:
     key, shape = f"{PREFIX}{name}{part.key}", part.stored or part.shape
     what = f"{name}{part.key.removesuffix('.weight')}"
     if key not in stored.tensors:
-        raise JaxtuneError(f'adapter_model.safetensors: "{name}" lacks {part.key[1:]}')
+        raise JaxtuneError(f'adapter_model.safetensors: lacks "{key}"')
     value = stored.tensors[key]
     if value.shape != shape:
         raise JaxtuneError(

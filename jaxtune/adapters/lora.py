@@ -9,7 +9,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -25,10 +25,11 @@ from jaxtune.adapters.linear import (
     from_disk,
     peft_config,
     refuse,
-    select,
+    shared_settings,
 )
 from jaxtune.adapters.method import Stored
-from jaxtune.adapters.targets import Projection
+from jaxtune.adapters.saved import saved_modules
+from jaxtune.adapters.targets import Projection, find_pattern, parse_patterns
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.linear import Edit, LowRank
 from jaxtune.layers.tree import Constant, Trainable, declaration_of, parameter
@@ -112,6 +113,8 @@ class Lora(LinearMethod):
       factors: by Hugging Face module name, in place of the three above; how an adapter that was
         read from disk says what it has.
       rslora: the scale is alpha / √r.
+      rank_pattern: ranks of modules whose path ends with a pattern, in place of `rank`.
+      alpha_pattern: alphas of modules whose path ends with a pattern.
     """
 
     name: ClassVar[str] = "lora"
@@ -122,13 +125,17 @@ class Lora(LinearMethod):
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     factors: tuple[tuple[str, Factor], ...] = ()
     rslora: bool = False
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    alpha_pattern: tuple[tuple[str, float], ...] = ()
 
     def choose(self, modules: Mapping[str, Projection]) -> dict[str, Factor]:
         """Returns the rank and alpha of every target, or those that were read from disk."""
         if self.factors:
             return from_disk(self.factors, modules)
-        factor = Factor(self.rank, self.alpha, self.rslora)
-        return dict.fromkeys(select(self.targets, modules), factor)
+        names = self.select(self.targets, modules)
+        ranks = _by_pattern("adapter.rank_pattern", self.rank_pattern, names, self.rank)
+        alphas = _by_pattern("adapter.alpha_pattern", self.alpha_pattern, names, self.alpha)
+        return {n: Factor(int(ranks[n]), float(alphas[n]), self.rslora) for n in names}
 
     def adapter(self, linear: Projection, settings: tuple[Factor | None, ...]) -> LoraAdapter:
         """Makes the two factors."""
@@ -150,12 +157,27 @@ class Lora(LinearMethod):
         }
 
 
+def _by_pattern(
+    key: str, patterns: Iterable[tuple[str, float]], names: Sequence[str], default: float
+) -> dict[str, float]:
+    """Returns each module's value: that of the first pattern that matches, or the default.
+
+    Raises:
+      JaxtuneError: a pattern that matches no target.
+    """
+    values = dict(patterns)
+    found = {name: find_pattern(values, name) for name in names}
+    for pattern in values:
+        if pattern not in found.values():
+            raise JaxtuneError(f'{key}: "{pattern}" is the first to match no module of the targets')
+    return {name: default if p is None else values[p] for name, p in found.items()}
+
+
 # Settings of adapter_config.json under which the factors would mean something else.
 _UNSUPPORTED = {
     "bias": "none",
     "lora_bias": False,
     "fan_in_fan_out": False,
-    "modules_to_save": None,
     "trainable_token_indices": None,
     "target_parameters": None,
 }
@@ -164,8 +186,8 @@ _UNSUPPORTED = {
 _EDIT_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def read_settings(stored: Stored) -> tuple[float, tuple[tuple[str, Factor], ...]]:
-    """Returns (dropout, rank and alpha by module) of a LoRA adapter that PEFT wrote.
+def read_settings(stored: Stored) -> dict[str, Any]:
+    """Returns what `Lora` takes of a LoRA adapter that PEFT wrote.
 
     Raises:
       JaxtuneError: a setting or a tensor that jaxtune would have to drop.
@@ -179,7 +201,7 @@ def read_settings(stored: Stored) -> tuple[float, tuple[tuple[str, Factor], ...]
         )
     factors: dict[str, Factor] = {}
     keys = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if config.get("use_dora") else set())
-    for key, value in edit_tensors(stored):
+    for key, value in edit_tensors(stored, "a LoRA factor"):
         match = _KEY.fullmatch(key)
         vector = match is not None and match[2] == "lora_magnitude_vector"
         if match is None or match[2] not in keys or value.ndim != (1 if vector else 2):
@@ -199,7 +221,11 @@ def read_settings(stored: Stored) -> tuple[float, tuple[tuple[str, Factor], ...]
     dropout = _number("lora_dropout", config.get("lora_dropout") or 0.0)
     if not 0 <= dropout < 1:
         raise JaxtuneError(f'adapter_config.json: "lora_dropout"={dropout} is not within 0 and 1')
-    return dropout, tuple(sorted(factors.items()))
+    return {
+        "dropout": dropout,
+        "factors": tuple(sorted(factors.items())),
+        "modules_to_save": saved_modules(stored),
+    }
 
 
 def from_peft(stored: Stored) -> Lora:
@@ -208,23 +234,22 @@ def from_peft(stored: Stored) -> Lora:
     Raises:
       JaxtuneError: see `read_settings`.
     """
-    dropout, factors = read_settings(stored)
-    return Lora(dropout=dropout, factors=factors)
+    return Lora(**read_settings(stored))
 
 
 def _pattern(patterns: Any, name: str, default: Any) -> float:
     """Looks a module up as PEFT does: the first pattern that matches the end of its path."""
     if not isinstance(patterns, Mapping):
         raise JaxtuneError(f'adapter_config.json: "alpha_pattern" is {patterns!r}, not an object')
-    for pattern, value in patterns.items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", name):
-                return _number("alpha_pattern", value)
-        except re.error as error:
-            raise JaxtuneError(
-                f'adapter_config.json: "alpha_pattern" has no valid expression: {error}'
-            ) from None
-    return _number("lora_alpha", default)
+    try:
+        pattern = find_pattern(patterns, name)
+    except re.error as error:
+        raise JaxtuneError(
+            f'adapter_config.json: "alpha_pattern" has no valid expression: {error}'
+        ) from None
+    if pattern is None:
+        return _number("lora_alpha", default)
+    return _number("alpha_pattern", patterns[pattern])
 
 
 def _number(key: str, value: Any) -> float:
@@ -235,12 +260,19 @@ def _number(key: str, value: Any) -> float:
 
 def settings_from_config(section: Any) -> dict[str, Any]:
     """Returns what LoRA and its variants take of the ``adapter`` section of a config."""
-    return {
+    ranks = parse_patterns("adapter.rank_pattern", section.rank_pattern)
+    alphas = parse_patterns("adapter.alpha_pattern", section.alpha_pattern)
+    for pattern, rank in ranks.items():
+        if rank < 1 or rank != int(rank):
+            raise JaxtuneError(f'adapter.rank_pattern: "{pattern}={rank:g}" is no rank')
+    return shared_settings(section) | {
         "rank": section.rank,
         "alpha": section.alpha,
         "dropout": section.dropout,
         "targets": tuple(section.targets),
         "rslora": section.rslora,
+        "rank_pattern": tuple((pattern, int(rank)) for pattern, rank in ranks.items()),
+        "alpha_pattern": tuple(alphas.items()),
     }
 
 

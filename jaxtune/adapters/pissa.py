@@ -18,12 +18,21 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.sparse.linalg import svds
 
-from jaxtune.adapters.linear import PREFIX, adapters
+from jaxtune.adapters.linear import PREFIX, adapters, pack
 from jaxtune.adapters.lora import Factor, Lora, LoraAdapter, settings_from_config
 from jaxtune.adapters.method import BaseEdit, Start, Stored
 from jaxtune.adapters.targets import Projection
 from jaxtune.errors import JaxtuneError
-from jaxtune.layers.tree import Constant, Path, Tree, declaration_of, flatten, parameter, unflatten
+from jaxtune.layers.tree import (
+    Constant,
+    Path,
+    Tree,
+    declaration_of,
+    flatten,
+    merge,
+    parameter,
+    unflatten,
+)
 from jaxtune.models.definition import Definition
 
 # From here on the leading vectors alone are found sooner than all of them.
@@ -118,7 +127,7 @@ class Pissa(Lora):
         """Starts at the factors that were taken out of the base, and keeps them."""
         if start is None or not isinstance(start.base_edit, _Subtract):
             raise JaxtuneError("a PiSSA run starts from its base alone; its adapters are LoRA's")
-        trainable, constants = self.restore(definition, Stored({}, start.base_edit.tensors))
+        trainable, constants = pack(definition, Stored({}, start.base_edit.tensors))
         # Copies: a step of training consumes the arrays that it trains.
         kept = {
             (*path[:-1], _STARTS[path[-1]]): jnp.copy(value) for path, value in flatten(trainable)
@@ -134,13 +143,13 @@ class Pissa(Lora):
             if path[-1] in names
         }
         trained = super().store(definition, trainable, constants)
-        first = super().store(definition, unflatten(started), constants)
-        tensors = {
-            key: np.concatenate([value, first.tensors[key]], axis=0)
-            if key.endswith("lora_A.weight")
-            else np.concatenate([value, -first.tensors[key]], axis=1)
-            for key, value in trained.tensors.items()
-        }
+        first = super().store(definition, merge(trainable, unflatten(started)), constants)
+        tensors = trained.tensors
+        for key, value in tensors.items():
+            if key.endswith("lora_A.weight"):
+                tensors[key] = np.concatenate([value, first.tensors[key]], axis=0)
+            elif key.endswith("lora_B.weight"):
+                tensors[key] = np.concatenate([value, -first.tensors[key]], axis=1)
         return Stored(trained.config, tensors)
 
     def peft_config(self, definition: Definition, settings: Mapping[str, Factor]) -> dict[str, Any]:

@@ -24,9 +24,10 @@ from jaxtune.adapters.linear import (
     from_disk,
     peft_config,
     refuse,
-    select,
+    shared_settings,
 )
 from jaxtune.adapters.method import Stored
+from jaxtune.adapters.saved import saved_modules
 from jaxtune.adapters.targets import Projection, linears
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.decoder import CausalLM
@@ -116,7 +117,7 @@ class Vera(LinearMethod):
         """Returns the rank of every target."""
         if self.modules:
             return from_disk([(name, self.rank) for name in self.modules], modules)
-        return dict.fromkeys(select(self.targets, modules), self.rank)
+        return dict.fromkeys(self.select(self.targets, modules), self.rank)
 
     def attach(self, model: CausalLM) -> None:
         """Fills the slots; every adapter holds the same two matrices."""
@@ -197,7 +198,8 @@ def _with_matrices(constants: Tree, make: Any) -> Tree:
 
 def from_config(section: Any) -> Vera:
     """Returns the method that the ``adapter`` section of a config describes."""
-    return Vera(section.rank, section.dropout, tuple(section.targets))
+    settings = shared_settings(section)
+    return Vera(section.rank, section.dropout, tuple(section.targets), **settings)
 
 
 def from_peft(stored: Stored) -> Vera:
@@ -207,7 +209,7 @@ def from_peft(stored: Stored) -> Vera:
       JaxtuneError: a setting or a tensor that jaxtune would have to drop, or no matrices.
     """
     config = stored.config
-    refuse(config, {"modules_to_save": None, "fan_in_fan_out": False, "bias": "none"})
+    refuse(config, {"fan_in_fan_out": False, "bias": "none"})
     for name in MATRICES:
         if f"base_model.{name}" not in stored.tensors:
             raise JaxtuneError(
@@ -220,12 +222,17 @@ def from_peft(stored: Stored) -> Vera:
         if key.removeprefix("base_model.") not in MATRICES
     }
     modules: set[str] = set()
-    for key, value in edit_tensors(Stored(config, vectors)):
+    for key, value in edit_tensors(Stored(config, vectors), "a vector of VeRA"):
         match = _KEY.fullmatch(key)
         if match is None or value.ndim != 1:
-            raise JaxtuneError(f'adapter_model.safetensors: "{key}" is no vector of VeRA')
+            raise JaxtuneError(f'adapter_model.safetensors: "{key}" is not a vector of VeRA')
         modules.add(match[1])
     if not modules:
         raise JaxtuneError("adapter_model.safetensors holds no vectors of VeRA")
     rank = stored.tensors["base_model.vera_A"].shape[0]
-    return Vera(rank, float(config.get("vera_dropout") or 0.0), modules=tuple(sorted(modules)))
+    return Vera(
+        rank,
+        float(config.get("vera_dropout") or 0.0),
+        modules=tuple(sorted(modules)),
+        modules_to_save=saved_modules(stored),
+    )

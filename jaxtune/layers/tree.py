@@ -137,7 +137,7 @@ def unflatten(leaves: Mapping[Path, Any]) -> Tree:
 
 
 def merge(*trees: Mapping[str, Any]) -> Tree:
-    """Joins nested dicts that share no leaf."""
+    """Joins nested dicts; a leaf of several is that of the last."""
     return unflatten({path: leaf for tree in trees for path, leaf in flatten(tree)})
 
 

@@ -93,7 +93,18 @@ def test_weights_that_are_not_there_or_cut(tiny, adapter):
             'adapter_model.safetensors: "model.layers.0.mlp.down_proj" lacks lora_magnitude_vector',
         ),
         ({"bias": "all"}, "adapter_config.json: \"bias\"='all' is not supported"),
-        ({"modules_to_save": ["lm_head"]}, "adapter_config.json: \"modules_to_save\"=['lm_head']"),
+        (
+            {"modules_to_save": ["lm_head"]},
+            'adapter_model.safetensors: lacks "base_model.model.lm_head.weight"',
+        ),
+        (
+            {"modules_to_save": ["head"]},
+            'adapter.modules_to_save: "head" matches no module; did you mean "lm_head"?',
+        ),
+        (
+            {"init_lora_weights": "pissa"},
+            "adapter_config.json: \"init_lora_weights\"='pissa' stands for factors beside",
+        ),
         ({"lora_alpha": "x"}, "adapter_config.json: \"lora_alpha\" has 'x', which is no number"),
         ({"lora_alpha": 1e999}, 'adapter_config.json: "lora_alpha" has inf'),
         ({"lora_dropout": 1.5}, 'adapter_config.json: "lora_dropout"=1.5 is not within 0 and 1'),

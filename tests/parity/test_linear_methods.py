@@ -96,7 +96,7 @@ def test_it_starts_as_the_base_and_ends_as_one_model(name, directory, base, tmp_
     again = jaxtune.load(directory, adapter=adapter, dtype="float32", progress=False)
     assert_same_logits(again.logits(TOKENS), expected)
     if name == "bitfit":
-        with pytest.raises(jaxtune.JaxtuneError, match="has no bias .* cannot be merged"):
+        with pytest.raises(jaxtune.JaxtuneError, match=r"has no bias .* cannot be merged"):
             model.save_pretrained(tmp_path / "merged")
         return
     merged = model.save_pretrained(tmp_path / "merged")

@@ -125,7 +125,6 @@ def test_transformers_loads_our_merged_model(case, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("key", "settings"),
     [
-        ("modules_to_save", {"modules_to_save": ["embed_tokens"]}),
         ("bias", {"bias": "lora_only"}),
         ("lora_bias", {"lora_bias": True}),
         ("trainable_token_indices", {"trainable_token_indices": [3, 4]}),

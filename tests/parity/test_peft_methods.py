@@ -22,8 +22,13 @@ from peft import IA3Config, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from test_training import LENGTH, run_config, write_rows
 
 import jaxtune
-from jaxtune.adapters import method_from_peft
+from jaxtune.adapters import method_from_config, method_from_peft
+from jaxtune.adapters.define import define
+from jaxtune.adapters.linear import adapters
+from jaxtune.adapters.lora import Lora
+from jaxtune.checkpoints.huggingface import read_json
 from jaxtune.checkpoints.peft import read_adapter, write_adapter
+from jaxtune.config import resolve
 from jaxtune.layers.tree import flatten
 
 TOKENS = random_tokens(1, 2, 24)
@@ -58,6 +63,9 @@ CASES = {
     "rslora": Case(LoraConfig, {"r": 4, "lora_alpha": 6, "use_rslora": True}, "lora"),
     "dora": Case(LoraConfig, {"r": 4, "lora_alpha": 8, "use_dora": True}, "dora", DORA_LOSS),
     "vera": Case(VeraConfig, {"r": 24}, "vera", learning_rate=5e-2),
+    "saved": Case(
+        LoraConfig, {"r": 4, "modules_to_save": ["lm_head", "embed_tokens", "norm"]}, "lora"
+    ),
     "ia3": Case(IA3Config, {"feedforward_modules": ["down_proj"]}, "ia3", learning_rate=5e-2),
 }
 TARGETS = {
@@ -96,6 +104,9 @@ def scramble(model):
     return model.eval()
 
 
+SLOW_BUT_DORA = [
+    pytest.param(case, marks=() if case == "dora" else pytest.mark.slow) for case in CASES
+]
 ON_BOTH = pytest.mark.parametrize(
     ("checkpoint", "model_type"),
     [("llama", "llama"), pytest.param("deepseek_v3", "deepseek_v3", marks=pytest.mark.slow)],
@@ -105,7 +116,7 @@ ON_BOTH = pytest.mark.parametrize(
 
 
 @ON_BOTH
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", SLOW_BUT_DORA)
 def test_it_trains_as_peft_does(case, checkpoint, model_type, tmp_path):
     recipe = Recipe(accumulation=1, learning_rate=CASES[case].learning_rate)
     examples = make_examples(60, longest=LENGTH)
@@ -160,6 +171,7 @@ def test_the_scales_of_ia3_take_a_bias_along(tiny, tmp_path):
     assert_same_logits(torch_logits(reference(merged), TOKENS), theirs)
 
 
+@pytest.mark.slow
 @ON_BOTH
 @pytest.mark.parametrize("rslora", [False, True], ids=["alpha-r", "rslora"])
 def test_pissa_starts_and_trains_as_peft_does(rslora, checkpoint, model_type, tmp_path):
@@ -191,3 +203,68 @@ def test_pissa_starts_and_trains_as_peft_does(rslora, checkpoint, model_type, tm
     assert_same_logits(torch_logits(plain, TOKENS), ours)
     assert relative(ours, expected) <= TRAINED
     assert relative(torch_logits(reference(checkpoint), TOKENS), expected) > SHOWS
+
+
+def test_patterns_and_layers_choose_what_peft_chooses(tiny, tmp_path):
+    directory = tiny("llama")
+    ranks, alphas = {r"layers\.1\.self_attn\.q_proj": 2, "up_proj": 7}, {"up_proj": 5}
+    torch.manual_seed(0)
+    peft = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "up_proj"],
+        layers_to_transform=[1, 2],
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        init_lora_weights=False,
+    )
+    get_peft_model(reference(directory), peft).save_pretrained(tmp_path / "adapter")
+    theirs = method_from_peft(read_adapter(tmp_path / "adapter"))
+    section = {
+        "rank": 4,
+        "alpha": 8.0,
+        "targets": ("q_proj", "up_proj"),
+        "layers": "1-2",
+        "rank_pattern": [f"{pattern}={rank}" for pattern, rank in ranks.items()],
+        "alpha_pattern": [f"{pattern}={alpha}" for pattern, alpha in alphas.items()],
+    }
+    ours = method_from_config(resolve({"adapter": section}).adapter)
+    config = read_json(directory / "config.json")
+    found = [
+        {name: adapter.settings for name, adapter in adapters_by_name(define(config, "float32", m))}
+        for m in (ours, theirs)
+    ]
+    assert found[0] == found[1]
+    assert {setting and setting.rank for s in found[0].values() for setting in s} == {None, 2, 4, 7}
+
+
+def adapters_by_name(definition):
+    """Yields each adapter with its projection's path."""
+    return (((".").join(path), adapter) for path, _, adapter in adapters(definition))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers": "3"}, r"adapter\.layers: there is no layer 3 \(the last is 2\)"),
+        ({"layers": "2-1"}, r'adapter\.layers: "2-1" is neither a layer nor a range like 4-7'),
+        ({"rank_pattern": "k_proj=2"}, r'adapter\.rank_pattern: "k_proj" is the first to match no'),
+        ({"rank_pattern": "q_proj=0"}, r'adapter\.rank_pattern: "q_proj=0" is no rank'),
+        ({"alpha_pattern": "q_proj"}, r'adapter\.alpha_pattern: "q_proj" is not a pattern and its'),
+        ({"modules_to_save": "lm_haed"}, r'"lm_haed" matches no module; did you mean "lm_head"'),
+        ({"modules_to_save": "layers.0.input_layernorm"}, r"input_layernorm is of one layer"),
+        ({"modules_to_save": "q_proj"}, r"q_proj is in adapter\.modules_to_save, which trains it"),
+    ],
+)
+def test_a_choice_that_cannot_be_is_refused_by_name(settings, message, tiny):
+    config = read_json(tiny("llama") / "config.json")
+    with pytest.raises(jaxtune.JaxtuneError, match=message):
+        section = resolve({"adapter": {"targets": "q_proj"} | settings}).adapter
+        define(config, "float32", method_from_config(section))
+
+
+def test_tied_embeddings_are_not_trained_as_two(tiny):
+    config = read_json(tiny("llama", tie_word_embeddings=True) / "config.json")
+    for name in ("lm_head", "embed_tokens"):
+        with pytest.raises(jaxtune.JaxtuneError, match=f"{name} is embedding and head at once"):
+            define(config, "float32", Lora(modules_to_save=(name,)))
