@@ -84,6 +84,12 @@ KNOBS: dict[str, dict[str, Knob]] = {
         "modules_to_save": Knob(
             (), "modules trained and stored whole beside the adapter, such as lm_head", names=True
         ),
+        "freeze": Knob(
+            (),
+            "what adapter.method=full leaves as it is: expressions of the beginning of a name, such "
+            "as model.embed_tokens,model.layers.[0-3].",
+            names=True,
+        ),
         "feedforward": Knob(
             ("down_proj",),
             "modules that (IA)³ scales at their inputs; targets at outputs",

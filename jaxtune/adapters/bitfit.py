@@ -58,16 +58,16 @@ class BiasAdapter(SlotAdapter):
         return {"bias": Part(".bias", (self.features,))}
 
     def start(self, name: str, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
-        """Starts at zero, until the base's biases are there."""
+        """Starts at zero, of the stacked shape, until the base's biases are there."""
         del name, key
         return jnp.zeros(shape)
 
     def constants(self) -> dict[str, np.ndarray]:
-        """Returns where the bias counts."""
+        """Returns [layers · experts]: where the bias counts."""
         return {"chosen_here": self.chosen}
 
     def edit(self, weight: Any, bias: jax.Array | None, dtype: DTypeLike) -> Edit:
-        """Takes the place of the base's bias."""
+        """Takes the place of the base's bias [out]."""
         del weight, dtype
         here = self.chosen_here.get_value()[..., None] > 0
         return Edit(bias=jnp.where(here, self.bias.get_value(), 0.0 if bias is None else bias))

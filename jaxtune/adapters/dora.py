@@ -50,13 +50,13 @@ class DoraAdapter(LoraAdapter):
         return super().parts(setting) | {"lora_magnitude_vector": magnitude}
 
     def start(self, name: str, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
-        """Starts the factors as LoRA does; the magnitudes wait for the weights."""
+        """Starts the factors as LoRA does; magnitudes, of this shape, wait for weights."""
         if name == "lora_magnitude_vector":
             return jnp.ones(shape)
         return super().start(name, shape, key)
 
     def edit(self, weight: Any, bias: jax.Array | None, dtype: DTypeLike) -> Edit:
-        """Adds the low-rank term and gives each row of the sum its magnitude."""
+        """Adds the low-rank term and gives each row of the sum its magnitude [out]."""
         del bias
         term, squares = self.low_rank(), self.squares.get_value()
         added = functools.partial(_added_squares, dtype=dtype)

@@ -57,16 +57,16 @@ class IA3Adapter(SlotAdapter):
         return {"ia3_l": Part(".ia3_l", (self.features,), stored)}
 
     def start(self, name: str, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
-        """Starts at one: the identity."""
+        """Starts at one, the identity, of the stacked shape."""
         del name, key
         return jnp.ones(shape)
 
     def constants(self) -> dict[str, np.ndarray]:
-        """Returns where the scale counts."""
+        """Returns [layers · experts]: where the scale counts."""
         return {"chosen_here": self.chosen}
 
     def edit(self, weight: Any, bias: jax.Array | None, dtype: DTypeLike) -> Edit:
-        """Scales the inputs, or the outputs with their bias."""
+        """Scales the inputs [in], or the outputs [out] with their bias."""
         del weight, dtype
         here = self.chosen_here.get_value()[..., None] > 0
         scale = jnp.where(here, self.ia3_l.get_value(), 1.0)

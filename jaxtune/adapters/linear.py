@@ -20,7 +20,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxtune.adapters.method import BASE_COPY, Method, Stored
-from jaxtune.adapters.saved import check_saved, ends_with, saved_arrays, saved_modules
+from jaxtune.adapters.saved import check_saved, saved_arrays, saved_modules
 from jaxtune.adapters.targets import (
     Projection,
     in_layers,
@@ -86,11 +86,11 @@ class SlotAdapter(nnx.Module, abc.ABC):
 
     @abc.abstractmethod
     def constants(self) -> dict[str, np.ndarray]:
-        """Returns the arrays that are not trained, by attribute, as far as settings give them."""
+        """Returns what settings give of the constants, [layers · experts] each, by attribute."""
 
     @abc.abstractmethod
     def edit(self, weight: Any, bias: jax.Array | None, dtype: DTypeLike) -> Edit:
-        """Returns the edit; see `LinearAdapter`."""
+        """Returns the edit of a weight [out, in]; see `LinearAdapter`."""
 
     def drop(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         """Drops inputs [..., in] of the low-rank branch at random, scaled to keep their mean."""
@@ -143,9 +143,10 @@ class LinearMethod(Method):
         matched = match_targets(targets, names, key)
         return [name for name in names if name in matched]
 
-    def trains(self, path: Path) -> bool:
+    def trains(self, name: str) -> bool:
         """Says yes to the arrays of modules that are stored whole."""
-        return any(ends_with(path[:-1], name) for name in self.modules_to_save)
+        module = name.rpartition(".")[0]
+        return any(module.endswith(saved) for saved in self.modules_to_save)
 
     def attach(self, model: CausalLM) -> None:
         """Fills the adapter slot of every chosen projection."""
@@ -159,7 +160,7 @@ class LinearMethod(Method):
             if path == ("lm_head",) and self.dropout:
                 raise JaxtuneError("adapter.dropout must be 0 where adapter.targets has lm_head")
             adapter = self.adapter(linear, settings)
-            if self.trains((*path, "weight")):
+            if self.trains(".".join((*path, "weight"))):
                 raise JaxtuneError(
                     f"{'.'.join(path)} is in adapter.modules_to_save, which trains it whole, and "
                     "in adapter.targets"
@@ -283,7 +284,7 @@ def refuse(config: Mapping[str, Any], plain: Mapping[str, Any]) -> None:
 
 
 def edit_tensors(stored: Stored, what: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the tensors of a file that are edits, by key without PEFT's prefix.
+    """Yields the tensors of a file that are edits, of any shape, by key without PEFT's prefix.
 
     What is left out are modules that are stored whole, and a head's copy of the base.
 
@@ -300,7 +301,7 @@ def edit_tensors(stored: Stored, what: str) -> Iterator[tuple[str, np.ndarray]]:
         if not key.startswith(PREFIX) or not jnp.issubdtype(value.dtype, jnp.floating):
             raise JaxtuneError(f'adapter_model.safetensors: "{key}" is not {what}')
         name = key.removeprefix(PREFIX)
-        if not any(ends_with(name.split(".")[:-1], saved) for saved in saved_modules(stored)):
+        if not name.rpartition(".")[0].endswith(saved_modules(stored)):
             yield name, value
 
 

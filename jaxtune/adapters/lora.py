@@ -80,14 +80,14 @@ class LoraAdapter(SlotAdapter):
         }
 
     def start(self, name: str, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
-        """Draws A uniformly from ±1/√in, as PEFT does, and sets B to zero: the identity."""
+        """Draws A [r, in] uniformly from ±1/√in, as PEFT does; B is zero: the identity."""
         if name == "lora_B":
             return jnp.zeros(shape)
         bound = shape[-1] ** -0.5
         return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
     def constants(self) -> dict[str, np.ndarray]:
-        """Returns the scale of each layer; 0 where there is no adapter."""
+        """Returns scales [layers · experts]; 0 where there is no adapter."""
         scales = [factor.scale if factor else 0.0 for factor in self.settings]
         return {"scale": np.array(scales, np.float32)}
 
@@ -96,7 +96,7 @@ class LoraAdapter(SlotAdapter):
         return LowRank(self.lora_A.get_value(), self.lora_B.get_value(), self.scale.get_value())
 
     def edit(self, weight: Any, bias: jax.Array | None, dtype: DTypeLike) -> Edit:
-        """Adds the low-rank term."""
+        """Adds the low-rank term to the weight [out, in]."""
         del weight, bias, dtype
         return Edit(self.low_rank())
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from jaxtune.layers.decoder import CausalLM
-from jaxtune.layers.tree import Path, Tree
+from jaxtune.layers.tree import Tree
 from jaxtune.models.definition import Definition
 
 # How PEFT ends the key of the frozen weight of a head, which it stores beside the head's edit.
@@ -81,9 +81,9 @@ class Method(abc.ABC):
           JaxtuneError: a target that the model does not have.
         """
 
-    def trains(self, path: Path) -> bool:
-        """Says whether the base weight at `path` is trained."""
-        del path
+    def trains(self, name: str) -> bool:
+        """Says whether a base weight is trained: that of this Hugging Face name, and its run's."""
+        del name
         return False
 
     @abc.abstractmethod

@@ -16,11 +16,6 @@ def saved_modules(stored: Stored) -> tuple[str, ...]:
     return tuple(stored.config.get("modules_to_save") or ())
 
 
-def ends_with(parts: Sequence[str], name: str) -> bool:
-    """Says whether a module, by the parts of its path, is meant: PEFT compares ends of paths."""
-    return ".".join(parts).endswith(name)
-
-
 def check_saved(model: CausalLM, saved: Sequence[str]) -> None:
     """Looks the modules to train whole up.
 
@@ -38,7 +33,7 @@ def check_saved(model: CausalLM, saved: Sequence[str]) -> None:
                 f"adapter.modules_to_save: {name} is embedding and head at once in this model "
                 "(tie_word_embeddings): untie the checkpoint first"
             )
-        if not any(ends_with(path, name) for path in modules):
+        if not any(".".join(path).endswith(name) for path in modules):  # as PEFT compares
             known = sorted({path[-1] for path in modules})
             raise JaxtuneError(
                 f'adapter.modules_to_save: "{name}" matches no module{closest(name, known)}'

@@ -73,16 +73,16 @@ class VeraAdapter(SlotAdapter):
         }
 
     def start(self, name: str, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
-        """Starts b at zero, the identity, and d at a small value."""
+        """Starts b [out] at zero, the identity, and d [r] at a small value."""
         del key
         return jnp.zeros(shape) if name == "vera_lambda_b" else jnp.full(shape, D_INITIAL)
 
     def constants(self) -> dict[str, np.ndarray]:
-        """Returns where the vectors count."""
+        """Returns [layers · experts]: where the vectors count."""
         return {"chosen_here": self.chosen}
 
     def edit(self, weight: Any, bias: jax.Array | None, dtype: DTypeLike) -> Edit:
-        """Adds diag(b) B diag(d) A, with as much of the matrices as the weight is large."""
+        """Adds diag(b) B diag(d) A, as much of the matrices as the weight [out, in] is large."""
         del weight, bias, dtype
         return Edit(
             LowRank(

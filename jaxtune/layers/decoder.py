@@ -6,7 +6,8 @@ structure that follow one another form a run, which is one ``lax.scan``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -99,6 +100,16 @@ class Decoder(nnx.Module):
             ]
         )
         self.norm = RMSNorm(hidden_size, eps)
+
+    def split_runs(self, starts: Collection[int]) -> None:
+        """Begins another run at each of these layers; the module has to be abstract still."""
+        layers, runs = [], []
+        for module, (first, count) in zip(self.layers, self.run_layers, strict=True):
+            within = sorted(start for start in starts if first < start < first + count)
+            for begin, end in itertools.pairwise([first, *within, first + count]):
+                layers.append(stack(nnx.clone(module), begin, end - begin))
+                runs.append((begin, end - begin))
+        self.layers, self.run_layers = nnx.List(layers), tuple(runs)
 
     def init_cache(self, batch: int, length: int, dtype: DTypeLike) -> list[Cache]:
         """Returns an empty cache for each run of layers: arrays [layers, B, length, …]."""

@@ -233,7 +233,7 @@ class Linear(nnx.Module):
 
     @property
     def frozen(self) -> tuple[Any, jax.Array | None]:
-        """The weight and the bias, as an adapter's `edit` takes them."""
+        """The weight [out, in] and the bias [out], as an adapter's `edit` takes them."""
         return self.weight.get_value(), None if self.bias is None else self.bias.get_value()
 
 
