@@ -84,10 +84,13 @@ KNOBS: dict[str, dict[str, Knob]] = {
         "modules_to_save": Knob(
             (), "modules trained and stored whole beside the adapter, such as lm_head", names=True
         ),
+        "new_tokens": Knob(
+            0, "how many of the last tokens have their embedding trained", minimum=0
+        ),
         "freeze": Knob(
             (),
-            "what adapter.method=full leaves as it is: expressions of the beginning of a name, such "
-            "as model.embed_tokens,model.layers.[0-3].",
+            "what adapter.method=full leaves as it is: expressions of the beginnings of names, "
+            "such as model.embed_tokens,model.layers.[0-3].",
             names=True,
         ),
         "feedforward": Knob(

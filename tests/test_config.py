@@ -170,6 +170,7 @@ PERTURBED = {
     "adapter.alpha_pattern": ("q_proj=2",),
     "adapter.modules_to_save": ("lm_head",),
     "adapter.freeze": ("model.layers.0", "adapter.method=full"),
+    "adapter.new_tokens": (3,),
     "adapter.feedforward": ("up_proj", "adapter.method=ia3"),
     "adapter.init_from": ("{adapter}",),
     "training.steps": (12,),

@@ -104,7 +104,7 @@ class Dora(Lora):
         self, definition: Definition, weights: Tree, trees: tuple[Tree, Tree], start: Start | None
     ) -> tuple[Tree, Tree]:
         """Measures the rows of the base, which are where the magnitudes start."""
-        base = dict(flatten(weights))
+        base, trees = dict(flatten(weights)), super().complete(definition, weights, trees, start)
         trainable, constants = (dict(flatten(tree)) for tree in trees)
         for path, _, adapter in adapters(definition):
             declared = definition.leaves[(*path, "weight")].declaration

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from jaxtune.adapters import tokens
 from jaxtune.adapters.linear import (
     LinearMethod,
     Part,
@@ -27,12 +28,22 @@ from jaxtune.adapters.linear import (
     refuse,
     shared_settings,
 )
-from jaxtune.adapters.method import Stored
+from jaxtune.adapters.method import Start, Stored
 from jaxtune.adapters.saved import saved_modules
 from jaxtune.adapters.targets import Projection, find_pattern, parse_patterns
 from jaxtune.errors import JaxtuneError
+from jaxtune.layers.decoder import CausalLM
 from jaxtune.layers.linear import Edit, LowRank
-from jaxtune.layers.tree import Constant, Trainable, declaration_of, parameter
+from jaxtune.layers.tree import (
+    Constant,
+    Trainable,
+    Tree,
+    declaration_of,
+    flatten,
+    merge,
+    parameter,
+    unflatten,
+)
 from jaxtune.models.definition import Definition
 
 _KEY = re.compile(r"(.+)\.(lora_[AB]|lora_magnitude_vector)(?:\.weight)?")
@@ -115,6 +126,7 @@ class Lora(LinearMethod):
       rslora: the scale is alpha / √r.
       rank_pattern: ranks of modules whose path ends with a pattern, in place of `rank`.
       alpha_pattern: alphas of modules whose path ends with a pattern.
+      new_tokens: how many of the last tokens have their embedding trained.
     """
 
     name: ClassVar[str] = "lora"
@@ -127,6 +139,7 @@ class Lora(LinearMethod):
     rslora: bool = False
     rank_pattern: tuple[tuple[str, int], ...] = ()
     alpha_pattern: tuple[tuple[str, float], ...] = ()
+    new_tokens: int = 0
 
     def choose(self, modules: Mapping[str, Projection]) -> dict[str, Factor]:
         """Returns the rank and alpha of every target, or those that were read from disk."""
@@ -136,6 +149,47 @@ class Lora(LinearMethod):
         ranks = _by_pattern("adapter.rank_pattern", self.rank_pattern, names, self.rank)
         alphas = _by_pattern("adapter.alpha_pattern", self.alpha_pattern, names, self.alpha)
         return {n: Factor(int(ranks[n]), float(alphas[n]), self.rslora) for n in names}
+
+    def attach(self, model: CausalLM) -> None:
+        """Fills the slots, the embedding's as well where it has new tokens.
+
+        Raises:
+          JaxtuneError: the embedding would be trained twice.
+        """
+        super().attach(model)
+        if not self.new_tokens:
+            return
+        if self.trains("model.embed_tokens.weight"):
+            raise JaxtuneError(
+                "adapter.new_tokens and adapter.modules_to_save both train embed_tokens"
+            )
+        tokens.attach(model, self.new_tokens)
+
+    def complete(
+        self, definition: Definition, weights: Tree, trees: tuple[Tree, Tree], start: Start | None
+    ) -> tuple[Tree, Tree]:
+        """Starts new tokens at their rows of the base."""
+        if not self.new_tokens or start is None:
+            return trees
+        rows = tokens.start(self.new_tokens, dict(flatten(weights)))
+        return merge(trees[0], unflatten({tokens.PATH: rows})), trees[1]
+
+    def store(self, definition: Definition, trainable: Tree, constants: Tree) -> Stored:
+        """Returns adapter_config.json, the factors, and the rows of new tokens."""
+        stored = super().store(definition, trainable, constants)
+        if self.new_tokens:
+            rows = dict(flatten(trainable))[tokens.PATH]
+            stored.tensors[tokens.KEY] = np.asarray(rows, np.float32)
+            stored.config[tokens.SETTING] = tokens.indices(definition)
+        return stored
+
+    def restore(self, definition: Definition, stored: Stored) -> tuple[Tree, Tree]:
+        """Packs PEFT's tensors into stacked arrays."""
+        trainable, constants = super().restore(definition, stored)
+        if self.new_tokens:
+            rows = unflatten({tokens.PATH: tokens.read(definition, stored)})
+            trainable = merge(trainable, rows)
+        return trainable, constants
 
     def adapter(self, linear: Projection, settings: tuple[Factor | None, ...]) -> LoraAdapter:
         """Makes the two factors."""
@@ -178,7 +232,6 @@ _UNSUPPORTED = {
     "bias": "none",
     "lora_bias": False,
     "fan_in_fan_out": False,
-    "trainable_token_indices": None,
     "target_parameters": None,
 }
 
@@ -201,7 +254,8 @@ def read_settings(stored: Stored) -> dict[str, Any]:
         )
     factors: dict[str, Factor] = {}
     keys = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if config.get("use_dora") else set())
-    for key, value in edit_tensors(stored, "a LoRA factor"):
+    others = {key: value for key, value in stored.tensors.items() if key != tokens.KEY}
+    for key, value in edit_tensors(Stored(config, others), "a LoRA factor"):
         match = _KEY.fullmatch(key)
         vector = match is not None and match[2] == "lora_magnitude_vector"
         if match is None or match[2] not in keys or value.ndim != (1 if vector else 2):
@@ -225,6 +279,7 @@ def read_settings(stored: Stored) -> dict[str, Any]:
         "dropout": dropout,
         "factors": tuple(sorted(factors.items())),
         "modules_to_save": saved_modules(stored),
+        "new_tokens": tokens.count_on_disk(stored),
     }
 
 
@@ -271,6 +326,7 @@ def settings_from_config(section: Any) -> dict[str, Any]:
         "dropout": section.dropout,
         "targets": tuple(section.targets),
         "rslora": section.rslora,
+        "new_tokens": section.new_tokens,
         "rank_pattern": tuple((pattern, int(rank)) for pattern, rank in ranks.items()),
         "alpha_pattern": tuple(alphas.items()),
     }

@@ -53,6 +53,10 @@ def edits(model: CausalLM) -> dict[Path, Edit]:
       JaxtuneError: an edit adds a bias to a projection that has none in this architecture.
     """
     found: dict[Path, Edit] = {}
+    embedding = model.model.embed_tokens
+    if embedding.adapter is not None:
+        weight, merged = embedding.weight.get_value(), embedding.adapter.merged
+        found[("model", "embed_tokens", "weight")] = lambda part, dtype: merged(weight, dtype)
     for path, linear in linears(model).items():
         if linear.adapter is None:
             continue

@@ -127,12 +127,13 @@ class Pissa(Lora):
         """Starts at the factors that were taken out of the base, and keeps them."""
         if start is None or not isinstance(start.base_edit, _Subtract):
             raise JaxtuneError("a PiSSA run starts from its base alone; its adapters are LoRA's")
+        trees = super().complete(definition, weights, trees, start)
         trainable, constants = pack(definition, Stored({}, start.base_edit.tensors))
         # Copies: a step of training consumes the arrays that it trains.
         kept = {
             (*path[:-1], _STARTS[path[-1]]): jnp.copy(value) for path, value in flatten(trainable)
         }
-        return trainable, unflatten(dict(flatten(constants)) | kept)
+        return merge(trees[0], trainable), merge(constants, unflatten(kept))
 
     def store(self, definition: Definition, trainable: Tree, constants: Tree) -> Stored:
         """Returns [A; A₀] and [B, −B₀]: the adapter as LoRA of the checkpoint itself."""

@@ -219,7 +219,9 @@ class CausalLM(nnx.Module):
     def head(self) -> Head:
         """Returns what turns hidden states into logits: the embedding where it is tied."""
         if self.lm_head is None:
-            return Head(self.model.embed_tokens.weight.get_value())
+            rows = self.model.embed_tokens
+            last = None if rows.adapter is None else rows.adapter.rows()
+            return Head(rows.weight.get_value(), last_rows=last)
         weight, bias = self.lm_head.frozen
         adapter = self.lm_head.adapter
         dtype = getattr(weight, "dtype", jnp.float32)

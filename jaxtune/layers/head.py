@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxtune.layers.linear import Edit, linear_float32, rescale
 
 
 class Head(NamedTuple):
-    """The weight [vocabulary, hidden] of the head, and its edit if it has one."""
+    """The weight [vocabulary, hidden] of the head, its edit, and rows in place of its last ones."""
 
     weight: Any
     edit: Edit = Edit()
+    last_rows: jax.Array | None = None
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """Returns float32 logits [..., vocabulary] of hidden [..., hidden]."""
@@ -25,4 +27,7 @@ class Head(NamedTuple):
             xa = rescale(xa, term.rank_scale)
             logits = logits + term.scale * linear_float32(xa, term.lora_B)
         logits = rescale(logits, out_scale)
+        if self.last_rows is not None:
+            last = linear_float32(hidden, self.last_rows)
+            logits = jnp.concatenate([logits[..., : -last.shape[-1]], last], axis=-1)
         return logits if bias is None else logits + bias

@@ -127,7 +127,6 @@ def test_transformers_loads_our_merged_model(case, tiny, tmp_path):
     [
         ("bias", {"bias": "lora_only"}),
         ("lora_bias", {"lora_bias": True}),
-        ("trainable_token_indices", {"trainable_token_indices": [3, 4]}),
     ],
 )
 def test_a_setting_that_would_be_dropped_is_refused_by_name(key, settings, tiny, tmp_path):

@@ -18,6 +18,7 @@ from oracles import (
     torch_logits,
     train_torch,
 )
+from parts import load_parts
 from peft import IA3Config, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from test_training import LENGTH, run_config, write_rows
 
@@ -26,10 +27,12 @@ from jaxtune.adapters import method_from_config, method_from_peft
 from jaxtune.adapters.define import define
 from jaxtune.adapters.linear import adapters
 from jaxtune.adapters.lora import Lora
+from jaxtune.api import Model
 from jaxtune.checkpoints.huggingface import read_json
 from jaxtune.checkpoints.peft import read_adapter, write_adapter
 from jaxtune.config import resolve
 from jaxtune.layers.tree import flatten
+from jaxtune.parallel.mesh import single_device_mesh
 
 TOKENS = random_tokens(1, 2, 24)
 SHOWS = 1e-3  # a change of the logits that no rounding makes
@@ -66,6 +69,7 @@ CASES = {
     "saved": Case(
         LoraConfig, {"r": 4, "modules_to_save": ["lm_head", "embed_tokens", "norm"]}, "lora"
     ),
+    "tokens": Case(LoraConfig, {"r": 4, "trainable_token_indices": [157, 158, 159]}, "lora"),
     "ia3": Case(IA3Config, {"feedforward_modules": ["down_proj"]}, "ia3", learning_rate=5e-2),
 }
 TARGETS = {
@@ -251,6 +255,8 @@ def adapters_by_name(definition):
         ({"rank_pattern": "k_proj=2"}, r'adapter\.rank_pattern: "k_proj" is the first to match no'),
         ({"rank_pattern": "q_proj=0"}, r'adapter\.rank_pattern: "q_proj=0" is no rank'),
         ({"alpha_pattern": "q_proj"}, r'adapter\.alpha_pattern: "q_proj" is not a pattern and its'),
+        ({"new_tokens": 160}, r"adapter\.new_tokens=160 is not less than all 160 tokens"),
+        ({"new_tokens": 1, "modules_to_save": "embed_tokens"}, r"both train embed_tokens"),
         ({"modules_to_save": "lm_haed"}, r'"lm_haed" matches no module; did you mean "lm_head"'),
         ({"modules_to_save": "layers.0.input_layernorm"}, r"input_layernorm is of one layer"),
         ({"modules_to_save": "q_proj"}, r"q_proj is in adapter\.modules_to_save, which trains it"),
@@ -268,3 +274,37 @@ def test_tied_embeddings_are_not_trained_as_two(tiny):
     for name in ("lm_head", "embed_tokens"):
         with pytest.raises(jaxtune.JaxtuneError, match=f"{name} is embedding and head at once"):
             define(config, "float32", Lora(modules_to_save=(name,)))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_new_tokens_start_as_the_base_and_count_in_a_tied_head(tied, tiny, tmp_path):
+    directory = tiny("llama", tie_word_embeddings=tied)
+    tokens = np.concatenate([TOKENS, TOKENS % 3 + 157], axis=1)
+    base = jaxtune.load(directory, dtype="float32", progress=False).logits(tokens)
+    parts = load_parts(directory, Lora(4, 8.0, new_tokens=3))
+    model = Model(parts, directory, single_device_mesh(), dtype="float32")
+    if tied:  # a few columns of the head are a product of their own, summed in another order
+        assert_same_logits(model.logits(tokens), base)
+    else:
+        assert np.array_equal(model.logits(tokens), base)
+    peft = LoraConfig(
+        r=4,
+        target_modules=["q_proj"],
+        trainable_token_indices=[157, 158, 159],
+        task_type="CAUSAL_LM",
+    )
+    theirs = scramble(get_peft_model(reference(directory), peft))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = jaxtune.load(directory, adapter=tmp_path / "theirs", dtype="float32", progress=False)
+    expected = torch_logits(theirs, tokens)
+    assert_same_logits(ours.logits(tokens), expected)
+    merged = ours.save_pretrained(tmp_path / "merged", dtype="float32")
+    assert_same_logits(torch_logits(reference(merged), tokens), expected)
+
+
+def test_other_rows_than_the_last_are_refused(tiny, tmp_path):
+    directory = tiny("llama")
+    peft = LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[3, 4])
+    get_peft_model(reference(directory), peft).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(jaxtune.JaxtuneError, match="are not the last 2 tokens of the model"):
+        jaxtune.load(directory, adapter=tmp_path / "adapter", progress=False)
