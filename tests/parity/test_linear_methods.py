@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
 from families import Families
-from oracles import assert_same_logits, random_tokens, relative
+from oracles import LOSS, Recipe, assert_same_logits, make_examples, random_tokens, relative
 from parts import load_parts
 from test_families import decode
+from test_training import LENGTH, run_config, write_rows
 
 import jaxtune
 from jaxtune.adapters import method_from_peft
@@ -76,7 +82,9 @@ def moved(parts):
     return parts._replace(trainable=unflatten(drawn))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n == "bitfit" else pytest.mark.slow) for n in METHODS]
+)
 def test_it_starts_as_the_base_and_ends_as_one_model(name, directory, base, tmp_path):
     method = METHODS[name]
     parts = load_parts(directory, method)
@@ -144,3 +152,33 @@ def test_bitfit_trains_the_biases_that_there_are_and_merges_them(tiny, tmp_path)
     merged = model.save_pretrained(tmp_path / "merged")
     ours = jaxtune.load(merged, dtype="float32", progress=False)
     assert_same_logits(ours.logits(TOKENS), expected)
+
+
+ON_8_DEVICES = """
+import json, sys
+import jax, jaxtune
+assert jax.device_count() == 8
+jaxtune.train(json.loads(sys.argv[1]), sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["dora", "vera"])
+def test_eight_devices_train_as_one_does(method, directory, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", make_examples(16, longest=LENGTH))
+    recipe = Recipe(steps=3, accumulation=1, warmup_steps=1)
+    adapter = {"method": method, "rank": 4, "targets": "all-linear"}
+    config = run_config(directory, rows, recipe, adapter=adapter)
+    expected = jaxtune.train(config, tmp_path / "one").metrics()
+    config["mesh"] = {"data": 2, "tensor": 2, "expert": 2}
+    flags = "--xla_force_host_platform_device_count=8"
+    subprocess.run(
+        [sys.executable, "-c", ON_8_DEVICES, json.dumps(config), str(tmp_path / "eight")],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        check=True,
+        timeout=600,
+    )
+    ours = jaxtune.Run(tmp_path / "eight").metrics()
+    assert len(ours) == len(expected) == 3
+    for line, other in zip(ours, expected, strict=True):
+        assert relative(line["loss"], other["loss"]) <= LOSS, line

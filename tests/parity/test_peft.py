@@ -144,9 +144,9 @@ def test_a_head_of_another_base_model_is_refused(tiny, tmp_path):
 
 
 def test_an_adapter_of_another_kind_is_refused_by_name(tiny, tmp_path):
-    from peft import IA3Config
+    from peft import LoHaConfig
 
-    config = IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[])
+    config = LoHaConfig(task_type="CAUSAL_LM", target_modules=["k_proj"])
     get_peft_model(load_torch(tiny("llama")), config).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(jaxtune.JaxtuneError, match="IA3"):
+    with pytest.raises(jaxtune.JaxtuneError, match="LOHA"):
         jaxtune.load(tiny("llama"), adapter=tmp_path / "adapter", progress=False)
