@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 
 from jaxtune.adapters import tokens
 from jaxtune.adapters.linear import (
+    PREFIX,
     LinearMethod,
     Part,
     SlotAdapter,
@@ -46,7 +47,7 @@ from jaxtune.layers.tree import (
 )
 from jaxtune.models.definition import Definition
 
-_KEY = re.compile(r"(.+)\.(lora_[AB]|lora_magnitude_vector)(?:\.weight)?")
+_KEY = re.compile(r"(.+)\.(lora_[AB]\.weight|lora_magnitude_vector)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,24 +253,7 @@ def read_settings(stored: Stored) -> dict[str, Any]:
             f'adapter_config.json: "init_lora_weights"={config["init_lora_weights"]!r} stands for '
             "factors beside an edited base; let PEFT convert the adapter to plain LoRA"
         )
-    factors: dict[str, Factor] = {}
-    keys = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if config.get("use_dora") else set())
-    others = {key: value for key, value in stored.tensors.items() if key != tokens.KEY}
-    for key, value in edit_tensors(Stored(config, others), "a LoRA factor"):
-        match = _KEY.fullmatch(key)
-        vector = match is not None and match[2] == "lora_magnitude_vector"
-        if match is None or match[2] not in keys or value.ndim != (1 if vector else 2):
-            raise JaxtuneError(f'adapter_model.safetensors: "{key}" is not a LoRA factor')
-        name = match[1]
-        for other in keys:
-            if f"base_model.model.{name}.{other}{'' if 'vector' in other else '.weight'}" not in (
-                stored.tensors
-            ):
-                raise JaxtuneError(f'adapter_model.safetensors: "{name}" lacks {other}')
-        if not vector:
-            rank = value.shape[0 if match[2] == "lora_A" else -1]
-            alpha = _pattern(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", 8))
-            factors[name] = Factor(rank, alpha, bool(config.get("use_rslora")))
+    factors = _read_factors(stored)
     if not factors:
         raise JaxtuneError("adapter_model.safetensors holds no LoRA factors")
     dropout = _number("lora_dropout", config.get("lora_dropout") or 0.0)
@@ -281,6 +265,28 @@ def read_settings(stored: Stored) -> dict[str, Any]:
         "modules_to_save": saved_modules(stored),
         "new_tokens": tokens.count_on_disk(stored),
     }
+
+
+def _read_factors(stored: Stored) -> dict[str, Factor]:
+    """Returns each module's rank and alpha; every tensor has to be one of a whole set."""
+    config, factors = stored.config, {}
+    needed = ["lora_A.weight", "lora_B.weight"]
+    needed += ["lora_magnitude_vector"] if config.get("use_dora") else []
+    others = {key: value for key, value in stored.tensors.items() if key != tokens.KEY}
+    for key, value in edit_tensors(Stored(config, others), "a LoRA factor"):
+        match = _KEY.fullmatch(key)
+        dimensions = 2 if key.endswith(".weight") else 1
+        if match is None or match[2] not in needed or value.ndim != dimensions:
+            raise JaxtuneError(f'adapter_model.safetensors: "{key}" is not a LoRA factor')
+        name, which = match[1], match[2]
+        for other in needed:
+            if f"{PREFIX}{name}.{other}" not in stored.tensors:
+                lacks = other.removesuffix(".weight")
+                raise JaxtuneError(f'adapter_model.safetensors: "{name}" lacks {lacks}')
+        if which == "lora_A.weight":
+            alpha = _pattern(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", 8))
+            factors[name] = Factor(value.shape[0], alpha, bool(config.get("use_rslora")))
+    return factors
 
 
 def from_peft(stored: Stored) -> Lora:

@@ -98,8 +98,8 @@ def test_weights_that_are_not_there_or_cut(tiny, adapter):
             'adapter_model.safetensors: lacks "base_model.model.lm_head.weight"',
         ),
         (
-            {"modules_to_save": ["head"]},
-            'adapter.modules_to_save: "head" matches no module; did you mean "lm_head"?',
+            {"modules_to_save": ["lm_heads"]},
+            'adapter.modules_to_save: "lm_heads" matches no module; did you mean "lm_head"?',
         ),
         (
             {"init_lora_weights": "pissa"},
@@ -127,7 +127,7 @@ def test_a_setting_that_would_be_dropped_or_is_no_setting(tiny, adapter, changes
         (lambda t: t.update({"x": torch.ones(1)}), '"x" is not a LoRA factor'),
         (lambda t: t.update({A: torch.ones(())}), 'lora_A.weight" is not a LoRA factor'),
         (lambda t: t.update({A: torch.ones(4, 64, dtype=torch.int8)}), "is not a LoRA factor"),
-        (lambda t: t.update({B: torch.ones(64, 8)}), "has shape [4, 64], the model needs [8, 64]"),
+        (lambda t: t.update({B: torch.ones(64, 8)}), "has shape [64, 8], the model needs [64, 4]"),
         (lambda t: t.update({A: torch.ones(4, 63)}), "has shape [4, 63], the model needs [4, 64]"),
         (
             lambda t: t.update({k.replace("0.self", "9.self"): t[k].clone() for k in (A, B)}),
