@@ -119,15 +119,19 @@ class IA3(LinearMethod):
 
     def peft_config(self, definition: Definition, settings: Mapping[str, str]) -> dict[str, Any]:
         """Writes the modules and which of them are scaled at their inputs."""
+        config = peft_config("IA3", definition, settings) | {"init_ia3_weights": True}
         inputs = {name for name, end in settings.items() if end == INPUTS}
         short, others = (
             {name.rsplit(".", 1)[-1] for name in group}
             for group in (inputs, settings.keys() - inputs)
         )
-        return peft_config("IA3", definition, settings) | {
-            "feedforward_modules": sorted(inputs if short & others else short),
-            "init_ia3_weights": True,
-        }
+        # PEFT wants them among the targets, written in the same way.
+        if short & others or not short <= set(config["target_modules"]):
+            return config | {
+                "target_modules": sorted(settings),
+                "feedforward_modules": sorted(inputs),
+            }
+        return config | {"feedforward_modules": sorted(short)}
 
 
 def from_config(section: Any) -> IA3:

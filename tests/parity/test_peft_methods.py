@@ -70,7 +70,7 @@ CASES = {
         LoraConfig, {"r": 4, "modules_to_save": ["lm_head", "embed_tokens", "norm"]}, "lora"
     ),
     "tokens": Case(LoraConfig, {"r": 4, "trainable_token_indices": [157, 158, 159]}, "lora"),
-    "ia3": Case(IA3Config, {"feedforward_modules": ["down_proj"]}, "ia3", learning_rate=5e-2),
+    "ia3": Case(IA3Config, {}, "ia3", learning_rate=5e-2),
 }
 TARGETS = {
     "llama": {"target_modules": [*ATTENTION, "gate_proj", "down_proj"]},
@@ -93,6 +93,8 @@ def peft_start(case, directory, model_type, target, **changes):
     """Puts a method of PEFT around a model; saves it for us to start from as well."""
     torch.manual_seed(0)
     settings = {"task_type": "CAUSAL_LM"} | TARGETS[model_type] | CASES[case].settings | changes
+    if case == "ia3":
+        settings["feedforward_modules"] = ["o_proj"]
     model = get_peft_model(reference(directory), CASES[case].config(**settings))
     model.save_pretrained(target)
     return model
