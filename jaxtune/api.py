@@ -19,6 +19,7 @@ from jaxtune.adapters.merge import edits
 from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.assemble import Assembled, assemble
 from jaxtune.checkpoints.peft import read_adapter
+from jaxtune.checkpoints.replaced import trained
 from jaxtune.checkpoints.tokenizer import load_tokenizer
 from jaxtune.data.template import encode_prompt
 from jaxtune.errors import JaxtuneError, lookup
@@ -26,7 +27,7 @@ from jaxtune.generation.generate import Sampling, generate_tokens
 from jaxtune.layers.attention import choose_backend
 from jaxtune.layers.bits import as_bits
 from jaxtune.layers.decoder import ForwardOptions
-from jaxtune.layers.tree import Tree, flatten, merge, unflatten
+from jaxtune.layers.tree import Tree, merge
 from jaxtune.parallel.mesh import single_device_mesh
 from jaxtune.parallel.rules import MESH_AXES
 from jaxtune.training import train as training
@@ -323,20 +324,18 @@ class Run:
         return self.directory.adapter(which)
 
     def _fully_trained(self, method: Method, options: Mapping[str, Any]) -> Model:
-        model = load(self.config.model.path, **options)
         # One device, whatever the run had: a checkpoint restores onto any mesh.
         alone = [f"mesh.{axis}=1" for axis in MESH_AXES]
         config = config_module.resolve(self.config.to_dict(), alone)
-        setup = set_up(config, model.definition.config, method, jax.devices()[:1])
-        trained = dict(flatten(training.trained_arrays(self.directory, setup)))
-        # What is never trained, such as a router's correction bias, stays as it was loaded.
-        model.base = unflatten(
-            {
-                path: trained[path].astype(loaded.dtype) if path in trained else loaded
-                for path, loaded in flatten(model.base)
-            }
-        )
-        return model
+        location = huggingface.resolve_path(config.model.path, config.model.revision)
+        source = huggingface.open_source(location)
+        setup = set_up(config, source.config, method, jax.devices()[:1])
+        arrays = training.trained_arrays(self.directory, setup)
+        # What is not trained, such as a router's correction bias, stays as it is in the checkpoint.
+        source = trained(source, setup.definition, arrays)
+        mesh, dtype = single_device_mesh(), options["dtype"]
+        parts = assemble(source, dtype, mesh)
+        return Model(parts, location, mesh, dtype=dtype, attention=options["attention"])
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:

@@ -64,13 +64,38 @@ KNOBS: dict[str, dict[str, Knob]] = {
         ),
     },
     "adapter": {
-        "method": Knob("lora", "what is trained: lora, or full (every weight)"),
+        "method": Knob(
+            "lora", "what is trained: lora, dora, pissa, vera, ia3, bitfit, or full (every weight)"
+        ),
         "rank": Knob(16, "rank r of the LoRA factors", minimum=1),
         "alpha": Knob(32.0, "LoRA scale is alpha / rank", minimum=0),
+        "rslora": Knob(False, "the scale is alpha / √rank instead, which holds up at high ranks"),
         "dropout": Knob(0.0, "dropout on the input of the LoRA branch", minimum=0, maximum=0.999),
         "targets": Knob(
             ("q_proj", "k_proj", "v_proj", "o_proj"),
             "modules to adapt: names, all-linear, or a regular expression of the whole path",
+            names=True,
+        ),
+        "layers": Knob("", "the only layers to adapt, such as 0,4-7; empty: all"),
+        "rank_pattern": Knob(
+            (), "other ranks, such as up_proj=8; patterns match the end of a path", names=True
+        ),
+        "alpha_pattern": Knob((), "other alphas, such as up_proj=8", names=True),
+        "modules_to_save": Knob(
+            (), "modules trained and stored whole beside the adapter, such as lm_head", names=True
+        ),
+        "new_tokens": Knob(
+            0, "how many of the last tokens have their embedding trained", minimum=0
+        ),
+        "freeze": Knob(
+            (),
+            "what adapter.method=full leaves as it is: expressions of the beginnings of names, "
+            "such as model.embed_tokens,model.layers.[0-3].",
+            names=True,
+        ),
+        "feedforward": Knob(
+            ("down_proj",),
+            "modules that (IA)³ scales at their inputs; targets at outputs",
             names=True,
         ),
         "init_from": Knob(
@@ -117,6 +142,7 @@ KNOBS: dict[str, dict[str, Knob]] = {
         "learning_rate": Knob(2e-4, "peak learning rate", minimum=0),
         "schedule": Knob("cosine", "constant, linear or cosine, after the warm-up"),
         "warmup_steps": Knob(0, "updates of linear warm-up from 0", minimum=0),
+        "lora_plus_ratio": Knob(1.0, "learning rate of LoRA's B over that of A (LoRA+)", minimum=0),
         "weight_decay": Knob(0.0, "decoupled decay; never on norms and biases", minimum=0),
         "clip_norm": Knob(1.0, "clip the global gradient norm to this; 0: off", minimum=0),
         "b1": Knob(0.9, "decay rate of the first moment", minimum=0, maximum=1),
@@ -174,7 +200,9 @@ def _check(key: str, value: Any) -> Any:
     if knob.names:
         names = value.split(",") if isinstance(value, str) and "(" not in value else value
         names = (names,) if isinstance(names, str) else tuple(names)
-        if not names or not all(isinstance(n, str) and n.strip() for n in names):
+        if value == "" and not knob.default:
+            return ()
+        if (knob.default and not names) or not all(isinstance(n, str) and n.strip() for n in names):
             raise JaxtuneError(f"{key} takes one or more names, not {value!r}")
         return tuple(n.strip() for n in names)
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):

@@ -5,15 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from jaxtune.adapters import full, lora
+from jaxtune.adapters import bitfit, dora, full, ia3, lora, pissa, vera
 from jaxtune.adapters.method import Method, Stored
 from jaxtune.errors import lookup
 
 METHODS: dict[str, Callable[[Any], Method]] = {
     "lora": lora.from_config,
+    "dora": dora.from_config,
+    "pissa": pissa.from_config,
+    "ia3": ia3.from_config,
+    "bitfit": bitfit.from_config,
+    "vera": vera.from_config,
     "full": full.from_config,
 }
-PEFT_TYPES: dict[str, Callable[[Stored], Method]] = {"LORA": lora.from_peft}
+
+
+def _lora_from_peft(stored: Stored) -> Method:
+    return dora.from_peft(stored) if stored.config.get("use_dora") else lora.from_peft(stored)
+
+
+PEFT_TYPES: dict[str, Callable[[Stored], Method]] = {
+    "LORA": _lora_from_peft,
+    "IA3": ia3.from_peft,
+    "BITFIT": bitfit.from_peft,
+    "VERA": vera.from_peft,
+}
 
 
 def method_from_config(section: Any) -> Method:

@@ -45,13 +45,13 @@ def census(definition: Definition) -> list[Row]:
         if leaf.kind == "constants":
             continue
         declaration = leaf.declaration
-        count = held = math.prod(declaration.stacked_shape)
+        count = math.prod(declaration.stacked_shape)
         names = layer_names(path[:-1], declaration)
         adapter = adapters.get(path[:-1])
-        if adapter is not None:  # layers of lower rank are padded
-            ranks = [factor.rank for factor in adapter.factors]
-            count = held // (max(ranks) * len(ranks)) * sum(ranks)
-            names = [name for name, rank in zip(names, ranks, strict=True) if rank]
+        if adapter is not None:  # some layers are padded, others left alone
+            kept = [None if s is None else adapter.parts(s)[path[-1]] for s in adapter.settings]
+            count = sum(math.prod(part.shape) for part in kept if part)
+            names = [name for name, part in zip(names, kept, strict=True) if part]
         skipped = ("model", "layers", "adapter")
         group = ".".join(part for part in path[:-1] if not part.isdigit() and part not in skipped)
         kind = "trained" if leaf.kind == "trainable" else "frozen"

@@ -35,10 +35,11 @@ def define(
       JaxtuneError: a setting that is not supported, or a target that matches nothing.
     """
     model = build_model(config)
-    formats = _formats(model, quantization)
     if method is None:
-        return Definition(config, model, dtype, formats=formats.get)
+        return Definition(config, model, dtype, formats=_formats(model, quantization).get)
     method.attach(model)
+    # Afterwards, for a method may have cut the runs of layers anew.
+    formats = _formats(model, quantization)
     return Definition(config, model, dtype, method.trains, formats.get)
 
 

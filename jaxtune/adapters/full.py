@@ -1,31 +1,67 @@
-"""Full fine-tuning: every weight is trained, as a float32 master."""
+"""Full fine-tuning: every weight, or all but some, is trained, as a float32 master."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any, ClassVar
 
 from jaxtune.adapters.method import Method, Stored
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.decoder import CausalLM
-from jaxtune.layers.tree import Path, Tree
+from jaxtune.layers.tree import Tree, declaration_of, layer_names, variables
 from jaxtune.models.definition import Definition
 
 
 @dataclasses.dataclass(frozen=True)
 class Full(Method):
-    """Trains the base model itself."""
+    """Trains the base model itself.
+
+    Attributes:
+      freeze: expressions; a weight stays frozen where one matches the beginning of its name.
+    """
 
     name: ClassVar[str] = "full"
     has_adapter: ClassVar[bool] = False
 
-    def attach(self, model: CausalLM) -> None:
-        """Adds nothing."""
+    freeze: tuple[str, ...] = ()
 
-    def trains(self, path: Path) -> bool:
-        """Says yes to every weight."""
-        del path
-        return True
+    def attach(self, model: CausalLM) -> None:
+        """Cuts runs of layers so that in each a weight is trained in all layers or in none.
+
+        Raises:
+          JaxtuneError: an expression that matches nothing, or some experts of a layer alone.
+        """
+        names: list[str] = []
+        frozen: dict[int, set[str]] = {}
+        for path, variable in variables(model):
+            declared = declaration_of(variable)
+            every = layer_names(path, declared)
+            names += every
+            first, count = declared.layers or (0, 1)
+            each = len(every) // count
+            for layer in range(count):
+                here = {self.trains(name) for name in every[layer * each : (layer + 1) * each]}
+                if len(here) > 1:
+                    raise JaxtuneError(
+                        f"adapter.freeze: {every[layer * each]} is frozen in some experts of its "
+                        "layer and trained in others"
+                    )
+                if declared.layers and here == {False}:
+                    frozen.setdefault(first + layer, set()).add(".".join(path[3:]))
+        for pattern in self.freeze:
+            if not any(re.match(pattern, name) for name in names):
+                raise JaxtuneError(f'adapter.freeze: "{pattern}" matches the beginning of no name')
+        if not any(self.trains(name) for name in names):
+            raise JaxtuneError("adapter.freeze leaves nothing to train")
+        last = max(sum(run) for run in model.model.run_layers)
+        model.model.split_runs(
+            [i for i in range(1, last) if frozen.get(i, set()) != frozen.get(i - 1, set())]
+        )
+
+    def trains(self, name: str) -> bool:
+        """Says yes to every weight that is not frozen."""
+        return not any(re.match(pattern, name) for pattern in self.freeze)
 
     def init(self, definition: Definition, seed: int) -> tuple[Tree, Tree]:
         """Adds no arrays of its own."""
@@ -42,6 +78,16 @@ class Full(Method):
 
 
 def from_config(section: Any) -> Full:
-    """Returns the method; it has no settings."""
-    del section
-    return Full()
+    """Returns the method that the ``adapter`` section of a config describes.
+
+    Raises:
+      JaxtuneError: an expression that is none.
+    """
+    for pattern in section.freeze:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise JaxtuneError(
+                f'adapter.freeze: "{pattern}" is no valid expression: {error}'
+            ) from None
+    return Full(tuple(section.freeze))

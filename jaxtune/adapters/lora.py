@@ -1,6 +1,6 @@
-"""LoRA: a trained low-rank edit W + (alpha / r) · B A of a frozen weight.
+"""LoRA: a trained low-rank edit W + scale · B A of a frozen weight.
 
-Source: Hu et al., 2021.
+Source: Hu et al., 2021; rank-stabilised scale: Kalajdzievski, 2023 (rsLoRA).
 """
 
 from __future__ import annotations
@@ -8,60 +8,72 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from jax.typing import DTypeLike
 
-from jaxtune.adapters.method import BASE_COPY, Method, Stored
-from jaxtune.adapters.targets import Projection, linears, match_targets, module_names
+from jaxtune.adapters import tokens
+from jaxtune.adapters.linear import (
+    PREFIX,
+    LinearMethod,
+    Part,
+    SlotAdapter,
+    edit_tensors,
+    from_disk,
+    peft_config,
+    refuse,
+    shared_settings,
+)
+from jaxtune.adapters.method import Start, Stored
+from jaxtune.adapters.saved import saved_modules
+from jaxtune.adapters.targets import Projection, find_pattern, parse_patterns
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.decoder import CausalLM
-from jaxtune.layers.linear import LowRank
+from jaxtune.layers.linear import Edit, LowRank
 from jaxtune.layers.tree import (
     Constant,
-    Path,
     Trainable,
     Tree,
     declaration_of,
     flatten,
+    merge,
     parameter,
-    stack,
     unflatten,
 )
 from jaxtune.models.definition import Definition
 
-_PREFIX = "base_model.model."
-_KEY = re.compile(r"base_model\.model\.(.+)\.(lora_[AB])\.weight")
+_KEY = re.compile(r"(.+)\.(lora_[AB]\.weight|lora_magnitude_vector)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Factor:
-    """Rank and alpha of one projection of one layer; rank 0 leaves it as it is."""
+    """Rank and alpha of one projection of one layer; `rslora` divides alpha by √rank."""
 
-    rank: int = 0
-    alpha: float = 0.0
+    rank: int
+    alpha: float
+    rslora: bool = False
 
     @property
     def scale(self) -> float:
         """What B A is multiplied with."""
-        return self.alpha / self.rank if self.rank else 0.0
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-class LoraAdapter(nnx.Module):
+class LoraAdapter(SlotAdapter):
     """The factors of a projection, in every layer of its run.
 
     Layers of lower rank are padded with zeros, which stay zero: each factor's gradient is a
     product with the other.
     """
 
-    def __init__(self, linear: Projection, factors: tuple[Factor, ...], dropout: float):
-        rank = max(factor.rank for factor in factors)
+    def __init__(self, linear: Projection, factors: tuple[Factor | None, ...], dropout: float):
+        rank = max(factor.rank for factor in factors if factor)
+        self.out_features, self.in_features = linear.out_features, linear.in_features
         declared = declaration_of(linear.weight)
         (out_axis, in_axis), experts = declared.axes, declared.experts
         shape_A, shape_B = (rank, linear.in_features), (linear.out_features, rank)
@@ -69,23 +81,40 @@ class LoraAdapter(nnx.Module):
         self.lora_A = parameter(shape_A, axes_A, kind=Trainable, experts=experts)
         self.lora_B = parameter(shape_B, axes_B, "zeros", kind=Trainable, experts=experts)
         self.scale = parameter((), (), "ones", kind=Constant, experts=experts)
-        self.factors = factors
+        self.settings = factors
         self.dropout = dropout
 
-    def edit(self) -> LowRank:
+    def parts(self, setting: Factor) -> dict[str, Part]:
+        """Returns both factors."""
+        return {
+            "lora_A": Part(".lora_A.weight", (setting.rank, self.in_features)),
+            "lora_B": Part(".lora_B.weight", (self.out_features, setting.rank)),
+        }
+
+    def start(self, name: str, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
+        """Draws A [r, in] uniformly from ±1/√in, as PEFT does; B is zero: the identity."""
+        if name == "lora_B":
+            return jnp.zeros(shape)
+        bound = shape[-1] ** -0.5
+        return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+    def constants(self) -> dict[str, np.ndarray]:
+        """Returns scales [layers · experts]; 0 where there is no adapter."""
+        scales = [factor.scale if factor else 0.0 for factor in self.settings]
+        return {"scale": np.array(scales, np.float32)}
+
+    def low_rank(self) -> LowRank:
         """Returns the factors and their scale."""
         return LowRank(self.lora_A.get_value(), self.lora_B.get_value(), self.scale.get_value())
 
-    def drop(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        """Drops inputs [..., in] of the low-rank branch at random, scaled to keep their mean."""
-        if key is None or self.dropout == 0:
-            return x
-        keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
-        return jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
+    def edit(self, weight: Any, bias: jax.Array | None, dtype: DTypeLike) -> Edit:
+        """Adds the low-rank term to the weight [out, in]."""
+        del weight, bias, dtype
+        return Edit(self.low_rank())
 
 
 @dataclasses.dataclass(frozen=True)
-class Lora(Method):
+class Lora(LinearMethod):
     """LoRA with its settings.
 
     Attributes:
@@ -95,6 +124,10 @@ class Lora(Method):
       targets: see `match_targets`.
       factors: by Hugging Face module name, in place of the three above; how an adapter that was
         read from disk says what it has.
+      rslora: the scale is alpha / √r.
+      rank_pattern: ranks of modules whose path ends with a pattern, in place of `rank`.
+      alpha_pattern: alphas of modules whose path ends with a pattern.
+      new_tokens: how many of the last tokens have their embedding trained.
     """
 
     name: ClassVar[str] = "lora"
@@ -104,216 +137,180 @@ class Lora(Method):
     dropout: float = 0.0
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     factors: tuple[tuple[str, Factor], ...] = ()
+    rslora: bool = False
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    alpha_pattern: tuple[tuple[str, float], ...] = ()
+    new_tokens: int = 0
+
+    def choose(self, modules: Mapping[str, Projection]) -> dict[str, Factor]:
+        """Returns the rank and alpha of every target, or those that were read from disk."""
+        if self.factors:
+            return from_disk(self.factors, modules)
+        names = self.select(self.targets, modules)
+        ranks = _by_pattern("adapter.rank_pattern", self.rank_pattern, names, self.rank)
+        alphas = _by_pattern("adapter.alpha_pattern", self.alpha_pattern, names, self.alpha)
+        return {n: Factor(int(ranks[n]), float(alphas[n]), self.rslora) for n in names}
 
     def attach(self, model: CausalLM) -> None:
-        """Fills the adapter slot of every matched projection."""
-        modules = linears(model)
-        chosen = self._choose([n for path, m in modules.items() for n in module_names(path, m)])
-        for path, linear in modules.items():
-            factors = tuple(chosen.get(n, Factor()) for n in module_names(path, linear))
-            if not any(factor.rank for factor in factors):
-                continue
-            if path == ("lm_head",) and self.dropout:
-                raise JaxtuneError("adapter.dropout must be 0 where adapter.targets has lm_head")
-            adapter = LoraAdapter(linear, factors, self.dropout)
-            layers = declaration_of(linear.weight).layers
-            linear.adapter = stack(adapter, *layers) if layers else adapter
+        """Fills the slots, the embedding's as well where it has new tokens.
 
-    def _choose(self, names: list[str]) -> dict[str, Factor]:
-        for name, _ in self.factors:
-            if name not in names:
-                raise JaxtuneError(f"the adapter edits {name}, which the model does not have")
-        if self.factors:
-            return dict(self.factors)
-        return dict.fromkeys(match_targets(self.targets, names), Factor(self.rank, self.alpha))
+        Raises:
+          JaxtuneError: the embedding would be trained twice.
+        """
+        super().attach(model)
+        if not self.new_tokens:
+            return
+        if self.trains("model.embed_tokens.weight"):
+            raise JaxtuneError(
+                "adapter.new_tokens and adapter.modules_to_save both train embed_tokens"
+            )
+        tokens.attach(model, self.new_tokens)
 
-    def init(self, definition: Definition, seed: int) -> tuple[Tree, Tree]:
-        """Draws A uniformly from ±1/√in, as PEFT does, and sets B to zero: the identity."""
-
-        def draw(path: Path, adapter: LoraAdapter) -> dict[str, np.ndarray]:
-            key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(".".join(path).encode()))
-            shape = adapter.lora_A.get_value().shape
-            bound = shape[-1] ** -0.5
-            values = jax.random.uniform(key, shape, jnp.float32, -bound, bound)
-            # One layer's factors at a time, cut to their rank: `_pack` pads them again.
-            return {
-                "lora_A": np.asarray(values).reshape(len(adapter.factors), *shape[-2:]),
-                "lora_B": np.zeros(
-                    (len(adapter.factors), *adapter.lora_B.get_value().shape[-2:]), np.float32
-                ),
-            }
-
-        return _pack(definition, {path: draw(path, a) for path, a in _adapters(definition)})
+    def complete(
+        self, definition: Definition, weights: Tree, trees: tuple[Tree, Tree], start: Start | None
+    ) -> tuple[Tree, Tree]:
+        """Starts new tokens at their rows of the base."""
+        if not self.new_tokens or start is None:
+            return trees
+        rows = tokens.start(self.new_tokens, dict(flatten(weights)))
+        return merge(trees[0], unflatten({tokens.PATH: rows})), trees[1]
 
     def store(self, definition: Definition, trainable: Tree, constants: Tree) -> Stored:
-        """Returns adapter_config.json and the factors of each projection of each layer."""
-        del constants
-        values = dict(flatten(trainable))
-        tensors: dict[str, np.ndarray] = {}
-        factors: dict[str, Factor] = {}
-        for path, linear in linears(definition.module).items():
-            if linear.adapter is None:
-                continue
-            names = module_names(path, linear)
-            lora_A, lora_B = (
-                np.asarray(values[(*path, "adapter", f)], np.float32) for f in ("lora_A", "lora_B")
-            )
-            lora_A = lora_A.reshape(len(names), *lora_A.shape[-2:])
-            lora_B = lora_B.reshape(len(names), *lora_B.shape[-2:])
-            for i, (name, factor) in enumerate(zip(names, linear.adapter.factors, strict=True)):
-                if factor.rank:
-                    factors[name] = factor
-                    tensors[f"{_PREFIX}{name}.lora_A.weight"] = lora_A[i, : factor.rank].copy()
-                    tensors[f"{_PREFIX}{name}.lora_B.weight"] = lora_B[i, :, : factor.rank].copy()
-        return Stored(_peft_config(definition, factors, self.dropout), tensors)
+        """Returns adapter_config.json, the factors, and the rows of new tokens."""
+        stored = super().store(definition, trainable, constants)
+        if self.new_tokens:
+            rows = dict(flatten(trainable))[tokens.PATH]
+            stored.tensors[tokens.KEY] = np.asarray(rows, np.float32)
+            stored.config[tokens.SETTING] = tokens.indices(definition)
+        return stored
 
     def restore(self, definition: Definition, stored: Stored) -> tuple[Tree, Tree]:
-        """Packs PEFT's tensors into stacked factors."""
-        packed: dict[Path, dict[str, np.ndarray]] = {}
-        for path, linear in linears(definition.module).items():
-            adapter = linear.adapter
-            if adapter is None:
-                continue
-            names = module_names(path, linear)
-            rank = max(factor.rank for factor in adapter.factors)
-            lora_A = np.zeros((len(names), rank, linear.in_features), np.float32)
-            lora_B = np.zeros((len(names), linear.out_features, rank), np.float32)
-            for i, (name, factor) in enumerate(zip(names, adapter.factors, strict=True)):
-                if factor.rank:
-                    lora_A[i, : factor.rank] = _tensor(
-                        stored, name, "lora_A", (factor.rank, linear.in_features)
-                    )
-                    lora_B[i, :, : factor.rank] = _tensor(
-                        stored, name, "lora_B", (linear.out_features, factor.rank)
-                    )
-            packed[path] = {"lora_A": lora_A, "lora_B": lora_B}
-        return _pack(definition, packed)
+        """Packs PEFT's tensors into stacked arrays."""
+        trainable, constants = super().restore(definition, stored)
+        if self.new_tokens:
+            rows = unflatten({tokens.PATH: tokens.read(definition, stored)})
+            trainable = merge(trainable, rows)
+        return trainable, constants
 
+    def adapter(self, linear: Projection, settings: tuple[Factor | None, ...]) -> LoraAdapter:
+        """Makes the two factors."""
+        return LoraAdapter(linear, settings, self.dropout)
 
-def _adapters(definition: Definition) -> Iterator[tuple[Path, LoraAdapter]]:
-    for path, linear in linears(definition.module).items():
-        if linear.adapter is not None:
-            yield path, linear.adapter
-
-
-def _pack(
-    definition: Definition, values: Mapping[Path, Mapping[str, np.ndarray]]
-) -> tuple[Tree, Tree]:
-    """Makes the two trees from factors by projection, each [layers, …], zeroing what pads."""
-    trainable: dict[Path, jax.Array] = {}
-    constants: dict[Path, jax.Array] = {}
-    for path, adapter in _adapters(definition):
-        ranks = np.array([factor.rank for factor in adapter.factors])
-        kept = np.arange(ranks.max()) < ranks[:, None]
-        factors = {
-            "lora_A": np.where(kept[:, :, None], values[path]["lora_A"], 0),
-            "lora_B": np.where(kept[:, None, :], values[path]["lora_B"], 0),
+    def peft_config(self, definition: Definition, settings: Mapping[str, Factor]) -> dict[str, Any]:
+        """Writes the commonest rank and alpha, and patterns for the others."""
+        common = Counter(settings.values()).most_common(1)[0][0]
+        return peft_config("LORA", definition, settings) | {
+            "r": common.rank,
+            "lora_alpha": int(common.alpha) if common.alpha == int(common.alpha) else common.alpha,
+            "lora_dropout": self.dropout,
+            "rank_pattern": {n: f.rank for n, f in settings.items() if f.rank != common.rank},
+            "alpha_pattern": {n: f.alpha for n, f in settings.items() if f.alpha != common.alpha},
+            "bias": "none",
+            "use_rslora": common.rslora,
+            "use_dora": False,
+            "init_lora_weights": True,
         }
-        for name, value in factors.items():
-            shape = getattr(adapter, name).get_value().shape
-            trainable[(*path, "adapter", name)] = jnp.asarray(value, jnp.float32).reshape(shape)
-        scales = jnp.asarray([factor.scale for factor in adapter.factors], jnp.float32)
-        constants[(*path, "adapter", "scale")] = scales.reshape(adapter.scale.get_value().shape)
-    return unflatten(trainable), unflatten(constants)
 
 
-def _tensor(stored: Stored, name: str, factor: str, shape: tuple[int, ...]) -> np.ndarray:
-    value = stored.tensors[f"{_PREFIX}{name}.{factor}.weight"]
-    if value.shape != shape:
-        raise JaxtuneError(
-            f"adapter_model.safetensors: {name}.{factor} has shape {list(value.shape)}, "
-            f"the model needs {list(shape)}"
-        )
-    return value.astype(np.float32)
+def _by_pattern(
+    key: str, patterns: Iterable[tuple[str, float]], names: Sequence[str], default: float
+) -> dict[str, float]:
+    """Returns each module's value: that of the first pattern that matches, or the default.
 
-
-def _peft_config(
-    definition: Definition, factors: Mapping[str, Factor], dropout: float
-) -> dict[str, Any]:
-    """Writes adapter_config.json: the commonest rank and alpha, and patterns for the others."""
-    common = Counter(factors.values()).most_common(1)[0][0]
-    suffixes = {name.rsplit(".", 1)[-1] for name in factors}
-    every = [n for p, m in linears(definition.module).items() for n in module_names(p, m)]
-    by_suffix = {n for n in every if n.rsplit(".", 1)[-1] in suffixes}
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": definition.config.get("_name_or_path"),
-        "r": common.rank,
-        "lora_alpha": int(common.alpha) if common.alpha == int(common.alpha) else common.alpha,
-        "lora_dropout": dropout,
-        # Short names where they say it all; whole paths where only some layers are edited.
-        "target_modules": sorted(suffixes if by_suffix == set(factors) else factors),
-        "rank_pattern": {n: f.rank for n, f in factors.items() if f.rank != common.rank},
-        "alpha_pattern": {n: f.alpha for n, f in factors.items() if f.alpha != common.alpha},
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "use_rslora": False,
-        "use_dora": False,
-        "modules_to_save": None,
-        "init_lora_weights": True,
-        "inference_mode": True,
-    }
+    Raises:
+      JaxtuneError: a pattern that matches no target.
+    """
+    values = dict(patterns)
+    found = {name: find_pattern(values, name) for name in names}
+    for pattern in values:
+        if pattern not in found.values():
+            raise JaxtuneError(f'{key}: "{pattern}" is the first to match no module of the targets')
+    return {name: default if p is None else values[p] for name, p in found.items()}
 
 
 # Settings of adapter_config.json under which the factors would mean something else.
 _UNSUPPORTED = {
-    "use_dora": False,
     "bias": "none",
     "lora_bias": False,
     "fan_in_fan_out": False,
-    "modules_to_save": None,
-    "trainable_token_indices": None,
     "target_parameters": None,
 }
 
+# Starts of PEFT after which the factors belong to another base than the checkpoint.
+_EDIT_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
-def from_peft(stored: Stored) -> Lora:
-    """Returns the method, with its settings, of a LoRA adapter that PEFT wrote.
+
+def read_settings(stored: Stored) -> dict[str, Any]:
+    """Returns what `Lora` takes of a LoRA adapter that PEFT wrote.
 
     Raises:
       JaxtuneError: a setting or a tensor that jaxtune would have to drop.
     """
     config = stored.config
-    for key, plain in _UNSUPPORTED.items():
-        if config.get(key) not in (plain, None, [], {}):
-            raise JaxtuneError(f'adapter_config.json: "{key}"={config[key]!r} is not supported')
-    factors: dict[str, Factor] = {}
-    for key, value in stored.tensors.items():
-        if key.endswith(BASE_COPY):
-            continue  # not an edit; who loads the base compares the two
-        match = _KEY.fullmatch(key)
-        if match is None or value.ndim != 2 or not jnp.issubdtype(value.dtype, jnp.floating):
-            raise JaxtuneError(f'adapter_model.safetensors: "{key}" is not a LoRA factor')
-        name, rank = match[1], value.shape[0 if match[2] == "lora_A" else -1]
-        alpha = _pattern(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", 8))
-        if config.get("use_rslora"):
-            alpha = alpha * rank**0.5  # so that alpha / r is alpha / √r
-        other = "lora_B" if match[2] == "lora_A" else "lora_A"
-        if f"{_PREFIX}{name}.{other}.weight" not in stored.tensors:
-            raise JaxtuneError(f'adapter_model.safetensors: "{name}" lacks {other}')
-        factors[name] = Factor(rank, alpha)
+    refuse(config, _UNSUPPORTED)
+    if str(config.get("init_lora_weights")).lower().startswith(_EDIT_THE_BASE):
+        raise JaxtuneError(
+            f'adapter_config.json: "init_lora_weights"={config["init_lora_weights"]!r} stands for '
+            "factors beside an edited base; let PEFT convert the adapter to plain LoRA"
+        )
+    factors = _read_factors(stored)
     if not factors:
         raise JaxtuneError("adapter_model.safetensors holds no LoRA factors")
     dropout = _number("lora_dropout", config.get("lora_dropout") or 0.0)
     if not 0 <= dropout < 1:
         raise JaxtuneError(f'adapter_config.json: "lora_dropout"={dropout} is not within 0 and 1')
-    return Lora(dropout=dropout, factors=tuple(sorted(factors.items())))
+    return {
+        "dropout": dropout,
+        "factors": tuple(sorted(factors.items())),
+        "modules_to_save": saved_modules(stored),
+        "new_tokens": tokens.count_on_disk(stored),
+    }
+
+
+def _read_factors(stored: Stored) -> dict[str, Factor]:
+    """Returns each module's rank and alpha; every tensor has to be one of a whole set."""
+    config, factors = stored.config, {}
+    needed = ["lora_A.weight", "lora_B.weight"]
+    needed += ["lora_magnitude_vector"] if config.get("use_dora") else []
+    others = {key: value for key, value in stored.tensors.items() if key != tokens.KEY}
+    for key, value in edit_tensors(Stored(config, others), "a LoRA factor"):
+        match = _KEY.fullmatch(key)
+        dimensions = 2 if key.endswith(".weight") else 1
+        if match is None or match[2] not in needed or value.ndim != dimensions:
+            raise JaxtuneError(f'adapter_model.safetensors: "{key}" is not a LoRA factor')
+        name, which = match[1], match[2]
+        for other in needed:
+            if f"{PREFIX}{name}.{other}" not in stored.tensors:
+                lacks = other.removesuffix(".weight")
+                raise JaxtuneError(f'adapter_model.safetensors: "{name}" lacks {lacks}')
+        if which == "lora_A.weight":
+            alpha = _pattern(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", 8))
+            factors[name] = Factor(value.shape[0], alpha, bool(config.get("use_rslora")))
+    return factors
+
+
+def from_peft(stored: Stored) -> Lora:
+    """Returns the method, with its settings, of a LoRA adapter without magnitudes.
+
+    Raises:
+      JaxtuneError: see `read_settings`.
+    """
+    return Lora(**read_settings(stored))
 
 
 def _pattern(patterns: Any, name: str, default: Any) -> float:
     """Looks a module up as PEFT does: the first pattern that matches the end of its path."""
     if not isinstance(patterns, Mapping):
         raise JaxtuneError(f'adapter_config.json: "alpha_pattern" is {patterns!r}, not an object')
-    for pattern, value in patterns.items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", name):
-                return _number("alpha_pattern", value)
-        except re.error as error:
-            raise JaxtuneError(
-                f'adapter_config.json: "alpha_pattern" has no valid expression: {error}'
-            ) from None
-    return _number("lora_alpha", default)
+    try:
+        pattern = find_pattern(patterns, name)
+    except re.error as error:
+        raise JaxtuneError(
+            f'adapter_config.json: "alpha_pattern" has no valid expression: {error}'
+        ) from None
+    if pattern is None:
+        return _number("lora_alpha", default)
+    return _number("alpha_pattern", patterns[pattern])
 
 
 def _number(key: str, value: Any) -> float:
@@ -322,6 +319,25 @@ def _number(key: str, value: Any) -> float:
     return float(value)
 
 
+def settings_from_config(section: Any) -> dict[str, Any]:
+    """Returns what LoRA and its variants take of the ``adapter`` section of a config."""
+    ranks = parse_patterns("adapter.rank_pattern", section.rank_pattern)
+    alphas = parse_patterns("adapter.alpha_pattern", section.alpha_pattern)
+    for pattern, rank in ranks.items():
+        if rank < 1 or rank != int(rank):
+            raise JaxtuneError(f'adapter.rank_pattern: "{pattern}={rank:g}" is no rank')
+    return shared_settings(section) | {
+        "rank": section.rank,
+        "alpha": section.alpha,
+        "dropout": section.dropout,
+        "targets": tuple(section.targets),
+        "rslora": section.rslora,
+        "new_tokens": section.new_tokens,
+        "rank_pattern": tuple((pattern, int(rank)) for pattern, rank in ranks.items()),
+        "alpha_pattern": tuple(alphas.items()),
+    }
+
+
 def from_config(section: Any) -> Lora:
     """Returns the method that the ``adapter`` section of a config describes."""
-    return Lora(section.rank, section.alpha, section.dropout, tuple(section.targets))
+    return Lora(**settings_from_config(section))

@@ -9,35 +9,65 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.typing import DTypeLike
 
-from jaxtune.adapters.targets import linears
+from jaxtune.adapters.targets import linears, module_names
+from jaxtune.errors import JaxtuneError
 from jaxtune.layers.decoder import CausalLM
-from jaxtune.layers.linear import LowRank, edited_weight
-from jaxtune.layers.tree import Path, declaration_of
+from jaxtune.layers.linear import edited_weight
+from jaxtune.layers.tree import Path, Shared, declaration_of
 
-# Computes the merged weight [out, in] of one layer (and expert) in a dtype.
+# Computes the merged array of one layer (and expert) in a dtype: a weight [out, in] or bias [out].
 Edit = Callable[[int, DTypeLike], jax.Array]
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
-def _merge(weight: Any, edit: LowRank, place: tuple[Any, ...], dtype: DTypeLike) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("graphdef", "which", "dtype"))
+def _merge(
+    frozen: Any, states: Any, place: tuple[Any, ...], graphdef: Any, which: str, dtype: DTypeLike
+) -> jax.Array:
     # One program, so that no float32 copy of the weight outlives it.
-    weight, edit = jax.tree.map(lambda value: value[place], (weight, edit))
+    shared, own = states
+    (weight, bias), own = jax.tree.map(lambda value: value[place], (frozen, own))
+    edit = nnx.merge(graphdef, shared, own).edit(weight, bias, jnp.float32)
+    if which == "bias":
+        return edit.bias.astype(dtype)
     return edited_weight(weight, edit, dtype)
 
 
-def merged_weight(linear: Any, part: int, dtype: DTypeLike = jnp.float32) -> jax.Array:
-    """Returns W + scale · B A of one layer (and expert), [out, in], rounded once to `dtype`."""
+def _merged(linear: Any, which: str, part: int, dtype: DTypeLike) -> jax.Array:
     place = np.unravel_index(part, declaration_of(linear.weight).stack_shape)
-    weight, edit = linear.weight.get_value(), linear.adapter.edit()
-    return _merge(weight, edit, place, jnp.dtype(dtype))
+    graphdef, *states = nnx.split(linear.adapter, Shared, ...)
+    return _merge(linear.frozen, states, place, graphdef, which, jnp.dtype(dtype))
+
+
+def merged_weight(linear: Any, part: int, dtype: DTypeLike = jnp.float32) -> jax.Array:
+    """Returns the edited weight of one layer (and expert), [out, in], rounded once to `dtype`."""
+    return _merged(linear, "weight", part, dtype)
 
 
 def edits(model: CausalLM) -> dict[Path, Edit]:
-    """Returns, for every edited weight of a bound model, how to compute a layer's merged one."""
-    return {
-        (*path, "weight"): functools.partial(merged_weight, linear)
-        for path, linear in linears(model).items()
-        if linear.adapter is not None
-    }
+    """Returns, for every edited array of a bound model, how to compute a layer's merged one.
+
+    Raises:
+      JaxtuneError: an edit adds a bias to a projection that has none in this architecture.
+    """
+    found: dict[Path, Edit] = {}
+    embedding = model.model.embed_tokens
+    if embedding.adapter is not None:
+        weight, merged = embedding.weight.get_value(), embedding.adapter.merged
+        found[("model", "embed_tokens", "weight")] = lambda part, dtype: merged(weight, dtype)
+    for path, linear in linears(model).items():
+        if linear.adapter is None:
+            continue
+        found[(*path, "weight")] = functools.partial(merged_weight, linear)
+        if not linear.adapter.edits_bias(linear):
+            continue
+        if linear.frozen[1] is None:
+            raise JaxtuneError(
+                f"{module_names(path, linear)[0]} has no bias in a "
+                "model of this architecture, and the adapter adds one: it cannot be merged, so "
+                "keep the adapter beside the base"
+            )
+        found[(*path, "bias")] = functools.partial(_merged, linear, "bias")
+    return found

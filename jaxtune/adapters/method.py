@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Collection
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from jaxtune.layers.decoder import CausalLM
-from jaxtune.layers.tree import Path, Tree
+from jaxtune.layers.tree import Tree
 from jaxtune.models.definition import Definition
 
 # How PEFT ends the key of the frozen weight of a head, which it stores beside the head's edit.
@@ -35,6 +36,30 @@ class Stored(NamedTuple):
         }
 
 
+class BaseEdit(abc.ABC):
+    """Changes weights of the base while they stream in, before any rounding or quantization.
+
+    Attributes:
+      names: Hugging Face names of the weights to change.
+    """
+
+    names: Collection[str]
+
+    @abc.abstractmethod
+    def __call__(self, name: str, weight: np.ndarray) -> np.ndarray:
+        """Returns what to load in place of a weight, both float32 [out, in]."""
+
+
+class Start(NamedTuple):
+    """A fresh start of a method.
+
+    Attributes:
+      base_edit: what `base_edit` returned, after all weights have streamed in.
+    """
+
+    base_edit: BaseEdit | None
+
+
 class Method(abc.ABC):
     """A fine-tuning method with its settings.
 
@@ -56,14 +81,40 @@ class Method(abc.ABC):
           JaxtuneError: a target that the model does not have.
         """
 
-    def trains(self, path: Path) -> bool:
-        """Says whether the base weight at `path` is trained."""
-        del path
+    def trains(self, name: str) -> bool:
+        """Says whether a base weight is trained: that of this Hugging Face name, and its run's."""
+        del name
         return False
 
     @abc.abstractmethod
     def init(self, definition: Definition, seed: int) -> tuple[Tree, Tree]:
         """Returns (trainable, constants) at the start, without trained base weights."""
+
+    def base_edit(self, definition: Definition) -> BaseEdit | None:
+        """Returns what changes weights of the base while they stream in, or None.
+
+        Only a fresh start calls it. What comes of it has to depend on the weights alone, for a
+        run that goes on streams the same checkpoint in again.
+        """
+        del definition
+        return None
+
+    def complete(
+        self, definition: Definition, weights: Tree, trees: tuple[Tree, Tree], start: Start | None
+    ) -> tuple[Tree, Tree]:
+        """Fills in what depends on the weights of the base.
+
+        Args:
+          definition: of the model.
+          weights: of the base, as loaded; frozen ones may be quantized.
+          trees: (trainable, constants) of `init` or `restore`.
+          start: of a fresh start; None after `restore`.
+
+        Returns:
+          (trainable, constants).
+        """
+        del definition, weights, start
+        return trees
 
     @abc.abstractmethod
     def store(self, definition: Definition, trainable: Tree, constants: Tree) -> Stored:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from flax import nnx
 
@@ -14,6 +15,7 @@ from jaxtune.layers.moe import ExpertLinear
 from jaxtune.layers.tree import Path, declaration_of, layer_names
 
 ALL_LINEAR = "all-linear"
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _REGEX = re.compile(r"[*+?\[\](){}|^$\\]")
 
 
@@ -72,3 +74,67 @@ def _matches(target: str, name: str, key: str) -> bool:
         except re.error as error:
             raise JaxtuneError(f'{key}: "{target}" is no valid expression: {error}') from None
     return name == target or name.endswith("." + target)
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Reads the layers that ``adapter.layers`` lists, such as ``0,4-7``; empty for all of them.
+
+    Raises:
+      JaxtuneError: neither numbers nor ranges of them.
+    """
+    layers: set[int] = set()
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        ends = re.fullmatch(r"(\d+)(?:-(\d+))?", part, re.ASCII)
+        if ends is None or int(ends[2] or ends[1]) < int(ends[1]):
+            raise JaxtuneError(f'adapter.layers: "{part}" is neither a layer nor a range like 4-7')
+        layers |= set(range(int(ends[1]), int(ends[2] or ends[1]) + 1))
+    return tuple(sorted(layers))
+
+
+def in_layers(names: Iterable[str], layers: Collection[int]) -> list[str]:
+    """Returns the modules of these layers; all modules where no layers are given.
+
+    Raises:
+      JaxtuneError: a layer that no module is in.
+    """
+    names = list(names)
+    if not layers:
+        return names
+    found = {name: int(match[1]) for name in names if (match := _LAYER.match(name))}
+    for layer in layers:
+        if layer not in found.values():
+            raise JaxtuneError(
+                f"adapter.layers: there is no layer {layer} (the last is {max(found.values())})"
+            )
+    return [name for name, layer in found.items() if layer in layers]
+
+
+def find_pattern(patterns: Mapping[str, Any], name: str) -> str | None:
+    """Returns the first pattern that matches the end of a module's path, as PEFT looks one up.
+
+    Raises:
+      re.error: an invalid expression.
+    """
+    matches = (pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", name))
+    return next(matches, None)
+
+
+def parse_patterns(key: str, entries: Iterable[str]) -> dict[str, float]:
+    """Reads a setting whose entries are ``pattern=number``.
+
+    Raises:
+      JaxtuneError: another form.
+    """
+    patterns: dict[str, float] = {}
+    for entry in entries:
+        pattern, equals, number = entry.rpartition("=")
+        try:
+            patterns[pattern] = float(number)
+            re.compile(pattern)
+        except (ValueError, re.error):
+            equals = ""
+        if not equals:
+            raise JaxtuneError(
+                f'{key}: "{entry}" is not a pattern and its number, such as up_proj=8'
+            )
+    return patterns

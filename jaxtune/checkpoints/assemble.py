@@ -10,7 +10,9 @@ from jax.typing import DTypeLike
 
 from jaxtune.adapters import Method, Stored
 from jaxtune.adapters.define import define
+from jaxtune.adapters.method import Start
 from jaxtune.checkpoints import huggingface
+from jaxtune.checkpoints.replaced import edited
 from jaxtune.checkpoints.source import TensorSource
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.tree import Tree, merge
@@ -65,11 +67,17 @@ def assemble(
     definition = define(source.config, dtype, method, quantization)
     if stored is not None:
         _check_copies(source, stored)
-    weights, ignored = huggingface.load(definition, source, mesh, progress=progress)
+    start = None
+    if method is not None and stored is None:
+        start = Start(method.base_edit(definition))
+    edit = None if start is None else start.base_edit
+    read_from = source if edit is None else edited(source, edit)
+    weights, ignored = huggingface.load(definition, read_from, mesh, progress=progress)
     added: tuple[Tree, Tree] = ({}, {})
     if method is not None:
-        started = stored is None
-        added = method.init(definition, seed) if started else method.restore(definition, stored)
+        fresh = stored is None
+        added = method.init(definition, seed) if fresh else method.restore(definition, stored)
+        added = method.complete(definition, weights, added, start)
     parts: dict[Any, Tree] = definition.split(merge(weights, *added))
     return Assembled(definition, parts["base"], parts["trainable"], parts["constants"], ignored)
 

@@ -293,7 +293,11 @@ class _Staging:
 
 
 def load(
-    definition: Definition, source: TensorSource, mesh: Mesh, *, progress: bool = True
+    definition: Definition,
+    source: TensorSource,
+    mesh: Mesh,
+    *,
+    progress: bool = True,
 ) -> tuple[Tree, dict[str, str]]:
     """Streams a checkpoint into a tree of arrays.
 

@@ -6,7 +6,8 @@ structure that follow one another form a run, which is one ``lax.scan``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ from jaxtune.layers.moe import MoE
 from jaxtune.layers.norm import RMSNorm
 from jaxtune.layers.remat import remat as remat_body
 from jaxtune.layers.rope import Rope
-from jaxtune.layers.tree import stack
+from jaxtune.layers.tree import Shared, stack
 from jaxtune.parallel.rules import constrain
 
 
@@ -106,6 +107,16 @@ class Decoder(nnx.Module):
         )
         self.norm = RMSNorm(hidden_size, eps)
 
+    def split_runs(self, starts: Collection[int]) -> None:
+        """Begins another run at each of these layers; the module has to be abstract still."""
+        layers, runs = [], []
+        for module, (first, count) in zip(self.layers, self.run_layers, strict=True):
+            within = sorted(start for start in starts if first < start < first + count)
+            for begin, end in itertools.pairwise([first, *within, first + count]):
+                layers.append(stack(nnx.clone(module), begin, end - begin))
+                runs.append((begin, end - begin))
+        self.layers, self.run_layers = nnx.List(layers), tuple(runs)
+
     def init_cache(self, batch: int, length: int, dtype: DTypeLike) -> list[Cache]:
         """Returns an empty cache for each run of layers: arrays [layers, B, length, …]."""
         return [
@@ -172,11 +183,11 @@ def _scan(
     options: ForwardOptions,
 ) -> tuple[jax.Array, Cache | None, Routed | None]:
     """Applies a stacked run of layers, given as (first layer, count), one after the other."""
-    graphdef, state = nnx.split(layers)
+    graphdef, shared, state = nnx.split(layers, Shared, ...)
 
     def body(carry: Any, xs: Any) -> tuple[Any, Routed | None]:
         (x, cache), (layer_state, index) = carry, xs
-        layer = nnx.merge(graphdef, from_bits(layer_state))
+        layer = nnx.merge(graphdef, shared, from_bits(layer_state))
         x, cache, routed = layer(x, context.in_layer(run[0] + index), cache, index)
         return (x, cache), routed
 
@@ -246,6 +257,10 @@ class CausalLM(nnx.Module):
     def head(self) -> Head:
         """Returns what turns hidden states into logits: the embedding where it is tied."""
         if self.lm_head is None:
-            return Head(self.model.embed_tokens.weight.get_value())
+            rows = self.model.embed_tokens
+            last = None if rows.adapter is None else rows.adapter.rows()
+            return Head(rows.weight.get_value(), last_rows=last)
+        weight, bias = self.lm_head.frozen
         adapter = self.lm_head.adapter
-        return Head(self.lm_head.weight.get_value(), None if adapter is None else adapter.edit())
+        dtype = getattr(weight, "dtype", jnp.float32)
+        return Head(weight) if adapter is None else Head(weight, adapter.edit(weight, bias, dtype))

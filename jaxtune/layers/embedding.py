@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -11,11 +13,13 @@ from jaxtune.layers.tree import parameter
 
 
 class Embedding(nnx.Module):
-    """A table [vocabulary, hidden]."""
+    """A table [vocabulary, hidden], with a slot for a method that trains some of its rows."""
 
     def __init__(self, vocab_size: int, hidden_size: int):
         self.weight = parameter((vocab_size, hidden_size), ("vocab", "embed"))
+        self.adapter: Any = nnx.data(None)
 
     def __call__(self, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
         """Looks up tokens int[B, T]; returns [B, T, hidden] in `dtype`."""
-        return jnp.take(self.weight.get_value(), tokens, axis=0, mode="clip").astype(dtype)
+        rows = jnp.take(self.weight.get_value(), tokens, axis=0, mode="clip").astype(dtype)
+        return rows if self.adapter is None else self.adapter.replace(tokens, rows)

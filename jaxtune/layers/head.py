@@ -7,19 +7,27 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxtune.layers.linear import LowRank, linear_float32
+from jaxtune.layers.linear import Edit, linear_float32, rescale
 
 
 class Head(NamedTuple):
-    """The weight [vocabulary, hidden] of the head, and its low-rank edit if it has one."""
+    """The weight [vocabulary, hidden] of the head, its edit, and rows in place of its last ones."""
 
     weight: Any
-    edit: LowRank | None = None
+    edit: Edit = Edit()
+    last_rows: jax.Array | None = None
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """Returns float32 logits [..., vocabulary] of hidden [..., hidden]."""
+        term, out_scale, in_scale, bias = self.edit
+        hidden = rescale(hidden, in_scale)
         logits = linear_float32(hidden, self.weight)
-        if self.edit is None:
-            return logits
-        xa = linear_float32(hidden, self.edit.lora_A).astype(hidden.dtype)
-        return logits + self.edit.scale.astype(jnp.float32) * linear_float32(xa, self.edit.lora_B)
+        if term is not None:
+            xa = linear_float32(hidden, term.lora_A).astype(hidden.dtype)
+            xa = rescale(xa, term.rank_scale)
+            logits = logits + term.scale * linear_float32(xa, term.lora_B)
+        logits = rescale(logits, out_scale)
+        if self.last_rows is not None:
+            last = linear_float32(hidden, self.last_rows)
+            logits = jnp.concatenate([logits[..., : -last.shape[-1]], last], axis=-1)
+        return logits if bias is None else logits + bias

@@ -1,8 +1,12 @@
 """The choke point: every projection of every model goes through `project`.
 
-A weight may be plain or quantized, frozen or trained, and may carry a low-rank edit. Products
+A weight may be plain or quantized, frozen or trained, and may carry a method's edit. Products
 accumulate in float32 and are rounded once. The only residuals are the input and the weight as it
 is stored, so no dequantized copy outlives its use, and a frozen weight costs no gradient.
+
+Every edit is a value of one algebra, W' = out_scale · (W + scale · B A) · in_scale, with perhaps
+another bias. What has to know what an edit means reads it from here: `project`, the experts, the
+head, and merging.
 
 Shapes: x [..., in], weight [out, in] (as Hugging Face stores it), lora_A [r, in], lora_B [out, r].
 """
@@ -22,24 +26,48 @@ from jaxtune.quant import QuantizedWeight, materialize
 
 
 class LowRank(NamedTuple):
-    """The edit W + scale · B A of a weight [out, in].
+    """The term scale · B diag(rank_scale) A that is added to a weight [out, in].
 
     Attributes:
       lora_A: [r, in].
       lora_B: [out, r].
-      scale: scalar.
+      scale: a scalar, or [out] for a scale of each row.
+      rank_scale: [r], or None for ones.
     """
 
     lora_A: jax.Array
     lora_B: jax.Array
     scale: jax.Array
+    rank_scale: jax.Array | None = None
+
+
+class Edit(NamedTuple):
+    """What a method makes of a projection: W' = out_scale · (W + low rank) · in_scale, and a bias.
+
+    A part that is None changes nothing. Parts of routed experts have a leading expert axis, except
+    low-rank factors that all experts share.
+
+    Attributes:
+      low_rank: added to the weight.
+      out_scale: float32 [out], on the rows of the sum.
+      in_scale: float32 [in], on its columns.
+      bias: [out], in place of the projection's own.
+    """
+
+    low_rank: LowRank | None = None
+    out_scale: jax.Array | None = None
+    in_scale: jax.Array | None = None
+    bias: jax.Array | None = None
 
 
 class LinearAdapter(Protocol):
-    """What a fine-tuning method puts into the adapter slot of a `Linear`."""
+    """What a fine-tuning method puts into the adapter slot of a projection."""
 
-    def edit(self) -> LowRank:
-        """Returns the edit of the weight."""
+    def edit(self, weight: Any, bias: jax.Array | None, dtype: DTypeLike) -> Edit:
+        """Returns the edit of a frozen weight [out, in], plain or quantized, and bias [out].
+
+        `dtype` is that of the computation: products with the weight are of arrays of this dtype.
+        """
         ...
 
     def drop(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
@@ -130,7 +158,7 @@ def _low_rank_forward(x: jax.Array, weight: Any, edit: LowRank) -> tuple[jax.Arr
 
 
 def _low_rank_backward(residuals: Any, g: jax.Array) -> tuple[jax.Array, None, LowRank]:
-    x, xa, weight, (lora_A, lora_B, scale) = residuals
+    x, xa, weight, (lora_A, lora_B, scale, _) = residuals
     gb = (product(g, lora_B.astype(g.dtype), 0) * scale).astype(g.dtype)
     dx = times_weight(g, weight, 0) + product(gb, lora_A.astype(g.dtype), 0)
     edit = LowRank(
@@ -142,6 +170,19 @@ def _low_rank_backward(residuals: Any, g: jax.Array) -> tuple[jax.Array, None, L
 
 
 _linear_low_rank.defvjp(_low_rank_forward, _low_rank_backward)
+
+
+def rescale(x: jax.Array, scale: jax.Array | None) -> jax.Array:
+    """Multiplies x [..., n] with a float32 scale of its last axis and rounds once to its dtype."""
+    return x if scale is None else (x * scale).astype(x.dtype)
+
+
+def _add_low_rank(x: jax.Array, dropped: jax.Array, weight: Any, term: LowRank) -> jax.Array:
+    if dropped is x and term.rank_scale is None and term.scale.ndim == 0:
+        return _linear_low_rank(x, weight, term)
+    # Here a factor that is not trained costs no gradient.
+    xa = rescale(_linear(dropped, term.lora_A), term.rank_scale)
+    return _linear(x, weight) + rescale(_linear(xa, term.lora_B), term.scale)
 
 
 def project(
@@ -166,13 +207,14 @@ def project(
     if adapter is None:
         y = _linear(x, weight)
     else:
-        edit, dropped = adapter.edit(), adapter.drop(x, key)
-        if dropped is x:
-            y = _linear_low_rank(x, weight, edit)
+        edit = adapter.edit(weight, bias, x.dtype)
+        x = rescale(x, edit.in_scale)
+        if edit.low_rank is None:
+            y = _linear(x, weight)
         else:
-            xa = _linear(dropped, edit.lora_A)
-            scale = edit.scale.astype(x.dtype)
-            y = _linear(x, weight) + scale * _linear(xa, edit.lora_B)
+            y = _add_low_rank(x, adapter.drop(x, key), weight, edit.low_rank)
+        y = rescale(y, edit.out_scale)
+        bias = bias if edit.bias is None else edit.bias
     return y if bias is None else y + bias.astype(y.dtype)
 
 
@@ -197,19 +239,35 @@ class Linear(nnx.Module):
         bias = None if self.bias is None else self.bias.get_value()
         return project(x, self.weight.get_value(), bias, self.adapter, key)
 
+    @property
+    def frozen(self) -> tuple[Any, jax.Array | None]:
+        """The weight [out, in] and the bias [out], as an adapter's `edit` takes them."""
+        return self.weight.get_value(), None if self.bias is None else self.bias.get_value()
 
-def effective_weight(linear: Linear, dtype: DTypeLike) -> jax.Array:
-    """Returns the matrix [out, in] that a projection stands for, its adapter's edit included.
+
+def effective_weight(linear: Linear, dtype: DTypeLike) -> tuple[jax.Array, jax.Array | None]:
+    """Returns the matrix [out, in] and the bias [out] that a projection with its edit stands for.
 
     For what has to see the matrix itself; applying it costs less with `project`.
     """
-    weight = linear.weight.get_value()
+    weight, bias = linear.frozen
     if linear.adapter is None:
-        return materialize(weight, dtype)
-    return edited_weight(weight, linear.adapter.edit(), dtype)
+        return materialize(weight, dtype), bias
+    edit = linear.adapter.edit(weight, bias, dtype)
+    return edited_weight(weight, edit, dtype), bias if edit.bias is None else edit.bias
 
 
-def edited_weight(weight: Any, edit: LowRank, dtype: DTypeLike) -> jax.Array:
-    """Returns W + scale · B A [out, in] of a plain or quantized weight, rounded once to `dtype`."""
-    delta = jnp.matmul(edit.lora_B, edit.lora_A, precision=lax.Precision.HIGHEST)
-    return (materialize(weight, jnp.float32) + edit.scale * delta).astype(dtype)
+def edited_weight(weight: Any, edit: Edit, dtype: DTypeLike) -> jax.Array:
+    """Returns the edited weight [out, in] of a plain or quantized one, rounded once to `dtype`."""
+    edited = materialize(weight, jnp.float32)
+    if edit.low_rank is not None:
+        lora_A, lora_B, scale, rank_scale = edit.low_rank
+        if rank_scale is not None:
+            lora_A = lora_A * rank_scale[:, None]
+        delta = jnp.matmul(lora_B, lora_A, precision=lax.Precision.HIGHEST)
+        edited = edited + scale.reshape(-1, 1) * delta
+    if edit.out_scale is not None:
+        edited = edited * edit.out_scale[:, None]
+    if edit.in_scale is not None:
+        edited = edited * edit.in_scale
+    return edited.astype(dtype)

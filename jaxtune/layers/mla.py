@@ -145,8 +145,8 @@ class MLA(nnx.Module):
     ) -> jax.Array:
         """Attends in the space of the latent, which is key and value of one shared head."""
         s = self.sizes
-        weight = effective_weight(self.kv_b_proj, latent.dtype).reshape(s.heads, -1, s.kv_lora)
-        to_key, to_value = jnp.split(weight, [s.nope], axis=1)
+        weight, bias = effective_weight(self.kv_b_proj, latent.dtype)
+        to_key, to_value = jnp.split(weight.reshape(s.heads, -1, s.kv_lora), [s.nope], axis=1)
         precision = lax.Precision.HIGHEST if latent.dtype == jnp.float32 else None
         q_latent = jnp.einsum("bthn,hnr->bthr", q_nope, to_key, precision=precision)
         out = xla_attention(
@@ -158,4 +158,8 @@ class MLA(nnx.Module):
             context.cache_index,
             s.scale,
         )
-        return jnp.einsum("bthr,hvr->bthv", out, to_value, precision=precision)
+        out = jnp.einsum("bthr,hvr->bthv", out, to_value, precision=precision)
+        if bias is None:
+            return out
+        # That of a key adds the same to all of a query's scores; that of a value counts once.
+        return out + bias.reshape(s.heads, -1)[:, s.nope :].astype(out.dtype)

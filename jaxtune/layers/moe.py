@@ -16,6 +16,7 @@ from jax import lax
 from jaxtune.layers.balance import Routed, routed
 from jaxtune.layers.context import Context
 from jaxtune.layers.grouped import Groups, choose_kernel, group, grouped_linear
+from jaxtune.layers.linear import LowRank, linear_float32, rescale
 from jaxtune.layers.mlp import MLP
 from jaxtune.layers.tree import Buffer, parameter
 
@@ -123,16 +124,45 @@ class ExpertLinear(nnx.Module):
 
     def __call__(self, x: jax.Array, groups: Groups, key: jax.Array | None) -> jax.Array:
         """Projects padded rows [P, in] to [P, out], each with its expert's weight."""
-        y = grouped_linear(x, self.weight.get_value(), groups, self.out_features)
-        if self.adapter is not None:
-            edit = self.adapter.edit()
-            rank = edit.lora_A.shape[1]
-            dropped = self.adapter.drop(x, key)
-            xa = grouped_linear(dropped, edit.lora_A, groups, rank).astype(x.dtype)
-            delta = grouped_linear(xa, edit.lora_B, groups, self.out_features)
-            scale = jnp.repeat(edit.scale[groups.tile_expert], groups.tile)
-            y = y + scale[:, None] * delta
+        weight, bias = self.frozen
+        if self.adapter is None:
+            return grouped_linear(x, weight, groups, self.out_features).astype(x.dtype)
+        edit = self.adapter.edit(weight, bias, x.dtype)
+        x = rescale(x, _of_rows(edit.in_scale, groups))
+        y = grouped_linear(x, weight, groups, self.out_features)
+        if edit.low_rank is not None:
+            y = y + _low_rank(self.adapter.drop(x, key), edit.low_rank, groups, self.out_features)
+        y = rescale(y, _of_rows(edit.out_scale, groups))
+        if edit.bias is not None:
+            y = y + _of_rows(edit.bias, groups)
         return y.astype(x.dtype)
+
+    @property
+    def frozen(self) -> tuple[Any, None]:
+        """The weight and no bias, as an adapter's `edit` takes them."""
+        return self.weight.get_value(), None
+
+
+def _of_rows(values: Any, groups: Groups) -> Any:
+    """Gives each padded row its expert's value: [E, …] → [P, …]; None stays None."""
+    if values is None:
+        return None
+    return jnp.repeat(values[groups.tile_expert], groups.tile, axis=0)
+
+
+def _low_rank(x: jax.Array, term: LowRank, groups: Groups, out_features: int) -> jax.Array:
+    """Returns the low-rank term of padded rows, float32 [P, out]."""
+
+    def multiply(rows: jax.Array, factor: jax.Array, features: int) -> jax.Array:
+        if factor.ndim == 2:  # shared by all experts
+            return linear_float32(rows, factor)
+        return grouped_linear(rows, factor, groups, features)
+
+    xa = multiply(x, term.lora_A, term.lora_A.shape[-2]).astype(x.dtype)
+    xa = rescale(xa, _of_rows(term.rank_scale, groups))
+    delta = multiply(xa, term.lora_B, out_features)
+    scale = _of_rows(term.scale, groups)
+    return scale.reshape(len(scale), -1) * delta
 
 
 class Experts(nnx.Module):

@@ -37,6 +37,10 @@ class Constant(nnx.Variable):
     """An array that belongs to a method and is neither trained nor part of the base."""
 
 
+class Shared(Constant):
+    """A constant that several modules share, whatever their layer: it is never stacked."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Declaration:
     """What is known of a parameter before it exists.
@@ -104,7 +108,7 @@ def declaration_of(variable: nnx.Variable) -> Declaration:
 def stack(module: _Module, first: int, count: int) -> _Module:
     """Turns one layer's abstract module into that of `count` layers starting at layer `first`."""
     for _, variable in nnx.iter_graph(module):
-        if isinstance(variable, nnx.Variable):
+        if isinstance(variable, nnx.Variable) and not isinstance(variable, Shared):
             declaration = dataclasses.replace(declaration_of(variable), layers=(first, count))
             variable.set_metadata("declaration", declaration)
             value = variable.get_value()
@@ -133,7 +137,7 @@ def unflatten(leaves: Mapping[Path, Any]) -> Tree:
 
 
 def merge(*trees: Mapping[str, Any]) -> Tree:
-    """Joins nested dicts that share no leaf."""
+    """Joins nested dicts; a leaf of several is that of the last."""
     return unflatten({path: leaf for tree in trees for path, leaf in flatten(tree)})
 
 

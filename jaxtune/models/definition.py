@@ -29,6 +29,7 @@ from jaxtune.layers.tree import (
     bind,
     declaration_of,
     flatten,
+    layer_names,
     unflatten,
     variables,
 )
@@ -109,7 +110,7 @@ class Definition:
         config: Mapping[str, Any],
         model: CausalLM,
         dtype: DTypeLike,
-        trains: Callable[[Path], bool] = lambda path: False,
+        trains: Callable[[str], bool] = lambda name: False,
         formats: Callable[[Path], Format | None] = lambda path: None,
     ):
         """Describes an abstract model.
@@ -118,7 +119,8 @@ class Definition:
           config: the content of config.json.
           model: the abstract module, with its adapters attached.
           dtype: of frozen weights; whatever is trained is float32.
-          trains: says which base weights, by path, are trained.
+          trains: says which base weights are trained, by the name of the first layer's; those of
+            a run are trained or frozen together.
           formats: says how frozen base weights, by path, are quantized.
         """
         self.config = dict(config)
@@ -126,7 +128,8 @@ class Definition:
         self.leaves: dict[Path, Leaf] = {}
         for path, variable in variables(model):
             kind: Kind = "base"
-            trained = trains(path) and not isinstance(variable, Buffer)
+            name = layer_names(path, declaration_of(variable))[0]
+            trained = trains(name) and not isinstance(variable, Buffer)
             if isinstance(variable, Trainable) or trained:
                 kind = "trainable"
             elif isinstance(variable, Constant):

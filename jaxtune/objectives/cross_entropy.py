@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxtune.layers.head import Head
-from jaxtune.layers.linear import is_trained, plain_values
+from jaxtune.layers.linear import plain_values
 
 IGNORE = -100  # the target of a position that is not trained on, as in PyTorch
 
@@ -88,38 +88,48 @@ def _summed(hidden: jax.Array, head: Head, targets: jax.Array, chunk: int) -> An
 
 
 def _forward(hidden: Any, head: Any, targets: Any, starts: Any) -> tuple[Any, Any]:
-    trained = is_trained(head)
-    hidden, head, targets, starts = plain_values((hidden, head, targets, starts))
+    # An edited head has a frozen weight, whose gradient would be as large as the weight.
+    leaves, structure = jax.tree.flatten(head, is_leaf=lambda leaf: hasattr(leaf, "perturbed"))
+    trained = [leaf.perturbed for leaf in leaves]
+    hidden, leaves, targets, starts = plain_values((hidden, leaves, targets, starts))
+
+    def logits_of(changed: list[jax.Array], x: jax.Array) -> jax.Array:
+        rest = iter(changed)
+        values = [next(rest) if t else leaf for t, leaf in zip(trained, leaves, strict=True)]
+        return jax.tree.unflatten(structure, values)(x)
+
+    changed = [leaf for t, leaf in zip(trained, leaves, strict=True) if t]
     size = targets.shape[1] // starts.shape[0]
 
     def body(carry: Any, start: jax.Array) -> tuple[Any, jax.Array]:
         (total_loss, total_correct), d_head = carry
         x, y = _chunk(hidden, start, size), _chunk(targets, start, size)
-        if trained:
-            logits, pullback = jax.vjp(lambda head, x: head(x), head, x)
-        else:
-            logits, pullback = jax.vjp(lambda x: head(x), x)
+        logits, pullback = jax.vjp(logits_of, changed, x)
         loss, correct, norm = _chunk_sums(logits, y)
         d_logits = jnp.exp(logits - norm[..., None])
         d_logits = d_logits - (jnp.arange(logits.shape[-1]) == y[..., None])
         grads = pullback(jnp.where((y != IGNORE)[..., None], d_logits, 0.0))
-        if trained:
-            d_head = jax.tree.map(lambda a, g: a + g.astype(jnp.float32), d_head, grads[0])
-        return ((total_loss + loss, total_correct + correct), d_head), grads[-1]
+        d_head = jax.tree.map(lambda a, g: a + g.astype(jnp.float32), d_head, grads[0])
+        return ((total_loss + loss, total_correct + correct), d_head), grads[1]
 
-    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), head) if trained else None
+    zeros = [jnp.zeros(leaf.shape, jnp.float32) for leaf in changed]
     initial = ((jnp.float32(0), jnp.float32(0)), zeros)
     (sums, d_head), d_hidden = lax.scan(body, initial, starts)
     d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(hidden.shape)
-    like = jax.tree.map(lambda w: jnp.zeros((), w.dtype), head) if trained else None
-    return sums, (d_hidden, d_head, like)
+    rest = iter(zip(d_head, [jnp.zeros((), leaf.dtype) for leaf in changed], strict=True))
+    d_head = [next(rest) if t else None for t in trained]
+    return sums, (d_hidden, jax.tree.unflatten(structure, d_head))
 
 
 def _backward(residuals: Any, cotangents: Any) -> Any:
-    d_hidden, d_head, like = residuals
+    d_hidden, d_head = residuals
     g = cotangents[0]
-    if d_head is not None:
-        d_head = jax.tree.map(lambda d, w: (d * g).astype(w.dtype), d_head, like)
+    # Pairs of a gradient and a scalar of the dtype it shall have; None for what is frozen.
+    d_head = jax.tree.map(
+        lambda pair: None if pair is None else (pair[0] * g).astype(pair[1].dtype),
+        d_head,
+        is_leaf=lambda pair: pair is None or type(pair) is tuple,
+    )
     return (d_hidden * g).astype(d_hidden.dtype), d_head, None, None
 
 

@@ -103,6 +103,30 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(optax.init_empty_state, update)
 
 
+def scale_lora_B(ratio: float) -> optax.GradientTransformation:
+    """Scales the updates of every LoRA factor B, which is what scaling their rate does.
+
+    Args:
+      ratio: learning rate of B over that of all else.
+
+    Returns:
+      A transformation without state.
+
+    Source: Hayou et al., 2024 (LoRA+).
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+
+        def scaled(path: jax.tree_util.KeyPath, value: jax.Array) -> jax.Array:
+            name = jax.tree_util.keystr(path, simple=True, separator=".").rsplit(".", 1)[-1]
+            return value * ratio if name == "lora_B" else value
+
+        return jax.tree_util.tree_map_with_path(scaled, updates), state
+
+    return optax.GradientTransformation(optax.init_empty_state, update)
+
+
 def decay_mask(trainable: Any) -> Any:
     """Says which trainables weight decay applies to: all but norms and biases.
 
@@ -139,6 +163,8 @@ def make_optimizer(config: Any, trainable: Any) -> optax.GradientTransformation:
     settings = config.optimizer
     rule = lookup(OPTIMIZERS, settings.name, key="optimizer.name")
     update = rule(settings, make_schedule(config), decay_mask(trainable))
+    if settings.lora_plus_ratio != 1:
+        update = optax.chain(update, scale_lora_B(settings.lora_plus_ratio))
     if settings.clip_norm == 0:
         return update
     return optax.chain(clip_by_global_norm(settings.clip_norm), update)

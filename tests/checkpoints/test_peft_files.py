@@ -88,9 +88,23 @@ def test_weights_that_are_not_there_or_cut(tiny, adapter):
     [
         ({"peft_type": "LOHA"}, 'adapter_config.json: peft_type="LOHA" is unknown'),
         ({"peft_type": None}, 'adapter_config.json: peft_type="None" is unknown'),
-        ({"use_dora": True}, 'adapter_config.json: "use_dora"=True is not supported'),
+        (
+            {"use_dora": True},
+            'adapter_model.safetensors: "model.layers.0.mlp.down_proj" lacks lora_magnitude_vector',
+        ),
         ({"bias": "all"}, "adapter_config.json: \"bias\"='all' is not supported"),
-        ({"modules_to_save": ["lm_head"]}, "adapter_config.json: \"modules_to_save\"=['lm_head']"),
+        (
+            {"modules_to_save": ["lm_head"]},
+            'adapter_model.safetensors: lacks "base_model.model.lm_head.weight"',
+        ),
+        (
+            {"modules_to_save": ["lm_heads"]},
+            'adapter.modules_to_save: "lm_heads" matches no module; did you mean "lm_head"?',
+        ),
+        (
+            {"init_lora_weights": "pissa"},
+            "adapter_config.json: \"init_lora_weights\"='pissa' stands for factors beside",
+        ),
         ({"lora_alpha": "x"}, "adapter_config.json: \"lora_alpha\" has 'x', which is no number"),
         ({"lora_alpha": 1e999}, 'adapter_config.json: "lora_alpha" has inf'),
         ({"lora_dropout": 1.5}, 'adapter_config.json: "lora_dropout"=1.5 is not within 0 and 1'),
@@ -113,7 +127,7 @@ def test_a_setting_that_would_be_dropped_or_is_no_setting(tiny, adapter, changes
         (lambda t: t.update({"x": torch.ones(1)}), '"x" is not a LoRA factor'),
         (lambda t: t.update({A: torch.ones(())}), 'lora_A.weight" is not a LoRA factor'),
         (lambda t: t.update({A: torch.ones(4, 64, dtype=torch.int8)}), "is not a LoRA factor"),
-        (lambda t: t.update({B: torch.ones(64, 8)}), "has shape [4, 64], the model needs [8, 64]"),
+        (lambda t: t.update({B: torch.ones(64, 8)}), "has shape [64, 8], the model needs [64, 4]"),
         (lambda t: t.update({A: torch.ones(4, 63)}), "has shape [4, 63], the model needs [4, 64]"),
         (
             lambda t: t.update({k.replace("0.self", "9.self"): t[k].clone() for k in (A, B)}),

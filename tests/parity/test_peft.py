@@ -125,11 +125,8 @@ def test_transformers_loads_our_merged_model(case, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("key", "settings"),
     [
-        ("use_dora", {"use_dora": True}),
-        ("modules_to_save", {"modules_to_save": ["embed_tokens"]}),
         ("bias", {"bias": "lora_only"}),
         ("lora_bias", {"lora_bias": True}),
-        ("trainable_token_indices", {"trainable_token_indices": [3, 4]}),
     ],
 )
 def test_a_setting_that_would_be_dropped_is_refused_by_name(key, settings, tiny, tmp_path):
@@ -147,9 +144,9 @@ def test_a_head_of_another_base_model_is_refused(tiny, tmp_path):
 
 
 def test_an_adapter_of_another_kind_is_refused_by_name(tiny, tmp_path):
-    from peft import IA3Config
+    from peft import LoHaConfig
 
-    config = IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[])
+    config = LoHaConfig(task_type="CAUSAL_LM", target_modules=["k_proj"])
     get_peft_model(load_torch(tiny("llama")), config).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(jaxtune.JaxtuneError, match="IA3"):
+    with pytest.raises(jaxtune.JaxtuneError, match="LOHA"):
         jaxtune.load(tiny("llama"), adapter=tmp_path / "adapter", progress=False)

@@ -197,3 +197,25 @@ def test_a_warm_up_longer_than_the_run_is_said(caplog):
     schedule = make_schedule(config(warmup_steps=40, learning_rate=1e-3))
     assert "optimizer.warmup_steps=40 is more than training.steps=20" in caplog.text
     assert float(schedule(20)) == pytest.approx(0.5e-3, rel=1e-6)
+
+
+def test_lora_plus_scales_the_rate_of_b_alone():
+    """AdamW with decay at the ratio times the rate, for B; at the rate, for all else."""
+    random = np.random.default_rng(0)
+    trainable, gradient = (
+        {
+            name: jnp.asarray(random.standard_normal((2, 3)), jnp.float32)
+            for name in ("lora_A", "lora_B")
+        }
+        for _ in range(2)
+    )
+
+    def updated(**settings):
+        sections = {"optimizer": {"weight_decay": 0.1, "clip_norm": 0.0} | settings}
+        optimizer = make_optimizer(resolve(sections), trainable)
+        return optimizer.update(gradient, optimizer.init(trainable), trainable)[0]
+
+    plain, faster = updated(learning_rate=1e-3), updated(learning_rate=4e-3)
+    both = updated(learning_rate=1e-3, lora_plus_ratio=4.0)
+    np.testing.assert_array_equal(both["lora_A"], plain["lora_A"])
+    np.testing.assert_allclose(both["lora_B"], faster["lora_B"], rtol=1e-6)

@@ -1,0 +1,91 @@
+"""A checkpoint in which some tensors are other than on disk: edited by a method, or trained."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtune.adapters.method import BaseEdit
+from jaxtune.checkpoints.source import ALL, TensorSource
+from jaxtune.layers.tree import Tree, flatten, layer_names
+from jaxtune.models.definition import Definition
+from jaxtune.quant import Format
+
+
+class ReplacedSource:
+    """A checkpoint with the values of some tensors replaced by float32 ones of the same shapes."""
+
+    def __init__(self, source: TensorSource, values: Mapping[str, Callable[[], np.ndarray]]):
+        """Wraps a checkpoint.
+
+        Args:
+          source: the checkpoint.
+          values: by tensor name, what gives the new value.
+        """
+        self._source, self._values = source, values
+        self.path: Path = source.path
+        self.config: dict[str, Any] = source.config
+        # A tensor may be read some rows at a time, and its value may be costly.
+        self._value = functools.lru_cache(maxsize=1)(lambda name: self._values[name]())
+
+    def names(self) -> list[str]:
+        """Returns the names of all tensors."""
+        return self._source.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns a tensor's shape."""
+        return self._source.shape(name)
+
+    def dtype(self, name: str) -> np.dtype:
+        """Returns the dtype that `read` gives: float32 for what is replaced."""
+        return np.dtype(np.float32) if name in self._values else self._source.dtype(name)
+
+    def read(self, name: str, rows: slice = ALL) -> np.ndarray:
+        """Returns a tensor of the shape `shape(name)`, or rows of it."""
+        if name not in self._values:
+            return self._source.read(name, rows)
+        value = self._value(name)
+        return value[rows] if value.ndim else value
+
+    def read_parts(self, name: str, form: Format) -> dict[str, np.ndarray] | None:
+        """Returns a tensor's parts if it is stored in just this format and not replaced."""
+        return None if name in self._values else self._source.read_parts(name, form)
+
+    def where(self, name: str) -> str:
+        """Returns the file that the checkpoint has a tensor in."""
+        return self._source.where(name)
+
+
+def edited(source: TensorSource, edit: BaseEdit) -> ReplacedSource:
+    """Returns a checkpoint as a method changes it before any rounding or quantization."""
+
+    def value(name: str) -> np.ndarray:
+        return edit(name, source.read(name).astype(np.float32))
+
+    return ReplacedSource(source, {name: functools.partial(value, name) for name in edit.names})
+
+
+def trained(source: TensorSource, definition: Definition, trainable: Tree) -> ReplacedSource:
+    """Returns a checkpoint with what a run has trained of it.
+
+    Args:
+      source: the checkpoint that the run started from.
+      definition: of the run's model.
+      trainable: its trainables, all of the base model.
+    """
+
+    def value(stack: jax.Array, place: tuple[Any, ...]) -> np.ndarray:
+        return np.asarray(stack[place], np.float32)
+
+    values: dict[str, Callable[[], np.ndarray]] = {}
+    for path, stack in flatten(trainable):
+        declared = definition.leaves[path].declaration
+        for part, name in enumerate(layer_names(path, declared)):
+            place = np.unravel_index(part, declared.stack_shape)
+            values[name] = functools.partial(value, stack, place)
+    return ReplacedSource(source, values)

@@ -1,0 +1,68 @@
+"""Freezing a part of a fully trained model: what stays, what moves, and that it is one model."""
+
+import json
+
+import numpy as np
+import pytest
+
+import jaxtune
+from jaxtune.adapters import method_from_config
+from jaxtune.adapters.define import define
+from jaxtune.adapters.full import Full
+from jaxtune.checkpoints.huggingface import read_json
+from jaxtune.checkpoints.safetensors import read_all
+from jaxtune.config import resolve
+from jaxtune.errors import JaxtuneError
+
+FREEZE = ("model.embed_tokens", "model.layers.0.", r"model\.layers\.\d+\.input_layernorm")
+
+
+def frozen(name):
+    return name.startswith(FREEZE[:2]) or name.endswith("input_layernorm.weight")
+
+
+def test_a_run_is_cut_where_what_is_trained_changes(tiny):
+    config = read_json(tiny("llama") / "config.json")
+    definition = define(config, "bfloat16", Full(FREEZE))
+    assert definition.module.model.run_layers == ((0, 1), (1, 2))
+    for path, leaf in definition.leaves.items():
+        first = leaf.declaration.layers[0] if leaf.declaration.layers else 0
+        name = ".".join((*path[:2], str(first), *path[3:])) if "layers" in path else ".".join(path)
+        assert leaf.kind == ("base" if frozen(name) else "trainable"), name
+        assert str(leaf.dtype) == ("bfloat16" if frozen(name) else "float32")
+
+
+@pytest.mark.parametrize(
+    ("freeze", "message"),
+    [
+        ("model.leyers", 'adapter.freeze: "model.leyers" matches the beginning of no name'),
+        ("model.(", 'adapter.freeze: "model.(" is no valid expression: '),
+        (".*", "adapter.freeze leaves nothing to train"),
+    ],
+)
+def test_what_cannot_be_frozen_is_refused(freeze, message, tiny):
+    config = read_json(tiny("llama") / "config.json")
+    with pytest.raises(JaxtuneError) as error:
+        section = resolve({"adapter": {"method": "full", "freeze": [freeze]}}).adapter
+        define(config, "float32", method_from_config(section))
+    assert str(error.value).startswith(message)
+
+
+def test_what_is_frozen_stays_bit_for_bit_and_all_else_moves(tiny, tmp_path):
+    directory = tiny("llama")
+    rows = [{"input_ids": list(range(3, 20)), "labels": list(range(3, 20))}] * 4
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "model": {"path": str(directory)},
+        "data": {"train": str(tmp_path / "rows.jsonl"), "max_length": 32},
+        "adapter": {"method": "full", "freeze": FREEZE},
+        "training": {"steps": 2, "batch_size": 2, "dtype": "float32"},
+        "optimizer": {"learning_rate": 1e-2},
+        "logging": {"tensorboard": False},
+    }
+    model = jaxtune.train(config, tmp_path / "run").model("last")
+    after = read_all(model.save_pretrained(tmp_path / "model") / "model.safetensors")
+    before = read_all(directory / "model.safetensors")
+    assert before.keys() == after.keys()
+    same = {name for name in before if np.array_equal(before[name], after[name])}
+    assert same == {name for name in before if frozen(name)}

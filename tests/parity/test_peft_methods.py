@@ -1,0 +1,312 @@
+"""Methods beside plain LoRA: trained as PEFT trains them, and read and written as PEFT does."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from families import Families, reference
+from oracles import (
+    LOSS,
+    Recipe,
+    assert_same_logits,
+    make_examples,
+    random_tokens,
+    relative,
+    torch_logits,
+    train_torch,
+)
+from parts import load_parts
+from peft import IA3Config, LoraConfig, PeftModel, VeraConfig, get_peft_model
+from test_training import LENGTH, run_config, write_rows
+
+import jaxtune
+from jaxtune.adapters import method_from_config, method_from_peft
+from jaxtune.adapters.define import define
+from jaxtune.adapters.linear import adapters
+from jaxtune.adapters.lora import Lora
+from jaxtune.api import Model
+from jaxtune.checkpoints.huggingface import read_json
+from jaxtune.checkpoints.peft import read_adapter, write_adapter
+from jaxtune.config import resolve
+from jaxtune.layers.tree import flatten
+from jaxtune.parallel.mesh import single_device_mesh
+
+TOKENS = random_tokens(1, 2, 24)
+SHOWS = 1e-3  # a change of the logits that no rounding makes
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+LATENT = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+# The norm of each row comes from a sum of three terms here and of the edited weight itself there.
+DORA_LOSS = 1e-4
+
+# Of logits after training: AdamW makes more of small differences of gradients than a loss does.
+TRAINED = 1e-3
+
+
+class Case(NamedTuple):
+    """A method as PEFT and jaxtune call it.
+
+    Attributes:
+      config: of PEFT.
+      method: adapter.method of jaxtune.
+      bar: on the relative error of a loss.
+      learning_rate: of the recipe.
+    """
+
+    config: type
+    settings: dict[str, Any]
+    method: str
+    bar: float = LOSS
+    learning_rate: float = 5e-3
+
+
+CASES = {
+    "rslora": Case(LoraConfig, {"r": 4, "lora_alpha": 6, "use_rslora": True}, "lora"),
+    "dora": Case(LoraConfig, {"r": 4, "lora_alpha": 8, "use_dora": True}, "dora", DORA_LOSS),
+    "vera": Case(VeraConfig, {"r": 24}, "vera", learning_rate=5e-2),
+    "saved": Case(
+        LoraConfig, {"r": 4, "modules_to_save": ["lm_head", "embed_tokens", "norm"]}, "lora"
+    ),
+    "tokens": Case(LoraConfig, {"r": 4, "trainable_token_indices": [157, 158, 159]}, "lora"),
+    "ia3": Case(IA3Config, {}, "ia3", learning_rate=5e-2),
+}
+TARGETS = {
+    "llama": {"target_modules": [*ATTENTION, "gate_proj", "down_proj"]},
+    "deepseek_v3": {"target_modules": LATENT},
+}
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory):
+    return Families(tmp_path_factory.mktemp("families"))
+
+
+@pytest.fixture
+def checkpoint(request, tiny, families):
+    """The directory of a tiny model."""
+    return tiny(request.param) if request.param == "llama" else families(request.param)
+
+
+def peft_start(case, directory, model_type, target, **changes):
+    """Puts a method of PEFT around a model; saves it for us to start from as well."""
+    torch.manual_seed(0)
+    settings = {"task_type": "CAUSAL_LM"} | TARGETS[model_type] | CASES[case].settings | changes
+    if case == "ia3":
+        settings["feedforward_modules"] = ["o_proj"]
+    model = get_peft_model(reference(directory), CASES[case].config(**settings))
+    model.save_pretrained(target)
+    return model
+
+
+def scramble(model):
+    """Draws every trained value anew, so that nothing is the identity."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for value in (v for v in model.parameters() if v.requires_grad):
+            noise = torch.randn(value.shape, generator=generator)
+            value.copy_(value + 0.2 * noise)
+    return model.eval()
+
+
+SLOW_BUT_DORA = [
+    pytest.param(case, marks=() if case == "dora" else pytest.mark.slow) for case in CASES
+]
+ON_BOTH = pytest.mark.parametrize(
+    ("checkpoint", "model_type"),
+    [("llama", "llama"), pytest.param("deepseek_v3", "deepseek_v3", marks=pytest.mark.slow)],
+    indirect=["checkpoint"],
+    ids=["llama", "deepseek_v3"],
+)
+
+
+@ON_BOTH
+@pytest.mark.parametrize("case", SLOW_BUT_DORA)
+def test_it_trains_as_peft_does(case, checkpoint, model_type, tmp_path):
+    recipe = Recipe(accumulation=1, learning_rate=CASES[case].learning_rate)
+    examples = make_examples(60, longest=LENGTH)
+    config = run_config(
+        checkpoint,
+        write_rows(tmp_path / "rows.jsonl", examples),
+        recipe,
+        adapter={"method": CASES[case].method, "init_from": str(tmp_path / "start")},
+    )
+    model = peft_start(case, checkpoint, model_type, tmp_path / "start")
+    run = jaxtune.train(config, tmp_path / "run")
+    ours = [line["loss"] for line in run.metrics()]
+    theirs = [update.loss for update in train_torch(model, examples, recipe)]
+    errors = [relative(*losses) for losses in zip(ours, theirs, strict=True)]
+    assert max(errors) <= CASES[case].bar, errors
+    assert abs(theirs[-1] - theirs[0]) > 100 * LOSS * theirs[0]
+
+
+@ON_BOTH
+@pytest.mark.parametrize("case", CASES)
+def test_adapters_cross_both_ways_and_merge(case, checkpoint, model_type, tmp_path):
+    base = torch_logits(reference(checkpoint), TOKENS)
+    model = scramble(peft_start(case, checkpoint, model_type, tmp_path / "start"))
+    model.save_pretrained(tmp_path / "theirs")
+    theirs = torch_logits(model, TOKENS)
+    assert relative(theirs, base) > SHOWS
+    ours = jaxtune.load(checkpoint, adapter=tmp_path / "theirs", dtype="float32", progress=False)
+    assert_same_logits(ours.logits(TOKENS), theirs)
+    # Written again by us, in our own terms, PEFT reads the same adapter.
+    method = method_from_peft(read_adapter(tmp_path / "theirs"))
+    stored = method.store(ours.definition, ours.trainable, ours.constants)
+    write_adapter(tmp_path / "ours", stored)
+    again = PeftModel.from_pretrained(reference(checkpoint), tmp_path / "ours").eval()
+    assert_same_logits(torch_logits(again, TOKENS), theirs)
+    # The merged model needs no adapter, and merging leaves the base as it was.
+    before = {path: np.asarray(value).tobytes() for path, value in flatten(ours.base)}
+    merged = ours.save_pretrained(tmp_path / "merged", dtype="float32")
+    assert_same_logits(torch_logits(reference(merged), TOKENS), theirs)
+    assert before == {path: np.asarray(value).tobytes() for path, value in flatten(ours.base)}
+
+
+def test_the_scales_of_ia3_take_a_bias_along(tiny, tmp_path):
+    # Qwen2's projections of queries, keys and values have biases; attention's output has none.
+    directory = tiny("qwen2")
+    settings = {"target_modules": ATTENTION, "feedforward_modules": []}
+    model = get_peft_model(reference(directory), IA3Config(task_type="CAUSAL_LM", **settings))
+    theirs = torch_logits(scramble(model), TOKENS)
+    model.save_pretrained(tmp_path / "theirs")
+    ours = jaxtune.load(directory, adapter=tmp_path / "theirs", dtype="float32", progress=False)
+    assert_same_logits(ours.logits(TOKENS), theirs)
+    merged = ours.save_pretrained(tmp_path / "merged", dtype="float32")
+    assert_same_logits(torch_logits(reference(merged), TOKENS), theirs)
+
+
+@pytest.mark.slow
+@ON_BOTH
+@pytest.mark.parametrize("rslora", [False, True], ids=["alpha-r", "rslora"])
+def test_pissa_starts_and_trains_as_peft_does(rslora, checkpoint, model_type, tmp_path):
+    recipe, examples = Recipe(accumulation=1), make_examples(60, longest=LENGTH)
+    targets = TARGETS[model_type]["target_modules"]
+    section = {"method": "pissa", "rank": 4, "alpha": 8.0, "targets": targets, "rslora": rslora}
+    rows = write_rows(tmp_path / "rows.jsonl", examples)
+    run = jaxtune.train(run_config(checkpoint, rows, recipe, adapter=section), tmp_path / "run")
+    torch.manual_seed(0)
+    start = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=targets,
+        init_lora_weights="pissa",
+        use_rslora=rslora,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(reference(checkpoint), start)
+    theirs = [update.loss for update in train_torch(model, examples, recipe)]
+    errors = [
+        relative(line["loss"], loss) for line, loss in zip(run.metrics(), theirs, strict=True)
+    ]
+    assert max(errors) <= LOSS, errors
+    # What the run stores is LoRA of the checkpoint as it is, for anybody.
+    expected = torch_logits(model.eval(), TOKENS)
+    adapter = run.adapter_directory("last")
+    plain = PeftModel.from_pretrained(reference(checkpoint), adapter).eval()
+    ours = run.model("last").logits(TOKENS)
+    assert_same_logits(torch_logits(plain, TOKENS), ours)
+    assert relative(ours, expected) <= TRAINED
+    assert relative(torch_logits(reference(checkpoint), TOKENS), expected) > SHOWS
+
+
+def test_patterns_and_layers_choose_what_peft_chooses(tiny, tmp_path):
+    directory = tiny("llama")
+    ranks, alphas = {r"layers\.1\.self_attn\.q_proj": 2, "up_proj": 7}, {"up_proj": 5}
+    torch.manual_seed(0)
+    peft = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "up_proj"],
+        layers_to_transform=[1, 2],
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        init_lora_weights=False,
+    )
+    get_peft_model(reference(directory), peft).save_pretrained(tmp_path / "adapter")
+    theirs = method_from_peft(read_adapter(tmp_path / "adapter"))
+    section = {
+        "rank": 4,
+        "alpha": 8.0,
+        "targets": ("q_proj", "up_proj"),
+        "layers": "1-2",
+        "rank_pattern": [f"{pattern}={rank}" for pattern, rank in ranks.items()],
+        "alpha_pattern": [f"{pattern}={alpha}" for pattern, alpha in alphas.items()],
+    }
+    ours = method_from_config(resolve({"adapter": section}).adapter)
+    config = read_json(directory / "config.json")
+    found = [
+        {name: adapter.settings for name, adapter in adapters_by_name(define(config, "float32", m))}
+        for m in (ours, theirs)
+    ]
+    assert found[0] == found[1]
+    assert {setting and setting.rank for s in found[0].values() for setting in s} == {None, 2, 4, 7}
+
+
+def adapters_by_name(definition):
+    """Yields each adapter with its projection's path."""
+    return (((".").join(path), adapter) for path, _, adapter in adapters(definition))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers": "3"}, r"adapter\.layers: there is no layer 3 \(the last is 2\)"),
+        ({"layers": "2-1"}, r'adapter\.layers: "2-1" is neither a layer nor a range like 4-7'),
+        ({"rank_pattern": "k_proj=2"}, r'adapter\.rank_pattern: "k_proj" is the first to match no'),
+        ({"rank_pattern": "q_proj=0"}, r'adapter\.rank_pattern: "q_proj=0" is no rank'),
+        ({"alpha_pattern": "q_proj"}, r'adapter\.alpha_pattern: "q_proj" is not a pattern and its'),
+        ({"new_tokens": 160}, r"adapter\.new_tokens=160 is not less than all 160 tokens"),
+        ({"new_tokens": 1, "modules_to_save": "embed_tokens"}, r"both train embed_tokens"),
+        ({"modules_to_save": "lm_haed"}, r'"lm_haed" matches no module; did you mean "lm_head"'),
+        ({"modules_to_save": "layers.0.input_layernorm"}, r"input_layernorm is of one layer"),
+        ({"modules_to_save": "q_proj"}, r"q_proj is in adapter\.modules_to_save, which trains it"),
+    ],
+)
+def test_a_choice_that_cannot_be_is_refused_by_name(settings, message, tiny):
+    config = read_json(tiny("llama") / "config.json")
+    with pytest.raises(jaxtune.JaxtuneError, match=message):
+        section = resolve({"adapter": {"targets": "q_proj"} | settings}).adapter
+        define(config, "float32", method_from_config(section))
+
+
+def test_tied_embeddings_are_not_trained_as_two(tiny):
+    config = read_json(tiny("llama", tie_word_embeddings=True) / "config.json")
+    for name in ("lm_head", "embed_tokens"):
+        with pytest.raises(jaxtune.JaxtuneError, match=f"{name} is embedding and head at once"):
+            define(config, "float32", Lora(modules_to_save=(name,)))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_new_tokens_start_as_the_base_and_count_in_a_tied_head(tied, tiny, tmp_path):
+    directory = tiny("llama", tie_word_embeddings=tied)
+    tokens = np.concatenate([TOKENS, TOKENS % 3 + 157], axis=1)
+    base = jaxtune.load(directory, dtype="float32", progress=False).logits(tokens)
+    parts = load_parts(directory, Lora(4, 8.0, new_tokens=3))
+    model = Model(parts, directory, single_device_mesh(), dtype="float32")
+    if tied:  # a few columns of the head are a product of their own, summed in another order
+        assert_same_logits(model.logits(tokens), base)
+    else:
+        assert np.array_equal(model.logits(tokens), base)
+    peft = LoraConfig(
+        r=4,
+        target_modules=["q_proj"],
+        trainable_token_indices=[157, 158, 159],
+        task_type="CAUSAL_LM",
+    )
+    theirs = scramble(get_peft_model(reference(directory), peft))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = jaxtune.load(directory, adapter=tmp_path / "theirs", dtype="float32", progress=False)
+    expected = torch_logits(theirs, tokens)
+    assert_same_logits(ours.logits(tokens), expected)
+    merged = ours.save_pretrained(tmp_path / "merged", dtype="float32")
+    assert_same_logits(torch_logits(reference(merged), tokens), expected)
+
+
+def test_other_rows_than_the_last_are_refused(tiny, tmp_path):
+    directory = tiny("llama")
+    peft = LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[3, 4])
+    get_peft_model(reference(directory), peft).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(jaxtune.JaxtuneError, match="are not the last 2 tokens of the model"):
+        jaxtune.load(directory, adapter=tmp_path / "adapter", progress=False)
