@@ -119,7 +119,8 @@ class IA3(LinearMethod):
 
     def peft_config(self, definition: Definition, settings: Mapping[str, str]) -> dict[str, Any]:
         """Writes the modules and which of them are scaled at their inputs."""
-        config = peft_config("IA3", definition, settings) | {"init_ia3_weights": True}
+        config: dict[str, Any] = peft_config("IA3", definition, settings)
+        config["init_ia3_weights"] = True
         inputs = {name for name, end in settings.items() if end == INPUTS}
         short, others = (
             {name.rsplit(".", 1)[-1] for name in group}
