@@ -53,7 +53,7 @@ class ReplacedSource:
         return value[rows] if value.ndim else value
 
     def read_parts(self, name: str, form: Format) -> dict[str, np.ndarray] | None:
-        """Returns a tensor's parts if it is stored in just this format and not replaced."""
+        """Returns parts, of the format's shapes, if stored in just this format and not replaced."""
         return None if name in self._values else self._source.read_parts(name, form)
 
     def where(self, name: str) -> str:

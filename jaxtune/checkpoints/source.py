@@ -43,7 +43,10 @@ class TensorSource(Protocol):
         ...
 
     def read_parts(self, name: str, form: Format) -> dict[str, np.ndarray] | None:
-        """Returns a tensor's parts if it is stored in just this format, else None."""
+        """Returns a tensor's parts if it is stored in just this format, else None.
+
+        Their shapes are those that the format's `parts` gives.
+        """
         ...
 
     def where(self, name: str) -> str:

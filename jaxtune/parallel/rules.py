@@ -76,7 +76,7 @@ def _devices_along(entry: object, mesh_shape: Mapping[str, int]) -> int:
 
 
 def constrain_where_even(x: jax.Array, *axes: str | None) -> jax.Array:
-    """As `constrain`, but leaves whole what does not divide a dimension evenly."""
+    """As `constrain`, of any shape, but leaves whole what does not divide a dimension evenly."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x

@@ -101,7 +101,7 @@ class QuantizedWeight:
         return (*self.parts[name].shape[: self.parts[name].ndim - len(part.shape)], *self.matrix)
 
     def dequantize(self, dtype: DTypeLike) -> jax.Array:
-        """Returns the weights as an array, computed in float32 and rounded once to `dtype`."""
+        """Returns the weights [..., out, in], computed in float32 and rounded once to `dtype`."""
         lead = len(self.shape) - 2
         decode = self._decode
         for _ in range(lead):
