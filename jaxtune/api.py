@@ -43,13 +43,21 @@ class Model:
     """A loaded model: its definition, its three trees and, where there is one, its tokenizer."""
 
     def __init__(
-        self, parts: Assembled, source: Path, mesh: Mesh, *, dtype: Any, attention: str = "auto"
+        self,
+        parts: Assembled,
+        source: Path,
+        mesh: Mesh,
+        *,
+        dtype: Any,
+        attention: str = "auto",
+        method: Method | None = None,
     ):
         self.definition = parts.definition
         self.base, self.trainable, self.constants = parts.base, parts.trainable, parts.constants
-        self.source, self.mesh = source, mesh
+        self.source, self.mesh, self.method = source, mesh, method
         platform = mesh.devices.flat[0].platform
-        backend = choose_backend(attention, platform)
+        prefix = parts.definition.module.model.prefix is not None
+        backend = choose_backend(attention, platform, prefix)
         self.options = ForwardOptions(jnp.dtype(dtype), backend, "none", platform)
 
     @property
@@ -191,7 +199,15 @@ class Model:
 
         Returns:
           The directory.
+
+        Raises:
+          JaxtuneError: the adapter is nothing that weights can take in.
         """
+        if self.method is not None and not self.method.can_merge:
+            raise JaxtuneError(
+                f"an adapter of adapter.method={self.method.name} cannot be merged: "
+                "it has no place in the weights, so keep it beside the base model"
+            )
         if dtype is not None:
             lookup(dict.fromkeys(DTYPES), dtype, "dtype")
         model = self.definition.bind(self.base, self.trainable, self.constants)
@@ -253,7 +269,7 @@ def load(
     mesh = single_device_mesh() if mesh is None else mesh
     source = huggingface.open_source(location)
     parts = assemble(source, dtype, mesh, method=method, stored=stored, progress=progress)
-    return Model(parts, location, mesh, dtype=dtype, attention=attention)
+    return Model(parts, location, mesh, dtype=dtype, attention=attention, method=method)
 
 
 class Run:

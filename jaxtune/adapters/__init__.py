@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from jaxtune.adapters import full, lora
+from jaxtune.adapters import full, lora, prefix
 from jaxtune.adapters.method import Method, Stored
 from jaxtune.errors import lookup
 
 METHODS: dict[str, Callable[[Any], Method]] = {
     "lora": lora.from_config,
     "full": full.from_config,
+    "prefix": prefix.from_config,
 }
-PEFT_TYPES: dict[str, Callable[[Stored], Method]] = {"LORA": lora.from_peft}
+PEFT_TYPES: dict[str, Callable[[Stored], Method]] = {
+    "LORA": lora.from_peft,
+    "PREFIX_TUNING": prefix.from_peft,
+    prefix.LATENT: prefix.from_peft,
+}
 
 
 def method_from_config(section: Any) -> Method:

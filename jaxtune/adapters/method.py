@@ -21,10 +21,13 @@ class Stored(NamedTuple):
     Attributes:
       config: the content of adapter_config.json.
       tensors: of adapter_model.safetensors, by key; shapes are those of PEFT's files.
+      encoder: of encoder.safetensors: what made the tensors, for training to go on with. None
+        where nothing did, or where it is not wanted.
     """
 
     config: dict[str, Any]
     tensors: dict[str, np.ndarray]
+    encoder: dict[str, np.ndarray] | None = None
 
     def base_copies(self) -> dict[str, np.ndarray]:
         """Returns the frozen weights, each [out, in], that are stored beside edits, by HF name."""
@@ -41,11 +44,13 @@ class Method(abc.ABC):
     Attributes:
       name: as ``adapter.method`` calls it.
       has_adapter: whether what it trains is stored apart from the model.
+      can_merge: whether the model's own weights can take in what it trains.
       dropout: whether anything is dropped while training, and how much.
     """
 
     name: ClassVar[str]
     has_adapter: ClassVar[bool] = True
+    can_merge: ClassVar[bool] = True
     dropout: float = 0.0
 
     @abc.abstractmethod

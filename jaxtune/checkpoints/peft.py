@@ -1,4 +1,8 @@
-"""Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors."""
+"""Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors.
+
+A network that made an adapter's tensors lies beside them, in encoder.safetensors: PEFT, which keeps
+none, does not look at it, and training goes on from it.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +18,26 @@ from jaxtune.checkpoints.safetensors import read_all, write_file
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+ENCODER = "encoder.safetensors"
 
 
-def read_adapter(directory: str | Path) -> Stored:
+def read_adapter(directory: str | Path, *, encoder: bool = False) -> Stored:
     """Reads an adapter directory.
+
+    Args:
+      directory: to read.
+      encoder: reads what made the adapter as well, where there is something: to train it further.
 
     Raises:
       JaxtuneError: a file is missing or broken.
     """
     directory = Path(directory)
-    return Stored(read_json(directory / CONFIG), read_all(directory / WEIGHTS))
+    made = encoder and (directory / ENCODER).is_file()
+    return Stored(
+        read_json(directory / CONFIG),
+        read_all(directory / WEIGHTS),
+        read_all(directory / ENCODER) if made else None,
+    )
 
 
 def write_adapter(directory: str | Path, stored: Stored) -> Path:
@@ -40,7 +54,10 @@ def write_adapter(directory: str | Path, stored: Stored) -> Path:
 
 def write_adapter_files(directory: Path, stored: Stored) -> None:
     """Writes the files of an adapter into an existing directory."""
-    tensors = {name: np.asarray(value) for name, value in sorted(stored.tensors.items())}
-    write_file(directory / WEIGHTS, tensors)
+    for name, tensors in ((WEIGHTS, stored.tensors), (ENCODER, stored.encoder)):
+        if tensors is not None:
+            write_file(
+                directory / name, {key: np.asarray(value) for key, value in sorted(tensors.items())}
+            )
     text = json.dumps(stored.config, indent=2, ensure_ascii=False) + "\n"
     (directory / CONFIG).write_text(text, encoding="utf-8")

@@ -16,7 +16,7 @@ Cache = dict[str, jax.Array]
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["cos", "sin", "segment_ids", "kv_segment_ids", "cache_index", "key"],
+    data_fields=["cos", "sin", "segment_ids", "kv_segment_ids", "cache_index", "key", "prefix"],
     meta_fields=["backend", "dtype"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Context:
       key: for dropout in the current layer; None turns dropout off.
       backend: attention backend.
       dtype: compute dtype.
+      prefix: [n, width], what the prefixes of all layers are made from; None where each has its
+        own.
     """
 
     cos: jax.Array
@@ -43,6 +45,7 @@ class Context:
     key: jax.Array | None
     backend: str
     dtype: Any
+    prefix: jax.Array | None = None
 
     def key_for(self, name: str) -> jax.Array | None:
         """Returns the random key, a scalar, of a named module of the current layer."""

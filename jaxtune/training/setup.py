@@ -119,7 +119,8 @@ def set_up(
                 f"{count} {what} do not divide over {shares} devices (mesh.data × mesh.fsdp)"
             )
     platform = mesh.devices.flat[0].platform
-    backend = choose_backend(config.model.attention, platform)
+    prefix = definition.module.model.prefix is not None
+    backend = choose_backend(config.model.attention, platform, prefix)
     options = ForwardOptions(jnp.dtype(training.dtype), backend, training.remat, platform)
     optimizer = make_optimizer(config, definition.abstract("trainable"))
     return Setup(

@@ -92,7 +92,7 @@ def choose_method(config: Any) -> tuple[Method, Stored | None]:
     """Returns the method of a config, and the adapter to start from if it names one."""
     if not config.adapter.init_from:
         return method_from_config(config.adapter), None
-    stored = read_adapter(config.adapter.init_from)
+    stored = read_adapter(config.adapter.init_from, encoder=True)
     method = method_from_peft(stored)
     if method.name != config.adapter.method:
         raise JaxtuneError(

@@ -1,0 +1,135 @@
+"""Prefixes and prompts: the same numbers as PEFT in training, and both read each other's files."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from oracles import (
+    Recipe,
+    assert_same_logits,
+    load_torch,
+    make_examples,
+    random_tokens,
+    relative,
+    torch_logits,
+    train_torch,
+)
+from peft import PeftModel, PrefixTuningConfig, get_peft_model
+from safetensors.numpy import load_file
+from safetensors.torch import save_file
+from test_training import LENGTH, run_config, write_rows
+
+import jaxtune
+from jaxtune.adapters import method_from_peft
+from jaxtune.checkpoints.peft import read_adapter, write_adapter
+
+# The encoders are trained through tanh and LSTM cells, which differ between the two programs by
+# more than sums do, and 20 updates carry the difference on.
+TRAINED_LOSS = 1e-4
+TOKENS = random_tokens(1, 2, 24)
+N = 5
+MQA = {"num_key_value_heads": 1}
+PREFIXES = {
+    "prefix-gqa": ("llama", {}, PrefixTuningConfig, {}),
+    "prefix-mha": ("qwen3", {"num_key_value_heads": 4}, PrefixTuningConfig, {}),
+    "prefix-mqa": ("qwen2", MQA, PrefixTuningConfig, {}),
+    "projected-gqa": (
+        "qwen2",
+        {},
+        PrefixTuningConfig,
+        {"prefix_projection": True, "encoder_hidden_size": 24},
+    ),
+    "projected-mqa": (
+        "llama",
+        MQA,
+        PrefixTuningConfig,
+        {"prefix_projection": True, "encoder_hidden_size": 24},
+    ),
+}
+CASES = PREFIXES
+
+
+class TextOnly(torch.nn.Module):
+    """A model with virtual tokens whose logits are those of the text alone."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens, attention_mask=None):
+        """Returns an output whose logits are [B, T, V]."""
+        mask = torch.ones_like(tokens) if attention_mask is None else attention_mask
+        output = self.model(tokens, attention_mask=mask)
+        output.logits = output.logits[:, -tokens.shape[1] :]
+        return output
+
+
+def start(directory, target, kind, settings):
+    """Puts virtual tokens around a model with PEFT; saves them, and what makes them, as we do."""
+    torch.manual_seed(0)
+    config = kind(task_type="CAUSAL_LM", num_virtual_tokens=N, **settings)
+    model = get_peft_model(load_torch(directory), config)
+    model.save_pretrained(target)
+    encoder = model.prompt_encoder["default"].state_dict()
+    if len(encoder) > 1:
+        save_file(encoder, target / "encoder.safetensors")
+    return model
+
+
+def ours_on(directory, adapter):
+    return jaxtune.load(directory, adapter=adapter, dtype="float32", progress=False)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_is_that_of_peft(case, tiny, tmp_path):
+    model_type, changes, kind, settings = CASES[case]
+    directory, recipe = tiny(model_type, **changes), Recipe(accumulation=2)
+    examples = make_examples(60, longest=LENGTH)
+    model = start(directory, tmp_path / "start", kind, settings)
+    method = method_from_peft(read_adapter(tmp_path / "start", encoder=True)).name
+    rows = write_rows(tmp_path / "rows.jsonl", examples)
+    adapter = {"method": method, "init_from": str(tmp_path / "start")}
+    run = jaxtune.train(run_config(directory, rows, recipe, adapter=adapter), tmp_path / "run")
+    updates = train_torch(TextOnly(model), examples, recipe)
+    losses = [line["loss"] for line in run.metrics()]
+    for ours, theirs in zip(losses, updates, strict=True):
+        assert relative(ours, theirs.loss) <= TRAINED_LOSS
+    # What was trained matters: at the start both would agree without it.
+    assert relative(losses[-1], losses[0]) > 100 * TRAINED_LOSS
+    # The files of the run are what PEFT has in memory, and PEFT reads them.
+    trained = ours_on(directory, run.adapter_directory("last"))
+    model.eval()
+    again = PeftModel.from_pretrained(load_torch(directory), run.adapter_directory("last")).eval()
+    assert_same_logits(trained.logits(TOKENS), torch_logits(TextOnly(again), TOKENS))
+    assert (run.adapter_directory("last") / "encoder.safetensors").is_file() == (
+        len(model.prompt_encoder["default"].state_dict()) > 1
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_read_the_files_of_the_other(case, tiny, tmp_path):
+    model_type, changes, kind, settings = CASES[case]
+    directory = tiny(model_type, **changes)
+    model = start(directory, tmp_path / "theirs", kind, settings).eval()
+    expected = torch_logits(TextOnly(model), TOKENS)
+    ours = ours_on(directory, tmp_path / "theirs")
+    assert_same_logits(ours.logits(TOKENS), expected)
+    assert relative(expected, torch_logits(load_torch(directory), TOKENS)) > 1e-2
+    stored = ours.method.store(ours.definition, ours.trainable, ours.constants)
+    write_adapter(tmp_path / "ours", stored)
+    again = PeftModel.from_pretrained(load_torch(directory), tmp_path / "ours").eval()
+    assert_same_logits(torch_logits(TextOnly(again), TOKENS), expected)
+    theirs, written = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "ours")
+    )
+    assert {k: v.shape for k, v in written.items()} == {k: v.shape for k, v in theirs.items()}
+    config = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
+    for key, value in stored.config.items():
+        if key not in ("base_model_name_or_path", "inference_mode", *OF_THE_ENCODER):
+            assert config[key] == value, key
+
+
+# Without the encoder at hand, which inference does not need, ours says nothing of it.
+OF_THE_ENCODER = ("prefix_projection", "encoder_hidden_size")
