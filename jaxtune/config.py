@@ -64,16 +64,31 @@ KNOBS: dict[str, dict[str, Knob]] = {
         ),
     },
     "adapter": {
-        "method": Knob("lora", "what is trained: lora, prefix, or full (every weight)"),
+        "method": Knob(
+            "lora",
+            "what is trained: lora, prompt, ptuning, prefix, or full (every weight)",
+        ),
         "rank": Knob(16, "rank r of the LoRA factors", minimum=1),
         "alpha": Knob(32.0, "LoRA scale is alpha / rank", minimum=0),
-        "dropout": Knob(0.0, "dropout on the input of the LoRA branch", minimum=0, maximum=0.999),
+        "dropout": Knob(
+            0.0,
+            "dropout on the input of the LoRA branch; between an LSTM's layers",
+            minimum=0,
+            maximum=0.999,
+        ),
         "targets": Knob(
             ("q_proj", "k_proj", "v_proj", "o_proj"),
             "modules to adapt: names, all-linear, or a regular expression of the whole path",
             names=True,
         ),
         "virtual_tokens": Knob(20, "virtual tokens in front of each example", minimum=1),
+        "prompt_init_text": Knob(
+            "", "text whose embeddings prompt tuning starts from; empty: a random start"
+        ),
+        "encoder_reparameterization_type": Knob(
+            "MLP", "network of P-Tuning: MLP or LSTM", choices=("MLP", "LSTM")
+        ),
+        "encoder_num_layers": Knob(2, "layers of P-Tuning's LSTM", minimum=1),
         "prefix_projection": Knob(False, "makes prefixes by a small network of two layers"),
         "encoder_hidden_size": Knob(
             128, "hidden size of the network that makes virtual tokens or prefixes", minimum=1

@@ -167,6 +167,13 @@ PERTURBED = {
     "adapter.virtual_tokens": (3, "adapter.method=prefix"),
     "adapter.prefix_projection": (True, "adapter.method=prefix"),
     "adapter.encoder_hidden_size": (3, "adapter.method=prefix", "adapter.prefix_projection=true"),
+    "adapter.prompt_init_text": ("hello", "adapter.method=prompt"),
+    "adapter.encoder_reparameterization_type": ("LSTM", "adapter.method=ptuning"),
+    "adapter.encoder_num_layers": (
+        1,
+        "adapter.method=ptuning",
+        "adapter.encoder_reparameterization_type=LSTM",
+    ),
     "adapter.init_from": ("{adapter}",),
     "training.steps": (12,),
     "training.batch_size": (8,),
@@ -274,8 +281,11 @@ class Prepared:
         )
         return describe(
             self.setup,
-            Split(examples, training.make_loader(self.config, examples)),
-            Split(held_out, training.held_out_batches(self.config, held_out)),
+            Split(examples, training.make_loader(self.config, examples, self.setup.reserved)),
+            Split(
+                held_out,
+                training.held_out_batches(self.config, held_out, self.setup.reserved),
+            ),
         )
 
     def program(self):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from jaxtune.adapters import full, lora, prefix
+from jaxtune.adapters import full, lora, prefix, prompt, ptuning
 from jaxtune.adapters.method import Method, Stored
 from jaxtune.errors import lookup
 
@@ -13,11 +13,15 @@ METHODS: dict[str, Callable[[Any], Method]] = {
     "lora": lora.from_config,
     "full": full.from_config,
     "prefix": prefix.from_config,
+    "prompt": prompt.from_config,
+    "ptuning": ptuning.from_config,
 }
 PEFT_TYPES: dict[str, Callable[[Stored], Method]] = {
     "LORA": lora.from_peft,
     "PREFIX_TUNING": prefix.from_peft,
     prefix.LATENT: prefix.from_peft,
+    "PROMPT_TUNING": prompt.from_peft,
+    "P_TUNING": ptuning.from_peft,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -65,6 +66,15 @@ class Method(abc.ABC):
         """Says whether the base weight at `path` is trained."""
         del path
         return False
+
+    def start(self, tokenizer: Any, embeddings: Callable[[], np.ndarray]) -> Stored | None:
+        """Returns an adapter to start from that takes the base model to make; None draws one.
+
+        Args:
+          tokenizer: of the base model; None where it has none.
+          embeddings: reads those of its tokens, [vocabulary, hidden].
+        """
+        del tokenizer, embeddings
 
     @abc.abstractmethod
     def init(self, definition: Definition, seed: int) -> tuple[Tree, Tree]:

@@ -115,17 +115,15 @@ class Prefix(Method):
     def init(self, definition: Definition, seed: int) -> tuple[Tree, Tree]:
         """Draws prefixes as the model's own weights were; under a projection as PEFT does."""
         std = 1.0 if self.projection else definition.config.get("initializer_range") or 0.02
-        return draw(definition, seed, lambda path: std), {}
+        return draw(definition, seed, std), {}
 
     def store(self, definition: Definition, trainable: Tree, constants: Tree) -> Stored:
         """Returns the prefixes of all layers, side by side, and the encoder apart from them."""
         del constants
         decoder, values = definition.module.model, dict(flatten(trainable))
         config = prompt_config(definition, self.virtual_tokens) | _storage(decoder)
-        config |= {
-            "prefix_projection": self.projection,
-            "encoder_hidden_size": self.encoder_hidden_size if self.projection else None,
-        }
+        hidden = self.encoder_hidden_size if self.projection else config["token_dim"]
+        config |= {"prefix_projection": self.projection, "encoder_hidden_size": hidden}
         if not self.projection:
             slabs = [np.asarray(values[path]) for path in _slots(decoder, "embedding")]
             embeddings = np.concatenate(slabs).transpose(1, 0, 2).reshape(self.virtual_tokens, -1)

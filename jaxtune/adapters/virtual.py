@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,7 +12,8 @@ import numpy as np
 
 from jaxtune.adapters.method import Stored
 from jaxtune.errors import JaxtuneError
-from jaxtune.layers.tree import Path, Tree, unflatten
+from jaxtune.layers.decoder import CausalLM
+from jaxtune.layers.tree import Path, Tree, declaration_of, unflatten
 from jaxtune.models.definition import Definition
 
 # The key of virtual tokens, [n, …], in PEFT's files.
@@ -21,7 +22,12 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 ENCODER_FILE = "encoder.safetensors"
 
 
-def draw(definition: Definition, seed: int, std: Callable[[Path], float]) -> Tree:
+def hidden_size(model: CausalLM) -> int:
+    """Returns the dimension of the residual stream."""
+    return declaration_of(model.model.embed_tokens.weight).shape[1]
+
+
+def draw(definition: Definition, seed: int, std: float) -> Tree:
     """Draws the start of everything a method trains.
 
     Embeddings are normal; other weights are uniform within ±1/√fan-in, and so are their biases.
@@ -29,14 +35,14 @@ def draw(definition: Definition, seed: int, std: Callable[[Path], float]) -> Tre
     Args:
       definition: of the model with the method attached.
       seed: of the draws; each array's are its own.
-      std: standard deviation of the embedding at a path.
+      std: standard deviation of embeddings.
     """
     leaves = definition.of_kind("trainable")
 
     def one(path: Path, shape: tuple[int, ...]) -> jax.Array:
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(".".join(path).encode()))
         if path[-1] == "embedding":
-            return jax.random.normal(key, shape, jnp.float32) * std(path)
+            return jax.random.normal(key, shape, jnp.float32) * std
         # A bias has the fan-in of its weight, and everything in an LSTM that of its recurrence.
         sibling = path[-1].replace("bias", "weight").replace("_ih_", "_hh_")
         fan_in = leaves[(*path[:-1], sibling)].declaration.shape[-1]

@@ -55,6 +55,8 @@ def train(config: Any, workdir: str | Path) -> RunDirectory:
         tokenizer = load_tokenizer(location)
         examples = training_examples(config, source, tokenizer)
         held_out = read_examples(config, config.data.eval, source, tokenizer)
+        if stored is None:
+            stored = method.start(tokenizer, lambda: source.read("model.embed_tokens.weight"))
         parts = assemble(
             source,
             config.training.dtype,
@@ -70,8 +72,10 @@ def train(config: Any, workdir: str | Path) -> RunDirectory:
         run.write_description(
             describe(
                 setup,
-                Split(examples, make_loader(config, examples)),
-                Split(held_out, held_out_batches(config, held_out)) if held_out else None,
+                Split(examples, make_loader(config, examples, setup.reserved)),
+                Split(held_out, held_out_batches(config, held_out, setup.reserved))
+                if held_out
+                else None,
             )
         )
         base, constants = parts.base, parts.constants
@@ -79,7 +83,7 @@ def train(config: Any, workdir: str | Path) -> RunDirectory:
             fit(
                 state=initial_state(parts.trainable, setup.optimizer, setup.like),
                 step=bind_step(setup, base, constants),
-                loader=make_loader(config, examples),
+                loader=make_loader(config, examples, setup.reserved),
                 evaluate=bind_evaluation(setup, base, constants, held_out),
                 save_adapter=_adapter_writer(setup, constants),
                 run=run,
@@ -149,8 +153,8 @@ def read_examples(config: Any, path: str, source: TensorSource, tokenizer: Any) 
     return examples
 
 
-def make_loader(config: Any, examples: Examples) -> Loader:
-    """Makes the endless stream of training batches."""
+def make_loader(config: Any, examples: Examples, reserved: int = 0) -> Loader:
+    """Makes the endless stream of training batches; see `Loader` for what is reserved."""
     return Loader(
         examples,
         batch_size=config.training.batch_size,
@@ -158,16 +162,20 @@ def make_loader(config: Any, examples: Examples) -> Loader:
         packing=config.data.packing,
         shuffle=config.data.shuffle,
         seed=config.training.seed,
+        reserved=reserved,
     )
 
 
-def held_out_batches(config: Any, examples: Examples) -> Iterator[Mapping[str, Any]]:
+def held_out_batches(
+    config: Any, examples: Examples, reserved: int = 0
+) -> Iterator[Mapping[str, Any]]:
     """Returns the batches of one evaluation."""
     return eval_batches(
         examples,
         batch_size=config.evaluation.batch_size,
         length=config.data.max_length,
         packing=config.data.packing,
+        reserved=reserved,
     )
 
 
@@ -189,7 +197,7 @@ def bind_evaluation(
 
     def evaluate(trainable: Tree) -> dict[str, float]:
         loss = weight = correct = 0.0
-        for batch in held_out_batches(setup.config, examples):
+        for batch in held_out_batches(setup.config, examples, setup.reserved):
             sums = jax.device_get(compiled(trainable, base, constants, setup.put_batch(batch)))
             loss, weight, correct = (
                 total + float(value)
