@@ -66,13 +66,13 @@ KNOBS: dict[str, dict[str, Knob]] = {
     "adapter": {
         "method": Knob(
             "lora",
-            "what is trained: lora, prompt, ptuning, prefix, or full (every weight)",
+            "what is trained: lora, prompt, ptuning, prefix, bottleneck, or full (every weight)",
         ),
         "rank": Knob(16, "rank r of the LoRA factors", minimum=1),
         "alpha": Knob(32.0, "LoRA scale is alpha / rank", minimum=0),
         "dropout": Knob(
             0.0,
-            "dropout on the input of the LoRA branch; between an LSTM's layers",
+            "dropout on LoRA's input, between an LSTM's layers, on what a bottleneck adds",
             minimum=0,
             maximum=0.999,
         ),
@@ -93,6 +93,15 @@ KNOBS: dict[str, dict[str, Knob]] = {
         "encoder_hidden_size": Knob(
             128, "hidden size of the network that makes virtual tokens or prefixes", minimum=1
         ),
+        "placement": Knob(
+            "pfeiffer",
+            "bottlenecks: houlsby (after both blocks), pfeiffer (after the feed-forward block) or "
+            "parallel (beside it)",
+            choices=("houlsby", "pfeiffer", "parallel"),
+        ),
+        "reduction_factor": Knob(16.0, "hidden size over that of a bottleneck", minimum=0.001),
+        "activation": Knob("relu", "of a bottleneck: relu, silu, gelu, tanh, …"),
+        "scaling": Knob(1.0, "factor on what a bottleneck adds"),
         "init_from": Knob(
             "", "a PEFT adapter to go on from; it brings its own rank, alpha and targets"
         ),

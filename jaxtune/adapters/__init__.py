@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from jaxtune.adapters import full, lora, prefix, prompt, ptuning
-from jaxtune.adapters.method import Method, Stored
+from jaxtune.adapters import bottleneck, full, lora, prefix, prompt, ptuning
+from jaxtune.adapters.method import Method, Stored, is_adapterhub
 from jaxtune.errors import lookup
 
 METHODS: dict[str, Callable[[Any], Method]] = {
     "lora": lora.from_config,
     "full": full.from_config,
+    "bottleneck": bottleneck.from_config,
     "prefix": prefix.from_config,
     "prompt": prompt.from_config,
     "ptuning": ptuning.from_config,
@@ -31,6 +32,8 @@ def method_from_config(section: Any) -> Method:
 
 
 def method_from_peft(stored: Stored) -> Method:
-    """Returns the method, with its settings, of an adapter in PEFT's format."""
+    """Returns the method, with its settings, of an adapter in PEFT's format, or AdapterHub's."""
+    if is_adapterhub(stored.config):
+        return bottleneck.from_adapterhub(stored)
     kind = str(stored.config.get("peft_type"))
     return lookup(PEFT_TYPES, kind, "adapter_config.json: peft_type")(stored)

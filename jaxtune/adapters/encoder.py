@@ -1,4 +1,4 @@
-"""Small networks that make virtual tokens, in float32. Shapes: n virtual tokens."""
+"""Parts of small networks that methods add, in float32. Shapes: n virtual tokens."""
 
 from __future__ import annotations
 
@@ -23,11 +23,19 @@ class Dense(nnx.Module):
         axes: tuple[str | None, str | None] = (None, None),
     ):
         self.weight = parameter((out_features, in_features), axes, kind=Trainable)
-        self.bias = parameter((out_features,), axes[:1], "zeros", kind=Trainable)
+        self.bias = parameter((out_features,), axes[:1], kind=Trainable)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps float32 [..., in] to [..., out]."""
         return product(x, self.weight.get_value(), 1) + self.bias.get_value()
+
+
+def drop(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Drops values of x at random, scaled to keep their mean; a key of None drops nothing."""
+    if key is None or rate == 0:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), 0)
 
 
 class LSTM(nnx.Module):
@@ -51,11 +59,8 @@ class LSTM(nnx.Module):
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         """Maps float32 [n, in] to [n, 2 · hidden]; `key` drops outputs between the layers."""
         for layer in range(self.num_layers):
-            if layer and key is not None and self.dropout:
-                keep = jax.random.bernoulli(
-                    jax.random.fold_in(key, layer), 1 - self.dropout, x.shape
-                )
-                x = jnp.where(keep, x / (1 - self.dropout), 0)
+            if layer and key is not None:
+                x = drop(x, self.dropout, jax.random.fold_in(key, layer))
             forward, backward = _suffixes(layer)
             x = jnp.concatenate(
                 [self._run(x, forward, False), self._run(x, backward, True)], axis=-1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -37,6 +37,11 @@ class Stored(NamedTuple):
             for key, value in self.tensors.items()
             if key.endswith(BASE_COPY)
         }
+
+
+def is_adapterhub(config: Mapping[str, Any]) -> bool:
+    """Says whether an adapter_config.json is AdapterHub's rather than PEFT's."""
+    return "peft_type" not in config and "config" in config
 
 
 class Method(abc.ABC):

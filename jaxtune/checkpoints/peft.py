@@ -1,4 +1,4 @@
-"""Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors.
+"""Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors; or AdapterHub's.
 
 A network that made an adapter's tensors lies beside them, in encoder.safetensors: PEFT, which keeps
 none, does not look at it, and training goes on from it.
@@ -7,17 +7,21 @@ none, does not look at it, and training goes on from it.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from jaxtune.adapters.method import Stored
+from jaxtune.adapters.method import Stored, is_adapterhub
 from jaxtune.checkpoints.atomic import new_directory
 from jaxtune.checkpoints.huggingface import read_json
 from jaxtune.checkpoints.safetensors import read_all, write_file
+from jaxtune.errors import JaxtuneError
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+ADAPTERHUB = "adapter.safetensors"
 ENCODER = "encoder.safetensors"
 
 
@@ -32,12 +36,22 @@ def read_adapter(directory: str | Path, *, encoder: bool = False) -> Stored:
       JaxtuneError: a file is missing or broken.
     """
     directory = Path(directory)
+    config = read_json(directory / CONFIG)
+    if (directory / "pytorch_adapter.bin").is_file() and not (directory / ADAPTERHUB).is_file():
+        raise JaxtuneError(
+            f"{directory / 'pytorch_adapter.bin'} is a pickle, which may run anything: "
+            "save the adapter with use_safetensors=True"
+        )
     made = encoder and (directory / ENCODER).is_file()
     return Stored(
-        read_json(directory / CONFIG),
-        read_all(directory / WEIGHTS),
+        config,
+        read_all(directory / _weights_file(config)),
         read_all(directory / ENCODER) if made else None,
     )
+
+
+def _weights_file(config: Mapping[str, Any]) -> str:
+    return ADAPTERHUB if is_adapterhub(config) else WEIGHTS
 
 
 def write_adapter(directory: str | Path, stored: Stored) -> Path:
@@ -54,7 +68,8 @@ def write_adapter(directory: str | Path, stored: Stored) -> Path:
 
 def write_adapter_files(directory: Path, stored: Stored) -> None:
     """Writes the files of an adapter into an existing directory."""
-    for name, tensors in ((WEIGHTS, stored.tensors), (ENCODER, stored.encoder)):
+    weights = _weights_file(stored.config)
+    for name, tensors in ((weights, stored.tensors), (ENCODER, stored.encoder)):
         if tensors is not None:
             write_file(
                 directory / name, {key: np.asarray(value) for key, value in sorted(tensors.items())}

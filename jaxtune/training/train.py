@@ -13,6 +13,7 @@ import jax
 
 from jaxtune.adapters import Method, Stored, method_from_config, method_from_peft
 from jaxtune.adapters.census import census, render
+from jaxtune.adapters.method import is_adapterhub
 from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.assemble import assemble
 from jaxtune.checkpoints.orbax import Checkpoints
@@ -215,7 +216,8 @@ def _adapter_writer(setup: Setup, constants: Tree) -> Callable[[Tree, Path], Any
 
     def write(trainable: Tree, directory: Path) -> None:
         stored = setup.method.store(setup.definition, trainable, constants)
-        stored.config["base_model_name_or_path"] = setup.config.model.path
+        base = "model_name" if is_adapterhub(stored.config) else "base_model_name_or_path"
+        stored.config[base] = setup.config.model.path
         write_adapter_files(directory, stored)
 
     return write
