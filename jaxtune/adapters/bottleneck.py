@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -233,7 +234,7 @@ def from_adapterhub(stored: Stored) -> Bottlenecks:
         attention=bool(config.get("mh_adapter")),
         feed_forward=bool(config.get("output_adapter")),
         reads="stream" if parallel else "sum" if before else "block",
-        reduction_factor=_number(config, "reduction_factor"),
+        reduction_factor=_number(config, "reduction_factor", minimum=1e-3),
         activation=activation,
         scaling=_number(config, "scaling"),
         dropout=_number(config, "dropout"),
@@ -241,10 +242,10 @@ def from_adapterhub(stored: Stored) -> Bottlenecks:
     )
 
 
-def _number(config: Mapping[str, Any], key: str) -> float:
+def _number(config: Mapping[str, Any], key: str, minimum: float = -math.inf) -> float:
     value = config.get(key, 0.0)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise JaxtuneError(f'adapter_config.json: "{key}"={value!r} is not supported: a number is')
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= minimum:
+        raise JaxtuneError(f'adapter_config.json: "{key}"={value!r} is not supported')
     return float(value)
 
 
