@@ -31,7 +31,7 @@ class Dense(nnx.Module):
 
 
 def drop(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Drops values of x at random, scaled to keep their mean; a key of None drops nothing."""
+    """Drops values of x [..., n] at random, scaled to keep their mean; none without a key."""
     if key is None or rate == 0:
         return x
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)

@@ -66,7 +66,7 @@ class Prompt(Method):
         model.model.prompt = VirtualTokens(self.virtual_tokens, hidden_size(model))
 
     def start(self, tokenizer: Any, embeddings: Callable[[], np.ndarray]) -> Stored | None:
-        """Looks the text up, repeated or cut to n tokens, as PEFT does."""
+        """Looks up the text, repeated or cut to n tokens as PEFT does: embeddings [n, hidden]."""
         if not self.init_text:
             return None
         if tokenizer is None:
