@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +14,14 @@ import pytest
 from families import Families
 from oracles import LOSS, Recipe, assert_same_logits, make_examples, random_tokens, relative
 from parts import as_batch, load_parts
-from test_training import LENGTH, one_update, run_config, write_rows
+from test_training import (
+    GRAD_NORM,
+    LENGTH,
+    ON_8_DEVICES,
+    one_update,
+    run_config,
+    write_rows,
+)
 
 import jaxtune
 from jaxtune.adapters import method_from_peft
@@ -40,6 +52,7 @@ TRAINED = {
 DENSE = ("llama", "qwen2", "qwen3")
 LATENT = ("deepseek_v2", "deepseek_v3")
 EVERY = (*DENSE, "deepseek", *LATENT)
+EIGHT = "--xla_force_host_platform_device_count=8"
 TOKENS = random_tokens(1, 2, 24)
 
 
@@ -215,3 +228,33 @@ def test_a_prefix_of_another_attention_is_refused(checkpoint, tmp_path):
     stored(checkpoint("llama"), METHODS["prefix"], tmp_path / "adapter")
     with pytest.raises(jaxtune.JaxtuneError, match="\"peft_type\" is 'PREFIX_TUNING', the model"):
         opened(checkpoint("deepseek_v3"), tmp_path / "adapter")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"method": "ptuning", "virtual_tokens": 4, "encoder_reparameterization_type": "LSTM"},
+        {"method": "prefix"},
+        {"method": "prefix", "prefix_projection": True},
+        {"method": "bottleneck", "placement": "houlsby"},
+    ],
+    ids=["ptuning", "prefix", "projected", "bottleneck"],
+)
+def test_eight_devices_train_as_one_does(adapter, checkpoint, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", make_examples(40, longest=LENGTH))
+    recipe = Recipe(steps=3, batch_size=16, accumulation=2, warmup_steps=1)
+    sections = {"adapter": adapter | {"encoder_hidden_size": 8}, "data": {"packing": True}}
+    directory = checkpoint("deepseek_v3")
+    expected = jaxtune.train(run_config(directory, rows, recipe, **sections), tmp_path / "one")
+    mesh = {"data": 1, "fsdp": 2, "tensor": 2, "sequence": 2}
+    config = run_config(directory, rows, recipe, **sections, mesh=mesh)
+    subprocess.run(
+        [sys.executable, "-c", ON_8_DEVICES, json.dumps(config), str(tmp_path / "eight")],
+        env=os.environ | {"XLA_FLAGS": EIGHT, "JAX_PLATFORMS": "cpu"},
+        check=True,
+    )
+    ours = jaxtune.Run(tmp_path / "eight").metrics()
+    for line, other in zip(ours, expected.metrics(), strict=True):
+        assert relative(line["loss"], other["loss"]) <= LOSS
+        assert relative(line["grad_norm"], other["grad_norm"]) <= GRAD_NORM
