@@ -35,6 +35,8 @@ from jaxtune.generation.generate import Sampling
 from jaxtune.layers.tree import flatten, unflatten
 
 N = 5
+# Each value sums over every token of every example, in another order when they are packed.
+GRADIENT = 1e-4
 METHODS = {
     "prompt": Prompt(N),
     "mlp": PTuning(N, "MLP", 12),
@@ -167,7 +169,7 @@ def test_packed_rows_have_the_gradient_of_single_ones(model_type, method, checkp
     assert relative(other_loss, loss) <= LOSS
     for path, value in expected.items():
         assert np.any(np.asarray(value)), path
-        assert relative(gradient[path], value) <= 10 * LOSS, path
+        assert relative(gradient[path], value) <= GRADIENT, path
 
 
 @pytest.mark.slow
