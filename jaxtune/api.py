@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
@@ -43,13 +44,21 @@ class Model:
     """A loaded model: its definition, its three trees and, where there is one, its tokenizer."""
 
     def __init__(
-        self, parts: Assembled, source: Path, mesh: Mesh, *, dtype: Any, attention: str = "auto"
+        self,
+        parts: Assembled,
+        source: Path,
+        mesh: Mesh,
+        *,
+        dtype: Any,
+        attention: str = "auto",
+        method: Method | None = None,
     ):
         self.definition = parts.definition
         self.base, self.trainable, self.constants = parts.base, parts.trainable, parts.constants
-        self.source, self.mesh = source, mesh
+        self.source, self.mesh, self.method = source, mesh, method
         platform = mesh.devices.flat[0].platform
-        backend = choose_backend(attention, platform)
+        prefix = parts.definition.module.model.prefix is not None
+        backend = choose_backend(attention, platform, prefix)
         self.options = ForwardOptions(jnp.dtype(dtype), backend, "none", platform)
 
     @property
@@ -93,8 +102,12 @@ class Model:
             raise JaxtuneError(f"tokens are int[batch, time], not of shape {list(tokens.shape)}")
         segments = jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids)
         place = segment_positions(segments) if positions is None else jnp.asarray(positions)
+        reserved = self.definition.module.model.reserved
+        if reserved:
+            tokens, segments, place, text = make_room(tokens, segments, place, reserved)
         with jax.set_mesh(self.mesh):
-            return self._logits(*self._trees, tokens, segments, place)
+            logits = self._logits(*self._trees, tokens, segments, place)
+        return jnp.take_along_axis(logits, text[..., None], axis=1) if reserved else logits
 
     @functools.cached_property
     def _logits(self) -> Any:
@@ -191,7 +204,15 @@ class Model:
 
         Returns:
           The directory.
+
+        Raises:
+          JaxtuneError: the adapter is nothing that weights can take in.
         """
+        if self.method is not None and not self.method.can_merge:
+            raise JaxtuneError(
+                f"an adapter of adapter.method={self.method.name} cannot be merged: "
+                "it has no place in the weights, so keep it beside the base model"
+            )
         if dtype is not None:
             lookup(dict.fromkeys(DTYPES), dtype, "dtype")
         model = self.definition.bind(self.base, self.trainable, self.constants)
@@ -211,6 +232,37 @@ def segment_positions(segment_ids: jax.Array) -> jax.Array:
     index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
     starts = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1] - 1) != 0
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def make_room(
+    tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array, reserved: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Puts room for virtual tokens in front of every segment.
+
+    Args:
+      tokens: int[B, T].
+      segment_ids: int[B, T].
+      positions: int[B, T].
+      reserved: how many virtual tokens.
+
+    Returns:
+      The three with as many tokens more as the most segments of a row need, and where in them each
+      of the given tokens is, int[B, T].
+    """
+    segments = np.asarray(segment_ids)
+    first = np.diff(segments, axis=1, prepend=segments[:, :1] - 1) != 0
+    before = np.cumsum(first & (segments != 0), axis=1)
+    text = np.arange(segments.shape[1]) + reserved * before
+    wider = (segments.shape[0], segments.shape[1] + reserved * int(before.max()))
+    moved = [np.zeros(wider, np.int32) for _ in range(3)]
+    for row, start in zip(*np.nonzero(first & (segments != 0)), strict=True):
+        head = slice(text[row, start] - reserved, text[row, start])
+        moved[1][row, head] = segments[row, start]
+        moved[2][row, head] = np.arange(reserved)
+    shifted = np.where(segments != 0, np.asarray(positions) + reserved, 0)
+    for wide, value in zip(moved, (np.asarray(tokens), segments, shifted), strict=True):
+        np.put_along_axis(wide, text, value, axis=1)
+    return moved[0], moved[1], moved[2], text
 
 
 def _extra_files(source: Path) -> Mapping[str, Path]:
@@ -262,7 +314,7 @@ def load(
         stored=stored,
         progress=progress,
     )
-    return Model(parts, location, mesh, dtype=dtype, attention=attention)
+    return Model(parts, location, mesh, dtype=dtype, attention=attention, method=method)
 
 
 class Run:

@@ -106,7 +106,7 @@ def _export(arguments: argparse.Namespace) -> None:
     run = jaxtune.Run(arguments.workdir)
     if arguments.format == "peft":
         written = write_adapter(
-            arguments.to, read_adapter(run.adapter_directory(arguments.adapter))
+            arguments.to, read_adapter(run.adapter_directory(arguments.adapter), encoder=True)
         )
     else:
         written = run.model(arguments.adapter).save_pretrained(arguments.to)

@@ -65,12 +65,19 @@ KNOBS: dict[str, dict[str, Knob]] = {
     },
     "adapter": {
         "method": Knob(
-            "lora", "what is trained: lora, dora, pissa, vera, ia3, bitfit, or full (every weight)"
+            "lora",
+            "what is trained: lora, dora, pissa, vera, ia3, bitfit, prompt, ptuning, prefix, "
+            "bottleneck, or full (every weight)",
         ),
         "rank": Knob(16, "rank r of the LoRA factors", minimum=1),
         "alpha": Knob(32.0, "LoRA scale is alpha / rank", minimum=0),
         "rslora": Knob(False, "the scale is alpha / √rank instead, which holds up at high ranks"),
-        "dropout": Knob(0.0, "dropout on the input of the LoRA branch", minimum=0, maximum=0.999),
+        "dropout": Knob(
+            0.0,
+            "dropout on LoRA's input, between an LSTM's layers, on what a bottleneck adds",
+            minimum=0,
+            maximum=0.999,
+        ),
         "targets": Knob(
             ("q_proj", "k_proj", "v_proj", "o_proj"),
             "modules to adapt: names, all-linear, or a regular expression of the whole path",
@@ -98,6 +105,27 @@ KNOBS: dict[str, dict[str, Knob]] = {
             "modules that (IA)³ scales at their inputs; targets at outputs",
             names=True,
         ),
+        "virtual_tokens": Knob(20, "virtual tokens in front of each example", minimum=1),
+        "prompt_init_text": Knob(
+            "", "text whose embeddings prompt tuning starts from; empty: a random start"
+        ),
+        "encoder_reparameterization_type": Knob(
+            "MLP", "network of P-Tuning: MLP or LSTM", choices=("MLP", "LSTM")
+        ),
+        "encoder_num_layers": Knob(2, "layers of P-Tuning's LSTM", minimum=1),
+        "prefix_projection": Knob(False, "makes prefixes by a small network of two layers"),
+        "encoder_hidden_size": Knob(
+            128, "hidden size of the network that makes virtual tokens or prefixes", minimum=1
+        ),
+        "placement": Knob(
+            "pfeiffer",
+            "bottlenecks: houlsby (after both blocks), pfeiffer (after the feed-forward block) or "
+            "parallel (beside it)",
+            choices=("houlsby", "pfeiffer", "parallel"),
+        ),
+        "reduction_factor": Knob(16.0, "hidden size over that of a bottleneck", minimum=0.001),
+        "activation": Knob("relu", "of a bottleneck: relu, silu, gelu, tanh, …"),
+        "scaling": Knob(1.0, "factor on what a bottleneck adds"),
         "init_from": Knob(
             "", "a PEFT adapter to go on from; it brings its own rank, alpha and targets"
         ),

@@ -172,6 +172,20 @@ PERTURBED = {
     "adapter.freeze": ("model.layers.0", "adapter.method=full"),
     "adapter.new_tokens": (3,),
     "adapter.feedforward": ("up_proj", "adapter.method=ia3"),
+    "adapter.virtual_tokens": (3, "adapter.method=prefix"),
+    "adapter.prefix_projection": (True, "adapter.method=prefix"),
+    "adapter.encoder_hidden_size": (3, "adapter.method=prefix", "adapter.prefix_projection=true"),
+    "adapter.prompt_init_text": ("hello", "adapter.method=prompt"),
+    "adapter.encoder_reparameterization_type": ("LSTM", "adapter.method=ptuning"),
+    "adapter.encoder_num_layers": (
+        1,
+        "adapter.method=ptuning",
+        "adapter.encoder_reparameterization_type=LSTM",
+    ),
+    "adapter.placement": ("houlsby", "adapter.method=bottleneck"),
+    "adapter.reduction_factor": (4.0, "adapter.method=bottleneck"),
+    "adapter.activation": ("gelu", "adapter.method=bottleneck"),
+    "adapter.scaling": (4.0, "adapter.method=bottleneck"),
     "adapter.init_from": ("{adapter}",),
     "quantize.format": ("int8",),
     "quantize.modules": ("q_proj", "quantize.format=int8"),
@@ -302,8 +316,11 @@ class Prepared:
         )
         return describe(
             self.setup,
-            Split(examples, training.make_loader(self.config, examples)),
-            Split(held_out, training.held_out_batches(self.config, held_out)),
+            Split(examples, training.make_loader(self.config, examples, self.setup.reserved)),
+            Split(
+                held_out,
+                training.held_out_batches(self.config, held_out, self.setup.reserved),
+            ),
         )
 
     def program(self):

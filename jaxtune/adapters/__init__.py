@@ -5,8 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from jaxtune.adapters import bitfit, dora, full, ia3, lora, pissa, vera
-from jaxtune.adapters.method import Method, Stored
+from jaxtune.adapters import (
+    bitfit,
+    bottleneck,
+    dora,
+    full,
+    ia3,
+    lora,
+    pissa,
+    prefix,
+    prompt,
+    ptuning,
+    vera,
+)
+from jaxtune.adapters.method import Method, Stored, is_adapterhub
 from jaxtune.errors import lookup
 
 METHODS: dict[str, Callable[[Any], Method]] = {
@@ -17,6 +29,10 @@ METHODS: dict[str, Callable[[Any], Method]] = {
     "bitfit": bitfit.from_config,
     "vera": vera.from_config,
     "full": full.from_config,
+    "bottleneck": bottleneck.from_config,
+    "prefix": prefix.from_config,
+    "prompt": prompt.from_config,
+    "ptuning": ptuning.from_config,
 }
 
 
@@ -29,6 +45,10 @@ PEFT_TYPES: dict[str, Callable[[Stored], Method]] = {
     "IA3": ia3.from_peft,
     "BITFIT": bitfit.from_peft,
     "VERA": vera.from_peft,
+    "PREFIX_TUNING": prefix.from_peft,
+    prefix.LATENT: prefix.from_peft,
+    "PROMPT_TUNING": prompt.from_peft,
+    "P_TUNING": ptuning.from_peft,
 }
 
 
@@ -38,6 +58,8 @@ def method_from_config(section: Any) -> Method:
 
 
 def method_from_peft(stored: Stored) -> Method:
-    """Returns the method, with its settings, of an adapter in PEFT's format."""
+    """Returns the method, with its settings, of an adapter in PEFT's format, or AdapterHub's."""
+    if is_adapterhub(stored.config):
+        return bottleneck.from_adapterhub(stored)
     kind = str(stored.config.get("peft_type"))
     return lookup(PEFT_TYPES, kind, "adapter_config.json: peft_type")(stored)

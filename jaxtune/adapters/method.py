@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -22,10 +22,13 @@ class Stored(NamedTuple):
     Attributes:
       config: the content of adapter_config.json.
       tensors: of adapter_model.safetensors, by key; shapes are those of PEFT's files.
+      encoder: of encoder.safetensors: what made the tensors, for training to go on with. None
+        where nothing did, or where it is not wanted.
     """
 
     config: dict[str, Any]
     tensors: dict[str, np.ndarray]
+    encoder: dict[str, np.ndarray] | None = None
 
     def base_copies(self) -> dict[str, np.ndarray]:
         """Returns the frozen weights, each [out, in], that are stored beside edits, by HF name."""
@@ -34,6 +37,11 @@ class Stored(NamedTuple):
             for key, value in self.tensors.items()
             if key.endswith(BASE_COPY)
         }
+
+
+def is_adapterhub(config: Mapping[str, Any]) -> bool:
+    """Says whether an adapter_config.json is AdapterHub's rather than PEFT's."""
+    return "peft_type" not in config and "config" in config
 
 
 class BaseEdit(abc.ABC):
@@ -66,11 +74,13 @@ class Method(abc.ABC):
     Attributes:
       name: as ``adapter.method`` calls it.
       has_adapter: whether what it trains is stored apart from the model.
+      can_merge: whether the model's own weights can take in what it trains.
       dropout: whether anything is dropped while training, and how much.
     """
 
     name: ClassVar[str]
     has_adapter: ClassVar[bool] = True
+    can_merge: ClassVar[bool] = True
     dropout: float = 0.0
 
     @abc.abstractmethod
@@ -85,6 +95,15 @@ class Method(abc.ABC):
         """Says whether a base weight is trained: that of this Hugging Face name, and its run's."""
         del name
         return False
+
+    def start(self, tokenizer: Any, embeddings: Callable[[], np.ndarray]) -> Stored | None:
+        """Returns an adapter to start from that takes the base model to make; None draws one.
+
+        Args:
+          tokenizer: of the base model; None where it has none.
+          embeddings: reads those of its tokens, [vocabulary, hidden].
+        """
+        del tokenizer, embeddings
 
     @abc.abstractmethod
     def init(self, definition: Definition, seed: int) -> tuple[Tree, Tree]:

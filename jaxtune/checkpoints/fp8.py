@@ -109,7 +109,7 @@ class Float8Source:
         return dequantize(value[start:last], scale, self._block)[first - start :]
 
     def read_parts(self, name: str, form: Format) -> dict[str, np.ndarray] | None:
-        """Returns bytes [rows, columns] and scales as they are on disk if the blocks are the same."""
+        """Returns bytes [rows, columns] and scales as they are on disk, if in such blocks."""
         if name not in self._scaled or form != Float8(self._block):
             return None
         codes, scale = self._source.read(name), self._source.read(name + SUFFIX)

@@ -1,29 +1,57 @@
-"""Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors."""
+"""Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors; or AdapterHub's.
+
+A network that made an adapter's tensors lies beside them, in encoder.safetensors: PEFT, which keeps
+none, does not look at it, and training goes on from it.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from jaxtune.adapters.method import Stored
+from jaxtune.adapters.method import Stored, is_adapterhub
 from jaxtune.checkpoints.atomic import new_directory
 from jaxtune.checkpoints.huggingface import read_json
 from jaxtune.checkpoints.safetensors import read_all, write_file
+from jaxtune.errors import JaxtuneError
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+ADAPTERHUB = "adapter.safetensors"
+ENCODER = "encoder.safetensors"
 
 
-def read_adapter(directory: str | Path) -> Stored:
+def read_adapter(directory: str | Path, *, encoder: bool = False) -> Stored:
     """Reads an adapter directory.
+
+    Args:
+      directory: to read.
+      encoder: reads what made the adapter as well, where there is something: to train it further.
 
     Raises:
       JaxtuneError: a file is missing or broken.
     """
     directory = Path(directory)
-    return Stored(read_json(directory / CONFIG), read_all(directory / WEIGHTS))
+    config = read_json(directory / CONFIG)
+    if (directory / "pytorch_adapter.bin").is_file() and not (directory / ADAPTERHUB).is_file():
+        raise JaxtuneError(
+            f"{directory / 'pytorch_adapter.bin'} is a pickle, which may run anything: "
+            "save the adapter with use_safetensors=True"
+        )
+    made = encoder and (directory / ENCODER).is_file()
+    return Stored(
+        config,
+        read_all(directory / _weights_file(config)),
+        read_all(directory / ENCODER) if made else None,
+    )
+
+
+def _weights_file(config: Mapping[str, Any]) -> str:
+    return ADAPTERHUB if is_adapterhub(config) else WEIGHTS
 
 
 def write_adapter(directory: str | Path, stored: Stored) -> Path:
@@ -40,7 +68,11 @@ def write_adapter(directory: str | Path, stored: Stored) -> Path:
 
 def write_adapter_files(directory: Path, stored: Stored) -> None:
     """Writes the files of an adapter into an existing directory."""
-    tensors = {name: np.asarray(value) for name, value in sorted(stored.tensors.items())}
-    write_file(directory / WEIGHTS, tensors)
+    weights = _weights_file(stored.config)
+    for name, tensors in ((weights, stored.tensors), (ENCODER, stored.encoder)):
+        if tensors is not None:
+            write_file(
+                directory / name, {key: np.asarray(value) for key, value in sorted(tensors.items())}
+            )
     text = json.dumps(stored.config, indent=2, ensure_ascii=False) + "\n"
     (directory / CONFIG).write_text(text, encoding="utf-8")

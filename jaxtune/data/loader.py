@@ -33,9 +33,16 @@ def _check_lengths(examples: Examples, length: int) -> None:
             raise JaxtuneError(f"{place}: {len(tokens)} tokens do not fit a row of {length}")
 
 
-def _source(examples: Examples) -> grain.MapDataset:
+def _source(examples: Examples, reserved: int) -> grain.MapDataset:
+    """Makes a data set of examples, each with `reserved` tokens of no meaning at its head."""
+    no_token, no_target = np.zeros(reserved, np.int32), np.full(reserved, IGNORE, np.int32)
     pairs = zip(examples.tokens, examples.targets, strict=True)
-    return grain.MapDataset.source([{"tokens": t, "targets": y} for t, y in pairs])
+    return grain.MapDataset.source(
+        [
+            {"tokens": np.concatenate([no_token, t]), "targets": np.concatenate([no_target, y])}
+            for t, y in pairs
+        ]
+    )
 
 
 def _padded_row(example: Batch, length: int) -> Batch:
@@ -86,7 +93,8 @@ class Loader:
     """An endless iterator of batches.
 
     A batch is ``tokens``, ``targets``, ``segment_ids`` (0 is padding, examples count from 1 in each
-    row) and ``positions`` (from 0 in each example), int32[B, T] each. Batches run on across the end
+    row) and ``positions`` (from 0 in each example), int32[B, T] each. Where a method puts virtual
+    tokens in front of examples, each has as many more at its head. Batches run on across the end
     of an epoch. Packing places each example in the first row with room among those being filled.
     """
 
@@ -99,17 +107,19 @@ class Loader:
         packing: bool,
         shuffle: bool,
         seed: int,
+        reserved: int = 0,
     ):
         """Starts at the first batch.
 
         Args:
           examples: one or more.
           batch_size: B.
-          length: T.
+          length: of a row without what is reserved for one example.
           packing: several examples to a row, rather than one.
           shuffle: a new order in every epoch, a function of `seed` and the epoch alone; else
             the order of the file, which packing keeps but for examples that fill gaps.
           seed: any integer from 0.
+          reserved: tokens at the head of each example that a method fills; T is `length` and these.
 
         Raises:
           JaxtuneError: no examples, or one that is longer than a row.
@@ -122,15 +132,17 @@ class Loader:
             "packing": packing,
             "shuffle": shuffle,
             "seed": seed,
+            "reserved": reserved,
         }
-        dataset = _source(examples)
+        length += reserved
+        dataset = _source(examples, reserved)
         packing_rows, order_seed = batch_size, None
         if shuffle:
             # Grain orders epoch e by seed + e: spread the seeds, or 0 and 1 would share epochs.
             order_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
             dataset = dataset.shuffle(order_seed)
             # No more rows than an epoch fills, or the copies of an example would share rows.
-            epoch_rows = examples.token_count // length
+            epoch_rows = (examples.token_count + reserved * len(examples)) // length
             packing_rows = max(batch_size, min(_PACKING_ROWS, epoch_rows))
         rows = _rows(
             dataset.repeat().to_iter_dataset(_NO_PREFETCH),
@@ -184,15 +196,16 @@ def _short(value: Any) -> str:
 
 
 def eval_batches(
-    examples: Examples, *, batch_size: int, length: int, packing: bool
+    examples: Examples, *, batch_size: int, length: int, packing: bool, reserved: int = 0
 ) -> Iterator[Batch]:
     """Gives every example exactly once, in the order of the file.
 
     Args:
       examples: one or more.
       batch_size: B; the last batch is filled up with empty rows (segment 0, targets `IGNORE`).
-      length: T.
+      length: of a row without what is reserved for one example.
       packing: several examples to a row, rather than one.
+      reserved: tokens at the head of each example that a method fills; T is `length` and these.
 
     Returns:
       An iterator of batches as `Loader` gives them, int32[B, T].
@@ -202,8 +215,8 @@ def eval_batches(
     """
     _check_lengths(examples, length)
     rows = _rows(
-        _source(examples).to_iter_dataset(_NO_PREFETCH),
-        length=length,
+        _source(examples, reserved).to_iter_dataset(_NO_PREFETCH),
+        length=length + reserved,
         packing=packing,
         packing_rows=batch_size,
         seed=None,

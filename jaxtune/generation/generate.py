@@ -154,6 +154,8 @@ def generate_tokens(
         raise JaxtuneError("a prompt has no tokens")
     if max_new_tokens < 1 or sampling.temperature < 0 or not 0 < sampling.top_p <= 1:
         raise JaxtuneError("max_new_tokens ≥ 1, temperature ≥ 0 and 0 < top_p ≤ 1 are needed")
+    reserved = [0] * definition.module.model.reserved
+    prompts = [[*reserved, *prompt] for prompt in prompts]
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     width = -(-int(lengths.max()) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
     tokens = np.zeros((len(prompts), width), np.int32)

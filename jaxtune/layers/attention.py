@@ -5,21 +5,25 @@ B batch, T queries, S keys, H query heads, K key-value heads, D head dimension.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.layers.attention_kernels import cudnn_attention, splash_attention
-from jaxtune.layers.attention_portable import blockwise_attention, xla_attention
+from jaxtune.layers.attention_portable import blockwise_attention, join_prefix, xla_attention
 from jaxtune.layers.context import Cache, Context
 from jaxtune.layers.linear import Linear
 from jaxtune.layers.norm import RMSNorm
 from jaxtune.layers.rope import rotate_half
 from jaxtune.parallel.rules import constrain
+
+logger = logging.getLogger(__name__)
 
 BACKENDS: dict[str, Callable[..., jax.Array]] = {
     "xla": xla_attention,
@@ -32,19 +36,32 @@ KERNEL_PLATFORMS = {"cudnn": ("gpu", "cuda"), "splash": ("tpu",)}
 BY_PLATFORM = {"cpu": "xla", "tpu": "splash", "gpu": "cudnn", "cuda": "cudnn", "rocm": "blockwise"}
 
 
-def choose_backend(name: str, platform: str) -> str:
+def choose_backend(name: str, platform: str, prefix: bool = False) -> str:
     """Returns the backend for a platform when `name` is "auto", else `name` once checked.
 
+    Args:
+      name: a name from `BACKENDS`, or "auto".
+      platform: "cpu", "gpu" or "tpu".
+      prefix: whether keys and values come before every segment, which the kernels cannot mask.
+
     Raises:
-      JaxtuneError: no such backend, or the platform cannot run it.
+      JaxtuneError: no such backend, or it cannot do what is asked for.
     """
     if name == "auto":
-        return BY_PLATFORM.get(platform, "blockwise")
+        chosen = BY_PLATFORM.get(platform, "blockwise")
+        if not prefix or chosen not in KERNEL_PLATFORMS:
+            return chosen
+        logger.info("attention: blockwise in place of %s, which takes no prefix", chosen)
+        return "blockwise"
     lookup(BACKENDS, name, "model.attention")
     if platform not in KERNEL_PLATFORMS.get(name, (platform,)):
         raise JaxtuneError(
             f'model.attention="{name}" runs on {KERNEL_PLATFORMS[name][0]}, not on {platform}; '
             '"auto" takes what the platform has'
+        )
+    if prefix and name in KERNEL_PLATFORMS:
+        raise JaxtuneError(
+            f'model.attention="{name}" takes no prefix of keys and values; "blockwise" does'
         )
     return name
 
@@ -59,6 +76,7 @@ def attention(
     offset: jax.Array | int = 0,
     scale: float,
     backend: str,
+    prefix: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """Causal attention in which a query sees only keys of its own segment.
 
@@ -70,14 +88,19 @@ def attention(
       kv_segments: int[B, S].
       offset: index among the keys of the first query (0 unless decoding).
       scale: factor on the scores.
-      backend: a name from `BACKENDS`.
+      backend: a name from `BACKENDS`; with a prefix "xla" or "blockwise".
+      prefix: keys [n, K, D] and values [n, K, Dv] that every token sees, and padding does not.
 
     Returns:
       [B, T, H, Dv] in the dtype of q. Rows of padding hold finite values of no meaning.
     """
     if q.shape[1] == 1:
         backend = "xla"  # one query: a [1, S] mask is all there is
-    out = BACKENDS[backend](q, k, v, q_segments, kv_segments, offset, scale)
+    joined = {}
+    if prefix is not None:
+        k, v = join_prefix(prefix[0], k), join_prefix(prefix[1], v)
+        joined["prefix"] = prefix[0].shape[0]
+    out = BACKENDS[backend](q, k, v, q_segments, kv_segments, offset, scale, **joined)
     # splash names its output itself, along with what else its backward pass needs.
     return out if backend == "splash" else checkpoint_name(out, "attention")
 
@@ -109,6 +132,12 @@ class Attention(nnx.Module):
         with_norm = qk_norm_eps is not None
         self.q_norm = nnx.data(RMSNorm(head_dim, qk_norm_eps) if with_norm else None)
         self.k_norm = nnx.data(RMSNorm(head_dim, qk_norm_eps) if with_norm else None)
+        self.prefix: Any = nnx.data(None)
+
+    @property
+    def prefix_width(self) -> int:
+        """Values of one prefix token: a key and a value of each key-value head."""
+        return 2 * self.kv_heads * self.head_dim
 
     def cache_shapes(self, batch: int, length: int) -> dict[str, tuple[int, ...]]:
         """Shapes of one layer's share of the key-value cache."""
@@ -155,5 +184,14 @@ class Attention(nnx.Module):
             offset=offset,
             scale=self.head_dim**-0.5,
             backend=context.backend,
+            prefix=self._prefix(context),
         )
         return self.o_proj(out.reshape(batch, t, -1), context.key_for("o_proj")), cache
+
+    def _prefix(self, context: Context) -> tuple[jax.Array, jax.Array] | None:
+        """Returns the trained keys and values [n, K, D], which no rotary embedding touches."""
+        if self.prefix is None:
+            return None
+        k, v = jnp.split(self.prefix(context.prefix), 2, axis=-1)
+        shape = (-1, self.kv_heads, self.head_dim)
+        return k.reshape(shape), v.reshape(shape)

@@ -1,7 +1,8 @@
 """Attention in plain JAX: backends that run on any device.
 
 B batch, T queries, S keys, H query heads, K key-value heads, D head dimension. Arguments and
-results as in `jaxtune.layers.attention.attention`.
+results as in `jaxtune.layers.attention.attention`, but that the keys and values of a prefix are
+joined to the others: the first `prefix` of them.
 """
 
 from __future__ import annotations
@@ -16,11 +17,24 @@ MASKED = -1e30
 QUERY_BLOCK = 256
 
 
-def _mask(q_segments: jax.Array, kv_segments: jax.Array, offset: jax.Array | int) -> jax.Array:
-    """Returns bool [B, T, S]: same segment, and not after the query."""
-    rows = offset + jnp.arange(q_segments.shape[1])
+def join_prefix(prefix: jax.Array, x: jax.Array) -> jax.Array:
+    """Puts keys or values of a prefix [n, K, D] in front of those of each row x [B, S, K, D]."""
+    prefix = jnp.broadcast_to(prefix.astype(x.dtype), (x.shape[0], *prefix.shape))
+    return jnp.concatenate([prefix, x], axis=1)
+
+
+def _mask(
+    q_segments: jax.Array, kv_segments: jax.Array, offset: jax.Array | int, prefix: int
+) -> jax.Array:
+    """Returns bool [B, T, prefix + S]: same segment, and not after the query; or of the prefix."""
+    batch, t = q_segments.shape
+    rows = offset + jnp.arange(t)
     causal = jnp.arange(kv_segments.shape[1])[None, :] <= rows[:, None]
-    return causal & (q_segments[:, :, None] == kv_segments[:, None, :])
+    mask = causal & (q_segments[:, :, None] == kv_segments[:, None, :])
+    if not prefix:
+        return mask
+    everyone = jnp.broadcast_to((q_segments != 0)[:, :, None], (batch, t, prefix))
+    return jnp.concatenate([everyone, mask], axis=2)
 
 
 def xla_attention(
@@ -31,6 +45,7 @@ def xla_attention(
     kv_segments: jax.Array,
     offset: jax.Array | int,
     scale: float,
+    prefix: int = 0,
 ) -> jax.Array:
     """Plain attention with a [T, S] mask, in float32: for CPUs and for single-token decoding.
 
@@ -45,7 +60,7 @@ def xla_attention(
     highest = lax.Precision.HIGHEST if q.dtype == f32 else None
     heads_batch = ((0, 1), (0, 1))
     scores = lax.dot_general(q_ * scale, k_, (((3,), (3,)), heads_batch), highest)
-    mask = _mask(q_segments, kv_segments, offset)[:, None, None]
+    mask = _mask(q_segments, kv_segments, offset, prefix)[:, None, None]
     scores = jnp.where(mask, scores.reshape(batch, kv_heads, groups, t, s), MASKED)
     probabilities = jax.nn.softmax(scores, axis=-1).reshape(batch, kv_heads, groups * t, s)
     out = lax.dot_general(probabilities, v_, (((3,), (2,)), heads_batch), highest)
@@ -60,6 +75,7 @@ def blockwise_attention(
     kv_segments: jax.Array,
     offset: jax.Array | int,
     scale: float,
+    prefix: int = 0,
 ) -> jax.Array:
     """Attention one block of queries at a time, recomputed in the backward pass.
 
@@ -75,7 +91,7 @@ def blockwise_attention(
     def one_block(start: jax.Array) -> jax.Array:
         q_block = lax.dynamic_slice_in_dim(q, start, block, 1)
         segments = lax.dynamic_slice_in_dim(q_segments, start, block, 1)
-        return xla_attention(q_block, k, v, segments, kv_segments, offset + start, scale)
+        return xla_attention(q_block, k, v, segments, kv_segments, offset + start, scale, prefix)
 
     out = lax.map(one_block, jnp.arange(0, t + pad, block))
     return jnp.moveaxis(out, 0, 1).reshape(batch, t + pad, *out.shape[3:])[:, :t]

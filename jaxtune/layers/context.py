@@ -16,7 +16,7 @@ Cache = dict[str, jax.Array]
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["cos", "sin", "segment_ids", "kv_segment_ids", "cache_index", "key"],
+    data_fields=["cos", "sin", "segment_ids", "kv_segment_ids", "cache_index", "key", "prefix"],
     meta_fields=["backend", "dtype", "platform"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Context:
       backend: attention backend.
       dtype: compute dtype.
       platform: of the devices: "cpu", "gpu" or "tpu".
+      prefix: [n, width], what the prefixes of all layers are made from; None where each has its
+        own.
     """
 
     cos: jax.Array
@@ -45,6 +47,7 @@ class Context:
     backend: str
     dtype: Any
     platform: str = "cpu"
+    prefix: jax.Array | None = None
 
     def key_for(self, name: str) -> jax.Array | None:
         """Returns the random key, a scalar, of a named module of the current layer."""

@@ -61,13 +61,18 @@ class ForwardOptions(NamedTuple):
 
 
 class DecoderLayer(nnx.Module):
-    """A pre-norm layer: attention, then feed-forward, each added to the residual stream."""
+    """A pre-norm layer: attention, then feed-forward, each added to the residual stream.
+
+    The two adapter slots hold what a method adds to the output of either block.
+    """
 
     def __init__(self, hidden_size: int, eps: float, self_attn: Any, mlp: Any):
         self.input_layernorm = RMSNorm(hidden_size, eps)
         self.self_attn = self_attn
         self.post_attention_layernorm = RMSNorm(hidden_size, eps)
         self.mlp = mlp
+        self.attention_adapters: Any = nnx.data(None)
+        self.output_adapters: Any = nnx.data(None)
 
     def __call__(
         self, x: jax.Array, context: Context, cache: Cache | None, layer: jax.Array
@@ -75,17 +80,30 @@ class DecoderLayer(nnx.Module):
         """Maps x [B, T, hidden] and the run's cache to the same; says how a mixture routed it."""
         h = self.input_layernorm(x, context.dtype)
         h, cache = self.self_attn(h, context, cache, layer)
-        x = x + h
+        x = x + _adapted(self.attention_adapters, h, x, context)
         h, routed = self.post_attention_layernorm(x, context.dtype), None
         if isinstance(self.mlp, MoE):
             h, routed = self.mlp.with_routing(h, context)
         else:
             h = self.mlp(h, context)
-        return constrain(x + h, "batch", "sequence", "hidden"), cache, routed
+        x = x + _adapted(self.output_adapters, h, x, context)
+        return constrain(x, "batch", "sequence", "hidden"), cache, routed
+
+
+def _adapted(adapter: Any, h: jax.Array, x: jax.Array, context: Context) -> jax.Array:
+    """Returns the output h of a block whose input came from the stream x, with its adapter's."""
+    return h if adapter is None else h + adapter(h, x, context)
 
 
 class Decoder(nnx.Module):
-    """Embedding, layers and the last norm."""
+    """Embedding, layers and the last norm.
+
+    Attributes:
+      prompt: slot of a method: called with a random key or None, it returns the embeddings
+        [n, hidden] of virtual tokens, which take the first n positions of every segment.
+      prefix: slot of a method: `virtual_tokens` of it come before every segment, as keys and
+        values that the layers hold; called, it returns what these are made from, or None.
+    """
 
     def __init__(
         self,
@@ -106,6 +124,13 @@ class Decoder(nnx.Module):
             ]
         )
         self.norm = RMSNorm(hidden_size, eps)
+        self.prompt: Any = nnx.data(None)
+        self.prefix: Any = nnx.data(None)
+
+    @property
+    def reserved(self) -> int:
+        """Positions at the head of every segment whose tokens do not matter."""
+        return 0 if self.prompt is None else self.prompt.virtual_tokens
 
     def split_runs(self, starts: Collection[int]) -> None:
         """Begins another run at each of these layers; the module has to be abstract still."""
@@ -144,7 +169,8 @@ class Decoder(nnx.Module):
           (normalised hidden states [B, T, hidden], updated caches, the routing of every mixture
           of experts with a leading axis of layers, or None where there is none).
         """
-        cos, sin = self.rope.angles(positions)
+        before = 0 if self.prefix is None else self.prefix.virtual_tokens
+        cos, sin = self.rope.angles(positions + before)
         kv_segment_ids = segment_ids if kv_segment_ids is None else kv_segment_ids
         context = Context(
             cos,
@@ -156,8 +182,11 @@ class Decoder(nnx.Module):
             options.attention,
             options.dtype,
             options.platform,
+            None if self.prefix is None else self.prefix(),
         )
         x = self.embed_tokens(tokens, options.residual_dtype)
+        if self.prompt is not None and tokens.shape[1] > 1:  # decoding is past the prompt
+            x = _with_prompt(x, self.prompt(key), positions, segment_ids)
         x = constrain(x, "batch", "sequence", "hidden")
         updated: list[Cache] = []
         routings: list[Routed] = []
@@ -172,6 +201,17 @@ class Decoder(nnx.Module):
         if routings:
             routing = jax.tree.map(lambda *runs: jnp.concatenate(runs), *routings)
         return self.norm(x, options.dtype), updated or None, routing
+
+
+def _with_prompt(
+    x: jax.Array, prompt: jax.Array, positions: jax.Array, segment_ids: jax.Array
+) -> jax.Array:
+    """Puts the rows of prompt [n, hidden] at positions 0 to n - 1 of each segment of x."""
+    # A product with zeros and ones picks rows exactly, and its transpose sums in a fixed order.
+    pick = jax.nn.one_hot(positions, prompt.shape[0], dtype=prompt.dtype)
+    rows = jnp.matmul(pick, prompt, precision=lax.Precision.HIGHEST).astype(x.dtype)
+    virtual = (positions < prompt.shape[0]) & (segment_ids != 0)
+    return jnp.where(virtual[..., None], rows, x)
 
 
 def _scan(
@@ -221,7 +261,8 @@ class CausalLM(nnx.Module):
         Args:
           tokens: int[B, T].
           segment_ids: int[B, T]; tokens attend within their segment, 0 is padding.
-          positions: int[B, T]; rotary position of each token within its segment.
+          positions: int[B, T]; of each token within its segment, virtual tokens of a prompt
+            counted and those of a prefix not.
           options: compute dtype, attention backend, rematerialisation.
           key: for dropout; None turns it off.
           caches: from `Decoder.init_cache`, when generating.

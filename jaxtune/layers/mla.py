@@ -16,8 +16,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
-from jaxtune.layers.attention import attention, xla_attention
+from jaxtune.layers.attention import attention
+from jaxtune.layers.attention_portable import join_prefix, xla_attention
 from jaxtune.layers.context import Cache, Context
 from jaxtune.layers.linear import Linear, effective_weight
 from jaxtune.layers.norm import RMSNorm
@@ -72,6 +74,12 @@ class MLA(nnx.Module):
         self.kv_a_layernorm = RMSNorm(s.kv_lora, LATENT_NORM_EPS)
         self.kv_b_proj = Linear(s.kv_lora, s.heads * (s.nope + s.v), axes=("heads", None))
         self.o_proj = Linear(s.heads * s.v, s.hidden, axes=("embed", "heads"), bias=s.bias)
+        self.prefix: Any = nnx.data(None)
+
+    @property
+    def prefix_width(self) -> int:
+        """Values of one prefix token: a latent past its norm and a shared key past its rotation."""
+        return self.sizes.kv_lora + self.sizes.rope
 
     def cache_shapes(self, batch: int, length: int) -> dict[str, tuple[int, ...]]:
         """Shapes of one layer's share of the cache: the latent and the shared rotary key."""
@@ -118,13 +126,11 @@ class MLA(nnx.Module):
         context: Context,
     ) -> jax.Array:
         """Attends with the keys and values of every head; [B, T, H, v]."""
-        s, (batch, t) = self.sizes, latent.shape[:2]
-        kv = self.kv_b_proj(latent, context.key_for("kv_b_proj"))
-        k_nope, v = jnp.split(kv.reshape(batch, t, s.heads, -1), [s.nope], axis=-1)
-        shared = jnp.broadcast_to(k_rope[:, :, None], (batch, t, s.heads, s.rope))
+        s = self.sizes
         q = jnp.concatenate([q_nope, q_rope], axis=-1)
-        k = checkpoint_name(jnp.concatenate([k_nope, shared], axis=-1), "k_proj")
-        v = checkpoint_name(v, "v_proj")
+        k, v = self._keys_values(latent, k_rope, context.key_for("kv_b_proj"))
+        k, v = checkpoint_name(k, "k_proj"), checkpoint_name(v, "v_proj")
+        prefix = self._prefix(context, latent.dtype)
         return attention(
             constrain(q, "batch", "sequence", "heads", None),
             constrain(k, "batch", None, "heads", None),
@@ -133,7 +139,25 @@ class MLA(nnx.Module):
             kv_segments=context.segment_ids,
             scale=s.scale,
             backend=context.backend,
+            prefix=None if prefix is None else self._keys_values(*prefix, None),
         )
+
+    def _keys_values(
+        self, latent: jax.Array, k_rope: jax.Array, key: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Expands latents [..., R] and shared keys to every head: [..., H, nope + rope], [… v]."""
+        s, lead = self.sizes, latent.shape[:-1]
+        kv = self.kv_b_proj(latent, key).reshape(*lead, s.heads, -1)
+        k_nope, v = jnp.split(kv, [s.nope], axis=-1)
+        shared = jnp.broadcast_to(k_rope[..., None, :], (*lead, s.heads, s.rope))
+        return jnp.concatenate([k_nope, shared], axis=-1), v
+
+    def _prefix(self, context: Context, dtype: DTypeLike) -> tuple[jax.Array, jax.Array] | None:
+        """Returns the trained latents [n, R] and shared rotary keys [n, rope]."""
+        if self.prefix is None:
+            return None
+        latent, k_rope = jnp.split(self.prefix(context.prefix), [self.sizes.kv_lora], axis=-1)
+        return latent.astype(dtype), k_rope.astype(dtype)
 
     def _absorbed(
         self,
@@ -149,14 +173,22 @@ class MLA(nnx.Module):
         to_key, to_value = jnp.split(weight.reshape(s.heads, -1, s.kv_lora), [s.nope], axis=1)
         precision = lax.Precision.HIGHEST if latent.dtype == jnp.float32 else None
         q_latent = jnp.einsum("bthn,hnr->bthr", q_nope, to_key, precision=precision)
+        k = jnp.concatenate([latent, k_rope], axis=-1)[:, :, None]
+        v = latent[:, :, None]
+        prefix, n = self._prefix(context, latent.dtype), 0
+        if prefix is not None:
+            n = prefix[0].shape[0]
+            k = join_prefix(jnp.concatenate(prefix, axis=-1)[:, None], k)
+            v = join_prefix(prefix[0][:, None], v)
         out = xla_attention(
             jnp.concatenate([q_latent, q_rope], axis=-1),
-            jnp.concatenate([latent, k_rope], axis=-1)[:, :, None],
-            latent[:, :, None],
+            k,
+            v,
             context.segment_ids,
             context.kv_segment_ids,
             context.cache_index,
             s.scale,
+            n,
         )
         out = jnp.einsum("bthr,hvr->bthv", out, to_value, precision=precision)
         if bias is None:

@@ -57,6 +57,11 @@ class Setup:
     optimizer: optax.GradientTransformation
     like: TrainState
 
+    @property
+    def reserved(self) -> int:
+        """Tokens at the head of each example that the method fills."""
+        return self.definition.module.model.reserved
+
     def train_step(self) -> Any:
         """Builds the jitted update; see `make_train_step`."""
         training, dropout = self.config.training, self.method.dropout > 0
@@ -81,7 +86,8 @@ class Setup:
 
     def batch_like(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Describes a training batch."""
-        shape = (self.config.training.batch_size, self.config.data.max_length)
+        length = self.config.data.max_length + self.reserved
+        shape = (self.config.training.batch_size, length)
         sharding = named_sharding(self.mesh, ("batch", "sequence"))
         return {
             name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for name in BATCH_ARRAYS
@@ -131,8 +137,15 @@ def set_up(
             raise JaxtuneError(
                 f"{count} {what} do not divide over {shares} devices (mesh.data × mesh.fsdp)"
             )
+    length = config.data.max_length + definition.module.model.reserved
+    if length % mesh.shape["sequence"]:
+        raise JaxtuneError(
+            f"rows of {length} tokens (data.max_length and virtual tokens) do not divide over "
+            f"mesh.sequence={mesh.shape['sequence']}"
+        )
     platform = mesh.devices.flat[0].platform
-    backend = choose_backend(config.model.attention, platform)
+    prefix = definition.module.model.prefix is not None
+    backend = choose_backend(config.model.attention, platform, prefix)
     options = ForwardOptions(jnp.dtype(training.dtype), backend, training.remat, platform)
     optimizer = make_optimizer(config, definition.abstract("trainable"))
     return Setup(

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxtune.adapters import Method, Stored, method_from_config, method_from_peft
 from jaxtune.adapters.census import census, render
+from jaxtune.adapters.method import is_adapterhub
 from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.assemble import assemble
 from jaxtune.checkpoints.orbax import Checkpoints
@@ -57,6 +58,8 @@ def train(config: Any, workdir: str | Path) -> RunDirectory:
         tokenizer = load_tokenizer(location)
         examples = training_examples(config, source, tokenizer)
         held_out = read_examples(config, config.data.eval, source, tokenizer)
+        if stored is None:
+            stored = method.start(tokenizer, lambda: source.read("model.embed_tokens.weight"))
         parts = assemble(
             source,
             config.training.dtype,
@@ -73,8 +76,10 @@ def train(config: Any, workdir: str | Path) -> RunDirectory:
         run.write_description(
             describe(
                 setup,
-                Split(examples, make_loader(config, examples)),
-                Split(held_out, held_out_batches(config, held_out)) if held_out else None,
+                Split(examples, make_loader(config, examples, setup.reserved)),
+                Split(held_out, held_out_batches(config, held_out, setup.reserved))
+                if held_out
+                else None,
             )
         )
         base, constants = parts.base, parts.constants
@@ -82,7 +87,7 @@ def train(config: Any, workdir: str | Path) -> RunDirectory:
             fit(
                 state=initial_state(parts.trainable, setup.optimizer, setup.like),
                 step=bind_step(setup, base, constants),
-                loader=make_loader(config, examples),
+                loader=make_loader(config, examples, setup.reserved),
                 evaluate=bind_evaluation(setup, base, constants, held_out),
                 save_adapter=_adapter_writer(setup, constants),
                 run=run,
@@ -95,7 +100,7 @@ def choose_method(config: Any) -> tuple[Method, Stored | None]:
     """Returns the method of a config, and the adapter to start from if it names one."""
     if not config.adapter.init_from:
         return method_from_config(config.adapter), None
-    stored = read_adapter(config.adapter.init_from)
+    stored = read_adapter(config.adapter.init_from, encoder=True)
     method = method_from_peft(stored)
     if method.name != config.adapter.method:
         raise JaxtuneError(
@@ -152,8 +157,8 @@ def read_examples(config: Any, path: str, source: TensorSource, tokenizer: Any) 
     return examples
 
 
-def make_loader(config: Any, examples: Examples) -> Loader:
-    """Makes the endless stream of training batches."""
+def make_loader(config: Any, examples: Examples, reserved: int = 0) -> Loader:
+    """Makes the endless stream of training batches; see `Loader` for what is reserved."""
     return Loader(
         examples,
         batch_size=config.training.batch_size,
@@ -161,16 +166,20 @@ def make_loader(config: Any, examples: Examples) -> Loader:
         packing=config.data.packing,
         shuffle=config.data.shuffle,
         seed=config.training.seed,
+        reserved=reserved,
     )
 
 
-def held_out_batches(config: Any, examples: Examples) -> Iterator[Mapping[str, Any]]:
+def held_out_batches(
+    config: Any, examples: Examples, reserved: int = 0
+) -> Iterator[Mapping[str, Any]]:
     """Returns the batches of one evaluation."""
     return eval_batches(
         examples,
         batch_size=config.evaluation.batch_size,
         length=config.data.max_length,
         packing=config.data.packing,
+        reserved=reserved,
     )
 
 
@@ -196,7 +205,7 @@ def bind_evaluation(
 
     def evaluate(trainable: Tree) -> dict[str, Any]:
         total = None
-        for batch in held_out_batches(setup.config, examples):
+        for batch in held_out_batches(setup.config, examples, setup.reserved):
             sums = jax.device_get(compiled(trainable, base, constants, setup.put_batch(batch)))
             # Sums over a whole set in float64.
             sums = jax.tree.map(np.float64, sums)
@@ -224,7 +233,8 @@ def _adapter_writer(setup: Setup, constants: Tree) -> Callable[[Tree, Path], Any
 
     def write(trainable: Tree, directory: Path) -> None:
         stored = setup.method.store(setup.definition, trainable, constants)
-        stored.config["base_model_name_or_path"] = setup.config.model.path
+        base = "model_name" if is_adapterhub(stored.config) else "base_model_name_or_path"
+        stored.config[base] = setup.config.model.path
         write_adapter_files(directory, stored)
 
     return write

@@ -208,3 +208,28 @@ def test_rows_too_short_and_no_examples_are_refused():
         eval_batches(examples, batch_size=2, length=longest - 1, packing=True)
     with pytest.raises(JaxtuneError, match="no examples"):
         loader(Examples([], [], []))
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_room_is_reserved_at_the_head_of_every_example(packing):
+    examples, reserved = make(17), 5
+    settings = {"packing": packing, "reserved": reserved}
+    batches = list(eval_batches(examples, batch_size=3, length=LENGTH, **settings))
+    stream = take(loader(examples, shuffle=False, **settings), 1)
+    for batch in (*batches, *stream):
+        assert batch["tokens"].shape == (3, LENGTH + reserved)
+        heads = (batch["positions"] < reserved) & (batch["segment_ids"] != 0)
+        assert np.all(batch["tokens"][heads] == 0)
+        assert np.all(batch["targets"][heads] == IGNORE)
+    found = contents(batches)
+    assert all(not any(tokens[:reserved]) for tokens, _ in found)
+    without = [(tokens[reserved:], targets[reserved:]) for tokens, targets in found]
+    assert sorted(without) == sorted(expected(examples))
+
+
+def test_the_length_of_an_example_is_that_of_its_text():
+    examples = make(3)
+    longest = max(map(len, examples.tokens))
+    list(eval_batches(examples, batch_size=2, length=longest, packing=True, reserved=9))
+    with pytest.raises(JaxtuneError, match=f"do not fit a row of {longest - 1}"):
+        eval_batches(examples, batch_size=2, length=longest - 1, packing=True, reserved=9)

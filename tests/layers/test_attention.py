@@ -70,6 +70,39 @@ def test_agrees_with_torch_on_packed_rows(backend, heads, kv_heads):
         np.testing.assert_allclose(mine, theirs, **TOLERANCE)
 
 
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (3, 1)])
+@pytest.mark.parametrize("backend", ["xla", "blockwise"])
+def test_every_segment_sees_a_prefix_and_padding_does_not(backend, heads, kv_heads):
+    t, n, dim = 300, 7, 16
+    segments = packed_rows(t)
+    q, k, v, g = drawn(t, heads, kv_heads, dim)
+    prefix = np.random.default_rng(1).standard_normal((2, n, kv_heads, dim)).astype(np.float32)
+
+    def ours(q, prefix):
+        options = {"q_segments": segments, "kv_segments": segments, "scale": dim**-0.5}
+        return attention(q, k, v, **options, backend=backend, prefix=(prefix[0], prefix[1]))
+
+    out, pullback = jax.vjp(ours, jnp.asarray(q), jnp.asarray(prefix))
+    seen = (segments != 0)[..., None, None]
+    d_q, d_prefix = pullback(jnp.asarray(np.where(seen, g, 0)))
+    mask = np.tril(np.ones((t, t), bool)) & (segments[:, :, None] == segments[:, None, :])
+    mask = np.concatenate([np.repeat((segments != 0)[..., None], n, axis=2), mask], axis=2)
+    q_, prefix_ = (torch.tensor(x, requires_grad=True) for x in (q, prefix))
+    joined = (
+        torch.cat([p[None].expand(2, -1, -1, -1), torch.tensor(x)], dim=1).transpose(1, 2)
+        for p, x in zip(prefix_, (k, v), strict=True)
+    )
+    theirs = torch.nn.functional.scaled_dot_product_attention(
+        q_.transpose(1, 2), *joined, attn_mask=torch.tensor(mask[:, None]), enable_gqa=True
+    ).transpose(1, 2)
+    theirs.backward(torch.tensor(np.where(seen, g, 0)))
+    expected = np.where(seen, theirs.detach().numpy(), 0)
+    np.testing.assert_allclose(np.where(seen, out, 0), expected, **TOLERANCE)
+    np.testing.assert_allclose(d_q, q_.grad.numpy(), **TOLERANCE)
+    # Each value of a prefix sums over every token that sees it.
+    np.testing.assert_allclose(d_prefix, prefix_.grad.numpy(), rtol=1e-4, atol=2e-4)
+
+
 def test_splash_kernel_agrees_with_torch():
     t, dim = 130, 64  # padded to two tiles
     segments = packed_rows(t)
@@ -200,6 +233,10 @@ def test_the_platform_decides_and_a_wrong_choice_is_an_error():
     assert choose_backend("auto", "gpu") == "cudnn"
     assert choose_backend("auto", "anything else") == "blockwise"
     assert choose_backend("blockwise", "tpu") == "blockwise"
+    assert choose_backend("auto", "tpu", prefix=True) == "blockwise"
+    assert choose_backend("auto", "cpu", prefix=True) == "xla"
+    with pytest.raises(JaxtuneError, match='takes no prefix of keys and values; "blockwise" does'):
+        choose_backend("splash", "tpu", prefix=True)
     with pytest.raises(JaxtuneError, match=r'model\.attention="splash" runs on tpu, not on cpu'):
         choose_backend("splash", "cpu")
     with pytest.raises(JaxtuneError, match='did you mean "splash"'):

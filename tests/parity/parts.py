@@ -23,10 +23,14 @@ def load_parts(directory: Path, method: Method) -> Assembled:
     )
 
 
-def as_batch(rows: Sequence[Example], batch_size: int, length: int, *, packing: bool) -> Batch:
+def as_batch(
+    rows: Sequence[Example], batch_size: int, length: int, *, packing: bool, reserved: int = 0
+) -> Batch:
     """Makes one batch of all rows, as the loader does; int32[batch_size, length] each."""
     tokens = [np.asarray(row.input_ids, np.int32) for row in rows]
     targets = [np.asarray([*row.labels[1:], IGNORE], np.int32) for row in rows]
     examples = Examples(tokens, targets, [f"rows:{i}" for i in range(len(rows))])
-    (batch,) = eval_batches(examples, batch_size=batch_size, length=length, packing=packing)
+    (batch,) = eval_batches(
+        examples, batch_size=batch_size, length=length, packing=packing, reserved=reserved
+    )
     return batch
