@@ -14,8 +14,8 @@ from jaxtune.checkpoints.source import TensorSource
 from jaxtune.errors import JaxtuneError
 from jaxtune.quant import Format
 
-# Values that are in float32 at one time: 8 MiB of them, whatever the size of the tensor.
-CHUNK = 2 * 2**20
+# Values that are in float32 at one time: 2 MiB of them, or 128 rows.
+CHUNK = 2**19
 ROWS = 128  # of a block of an fp8 checkpoint, which is read by whole blocks
 
 

@@ -1,4 +1,4 @@
-"""Host memory and speed of streaming a block-scaled fp8 checkpoint to bfloat16.
+"""Host memory and speed of streaming a block-scaled fp8 checkpoint to bfloat16 and to 4 bits.
 
 Run as a program, this file is the process that is measured.
 """
@@ -64,34 +64,38 @@ def tensors(config):
             yield name + "_scale_inv", "F32", [-(-size // 128) for size in shape]
 
 
-def write_checkpoint(directory):
+def write_checkpoint(directory, config):
     """Writes a checkpoint that holds ones, a tensor at a time; returns its directory."""
     directory.mkdir()
     header, start = {}, 0
-    for name, dtype, shape in tensors(CONFIG):
+    for name, dtype, shape in tensors(config):
         end = start + math.prod(shape) * len(ONE[dtype])
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
         start = end
     text = json.dumps(header).encode()
     with (directory / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for _, dtype, shape in tensors(CONFIG):
+        for _, dtype, shape in tensors(config):
             file.write(ONE[dtype] * math.prod(shape))
     settings = {"quantization_config": SETTINGS}
-    (directory / "config.json").write_text(json.dumps(CONFIG | settings))
+    (directory / "config.json").write_text(json.dumps(config | settings))
     return directory
 
 
-def work(directory):
+def work(directory, form):
     from jaxtune.adapters.define import define
     from jaxtune.checkpoints import huggingface
+    from jaxtune.config import resolve
     from jaxtune.parallel.mesh import single_device_mesh
+
+    section = resolve({"quantize": {"format": form}}).quantize
 
     def load(path):
         source = huggingface.open_source(path)
         reads, read = [], source.read
-        source.read = lambda name: (reads.append(name), read(name))[1]
-        definition = define(source.config, "bfloat16")
+        source.read = lambda name, *rows: (reads.append(name), read(name, *rows))[1]
+        quantization = huggingface.choose_quantization(section, source.config)
+        definition = define(source.config, "bfloat16", quantization=quantization)
         tree, _ = huggingface.load(definition, source, single_device_mesh(), progress=False)
         return tree, len(reads)
 
@@ -116,10 +120,10 @@ def seconds_to_read(path):
 
 @pytest.mark.slow
 def test_streaming_takes_two_dequantized_tensors_beyond_the_model(tmp_path):
-    directory = write_checkpoint(tmp_path / "fp8")
+    directory = write_checkpoint(tmp_path / "fp8", CONFIG)
     sizes = [math.prod(shape) for _, shape in shapes(CONFIG)]
     largest = 4 * max(math.prod(s) for _, kind, s in tensors(CONFIG) if kind == "F8_E4M3")
-    measured = measure(directory, program=__file__)
+    measured = measure(directory, "", program=__file__)
     file = directory / "model.safetensors"
     megabytes, plain = file.stat().st_size / 1e6, seconds_to_read(file)
     resident = 2 * sum(sizes)
@@ -130,6 +134,32 @@ def test_streaming_takes_two_dequantized_tensors_beyond_the_model(tmp_path):
     )
     assert megabytes > 650
     assert measured.reads == len(sizes)
+    assert measured.peak > resident  # or it measured something else
+    assert measured.peak - resident <= 2 * largest + SLACK
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["nf4", "int4", "fp8"])
+def test_quantizing_takes_two_tensors_of_the_file_beyond_the_quantized_model(tmp_path, form):
+    from jaxtune.adapters.define import define
+    from jaxtune.config import resolve
+    from jaxtune.quant import quantization_from_config
+
+    config = CONFIG | {"n_routed_experts": 124}
+    directory = write_checkpoint(tmp_path / "fp8", config)
+    largest = max(math.prod(shape) * len(ONE[kind]) for _, kind, shape in tensors(config))
+    measured = measure(directory, form, program=__file__)
+    file = directory / "model.safetensors"
+    megabytes, plain = file.stat().st_size / 1e6, seconds_to_read(file)
+    quantization = quantization_from_config(resolve({"quantize": {"format": form}}).quantize)
+    definition = define(config, "bfloat16", quantization=quantization)
+    resident = sum(leaf.nbytes for leaf in definition.leaves.values())
+    print(
+        f"\n{megabytes:.0f} MB of fp8 to {form}: {megabytes / measured.seconds:.0f} MB/s; plain "
+        f"reading: {megabytes / plain:.0f} MB/s; {(measured.peak - resident) / 2**20:.0f} MiB "
+        f"beyond the model's {resident / 2**20:.0f}, the largest tensor {largest / 2**20:.0f}"
+    )
+    assert megabytes > 1900
     assert measured.peak > resident  # or it measured something else
     assert measured.peak - resident <= 2 * largest + SLACK
 
