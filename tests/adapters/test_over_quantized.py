@@ -69,8 +69,7 @@ ELSEWHERE = {"llama": {"q_b_proj"}, "deepseek_v3": {"q_proj"}}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["nf4", "int8"])
-@pytest.mark.parametrize("kind", ["llama", "deepseek_v3"])
+@pytest.mark.parametrize(("kind", "form"), [("deepseek_v3", "nf4"), ("llama", "int8")])
 @pytest.mark.parametrize("name", METHODS)
 def test_it_trains_over_a_quantized_base(tiny, rows, tmp_path, name, kind, form):
     adapter = dict(METHODS[name])
