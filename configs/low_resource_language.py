@@ -1,0 +1,40 @@
+"""LoRA for a language that the base model has seen little of; the sample is Swahili.
+
+  jaxtune train --config configs/low_resource_language.py --config.data.train=mine.jsonl \
+      --workdir runs/low_resource_language
+
+What it takes of each device:
+
+  jaxtune plan --config configs/low_resource_language.py --topology v5e:1x1
+
+A language touches everything, so all projections are adapted, at a high rank with the scale of
+rsLoRA. Mix in English or Chinese rows, or the model loses some of both. Expect fluency well before
+facts.
+"""
+
+from pathlib import Path
+
+import ml_collections
+
+from jaxtune import config
+
+DATA = Path(__file__).resolve().parent / "data"
+EPOCHS = 2
+ROWS = 8000  # rows that the data set packs into: change it with data.train
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the config of the recipe."""
+    c = config.default()
+    c.model.path = "deepseek-ai/deepseek-llm-7b-chat"
+    c.data.train = str(DATA / "low_resource_language.jsonl")
+    c.adapter.rank = 32
+    c.adapter.alpha = 32.0
+    c.adapter.rslora = True
+    c.adapter.targets = ("all-linear",)
+    c.training.batch_size = 16
+    c.training.accumulation = 8
+    c.optimizer.learning_rate = 1e-4
+    c.optimizer.warmup_steps = 100
+    c.training.steps = EPOCHS * ROWS // c.training.batch_size
+    return c

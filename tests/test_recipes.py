@@ -1,0 +1,187 @@
+"""The ready configs: what the guide asks of them, and that they run."""
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import pytest
+
+import jaxtune
+from jaxtune.config import load_file, resolve
+from jaxtune.training.setup import set_up
+from jaxtune.training.train import choose_method
+
+ROOT = Path(__file__).parents[1]
+MODELS = Path(__file__).parent / "models" / "configs"
+RECIPES = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "quickstart")
+ONE_DEVICE = ["mesh.data=1", "mesh.fsdp=1", "mesh.expert=1"]
+# The config.json of each checkpoint that a recipe trains.
+CHECKPOINTS = {
+    "deepseek-ai/deepseek-llm-7b-chat": "deepseek-llm-7b",
+    "deepseek-ai/deepseek-coder-6.7b-instruct": "deepseek-coder-6.7b",
+    "deepseek-ai/DeepSeek-V2-Lite-Chat": "deepseek-v2-lite",
+    "deepseek-ai/DeepSeek-V3": "deepseek-v3",
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": "deepseek-r1-distill-qwen-7b",
+    "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": "deepseek-r1-distill-llama-8b",
+}
+# What the guide says of its recipes.
+GUIDE = {
+    "domain_expert": {
+        "adapter.method": "lora",
+        "adapter.rank": 16,
+        "adapter.targets": ("q_proj", "k_proj", "v_proj", "o_proj"),
+        "optimizer.learning_rate": 1e-4,
+    },
+    "dialogue": {
+        "adapter.method": "lora",
+        "adapter.rank": 8,
+        "adapter.alpha": 32.0,
+        "training.remat": "full",
+    },
+    "low_resource": {
+        "adapter.method": "lora",
+        "adapter.rank": 4,
+        "adapter.alpha": 8.0,
+        "quantize.format": "nf4",
+        "training.accumulation": 16,
+    },
+    "full": {
+        "adapter.method": "full",
+        "optimizer.learning_rate": 2e-5,
+        "optimizer.warmup_steps": 100,
+        "training.batch_size": 4 * 8,
+        "training.accumulation": 8,
+    },
+}
+EPOCHS = {"dialogue": (1, 2), "full": (3, 3)}
+
+
+def file_of(name):
+    return ROOT / "configs" / f"{name}.py"
+
+
+def read(name, overrides=()):
+    return resolve(load_file(file_of(name)), overrides)
+
+
+def model_config(config):
+    return json.loads((MODELS / f"{CHECKPOINTS[config.model.path]}.json").read_text())
+
+
+def settings_of(name, *keys):
+    """Returns the numbers that a config file names at its head, such as EPOCHS."""
+    text = file_of(name).read_text()
+    return [int(re.search(rf"^{key} = (\d+)", text, re.MULTILINE)[1]) for key in keys]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_model_can_be_set_up_with_it(name):
+    config = read(name, ONE_DEVICE)
+    method, _ = choose_method(config)
+    setup = set_up(config, model_config(config), method, jax.devices()[:1])
+    assert jax.tree.leaves(setup.like.trainable)
+    formats = {leaf.format.name for leaf in setup.definition.leaves.values() if leaf.format}
+    assert formats == ({config.quantize.format} if config.quantize.format else set())
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_its_data_and_its_commands_are_there(name):
+    config = read(name)
+    for path in filter(None, (config.data.train, config.data.eval)):
+        assert Path(path).parent == ROOT / "configs" / "data"
+        assert len(Path(path).read_text(encoding="utf-8").splitlines()) >= 4
+    head = file_of(name).read_text().split('"""')[1]
+    assert f"jaxtune train --config configs/{name}.py" in head
+    assert f"jaxtune plan --config configs/{name}.py" in head
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_its_steps_are_its_epochs(name):
+    config = read(name)
+    epochs, rows = settings_of(name, "EPOCHS", "ROWS")
+    assert config.training.steps == epochs * rows // config.training.batch_size
+    assert config.optimizer.warmup_steps < config.training.steps / 2
+    least, most = EPOCHS.get(name, (1, 5))
+    assert least <= epochs <= most
+
+
+@pytest.mark.parametrize("name", GUIDE)
+def test_it_has_the_numbers_of_the_guide(name):
+    config = read(name).to_dict()
+    for key, wanted in GUIDE[name].items():
+        section, knob = key.split(".")
+        assert config[section][knob] == wanted, key
+
+
+def test_small_data_is_held_back():
+    small, usual = read("small_data"), read("domain_expert")
+    assert small.adapter.rank < usual.adapter.rank
+    assert small.adapter.dropout > usual.adapter.dropout > 0
+    assert small.optimizer.weight_decay > 0
+
+
+def test_every_config_is_in_the_table():
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| \[(\w+)\]\(\.\./configs/(\w+)\.py\) \|(.*)$", text, re.MULTILINE)
+    assert sorted(name for name, _, _ in listed) == RECIPES
+    for name, file, row in listed:
+        config = read(name)
+        assert file == name
+        assert f"[{Path(config.data.train).name}](../configs/data/" in row
+        assert CHECKPOINTS[config.model.path].lower() in row.lower()
+
+
+@pytest.fixture(scope="module")
+def tiny_checkpoint(tiny, tiny_chat, tmp_path_factory):
+    """Makes a tiny model of a recipe's family, with the tokenizer of `tiny_chat`."""
+
+    def make(config):
+        real = model_config(config)
+        family = real["model_type"]
+        changes = {"max_position_embeddings": 4096}
+        if family.startswith("deepseek"):
+            mixture = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2}
+            latent = {"kv_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16}
+            changes |= (
+                mixture
+                | latent
+                | {
+                    "q_lora_rank": 40 if real["q_lora_rank"] else None,
+                    "v_head_dim": 16,
+                    "topk_group": 1,
+                    "moe_intermediate_size": 32,
+                    "first_k_dense_replace": 1,
+                    "num_key_value_heads": 4,
+                    "head_dim": 8,
+                }
+            )
+        directory = tmp_path_factory.mktemp("recipe") / "model"
+        vocabulary = json.loads((tiny_chat / "config.json").read_text())["vocab_size"]
+        shutil.copytree(tiny(family, vocab_size=vocabulary, **changes), directory)
+        for file in tiny_chat.iterdir():
+            if "token" in file.name or file.suffix == ".jinja":
+                shutil.copy(file, directory)
+        return directory
+
+    return make
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_it_trains_on_its_data(name, tiny_checkpoint, tmp_path):
+    config = read(name, ONE_DEVICE)
+    overrides = [
+        *ONE_DEVICE,
+        f"model.path={tiny_checkpoint(config)}",
+        "data.max_length=2048",  # a token is a byte here
+        "training.steps=3",
+        "optimizer.warmup_steps=0",
+    ]
+    run = jaxtune.train(read(name, overrides), tmp_path / "run")
+    losses = [line["loss"] for line in run.metrics()]
+    assert len(losses) == 3 and all(math.isfinite(loss) for loss in losses)
+    # Which examples share a batch, and dropout, move the loss by less than this.
+    assert losses[-1] < losses[0] + 0.1
