@@ -1,5 +1,6 @@
 """What every weight format has to do, and what each promises of its error."""
 
+import bitsandbytes  # noqa: F401 – registers its operators with torch
 import jax
 import jax.numpy as jnp
 import ml_dtypes
