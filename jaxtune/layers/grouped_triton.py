@@ -136,7 +136,8 @@ def multiply(
             w = _load(weight, chosen, *place).astype(x.dtype)
             return total + product(_load(x, mine, summed), w, axis)
 
-        steps = jnp.where(index < tiles[0], pl.cdiv(contracted, depth), 0)
+        # Not a choice between two literals, which Pallas gives another integer type than the loop.
+        steps = pl.cdiv(contracted, depth) * (index < tiles[0]).astype(jnp.int32)
         total = lax.fori_loop(0, steps, add, jnp.zeros((tile, width), jnp.float32))
         _store(y, total, mine, columns)
 

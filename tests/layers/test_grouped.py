@@ -8,37 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grouping import BFLOAT16, EXPERTS, FLOAT32, IN, OUT, ours, relative, routes
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxtune.layers import grouped_pallas, grouped_triton
-from jaxtune.layers.grouped import MAX_TILE, choose_kernel, group, grouped_linear, tile_size
-
-EXPERTS, IN, OUT = 6, 20, 12
-# Sums of some tens of float32 products in another order.
-FLOAT32 = 2e-6
-# The result of a bfloat16 product is rounded once, to 8 bits.
-BFLOAT16 = 2.0**-7
-
-
-def routes(kind, rows, experts=EXPERTS):
-    """Returns the expert of each row."""
-    rng = np.random.default_rng(0)
-    chosen = {
-        "even": range(experts),
-        "random": rng.integers(0, experts, rows),
-        "one-takes-all": [experts // 3],
-        "the-last-takes-all": [experts - 1],
-        "the-first-is-empty": range(1, experts),
-        "most-are-empty": [1, experts - 2],
-    }[kind]
-    return np.resize(chosen, rows).astype(np.int32)
-
-
-def ours(x, weight, expert, kernel="loop"):
-    """Multiplies each row with the weight of its expert: [N, in] → float32 [N, out]."""
-    groups = group(expert, weight.shape[0], kernel)
-    padded = jnp.pad(x, ((0, 1), (0, 0)))[groups.source]
-    return grouped_linear(padded, weight, groups, weight.shape[1])[groups.slot]
+from jaxtune.layers import grouped_pallas
+from jaxtune.layers.grouped import MAX_TILE, group, grouped_linear, tile_size
+from jaxtune.quant.int8 import Int8
+from jaxtune.quant.weight import QuantizedWeight
 
 
 def dense(x, weight, expert):
@@ -51,11 +27,6 @@ def dense(x, weight, expert):
         one_hot,
         precision="highest",
     )
-
-
-def relative(value, expected):
-    value, expected = np.asarray(value, np.float64), np.asarray(expected, np.float64)
-    return np.max(np.abs(value - expected)) / np.max(np.abs(expected))
 
 
 @pytest.mark.parametrize(
@@ -130,119 +101,24 @@ def test_the_kernels_of_a_tpu_do_what_the_loop_does(kind, dtype, rows, monkeypat
         assert relative(value, other) <= (FLOAT32 if value.dtype == jnp.float32 else BFLOAT16)
 
 
-@pytest.mark.parametrize(
-    ("kind", "x_dtype", "dtype", "rows", "out", "features"),
-    [
-        ("random", jnp.float32, jnp.float32, 1, 136, 200),
-        ("random", jnp.float32, jnp.float32, 768, 136, 200),
-        ("random", jnp.bfloat16, jnp.bfloat16, 768, 136, 200),
-        ("one-takes-all", jnp.bfloat16, jnp.bfloat16, 768, 128, 256),  # no block reaches beyond
-        ("most-are-empty", jnp.float32, jnp.float32, 61, 128, 256),
-        ("the-last-takes-all", jnp.float32, jnp.float32, 61, 136, 200),
-        ("the-first-is-empty", jnp.bfloat16, jnp.bfloat16, 61, 136, 200),
-        ("random", jnp.bfloat16, jnp.float32, 300, 136, 8),  # a factor of LoRA
-        ("random", jnp.bfloat16, jnp.float32, 300, 8, 200),
-    ],
-)
-def test_the_kernels_of_a_gpu_do_what_the_loop_does(
-    kind, x_dtype, dtype, rows, out, features, monkeypatch
-):
-    monkeypatch.setattr(grouped_triton, "INTERPRET", True)  # what nothing has written is NaN
-    keys = jax.random.split(jax.random.key(0), 3)
-    x = jax.random.normal(keys[0], (rows, features)).astype(x_dtype)
-    weight = jax.random.normal(keys[1], (EXPERTS, out, features)).astype(dtype)
-    g = jax.random.normal(keys[2], (rows, out)).astype(x_dtype).astype(jnp.float32)
-    expert = jnp.asarray(routes(kind, rows))
-
-    def results(kernel):
-        y, pull = jax.vjp(lambda x, weight: ours(x, weight, expert, kernel), x, weight)
-        return y, *pull(g)
-
-    expected = jax.jit(lambda: results("loop"))()
-    values = jax.jit(lambda: results("triton"))()
-    for value, other in zip(values, expected, strict=True):
-        assert value.dtype == other.dtype
-        assert relative(value, other) <= (FLOAT32 if value.dtype == jnp.float32 else BFLOAT16)
-
-
-def test_rows_that_the_kernel_of_a_gpu_has_no_tile_for_are_zero(monkeypatch):
-    monkeypatch.setattr(grouped_triton, "INTERPRET", True)
-    groups = group(jnp.asarray(routes("one-takes-all", 61)), EXPERTS, "triton")
-    x = jnp.ones((groups.source.shape[0], IN))
-    y = grouped_linear(x, jnp.ones((EXPERTS, OUT, IN)), groups, OUT)
-    computed = int(groups.tiles) * groups.tile
-    assert computed < y.shape[0]
-    assert (np.asarray(y[:computed]) == IN).all()
-    assert not np.any(y[computed:])
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize(("out", "features"), [(1408, 2048), (136, 200), (8, 2048)])
-def test_a_gpu_gets_one_kernel_for_each_product(dtype, out, features):
-    def total(x, weight, expert):
-        return jnp.sum(jnp.sin(ours(x, weight, expert, "triton")))
-
-    def kernels(arguments):
-        traced = jax.jit(jax.grad(total, arguments)).trace(
-            jax.ShapeDtypeStruct((4096, features), dtype),
-            jax.ShapeDtypeStruct((64, out, features), dtype),
-            jax.ShapeDtypeStruct((4096,), jnp.int32),
-        )
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
-        assert "stablehlo.while" not in text.split("func.func private")[0]
-        return text.count("__gpu$xla.gpu.triton")
-
-    assert kernels(0) == 2  # y and dx
-    assert kernels((0, 1)) == 3  # and dw
-
-
-def test_old_and_other_gpus_get_the_loop():
-    assert grouped_triton.what_lacks("8.0") is None
-    assert grouped_triton.what_lacks("12.0") is None
-    assert "compute capability 7.5" in str(grouped_triton.what_lacks("7.5"))
-    assert "gfx942" in str(grouped_triton.what_lacks("gfx942"))
-    assert "None" in str(grouped_triton.what_lacks(None))
-
-
-def test_the_platform_and_the_mesh_choose_the_kernel(caplog):
-    chosen = {name: choose_kernel(name) for name in ("cpu", "tpu", "gpu", "rocm")}
-    assert chosen == {"cpu": "loop", "tpu": "pallas", "gpu": "triton", "rocm": "loop"}
-    assert not caplog.records
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ("data",))):
-        assert [choose_kernel("gpu") for _ in range(2)] == ["loop", "loop"]
-    assert [record.message for record in caplog.records] == [
-        "routed experts: a loop in place of the gpu kernel, as the mesh has 2 devices"
-    ]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class Scaled:
-    """Eight-bit weights with a scale for each row."""
-
-    values: jax.Array
-    scales: jax.Array
-
-    def dequantize(self, dtype):
-        return self.values.astype(dtype) * self.scales.astype(dtype)
-
-
 @pytest.mark.parametrize("kernel", ["loop", "pallas", "triton"])
-def test_a_quantized_stack_is_never_dequantized_whole(kernel, monkeypatch):
-    monkeypatch.setattr(grouped_triton, "INTERPRET", True)
+def test_a_quantized_stack_is_never_dequantized_whole(kernel):
     keys = jax.random.split(jax.random.key(2), 3)
-    values = jax.random.randint(keys[0], (EXPERTS, OUT, IN), -127, 128, jnp.int8)
-    weight = Scaled(values, jax.random.normal(keys[1], (EXPERTS, OUT, 1)))
+    parts = {
+        "codes": jax.random.randint(keys[0], (EXPERTS, OUT, IN), -127, 128, jnp.int8),
+        "absmax": jnp.abs(jax.random.normal(keys[1], (EXPERTS, OUT))),
+    }
+    weight = QuantizedWeight(parts, Int8(), (OUT, IN), (None, None))
     x, expert = jax.random.normal(keys[2], (61, IN)), jnp.asarray(routes("random", 61))
     groups = group(expert, EXPERTS, kernel)
     padded = jnp.pad(x, ((0, 1), (0, 0)))[groups.source]
 
-    def total(padded, multiplied):
+    def total(padded, multiplied, groups=groups):
         return jnp.sum(jnp.sin(grouped_linear(padded, multiplied, groups, OUT)[groups.slot]))
 
     compiled = jax.jit(jax.grad(total)).lower(padded, weight).compile()
-    with pltpu.force_tpu_interpret_mode():
-        expected = jax.grad(total)(padded, weight.dequantize(jnp.float32))
+    by_loop = dataclasses.replace(groups, kernel="loop")
+    expected = jax.grad(total)(padded, weight.dequantize(jnp.float32), by_loop)
     assert relative(compiled(padded, weight), expected) <= FLOAT32
     assert f"f32[{EXPERTS},{OUT},{IN}]" not in compiled.as_text()
 
