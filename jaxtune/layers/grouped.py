@@ -4,8 +4,9 @@ Rows are sorted by expert and each expert's share is padded to a multiple of a t
 meets one weight. The products walk over the tiles that hold rows: the cost grows with the number of
 rows, whatever the number of experts, and nothing is dropped.
 
-The walk is a loop that any platform can compile, or the kernels of `grouped_pallas` on a TPU. The
-loop turns a quantized weight into an array one expert at a time, so that it never holds a stack.
+The walk is a loop that any platform can compile, or the kernels of `grouped_pallas` on a TPU and
+of `grouped_triton` on an NVIDIA GPU. The loop turns a quantized weight into an array one expert at
+a time, so that it never holds a stack.
 
 N rows routed, P padded rows, E experts.
 """
@@ -14,19 +15,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
-from jaxtune.layers import grouped_pallas
+from jaxtune.layers import grouped_pallas, grouped_triton
 from jaxtune.layers.linear import is_trained, outer, plain_values, product
 from jaxtune.quant import materialize
 
+logger = logging.getLogger(__name__)
+
 MAX_TILE = 128
-# Rows of the smallest tile: a TPU lays bfloat16 out in tiles of 16 rows.
-MIN_TILE = {"loop": 8, "pallas": 16}
+# Rows of the smallest tile: a TPU lays bfloat16 out in tiles of 16 rows, and the tensor cores of a
+# GPU multiply 16 at a time.
+MIN_TILE = {"loop": 8, "pallas": 16, "triton": 16}
 
 
 @functools.partial(
@@ -44,7 +50,7 @@ class Groups:
       tile_expert: int32[P / tile].
       tiles: int32 scalar, how many tiles hold rows: at most ⌈N / tile⌉ + E.
       tile: rows per tile.
-      kernel: what multiplies plain weights: "loop" or "pallas".
+      kernel: what multiplies plain weights: "loop", "pallas" (TPU) or "triton" (GPU).
     """
 
     source: jax.Array
@@ -55,12 +61,36 @@ class Groups:
     kernel: str
 
 
+@functools.cache
+def _log_once(message: str) -> None:
+    logger.warning(message)
+
+
 def choose_kernel(platform: str) -> str:
-    """Returns what multiplies best on a platform, with the mesh in context."""
+    """Returns what multiplies best on a platform, with the mesh in context.
+
+    What keeps an accelerator from its kernels is logged once.
+    """
+    kernel = {"tpu": "pallas", "gpu": "triton", "cuda": "triton"}.get(platform, "loop")
     mesh = jax.sharding.get_abstract_mesh()
+    if kernel == "loop":
+        return kernel
     # A kernel is not partitioned by the compiler, a loop is.
-    alone = mesh.empty or mesh.size == 1
-    return "pallas" if platform == "tpu" and alone else "loop"
+    lacking = None if mesh.empty or mesh.size == 1 else f"the mesh has {mesh.size} devices"
+    if lacking is None and kernel == "triton":
+        lacking = _gpu_lacks()
+    if lacking is None:
+        return kernel
+    _log_once(f"routed experts: a loop in place of the {platform} kernel, as {lacking}")
+    return "loop"
+
+
+def _gpu_lacks() -> str | None:
+    try:
+        device = jax.local_devices(backend="gpu")[0]
+    except RuntimeError:  # compiled for described GPUs, which Pallas takes for Hopper
+        return grouped_triton.what_lacks("9.0")
+    return grouped_triton.what_lacks(getattr(device, "compute_capability", None))
 
 
 def tile_size(rows: int, experts: int, kernel: str = "loop") -> int:
@@ -113,11 +143,15 @@ def _take(weight: Any, expert: jax.Array, dtype: Any) -> jax.Array:
     return materialize(jax.tree.map(one, weight), dtype)
 
 
-def _multiply(x: jax.Array, weight: Any, groups: Groups, axis: int, features: int) -> jax.Array:
-    """Contracts the last axis of x [P, …] with an axis of each tile's weight, in float32."""
-    tile = groups.tile
+def _multiply(
+    x: jax.Array, weight: Any, groups: Groups, axis: int, features: int, dtype: DTypeLike
+) -> jax.Array:
+    """Contracts the last axis of x [P, …] with an axis of each tile's weight; sums in float32."""
+    tile, where = groups.tile, (groups.tile_expert, groups.tiles)
+    if groups.kernel == "triton" and isinstance(weight, jax.Array):
+        return grouped_triton.multiply(x, weight, *where, axis, dtype)
     if groups.kernel == "pallas" and isinstance(weight, jax.Array):
-        return grouped_pallas.multiply(x, weight, groups.tile_expert, groups.tiles, axis)
+        return grouped_pallas.multiply(x, weight, *where, axis).astype(dtype)
 
     def one_tile(index: jax.Array, y: jax.Array) -> jax.Array:
         rows = lax.dynamic_slice_in_dim(x, index * tile, tile)
@@ -125,7 +159,7 @@ def _multiply(x: jax.Array, weight: Any, groups: Groups, axis: int, features: in
         return lax.dynamic_update_slice_in_dim(y, product(rows, w, axis), index * tile, 0)
 
     y = jnp.zeros((x.shape[0], features), jnp.float32)
-    return lax.fori_loop(0, groups.tiles, one_tile, y)
+    return lax.fori_loop(0, groups.tiles, one_tile, y).astype(dtype)
 
 
 def grouped_linear(x: jax.Array, weight: Any, groups: Groups, features: int) -> jax.Array:
@@ -144,31 +178,33 @@ def grouped_linear(x: jax.Array, weight: Any, groups: Groups, features: int) -> 
 
 
 def _primal(x: jax.Array, weight: Any, groups: Groups, features: int) -> jax.Array:
-    return _multiply(x, weight, groups, 1, features)
+    return _multiply(x, weight, groups, 1, features, jnp.float32)
 
 
 def _forward(x: Any, weight: Any, groups: Any, features: int) -> tuple[jax.Array, Any]:
     trained = is_trained(weight)
     x, weight, groups = plain_values((x, weight, groups))
     like = jnp.zeros((0, x.shape[1]), x.dtype)
-    y = _multiply(x, weight, groups, 1, features)
+    y = _multiply(x, weight, groups, 1, features, jnp.float32)
     return y, (x if trained else None, weight, groups, like)
 
 
 def _backward(features: int, residuals: Any, g: jax.Array) -> Any:
     x, weight, groups, like = residuals
     g = g.astype(like.dtype)
-    dx = _multiply(g, weight, groups, 0, like.shape[1]).astype(like.dtype)
+    dx = _multiply(g, weight, groups, 0, like.shape[1], like.dtype)
     if x is None:
         return dx, None, None
-    return dx, _outer_sums(g, x, weight, groups).astype(weight.dtype), None
+    return dx, _outer_sums(g, x, weight, groups), None
 
 
 def _outer_sums(g: jax.Array, x: jax.Array, weight: jax.Array, groups: Groups) -> jax.Array:
-    """Sums g [P, out] ⊗ x [P, in] over the rows of each expert: float32 [E, out, in]."""
-    tile = groups.tile
+    """Sums g [P, out] ⊗ x [P, in] over the rows of each expert, like the weight [E, out, in]."""
+    tile, where, experts = groups.tile, (groups.tile_expert, groups.tiles), weight.shape[0]
+    if groups.kernel == "triton":
+        return grouped_triton.outer_sums(g, x, *where, experts, weight.dtype)
     if groups.kernel == "pallas":
-        return grouped_pallas.outer_sums(g, x, groups.tile_expert, groups.tiles, weight.shape[0])
+        return grouped_pallas.outer_sums(g, x, *where, experts).astype(weight.dtype)
 
     def one_tile(index: jax.Array, dw: jax.Array) -> jax.Array:
         expert = groups.tile_expert[index]
@@ -176,7 +212,8 @@ def _outer_sums(g: jax.Array, x: jax.Array, weight: jax.Array, groups: Groups) -
         total = lax.dynamic_index_in_dim(dw, expert, 0, keepdims=False) + outer(grads, rows)
         return lax.dynamic_update_index_in_dim(dw, total, expert, 0)
 
-    return lax.fori_loop(0, groups.tiles, one_tile, jnp.zeros(weight.shape, jnp.float32))
+    dw = lax.fori_loop(0, groups.tiles, one_tile, jnp.zeros(weight.shape, jnp.float32))
+    return dw.astype(weight.dtype)
 
 
 _grouped: Any = jax.custom_vjp(_primal, nondiff_argnums=(3,))

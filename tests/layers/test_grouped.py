@@ -8,37 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grouping import BFLOAT16, EXPERTS, FLOAT32, IN, OUT, ours, relative, routes
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxtune.layers import grouped_pallas
 from jaxtune.layers.grouped import MAX_TILE, group, grouped_linear, tile_size
-
-EXPERTS, IN, OUT = 6, 20, 12
-# Sums of some tens of float32 products in another order.
-FLOAT32 = 2e-6
-# The result of a bfloat16 product is rounded once, to 8 bits.
-BFLOAT16 = 2.0**-7
-
-
-def routes(kind, rows, experts=EXPERTS):
-    """Returns the expert of each row."""
-    rng = np.random.default_rng(0)
-    chosen = {
-        "even": range(experts),
-        "random": rng.integers(0, experts, rows),
-        "one-takes-all": [experts // 3],
-        "the-last-takes-all": [experts - 1],
-        "the-first-is-empty": range(1, experts),
-        "most-are-empty": [1, experts - 2],
-    }[kind]
-    return np.resize(chosen, rows).astype(np.int32)
-
-
-def ours(x, weight, expert, kernel="loop"):
-    """Multiplies each row with the weight of its expert: [N, in] → float32 [N, out]."""
-    groups = group(expert, weight.shape[0], kernel)
-    padded = jnp.pad(x, ((0, 1), (0, 0)))[groups.source]
-    return grouped_linear(padded, weight, groups, weight.shape[1])[groups.slot]
+from jaxtune.quant.int8 import Int8
+from jaxtune.quant.weight import QuantizedWeight
 
 
 def dense(x, weight, expert):
@@ -51,11 +27,6 @@ def dense(x, weight, expert):
         one_hot,
         precision="highest",
     )
-
-
-def relative(value, expected):
-    value, expected = np.asarray(value, np.float64), np.asarray(expected, np.float64)
-    return np.max(np.abs(value - expected)) / np.max(np.abs(expected))
 
 
 @pytest.mark.parametrize(
@@ -130,33 +101,24 @@ def test_the_kernels_of_a_tpu_do_what_the_loop_does(kind, dtype, rows, monkeypat
         assert relative(value, other) <= (FLOAT32 if value.dtype == jnp.float32 else BFLOAT16)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class Scaled:
-    """Eight-bit weights with a scale for each row."""
-
-    values: jax.Array
-    scales: jax.Array
-
-    def dequantize(self, dtype):
-        return self.values.astype(dtype) * self.scales.astype(dtype)
-
-
-@pytest.mark.parametrize("kernel", ["loop", "pallas"])
+@pytest.mark.parametrize("kernel", ["loop", "pallas", "triton"])
 def test_a_quantized_stack_is_never_dequantized_whole(kernel):
     keys = jax.random.split(jax.random.key(2), 3)
-    values = jax.random.randint(keys[0], (EXPERTS, OUT, IN), -127, 128, jnp.int8)
-    weight = Scaled(values, jax.random.normal(keys[1], (EXPERTS, OUT, 1)))
+    parts = {
+        "codes": jax.random.randint(keys[0], (EXPERTS, OUT, IN), -127, 128, jnp.int8),
+        "absmax": jnp.abs(jax.random.normal(keys[1], (EXPERTS, OUT))),
+    }
+    weight = QuantizedWeight(parts, Int8(), (OUT, IN), (None, None))
     x, expert = jax.random.normal(keys[2], (61, IN)), jnp.asarray(routes("random", 61))
     groups = group(expert, EXPERTS, kernel)
     padded = jnp.pad(x, ((0, 1), (0, 0)))[groups.source]
 
-    def total(padded, multiplied):
+    def total(padded, multiplied, groups=groups):
         return jnp.sum(jnp.sin(grouped_linear(padded, multiplied, groups, OUT)[groups.slot]))
 
     compiled = jax.jit(jax.grad(total)).lower(padded, weight).compile()
-    with pltpu.force_tpu_interpret_mode():
-        expected = jax.grad(total)(padded, weight.dequantize(jnp.float32))
+    by_loop = dataclasses.replace(groups, kernel="loop")
+    expected = jax.grad(total)(padded, weight.dequantize(jnp.float32), by_loop)
     assert relative(compiled(padded, weight), expected) <= FLOAT32
     assert f"f32[{EXPERTS},{OUT},{IN}]" not in compiled.as_text()
 
