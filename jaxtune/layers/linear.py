@@ -22,7 +22,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxtune.layers.tree import parameter
-from jaxtune.quant import QuantizedWeight, materialize
+from jaxtune.quant import is_quantized, materialize
 
 
 class LowRank(NamedTuple):
@@ -84,7 +84,7 @@ def product(x: jax.Array, w: jax.Array, w_axis: int) -> jax.Array:
 
 def times_weight(x: jax.Array, weight: Any, w_axis: int) -> jax.Array:
     """As `product`, with a weight [out, in] that may be quantized."""
-    if isinstance(weight, QuantizedWeight):
+    if is_quantized(weight):
         # Not before x is there: a compiler that dequantized ahead would hold many weights at once.
         x, weight = lax.optimization_barrier((x, weight))
     return product(x, materialize(weight, x.dtype), w_axis)

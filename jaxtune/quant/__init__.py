@@ -19,6 +19,16 @@ from jaxtune.quant.int8 import Int8
 from jaxtune.quant.nf4 import NormalFloat4
 from jaxtune.quant.weight import Format, QuantizedWeight
 
+__all__ = [
+    "FORMATS",
+    "Format",
+    "Quantization",
+    "QuantizedWeight",
+    "is_quantized",
+    "materialize",
+    "quantization_from_config",
+]
+
 FORMATS: dict[str, Callable[[Any], Format]] = {
     "nf4": lambda section: NormalFloat4(section.double),
     "int4": lambda section: Int4(section.group_size, section.symmetric),
@@ -53,8 +63,13 @@ def quantization_from_config(section: Any) -> Quantization | None:
     return Quantization(make(section), tuple(section.modules))
 
 
+def is_quantized(weight: Any) -> bool:
+    """Says whether a weight is something other than a plain array."""
+    return hasattr(weight, "dequantize")
+
+
 def materialize(weight: Any, dtype: DTypeLike) -> jax.Array:
     """Returns a plain or quantized weight of any shape as an array of `dtype`."""
-    if isinstance(weight, QuantizedWeight):
+    if is_quantized(weight):
         return weight.dequantize(dtype)
     return weight.astype(dtype)
