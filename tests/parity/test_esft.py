@@ -193,8 +193,7 @@ def test_an_adapter_comes_back_bit_for_bit_from_either_config(trained, tmp_path)
     assert all(before[name].tobytes() == after.tensors[name].tobytes() for name in NAMES)
 
 
-@pytest.mark.parametrize("form", [None, "int8"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("form", "dtype"), [(None, "bfloat16"), ("int8", "float32")])
 def test_before_the_first_step_the_model_is_the_base_bit_for_bit(
     form, dtype, families, choice, tmp_path
 ):
@@ -260,7 +259,9 @@ def is_mixture(layer):
     return hasattr(layer.mlp, "experts")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", ["deepseek_v3", *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES[:2])]
+)
 def test_scores_are_those_of_the_paper_and_of_torch(family, families, tmp_path):
     directory = families(family)
     examples = make_examples(13, longest=LENGTH)
@@ -279,6 +280,7 @@ def test_scores_are_those_of_the_paper_and_of_torch(family, families, tmp_path):
     assert ours.token != ours.gate
 
 
+@pytest.mark.slow
 def test_a_new_run_scores_its_data_and_goes_on_with_the_scores_it_has(families, tmp_path):
     directory = families("deepseek_v3")
     rows = write_rows(tmp_path / "rows.jsonl", make_examples(13, longest=LENGTH))
