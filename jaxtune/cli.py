@@ -129,6 +129,21 @@ def _plan(arguments: argparse.Namespace) -> None:
     print(result.to_json() if arguments.json else result.render())
 
 
+def _experts(arguments: argparse.Namespace) -> None:
+    from jaxtune.config import load_file, resolve
+    from jaxtune.training.expert_scores import summarize
+    from jaxtune.training.train import score_training_data
+
+    path = Path(arguments.to)
+    if path.exists():
+        raise JaxtuneError(f"{path}: exists already; remove it or choose another place")
+    config = resolve(load_file(arguments.config), arguments.overrides)
+    scores = score_training_data(config)
+    print(summarize(scores, config.adapter))
+    path.write_text(scores.to_json(), encoding="utf-8")
+    print(f"written: {path}")
+
+
 def _quickstart(arguments: argparse.Namespace) -> None:
     from jaxtune.config import load_file, resolve
     from jaxtune.quickstart import quickstart
@@ -215,6 +230,11 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         "--topology", metavar="CHIPS", default="cpu", help="cpu (the default), v5e:1x1, v5p:2x2x1 …"
     )
     plan.add_argument("--json", action="store_true", help="print JSON")
+
+    experts = command("experts", _experts, "Score routed experts on training data, for ESFT.")
+    experts.add_argument("action", type=_choice("score"), metavar="score", help="what to do")
+    experts.add_argument("--config", metavar="FILE", required=True, help=config_help)
+    experts.add_argument("--to", metavar="FILE", required=True, help="file to write")
 
     quickstart = command("quickstart", _quickstart, "Train a small model; show what it learned.")
     quickstart.add_argument(

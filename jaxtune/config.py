@@ -67,7 +67,7 @@ KNOBS: dict[str, dict[str, Knob]] = {
         "method": Knob(
             "lora",
             "what is trained: lora, dora, pissa, vera, ia3, bitfit, prompt, ptuning, prefix, "
-            "bottleneck, or full (every weight)",
+            "bottleneck, esft (the routed experts that the data calls on) or full (every weight)",
         ),
         "rank": Knob(16, "rank r of the LoRA factors", minimum=1),
         "alpha": Knob(32.0, "LoRA scale is alpha / rank", minimum=0),
@@ -99,6 +99,26 @@ KNOBS: dict[str, dict[str, Knob]] = {
             "what adapter.method=full leaves as it is: expressions of the beginnings of names, "
             "such as model.embed_tokens,model.layers.[0-3].",
             names=True,
+        ),
+        "expert_scores": Knob(
+            "",
+            "what chooses ESFT's experts: a file of jaxtune experts score, or an expert config of "
+            "ESFT's authors; empty: a new run scores its training data",
+        ),
+        "expert_score": Knob(
+            "token",
+            "ESFT: experts are scored by how many tokens choose them (token) or by the weights "
+            "that tokens give them (gate)",
+            choices=("token", "gate"),
+        ),
+        "expert_threshold": Knob(
+            0.2,
+            "ESFT: in each layer the fewest experts are trained whose scores sum to this",
+            minimum=0.001,
+            maximum=1,
+        ),
+        "expert_sample": Knob(
+            131072, "tokens of the training data that experts are scored on", minimum=1
         ),
         "feedforward": Knob(
             ("down_proj",),

@@ -149,6 +149,7 @@ def test_the_frozen_json_gives_back_the_config(tmp_path):
 
 # Every knob and a value that must change what a run does; names in braces are those of `places`.
 # Further overrides apply to both sides, so that the knob has something to act on.
+ESFT = ("model.path={mixture}", "adapter.method=esft", "adapter.expert_scores={scores}")
 PERTURBED = {
     "model.path": ("{other_model}",),
     "model.attention": ("blockwise",),
@@ -171,6 +172,9 @@ PERTURBED = {
     "adapter.modules_to_save": ("lm_head",),
     "adapter.freeze": ("model.layers.0", "adapter.method=full"),
     "adapter.new_tokens": (3,),
+    "adapter.expert_scores": ("{other_scores}", *ESFT),
+    "adapter.expert_score": ("gate", *ESFT),
+    "adapter.expert_threshold": (0.9, *ESFT),
     "adapter.feedforward": ("up_proj", "adapter.method=ia3"),
     "adapter.virtual_tokens": (3, "adapter.method=prefix"),
     "adapter.prefix_projection": (True, "adapter.method=prefix"),
@@ -216,10 +220,11 @@ LOOPED = {"checkpoint.every", "checkpoint.keep", "evaluation.every", "logging.ev
 LOOPED |= {"logging.tensorboard"}
 MESHED = {"mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.expert", "mesh.sequence"}
 FETCHED = {"model.revision"}
+SCORED = {"adapter.expert_sample"}
 
 
 def test_every_knob_is_perturbed_below():
-    covered = PERTURBED.keys() | SINGLE.keys() | LOOPED | MESHED | FETCHED
+    covered = PERTURBED.keys() | SINGLE.keys() | LOOPED | MESHED | FETCHED | SCORED
     assert covered == dict(knobs()).keys()
 
 
@@ -239,6 +244,13 @@ def places(tiny, tiny_chat, tmp_path_factory):
         ]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (root / f"{name}.jsonl").write_text(text)
+    for name, experts in (("scores", (1, 2)), ("other_scores", (3, 4))):
+        tables = [
+            {str(layer): {str(e): float(e == expert) for e in range(8)} for layer in range(1, 3)}
+            for expert in experts
+        ]
+        content = dict(zip(("token_scores", "gate_scores"), tables, strict=True))
+        (root / f"{name}.json").write_text(json.dumps(content))
     (root / "template.jinja").write_text(
         "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -273,6 +285,8 @@ def places(tiny, tiny_chat, tmp_path_factory):
         "other_data": root / "other_data.jsonl",
         "template": root / "template.jinja",
         "adapter": root / "adapter",
+        "scores": root / "scores.json",
+        "other_scores": root / "other_scores.json",
     }
 
 

@@ -6,7 +6,8 @@ import dataclasses
 import math
 from typing import Any
 
-from jaxtune.adapters.targets import linears
+from jaxtune.adapters.targets import linears, module_names
+from jaxtune.layers.moe import ExpertLinear
 from jaxtune.layers.tree import Path, layer_names
 from jaxtune.models.definition import Definition
 
@@ -41,6 +42,13 @@ def census(definition: Definition) -> list[Row]:
         for path, linear in linears(definition.module).items()
         if linear.adapter is not None
     }
+    replaced = {
+        path: [
+            name for name, here in zip(module_names(path, m), m.chosen.mask, strict=True) if here
+        ]
+        for path, m in linears(definition.module).items()
+        if isinstance(m, ExpertLinear) and m.chosen is not None
+    }
     for path, leaf in definition.leaves.items():
         if leaf.kind == "constants":
             continue
@@ -48,11 +56,17 @@ def census(definition: Definition) -> list[Row]:
         count = math.prod(declaration.stacked_shape)
         names = layer_names(path[:-1], declaration)
         adapter = adapters.get(path[:-1])
+        if path[-2] == "chosen":  # some layers are padded
+            names = replaced[path[:-2]]
+            count = len(names) * math.prod(declaration.shape[1:])
+        elif path[:-1] in replaced:  # their frozen values take room and are no parameters
+            others = set(names) - set(replaced[path[:-1]])
+            count, names = count // len(names) * len(others), sorted(others)
         if adapter is not None:  # some layers are padded, others left alone
             kept = [None if s is None else adapter.parts(s)[path[-1]] for s in adapter.settings]
             count = sum(math.prod(part.shape) for part in kept if part)
             names = [name for name, part in zip(names, kept, strict=True) if part]
-        skipped = ("model", "layers", "adapter")
+        skipped = ("model", "layers", "adapter", "chosen")
         group = ".".join(part for part in path[:-1] if not part.isdigit() and part not in skipped)
         kind = "trained" if leaf.kind == "trainable" else "frozen"
         key = (kind, group, leaf.stored_as)

@@ -16,6 +16,7 @@ from jaxtune.adapters.targets import linears, module_names
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.decoder import CausalLM
 from jaxtune.layers.linear import edited_weight
+from jaxtune.layers.moe import ExpertLinear
 from jaxtune.layers.tree import Path, Shared, declaration_of
 
 # Computes the merged array of one layer (and expert) in a dtype: a weight [out, in] or bias [out].
@@ -46,6 +47,11 @@ def merged_weight(linear: Any, part: int, dtype: DTypeLike = jnp.float32) -> jax
     return _merged(linear, "weight", part, dtype)
 
 
+def _chosen_weight(linear: ExpertLinear, part: int, dtype: DTypeLike) -> jax.Array:
+    place = np.unravel_index(part, declaration_of(linear.weight).stack_shape)
+    return linear.chosen.merged(linear.frozen[0], place).astype(dtype)
+
+
 def edits(model: CausalLM) -> dict[Path, Edit]:
     """Returns, for every edited array of a bound model, how to compute a layer's merged one.
 
@@ -58,6 +64,8 @@ def edits(model: CausalLM) -> dict[Path, Edit]:
         weight, merged = embedding.weight.get_value(), embedding.adapter.merged
         found[("model", "embed_tokens", "weight")] = lambda part, dtype: merged(weight, dtype)
     for path, linear in linears(model).items():
+        if isinstance(linear, ExpertLinear) and linear.chosen is not None:
+            found[(*path, "weight")] = functools.partial(_chosen_weight, linear)
         if linear.adapter is None:
             continue
         found[(*path, "weight")] = functools.partial(merged_weight, linear)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from jaxtune.adapters.scores import ExpertScores
 from jaxtune.layers.decoder import CausalLM
 from jaxtune.layers.tree import Tree
 from jaxtune.models.definition import Definition
@@ -104,6 +105,15 @@ class Method(abc.ABC):
           embeddings: reads those of its tokens, [vocabulary, hidden].
         """
         del tokenizer, embeddings
+
+    def with_scores(self, measure: Callable[[], ExpertScores]) -> Method:
+        """Returns the method with what depends on how the data is routed, where anything does.
+
+        Args:
+          measure: scores the experts of the base model on the training data; it may take long.
+        """
+        del measure
+        return self
 
     @abc.abstractmethod
     def init(self, definition: Definition, seed: int) -> tuple[Tree, Tree]:

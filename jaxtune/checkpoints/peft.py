@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxtune.adapters import esft
 from jaxtune.adapters.method import Stored, is_adapterhub
 from jaxtune.checkpoints.atomic import new_directory
 from jaxtune.checkpoints.huggingface import read_json
@@ -23,6 +24,8 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 ADAPTERHUB = "adapter.safetensors"
 ENCODER = "encoder.safetensors"
+# What ESFT's programs read and write in place of adapter_config.json; any file of tensors counts.
+EXPERTS = "expert_cfg.json"
 
 
 def read_adapter(directory: str | Path, *, encoder: bool = False) -> Stored:
@@ -36,6 +39,8 @@ def read_adapter(directory: str | Path, *, encoder: bool = False) -> Stored:
       JaxtuneError: a file is missing or broken.
     """
     directory = Path(directory)
+    if (directory / EXPERTS).is_file() and not (directory / CONFIG).is_file():
+        return _read_experts(directory)
     config = read_json(directory / CONFIG)
     if (directory / "pytorch_adapter.bin").is_file() and not (directory / ADAPTERHUB).is_file():
         raise JaxtuneError(
@@ -48,6 +53,17 @@ def read_adapter(directory: str | Path, *, encoder: bool = False) -> Stored:
         read_all(directory / _weights_file(config)),
         read_all(directory / ENCODER) if made else None,
     )
+
+
+def _read_experts(directory: Path) -> Stored:
+    """Reads what ESFT's programs write."""
+    tensors: dict[str, np.ndarray] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        tensors |= {
+            f"model.{name}" if name.startswith("layers.") else name: value
+            for name, value in read_all(file).items()
+        }
+    return Stored(read_json(directory / EXPERTS) | {"peft_type": esft.PEFT_TYPE}, tensors)
 
 
 def _weights_file(config: Mapping[str, Any]) -> str:
@@ -76,3 +92,5 @@ def write_adapter_files(directory: Path, stored: Stored) -> None:
             )
     text = json.dumps(stored.config, indent=2, ensure_ascii=False) + "\n"
     (directory / CONFIG).write_text(text, encoding="utf-8")
+    if stored.config.get("peft_type") == esft.PEFT_TYPE:
+        (directory / EXPERTS).write_text(text, encoding="utf-8")

@@ -18,14 +18,20 @@ class Routed(NamedTuple):
       balance: float32 [B, T], the balance loss of the sequence that each token belongs to, as
         this token's scores have a share in it: the mean over the tokens of a sequence is its loss.
       load: float32 [E], how many tokens chose each expert; padding is not counted.
+      gates: float32 [E], the sum of their weights for it.
     """
 
     balance: jax.Array
     load: jax.Array
+    gates: jax.Array
 
 
 def routed(
-    scores: jax.Array, experts: jax.Array, counted: jax.Array, segment_ids: jax.Array
+    scores: jax.Array,
+    experts: jax.Array,
+    weights: jax.Array,
+    counted: jax.Array,
+    segment_ids: jax.Array,
 ) -> Routed:
     """Describes the routing of a layer.
 
@@ -36,6 +42,7 @@ def routed(
     Args:
       scores: float32 [B, T, E], those of a token sum to 1.
       experts: int[B, T, k], chosen by each token.
+      weights: float32 [B, T, k], of the chosen.
       counted: int[B, T, k], the experts whose tokens f counts.
       segment_ids: int[B, T], at most T; 0 is padding.
 
@@ -53,10 +60,13 @@ def routed(
         return jnp.sum(share[segments] * scores, axis=-1)
 
     balance = jax.vmap(of_row)(_chosen(counted, count), scores, segment_ids)
-    load = jnp.sum(_chosen(experts, count) * (segment_ids != 0)[..., None], axis=(0, 1))
-    return Routed(balance, load)
+    real = (segment_ids != 0)[..., None]
+    load = jnp.sum(_chosen(experts, count) * real, axis=(0, 1))
+    gates = jnp.sum(_chosen(experts, count, weights) * real, axis=(0, 1))
+    return Routed(balance, load, gates)
 
 
-def _chosen(experts: jax.Array, count: int) -> jax.Array:
-    """Returns float32 [..., E] with 1 for each expert that is among int[..., k]."""
-    return jnp.sum(jax.nn.one_hot(experts, count, dtype=jnp.float32), axis=-2)
+def _chosen(experts: jax.Array, count: int, weights: jax.Array | None = None) -> jax.Array:
+    """Returns float32 [..., E] with the weight, or 1, of each expert that is among int[..., k]."""
+    chosen = jax.nn.one_hot(experts, count, dtype=jnp.float32)
+    return jnp.sum(chosen if weights is None else chosen * weights[..., None], axis=-2)

@@ -8,7 +8,7 @@ The walk is a loop that any platform can compile, or the kernels of `grouped_pal
 of `grouped_triton` on an NVIDIA GPU. The loop turns a quantized weight into an array one expert at
 a time, so that it never holds a stack.
 
-N rows routed, P padded rows, E experts.
+N rows routed, P padded rows, E experts, K trained in place of frozen ones.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +64,20 @@ class Groups:
 @functools.cache
 def _log_once(message: str) -> None:
     logger.warning(message)
+
+
+class Replaced(NamedTuple):
+    """Weights of experts, some of which are trained in the place of their frozen ones.
+
+    Attributes:
+      frozen: [E, out, in], plain or quantized; of a replaced expert it is never read.
+      trained: [K, out, in].
+      slot: int32[E], which of `trained` takes an expert's place; -1 for none.
+    """
+
+    frozen: Any
+    trained: jax.Array
+    slot: jax.Array
 
 
 def choose_kernel(platform: str) -> str:
@@ -143,6 +157,37 @@ def _take(weight: Any, expert: jax.Array, dtype: Any) -> jax.Array:
     return materialize(jax.tree.map(one, weight), dtype)
 
 
+class _Walk(NamedTuple):
+    """The tiles that meet a stack of weights.
+
+    Attributes:
+      weights: the stack.
+      tiles: int32[P / tile], those that meet it first.
+      count: int32 scalar, how many meet it.
+      owner: int32[P / tile], which of the weights a tile meets.
+    """
+
+    weights: Any
+    tiles: jax.Array
+    count: jax.Array
+    owner: jax.Array
+
+
+def _walks(weight: Any, groups: Groups) -> list[_Walk]:
+    """Returns the walks over all tiles that hold rows; the last one meets what may be trained."""
+    index = jnp.arange(groups.tile_expert.shape[0])
+    if not isinstance(weight, Replaced):
+        return [_Walk(weight, index, groups.tiles, groups.tile_expert)]
+    slot = weight.slot[groups.tile_expert]
+
+    def over(chosen: jax.Array, weights: Any, owner: jax.Array) -> _Walk:
+        chosen = chosen & (index < groups.tiles)
+        return _Walk(weights, jnp.argsort(~chosen, stable=True), jnp.sum(chosen), owner)
+
+    frozen = over(slot < 0, weight.frozen, groups.tile_expert)
+    return [frozen, over(slot >= 0, weight.trained, slot)]
+
+
 def _multiply(
     x: jax.Array, weight: Any, groups: Groups, axis: int, features: int, dtype: DTypeLike
 ) -> jax.Array:
@@ -153,13 +198,16 @@ def _multiply(
     if groups.kernel == "pallas" and isinstance(weight, jax.Array):
         return grouped_pallas.multiply(x, weight, *where, axis).astype(dtype)
 
-    def one_tile(index: jax.Array, y: jax.Array) -> jax.Array:
-        rows = lax.dynamic_slice_in_dim(x, index * tile, tile)
-        w = _take(weight, groups.tile_expert[index], x.dtype)
-        return lax.dynamic_update_slice_in_dim(y, product(rows, w, axis), index * tile, 0)
+    def one_tile(walk: _Walk, index: jax.Array, y: jax.Array) -> jax.Array:
+        at = walk.tiles[index]
+        rows = lax.dynamic_slice_in_dim(x, at * tile, tile)
+        w = _take(walk.weights, walk.owner[at], x.dtype)
+        return lax.dynamic_update_slice_in_dim(y, product(rows, w, axis), at * tile, 0)
 
     y = jnp.zeros((x.shape[0], features), jnp.float32)
-    return lax.fori_loop(0, groups.tiles, one_tile, y).astype(dtype)
+    for walk in _walks(weight, groups):
+        y = lax.fori_loop(0, walk.count, functools.partial(one_tile, walk), y)
+    return y.astype(dtype)
 
 
 def grouped_linear(x: jax.Array, weight: Any, groups: Groups, features: int) -> jax.Array:
@@ -167,7 +215,7 @@ def grouped_linear(x: jax.Array, weight: Any, groups: Groups, features: int) -> 
 
     Args:
       x: [P, in], in the compute dtype.
-      weight: [E, out, in], plain or quantized, frozen or trained.
+      weight: [E, out, in], plain or quantized, frozen or trained, or `Replaced`.
       groups: from `group`.
       features: out.
 
@@ -195,25 +243,31 @@ def _backward(features: int, residuals: Any, g: jax.Array) -> Any:
     dx = _multiply(g, weight, groups, 0, like.shape[1], like.dtype)
     if x is None:
         return dx, None, None
-    return dx, _outer_sums(g, x, weight, groups), None
+    dw = _outer_sums(g, x, weight, groups)
+    if isinstance(weight, Replaced):
+        return dx, Replaced(None, dw, None), None  # type: ignore[arg-type]
+    return dx, dw, None
 
 
-def _outer_sums(g: jax.Array, x: jax.Array, weight: jax.Array, groups: Groups) -> jax.Array:
-    """Sums g [P, out] ⊗ x [P, in] over the rows of each expert, like the weight [E, out, in]."""
-    tile, where, experts = groups.tile, (groups.tile_expert, groups.tiles), weight.shape[0]
-    if groups.kernel == "triton":
-        return grouped_triton.outer_sums(g, x, *where, experts, weight.dtype)
-    if groups.kernel == "pallas":
+def _outer_sums(g: jax.Array, x: jax.Array, weight: Any, groups: Groups) -> jax.Array:
+    """Sums g [P, out] ⊗ x [P, in] over the rows of each trained expert, like its weights."""
+    tile, where = groups.tile, (groups.tile_expert, groups.tiles)
+    if groups.kernel != "loop" and not isinstance(weight, Replaced):
+        experts = weight.shape[0]
+        if groups.kernel == "triton":
+            return grouped_triton.outer_sums(g, x, *where, experts, weight.dtype)
         return grouped_pallas.outer_sums(g, x, *where, experts).astype(weight.dtype)
+    walk = _walks(weight, groups)[-1]
 
     def one_tile(index: jax.Array, dw: jax.Array) -> jax.Array:
-        expert = groups.tile_expert[index]
-        rows, grads = (lax.dynamic_slice_in_dim(a, index * tile, tile) for a in (x, g))
-        total = lax.dynamic_index_in_dim(dw, expert, 0, keepdims=False) + outer(grads, rows)
-        return lax.dynamic_update_index_in_dim(dw, total, expert, 0)
+        at = walk.tiles[index]
+        rows, grads = (lax.dynamic_slice_in_dim(a, at * tile, tile) for a in (x, g))
+        owner = walk.owner[at]
+        total = lax.dynamic_index_in_dim(dw, owner, 0, keepdims=False) + outer(grads, rows)
+        return lax.dynamic_update_index_in_dim(dw, total, owner, 0)
 
-    dw = lax.fori_loop(0, groups.tiles, one_tile, jnp.zeros(weight.shape, jnp.float32))
-    return dw.astype(weight.dtype)
+    dw = lax.fori_loop(0, walk.count, one_tile, jnp.zeros(walk.weights.shape, jnp.float32))
+    return dw.astype(walk.weights.dtype)
 
 
 _grouped: Any = jax.custom_vjp(_primal, nondiff_argnums=(3,))

@@ -90,18 +90,24 @@ class Router(nnx.Module):
             weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
         return weights * routing.scale, experts.astype(jnp.int32)
 
-    def describe(self, scores: jax.Array, experts: jax.Array, segment_ids: jax.Array) -> Routed:
-        """Describes a choice of experts int32 [N, k] by scores [N, E], of tokens int[B, T]."""
+    def describe(
+        self, scores: jax.Array, weights: jax.Array, experts: jax.Array, segment_ids: jax.Array
+    ) -> Routed:
+        """Describes a choice of experts int32 [N, k], weighted [N, k], by scores [N, E].
+
+        The tokens are those of int[B, T]. Weights are described without the family's factor.
+        """
         counted, (batch, length) = experts, segment_ids.shape
         if self.e_score_correction_bias is not None:
             # V3's report counts the experts of the highest scores, whatever bias and groups say.
             _, counted = lax.top_k(scores, self.routing.top_k)
         if self.routing.scores == "sigmoid":
             scores = scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
-        scores, experts, counted = (
-            a.reshape(batch, length, -1) for a in (scores, experts, counted)
+        weights = lax.stop_gradient(weights) / self.routing.scale
+        scores, experts, weights, counted = (
+            a.reshape(batch, length, -1) for a in (scores, experts, weights, counted)
         )
-        return routed(scores, experts, counted, segment_ids)
+        return routed(scores, experts, weights, counted, segment_ids)
 
     def _within_best_groups(self, choice: jax.Array) -> jax.Array:
         routing = self.routing
@@ -115,16 +121,25 @@ class Router(nnx.Module):
 
 
 class ExpertLinear(nnx.Module):
-    """A projection of every routed expert, [E, out, in], with an adapter slot."""
+    """A projection of every routed expert, [E, out, in], with two slots for a method.
+
+    Attributes:
+      adapter: the edit of all experts' weights.
+      chosen: what trains whole weights of some experts: its `replace` takes the frozen stack and
+        returns a `Replaced`, its `merged` takes it and the indices of a layer and an expert.
+    """
 
     def __init__(self, in_features: int, out_features: int, experts: int, axes: tuple[str, str]):
         self.in_features, self.out_features = in_features, out_features
         self.weight = parameter((out_features, in_features), axes, experts=experts)
         self.adapter: Any = nnx.data(None)
+        self.chosen: Any = nnx.data(None)
 
     def __call__(self, x: jax.Array, groups: Groups, key: jax.Array | None) -> jax.Array:
         """Projects padded rows [P, in] to [P, out], each with its expert's weight."""
         weight, bias = self.frozen
+        if self.chosen is not None:
+            weight = self.chosen.replace(weight)
         if self.adapter is None:
             return grouped_linear(x, weight, groups, self.out_features).astype(x.dtype)
         edit = self.adapter.edit(weight, bias, x.dtype)
@@ -205,7 +220,7 @@ class MoE(nnx.Module):
         rows = x.reshape(-1, x.shape[-1])
         scores = self.gate.scores(rows)
         weights, experts = self.gate.choose(scores)
-        routing = self.gate.describe(scores, experts, context.segment_ids)
+        routing = self.gate.describe(scores, weights, experts, context.segment_ids)
         top_k = experts.shape[1]
         kernel = choose_kernel(context.platform)
         groups = group(experts.reshape(-1), self.gate.routing.experts, kernel)

@@ -45,6 +45,7 @@ def evaluate(run: RunDirectory, adapter: str = "best", data: str = "") -> dict[s
     if adapter != "none" and method.has_adapter:
         stored = read_adapter(run.adapter(adapter))
         method = method_from_peft(stored)
+    method = method.with_scores(run.read_expert_scores)
     setup = set_up(config, source.config, method)
     parts = assemble(
         source,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtune import config as config_module
+from jaxtune.adapters.scores import ExpertScores, read_scores
 from jaxtune.checkpoints.atomic import new_directory, recover
 from jaxtune.checkpoints.orbax import disk_full_named, write_atomically
 from jaxtune.errors import JaxtuneError
@@ -42,6 +43,7 @@ class RunDirectory:
         self.description = self.path / "description.json"
         self.result = self.path / "result.json"
         self.expert_load = self.path / "expert_load.json"
+        self.expert_scores = self.path / "expert_scores.json"
 
     def exists(self) -> bool:
         """Says whether a run was started here."""
@@ -90,6 +92,7 @@ class RunDirectory:
     def _withdraw(self) -> None:
         """Removes a run that failed before it began, so that a mended config may take its place."""
         self.config.unlink()
+        self.expert_scores.unlink(missing_ok=True)
         (self.path / LOCK).unlink()
         with contextlib.suppress(OSError):  # something of the user's is in it
             self.path.rmdir()
@@ -170,6 +173,19 @@ class RunDirectory:
         """Writes ``expert_load.json``: who was chosen at the last evaluation, expert by expert."""
         with disk_full_named(self.path):
             write_atomically(self.expert_load, json.dumps(dict(content)) + "\n")
+
+    def write_expert_scores(self, scores: ExpertScores) -> None:
+        """Writes ``expert_scores.json``: by what the trained experts were chosen."""
+        with disk_full_named(self.path):
+            write_atomically(self.expert_scores, scores.to_json())
+
+    def read_expert_scores(self) -> ExpertScores:
+        """Returns what the run's experts were chosen by.
+
+        Raises:
+          JaxtuneError: they have not been scored.
+        """
+        return read_scores(self.expert_scores)
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Writes ``result.json``: what came out of the run, for people and programs to read."""

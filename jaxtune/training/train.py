@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -15,6 +16,7 @@ import numpy as np
 from jaxtune.adapters import Method, Stored, method_from_config, method_from_peft
 from jaxtune.adapters.census import census, render
 from jaxtune.adapters.method import is_adapterhub
+from jaxtune.adapters.scores import ExpertScores
 from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.assemble import assemble
 from jaxtune.checkpoints.orbax import Checkpoints
@@ -26,6 +28,7 @@ from jaxtune.errors import JaxtuneError
 from jaxtune.layers.bits import as_bits
 from jaxtune.layers.tree import Tree
 from jaxtune.training.describe import Split, describe
+from jaxtune.training.expert_scores import score_experts
 from jaxtune.training.experts import load_summary, load_table, mixture_layers
 from jaxtune.training.loop import fit
 from jaxtune.training.run import RunDirectory
@@ -52,11 +55,13 @@ def train(config: Any, workdir: str | Path) -> RunDirectory:
     with run.start(config) as config:
         location = huggingface.resolve_path(config.model.path, config.model.revision)
         source = huggingface.open_source(location)
+        tokenizer = load_tokenizer(location)
+        read = functools.cache(lambda: training_examples(config, source, tokenizer))
         method, stored = choose_method(config)
+        method = method.with_scores(lambda: _expert_scores(run, config, source, read))
         setup = set_up(config, source.config, method)
         _log_setup(setup)
-        tokenizer = load_tokenizer(location)
-        examples = training_examples(config, source, tokenizer)
+        examples = read()
         held_out = read_examples(config, config.data.eval, source, tokenizer)
         if stored is None:
             stored = method.start(tokenizer, lambda: source.read("model.embed_tokens.weight"))
@@ -111,6 +116,23 @@ def choose_method(config: Any) -> tuple[Method, Stored | None]:
         "going on from %s, which brings its own settings: %s", config.adapter.init_from, method
     )
     return method, stored
+
+
+def _expert_scores(
+    run: RunDirectory, config: Any, source: TensorSource, read: Callable[[], Examples]
+) -> ExpertScores:
+    """Returns the scores of the run that is here, or scores the data of a new one."""
+    if not run.expert_scores.is_file():
+        run.write_expert_scores(score_experts(config, source, read()))
+    return run.read_expert_scores()
+
+
+def score_training_data(config: Any) -> ExpertScores:
+    """Scores the experts of a config's model on its training data; see `score_experts`."""
+    location = huggingface.resolve_path(config.model.path, config.model.revision)
+    source = huggingface.open_source(location)
+    examples = training_examples(config, source, load_tokenizer(location))
+    return score_experts(config, source, examples)
 
 
 def _log_setup(setup: Setup) -> None:

@@ -12,7 +12,7 @@ from grouping import BFLOAT16, EXPERTS, FLOAT32, IN, OUT, ours, relative, routes
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxtune.layers import grouped_pallas
-from jaxtune.layers.grouped import MAX_TILE, group, grouped_linear, tile_size
+from jaxtune.layers.grouped import MAX_TILE, Replaced, group, grouped_linear, tile_size
 from jaxtune.quant.int8 import Int8
 from jaxtune.quant.weight import QuantizedWeight
 
@@ -121,6 +121,36 @@ def test_a_quantized_stack_is_never_dequantized_whole(kernel):
     expected = jax.grad(total)(padded, weight.dequantize(jnp.float32), by_loop)
     assert relative(compiled(padded, weight), expected) <= FLOAT32
     assert f"f32[{EXPERTS},{OUT},{IN}]" not in compiled.as_text()
+
+
+@pytest.mark.parametrize("kernel", ["loop", "pallas"])
+@pytest.mark.parametrize("chosen", [(1, 4, 5), (3,), ()])
+def test_trained_experts_take_the_place_of_frozen_ones(chosen, kernel):
+    keys = jax.random.split(jax.random.key(3), 3)
+    frozen = jax.random.normal(keys[0], (EXPERTS, OUT, IN))
+    trained = jax.random.normal(keys[1], (len(chosen) + 1, OUT, IN))  # the last one pads
+    x, expert = jax.random.normal(keys[2], (61, IN)), jnp.asarray(routes("random", 61))
+    rows = jnp.asarray(chosen, jnp.int32)
+    slot = jnp.full(EXPERTS, -1, jnp.int32).at[rows].set(jnp.arange(len(chosen)))
+    # What a replaced expert was is never read.
+    weight = Replaced(frozen.at[rows].set(jnp.nan), trained, slot)
+    groups = group(expert, EXPERTS, kernel)
+
+    def total(trained, x):
+        padded = jnp.pad(x, ((0, 1), (0, 0)))[groups.source]
+        y = grouped_linear(padded, weight._replace(trained=trained), groups, OUT)[groups.slot]
+        return jnp.sum(jnp.sin(y)), y
+
+    def expected(trained, x):
+        y = dense(x, frozen.at[rows].set(trained[: len(chosen)]), expert)
+        return jnp.sum(jnp.sin(y)), y
+
+    gradients, y = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(trained, x)
+    others, other = jax.grad(expected, argnums=(0, 1), has_aux=True)(trained, x)
+    assert relative(y, other) <= FLOAT32
+    assert relative(gradients[1], others[1]) <= FLOAT32
+    assert np.max(np.abs(gradients[0] - others[0])) <= FLOAT32 * np.max(np.abs(others[1]) + 1)
+    assert not np.any(gradients[0][len(chosen) :])
 
 
 def test_a_frozen_weight_gets_the_same_gradient_of_its_input():

@@ -1,0 +1,130 @@
+"""How relevant each routed expert is to a data set, and which experts that chooses.
+
+Source: Wang et al., 2024 (ESFT), equations 5 to 8; files are those of its authors' programs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxtune.errors import JaxtuneError
+
+# By layer, the experts that are chosen in it, in ascending order.
+Choice = tuple[tuple[int, tuple[int, ...]], ...]
+# Scores on disk may be rounded to four digits.
+_ROUNDED = 0.99
+
+
+class ExpertScores(NamedTuple):
+    """Scores of the experts of every layer, by the layer's number.
+
+    Attributes:
+      token: share of the tokens' choices that fell on an expert; those of a layer sum to 1.
+      gate: an expert's weight, averaged over tokens, without the family's factor; those of a layer
+        sum to 1 where the router normalizes, and to less elsewhere.
+    """
+
+    token: dict[int, list[float]]
+    gate: dict[int, list[float]]
+
+    def choose(self, kind: str, threshold: float) -> Choice:
+        """Returns for each layer the fewest experts whose scores sum to the threshold.
+
+        Args:
+          kind: "token" or "gate".
+          threshold: within 0 and 1.
+
+        Raises:
+          JaxtuneError: all scores of a layer sum to less.
+        """
+        return tuple(
+            (layer, _fewest(layer, scores, threshold))
+            for layer, scores in sorted(getattr(self, kind).items())
+        )
+
+    def to_json(self) -> str:
+        """Writes the scores as ESFT's summary.json has them."""
+        tables = {"token_scores": self.token, "gate_scores": self.gate}
+        content = {
+            name: {str(layer): dict(enumerate(scores)) for layer, scores in table.items()}
+            for name, table in tables.items()
+        }
+        return json.dumps(content) + "\n"
+
+
+def _fewest(layer: int, scores: list[float], threshold: float) -> tuple[int, ...]:
+    if math.fsum(scores) < threshold * _ROUNDED:
+        raise JaxtuneError(
+            f"adapter.expert_threshold={threshold:g} is out of reach: the scores of layer {layer} "
+            f"sum to {math.fsum(scores):.3g}"
+        )
+    chosen: list[int] = []
+    total = 0.0
+    for expert in sorted(range(len(scores)), key=lambda e: -scores[e]):
+        if total >= threshold:
+            break
+        chosen.append(expert)
+        total += scores[expert]
+    return tuple(sorted(chosen))
+
+
+def read_scores(path: str | Path) -> ExpertScores:
+    """Reads scores that `ExpertScores.to_json` or ESFT's program wrote.
+
+    Raises:
+      JaxtuneError: no such file, or one of another form.
+    """
+    content = _read(path)
+    try:
+        tables = [
+            {int(layer): [float(row[str(e)]) for e in range(len(row))] for layer, row in t.items()}
+            for t in (content["token_scores"], content["gate_scores"])
+        ]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise JaxtuneError(
+            f"{path}: holds no scores of experts (token_scores and gate_scores by layer)"
+        ) from None
+    return ExpertScores(*tables)
+
+
+def read_choice(path: str | Path, kind: str, threshold: float) -> Choice:
+    """Returns the experts that a file of scores leads to, or that ESFT's expert config lists."""
+    content = _read(path)
+    if "experts" in content:
+        return parse_choice(content, str(path))
+    return read_scores(path).choose(kind, threshold)
+
+
+def parse_choice(content: Mapping[str, Any], file: str) -> Choice:
+    """Reads the experts of ESFT's expert config.
+
+    Raises:
+      JaxtuneError: another form, or more that is trained than routed experts.
+    """
+    for key in ("shared_experts", "non_expert_modules"):
+        if content.get(key):
+            raise JaxtuneError(f'{file}: "{key}"={content[key]!r} is not supported')
+    try:
+        chosen = {
+            int(layer): tuple(sorted({int(e) for e in experts}))
+            for layer, experts in content["experts"].items()
+        }
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise JaxtuneError(f'{file}: "experts" is no list of experts for each layer') from None
+    return tuple(sorted((layer, experts) for layer, experts in chosen.items() if experts))
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise JaxtuneError(f"{path}: no such file of expert scores") from None
+    except ValueError as error:
+        raise JaxtuneError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise JaxtuneError(f"{path}: not a JSON object")
+    return content
