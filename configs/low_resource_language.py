@@ -3,9 +3,9 @@
   jaxtune train --config configs/low_resource_language.py --config.data.train=mine.jsonl \
       --workdir runs/low_resource_language
 
-What it takes of each device:
+What it takes of each device, 18.82 GiB of 31.25:
 
-  jaxtune plan --config configs/low_resource_language.py --topology v5e:1x1
+  jaxtune plan --config configs/low_resource_language.py --topology v6e:1x1
 
 A language touches everything, so all projections are adapted, at a high rank with the scale of
 rsLoRA. Mix in English or Chinese rows, or the model loses some of both. Expect fluency well before

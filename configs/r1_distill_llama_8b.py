@@ -3,7 +3,7 @@
   jaxtune train --config configs/r1_distill_llama_8b.py --config.data.train=mine.jsonl \
       --workdir runs/r1_distill_llama_8b
 
-What it takes of each device:
+What it takes of each device, 17.58 GiB of 31.25:
 
   jaxtune plan --config configs/r1_distill_llama_8b.py --topology v6e:1x1
 

@@ -8,7 +8,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +119,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def resolve_path(path: str, revision: str = "") -> Path:
+FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
+
+
+def resolve_path(path: str, revision: str = "", files: Sequence[str] = FILES) -> Path:
     """Returns the local directory or .gguf file of a model, fetching a hub id if need be.
+
+    Args:
+      path: of a directory or a .gguf file, or a hub id.
+      revision: of the hub id; empty: its default branch.
+      files: patterns of what to fetch.
 
     Raises:
       JaxtuneError: neither a local path nor a hub id that can be fetched.
@@ -135,9 +143,8 @@ def resolve_path(path: str, revision: str = "") -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
     try:
-        return Path(snapshot_download(path, revision=revision or None, allow_patterns=patterns))
+        return Path(snapshot_download(path, revision=revision or None, allow_patterns=list(files)))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise JaxtuneError(
             f"{path}: no such directory here, not in the hub's cache, and the hub is out of reach "

@@ -47,14 +47,22 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     Args:
       sizes: devices along each of `MESH_AXES`; one of them may be -1.
       devices: which devices; all of them by default.
+
+    Raises:
+      JaxtuneError: sizes that do not make use of the devices, or do not fit how they are linked.
     """
     devices = jax.devices() if devices is None else devices
-    return jax.make_mesh(
-        mesh_shape(sizes, len(devices)),
-        MESH_AXES,
-        axis_types=(AxisType.Auto,) * len(MESH_AXES),
-        devices=devices,
-    )
+    shape = mesh_shape(sizes, len(devices))
+    try:
+        return jax.make_mesh(
+            shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
+        )
+    except NotImplementedError as error:
+        raise JaxtuneError(
+            f"{_show(dict(zip(MESH_AXES, shape, strict=True)))}: the links between these "
+            f"{len(devices)} chips do not divide into axes of such sizes; take products of the "
+            "sizes of their grid, such as 4 and 16 of 4x4x4"
+        ) from error
 
 
 def single_device_mesh() -> Mesh:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
@@ -18,9 +19,11 @@ from jaxtune.checkpoints import huggingface
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.bits import as_bits
 from jaxtune.planning.topology import GIB, Topology, describe
+from jaxtune.quant import QuantizedWeight
 from jaxtune.training.setup import Setup, set_up
 from jaxtune.training.train import choose_method
 
+_PLAIN = {"bfloat16", "float32"}
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -33,6 +36,8 @@ class Plan:
       devices: how many.
       mesh: devices along each mesh axis.
       attention: backend of the attention.
+      base_formats: bytes of the frozen base by the format that they are stored in; together they
+        are the base among the arguments.
       arguments: what is resident between steps, by kind: base, trainable, optimizer, constants,
         batch, and layout (what the compiler's tiling of these arrays adds).
       outputs: results that do not take the place of an argument.
@@ -46,6 +51,7 @@ class Plan:
     devices: int
     mesh: Mapping[str, int]
     attention: str
+    base_formats: Mapping[str, int]
     arguments: Mapping[str, int]
     outputs: int
     temporaries: int
@@ -72,6 +78,7 @@ class Plan:
             "attention": self.attention,
             "per_device_bytes": {
                 "arguments": dict(self.arguments),
+                "base_formats": dict(self.base_formats),
                 "outputs": self.outputs,
                 "temporaries": self.temporaries,
                 "program": self.program,
@@ -88,7 +95,10 @@ class Plan:
         table = Table("of each device", title=f"{self.topology}, {self._mesh_text()}")
         table.add_column("GiB", justify="right")
         table.add_column("bytes", justify="right")
-        rows = dict(self.arguments)
+        rows: dict[str, int] = {}
+        for kind, size in self.arguments.items():
+            formats = self.base_formats if kind == "base" else {}
+            rows |= {f"base, {name}": part for name, part in formats.items()} or {kind: size}
         rows |= {
             "outputs": self.outputs,
             "temporaries": self.temporaries,
@@ -110,10 +120,12 @@ class Plan:
     def _verdict(self) -> str:
         if self.fits:
             return f"fits, with {(self.capacity - self.total) / GIB:.2f} GiB to spare\n"
+        plain = self.arguments["base"] > 0 and set(self.base_formats) <= _PLAIN
+        quantize = "quantize.format=nf4 (a 4-bit base), " if plain else ""
         return (
-            f"does not fit: {(self.total - self.capacity) / GIB:.2f} GiB too much. Less memory: a "
-            'higher training.accumulation, training.remat="full", a lower data.max_length, or '
-            "more devices along mesh.fsdp\n"
+            f"does not fit: {(self.total - self.capacity) / GIB:.2f} GiB too much. Less memory: "
+            f'{quantize}a higher training.accumulation, training.remat="full", a lower '
+            "data.max_length, or more devices along mesh.fsdp\n"
         )
 
 
@@ -135,7 +147,8 @@ def plan(config: Any, topology: str) -> Plan:
 
 def model_config(config: Any) -> dict[str, Any]:
     """Returns the content of the model's config.json, which may lie there without weights."""
-    location = huggingface.resolve_path(config.model.path, config.model.revision)
+    path, revision = config.model.path, config.model.revision
+    location = huggingface.resolve_path(path, revision, files=("config.json",))
     if location.is_dir():
         return huggingface.read_json(location / "config.json")
     return huggingface.open_source(location).config
@@ -164,6 +177,7 @@ def compile_plan(setup: Setup, hardware: Topology) -> Plan:
         devices=len(hardware.devices),
         mesh=dict(setup.mesh.shape),
         attention=setup.options.attention,
+        base_formats=_base_formats(arguments[1]),
         arguments={**kinds, "layout": resident - sum(kinds.values())},
         outputs=outputs,
         temporaries=temporaries,
@@ -193,6 +207,18 @@ def _by_kind(arguments: tuple[Any, Any, Any, Any]) -> dict[str, Any]:
         "constants": constants,
         "batch": batch,
     }
+
+
+def _base_formats(base: Any) -> dict[str, int]:
+    """Returns the bytes per device of a base by format, the largest first."""
+    sizes: dict[str, int] = {}
+    for leaf in jax.tree.leaves(base, is_leaf=lambda x: isinstance(x, QuantizedWeight)):
+        quantized = isinstance(leaf, QuantizedWeight)
+        # A CPU's step takes bfloat16 as its bits.
+        dtype = "bfloat16" if not quantized and leaf.dtype == jnp.uint16 else None
+        name = leaf.format.name if quantized else dtype or str(leaf.dtype)
+        sizes[name] = sizes.get(name, 0) + _bytes_per_device(leaf)
+    return dict(sorted(sizes.items(), key=lambda item: -item[1]))
 
 
 def _bytes_per_device(tree: Any) -> int:

@@ -11,6 +11,8 @@ from jaxtune.config import resolve
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.attention import BACKENDS, attention
 from jaxtune.layers.remat import remat
+from jaxtune.parallel.mesh import make_mesh
+from jaxtune.parallel.rules import MESH_AXES
 from jaxtune.planning import plan
 from jaxtune.planning.topology import GIB, describe
 
@@ -49,6 +51,14 @@ def planned(tmp_path):
         return result
 
     return make
+
+
+def test_a_mesh_that_no_grid_of_chips_divides_into_is_refused():
+    devices = describe("v5p:4x4x4").devices
+    sizes = dict.fromkeys(MESH_AXES, 1)
+    assert make_mesh(sizes | {"fsdp": 4, "expert": 16}, devices).size == 64
+    with pytest.raises(JaxtuneError, match=r"mesh\.expert=8.* do not divide into axes"):
+        make_mesh(sizes | {"fsdp": 8, "expert": 8}, devices)
 
 
 @pytest.mark.parametrize(

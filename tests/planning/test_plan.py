@@ -11,6 +11,7 @@ from jaxtune.config import resolve
 from jaxtune.errors import JaxtuneError
 from jaxtune.planning import plan
 from jaxtune.planning.topology import available_memory, describe
+from jaxtune.quant.nf4 import NormalFloat4
 
 LLAMA = {
     "model_type": "llama",
@@ -68,9 +69,34 @@ def test_the_plan_fits_when_the_device_has_as_much(planned):
     assert dataclasses.replace(planned, capacity=planned.total).fits
 
 
+def test_the_base_is_named_by_its_formats(config, planned):
+    quantized = plan(resolve({**config.to_dict(), "quantize": {"format": "nf4"}}), "cpu")
+    # Every projection of the two layers is quantized; embedding and norms stay in bfloat16.
+    matrices = (64, 64), (32, 64), (32, 64), (64, 64), (128, 64), (128, 64), (64, 128)
+    nf4 = 2 * sum(NormalFloat4().nbytes(shape) for shape in matrices)
+    plain = 2 * (512 * 64 + 5 * 64)
+    assert quantized.base_formats == {"bfloat16": plain, "nf4": nf4}
+    assert quantized.arguments["base"] == plain + nf4
+    assert "base, nf4" in quantized.render()
+    assert planned.base_formats == {"bfloat16": planned.arguments["base"]}
+
+
+def test_what_does_not_fit_is_told_what_to_change(planned):
+    short = dataclasses.replace(planned, capacity=planned.total - 1).render()
+    for key in ("quantize.format", "training.accumulation", "data.max_length", "mesh.fsdp"):
+        assert key in short
+    # Neither for a base that is quantized already, nor where there is none.
+    quantized = dataclasses.replace(planned, base_formats={"nf4": 1}, capacity=0)
+    trained = dataclasses.replace(
+        planned, base_formats={}, arguments={**planned.arguments, "base": 0}, capacity=0
+    )
+    assert "quantize.format" not in quantized.render() + trained.render()
+
+
 def test_json_holds_what_the_table_shows(planned):
     content = json.loads(planned.to_json())
     sizes = content["per_device_bytes"]
+    assert sum(sizes["base_formats"].values()) == sizes["arguments"]["base"]
     parts = [*sizes["arguments"].values(), sizes["temporaries"], sizes["outputs"], sizes["program"]]
     assert sum(parts) == sizes["total"] == planned.total
     assert content["capacity_bytes"] == planned.capacity
