@@ -15,10 +15,12 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from jaxtune import config as config_module
-from jaxtune.adapters import Method, method_from_peft
+from jaxtune.adapters import Method
+from jaxtune.adapters.combine import Options
 from jaxtune.adapters.merge import edits
 from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.assemble import Assembled, assemble
+from jaxtune.checkpoints.named import NamedAdapters
 from jaxtune.checkpoints.peft import read_adapter
 from jaxtune.checkpoints.replaced import trained
 from jaxtune.checkpoints.tokenizer import load_tokenizer
@@ -29,6 +31,7 @@ from jaxtune.layers.attention import choose_backend
 from jaxtune.layers.bits import as_bits
 from jaxtune.layers.decoder import ForwardOptions
 from jaxtune.layers.tree import Tree, merge
+from jaxtune.models.definition import Definition
 from jaxtune.parallel.mesh import single_device_mesh
 from jaxtune.parallel.rules import MESH_AXES
 from jaxtune.training import train as training
@@ -38,6 +41,8 @@ from jaxtune.training.setup import set_up
 DTYPES = ("bfloat16", "float32")
 # What `Model.generate` takes as a prompt: text, token ids, or chat messages.
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+# What `load` calls the one adapter that is given without a name.
+ONLY = "default"
 
 
 class Model:
@@ -51,15 +56,49 @@ class Model:
         *,
         dtype: Any,
         attention: str = "auto",
-        method: Method | None = None,
+        adapters: NamedAdapters | None = None,
     ):
-        self.definition = parts.definition
+        self.source, self.mesh = source, mesh
+        self._dtype, self._attention, self._adapters = jnp.dtype(dtype), attention, adapters
+        self._hold(parts)
+
+    def _hold(self, parts: Assembled) -> None:
+        self.definition, self.method = parts.definition, parts.method
         self.base, self.trainable, self.constants = parts.base, parts.trainable, parts.constants
-        self.source, self.mesh, self.method = source, mesh, method
-        platform = mesh.devices.flat[0].platform
+        platform = self.mesh.devices.flat[0].platform
         prefix = parts.definition.module.model.prefix is not None
-        backend = choose_backend(attention, platform, prefix)
-        self.options = ForwardOptions(jnp.dtype(dtype), backend, "none", platform)
+        backend = choose_backend(self._attention, platform, prefix)
+        self.options = ForwardOptions(self._dtype, backend, "none", platform)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that the model was loaded with."""
+        return () if self._adapters is None else tuple(self._adapters.stored)
+
+    def use(
+        self,
+        adapter: str | Mapping[str, float] | None,
+        combine: str = "cat",
+        **options: Any,
+    ) -> Model:
+        """Switches to one of the adapters that were loaded, to several combined, or to none.
+
+        Args:
+          adapter: its name; weights of several by name; or None for the base model as it was.
+          combine: how LoRA adapters are combined: "cat" and "svd" are the weighted sum of their
+            edits; see `jaxtune.adapters.combine` for the others.
+          **options: of that, see `jaxtune.adapters.combine.Options`: rank, density, majority, seed.
+
+        Returns:
+          The model itself.
+
+        Raises:
+          JaxtuneError: an unknown name, or adapters that cannot be combined.
+        """
+        if self._adapters is None or (adapter is not None and not self.adapters):
+            raise JaxtuneError(f"adapter={adapter!r}: the model was loaded without adapters")
+        self._hold(self._adapters.select(adapter, combine, Options(**options)))
+        return self
 
     @property
     def tokenizer(self) -> Any:
@@ -106,24 +145,8 @@ class Model:
         if reserved:
             tokens, segments, place, text = make_room(tokens, segments, place, reserved)
         with jax.set_mesh(self.mesh):
-            logits = self._logits(*self._trees, tokens, segments, place)
+            logits = _logits(self._trees, tokens, segments, place, self.definition, self.options)
         return jnp.take_along_axis(logits, text[..., None], axis=1) if reserved else logits
-
-    @functools.cached_property
-    def _logits(self) -> Any:
-        def compute(
-            base: Tree,
-            trainable: Tree,
-            constants: Tree,
-            tokens: jax.Array,
-            segment_ids: jax.Array,
-            positions: jax.Array,
-        ) -> jax.Array:
-            model = self.definition.bind(base, trainable, constants)
-            hidden, _ = model.hidden(tokens, segment_ids, positions, self.options)
-            return model.head()(hidden)
-
-        return jax.jit(compute)
 
     def generate(
         self,
@@ -227,6 +250,20 @@ class Model:
         )
 
 
+@functools.partial(jax.jit, static_argnames=("definition", "options"))
+def _logits(
+    trees: tuple[Tree, Tree, Tree],
+    tokens: jax.Array,
+    segment_ids: jax.Array,
+    positions: jax.Array,
+    definition: Definition,
+    options: ForwardOptions,
+) -> jax.Array:
+    model = definition.bind(*trees)
+    hidden, _ = model.hidden(tokens, segment_ids, positions, options)
+    return model.head()(hidden)
+
+
 def segment_positions(segment_ids: jax.Array) -> jax.Array:
     """Counts positions from 0 within each run of equal segment ids: int[B, T] → int32[B, T]."""
     index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
@@ -276,19 +313,21 @@ def load(
     quantize: str | Mapping[str, Any] | None = None,
     dtype: str = "bfloat16",
     *,
+    adapters: Mapping[str, str | Path] | None = None,
     revision: str = "",
     mesh: Mesh | None = None,
     attention: str = "auto",
     progress: bool = True,
 ) -> Model:
-    """Loads a model, and an adapter if one is given.
+    """Loads a model, and the adapters that are given.
 
     Args:
       path: a Hugging Face directory, a hub id or a .gguf file.
-      adapter: a directory in PEFT's format.
+      adapter: a directory in PEFT's format; the model is loaded with it in use.
       quantize: format of the weights ("nf4", "int4", "int8", "fp8"), or settings as the
         ``quantize`` section of a config has them; None keeps `dtype`.
       dtype: "bfloat16" or "float32", whatever is on disk.
+      adapters: directories in PEFT's format by name, for `Model.use`; the base is in use first.
       revision: of a hub id.
       mesh: where the weights go; one device by default.
       attention: attention backend; by platform by default.
@@ -301,20 +340,17 @@ def load(
     section = {"format": quantize} if isinstance(quantize, str) else dict(quantize or {})
     settings = config_module.resolve({"quantize": section}).quantize
     location = huggingface.resolve_path(str(path), revision)
-    stored = None if adapter is None else read_adapter(adapter)
-    method = None if stored is None else method_from_peft(stored)
+    if adapter is not None and adapters:
+        raise JaxtuneError("adapter and adapters are both given: name them all in adapters")
+    directories = dict(adapters or {}) if adapter is None else {ONLY: adapter}
+    stored = {name: read_adapter(directory) for name, directory in directories.items()}
     mesh = single_device_mesh() if mesh is None else mesh
     source = huggingface.open_source(location)
-    parts = assemble(
-        source,
-        dtype,
-        mesh,
-        method=method,
-        quantization=huggingface.choose_quantization(settings, source.config),
-        stored=stored,
-        progress=progress,
-    )
-    return Model(parts, location, mesh, dtype=dtype, attention=attention, method=method)
+    quantization = huggingface.choose_quantization(settings, source.config)
+    bare = assemble(source, dtype, mesh, quantization=quantization, progress=progress)
+    named = NamedAdapters(bare, source, dtype, stored, quantization)
+    model = Model(bare, location, mesh, dtype=dtype, attention=attention, adapters=named)
+    return model if adapter is None else model.use(ONLY)
 
 
 class Run:

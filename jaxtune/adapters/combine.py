@@ -226,7 +226,7 @@ def read_pairs(name: str, stored: Stored) -> dict[str, Pair]:
 def combine(
     adapters: Mapping[str, Stored],
     weights: Mapping[str, float],
-    method: str = "linear",
+    method: str = "cat",
     options: Options | None = None,
 ) -> Stored:
     """Combines LoRA adapters into one.

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from jaxtune.adapters import Method, Stored
+from jaxtune.adapters import Method, Stored, method_from_peft
 from jaxtune.adapters.define import define
 from jaxtune.adapters.method import Start
 from jaxtune.checkpoints import huggingface
@@ -29,6 +29,7 @@ class Assembled(NamedTuple):
       trainable: what is trained.
       constants: of the method.
       ignored: checkpoint tensors that are not needed, each with its reason.
+      method: what the trainables and constants are of; None for the bare model.
     """
 
     definition: Definition
@@ -36,6 +37,7 @@ class Assembled(NamedTuple):
     trainable: Tree
     constants: Tree
     ignored: dict[str, str]
+    method: Method | None = None
 
 
 def assemble(
@@ -79,7 +81,38 @@ def assemble(
         added = method.init(definition, seed) if fresh else method.restore(definition, stored)
         added = method.complete(definition, weights, added, start)
     parts: dict[Any, Tree] = definition.split(merge(weights, *added))
-    return Assembled(definition, parts["base"], parts["trainable"], parts["constants"], ignored)
+    trees = parts["base"], parts["trainable"], parts["constants"]
+    return Assembled(definition, *trees, ignored, method)
+
+
+def attach(
+    bare: Assembled,
+    source: TensorSource,
+    dtype: DTypeLike,
+    stored: Stored,
+    quantization: Quantization | None = None,
+) -> Assembled:
+    """Puts an adapter beside weights that are loaded already, and are not copied.
+
+    Args:
+      bare: the model without a method.
+      source: the checkpoint that it was loaded from.
+      dtype: of frozen weights.
+      stored: the adapter.
+      quantization: of frozen weights.
+
+    Raises:
+      JaxtuneError: model and adapter do not fit one another.
+    """
+    method = method_from_peft(stored)
+    definition = define(bare.definition.config, dtype, method, quantization)
+    _check_copies(source, stored)
+    added = method.restore(definition, stored)
+    added = method.complete(definition, bare.base, added, None)
+    parts: dict[Any, Tree] = definition.split(merge(bare.base, *added))
+    return Assembled(
+        definition, parts["base"], parts["trainable"], parts["constants"], bare.ignored, method
+    )
 
 
 def _check_copies(source: TensorSource, stored: Stored) -> None:
