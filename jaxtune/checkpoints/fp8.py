@@ -137,3 +137,41 @@ def block_size(settings: Mapping[str, Any], path: Path) -> tuple[int, int]:
     ):
         raise JaxtuneError(f"{where}.weight_block_size={block!r} is not two positive numbers")
     return block[0], block[1]
+
+
+def stored_format(settings: Mapping[str, Any], path: Path) -> Float8:
+    """Returns the format of a checkpoint from its ``quantization_config``.
+
+    Raises:
+      JaxtuneError: another kind of fp8, or no size of a block.
+    """
+    return Float8(block_size(settings, path))
+
+
+def fp8_settings(form: Float8, plain: Sequence[str], dtype: str) -> dict[str, Any]:
+    """Returns the ``quantization_config`` of a checkpoint in fp8; see `stored.Writer`."""
+    del dtype
+    return {
+        "quant_method": METHOD,
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": list(form.block),
+        "modules_to_not_convert": list(plain),
+    }
+
+
+def fp8_tensors(
+    module: str,
+    form: Float8,
+    shape: tuple[int, int],
+    dtype: str,
+    part: Callable[[str], np.ndarray],
+) -> dict[str, Pending]:
+    """Returns the tensors of a weight in fp8; see `stored.Writer`."""
+    del dtype
+    name, kind = f"{module}.weight", ml_dtypes.float8_e4m3fn
+    blocks = form.parts(shape)["scale"].shape
+    return {
+        name: Pending(shape, kind, lambda: part("codes").view(kind)),
+        name + SUFFIX: Pending(blocks, np.float32, lambda: part("scale")),
+    }

@@ -1,0 +1,189 @@
+"""Checkpoints in which a quantized weight is several tensors: its codes and their companions."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxtune.checkpoints.quantize import CHUNK, host_device
+from jaxtune.checkpoints.source import ALL, TensorSource
+from jaxtune.errors import JaxtuneError
+from jaxtune.quant import Format
+from jaxtune.quant.packing import pack, packed_size, unpack
+
+_pack = jax.jit(pack)
+_unpack = jax.jit(unpack, static_argnums=1)
+
+
+class Specified(NamedTuple):
+    """What a tensor on disk has to be.
+
+    Attributes:
+      shape: of the tensor.
+      dtypes: any of these, by name.
+    """
+
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...]
+
+
+class CompanionSource(abc.ABC):
+    """Such a checkpoint, read as one whose weights are whole and in float32.
+
+    A subclass says which tensors make up a weight, and decodes them.
+    """
+
+    def __init__(
+        self,
+        source: TensorSource,
+        form: Format,
+        endings: Mapping[str, str],
+        optional: tuple[str, ...] = (),
+    ):
+        """Finds what belongs together, and checks all but the codes and scales themselves.
+
+        Args:
+          source: the tensors as they are on disk.
+          form: of the quantized weights.
+          endings: for each tensor of a weight, what its name has after that of the module; the
+            codes come first.
+          optional: those of them that a weight may lack.
+
+        Raises:
+          JaxtuneError: a tensor is missing, or of the wrong shape or dtype.
+        """
+        self._source, self.form = source, form
+        self.path: Path = source.path
+        self.config: dict[str, Any] = source.config
+        self._tensors: dict[str, dict[str, str]] = {}
+        present = set(source.names())
+        for module in _modules(source, endings):
+            weight = module + ".weight"
+            tensors = {key: module + ending for key, ending in endings.items()}
+            missing = [key for key, name in tensors.items() if name not in present]
+            needed = [tensors[key] for key in missing if key not in optional]
+            if needed:
+                raise JaxtuneError(
+                    f'{source.path}: {weight} is stored as {form.name} and has no "{needed[0]}"'
+                )
+            if weight in present and weight not in tensors.values():
+                raise JaxtuneError(
+                    f"{source.where(weight)}: {weight} is plain, and stored as {form.name} as well"
+                )
+            self._tensors[weight] = {k: n for k, n in tensors.items() if k not in missing}
+        taken = {name for tensors in self._tensors.values() for name in tensors.values()}
+        self._names = [*self._tensors, *(name for name in source.names() if name not in taken)]
+        for weight in self._tensors:
+            self._check(weight)
+
+    def _check(self, weight: str) -> None:
+        for key, specified in self._specified(weight).items():
+            name = self._tensors[weight][key]
+            shape, dtype = self._source.shape(name), str(self._source.dtype(name))
+            if shape != specified.shape or dtype not in specified.dtypes:
+                kinds = " or ".join(specified.dtypes)
+                wanted = f"{kinds} {list(specified.shape)}"
+                raise self._error(weight, key, f"is {dtype} {list(shape)}, not {wanted}")
+
+    def _error(self, weight: str, key: str, problem: str) -> JaxtuneError:
+        """Returns what to raise about one tensor of a weight."""
+        name = self._tensors[weight][key]
+        return JaxtuneError(f'{self._source.where(name)}: "{name}" {problem}')
+
+    def _stored(self, weight: str, key: str) -> np.ndarray:
+        """Returns one tensor of a weight as it is on disk."""
+        return self._source.read(self._tensors[weight][key])
+
+    @abc.abstractmethod
+    def _specified(self, weight: str) -> dict[str, Specified]:
+        """Returns what tensors of a weight have to be."""
+
+    @abc.abstractmethod
+    def _shape(self, weight: str) -> tuple[int, int]:
+        """Returns the shape of a quantized weight."""
+
+    @abc.abstractmethod
+    def _decode(self, weight: str, first: int, last: int) -> np.ndarray:
+        """Returns some rows of a quantized weight, float32 [last − first, in]."""
+
+    @abc.abstractmethod
+    def _parts(self, weight: str) -> dict[str, np.ndarray] | None:
+        """Returns a quantized weight as the parts of `form`; None where these would lose bits."""
+
+    def names(self) -> list[str]:
+        """Returns the names of all weights, quantized or not, without their companions."""
+        return list(self._names)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns a tensor's shape."""
+        return self._shape(name) if name in self._tensors else self._source.shape(name)
+
+    def dtype(self, name: str) -> np.dtype:
+        """Returns the dtype that `read` gives: float32 for a quantized weight."""
+        return np.dtype(np.float32) if name in self._tensors else self._source.dtype(name)
+
+    def read(self, name: str, rows: slice = ALL) -> np.ndarray:
+        """Returns a tensor of the shape `shape(name)`, or rows of it, dequantized if need be."""
+        if name not in self._tensors:
+            return self._source.read(name, rows)
+        height, columns = self._shape(name)
+        start, stop, _ = rows.indices(height)
+        values = np.empty((stop - start, columns), np.float32)
+        for first, last in row_chunks(start, stop, columns):
+            values[first - start : last - start] = self._decode(name, first, last)
+        return values
+
+    def read_parts(self, name: str, form: Format) -> dict[str, np.ndarray] | None:
+        """Returns parts, of the format's shapes, if a weight is stored in just this format."""
+        return self._parts(name) if name in self._tensors and form == self.form else None
+
+    def where(self, name: str) -> str:
+        """Returns the file that holds a tensor, or the codes of a weight."""
+        tensors = self._tensors.get(name)
+        return self._source.where(name if tensors is None else next(iter(tensors.values())))
+
+
+def _modules(source: TensorSource, endings: Mapping[str, str]) -> list[str]:
+    """Returns the modules that have any tensor which only quantized weights have."""
+    telling = tuple(ending for ending in endings.values() if ending != ".weight")
+    found: dict[str, None] = {}
+    for name in source.names():
+        for ending in telling:
+            if name.endswith(ending):
+                found[name.removesuffix(ending)] = None
+    return list(found)
+
+
+def row_chunks(start: int, stop: int, columns: int) -> Iterator[tuple[int, int]]:
+    """Yields the bounds of chunks of rows; each holds an even number of rows but for the last."""
+    step = max(CHUNK // columns // 2, 1) * 2
+    for first in range(start, stop, step):
+        yield first, min(first + step, stop)
+
+
+def pack_rows(codes: Callable[[int, int], np.ndarray], shape: tuple[int, int]) -> np.ndarray:
+    """Packs 4-bit codes as `jaxtune.quant.packing` has them: uint8 [packed_size(in), out].
+
+    Args:
+      codes: gives the codes from one row up to another, uint8 [rows, in], each under 16.
+      shape: (out, in).
+    """
+    rows, columns = shape
+    packed, device = np.empty((packed_size(columns), rows), np.uint8), host_device()
+    for first, last in row_chunks(0, rows, columns):
+        packed[:, first:last] = _pack(jax.device_put(codes(first, last), device))
+    return packed
+
+
+def unpack_rows(packed: np.ndarray, shape: tuple[int, int]) -> Iterator[tuple[int, np.ndarray]]:
+    """Undoes `pack_rows`: yields (first row, codes uint8 [rows, in]), chunk by chunk."""
+    rows, columns = shape
+    device = host_device()
+    for first, last in row_chunks(0, rows, columns):
+        chunk = jax.device_put(np.ascontiguousarray(packed[:, first:last]), device)
+        yield first, np.asarray(_unpack(chunk, columns)).T
