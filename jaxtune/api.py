@@ -17,12 +17,14 @@ from jax.typing import ArrayLike
 from jaxtune import config as config_module
 from jaxtune.adapters import Method
 from jaxtune.adapters.combine import Options
+from jaxtune.adapters.define import define
 from jaxtune.adapters.merge import edits
 from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.assemble import Assembled, assemble
 from jaxtune.checkpoints.named import NamedAdapters
 from jaxtune.checkpoints.peft import read_adapter
 from jaxtune.checkpoints.replaced import trained
+from jaxtune.checkpoints.source import TensorSource
 from jaxtune.checkpoints.tokenizer import load_tokenizer
 from jaxtune.data.template import encode_prompt
 from jaxtune.errors import JaxtuneError, lookup
@@ -34,6 +36,7 @@ from jaxtune.layers.tree import Tree, merge
 from jaxtune.models.definition import Definition
 from jaxtune.parallel.mesh import single_device_mesh
 from jaxtune.parallel.rules import MESH_AXES
+from jaxtune.quant import Quantization
 from jaxtune.training import train as training
 from jaxtune.training.run import RunDirectory
 from jaxtune.training.setup import set_up
@@ -218,19 +221,25 @@ class Model:
             found.add(self._tokenizer.eos_token_id)
         return tuple(sorted(found))
 
-    def save_pretrained(self, directory: str | Path, dtype: str | None = None) -> Path:
+    def save_pretrained(
+        self, directory: str | Path, dtype: str | None = None, *, quantized: bool = False
+    ) -> Path:
         """Writes a Hugging Face checkpoint that transformers loads, the adapter merged in.
 
         Args:
           directory: to create.
           dtype: "bfloat16" or "float32" on disk; by default what each weight is held in.
+          quantized: writes quantized weights bit for bit as they are, in a format that other tools
+            read; otherwise they are dequantized.
 
         Returns:
           The directory.
 
         Raises:
-          JaxtuneError: the adapter is nothing that weights can take in.
+          JaxtuneError: the adapter is nothing that weights can take in, or not when quantized.
         """
+        if quantized and all(leaf.format is None for leaf in self.definition.leaves.values()):
+            raise JaxtuneError("quantized=True: nothing in this model is; load it with quantize=…")
         if self.method is not None and not self.method.can_merge:
             raise JaxtuneError(
                 f"an adapter of adapter.method={self.method.name} cannot be merged: "
@@ -247,6 +256,7 @@ class Model:
             extra_files=_extra_files(self.source),
             dtype=None if dtype is None else jnp.dtype(dtype),
             edits=edits(model),
+            quantized=quantized,
         )
 
 
@@ -336,21 +346,66 @@ def load(
     Raises:
       JaxtuneError: the checkpoint, the adapter or a setting is not usable; the message says why.
     """
-    lookup(dict.fromkeys(DTYPES), dtype, "dtype")
-    section = {"format": quantize} if isinstance(quantize, str) else dict(quantize or {})
-    settings = config_module.resolve({"quantize": section}).quantize
-    location = huggingface.resolve_path(str(path), revision)
     if adapter is not None and adapters:
         raise JaxtuneError("adapter and adapters are both given: name them all in adapters")
     directories = dict(adapters or {}) if adapter is None else {ONLY: adapter}
     stored = {name: read_adapter(directory) for name, directory in directories.items()}
     mesh = single_device_mesh() if mesh is None else mesh
-    source = huggingface.open_source(location)
-    quantization = huggingface.choose_quantization(settings, source.config)
+    location, source, quantization = _open(path, quantize, dtype, revision)
     bare = assemble(source, dtype, mesh, quantization=quantization, progress=progress)
     named = NamedAdapters(bare, source, dtype, stored, quantization)
     model = Model(bare, location, mesh, dtype=dtype, attention=attention, adapters=named)
     return model if adapter is None else model.use(ONLY)
+
+
+def convert(
+    path: str | Path,
+    directory: str | Path,
+    quantize: str | Mapping[str, Any] | None = None,
+    dtype: str = "bfloat16",
+    *,
+    revision: str = "",
+    progress: bool = True,
+) -> Path:
+    """Writes a checkpoint anew as a Hugging Face directory, one tensor at a time.
+
+    The model is never in memory, whatever its format.
+
+    Args:
+      path: a Hugging Face directory, a hub id or a .gguf file.
+      directory: to create.
+      quantize: format of the weights, or settings, as of `load`; None dequantizes.
+      dtype: "bfloat16" or "float32", of the weights that are not quantized.
+      revision: of a hub id.
+      progress: shows a bar when it takes long.
+
+    Returns:
+      The directory.
+
+    Raises:
+      JaxtuneError: the checkpoint or a setting is not usable, or the directory is taken.
+    """
+    location, source, quantization = _open(path, quantize, dtype, revision)
+    return huggingface.convert(
+        directory,
+        define(source.config, dtype, quantization=quantization),
+        source,
+        tokenizer=load_tokenizer(location),
+        extra_files=_extra_files(location),
+        progress=progress,
+    )
+
+
+def _open(
+    path: str | Path, quantize: str | Mapping[str, Any] | None, dtype: str, revision: str
+) -> tuple[Path, TensorSource, Quantization | None]:
+    """Returns where a checkpoint is, its tensors, and how they are to be quantized."""
+    lookup(dict.fromkeys(DTYPES), dtype, "dtype")
+    section = {"format": quantize} if isinstance(quantize, str) else dict(quantize or {})
+    settings = config_module.resolve({"quantize": section}).quantize
+    location = huggingface.resolve_path(str(path), revision)
+    source = huggingface.open_source(location)
+    return location, source, huggingface.choose_quantization(settings, source.config)
 
 
 class Run:

@@ -117,8 +117,9 @@ def _convert(arguments: argparse.Namespace) -> None:
     import jaxtune
 
     _check_free(arguments.to)
-    model = jaxtune.load(arguments.source, dtype=arguments.dtype)
-    print(f"written: {model.save_pretrained(arguments.to)}")
+    quantize = arguments.quantize or None
+    written = jaxtune.convert(arguments.source, arguments.to, quantize, arguments.dtype)
+    print(f"written: {written}")
 
 
 def _plan(arguments: argparse.Namespace) -> None:
@@ -221,7 +222,17 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     )
     convert.add_argument("--to", metavar="DIR", required=True, help="directory to create")
     convert.add_argument(
-        "--dtype", metavar="DTYPE", type=_choice("bfloat16", "float32"), default="bfloat16"
+        "--dtype",
+        metavar="DTYPE",
+        type=_choice("bfloat16", "float32"),
+        default="bfloat16",
+        help="of the weights that are not quantized",
+    )
+    convert.add_argument(
+        "--quantize",
+        metavar="FORMAT",
+        type=_choice("nf4", "int4", "int8", "fp8"),
+        help="write the linear weights in nf4, int4, int8 or fp8",
     )
 
     plan = command("plan", _plan, "Say what a run would need, before it starts.")

@@ -1,4 +1,4 @@
-"""DeepSeek's block-scaled fp8 checkpoints, dequantized tensor by tensor while they are read.
+"""DeepSeek's block-scaled fp8 checkpoints: dequantized as they are read, and written.
 
 A weight W of type float8_e4m3fn comes with ``W_scale_inv``, float32: one value for each block of
 128 rows and 128 columns, ragged blocks at the edges included. The weight is ``float32(W) × scale``
@@ -9,18 +9,20 @@ Source: the inference code of DeepSeek-V3 and its config.json (``weight_block_si
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from jaxtune.checkpoints.safetensors import Pending
 from jaxtune.checkpoints.source import ALL, TensorSource
 from jaxtune.errors import JaxtuneError
 from jaxtune.quant.fp8 import Float8
 from jaxtune.quant.weight import Format
 
+METHOD = "fp8"
 SUFFIX = "_scale_inv"
 # Every float8_e4m3fn value by its bits: a look-up is several times faster than a cast.
 _VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)

@@ -6,11 +6,12 @@ Source: the format's own description, https://github.com/huggingface/safetensors
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -111,28 +112,77 @@ def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
         raise OSError(str(error)) from error
 
 
+class Pending(NamedTuple):
+    """A tensor that is made when it is written, so that a shard of them takes no memory.
+
+    Attributes:
+      shape: of what `make` gives.
+      dtype: of what `make` gives.
+      make: returns the value.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    make: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+def _write_pending(path: Path, tensors: Mapping[str, Pending], advance: Callable[[], None]) -> None:
+    """Writes tensors one after the other, each to the place that the header gives it."""
+    kinds = {dtype: kind for kind, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    # Wide values first: PyTorch takes no tensor that is out of line with its own dtype.
+    for name in sorted(tensors, key=lambda name: -np.dtype(tensors[name].dtype).itemsize):
+        tensor = tensors[name]
+        start, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": kinds[np.dtype(tensor.dtype)],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, tensor in tensors.items():
+            value = np.ascontiguousarray(tensor.make())
+            assert (value.nbytes, value.dtype) == (tensor.nbytes, np.dtype(tensor.dtype)), name
+            file.seek(8 + len(text) + header[name]["data_offsets"][0])
+            file.write(value.reshape(-1).view(np.uint8).data)
+            advance()
+
+
 def write_sharded(
-    directory: Path, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int
+    directory: Path,
+    tensors: Iterable[tuple[str, Pending]],
+    shard_bytes: int,
+    advance: Callable[[], None] = lambda: None,
 ) -> list[str]:
-    """Writes tensors of any shape as they come, a file when `shard_bytes` are full, and the index.
+    """Writes tensors of any shape, a file when `shard_bytes` are full, and the index.
 
     Args:
       directory: an existing directory.
-      tensors: (name, value) in the order of the files; one shard of them is held at a time.
+      tensors: (name, tensor); they are made in this order, one at a time.
       shard_bytes: a new file starts before a shard would exceed this.
+      advance: called after each tensor.
 
     Returns:
       The names of the files written. One file is called model.safetensors and has no index.
     """
     parts: list[Path] = []
     where: dict[str, int] = {}
-    shard: dict[str, np.ndarray] = {}
+    shard: dict[str, Pending] = {}
     held = total = 0
 
     def flush() -> None:
         nonlocal held
         parts.append(directory / f"part-{len(parts)}.safetensors")
-        write_file(parts[-1], shard)
+        _write_pending(parts[-1], shard, advance)
         shard.clear()
         held = 0
 

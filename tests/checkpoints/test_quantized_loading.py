@@ -16,7 +16,7 @@ from jaxtune.checkpoints import quantize as quantizing
 from jaxtune.checkpoints.quantize import read_quantized
 from jaxtune.config import resolve
 from jaxtune.errors import JaxtuneError
-from jaxtune.layers.tree import flatten
+from jaxtune.layers.tree import flatten, layer_names, unflatten
 from jaxtune.parallel.mesh import make_mesh, single_device_mesh
 from jaxtune.quant import Quantization
 from jaxtune.quant.fp8 import Float8
@@ -72,7 +72,7 @@ def test_a_quantized_model_computes_with_its_dequantized_weights(tiny, kind, for
         path: leaf.dequantize(jnp.float32) if isinstance(leaf, QuantizedWeight) else leaf
         for path, leaf in flatten(model.base)
     }
-    plain.base = huggingface.unflatten(replaced)
+    plain.base = unflatten(replaced)
     ours, same = np.asarray(model.logits(TOKENS)), np.asarray(plain.logits(TOKENS))
     # The same products of the same float32 numbers, compiled another way.
     assert np.abs(ours - same).max() <= 1e-5 * np.abs(same).max()
@@ -144,7 +144,7 @@ def test_an_fp8_checkpoint_stays_as_it_is_on_disk(tiny, tmp_path):
     for path, leaf in quantized_leaves(model).items():
         assert leaf.format == Float8(block)
         declared = model.definition.leaves[path].declaration
-        for part, name in enumerate(huggingface.layer_names(path, declared)):
+        for part, name in enumerate(layer_names(path, declared)):
             place = np.unravel_index(part, declared.stack_shape)
             codes, scale = stored[name]
             assert np.array_equal(leaf.parts["codes"][place], codes.view(np.uint8))
@@ -180,7 +180,7 @@ def test_saving_writes_the_dequantized_weights(tiny, tmp_path, form):
         if isinstance(leaf, QuantizedWeight) and form != Int4(symmetric=False):
             decoded = np.asarray(leaf.dequantize(jnp.float32))
             declared = model.definition.leaves[path].declaration
-            for part, name in enumerate(huggingface.layer_names(path, declared)):
+            for part, name in enumerate(layer_names(path, declared)):
                 assert np.array_equal(saved.read(name), decoded[part])
                 checked += 1
     assert checked or form == Int4(symmetric=False)

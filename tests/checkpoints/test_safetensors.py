@@ -10,7 +10,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from jaxtune.checkpoints.safetensors import SafetensorsFile, read_all, write_file, write_sharded
+from jaxtune.checkpoints.safetensors import (
+    Pending,
+    SafetensorsFile,
+    read_all,
+    write_file,
+    write_sharded,
+)
 from jaxtune.errors import JaxtuneError
 
 
@@ -63,6 +69,10 @@ def test_torch_reads_what_was_written(tmp_path):
     assert torch.equal(theirs["b"], torch.from_numpy(floats).to(torch.bfloat16))
     with safetensors.safe_open(tmp_path / "f", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+def pending(tensors):
+    return [(name, Pending(v.shape, v.dtype, lambda v=v: v)) for name, v in tensors]
 
 
 def header_of(**entries):
@@ -132,7 +142,7 @@ def test_a_tensor_name_is_never_a_path(tmp_path):
     write_file(tmp_path / "in" / "f", {"../../evil": np.ones(2, np.float32)})
     tensors = read_all(tmp_path / "in" / "f")
     (tmp_path / "out").mkdir()
-    write_sharded(tmp_path / "out", tensors.items(), 2**20)
+    write_sharded(tmp_path / "out", pending(tensors.items()), 2**20)
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["f", "model.safetensors"]
 
 
@@ -142,17 +152,35 @@ class TestShards:
         return [(f"t{i}", np.full((i + 1, 8), i, np.float32)) for i in range(5)]
 
     def test_one_file_has_no_index(self, tmp_path):
-        assert write_sharded(tmp_path, iter(self.tensors()), 2**20) == ["model.safetensors"]
+        assert write_sharded(tmp_path, pending(self.tensors()), 2**20) == ["model.safetensors"]
         assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
+    def test_torch_reads_tensors_of_every_width_whatever_their_order(self, tmp_path):
+        values = {
+            "bytes": np.arange(3, dtype=np.uint8),
+            "scalar": np.zeros((), np.uint8),
+            "turned": np.arange(6, dtype=np.float32).reshape(2, 3).T,
+            "halves": np.arange(5).astype(ml_dtypes.bfloat16),
+            "none": np.zeros((0, 4), np.float32),
+            "long": np.arange(2),
+        }
+        assert write_sharded(tmp_path, pending(values.items()), 2**20) == ["model.safetensors"]
+        theirs = safetensors.torch.load_file(tmp_path / "model.safetensors")
+        assert set(theirs) == set(values)
+        for name, value in values.items():
+            assert theirs[name].shape == value.shape
+            assert np.array_equal(theirs[name].float().numpy(), value.astype(np.float32))
+
     def test_no_shard_exceeds_the_limit_unless_one_tensor_does(self, tmp_path):
-        names = write_sharded(tmp_path, iter(self.tensors()), 100)  # of 32, 64, 96, 128, 160 bytes
+        names = write_sharded(
+            tmp_path, pending(self.tensors()), 100
+        )  # of 32, 64, 96, 128, 160 bytes
         sizes = [sum(t.nbytes for t in read_all(tmp_path / name).values()) for name in names]
         assert sizes == [96, 96, 128, 160]
         assert names[0] == "model-00001-of-00004.safetensors"
 
     def test_the_index_says_where_every_tensor_is(self, tmp_path):
-        names = write_sharded(tmp_path, iter(self.tensors()), 100)
+        names = write_sharded(tmp_path, pending(self.tensors()), 100)
         index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
         assert index["metadata"]["total_size"] == sum(value.nbytes for _, value in self.tensors())
         for name, value in self.tensors():
