@@ -238,7 +238,7 @@ def nf4_tensors(
     dtype: str,
     part: Callable[[str], np.ndarray],
 ) -> dict[str, Pending]:
-    """Returns the tensors of a weight in NF4; see `stored.Writer`."""
+    """Returns the tensors of a weight [out, in] in NF4; see `stored.Writer`."""
     size = -(-math.prod(shape) // 2)
     blocks = -(-math.prod(shape) // BLOCK)
     scale = np.uint8 if form.double else np.float32
@@ -302,7 +302,7 @@ def int8_tensors(
     dtype: str,
     part: Callable[[str], np.ndarray],
 ) -> dict[str, Pending]:
-    """Returns the tensors of a weight in int8; see `stored.Writer`."""
+    """Returns the tensors of a weight [out, in] in int8; see `stored.Writer`."""
     del form, dtype
     tensors = {
         "codes": Pending(shape, np.int8, lambda: part("codes")),

@@ -183,7 +183,7 @@ def int4_tensors(
     dtype: str,
     part: Callable[[str], np.ndarray],
 ) -> dict[str, Pending]:
-    """Returns the tensors of a weight in int4; see `stored.Writer`."""
+    """Returns the tensors of a weight [out, in] in int4; see `stored.Writer`."""
     del dtype
     rows, columns = shape
     words, groups = -(-columns // PER_WORD), form.parts(shape)["scale"].shape[0]

@@ -169,7 +169,7 @@ def fp8_tensors(
     dtype: str,
     part: Callable[[str], np.ndarray],
 ) -> dict[str, Pending]:
-    """Returns the tensors of a weight in fp8; see `stored.Writer`."""
+    """Returns the tensors of a weight [out, in] in fp8; see `stored.Writer`."""
     del dtype
     name, kind = f"{module}.weight", ml_dtypes.float8_e4m3fn
     blocks = form.parts(shape)["scale"].shape
