@@ -114,8 +114,8 @@ class NF4Source(CompanionSource):
             if state.get(key) != value:
                 raise self._error(weight, "state", f"has {key}={state.get(key)!r}, not {value!r}")
         shape, offset = state.get("shape"), state.get("nested_offset")
-        are_numbers = isinstance(shape, list) and [type(size) for size in shape] == [int, int]
-        if not are_numbers or min(shape) < 1:
+        sizes = shape if isinstance(shape, list) else []
+        if [type(size) for size in sizes] != [int, int] or min(sizes) < 1:
             raise self._error(weight, "state", f"has shape={shape!r}, not two positive numbers")
         if self._double and not isinstance(offset, float):
             raise self._error(weight, "state", f"has nested_offset={offset!r}, not a number")

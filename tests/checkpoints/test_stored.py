@@ -1,4 +1,4 @@
-"""Quantized checkpoints on disk: every format comes back bit for bit, and what is wrong is named."""
+"""Quantized checkpoints on disk: they come back bit for bit, and what is wrong is named."""
 
 import json
 import logging
@@ -284,7 +284,7 @@ FAULTS = {
             f'"{NAME[:-6]}SCB" is float32 [63], not float32 [64]',
         ),
         (
-            replaced(NAME[:-6] + "weight_format", lambda order: order + 2),
+            replaced(NAME[:-6] + "weight_format", lambda order: np.full_like(order, 2)),
             f'"{NAME[:-6]}weight_format" is 2; only 0',
         ),
         (replaced(NAME, lambda codes: codes.reshape(-1)), f'"{NAME}" is [4096], and a weight'),
@@ -333,7 +333,7 @@ def test_what_does_not_belong_together_is_named_in_one_line(tiny, tmp_path, form
         ("nf4", ["quant_method"], "gptq", 'quant_method="gptq" is unknown'),
         ("nf4", ["bnb_4bit_quant_type"], "fp4", "bnb_4bit_quant_type='fp4' is not supported"),
         ("nf4", ["load_in_4bit"], False, "has neither load_in_4bit nor load_in_8bit"),
-        ("nf4", ["bnb_4bit_use_double_quant"], False, "is uint8 [64], not float32 [64]"),
+        ("nf4", ["bnb_4bit_use_double_quant"], False, "is uint8 [96], not float32 [96]"),
         ("int4", ["format"], "dense", "format='dense' is not supported (only 'pack-quantized')"),
         ("int4", ["config_groups"], {}, "config_groups is not one group with weights"),
         (
