@@ -82,7 +82,7 @@ def write_checkpoint(directory, config):
     return directory
 
 
-def work(directory, form):
+def work(directory, form, to=""):
     from jaxtune.adapters.define import define
     from jaxtune.checkpoints import huggingface
     from jaxtune.config import resolve
@@ -99,13 +99,23 @@ def work(directory, form):
         tree, _ = huggingface.load(definition, source, single_device_mesh(), progress=False)
         return tree, len(reads)
 
+    def convert(path, target):
+        source = huggingface.open_source(path)
+        quantization = huggingface.choose_quantization(section, source.config)
+        definition = define(source.config, "bfloat16", quantization=quantization)
+        huggingface.convert(target, definition, source, progress=False)
+        return None, len(list(definition.in_checkpoint()))
+
+    def go(path, target):
+        return convert(path, target) if to else load(path)
+
     # A program is compiled for every shape and stays, a few MiB each: none of them is a weight.
-    load(Path(directory))
+    go(Path(directory), f"{to}-before")
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     print("ready", flush=True)
     sys.stdin.readline()
-    _tree, reads = load(Path(directory))
+    _tree, reads = go(Path(directory), to)
     print(reads, flush=True)
 
 
@@ -162,6 +172,23 @@ def test_quantizing_takes_two_tensors_of_the_file_beyond_the_quantized_model(tmp
     assert megabytes > 1900
     assert measured.peak > resident  # or it measured something else
     assert measured.peak - resident <= 2 * largest + SLACK
+
+
+@pytest.mark.slow
+def test_converting_takes_two_tensors_of_the_file_and_no_model(tmp_path):
+    config = CONFIG | {"n_routed_experts": 124}
+    directory = write_checkpoint(tmp_path / "fp8", config)
+    largest = max(math.prod(shape) * len(ONE[kind]) for _, kind, shape in tensors(config))
+    measured = measure(directory, "nf4", tmp_path / "nf4", program=__file__)
+    megabytes = (directory / "model.safetensors").stat().st_size / 1e6
+    written = sum(path.stat().st_size for path in (tmp_path / "nf4").iterdir()) / 1e6
+    print(
+        f"\n{megabytes:.0f} MB of fp8 to {written:.0f} MB of nf4 on disk: "
+        f"{megabytes / measured.seconds:.0f} MB/s; {measured.peak / 2**20:.0f} MiB, the largest "
+        f"tensor {largest / 2**20:.0f}"
+    )
+    assert written > megabytes / 2
+    assert measured.peak <= 2 * largest + SLACK
 
 
 if __name__ == "__main__":
