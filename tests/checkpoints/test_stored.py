@@ -15,6 +15,7 @@ from jaxtune.adapters.define import define
 from jaxtune.checkpoints import companions, huggingface
 from jaxtune.checkpoints import quantize as quantizing
 from jaxtune.checkpoints.compressed_tensors import PER_WORD
+from jaxtune.cli import main
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.tree import flatten, layer_names
 from jaxtune.parallel.mesh import single_device_mesh
@@ -134,6 +135,14 @@ def test_one_format_becomes_another_as_its_values_would(tiny, tmp_path):
     assert "quantization_config" not in config
     direct = load(tmp_path / "nf4", Quantization(NormalFloat4()))[1]
     assert_same(direct, load(tmp_path / "wide", Quantization(NormalFloat4()))[1])
+
+
+def test_the_command_line_converts(tiny, tmp_path, capsys):
+    main(["convert", "--from", str(tiny("llama")), "--to", str(tmp_path / "q"), "--quantize=int8"])
+    assert capsys.readouterr().out == f"written: {tmp_path / 'q'}\n"
+    model = jaxtune.load(tmp_path / "q", quantize="int8", progress=False)
+    again = jaxtune.load(tiny("llama"), quantize="int8", progress=False)
+    assert_same(model.base, again.base)
 
 
 def test_each_tensor_is_read_once_while_converting(tiny, tmp_path, monkeypatch):
