@@ -104,7 +104,6 @@ def test_every_number_of_the_config_has_a_consequence(tiny):
             return "shapes"
         parts = huggingface.load(definition, source, single_device_mesh(), progress=False)[0]
         model.definition, model.base = definition, parts
-        del model.__dict__["_logits"]
         return np.asarray(model.logits(tokens))
 
     model = jaxtune.load(base, dtype="float32", progress=False)
