@@ -14,7 +14,7 @@ quickstart: $(LIGHT)
 test test-slow: export JAX_PLATFORMS := cpu
 
 test: $(FULL)
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(FULL)
 	$(BIN)/pytest -m slow
