@@ -55,7 +55,7 @@ def load_tree(directory, quantization):
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
-@pytest.mark.parametrize("kind", ["llama", "deepseek_v3"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
 def test_a_quantized_model_computes_with_its_dequantized_weights(tiny, kind, form):
     directory = tiny(kind, **(MOE if kind == "deepseek_v3" else {}))
     settings = {"format": form.name}

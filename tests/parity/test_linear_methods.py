@@ -112,6 +112,7 @@ def test_it_starts_as_the_base_and_ends_as_one_model(name, directory, base, tmp_
     assert_same_logits(plain.logits(TOKENS), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOME_LAYERS)
 def test_it_leaves_all_other_layers_and_experts_alone(name, directory, base, tmp_path):
     method = SOME_LAYERS[name]
