@@ -17,7 +17,7 @@ test: $(FULL)
 	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(FULL)
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow -n 2 --dist loadfile --durations 25
 
 lint: $(FULL)
 	$(BIN)/ruff check .
