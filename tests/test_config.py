@@ -16,7 +16,8 @@ from jaxtune import JaxtuneError, config
 from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.assemble import assemble
 from jaxtune.checkpoints.tokenizer import load_tokenizer
-from jaxtune.config import default, knobs, load_file, resolve
+from jaxtune.config import default, load_file, resolve
+from jaxtune.knobs import knobs
 from jaxtune.training import train as training
 from jaxtune.training.describe import Split, describe
 from jaxtune.training.setup import set_up

@@ -9,6 +9,7 @@ import jaxtune
 
 ORDER = (
     "errors",
+    "knobs",
     "config",
     "parallel",
     "quant",
@@ -23,6 +24,7 @@ ORDER = (
     "planning",
     "api",
     "quickstart",
+    "commands",
     "cli",
     "__main__",
 )

@@ -29,7 +29,7 @@ from jaxtune.adapters.census import census
 from jaxtune.adapters.prefix import Prefix
 from jaxtune.adapters.prompt import Prompt
 from jaxtune.adapters.ptuning import PTuning
-from jaxtune.api import make_room
+from jaxtune.api.model import make_room
 from jaxtune.checkpoints.peft import read_adapter, write_adapter
 from jaxtune.generation.generate import Sampling
 from jaxtune.layers.tree import flatten, unflatten

@@ -1,9 +1,8 @@
-"""The Python interface: load a model, look at it, generate with it, save it, train one."""
+"""A model in memory: look at it, generate with it, save it."""
 
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from jaxtune import config as config_module
-from jaxtune.adapters import Method
 from jaxtune.adapters.combine import Options
-from jaxtune.adapters.define import define
 from jaxtune.adapters.merge import edits
 from jaxtune.checkpoints import huggingface
-from jaxtune.checkpoints.assemble import Assembled, assemble
+from jaxtune.checkpoints.assemble import Assembled
 from jaxtune.checkpoints.named import NamedAdapters
-from jaxtune.checkpoints.peft import read_adapter
-from jaxtune.checkpoints.replaced import trained
-from jaxtune.checkpoints.source import TensorSource
 from jaxtune.checkpoints.tokenizer import load_tokenizer
 from jaxtune.data.template import encode_prompt
 from jaxtune.errors import JaxtuneError, lookup
@@ -34,18 +27,10 @@ from jaxtune.layers.bits import as_bits
 from jaxtune.layers.decoder import ForwardOptions
 from jaxtune.layers.tree import Tree, merge
 from jaxtune.models.definition import Definition
-from jaxtune.parallel.mesh import single_device_mesh
-from jaxtune.parallel.rules import MESH_AXES
-from jaxtune.quant import Quantization
-from jaxtune.training import train as training
-from jaxtune.training.run import RunDirectory
-from jaxtune.training.setup import set_up
 
 DTYPES = ("bfloat16", "float32")
 # What `Model.generate` takes as a prompt: text, token ids, or chat messages.
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
-# What `load` calls the one adapter that is given without a name.
-ONLY = "default"
 
 
 class Model:
@@ -211,7 +196,7 @@ class Model:
     def stop_ids(self) -> tuple[int, ...]:
         """The ids that end an answer: of generation_config.json, config.json and the tokenizer."""
         configs: list[Mapping[str, Any]] = [self.definition.config]
-        for path in _extra_files(self.source).values():
+        for path in extra_files(self.source).values():
             configs.append(huggingface.read_json(path))
         found: set[int] = set()
         for config in configs:
@@ -253,7 +238,7 @@ class Model:
             self.definition,
             merge(self.base, self.trainable, self.constants),
             tokenizer=self._tokenizer,
-            extra_files=_extra_files(self.source),
+            extra_files=extra_files(self.source),
             dtype=None if dtype is None else jnp.dtype(dtype),
             edits=edits(model),
             quantized=quantized,
@@ -312,195 +297,7 @@ def make_room(
     return moved[0], moved[1], moved[2], text
 
 
-def _extra_files(source: Path) -> Mapping[str, Path]:
+def extra_files(source: Path) -> Mapping[str, Path]:
+    """Returns the files of a checkpoint that are copied as they are, by name."""
     name = "generation_config.json"
     return {name: source / name} if source.is_dir() and (source / name).is_file() else {}
-
-
-def load(
-    path: str | Path,
-    adapter: str | Path | None = None,
-    quantize: str | Mapping[str, Any] | None = None,
-    dtype: str = "bfloat16",
-    *,
-    adapters: Mapping[str, str | Path] | None = None,
-    revision: str = "",
-    mesh: Mesh | None = None,
-    attention: str = "auto",
-    progress: bool = True,
-) -> Model:
-    """Loads a model, and the adapters that are given.
-
-    Args:
-      path: a Hugging Face directory, a hub id or a .gguf file.
-      adapter: a directory in PEFT's format; the model is loaded with it in use.
-      quantize: format of the weights ("nf4", "int4", "int8", "fp8"), or settings as the
-        ``quantize`` section of a config has them; None keeps `dtype`.
-      dtype: "bfloat16" or "float32", whatever is on disk.
-      adapters: directories in PEFT's format by name, for `Model.use`; the base is in use first.
-      revision: of a hub id.
-      mesh: where the weights go; one device by default.
-      attention: attention backend; by platform by default.
-      progress: shows a bar when loading takes long.
-
-    Raises:
-      JaxtuneError: the checkpoint, the adapter or a setting is not usable; the message says why.
-    """
-    if adapter is not None and adapters:
-        raise JaxtuneError("adapter and adapters are both given: name them all in adapters")
-    directories = dict(adapters or {}) if adapter is None else {ONLY: adapter}
-    stored = {name: read_adapter(directory) for name, directory in directories.items()}
-    mesh = single_device_mesh() if mesh is None else mesh
-    location, source, quantization = _open(path, quantize, dtype, revision)
-    bare = assemble(source, dtype, mesh, quantization=quantization, progress=progress)
-    named = NamedAdapters(bare, source, dtype, stored, quantization)
-    model = Model(bare, location, mesh, dtype=dtype, attention=attention, adapters=named)
-    return model if adapter is None else model.use(ONLY)
-
-
-def convert(
-    path: str | Path,
-    directory: str | Path,
-    quantize: str | Mapping[str, Any] | None = None,
-    dtype: str = "bfloat16",
-    *,
-    revision: str = "",
-    progress: bool = True,
-) -> Path:
-    """Writes a checkpoint anew as a Hugging Face directory, one tensor at a time.
-
-    The model is never in memory, whatever its format.
-
-    Args:
-      path: a Hugging Face directory, a hub id or a .gguf file.
-      directory: to create.
-      quantize: format of the weights, or settings, as of `load`; None dequantizes.
-      dtype: "bfloat16" or "float32", of the weights that are not quantized.
-      revision: of a hub id.
-      progress: shows a bar when it takes long.
-
-    Returns:
-      The directory.
-
-    Raises:
-      JaxtuneError: the checkpoint or a setting is not usable, or the directory is taken.
-    """
-    location, source, quantization = _open(path, quantize, dtype, revision)
-    return huggingface.convert(
-        directory,
-        define(source.config, dtype, quantization=quantization),
-        source,
-        tokenizer=load_tokenizer(location),
-        extra_files=_extra_files(location),
-        progress=progress,
-    )
-
-
-def _open(
-    path: str | Path, quantize: str | Mapping[str, Any] | None, dtype: str, revision: str
-) -> tuple[Path, TensorSource, Quantization | None]:
-    """Returns where a checkpoint is, its tensors, and how they are to be quantized."""
-    lookup(dict.fromkeys(DTYPES), dtype, "dtype")
-    section = {"format": quantize} if isinstance(quantize, str) else dict(quantize or {})
-    settings = config_module.resolve({"quantize": section}).quantize
-    location = huggingface.resolve_path(str(path), revision)
-    source = huggingface.open_source(location)
-    return location, source, huggingface.choose_quantization(settings, source.config)
-
-
-class Run:
-    """A run on disk: its config, what it measured, and the model that came out of it."""
-
-    def __init__(self, workdir: str | Path):
-        """Opens the run in a directory.
-
-        Raises:
-          JaxtuneError: there is no run.
-        """
-        self.directory = RunDirectory(workdir)
-        self.config = self.directory.read_config()
-
-    @property
-    def path(self) -> Path:
-        """The run's directory."""
-        return self.directory.path
-
-    def metrics(self) -> list[dict[str, Any]]:
-        """Returns the lines of metrics.jsonl: step, loss, learning_rate, grad_norm, tokens, …"""
-        return _json_lines(self.directory.metrics)
-
-    def evaluations(self) -> list[dict[str, Any]]:
-        """Returns the lines of evaluations.jsonl: step, loss, token_accuracy, tokens."""
-        return _json_lines(self.directory.evaluations)
-
-    def model(self, adapter: str = "best") -> Model:
-        """Loads the model that the run trained.
-
-        Args:
-          adapter: "best" (lowest held-out loss; the last where nothing was held out), "last", or
-            "none" for the base model alone.
-
-        Raises:
-          JaxtuneError: nothing has been saved yet.
-        """
-        lookup(dict.fromkeys(("best", "last", "none")), adapter, "adapter")
-        settings = self.config
-        options: dict[str, Any] = {
-            "dtype": settings.training.dtype,
-            "revision": settings.model.revision,
-            "attention": settings.model.attention,
-            "quantize": settings.quantize.to_dict(),
-        }
-        if adapter == "none":
-            return load(settings.model.path, **options)
-        method, _ = training.choose_method(settings)
-        if not method.has_adapter:
-            return self._fully_trained(method, options)
-        return load(settings.model.path, adapter=self.adapter_directory(adapter), **options)
-
-    def adapter_directory(self, which: str = "best") -> Path:
-        """Returns the directory of the best or last adapter, in PEFT's format.
-
-        Raises:
-          JaxtuneError: nothing has been saved yet, or the run trains every weight.
-        """
-        return self.directory.adapter(which)
-
-    def _fully_trained(self, method: Method, options: Mapping[str, Any]) -> Model:
-        # One device, whatever the run had: a checkpoint restores onto any mesh.
-        alone = [f"mesh.{axis}=1" for axis in MESH_AXES]
-        config = config_module.resolve(self.config.to_dict(), alone)
-        location = huggingface.resolve_path(config.model.path, config.model.revision)
-        source = huggingface.open_source(location)
-        setup = set_up(config, source.config, method, jax.devices()[:1])
-        arrays = training.trained_arrays(self.directory, setup)
-        # What is not trained, such as a router's correction bias, stays as it is in the checkpoint.
-        source = trained(source, setup.definition, arrays)
-        mesh, dtype = single_device_mesh(), options["dtype"]
-        parts = assemble(source, dtype, mesh)
-        return Model(parts, location, mesh, dtype=dtype, attention=options["attention"])
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def train(config: Any = None, workdir: str | Path = "") -> Run:
-    """Trains a model, or goes on with the run that is in `workdir`.
-
-    Args:
-      config: from `jaxtune.config.default`, a mapping of sections, or a path of a config file;
-        None goes on with the run that is there.
-      workdir: the run's directory: everything is written there.
-
-    Raises:
-      JaxtuneError: anything the user can mend.
-    """
-    if not str(workdir):
-        raise JaxtuneError("workdir is empty: name a directory for the run")
-    if isinstance(config, (str, Path)):
-        config = config_module.load_file(config)
-    training.train(None if config is None else config_module.resolve(config), workdir)
-    return Run(workdir)

@@ -1,0 +1,41 @@
+"""The commands of `jaxtune`, one file each: ``SUMMARY``, ``add_arguments(parser)`` and
+``run(arguments)``.
+
+Nothing that imports jax is imported at the top of these files: it takes seconds, and --help should
+not.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Protocol
+
+from jaxtune.commands import convert, eval, experts, export, generate, plan, quickstart, train
+
+
+class Command(Protocol):
+    """A module that is a command."""
+
+    @property
+    def SUMMARY(self) -> str:
+        """What it does, in a line."""
+        ...
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declares the command's arguments."""
+
+    def run(self, arguments: argparse.Namespace) -> None:
+        """Runs the command."""
+
+
+COMMANDS: Mapping[str, Command] = {
+    "train": train,
+    "eval": eval,
+    "generate": generate,
+    "export": export,
+    "convert": convert,
+    "plan": plan,
+    "experts": experts,
+    "quickstart": quickstart,
+}

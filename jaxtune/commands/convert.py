@@ -1,0 +1,40 @@
+"""`jaxtune convert`."""
+
+from __future__ import annotations
+
+import argparse
+
+from jaxtune.commands.arguments import check_free, choice
+
+SUMMARY = "Write a checkpoint as a Hugging Face directory."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's arguments."""
+    parser.add_argument(
+        "--from", dest="source", metavar="PATH", required=True, help="a .gguf file, directory or id"
+    )
+    parser.add_argument("--to", metavar="DIR", required=True, help="directory to create")
+    parser.add_argument(
+        "--dtype",
+        metavar="DTYPE",
+        type=choice("bfloat16", "float32"),
+        default="bfloat16",
+        help="of the weights that are not quantized",
+    )
+    parser.add_argument(
+        "--quantize",
+        metavar="FORMAT",
+        type=choice("nf4", "int4", "int8", "fp8"),
+        help="write the linear weights in nf4, int4, int8 or fp8",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Runs the command."""
+    import jaxtune
+
+    check_free(arguments.to)
+    quantize = arguments.quantize or None
+    written = jaxtune.convert(arguments.source, arguments.to, quantize, arguments.dtype)
+    print(f"written: {written}")

@@ -1,0 +1,34 @@
+"""`jaxtune experts`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from jaxtune.commands.arguments import add_config, choice
+from jaxtune.errors import JaxtuneError
+
+SUMMARY = "Score routed experts on training data, for ESFT."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's arguments."""
+    parser.add_argument("action", type=choice("score"), metavar="score", help="what to do")
+    add_config(parser, required=True)
+    parser.add_argument("--to", metavar="FILE", required=True, help="file to write")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Runs the command."""
+    from jaxtune.config import load_file, resolve
+    from jaxtune.training.expert_scores import summarize
+    from jaxtune.training.train import score_training_data
+
+    path = Path(arguments.to)
+    if path.exists():
+        raise JaxtuneError(f"{path}: exists already; remove it or choose another place")
+    config = resolve(load_file(arguments.config), arguments.overrides)
+    scores = score_training_data(config)
+    print(summarize(scores, config.adapter))
+    path.write_text(scores.to_json(), encoding="utf-8")
+    print(f"written: {path}")

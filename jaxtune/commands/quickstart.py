@@ -1,0 +1,23 @@
+"""`jaxtune quickstart`."""
+
+from __future__ import annotations
+
+import argparse
+
+from jaxtune.commands.arguments import add_config
+
+SUMMARY = "Train a small model; show what it learned."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's arguments."""
+    add_config(parser, default="configs/quickstart.py")
+    parser.add_argument("--workdir", metavar="DIR", default="runs/quickstart")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Runs the command."""
+    from jaxtune.config import load_file, resolve
+    from jaxtune.quickstart import quickstart
+
+    quickstart(resolve(load_file(arguments.config), arguments.overrides), arguments.workdir)
