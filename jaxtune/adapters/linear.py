@@ -223,7 +223,8 @@ def pack(definition: Definition, stored: Stored) -> tuple[Tree, Tree]:
             parts = adapter.parts(setting) if setting is not None else {}
             for attribute, part in parts.items():
                 value = _tensor(stored, name, part).reshape(part.shape)
-                _flat(packed[attribute], declared[attribute])[i][_slices(part)] = value
+                flat = _flat(packed[attribute], declared[attribute])
+                flat[(i, *_slices(part))] = value
         trainable |= {(*path, "adapter", name): value for name, value in packed.items()}
     return _trees(definition, trainable)
 
