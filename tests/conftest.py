@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,15 @@ def _forget_compiled_functions():
 
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture
+def interruptible():
+    """Lets SIGINT interrupt, as on a terminal: what runs in the background ignores it, and so
+    does what it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

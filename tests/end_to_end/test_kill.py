@@ -56,6 +56,7 @@ def test_a_run_killed_at_any_step_goes_on_bit_for_bit(small_config, jaxtune_comm
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_run_says_how_to_go_on(small_config, jaxtune_command, tmp_path):
     workdir = tmp_path / "run"
     process = jaxtune_command(

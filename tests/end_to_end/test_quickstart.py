@@ -35,6 +35,7 @@ def test_it_measures_trains_and_measures_again(small_config, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("interruptible")
 def test_it_goes_on_after_an_interruption(small_config, jaxtune_command, tmp_path):
     workdir = tmp_path / "quickstart"
     command = ("quickstart", "--config", small_config, "--workdir", workdir)

@@ -257,14 +257,6 @@ def test_a_damaged_checkpoint_costs_steps_but_no_exactness(tmp_path, unbroken, c
     assert_same_run(tmp_path, unbroken)
 
 
-@pytest.fixture
-def interruptible():
-    """Lets SIGINT interrupt, as on a terminal: what runs in the background may ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_saves_nothing_half_and_says_how_to_go_on(tmp_path, unbroken, caplog):
     evaluations = []
