@@ -9,6 +9,7 @@ import pytest
 from grouping import BFLOAT16, EXPERTS, IN, OUT, ours, relative, routes
 from jax._src.lib.mlir import ir
 from jax._src.pallas.triton import lowering as triton_lowering
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from jaxtune.layers import grouped_triton
 from jaxtune.layers.grouped import choose_kernel, group, grouped_linear
@@ -91,12 +92,16 @@ def test_a_gpu_gets_one_kernel_for_each_product(dtype, weight_dtype, out, featur
         return jnp.sum(jnp.sin(ours(x, weight, expert, "triton")))
 
     def kernels(arguments):
-        traced = jax.jit(jax.grad(total, arguments)).trace(
-            jax.ShapeDtypeStruct((4096, features), dtype),
-            jax.ShapeDtypeStruct((64, out, features), weight_dtype),
-            jax.ShapeDtypeStruct((4096,), jnp.int32),
-        )
-        return len(triton_modules(traced.lower(lowering_platforms=("cuda",))))
+        function = jax.jit(jax.grad(total, arguments))
+        h100 = AbstractDevice("NVIDIA H100", num_cores=132, platform="gpu")
+        # Newer releases of jax lower for the GPU that the mesh describes.
+        with use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=h100)):
+            traced = function.trace(
+                jax.ShapeDtypeStruct((4096, features), dtype),
+                jax.ShapeDtypeStruct((64, out, features), weight_dtype),
+                jax.ShapeDtypeStruct((4096,), jnp.int32),
+            )
+            return len(triton_modules(traced.lower(lowering_platforms=("cuda",))))
 
     assert kernels(0) == 2  # y and dx
     assert kernels((0, 1)) == 3  # and dw
