@@ -19,7 +19,7 @@ class JaxtuneError(ValueError):
 
 
 class Retry(JaxtuneError):
-    """What the same command, run again, goes on from: a machine that was taken away or got stuck."""
+    """What the same command, run again, goes on from: a machine that was lost, or got stuck."""
 
     exit_code = 75
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import math
 import re
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtune.checkpoints.progress import track
 from jaxtune.checkpoints.quantize import read_quantized
-from jaxtune.checkpoints.source import ALL, TensorSource
+from jaxtune.checkpoints.source import TensorSource
 from jaxtune.errors import JaxtuneError, closest
 from jaxtune.layers.tree import Tree, layer_names, unflatten
 from jaxtune.models.definition import Definition, Leaf, as_matrix

@@ -67,7 +67,9 @@ def find_addresses(
             f"{missing[0]}) is missing"
         )
     try:
-        found = Addresses(str(given[COORDINATOR]), int(given[PROCESSES]), int(given[PROCESS]))
+        found = Addresses(
+            str(given[COORDINATOR]), int(given[PROCESSES] or 0), int(given[PROCESS] or 0)
+        )
     except ValueError:
         values = f"{PROCESSES}={given[PROCESSES]}, {PROCESS}={given[PROCESS]}"
         raise JaxtuneError(f"{values}: these are numbers") from None
@@ -96,7 +98,7 @@ def initialize(addresses: Addresses | None, heartbeat_seconds: int = HEARTBEAT_S
       Retry: the others were not there in time.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    options = {
+    options: dict[str, Any] = {
         "heartbeat_timeout_seconds": heartbeat_seconds,
         "initialization_timeout": START_SECONDS,
         # Who has finished waits for the others, whose last evaluation may take a while.
@@ -106,8 +108,14 @@ def initialize(addresses: Addresses | None, heartbeat_seconds: int = HEARTBEAT_S
         if addresses is None:
             addresses = _detect(options)
         if addresses is not None:
-            # "deactivate": what is given is not completed from a cluster's environment.
-            jax.distributed.initialize(*addresses, cluster_detection_method="deactivate", **options)
+            jax.distributed.initialize(
+                coordinator_address=addresses.coordinator,
+                num_processes=addresses.processes,
+                process_id=addresses.process,
+                # What is given is not completed from a cluster's environment.
+                cluster_detection_method="deactivate",
+                **options,
+            )
     except jax.errors.JaxRuntimeError as error:
         where = "the coordinator" if addresses is None else addresses.coordinator
         reason = str(error).split(":")[0]
