@@ -112,18 +112,21 @@ def _relay(number: int, worker: subprocess.Popen[str]) -> None:
 
 
 def _wait(workers: Sequence[subprocess.Popen[str]], grace: float) -> list[int]:
-    """Returns the codes in the order in which processes ended; kills those that outstay."""
-    running, codes, deadline = list(workers), [], None
-    while running:
+    """Returns the codes in the order in which processes ended; kills those that outstay.
+
+    The latter have no code of their own, and are left out.
+    """
+    running, codes, deadline = list(workers), [], float("inf")
+    while running and time.monotonic() < deadline:
         for worker in [worker for worker in running if worker.poll() is not None]:
             running.remove(worker)
             codes.append(worker.returncode)
-            if worker.returncode and deadline is None:
-                deadline = time.monotonic() + grace
-        if deadline is not None and time.monotonic() > deadline:
-            _send(running, signal.SIGKILL)
-            deadline = float("inf")
+            if worker.returncode:
+                deadline = min(deadline, time.monotonic() + grace)
         time.sleep(0.1)
+    _send(running, signal.SIGKILL)
+    for worker in running:
+        worker.wait()
     return codes
 
 

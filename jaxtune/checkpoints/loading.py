@@ -133,7 +133,9 @@ class _Staging:
           An array that is valid until the next call: it may be the buffer itself.
         """
         places = {  # (start, stop) in each dimension
-            device: tuple(part.indices(size)[:2] for part, size in zip(at, shape, strict=True))
+            device: tuple(
+                part.indices(size)[:2] for part, size in zip(at or (), shape, strict=True)
+            )
             for device, at in sharding.addressable_devices_indices_map(shape).items()
         }
         first = min((at[0][0] for at in places.values() if at), default=0)
