@@ -38,7 +38,7 @@ def test_sigterm_to_one_of_two_saves_one_step_and_ends_both(start, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_worker_ends_the_others_and_the_run_goes_on_bit_for_bit(start, tmp_path):
-    code, output, seconds = end_after(start(2, tmp_path / "run"), signal.SIGKILL, 1)
+    code, output, seconds = end_after(start(2, tmp_path / "run", fault="pause"), signal.SIGKILL, 1)
     assert code == 75 and seconds < IN_TIME, output
     start(2, tmp_path / "run", resume=True).succeed()
     start(2, tmp_path / "unbroken").succeed()
