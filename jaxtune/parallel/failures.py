@@ -26,7 +26,7 @@ from jax._src.distributed import global_state
 from jaxtune.errors import JaxtuneError, Retry
 
 KEY, SEEN = "jaxtune/failure", "jaxtune/failure_seen"
-POLL_SECONDS, GRACE_SECONDS = 0.5, 5.0
+POLL_SECONDS, GRACE_SECONDS = 1.0, 5.0
 # What the runtimes of CPUs, GPUs and TPUs say when a peer is gone in the middle of a collective.
 _LOST = ("gloo", "connection", "socket", "unavailable", "heartbeat", "nccl", "peer", "coordination")
 

@@ -114,6 +114,10 @@ def initialize(addresses: Addresses | None, heartbeat_seconds: int = HEARTBEAT_S
                 process_id=addresses.process,
                 # What is given is not completed from a cluster's environment.
                 cluster_detection_method="deactivate",
+                # One process is for itself; several listen on every interface.
+                coordinator_bind_address=addresses.coordinator
+                if addresses.processes == 1
+                else None,
                 **options,
             )
     except jax.errors.JaxRuntimeError as error:
@@ -133,10 +137,17 @@ def _detect(options: Mapping[str, Any]) -> Addresses | None:
     try:
         jax.distributed.initialize(**options)
     except ValueError:  # it lacks an address: no cluster that it knows
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            return Addresses(f"localhost:{free.getsockname()[1]}", 1, 0)
+        return _alone()
     return None
+
+
+def _alone() -> Addresses:
+    """Returns an address of this machine alone, which no proxy is asked about."""
+    os.environ.setdefault("no_grpc_proxy", "127.0.0.1")
+    jax.config.update("jax_check_proxy_envs", False)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return Addresses(f"127.0.0.1:{free.getsockname()[1]}", 1, 0)
 
 
 def leads() -> bool:

@@ -4,7 +4,7 @@
     python launch/tpu/pod.py wait   --name mine --zone us-west4-a --go
     python launch/tpu/pod.py setup  --name mine --zone us-west4-a --share 10.0.0.2:/runs --go
     python launch/tpu/pod.py run    --name mine --zone us-west4-a --go -- \\
-        --config configs/lora_deepseek_7b.py --workdir /runs/mine
+        --config configs/deepseek_llm_7b.py --workdir /runs/mine
     python launch/tpu/pod.py follow --name mine --zone us-west4-a --go
     python launch/tpu/pod.py stop   --name mine --zone us-west4-a --go    # saves, and exits with 75
     python launch/tpu/pod.py resume --name mine --zone us-west4-a --workdir /runs/mine --go
