@@ -88,14 +88,16 @@ def initialize(addresses: Addresses | None, heartbeat_seconds: int = HEARTBEAT_S
     """Joins the processes of this run, before anything else makes use of a device.
 
     Without addresses jax looks for those of Cloud TPU, SLURM, Open MPI and Kubernetes; where it
-    finds none, this process is the only one.
+    finds none, this process is the only one. Where the others are not there within five minutes,
+    jax ends this process (SIGABRT).
 
     Args:
       addresses: as given, if any.
       heartbeat_seconds: after so much silence a process counts as dead, and the others stop.
 
     Raises:
-      Retry: the others were not there in time.
+      JaxtuneError: an environment that says too little.
+      Retry: the coordinator cannot be started, or turns this process away.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     options: dict[str, Any] = {
@@ -108,16 +110,15 @@ def initialize(addresses: Addresses | None, heartbeat_seconds: int = HEARTBEAT_S
         if addresses is None:
             addresses = _detect(options)
         if addresses is not None:
+            # A single process listens to itself; several do on every interface.
+            alone = addresses.coordinator if addresses.processes == 1 else None
             jax.distributed.initialize(
                 coordinator_address=addresses.coordinator,
                 num_processes=addresses.processes,
                 process_id=addresses.process,
                 # What is given is not completed from a cluster's environment.
                 cluster_detection_method="deactivate",
-                # One process is for itself; several listen on every interface.
-                coordinator_bind_address=addresses.coordinator
-                if addresses.processes == 1
-                else None,
+                coordinator_bind_address=alone,
                 **options,
             )
     except jax.errors.JaxRuntimeError as error:
@@ -133,6 +134,10 @@ def _detect(options: Mapping[str, Any]) -> Addresses | None:
         raise JaxtuneError(
             "Open MPI 5 names no coordinator: give --coordinator HOST:PORT, --processes "
             "$OMPI_COMM_WORLD_SIZE and --process $OMPI_COMM_WORLD_RANK"
+        )
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        raise JaxtuneError(
+            f"JAX_COORDINATOR_ADDRESS is not enough: give {COORDINATOR}, {PROCESSES} and {PROCESS}"
         )
     try:
         jax.distributed.initialize(**options)
