@@ -172,10 +172,13 @@ class Checkpoints:
         """
         self.wait()
         step = agree(self._latest_verified() if leads() else -1)
+        if step < 0:
+            return None
         self._verified.add(step)
-        return None if step < 0 else step
+        return step
 
     def _latest_verified(self) -> int:
+        """Returns -1 where there is none."""
         for step in reversed(self._directories()):
             fault = self._fault(step)
             if fault is None:
