@@ -31,6 +31,10 @@ POLL_SECONDS, GRACE_SECONDS = 1.0, 5.0
 _LOST = ("gloo", "connection", "socket", "unavailable", "heartbeat", "nccl", "peer", "coordination")
 
 
+class Preempted(Retry):
+    """All processes have saved the same step, because the machine is about to be taken away."""
+
+
 def fail(code: int, message: str, stacks: bool = False) -> NoReturn:
     """Ends this process at once, and the others as soon as they hear of it.
 
@@ -43,10 +47,8 @@ def fail(code: int, message: str, stacks: bool = False) -> NoReturn:
         faulthandler.dump_traceback(file=sys.stderr)
     _say(message)
     if global_state.client is not None and global_state.num_processes > 1:
-        _publish(
-            {"process": global_state.process_id, "code": code, "message": message}
-            | ({"stacks": True} if stacks else {})
-        )
+        me = global_state.process_id
+        _publish({"process": me, "code": code, "message": message, "stacks": stacks})
     _exit(code)
 
 
@@ -62,16 +64,21 @@ def _exit(code: int) -> NoReturn:
 
 
 def _publish(failure: dict[str, Any]) -> None:
-    """Publishes a failure; process 0 stays until all have seen it, for the store is in there."""
     client: Any = global_state.client
     with contextlib.suppress(Exception):  # another was first, or the coordinator is gone
         client.key_value_set(KEY, json.dumps(failure))
-    if global_state.process_id != 0:
-        return
+    _leave_in_order()
+
+
+def _leave_in_order() -> None:
+    """Lets process 0, in which the store is, stay until all others know of the failure."""
+    client: Any = global_state.client
+    with contextlib.suppress(Exception):
+        client.key_value_set(f"{SEEN}/{global_state.process_id}", "")
     deadline = time.monotonic() + GRACE_SECONDS
-    while time.monotonic() < deadline:
+    while global_state.process_id == 0 and time.monotonic() < deadline:
         with contextlib.suppress(Exception):
-            if len(client.key_value_dir_get(SEEN)) >= global_state.num_processes - 1:
+            if len(client.key_value_dir_get(SEEN)) == global_state.num_processes:
                 return
         time.sleep(POLL_SECONDS / 5)
 
@@ -86,12 +93,10 @@ def _look() -> dict[str, Any] | None:
 
 
 def _end_with(failure: dict[str, Any]) -> NoReturn:
-    with contextlib.suppress(Exception):
-        client: Any = global_state.client
-        client.key_value_set(f"{SEEN}/{global_state.process_id}", "")
-    if failure.get("stacks"):
+    if failure["stacks"]:
         faulthandler.dump_traceback(file=sys.stderr)
     _say(f"process {failure['process']} failed: {failure['message']}")
+    _leave_in_order()
     _exit(failure["code"])
 
 
@@ -140,7 +145,3 @@ def _fail_with(error: Exception, message: str | None) -> NoReturn:
     # Why it is gone, it may have said; the watching thread then ends this process.
     time.sleep(GRACE_SECONDS)
     fail(75, f"another process is gone: {str(error)[:200]}")
-
-
-class Preempted(Retry):
-    """All processes have saved the same step, because the machine is about to be taken away."""

@@ -6,8 +6,8 @@ import time
 import pytest
 from runs import HEARTBEAT, read_losses
 
-# The launcher gives processes that do not react 20 seconds; the machine may be busy.
-IN_TIME = HEARTBEAT + 20 + 15
+# The launcher gives processes that do not react 20 seconds; the rest is for a busy machine.
+IN_TIME = HEARTBEAT + 20 + 45
 LONG = "--config.training.steps=100000"
 
 
@@ -56,12 +56,13 @@ def test_all_end_within_the_heartbeat(start, tmp_path, number, process):
 
 @pytest.mark.slow
 def test_an_exception_on_one_process_is_not_tried_again_and_named_by_all(start, tmp_path):
-    begin = time.monotonic()
-    code, output = start(2, tmp_path / "run", LONG, fault="raise").finish()
+    batch = ("--config.training.batch_size=9", "--config.evaluation.batch_size=9")
+    code, output = start(3, tmp_path / "run", LONG, *batch, fault="raise").finish()
     assert code == 65, output
     assert "[1] jaxtune: error: RuntimeError: the fifth batch is cursed" in output
-    assert "[0] jaxtune: error: process 1 failed: RuntimeError: the fifth batch" in output
-    assert time.monotonic() - begin < 120
+    for other in (0, 2):
+        cause = "process 1 failed: RuntimeError: the fifth batch is cursed"
+        assert f"[{other}] jaxtune: error: {cause}" in output
 
 
 @pytest.mark.slow
