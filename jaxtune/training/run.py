@@ -70,6 +70,11 @@ class RunDirectory:
             if leads():
                 held.enter_context(self._prepared(config))
             barrier("the run's directory is ready")
+            if not self.exists():
+                raise JaxtuneError(
+                    f"{self.path}: process 0 has made the run here, and another process does not "
+                    "see it; the directory has to be on a file system that all of them share"
+                )
             frozen = self.read_config()
             changes = _differences(_flat(frozen), _flat(config or frozen))
             if changes:

@@ -29,6 +29,24 @@ def test_sigterm_saves_and_exits_with_75(start, tmp_path):
 
 
 @pytest.mark.slow
+def test_sigterm_while_the_step_is_compiled_waits_for_its_first_update(start, tmp_path):
+    run = start(1, tmp_path / "run", LONG)
+    while not (tmp_path / "run" / "description.json").exists():  # the last before compilation
+        time.sleep(0.02)
+    run.send(signal.SIGTERM)
+    code, output = run.finish()
+    assert code == 75 and "stopped by SIGTERM after step 1, which is saved" in output, output
+
+
+@pytest.mark.slow
+def test_a_directory_that_is_not_shared_is_named(start, tmp_path):
+    run = start(2, tmp_path / "process-{process}", LONG)
+    code, output = run.finish()
+    assert code == 65, output
+    assert "process-1: process 0 has made the run here" in output
+
+
+@pytest.mark.slow
 def test_sigterm_to_one_of_two_saves_one_step_and_ends_both(start, tmp_path):
     code, output, _ = end_after(start(2, tmp_path / "run", LONG), signal.SIGTERM, 1)
     assert code == 75, output
