@@ -4,7 +4,7 @@ BIN := .venv/bin
 LIGHT := .venv/installed
 FULL := .venv/installed-for-tests
 
-.PHONY: install quickstart test test-slow lint clean
+.PHONY: install quickstart test test-slow test-slurm lint clean
 
 install: $(FULL)
 
@@ -18,6 +18,12 @@ test: $(FULL)
 
 test-slow: $(FULL)
 	$(BIN)/pytest -m slow -n 2 --dist loadfile --durations 25
+
+# Two nodes of a real SLURM on this machine. Needs root on Debian or Ubuntu; installs packages.
+test-slurm: $(FULL)
+	apt-get install -qy --no-install-recommends slurmctld slurmd slurm-client munge
+	grep -q jaxtune-1 /etc/hosts || echo '127.0.0.1 jaxtune-1 jaxtune-2' >> /etc/hosts
+	JAX_PLATFORMS=cpu JAXTUNE_TEST_SLURM=1 $(BIN)/pytest tests/multiprocess/test_slurm.py
 
 lint: $(FULL)
 	$(BIN)/ruff check .

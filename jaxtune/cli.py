@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from jaxtune.commands import COMMANDS
-from jaxtune.errors import JaxtuneError, closest
+from jaxtune.errors import JaxtuneError, closest, explain
 
 OVERRIDE = "--config."
 USER_ERROR, INTERRUPTED = 65, 130
@@ -119,32 +119,19 @@ def one_line_errors() -> Iterator[None]:
 
     Raises:
       SystemExit: with 65 after a user's mistake, a full device or a file that cannot be used; with
-        130 after an interruption. Anything else is a bug, and passes as it is.
+        75 where the same command goes on; with 130 after an interruption. Anything else is a bug,
+        and passes as it is.
     """
     try:
         yield
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
     except Exception as error:
-        message = _explain(error)
+        message = explain(error)
         if message is None or os.environ.get("JAXTUNE_DEBUG"):
             raise
         print("jaxtune: error:", " ".join(message.split()), file=sys.stderr)
-        raise SystemExit(USER_ERROR) from None
-
-
-def _explain(error: Exception) -> str | None:
-    """Returns a line for the user, or None where only a developer can help."""
-    if isinstance(error, JaxtuneError):
-        return str(error)
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-        return (
-            "out of memory: a larger training.accumulation, a smaller data.max_length or "
-            f"training.remat=full needs less; {str(error)[:200]}"
-        )
-    return None
+        raise SystemExit(getattr(error, "exit_code", USER_ERROR)) from None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -156,6 +143,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors():
         arguments = _parse(sys.argv[1:] if argv is None else argv)
         set_up_process()
+        # Called from Python, a command shares its process with whatever else is going on there.
+        arguments.owns_process = argv is None
         arguments.run(arguments)
 
 

@@ -12,8 +12,16 @@ _Value = TypeVar("_Value")
 class JaxtuneError(ValueError):
     """A mistake that the user can mend: the message is one line naming the thing and the place.
 
-    The command line prints the message alone and exits with 65 (do not retry).
+    The command line prints the message alone and exits with `exit_code`.
     """
+
+    exit_code = 65  # do not try again: the same would happen
+
+
+class Retry(JaxtuneError):
+    """What the same command, run again, goes on from: a machine that was lost, or got stuck."""
+
+    exit_code = 75
 
 
 def closest(name: str, choices: Iterable[str]) -> str:
@@ -37,3 +45,17 @@ def lookup(registry: Mapping[str, _Value], name: str, key: str) -> _Value:
         known = ", ".join(sorted(registry)) or "none yet"
         raise JaxtuneError(f'{key}="{name}" is unknown{closest(name, registry)} (known: {known})')
     return registry[name]
+
+
+def explain(error: Exception) -> str | None:
+    """Returns a line for the user, or None where only a developer can help."""
+    if isinstance(error, JaxtuneError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return (
+            "out of memory: a larger training.accumulation, a smaller data.max_length or "
+            f"training.remat=full needs less; {str(error)[:200]}"
+        )
+    return None

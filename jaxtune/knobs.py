@@ -165,6 +165,12 @@ KNOBS: dict[str, dict[str, Knob]] = {
             "and never in what is reported as loss; 0: off",
             minimum=0,
         ),
+        "watchdog_minutes": Knob(
+            0.0,
+            "minutes without an update, evaluations and saves included, after which a run counts "
+            "as stuck: it shows what it was doing and exits with 75; 0: off",
+            minimum=0,
+        ),
     },
     "optimizer": {
         "name": Knob("adamw", "optax optimizer"),

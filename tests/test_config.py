@@ -218,7 +218,7 @@ PERTURBED = {
 # Those with a single valid value so far: any other one is refused by name.
 SINGLE = {"optimizer.name": "adamu"}
 LOOPED = {"checkpoint.every", "checkpoint.keep", "evaluation.every", "logging.every"}
-LOOPED |= {"logging.tensorboard"}
+LOOPED |= {"logging.tensorboard", "training.watchdog_minutes"}
 MESHED = {"mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.expert", "mesh.sequence"}
 FETCHED = {"model.revision"}
 SCORED = {"adapter.expert_sample"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -23,6 +24,8 @@ from jaxtune.layers.tree import Tree, layer_names, unflatten
 from jaxtune.models.definition import Definition, Leaf, as_matrix
 from jaxtune.parallel.mesh import named_sharding
 from jaxtune.quant import QuantizedWeight
+
+logger = logging.getLogger(__name__)
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
@@ -111,15 +114,48 @@ class _Staging:
     ALIGNMENT = 64  # of jax's arrays on a CPU, which then takes the buffer as it is
 
     def __init__(self, size: int):
-        raw = np.empty(size + self.ALIGNMENT, np.uint8)
-        start = -raw.ctypes.data % self.ALIGNMENT
-        self._buffer = raw[start : start + size]
+        size += self.ALIGNMENT * (jax.local_device_count() + 1)
+        raw = np.empty(size, np.uint8)
+        self._buffer = raw[-raw.ctypes.data % self.ALIGNMENT :]
+        self.bytes_read = 0
 
-    def put(self, value: np.ndarray, sharding: NamedSharding) -> jax.Array:
-        """Returns an array that is valid until the next call: it may be the buffer itself."""
-        staged = self._buffer[: value.nbytes].view(value.dtype).reshape(value.shape)
-        np.copyto(staged, value)
-        return jax.device_put(staged, sharding)
+    def put(
+        self, shape: tuple[int, ...], read: Callable[[slice], np.ndarray], sharding: NamedSharding
+    ) -> jax.Array:
+        """Places the shards that are for this process's devices, and reads nothing else.
+
+        Args:
+          shape: of the whole array.
+          read: returns rows of it, which may be a view of a file: only shards are looked at.
+          sharding: over the devices of all processes.
+
+        Returns:
+          An array that is valid until the next call: it may be the buffer itself.
+        """
+        places = {  # (start, stop) in each dimension
+            device: tuple(
+                part.indices(size)[:2] for part, size in zip(at or (), shape, strict=True)
+            )
+            for device, at in sharding.addressable_devices_indices_map(shape).items()
+        }
+        first = min((at[0][0] for at in places.values() if at), default=0)
+        last = max((at[0][1] for at in places.values() if at), default=None)
+        value = read(slice(first, last))
+        staged: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+        used = 0
+        for at in places.values():
+            if at in staged:  # a copy for another device
+                continue
+            cut = [slice(*each) for each in at]
+            cut[:1] = [slice(start - first, stop - first) for start, stop in at[:1]]
+            part = value[tuple(cut)]
+            target = self._buffer[used : used + part.nbytes].view(part.dtype).reshape(part.shape)
+            np.copyto(target, part)
+            staged[at] = target
+            used += -(-part.nbytes // self.ALIGNMENT) * self.ALIGNMENT
+            self.bytes_read += part.nbytes
+        shards = [jax.device_put(staged[at], device) for device, at in places.items()]
+        return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
 def load(
@@ -132,7 +168,8 @@ def load(
     """Streams a checkpoint into a tree of arrays.
 
     Each tensor is read once and goes straight to its devices and dtype; a stacked leaf is filled
-    in place, layer by layer, so that the host never holds more than the tensor in hand.
+    in place, layer by layer, so that the host never holds more than the tensor in hand. Of several
+    processes each reads its own shards (and weights to be quantized whole).
 
     Args:
       definition: what the model needs.
@@ -156,6 +193,7 @@ def load(
         for path, leaf in leaves.items():
             fill = _load_leaf if leaf.format is None else _load_quantized
             tree[path] = fill(leaf, names[path], source, mesh, staging, advance)
+    logger.debug("process %d: %d bytes of weights", jax.process_index(), staging.bytes_read)
     return unflatten(tree), ignored
 
 
@@ -178,7 +216,7 @@ def _load_leaf(
     declaration = leaf.declaration
     sharding = named_sharding(mesh, declaration.axes)
     if not declaration.stack_shape:
-        values = _copy(staging.put(source.read(names[0]), sharding), leaf.dtype)
+        values = _copy(staging.put(*_reader(source, names[0]), sharding), leaf.dtype)
         values.block_until_ready()
         advance()
         return values
@@ -186,10 +224,20 @@ def _load_leaf(
     values = jnp.zeros(declaration.stacked_shape, leaf.dtype, device=stacked_sharding)
     for part, name in enumerate(names):
         place = np.array(np.unravel_index(part, declaration.stack_shape), np.int32)
-        values = _fill(values, staging.put(source.read(name), sharding), place)
+        values = _fill(values, staging.put(*_reader(source, name), sharding), place)
         values.block_until_ready()
         advance()
     return values
+
+
+def _reader(
+    source: TensorSource, name: str
+) -> tuple[tuple[int, ...], Callable[[slice], np.ndarray]]:
+    return source.shape(name), functools.partial(source.read, name)
+
+
+def _rows(value: np.ndarray, rows: slice) -> np.ndarray:
+    return value[rows] if value.ndim else value
 
 
 def _load_quantized(
@@ -213,7 +261,8 @@ def _load_quantized(
         for key, value in read_quantized(source, name, form).items():
             sharding = like.parts[key].sharding
             one = NamedSharding(mesh, PartitionSpec(*tuple(sharding.spec)[len(stack) :]))
-            part = staging.put(value, one)
+            rows = functools.partial(_rows, value)
+            part = staging.put(value.shape, rows, one)
             parts[key] = (
                 _copy(part, part.dtype) if place is None else _fill(parts[key], part, place)
             )

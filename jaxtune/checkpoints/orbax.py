@@ -26,6 +26,7 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from jaxtune.errors import JaxtuneError, closest
+from jaxtune.parallel.processes import agree, leads
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,8 @@ def write_atomically(path: str | Path, text: str) -> None:
 class Checkpoints:
     """The checkpoints of one run: saved in the background, verified before they are trusted.
 
-    Use as a context manager: leaving it waits for the save in progress.
+    Every process writes and reads its shards; process 0 alone writes manifests, verifies, sets
+    aside and deletes. Use as a context manager: leaving it waits for the save in progress.
     """
 
     def __init__(self, directory: str | Path, keep: int = 2):
@@ -130,12 +132,13 @@ class Checkpoints:
         """
         self.wait()
         target = self.directory / str(step)
-        if target.exists():
+        if leads() and target.exists():
             self._set_aside(step, "a new save of this step replaces it")
         text = json.dumps(dict(extra), indent=2, ensure_ascii=False)
         try:
             with disk_full_named(self.directory):
-                target.mkdir(parents=True)
+                if leads():
+                    target.mkdir(parents=True)
                 self._checkpointer.save(
                     target / STATE, args=ocp.args.StandardSave(_named(tree, nested=True))
                 )
@@ -168,12 +171,20 @@ class Checkpoints:
         Newer steps that are unfinished or damaged are moved into ``quarantine/`` with a warning.
         """
         self.wait()
+        step = agree(self._latest_verified() if leads() else -1)
+        if step < 0:
+            return None
+        self._verified.add(step)
+        return step
+
+    def _latest_verified(self) -> int:
+        """Returns -1 where there is none."""
         for step in reversed(self._directories()):
             fault = self._fault(step)
             if fault is None:
                 return step
             self._set_aside(step, fault)
-        return None
+        return -1
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         """Reads a step back, after checking it against its manifest.
@@ -216,7 +227,9 @@ class Checkpoints:
         path = self._path(step)
         try:
             with disk_full_named(self.directory):
-                self._checkpointer.wait_until_finished()
+                self._checkpointer.wait_until_finished()  # until all processes have
+                if not leads():
+                    return
                 write_atomically(path / EXTRA, extra)
                 files = {name: [size, _sha256(path / name)] for name, size in _files(path).items()}
                 write_atomically(path / MANIFEST, json.dumps(files, indent=2))
@@ -230,7 +243,8 @@ class Checkpoints:
         """Removes what a failed save left: it was never a checkpoint, and space may be short."""
         with contextlib.suppress(Exception):
             self._checkpointer.wait_until_finished()
-        shutil.rmtree(path, ignore_errors=True)
+        if leads():
+            shutil.rmtree(path, ignore_errors=True)
 
     def _rotate(self) -> None:
         """Deletes what is older than the newest `keep` steps whose files are all there."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 
 from jaxtune.commands.arguments import CONFIG_HELP, add_config, add_workdir
+from jaxtune.errors import explain
 
 SUMMARY = "Train, or go on with the run in a directory."
 
@@ -13,12 +16,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     add_config(parser, help=f"{CONFIG_HELP}; without it a run goes on")
     add_workdir(parser)
+    several = parser.add_argument_group(
+        "several processes",
+        "found on Cloud TPU, SLURM and Open MPI; else these, or JAXTUNE_COORDINATOR, "
+        "JAXTUNE_PROCESSES and JAXTUNE_PROCESS",
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    several.add_argument("--processes", metavar="N", type=int, help="how many there are")
+    several.add_argument("--process", metavar="I", type=int, help="which one this is, from 0")
+    several.add_argument(
+        "--heartbeat",
+        metavar="SECONDS",
+        type=int,
+        default=100,
+        help="a process that was silent for so long is given up, and the others stop (100)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
+    from jaxtune.parallel import failures, processes
+
+    addresses = processes.find_addresses(
+        arguments.coordinator, arguments.processes, arguments.process, os.environ
+    )
+    if not arguments.owns_process:
+        _train(arguments)
+        return
+    processes.initialize(addresses, arguments.heartbeat)
+    if not processes.leads():
+        logging.getLogger("jaxtune").setLevel(logging.WARNING)  # the first speaks for all
+    with failures.shared(explain):
+        _train(arguments)
+
+
+def _train(arguments: argparse.Namespace) -> None:
     import jaxtune
     from jaxtune.config import load_file, resolve
+    from jaxtune.parallel.processes import leads
 
     config = None
     if arguments.config:
@@ -26,4 +61,5 @@ def run(arguments: argparse.Namespace) -> None:
     elif arguments.overrides:
         config = resolve(jaxtune.Run(arguments.workdir).config, arguments.overrides)
     run = jaxtune.train(config, arguments.workdir)
-    print(f"done: {run.config.training.steps} steps, everything is in {run.path}")
+    if leads():
+        print(f"done: {run.config.training.steps} steps, everything is in {run.path}")

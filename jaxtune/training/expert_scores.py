@@ -23,6 +23,7 @@ from jaxtune.layers.decoder import ForwardOptions
 from jaxtune.layers.tree import Tree
 from jaxtune.models.definition import Definition
 from jaxtune.parallel.mesh import make_mesh, named_sharding
+from jaxtune.parallel.processes import fetch, put
 from jaxtune.training.experts import mixture_layers
 
 logger = logging.getLogger(__name__)
@@ -71,8 +72,8 @@ def score_experts(config: Any, source: TensorSource, examples: Examples) -> Expe
     )
     with jax.set_mesh(mesh):
         for row in rows:
-            batch = {name: jax.device_put(value, sharding) for name, value in row.items()}
-            sums = jax.tree.map(np.float64, jax.device_get(step(base, batch)))
+            batch = {name: put(value, sharding) for name, value in row.items()}
+            sums = jax.tree.map(np.float64, jax.device_get(fetch(step(base, batch))))
             total = _Sums(*(a + b for a, b in zip(total, sums, strict=True)))
     chosen = total.load.sum(axis=1, keepdims=True)
     tables = (total.load / chosen, total.gates / total.tokens)

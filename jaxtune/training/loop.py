@@ -25,6 +25,7 @@ from rich.progress import (
 
 from jaxtune.checkpoints.orbax import Checkpoints, disk_full_named
 from jaxtune.errors import JaxtuneError
+from jaxtune.training.interruption import Preempted, preempted, watchdog
 from jaxtune.training.metrics import MetricLog
 from jaxtune.training.run import RunDirectory
 
@@ -89,6 +90,7 @@ def fit(
     Raises:
       JaxtuneError: a metric or score is not finite (the update is never saved), no space left on
         the disk, or a checkpoint that does not fit.
+      Preempted: SIGTERM, or a notice of the machine's; every process has saved the same step.
       KeyboardInterrupt: passed on after the save in progress, if any, is complete.
     """
     steps = config.training.steps
@@ -105,6 +107,7 @@ def fit(
         with (
             MetricLog(run.path, config.logging.tensorboard, start) as log,
             _Display(start, steps) as display,
+            watchdog(config.training.watchdog_minutes) as dog,
         ):
             recorder = _Recorder(log, display, tally, config.logging.every)
             milestones = _Milestones(
@@ -114,8 +117,10 @@ def fit(
                 state, metrics = step(state, next(loader))
                 recorder.put(number, metrics)
                 checkpoints.poll()
+                dog.step()
                 if number < steps:
                     milestones.reach(number, state)
+                    milestones.leave_if_preempted(number, state)
             if resumed != steps:
                 milestones.reach(steps, state, last=True)
             checkpoints.wait()
@@ -173,6 +178,19 @@ class _Milestones:
         # After the evaluation: a resumed run does not evaluate the step that it starts from.
         if last or (saving and number % saving == 0):
             self._save(number, state)
+
+    def leave_if_preempted(self, number: int, state: Any) -> None:
+        """Saves update `number` and ends the run with `Preempted` if that is asked for."""
+        if not preempted(number):
+            return
+        saving = self.config.checkpoint.every
+        if not (saving and number % saving == 0):
+            self._save(number, state)
+        self.checkpoints.wait()
+        raise Preempted(
+            f"stopped by SIGTERM after step {number}, which is saved; jaxtune train --workdir "
+            f"{self.run.path} goes on"
+        )
 
     def _evaluate(self, number: int, state: Any) -> None:
         if self.evaluate is None:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tensorboardX import SummaryWriter
 
 from jaxtune.checkpoints.orbax import write_atomically
 from jaxtune.errors import JaxtuneError
+from jaxtune.parallel.processes import leads
 
 METRICS, EVALUATIONS, TENSORBOARD = "metrics.jsonl", "evaluations.jsonl", "tensorboard"
 
 
 class MetricLog:
     """Appends to ``metrics.jsonl`` and ``evaluations.jsonl``; a context manager.
+
+    Of several processes only the first one writes.
 
     Every line is a JSON object that starts with its ``step`` and is on disk when the call
     returns. A float32 is written so that reading it gives the same bits.
@@ -36,11 +39,15 @@ class MetricLog:
           JaxtuneError: a line other than a torn last one is not a JSON object with a step.
         """
         directory = Path(directory)
+        self._events: SummaryWriter | None = None
+        self._metrics: TextIO | None = None
+        self._evaluations: TextIO | None = None
+        if not leads():
+            return
         for name in (METRICS, EVALUATIONS):
             _drop_after(directory / name, resume_step)
         self._metrics = (directory / METRICS).open("a", encoding="utf-8", buffering=1)
         self._evaluations = (directory / EVALUATIONS).open("a", encoding="utf-8", buffering=1)
-        self._events: SummaryWriter | None = None
         if tensorboard:
             # Tells TensorBoard to forget what the killed run has written past its checkpoint.
             purge = resume_step + 1 if resume_step else None
@@ -68,12 +75,15 @@ class MetricLog:
 
     def close(self) -> None:
         """Closes the files."""
-        self._metrics.close()
-        self._evaluations.close()
-        if self._events is not None:
-            self._events.close()
+        for file in (self._metrics, self._evaluations, self._events):
+            if file is not None:
+                file.close()
 
-    def _write(self, file: Any, prefix: str, step: int, values: Mapping[str, float]) -> None:
+    def _write(
+        self, file: TextIO | None, prefix: str, step: int, values: Mapping[str, float]
+    ) -> None:
+        if file is None:
+            return
         file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
         if self._events is not None:
             for name, value in values.items():

@@ -15,6 +15,7 @@ from jaxtune.adapters.scores import ExpertScores, read_scores
 from jaxtune.checkpoints.atomic import new_directory, recover
 from jaxtune.checkpoints.orbax import disk_full_named, write_atomically
 from jaxtune.errors import JaxtuneError
+from jaxtune.parallel.processes import barrier, leads
 from jaxtune.training.metrics import EVALUATIONS, METRICS
 
 LOCK = "lock"
@@ -23,7 +24,7 @@ LOCK = "lock"
 class RunDirectory:
     """The files of one run, and what may be done to them.
 
-    Anybody may read; one process at a time trains, inside `start`.
+    Anybody may read; one run at a time trains, inside `start`. Of its processes the first writes.
     """
 
     def __init__(self, path: str | Path):
@@ -65,13 +66,15 @@ class RunDirectory:
         """
         if config is None:
             self.read_config()  # before anything is made: there must be a run
-        with disk_full_named(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-        with _locked(self.path):
-            fresh = config is not None and not self.exists()
-            if fresh:
-                with disk_full_named(self.path):
-                    write_atomically(self.config, config_module.to_json(config))
+        with contextlib.ExitStack() as held:
+            if leads():
+                held.enter_context(self._prepared(config))
+            barrier("the run's directory is ready")
+            if not self.exists():
+                raise JaxtuneError(
+                    f"{self.path}: process 0 has made the run here, and another process does not "
+                    "see it; the directory has to be on a file system that all of them share"
+                )
             frozen = self.read_config()
             changes = _differences(_flat(frozen), _flat(config or frozen))
             if changes:
@@ -79,10 +82,22 @@ class RunDirectory:
                     f"{self.path}: the run that is here has another config: {changes}; go on "
                     "without a config, or take another directory"
                 )
+            yield frozen
+
+    @contextlib.contextmanager
+    def _prepared(self, config: config_module.Config) -> Iterator[None]:
+        """Holds the directory, with the config and whole adapters in it."""
+        with disk_full_named(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        with _locked(self.path):
+            fresh = config is not None and not self.exists()
+            if fresh:
+                with disk_full_named(self.path):
+                    write_atomically(self.config, config_module.to_json(config))
             for adapter in (self.adapter_last, self.adapter_best):
                 recover(adapter)
             try:
-                yield frozen
+                yield
             except BaseException:
                 begun = (self.fingerprint, self.metrics, self.checkpoints)
                 if fresh and not any(path.exists() for path in begun):
@@ -140,10 +155,9 @@ class RunDirectory:
           JaxtuneError: something has changed since the run began (with the differences).
         """
         fingerprint = dict(fingerprint)
-        if not self.fingerprint.is_file():
-            with disk_full_named(self.path):
-                write_atomically(self.fingerprint, json.dumps(fingerprint, indent=2) + "\n")
-            return
+        if leads() and not self.fingerprint.is_file():
+            self._write_json(self.fingerprint, fingerprint)
+        barrier("the fingerprint is there")
         try:
             stored = json.loads(self.fingerprint.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
@@ -158,26 +172,29 @@ class RunDirectory:
 
         Args:
           target: one of the adapter directories.
-          write: fills the empty directory that it is given.
+          write: fills the empty directory that it is given; in processes other than the first it
+            takes part in collecting what is written, and writes nothing.
         """
+        if not leads():
+            write(target)
+            return
         with disk_full_named(self.path), new_directory(target, replace=True) as scratch:
             write(scratch)
 
     def write_description(self, description: Mapping[str, Any]) -> None:
         """Writes ``description.json``: what the run is going to do, to compare it with others."""
-        with disk_full_named(self.path):
-            text = json.dumps(dict(description), indent=2, ensure_ascii=False)
-            write_atomically(self.description, text + "\n")
+        self._write_json(self.description, description)
 
     def write_expert_load(self, content: Mapping[str, Any]) -> None:
         """Writes ``expert_load.json``: who was chosen at the last evaluation, expert by expert."""
-        with disk_full_named(self.path):
-            write_atomically(self.expert_load, json.dumps(dict(content)) + "\n")
+        self._write_json(self.expert_load, content, indent=None)
 
     def write_expert_scores(self, scores: ExpertScores) -> None:
         """Writes ``expert_scores.json``: by what the trained experts were chosen."""
-        with disk_full_named(self.path):
-            write_atomically(self.expert_scores, scores.to_json())
+        if leads():
+            with disk_full_named(self.path):
+                write_atomically(self.expert_scores, scores.to_json())
+        barrier("the experts are scored")
 
     def read_expert_scores(self) -> ExpertScores:
         """Returns what the run's experts were chosen by.
@@ -189,8 +206,14 @@ class RunDirectory:
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Writes ``result.json``: what came out of the run, for people and programs to read."""
+        self._write_json(self.result, result)
+
+    def _write_json(self, path: Path, content: Mapping[str, Any], indent: int | None = 2) -> None:
+        if not leads():
+            return
         with disk_full_named(self.path):
-            write_atomically(self.result, json.dumps(dict(result), indent=2) + "\n")
+            text = json.dumps(dict(content), indent=indent, ensure_ascii=False)
+            write_atomically(path, text + "\n")
 
 
 @contextlib.contextmanager

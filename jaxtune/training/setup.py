@@ -22,6 +22,7 @@ from jaxtune.layers.remat import POLICIES
 from jaxtune.models.definition import Definition
 from jaxtune.objectives.sft import sft_loss
 from jaxtune.parallel.mesh import make_mesh, named_sharding
+from jaxtune.parallel.processes import put
 from jaxtune.quant import Quantization
 from jaxtune.training.experts import mixture_layers
 from jaxtune.training.optimizer import make_optimizer, make_schedule
@@ -82,7 +83,7 @@ class Setup:
     def put_batch(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         """Places a batch of NumPy arrays int[rows, T] on the mesh."""
         sharding = named_sharding(self.mesh, ("batch", "sequence"))
-        return {name: jax.device_put(batch[name], sharding) for name in BATCH_ARRAYS}
+        return {name: put(batch[name], sharding) for name in BATCH_ARRAYS}
 
     def batch_like(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Describes a training batch."""

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtune.layers.tree import Tree
 from jaxtune.models.definition import Definition
+from jaxtune.parallel.processes import put
 
 
 @functools.partial(
@@ -59,6 +60,6 @@ def initial_state(
 ) -> TrainState:
     """Returns the state before the first update, placed as `like` says."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
-    trainable = jax.device_put(trainable, shardings.trainable)
+    trainable = jax.tree.map(put, trainable, shardings.trainable)
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trainable)
-    return TrainState(jax.device_put(jnp.int32(0), shardings.step), trainable, opt_state)
+    return TrainState(put(jnp.int32(0), shardings.step), trainable, opt_state)

@@ -27,6 +27,7 @@ from jaxtune.data import Examples, Loader, eval_batches, load_examples
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.bits import as_bits
 from jaxtune.layers.tree import Tree
+from jaxtune.parallel.processes import fetch, leads, put
 from jaxtune.training.describe import Split, describe
 from jaxtune.training.expert_scores import score_experts
 from jaxtune.training.experts import load_summary, load_table, mixture_layers
@@ -87,7 +88,9 @@ def train(config: Any, workdir: str | Path) -> RunDirectory:
                 else None,
             )
         )
-        base, constants = parts.base, parts.constants
+        base = parts.base
+        placed = setup.definition.abstract("constants", setup.mesh)
+        constants = jax.tree.map(lambda x, like: put(x, like.sharding), parts.constants, placed)
         with jax.set_mesh(setup.mesh):
             fit(
                 state=initial_state(parts.trainable, setup.optimizer, setup.like),
@@ -228,7 +231,8 @@ def bind_evaluation(
     def evaluate(trainable: Tree) -> dict[str, Any]:
         total = None
         for batch in held_out_batches(setup.config, examples, setup.reserved):
-            sums = jax.device_get(compiled(trainable, base, constants, setup.put_batch(batch)))
+            sums = compiled(trainable, base, constants, setup.put_batch(batch))
+            sums = jax.device_get(fetch(sums))
             # Sums over a whole set in float64.
             sums = jax.tree.map(np.float64, sums)
             total = sums if total is None else jax.tree.map(np.add, total, sums)
@@ -254,7 +258,10 @@ def _adapter_writer(setup: Setup, constants: Tree) -> Callable[[Tree, Path], Any
         return None
 
     def write(trainable: Tree, directory: Path) -> None:
-        stored = setup.method.store(setup.definition, trainable, constants)
+        trainable, whole = fetch(trainable), fetch(constants)
+        if not leads():
+            return
+        stored = setup.method.store(setup.definition, trainable, whole)
         base = "model_name" if is_adapterhub(stored.config) else "base_model_name_or_path"
         stored.config[base] = setup.config.model.path
         write_adapter_files(directory, stored)

@@ -1,0 +1,140 @@
+"""Starts the processes of a run on this machine, and ends all of them when one fails.
+
+    python launch/local.py --processes 4 -- jaxtune train --config configs/quickstart.py --workdir r
+
+Every line of output is prefixed with the number of its process. SIGINT and SIGTERM are passed on:
+after SIGTERM the run saves and ends with 75.
+
+Exit code: 0 when all are done; 65 when the same would happen again; 75 when the same command goes
+on (a process was killed, stuck or preempted); else that of the first process that failed. After a
+failure the others have --grace seconds to end by themselves, and are killed then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+
+DO_NOT_RETRY, RETRY = 65, 75
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the processes; returns the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--processes", type=int, required=True, metavar="N")
+    parser.add_argument(
+        "--devices-per-process",
+        type=int,
+        metavar="K",
+        help="shares the machine's GPUs out: the first K to process 0 and so on",
+    )
+    parser.add_argument("--grace", type=float, default=30.0, metavar="SECONDS")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND")
+    arguments = parser.parse_args(argv)
+    command = arguments.command[arguments.command[:1] == ["--"] :]
+    if not command or arguments.processes < 1:
+        parser.error("needs --processes of at least 1, and a command after --")
+    port = _free_port()
+    workers = [
+        _start(command, _environment(number, port, arguments))
+        for number in range(arguments.processes)
+    ]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda received, _: _send(workers, received))
+    printing = [
+        threading.Thread(target=_relay, args=(number, worker))
+        for number, worker in enumerate(workers)
+    ]
+    for thread in printing:
+        thread.start()
+    codes = _wait(workers, arguments.grace)
+    for thread in printing:
+        thread.join()
+    return exit_code(codes)
+
+
+def exit_code(codes: Sequence[int]) -> int:
+    """Returns the code of all from those of each, in the order in which they ended.
+
+    A process that a signal has ended counts as one to try again.
+    """
+    failed = [RETRY if code < 0 or code == 128 + signal.SIGABRT else code for code in codes if code]
+    for code in (DO_NOT_RETRY, RETRY):
+        if code in failed:
+            return code
+    return failed[0] if failed else 0
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def _environment(number: int, port: int, arguments: argparse.Namespace) -> dict[str, str]:
+    added = {
+        "JAXTUNE_COORDINATOR": f"localhost:{port}",
+        "JAXTUNE_PROCESSES": str(arguments.processes),
+        "JAXTUNE_PROCESS": str(number),
+        "PYTHONUNBUFFERED": "1",
+    }
+    if (share := arguments.devices_per_process) is not None:
+        mine = range(number * share, (number + 1) * share)
+        added["JAX_LOCAL_DEVICE_IDS"] = ",".join(map(str, mine))
+    return os.environ | added
+
+
+def _start(command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[str]:
+    # In a session of its own: a terminal's Ctrl-C arrives once, by way of this process.
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+
+
+def _relay(number: int, worker: subprocess.Popen[str]) -> None:
+    assert worker.stdout is not None
+    for line in worker.stdout:
+        sys.stdout.write(f"[{number}] {line}")
+        sys.stdout.flush()
+
+
+def _wait(workers: Sequence[subprocess.Popen[str]], grace: float) -> list[int]:
+    """Returns the codes in the order in which processes ended; kills those that outstay.
+
+    The latter have no code of their own, and are left out.
+    """
+    running, codes, deadline = list(workers), [], float("inf")
+    while running and time.monotonic() < deadline:
+        for worker in [worker for worker in running if worker.poll() is not None]:
+            running.remove(worker)
+            codes.append(worker.returncode)
+            if worker.returncode:
+                deadline = min(deadline, time.monotonic() + grace)
+        time.sleep(0.1)
+    _send(running, signal.SIGKILL)
+    for worker in running:
+        worker.wait()
+    return codes
+
+
+def _send(workers: Sequence[subprocess.Popen[str]], number: int) -> None:
+    for worker in workers:
+        if worker.poll() is None:
+            os.killpg(worker.pid, number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

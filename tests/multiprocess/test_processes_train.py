@@ -1,0 +1,67 @@
+"""What several processes compute is what one computes."""
+
+import re
+import shutil
+import signal
+
+import numpy as np
+import pytest
+from runs import read_losses
+
+pytestmark = pytest.mark.slow
+
+# Sums over devices come in another order in float32, and the updates before carry it on.
+TOLERANCE = 1e-5
+
+
+def assert_close(ours, theirs):
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for name in ("loss", "grad_norm"):
+        values, expected = ([line[name] for line in lines] for lines in (ours, theirs))
+        # A gradient's norm is a root of sums of squares of small differences.
+        tolerance = TOLERANCE if name == "loss" else 10 * TOLERANCE
+        np.testing.assert_allclose(values, expected, rtol=tolerance)
+    assert [line["tokens"] for line in ours] == [line["tokens"] for line in theirs]
+
+
+@pytest.fixture(scope="module")
+def alone(start, tmp_path_factory):
+    """The losses of a run of one process with one device."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    start(1, workdir).succeed()
+    return workdir
+
+
+def test_two_processes_of_two_devices(start, alone, tmp_path):
+    start(2, tmp_path / "run", "--config.mesh.fsdp=2", devices=2).succeed()
+    assert_close(read_losses(tmp_path / "run"), read_losses(alone))
+    kept = ("evaluations.jsonl", "adapter/last/adapter_config.json", "description.json")
+    assert all((tmp_path / "run" / name).is_file() for name in kept)
+
+
+def test_each_of_four_processes_reads_its_shards_alone(start, alone, tmp_path, tiny_chat):
+    output = start(4, tmp_path / "run", "--config.mesh.data=1", "--config.mesh.fsdp=4").succeed()
+    assert_close(read_losses(tmp_path / "run"), read_losses(alone))
+    read = {int(p): int(n) for p, n in re.findall(r"process (\d): (\d+) bytes of weights", output)}
+    # Four bytes a parameter: norms are whole everywhere, all else is a quarter.
+    hidden, layers = 64, 3
+    norms = 4 * hidden * (2 * layers + 1)
+    weights = (tiny_chat / "model.safetensors").stat().st_size
+    assert sorted(read) == [0, 1, 2, 3]
+    for count in read.values():
+        assert abs(count - (norms + (weights - norms) / 4)) < 0.02 * weights
+
+
+def test_a_run_goes_on_with_other_devices_and_processes(start, alone, tmp_path):
+    """8 devices of one process, then 4, and from the same checkpoint two processes."""
+    mesh, workdir = "--config.mesh.fsdp=2", tmp_path / "run"
+    run = start(1, workdir, mesh, devices=8, fault="pause")
+    run.wait_for_steps(5)
+    run.send(signal.SIGTERM)
+    assert run.finish()[0] == 75
+    assert len(read_losses(workdir)) < 12
+    shutil.copytree(workdir, tmp_path / "copy")
+    start(1, workdir, devices=4, resume=True).succeed()
+    start(2, tmp_path / "copy", devices=1, resume=True).succeed()
+    for each in (workdir, tmp_path / "copy"):
+        assert_close(read_losses(each), read_losses(alone))
