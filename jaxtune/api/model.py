@@ -83,6 +83,11 @@ class Model:
         Raises:
           JaxtuneError: an unknown name, or adapters that cannot be combined.
         """
+        if self.method is not None and self.method.edits_base:
+            raise JaxtuneError(
+                f"adapter={adapter!r}: the base of adapter.method={self.method.name} was edited for "
+                "this one adapter: load the checkpoint for another"
+            )
         if self._adapters is None or (adapter is not None and not self.adapters):
             raise JaxtuneError(f"adapter={adapter!r}: the model was loaded without adapters")
         self._hold(self._adapters.select(adapter, combine, Options(**options)))

@@ -16,12 +16,14 @@ from jaxtune.api.model import Model
 from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.assemble import assemble
 from jaxtune.checkpoints.replaced import trained
+from jaxtune.checkpoints.source import TensorSource
 from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.parallel.mesh import single_device_mesh
 from jaxtune.parallel.rules import MESH_AXES
 from jaxtune.training import train as training
 from jaxtune.training.run import RunDirectory
 from jaxtune.training.setup import set_up
+from jaxtune.training.trained import load_trained
 
 
 class Run:
@@ -70,6 +72,9 @@ class Run:
         if adapter == "none":
             return load(settings.model.path, **options)
         method, _ = training.choose_method(settings)
+        quantized = bool(settings.quantize.format)
+        if method.edits_base or (quantized and not method.has_adapter):
+            return self._as_trained(adapter)
         if not method.has_adapter:
             return self._fully_trained(method, options)
         return load(settings.model.path, adapter=self.adapter_directory(adapter), **options)
@@ -82,12 +87,22 @@ class Run:
         """
         return self.directory.adapter(which)
 
-    def _fully_trained(self, method: Method, options: Mapping[str, Any]) -> Model:
-        # One device, whatever the run had: a checkpoint restores onto any mesh.
+    def _source(self) -> tuple[Any, Path, TensorSource]:
+        """Returns the config with a mesh of one device, whatever the run had, and its checkpoint."""
         alone = [f"mesh.{axis}=1" for axis in MESH_AXES]
         config = config_module.resolve(self.config.to_dict(), alone)
         location = huggingface.resolve_path(config.model.path, config.model.revision)
-        source = huggingface.open_source(location)
+        return config, location, huggingface.open_source(location)
+
+    def _as_trained(self, adapter: str) -> Model:
+        config, location, source = self._source()
+        setup, parts = load_trained(self.directory, config, source, adapter, jax.devices()[:1])
+        attention, dtype = config.model.attention, config.training.dtype
+        return Model(parts, location, setup.mesh, dtype=dtype, attention=attention)
+
+    def _fully_trained(self, method: Method, options: Mapping[str, Any]) -> Model:
+        # Rounded to the dtype of the run, as it is exported, and not as the masters are.
+        config, location, source = self._source()
         setup = set_up(config, source.config, method, jax.devices()[:1])
         arrays = training.trained_arrays(self.directory, setup)
         # What is not trained, such as a router's correction bias, stays as it is in the checkpoint.

@@ -7,15 +7,12 @@ from typing import Any
 
 import jax
 
-from jaxtune.adapters import method_from_peft
 from jaxtune.checkpoints import huggingface
-from jaxtune.checkpoints.assemble import assemble
-from jaxtune.checkpoints.peft import read_adapter
 from jaxtune.checkpoints.tokenizer import load_tokenizer
 from jaxtune.errors import JaxtuneError
 from jaxtune.training.run import RunDirectory
-from jaxtune.training.setup import set_up
-from jaxtune.training.train import bind_evaluation, choose_method, read_examples, trained_arrays
+from jaxtune.training.train import bind_evaluation, read_examples
+from jaxtune.training.trained import load_trained
 
 
 def evaluate(run: RunDirectory, adapter: str = "best", data: str = "") -> dict[str, Any]:
@@ -40,25 +37,9 @@ def evaluate(run: RunDirectory, adapter: str = "best", data: str = "") -> dict[s
     examples = read_examples(config, data or config.data.eval, source, load_tokenizer(location))
     if examples is None:
         raise JaxtuneError(f"{run.path}: data.eval is empty: name the examples with --data FILE")
-    # The base model is that of an adapter which has not begun to learn.
-    method, stored = choose_method(config)[0], None
-    if adapter != "none" and method.has_adapter:
-        stored = read_adapter(run.adapter(adapter))
-        method = method_from_peft(stored)
-    method = method.with_scores(run.read_expert_scores)
-    setup = set_up(config, source.config, method)
-    parts = assemble(
-        source,
-        config.training.dtype,
-        setup.mesh,
-        method=method,
-        quantization=setup.quantization,
-        stored=stored,
-    )
-    saved = adapter != "none" and not method.has_adapter
-    trainable = trained_arrays(run, setup) if saved else parts.trainable
+    setup, parts = load_trained(run, config, source, adapter)
     with jax.set_mesh(setup.mesh):
         scoring = bind_evaluation(setup, parts.base, parts.constants, examples)
         assert scoring is not None  # it is None without examples only
-        scores = scoring(trainable)
+        scores = scoring(parts.trainable)
     return {"loss": scores["loss"], "perplexity": math.exp(scores["loss"]), **scores}
