@@ -76,6 +76,7 @@ class Method(abc.ABC):
       name: as ``adapter.method`` calls it.
       has_adapter: whether what it trains is stored apart from the model.
       can_merge: whether the model's own weights can take in what it trains.
+      files: whose files of an adapter `store` gives.
       edits_base: whether it trains beside a base that `base_edit` has changed, so that what is
         stored for other tools to load is not what was trained.
       dropout: whether anything is dropped while training, and how much.
@@ -84,6 +85,7 @@ class Method(abc.ABC):
     name: ClassVar[str]
     has_adapter: ClassVar[bool] = True
     can_merge: ClassVar[bool] = True
+    files: ClassVar[str] = "PEFT's"
     edits_base: ClassVar[bool] = False
     dropout: float = 0.0
 

@@ -1,0 +1,125 @@
+"""Adapters merged into quantized weights: what is written, what is reported, what stays as it is."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import jaxtune
+from jaxtune.adapters.bitfit import BitFit
+from jaxtune.adapters.dora import Dora
+from jaxtune.adapters.esft import Esft
+from jaxtune.adapters.ia3 import IA3
+from jaxtune.adapters.lora import Lora
+from jaxtune.adapters.pissa import Pissa
+from jaxtune.adapters.vera import Vera
+from jaxtune.api import Model
+from jaxtune.checkpoints import huggingface
+from jaxtune.checkpoints.assemble import assemble
+from jaxtune.checkpoints.peft import write_adapter
+from jaxtune.checkpoints.requantize import REPORT
+from jaxtune.layers.tree import flatten, layer_names, unflatten
+from jaxtune.parallel.mesh import single_device_mesh
+from jaxtune.quant import QuantizedWeight, quantization_from_config
+
+TOKENS = np.random.default_rng(1).integers(3, 160, (2, 12))
+MOE = {
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 28,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 10,
+}
+# The middle layer is left alone, and the head is a plain weight that is edited.
+SOME = (r"model\.layers\.[02]\..*(q_proj|down_proj)", "lm_head")
+METHODS = {
+    "lora": Lora(4, 8.0, targets=SOME),
+    "dora": Dora(4, 8.0, targets=SOME),
+    "pissa": Pissa(4, 8.0, targets=SOME[:1]),
+    "vera": Vera(24, targets=SOME),
+    "ia3": IA3(("k_proj", "down_proj"), ("down_proj",)),
+    "bitfit": BitFit(("o_proj",)),
+    "esft": Esft(experts=((1, (0, 3)),)),
+}
+QUICK = {("lora", "nf4"), ("ia3", "int4")}
+CASES = [
+    pytest.param(method, form, marks=() if (method, form) in QUICK else pytest.mark.slow)
+    for method in METHODS
+    for form in ("", "nf4", "int4", "int8", "fp8")
+    if form in ("", "nf4") or method in ("lora", "ia3")
+]
+
+
+def checkpoint(tiny, method):
+    if method == "esft":
+        return tiny("deepseek_v3", **MOE)
+    return tiny("qwen2" if method == "bitfit" else "llama")
+
+
+def open_model(directory, method, form):
+    """A float32 model over a base of this format whose trained arrays have moved."""
+    section = jaxtune.config.resolve({"quantize": {"format": form}}).quantize
+    quantization = quantization_from_config(section)
+    source, mesh = huggingface.open_source(directory), single_device_mesh()
+    options = {"method": method, "quantization": quantization, "progress": False}
+    parts = assemble(source, "float32", mesh, **options)
+    leaves = dict(flatten(parts.trainable))
+    keys = jax.random.split(jax.random.key(3), len(leaves))
+    moved = {
+        path: value + 0.1 * jax.random.normal(key, value.shape)
+        for (path, value), key in zip(leaves.items(), keys, strict=True)
+    }
+    return Model(parts._replace(trainable=unflatten(moved)), directory, mesh, dtype="float32")
+
+
+def as_bytes(tree):
+    return {
+        path: [np.asarray(part).tobytes() for part in jax.tree.leaves(leaf)]
+        for path, leaf in flatten(tree)
+    }
+
+
+def weights(model):
+    """The bytes of every quantized weight by its name."""
+    found = {}
+    for path, leaf in flatten(model.base):
+        if isinstance(leaf, QuantizedWeight):
+            declared = model.definition.leaves[path].declaration
+            for part, name in enumerate(layer_names(path, declared)):
+                place = np.unravel_index(part, declared.stack_shape)
+                parts = {key: np.asarray(value)[place] for key, value in leaf.parts.items()}
+                found[name] = {key: value.tobytes() for key, value in parts.items()}
+    return found
+
+
+@pytest.mark.parametrize(("name", "form"), CASES)
+def test_what_is_merged_is_written_and_the_base_stays_as_it_is(name, form, tiny, tmp_path):
+    model = open_model(checkpoint(tiny, name), METHODS[name], form)
+    before = as_bytes(model.base)
+    # The merged weights in float32 are held against the edits themselves elsewhere.
+    wide = model.save_pretrained(tmp_path / "wide", "float32")
+    exact = jaxtune.load(wide, dtype="float32", progress=False).logits(TOKENS)
+    assert np.abs(exact - model.logits(TOKENS)).max() <= 2e-5 * np.abs(exact).max()
+    if form:
+        written = model.save_pretrained(tmp_path / "merged", quantized=True)
+        options = {"quantize": form, "dtype": "float32", "progress": False}
+        merged, again = jaxtune.load(written, **options), jaxtune.load(wide, **options)
+        report = json.loads((written / REPORT).read_text())
+        edited = {row["name"] for row in report["weights"]}
+        old, ours, theirs = weights(model), weights(merged), weights(again)
+        assert ours.keys() == old.keys() == theirs.keys()
+        assert bool(edited) == (name != "bitfit") and edited < set(ours)
+        for weight, parts in ours.items():
+            assert parts == (theirs if weight in edited else old)[weight], weight
+        assert {weight for weight in ours if ours[weight] != old[weight]} <= edited
+    assert as_bytes(model.base) == before
