@@ -123,3 +123,77 @@ def test_what_is_merged_is_written_and_the_base_stays_as_it_is(name, form, tiny,
             assert parts == (theirs if weight in edited else old)[weight], weight
         assert {weight for weight in ours if ours[weight] != old[weight]} <= edited
     assert as_bytes(model.base) == before
+
+
+def squares(value):
+    return np.sum(np.asarray(value, np.float64) ** 2)
+
+
+@pytest.mark.parametrize(
+    "form", ["nf4", *(pytest.param(f, marks=pytest.mark.slow) for f in ("int4", "int8", "fp8"))]
+)
+def test_the_report_is_what_the_files_say(form, tiny, tmp_path):
+    """Every number from the tensors on disk, in float64: base, merged exactly, merged and rounded."""
+    directory = tiny("llama")
+    model = open_model(directory, METHODS["lora"], form)
+    written = model.save_pretrained(tmp_path / "merged", quantized=True)
+    report = json.loads((written / REPORT).read_text())
+    wide = model.save_pretrained(tmp_path / "wide", "float32")
+    base = jaxtune.convert(directory, tmp_path / "base", form, "float32", progress=False)
+    files = {"W": directory, "W_q": base, "M": wide, "Q": written}
+    sources = {key: huggingface.open_source(path) for key, path in files.items()}
+    assert report["format"] == form and len(report["weights"]) == 4
+    sums = np.zeros(6)
+    for row in [*report["weights"], report["all"]]:
+        if row is not report["all"]:
+            read = {key: source.read(row["name"]) for key, source in sources.items()}
+            read = {key: value.astype(np.float64) for key, value in read.items()}
+            delta, left = read["M"] - read["W_q"], read["Q"] - read["W_q"]
+            kinds = (read["Q"] - read["M"], read["M"], read["W_q"] - read["W"], read["W"], delta)
+            one = np.array([*map(squares, kinds), np.sum(delta * left)])
+            frozen = squares(read["W_q"])
+            sums, totals = sums + one, frozen if row is report["weights"][0] else totals + frozen
+        error, merged, base_error, original, edit, along = sums if row is report["all"] else one
+        expected = {
+            "error": np.sqrt(error / merged),
+            "base_error": np.sqrt(base_error / original),
+            "edit": np.sqrt(edit / (totals if row is report["all"] else frozen)),
+            "kept": along / edit,
+        }
+        # Both sides add float32 products; the edit is a difference of values 10 times as large.
+        for key, value in expected.items():
+            assert row[key] == pytest.approx(value, rel=1e-4), (key, row)
+
+
+def test_a_small_edit_may_be_rounded_away_and_the_report_says_so(tiny, tmp_path):
+    model = open_model(tiny("llama"), METHODS["lora"], "int4")
+    small = jax.tree.map(lambda value: value * 0.05, model.trainable)
+    model.trainable = small
+    written = model.save_pretrained(tmp_path / "merged", quantized=True)
+    everything = json.loads((written / REPORT).read_text())["all"]
+    assert everything["edit"] < 0.01 and everything["kept"] < 0.5
+
+
+def test_unloading_leaves_the_base_as_it_was(tiny, tmp_path):
+    directory = tiny("llama")
+    model = open_model(directory, METHODS["lora"], "nf4")
+    stored = model.method.store(model.definition, model.trainable, model.constants)
+    adapter = write_adapter(tmp_path / "adapter", stored)
+    named = jaxtune.load(
+        directory, quantize="nf4", adapters={"a": adapter}, dtype="float32", progress=False
+    )
+    before, logits = as_bytes(named.base), np.asarray(named.logits(TOKENS))
+    assert np.abs(named.use("a").logits(TOKENS) - logits).max() > 1e-3
+    named.save_pretrained(tmp_path / "merged", quantized=True)
+    assert as_bytes(named.use(None).base) == before
+    assert np.array_equal(named.logits(TOKENS), logits)
+    with pytest.raises(jaxtune.JaxtuneError, match='option="densty" is unknown; did you mean "den'):
+        named.use("a", densty=0.5)
+
+
+def test_a_value_that_is_not_finite_is_named_and_nothing_is_written(tiny, tmp_path):
+    model = open_model(tiny("llama"), METHODS["lora"], "nf4")
+    model.trainable = jax.tree.map(lambda value: value * np.inf, model.trainable)
+    with pytest.raises(jaxtune.JaxtuneError, match=r"proj\.weight as merged has values that are"):
+        model.save_pretrained(tmp_path / "merged", quantized=True)
+    assert not (tmp_path / "merged").exists()
