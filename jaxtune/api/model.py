@@ -86,8 +86,8 @@ class Model:
         """
         if self.method is not None and self.method.edits_base:
             raise JaxtuneError(
-                f"adapter={adapter!r}: adapter.method={self.method.name} has edited the base for the "
-                "one adapter that is in use; load the checkpoint for another"
+                f"adapter={adapter!r}: adapter.method={self.method.name} has edited the base for "
+                "the one adapter that is in use; load the checkpoint for another"
             )
         if self._adapters is None or (adapter is not None and not self.adapters):
             raise JaxtuneError(f"adapter={adapter!r}: the model was loaded without adapters")

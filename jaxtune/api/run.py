@@ -124,7 +124,7 @@ class Run:
         return self.directory.adapter(which)
 
     def _source(self) -> tuple[Any, Path, TensorSource]:
-        """Returns the config with a mesh of one device, whatever the run had, and the checkpoint."""
+        """Returns the config on a mesh of one device, whatever the run had, and the checkpoint."""
         alone = [f"mesh.{axis}=1" for axis in MESH_AXES]
         config = config_module.resolve(self.config.to_dict(), alone)
         location = huggingface.resolve_path(config.model.path, config.model.revision)

@@ -1,4 +1,4 @@
-"""Adapters merged into quantized weights: what is written, what is reported, what stays as it is."""
+"""Adapters merged into quantized weights: what is written and reported, and what stays as it is."""
 
 from __future__ import annotations
 
@@ -21,9 +21,12 @@ from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.assemble import assemble
 from jaxtune.checkpoints.peft import write_adapter
 from jaxtune.checkpoints.requantize import REPORT
+from jaxtune.cli import main
+from jaxtune.config import resolve
 from jaxtune.layers.tree import flatten, layer_names, unflatten
 from jaxtune.parallel.mesh import single_device_mesh
 from jaxtune.quant import QuantizedWeight, quantization_from_config
+from jaxtune.training.evaluate import evaluate
 
 TOKENS = np.random.default_rng(1).integers(3, 160, (2, 12))
 MOE = {
@@ -68,7 +71,7 @@ def checkpoint(tiny, method):
 
 def open_model(directory, method, form):
     """A float32 model over a base of this format whose trained arrays have moved."""
-    section = jaxtune.config.resolve({"quantize": {"format": form}}).quantize
+    section = resolve({"quantize": {"format": form}}).quantize
     quantization = quantization_from_config(section)
     source, mesh = huggingface.open_source(directory), single_device_mesh()
     options = {"method": method, "quantization": quantization, "progress": False}
@@ -133,7 +136,7 @@ def squares(value):
     "form", ["nf4", *(pytest.param(f, marks=pytest.mark.slow) for f in ("int4", "int8", "fp8"))]
 )
 def test_the_report_is_what_the_files_say(form, tiny, tmp_path):
-    """Every number from the tensors on disk, in float64: base, merged exactly, merged and rounded."""
+    """Every number from tensors on disk, in float64: the base, merged exactly, merged as written."""
     directory = tiny("llama")
     model = open_model(directory, METHODS["lora"], form)
     written = model.save_pretrained(tmp_path / "merged", quantized=True)
@@ -143,32 +146,32 @@ def test_the_report_is_what_the_files_say(form, tiny, tmp_path):
     files = {"W": directory, "W_q": base, "M": wide, "Q": written}
     sources = {key: huggingface.open_source(path) for key, path in files.items()}
     assert report["format"] == form and len(report["weights"]) == 4
-    sums = np.zeros(6)
-    for row in [*report["weights"], report["all"]]:
-        if row is not report["all"]:
-            read = {key: source.read(row["name"]) for key, source in sources.items()}
-            read = {key: value.astype(np.float64) for key, value in read.items()}
-            delta, left = read["M"] - read["W_q"], read["Q"] - read["W_q"]
-            kinds = (read["Q"] - read["M"], read["M"], read["W_q"] - read["W"], read["W"], delta)
-            one = np.array([*map(squares, kinds), np.sum(delta * left)])
-            frozen = squares(read["W_q"])
-            sums, totals = sums + one, frozen if row is report["weights"][0] else totals + frozen
-        error, merged, base_error, original, edit, along = sums if row is report["all"] else one
-        expected = {
-            "error": np.sqrt(error / merged),
-            "base_error": np.sqrt(base_error / original),
-            "edit": np.sqrt(edit / (totals if row is report["all"] else frozen)),
-            "kept": along / edit,
-        }
-        # Both sides add float32 products; the edit is a difference of values 10 times as large.
-        for key, value in expected.items():
-            assert row[key] == pytest.approx(value, rel=1e-4), (key, row)
+    terms = []
+    for row in report["weights"]:
+        read = {key: source.read(row["name"]) for key, source in sources.items()}
+        W, W_q, M, Q = (read[key].astype(np.float64) for key in files)
+        values = Q - M, M, W_q - W, W, M - W_q, W_q
+        terms.append([*map(squares, values), np.sum((Q - W_q) * (M - W_q))])
+        assert_measures(row, terms[-1])
+    assert_measures(report["all"], np.sum(terms, axis=0))
+
+
+def assert_measures(row, terms):
+    error, merged, base_error, original, edit, frozen, along = terms
+    expected = {
+        "error": np.sqrt(error / merged),
+        "base_error": np.sqrt(base_error / original),
+        "edit": np.sqrt(edit / frozen),
+        "kept": along / edit,
+    }
+    # Both sides add float32 products; the edit is a difference of values 10 times as large.
+    for key, value in expected.items():
+        assert row[key] == pytest.approx(value, rel=1e-4), (key, row)
 
 
 def test_a_small_edit_may_be_rounded_away_and_the_report_says_so(tiny, tmp_path):
     model = open_model(tiny("llama"), METHODS["lora"], "int4")
-    small = jax.tree.map(lambda value: value * 0.05, model.trainable)
-    model.trainable = small
+    model.trainable = jax.tree.map(lambda value: value * 0.05, model.trainable)
     written = model.save_pretrained(tmp_path / "merged", quantized=True)
     everything = json.loads((written / REPORT).read_text())["all"]
     assert everything["edit"] < 0.01 and everything["kept"] < 0.5
@@ -197,3 +200,41 @@ def test_a_value_that_is_not_finite_is_named_and_nothing_is_written(tiny, tmp_pa
     with pytest.raises(jaxtune.JaxtuneError, match=r"proj\.weight as merged has values that are"):
         model.save_pretrained(tmp_path / "merged", quantized=True)
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("form", ["nf4"])
+def test_a_run_is_exported_quantized_with_its_losses(form, tiny_chat, tmp_path, capsys):
+    rows = [
+        {"prompt": f"Count from {i}.", "completion": " ".join(map(str, range(i, i + 4)))}
+        for i in range(6)
+    ]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "model": {"path": str(tiny_chat)},
+        "data": {"train": str(data), "eval": str(data), "max_length": 48},
+        "adapter": {"method": "lora", "rank": 4, "targets": "q_proj,down_proj"},
+        "quantize": {"format": form},
+        "training": {"steps": 4, "batch_size": 2, "dtype": "float32"},
+        "optimizer": {"learning_rate": 0.02},
+        "evaluation": {"every": 4},
+        "logging": {"tensorboard": False},
+    }
+    run, target = jaxtune.train(config, tmp_path / "run"), tmp_path / "merged"
+    command = ["export", "--workdir", str(run.path), "--format", "merged", "--quantized"]
+    main([*command, "--to", str(target)])
+    report, printed = json.loads((target / REPORT).read_text()), capsys.readouterr().out
+    losses = report["loss"]
+    assert losses["with_adapter"] == pytest.approx(run.evaluations()[-1]["loss"], rel=1e-6)
+    # The same weights, but for the order of a sum.
+    assert losses["merged"] == pytest.approx(losses["with_adapter"], rel=1e-5)
+    assert losses["merged_quantized"] != pytest.approx(losses["merged"], rel=1e-4)
+    # As a run that starts from the written checkpoint sees it.
+    run.directory.config.unlink()
+    with run.directory.start(resolve(config | {"model": {"path": str(target)}})):
+        scores = evaluate(run.directory, "none")
+    assert scores["loss"] == pytest.approx(losses["merged_quantized"], rel=1e-6)
+    assert "all" in printed and f"{losses['merged_quantized']:.4f}" in printed
+    with pytest.raises(SystemExit):
+        main([*command[:4], "peft", "--quantized", "--to", str(tmp_path / "peft")])
+    assert "--quantized goes with --format merged" in capsys.readouterr().err
