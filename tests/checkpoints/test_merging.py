@@ -136,7 +136,7 @@ def squares(value):
     "form", ["nf4", *(pytest.param(f, marks=pytest.mark.slow) for f in ("int4", "int8", "fp8"))]
 )
 def test_the_report_is_what_the_files_say(form, tiny, tmp_path):
-    """Every number from tensors on disk, in float64: the base, merged exactly, merged as written."""
+    """Every number from tensors on disk, in float64: base, merged exactly, merged as written."""
     directory = tiny("llama")
     model = open_model(directory, METHODS["lora"], form)
     written = model.save_pretrained(tmp_path / "merged", quantized=True)
