@@ -224,8 +224,9 @@ class Model:
           directory: to create.
           dtype: "bfloat16" or "float32" on disk; by default what each weight is held in.
           quantized: writes quantized weights as they are held, in a format that other tools read;
-            otherwise they are dequantized. Weights that an adapter edits are quantized anew, and
-            ``merge_report.json`` beside them says at what cost; the others stay bit for bit.
+            otherwise they are dequantized. Weights that an adapter edits are read from the
+            checkpoint again, edited and quantized, and ``merge_report.json`` says at what cost; the
+            others stay bit for bit.
 
         Returns:
           The directory.
@@ -240,8 +241,8 @@ class Model:
         if dtype is not None:
             lookup(dict.fromkeys(DTYPES), dtype, "dtype")
         model = self.definition.bind(self.base, self.trainable, self.constants)
-        # What a method has edited is not what the checkpoint has, and cannot be held against it.
-        compared = quantized and self.method is not None and not self.method.edits_base
+        # Where a method has edited the base, that was not quantized from what the checkpoint has.
+        onto_checkpoint = quantized and self.method is not None and not self.method.edits_base
         return huggingface.save(
             directory,
             self.definition,
@@ -251,7 +252,7 @@ class Model:
             dtype=None if dtype is None else jnp.dtype(dtype),
             edits=edits(model),
             quantized=quantized,
-            original=huggingface.open_source(self.source) if compared else None,
+            original=huggingface.open_source(self.source) if onto_checkpoint else None,
         )
 
 

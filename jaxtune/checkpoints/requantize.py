@@ -1,7 +1,10 @@
 """Merging into quantized weights: each one is rounded anew, and what that costs is measured.
 
-A weight W_q = dequantized, with an edit: M = W_q + Δ. What is written is Q = dequantized(quantized
-M), and of a small Δ little may be left, for most values are rounded back to where they were.
+A frozen weight W_q, which is W rounded, has an edit Δ. Rounded anew, W_q + Δ is mostly W_q again:
+its values are the very ones that a format has, and few are moved by half a step. So the edit is put
+where the base came from: what is quantized is M = W + Δ, of which each value is as far from the
+next step as chance will have it, and the edit survives on average. Only where the checkpoint has no
+more bits than the base is M = W_q + Δ.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,11 +24,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jaxtune.checkpoints.quantize import encode_rows
+from jaxtune.checkpoints.quantize import CHUNK, encode_rows
 from jaxtune.checkpoints.source import TensorSource
 from jaxtune.quant import QuantizedWeight
 
 REPORT = "merge_report.json"
+FEW = 0.5
+_logger = logging.getLogger(__name__)
 
 
 class Squares(NamedTuple):
@@ -32,11 +38,11 @@ class Squares(NamedTuple):
 
     Attributes:
       merged: of M².
-      error: of (Q − M)².
+      error: of (Q − M)², where Q is what is written, dequantized.
       frozen: of W_q².
       edit: of Δ².
       along: of (Q − W_q) Δ.
-      original: of W², the weight before it was quantized; 0 where it is not known.
+      original: of W²; 0 where W is not known.
       base_error: of (W_q − W)²; 0 where W is not known.
     """
 
@@ -64,23 +70,21 @@ def _root(part: float, whole: float) -> float | None:
 
 
 @jax.jit
-def _frozen(weight: QuantizedWeight, merged: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns W_q, float32 [out, in], and whether the edit changes any of its values."""
-    frozen = weight.dequantize(jnp.float32)
-    return frozen, jnp.any(frozen != merged)
+def _decode(weight: QuantizedWeight) -> jax.Array:
+    return weight.dequantize(jnp.float32)
 
 
 @jax.jit
 def _row_sums(
-    frozen: jax.Array, merged: jax.Array, new: QuantizedWeight, original: jax.Array | None
+    frozen: jax.Array, merged: jax.Array, written: jax.Array, original: jax.Array | None
 ) -> Squares:
-    """Returns sums over each row, float32 [out]: those over a whole weight need more digits."""
-    written = new.dequantize(jnp.float32)
+    """Returns sums over each of some rows, float32 [rows]: those over a weight need more digits."""
     edit = merged - frozen
     known = frozen if original is None else original.astype(jnp.float32)
+    exact = merged if original is None else known + edit
     values = Squares(
-        merged=merged**2,
-        error=(written - merged) ** 2,
+        merged=exact**2,
+        error=(written - exact) ** 2,
         frozen=frozen**2,
         edit=edit**2,
         along=(written - frozen) * edit,
@@ -90,6 +94,20 @@ def _row_sums(
     return jax.tree.map(functools.partial(jnp.sum, axis=1), values)
 
 
+def _sum(*arrays: np.ndarray | None) -> Squares:
+    """Returns sums over whole weights, [out, in] each, of which some rows are looked at at a time.
+
+    The arrays are those of `_row_sums`.
+    """
+    assert arrays[0] is not None
+    rows, columns = arrays[0].shape
+    step, totals = max(CHUNK // columns, 1), np.zeros(len(Squares._fields))
+    for first in range(0, rows, step):
+        some = (None if a is None else a[first : first + step] for a in arrays)
+        totals += [np.asarray(sums).sum(dtype=np.float64) for sums in _row_sums(*some)]
+    return Squares(*totals.tolist())
+
+
 class Requantizer:
     """Quantizes merged weights one at a time, and remembers what became of each."""
 
@@ -97,8 +115,8 @@ class Requantizer:
         """Starts with no weights.
 
         Args:
-          original: the checkpoint that the weights were quantized from; None where it is not the
-            base that is merged into.
+          original: the checkpoint that the weights were quantized from; None where they were not
+            quantized from just this.
         """
         self._original = original
         self._rows: dict[str, Squares] = {}
@@ -112,28 +130,31 @@ class Requantizer:
         Args:
           name: of the weight.
           weight: the frozen one, [out, in].
-          merged: float32 [out, in]; where it is the frozen one, that is kept bit for bit.
+          merged: the frozen one with its edit, float32 [out, in]; where the edit is none, the
+            frozen one is kept bit for bit.
 
         Raises:
           JaxtuneError: a merged value is not finite.
         """
-        form, shape = weight.format, weight.matrix
-        frozen, changed = _frozen(weight, merged)
-        if not changed:
+        edited, frozen = np.asarray(merged), np.asarray(_decode(weight))
+        if np.array_equal(edited, frozen):
             return {key: np.asarray(part) for key, part in weight.parts.items()}
-        host = np.asarray(merged)
-        parts = encode_rows(lambda rows: host[rows], shape, form, f"{name} as merged")
-        new = dataclasses.replace(weight, parts=parts)
-        sums = _row_sums(frozen, merged, new, self._read_original(name, weight))
-        self._rows[name] = Squares(
-            *(float(np.asarray(each).sum(dtype=np.float64)) for each in sums)
-        )
-        self._format = form.name
+        original = self._read_original(name, weight)
+
+        def exact(rows: slice) -> np.ndarray:
+            if original is None:
+                return edited[rows]
+            return original[rows].astype(np.float32) + (edited[rows] - frozen[rows])
+
+        parts = encode_rows(exact, weight.matrix, weight.format, f"{name} as merged")
+        written = np.asarray(_decode(dataclasses.replace(weight, parts=parts)))
+        self._rows[name] = _sum(frozen, edited, written, original)
+        self._format = weight.format.name
         return parts
 
     def _read_original(self, name: str, weight: QuantizedWeight) -> np.ndarray | None:
         source = self._original
-        # A checkpoint that is stored in this very format does not know what it was made from.
+        # What is stored in this very format is the frozen weight itself.
         if source is None or source.read_parts(name, weight.format) is not None:
             return None
         return source.read(name)
@@ -144,9 +165,9 @@ class Requantizer:
         Returns:
           ``format``; ``weights``, with the ``name`` of each and its measures; ``all``, the measures
           of all of them taken as one. Of the measures ``error`` is ‖Q − M‖ / ‖M‖; ``base_error``
-          that of the quantized base alone, ‖W_q − W‖ / ‖W‖, or None where W is not known; ``edit``
-          is ‖Δ‖ / ‖W_q‖; ``kept`` is ⟨Q − W_q, Δ⟩ / ‖Δ‖²: how much of the edit is left along its
-          own direction, 1 for all of it and 0 for nothing.
+          that of the quantized base alone, ‖W_q − W‖ / ‖W‖, or None where W is not known and the
+          edit was put on W_q; ``edit`` is ‖Δ‖ / ‖W_q‖; ``kept`` is ⟨Q − W_q, Δ⟩ / ‖Δ‖²: how much
+          of the edit is left along its own direction, 1 for all of it and 0 for nothing.
         """
         zero = Squares(*(0.0,) * len(Squares._fields))
         everything = Squares(*map(sum, zip(zero, *self._rows.values(), strict=True)))
@@ -155,6 +176,18 @@ class Requantizer:
             "weights": [{"name": name} | one.measures() for name, one in self._rows.items()],
             "all": everything.measures(),
         }
+
+
+def warn_of_loss(report: Mapping[str, Any]) -> None:
+    """Says so in the log where less than half of an edit is left."""
+    kept = report["all"]["kept"]
+    if kept is not None and kept < FEW:
+        _logger.warning(
+            "of what the adapter changes only %.1f %% is left after rounding to %s: merge it in 16 "
+            "bits, or keep it beside the quantized base",
+            100 * kept,
+            report["format"],
+        )
 
 
 def write_report(directory: Path, report: Mapping[str, Any]) -> None:

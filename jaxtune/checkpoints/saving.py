@@ -20,7 +20,7 @@ from jaxtune.checkpoints.loading import check_names
 from jaxtune.checkpoints.progress import track
 from jaxtune.checkpoints.quantize import read_quantized
 from jaxtune.checkpoints.replaced import ReplacedSource
-from jaxtune.checkpoints.requantize import Requantizer, write_report
+from jaxtune.checkpoints.requantize import Requantizer, warn_of_loss, write_report
 from jaxtune.checkpoints.safetensors import Pending, write_sharded
 from jaxtune.checkpoints.source import TensorSource
 from jaxtune.checkpoints.stored import WRITERS
@@ -208,8 +208,8 @@ def save(
 ) -> Path:
     """Writes a Hugging Face checkpoint: sharded safetensors, index, config.json, tokenizer.
 
-    Where edited weights are written quantized, one at a time is quantized anew, and what that
-    costs is in ``merge_report.json`` beside them; see `Requantizer.report`.
+    Where edited weights are written quantized, one at a time is quantized anew (see `Requantizer`),
+    and what that costs is in ``merge_report.json`` beside them.
 
     Nothing appears under the final name before everything is written.
 
@@ -222,7 +222,7 @@ def save(
       dtype: of the plain weights on disk; None keeps each leaf's own.
       edits: see `checkpoint_tensors`.
       quantized: writes quantized weights as they are, and not dequantized.
-      original: the checkpoint that the weights were quantized from, for the report.
+      original: the checkpoint that the weights were quantized from, onto which edits are put.
       shard_bytes: the most that one file holds.
 
     Returns:
@@ -237,7 +237,9 @@ def save(
     with new_directory(directory) as scratch:
         write_sharded(scratch, tensors, shard_bytes)
         if quantized and edits:
-            write_report(scratch, requantizer.report())
+            report = requantizer.report()
+            warn_of_loss(report)
+            write_report(scratch, report)
         _write_beside(scratch, _config(definition, dtype, quantized), extra_files, tokenizer)
     return Path(directory)
 

@@ -1,4 +1,4 @@
-"""Host memory of merging into quantized weights. Run as a program, this file is what is measured."""
+"""Host memory of merging into quantized weights: this file is the program that is measured."""
 
 import sys
 import tempfile
@@ -6,7 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_memory import LARGEST, SHARD_BYTES, SLACK, SMALL, measure, shapes, write_checkpoint
+from test_memory import LARGEST, SHARD_BYTES, SIZES, SLACK, SMALL, measure, shapes, write_checkpoint
+
+# Of the weight in float32: as frozen, as edited, as written, and what computing one of them takes.
+COPIES = 8
 
 
 def work(directory, to):
@@ -56,15 +59,9 @@ def test_merging_takes_some_copies_of_one_weight(tmp_path):
     measured = measure(
         write_checkpoint(tmp_path / "from", "BF16"), tmp_path / "to", program=__file__
     )
-    # In float32: as frozen, as merged, the product of the factors, and what is decoded again.
-    assert measured.peak <= 4 * 4 * LARGEST + SLACK
-    assert 4 * 4 * LARGEST + SLACK < sum(int(np.prod(shape)) for _, shape in shapes_of_layers()) * 2
-
-
-def shapes_of_layers():
-    from test_memory import SIZES
-
-    return ((name, shape) for name, shape in shapes(SIZES) if "layers" in name)
+    layers = sum(int(np.prod(shape)) for name, shape in shapes(SIZES) if "layers" in name)
+    most = COPIES * 4 * LARGEST + SLACK
+    assert measured.peak <= most < 4 * layers / 3
 
 
 if __name__ == "__main__":

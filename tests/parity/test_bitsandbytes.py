@@ -183,7 +183,7 @@ def test_fp4_is_refused_by_name(tiny, tmp_path):
 
 @pytest.mark.parametrize("double", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_an_adapter_merged_into_nf4_is_what_they_quantize(tiny, tmp_path, double):
-    """The merged weights in float32, quantized by them, are the very bytes that we write."""
+    """Edited weights in float32, quantized by them, are the very bytes that we write."""
     settings = {"format": "nf4", "double": double}
     directory, rng = tiny("llama", **WIDE), np.random.default_rng(0)
     names = [f"model.layers.{layer}.mlp.{name}" for layer in range(3) for name in EDITED]
@@ -199,10 +199,15 @@ def test_an_adapter_merged_into_nf4_is_what_they_quantize(tiny, tmp_path, double
     adapter = write_adapter(tmp_path / "adapter", stored)
     ours = jaxtune.load(directory, adapter, settings, "float32", progress=False)
     wide = huggingface.open_source(ours.save_pretrained(tmp_path / "wide", "float32"))
+    bare = ours.use(None).save_pretrained(tmp_path / "base", "float32")
+    base, original = huggingface.open_source(bare), huggingface.open_source(directory)
+    ours.use("default")
     merged = ours.save_pretrained(tmp_path / "merged", quantized=True)
     written = huggingface.HuggingFaceSource(merged)
     for name in names:
-        value = torch.tensor(wide.read(f"{name}.weight"))
+        weight = f"{name}.weight"
+        edit = wide.read(weight) - base.read(weight)
+        value = torch.tensor(original.read(weight) + edit)
         packed, state = bnb.quantize_4bit(value, quant_type="nf4", compress_statistics=double)
         assert np.array_equal(written.read(f"{name}.weight"), packed.numpy()), name
         if not double:  # see test_nf4.py: on a CPU their 8-bit codes are off by one now and then
