@@ -56,7 +56,7 @@ METHODS = {
     "bitfit": BitFit(("o_proj",)),
     "esft": Esft(experts=((1, (0, 3)),)),
 }
-QUICK = {("lora", "nf4"), ("ia3", "int4")}
+QUICK = {("lora", "nf4")}
 CASES = [
     pytest.param(method, form, marks=() if (method, form) in QUICK else pytest.mark.slow)
     for method in METHODS

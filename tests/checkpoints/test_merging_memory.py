@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from test_memory import LARGEST, SHARD_BYTES, SIZES, SLACK, SMALL, measure, shapes, write_checkpoint
 
-# Of the weight in float32: as frozen, as edited, as written, and what computing one of them takes.
-COPIES = 8
+# Of the weight in float32: as frozen, as edited, as written, and what computing each of them takes.
+COPIES = 10
 
 
 def work(directory, to):
