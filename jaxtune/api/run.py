@@ -109,7 +109,8 @@ class Run:
         if self.config.quantize.format and not quantized:
             form, dtype = self.config.quantize.format, self.config.training.dtype
             _logger.info("merging into %s weights; quantized, they would stay in %s", dtype, form)
-        written = self.model(adapter).save_pretrained(directory, quantized=quantized)
+        model, dtype = self.model(adapter), self.config.training.dtype
+        written = model.save_pretrained(directory, dtype, quantized=quantized)
         if (written / REPORT).is_file() and self.config.data.eval:
             losses = merge_losses(self.directory, adapter, written)
             write_report(written, read_report(written) | {"loss": losses})

@@ -34,7 +34,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Squares(NamedTuple):
-    """Sums over the values of one weight, or of several.
+    """Sums over the values of one weight, of several, or of each row: numbers, or float32 [rows].
 
     Attributes:
       merged: of M².
@@ -46,13 +46,13 @@ class Squares(NamedTuple):
       base_error: of (W_q − W)²; 0 where W is not known.
     """
 
-    merged: float
-    error: float
-    frozen: float
-    edit: float
-    along: float
-    original: float
-    base_error: float
+    merged: Any
+    error: Any
+    frozen: Any
+    edit: Any
+    along: Any
+    original: Any
+    base_error: Any
 
     def measures(self) -> dict[str, float | None]:
         """Returns what `Requantizer.report` says of a weight."""
