@@ -29,6 +29,7 @@ from jaxtune.layers.tree import flatten, layer_names, unflatten
 from jaxtune.parallel.mesh import single_device_mesh
 from jaxtune.quant import QuantizedWeight, quantization_from_config
 from jaxtune.training.evaluate import evaluate
+from jaxtune.training.run import RunDirectory
 
 TOKENS = np.random.default_rng(1).integers(3, 160, (2, 12))
 MOE = {
@@ -131,7 +132,7 @@ def test_what_is_merged_is_written_and_the_base_stays_as_it_is(name, form, tiny,
                 value = exact.read(weight)
                 if name != "pissa":  # whose base was not quantized from the checkpoint
                     value = original.read(weight) + (value - frozen)
-                encoded = jax.tree.map(np.asarray, parts.format.encode(jnp.asarray(value)))
+                encoded = jax.tree.map(np.asarray, jax.jit(parts.format.encode)(value))
                 expected = dataclasses.replace(parts, parts=parts.format.finish(encoded))
             assert as_bytes(parts.parts) == as_bytes(expected.parts), weight
     assert as_bytes(model.base) == before
@@ -221,6 +222,24 @@ def test_a_value_that_is_not_finite_is_named_and_nothing_is_written(tiny, tmp_pa
     with pytest.raises(jaxtune.JaxtuneError, match=r"proj\.weight as merged has values that are"):
         model.save_pretrained(tmp_path / "merged", quantized=True)
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, r"quantize\.format is empty: the base is not quantized"),
+        (
+            {"adapter": {"method": "ptuning"}},
+            r"=ptuning cannot be merged.* --format peft writes PE",
+        ),
+        ({"adapter": {"method": "bottleneck"}}, r"--format peft writes AdapterHub's"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused_before_anything_is_loaded(settings, message, tmp_path):
+    with RunDirectory(tmp_path / "run").start(resolve(settings)):
+        pass
+    with pytest.raises(jaxtune.JaxtuneError, match=message):
+        jaxtune.Run(tmp_path / "run").save_merged(tmp_path / "merged", quantized=True)
 
 
 @pytest.mark.parametrize("form", ["nf4"])

@@ -31,6 +31,7 @@ CASES = [
     pytest.param(method, form, marks=() if (method, form) in QUICK else pytest.mark.slow)
     for method in METHODS
     for form in ("", "nf4")
+    if form or method in ("pissa", "prefix", "esft", "full")
 ]
 
 
@@ -70,6 +71,9 @@ def test_a_run_is_loaded_as_it_was_trained(method, form, tiny, deepseek, tmp_pat
     assert again["loss"] == pytest.approx(logged["loss"], rel=SAME)
     loaded = run.model("last")
     assert loss_of(loaded, tokens) == pytest.approx(logged["loss"], rel=SAME)
+    if method == "pissa":
+        with pytest.raises(jaxtune.JaxtuneError, match="pissa has edited the base for the one"):
+            loaded.use(None)
     # The base alone is something else, and the same to both.
     base = evaluate(RunDirectory(run.path), "none")["loss"]
     assert abs(base - logged["loss"]) > 1e-3
