@@ -85,6 +85,7 @@ class Bottlenecks(Method):
 
     name: ClassVar[str] = "bottleneck"
     can_merge: ClassVar[bool] = False
+    files: ClassVar[str] = "AdapterHub's"
 
     attention: bool = True
     feed_forward: bool = True

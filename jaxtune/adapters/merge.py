@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from jaxtune.adapters.method import Method
 from jaxtune.adapters.targets import linears, module_names
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.decoder import CausalLM
@@ -52,6 +53,19 @@ def _chosen_weight(linear: ExpertLinear, part: int, dtype: DTypeLike) -> jax.Arr
     return linear.chosen.merged(linear.frozen[0], place).astype(dtype)
 
 
+def check_merges(method: Method) -> None:
+    """Refuses a method whose edits are none of weights.
+
+    Raises:
+      JaxtuneError: it cannot merge.
+    """
+    if not method.can_merge:
+        raise JaxtuneError(
+            f"an adapter of adapter.method={method.name} cannot be merged: it has no place in the "
+            f"weights; keep it beside the base: jaxtune export --format peft writes {method.files}"
+        )
+
+
 def edits(model: CausalLM) -> dict[Path, Edit]:
     """Returns, for every edited array of a bound model, how to compute a layer's merged one.
 
@@ -74,8 +88,8 @@ def edits(model: CausalLM) -> dict[Path, Edit]:
         if linear.frozen[1] is None:
             raise JaxtuneError(
                 f"{module_names(path, linear)[0]} has no bias in a "
-                "model of this architecture, and the adapter adds one: it cannot be merged, so "
-                "keep the adapter beside the base"
+                "model of this architecture, and the adapter adds one: it cannot be merged; keep "
+                "it beside the base: jaxtune export --format peft"
             )
         found[(*path, "bias")] = functools.partial(_merged, linear, "bias")
     return found

@@ -76,12 +76,17 @@ class Method(abc.ABC):
       name: as ``adapter.method`` calls it.
       has_adapter: whether what it trains is stored apart from the model.
       can_merge: whether the model's own weights can take in what it trains.
+      files: whose files of an adapter `store` gives.
+      edits_base: whether it trains beside a base that `base_edit` has changed, so that what is
+        stored for other tools to load is not what was trained.
       dropout: whether anything is dropped while training, and how much.
     """
 
     name: ClassVar[str]
     has_adapter: ClassVar[bool] = True
     can_merge: ClassVar[bool] = True
+    files: ClassVar[str] = "PEFT's"
+    edits_base: ClassVar[bool] = False
     dropout: float = 0.0
 
     @abc.abstractmethod
@@ -119,13 +124,18 @@ class Method(abc.ABC):
     def init(self, definition: Definition, seed: int) -> tuple[Tree, Tree]:
         """Returns (trainable, constants) at the start, without trained base weights."""
 
-    def base_edit(self, definition: Definition) -> BaseEdit | None:
+    def base_edit(self, definition: Definition, stored: Stored | None) -> BaseEdit | None:
         """Returns what changes weights of the base while they stream in, or None.
 
-        Only a fresh start calls it. What comes of it has to depend on the weights alone, for a
-        run that goes on streams the same checkpoint in again.
+        What comes of it has to depend on the weights alone, for a run that goes on streams the
+        same checkpoint in again.
+
+        Args:
+          definition: of the model.
+          stored: what `store` gave of the adapter that is to be restored beside this base; None
+            at a fresh start.
         """
-        del definition
+        del definition, stored
         return None
 
     def complete(

@@ -2,7 +2,8 @@
 
 The base is edited once, while it streams in: W − scale · B A of the starting factors is what is
 frozen, so that base and adapter together start as the checkpoint. What is stored is a plain LoRA
-adapter of the checkpoint as it is, with twice the rank.
+adapter of the checkpoint as it is, with twice the rank: half of it is what was trained, the other
+half what the base was edited with.
 
 Source: Meng et al., 2024 (PiSSA).
 """
@@ -57,13 +58,13 @@ class _Subtract(BaseEdit):
     """Takes the principal part out of each weight and remembers its factors.
 
     Attributes:
-      tensors: of the factors, by PEFT's keys.
+      tensors: of the factors, by PEFT's keys; what is there from the beginning is not computed.
     """
 
-    def __init__(self, factors: Mapping[str, Factor]):
+    def __init__(self, factors: Mapping[str, Factor], tensors: Mapping[str, np.ndarray]):
         self._factors = {f"{name}.weight": factor for name, factor in factors.items()}
         self.names = list(self._factors)
-        self.tensors: dict[str, np.ndarray] = {}
+        self.tensors = dict(tensors)
 
     def __call__(self, name: str, weight: np.ndarray) -> np.ndarray:
         """Returns W − scale · B A."""
@@ -73,10 +74,11 @@ class _Subtract(BaseEdit):
                 f"adapter.rank={factor.rank} is more than {name} has singular values "
                 f"({min(weight.shape)})"
             )
-        lora_A, lora_B = principal_factors(weight, factor)
         module = PREFIX + name.removesuffix(".weight")
-        self.tensors[f"{module}.lora_A.weight"] = lora_A
-        self.tensors[f"{module}.lora_B.weight"] = lora_B
+        keys = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+        if keys[0] not in self.tensors:
+            self.tensors |= zip(keys, principal_factors(weight, factor), strict=True)
+        lora_A, lora_B = (self.tensors[key] for key in keys)
         return weight - np.float32(factor.scale) * (lora_B @ lora_A)
 
 
@@ -100,13 +102,14 @@ class Pissa(Lora):
     """PiSSA, with the settings of LoRA."""
 
     name: ClassVar[str] = "pissa"
+    edits_base: ClassVar[bool] = True
 
     def adapter(self, linear: Projection, settings: tuple[Factor | None, ...]) -> PissaAdapter:
         """Makes the factors and room for their start."""
         return PissaAdapter(linear, settings, self.dropout)
 
-    def base_edit(self, definition: Definition) -> _Subtract:
-        """Returns what subtracts the principal part of every target.
+    def base_edit(self, definition: Definition, stored: Stored | None) -> _Subtract:
+        """Returns what subtracts the principal part of every target, as it was stored if it was.
 
         Raises:
           JaxtuneError: alpha is 0, and so no factors stand for anything.
@@ -119,21 +122,18 @@ class Pissa(Lora):
         }
         if any(factor.scale == 0 for factor in factors.values()):
             raise JaxtuneError("adapter.alpha must not be 0 with adapter.method=pissa")
-        return _Subtract(factors)
+        return _Subtract(factors, {} if stored is None else _halves(stored)[1])
 
     def complete(
         self, definition: Definition, weights: Tree, trees: tuple[Tree, Tree], start: Start | None
     ) -> tuple[Tree, Tree]:
         """Starts at the factors that were taken out of the base, and keeps them."""
-        if start is None or not isinstance(start.base_edit, _Subtract):
-            raise JaxtuneError("a PiSSA run starts from its base alone; its adapters are LoRA's")
-        trees = super().complete(definition, weights, trees, start)
-        trainable, constants = pack(definition, Stored({}, start.base_edit.tensors))
-        # Copies: a step of training consumes the arrays that it trains.
-        kept = {
-            (*path[:-1], _STARTS[path[-1]]): jnp.copy(value) for path, value in flatten(trainable)
-        }
-        return merge(trees[0], trainable), merge(constants, unflatten(kept))
+        trainable, constants = super().complete(definition, weights, trees, start)
+        if start is None:
+            return trainable, constants
+        assert isinstance(start.base_edit, _Subtract)
+        first = pack(definition, Stored({}, start.base_edit.tensors))[0]
+        return merge(trainable, first), merge(constants, _as_starts(first))
 
     def store(self, definition: Definition, trainable: Tree, constants: Tree) -> Stored:
         """Returns [A; A₀] and [B, −B₀]: the adapter as LoRA of the checkpoint itself."""
@@ -153,6 +153,13 @@ class Pissa(Lora):
                 tensors[key] = np.concatenate([value, -first.tensors[key]], axis=1)
         return Stored(trained.config, tensors)
 
+    def restore(self, definition: Definition, stored: Stored) -> tuple[Tree, Tree]:
+        """Takes [A; A₀] and [B, −B₀] apart again."""
+        trained, first = _halves(stored)
+        trainable, constants = super().restore(definition, Stored(stored.config, trained))
+        started = pack(definition, Stored({}, first))[0]
+        return trainable, merge(constants, _as_starts(started))
+
     def peft_config(self, definition: Definition, settings: Mapping[str, Factor]) -> dict[str, Any]:
         """Writes LoRA's with twice the rank and an alpha that leaves the scale as it is."""
         doubled = {
@@ -164,6 +171,28 @@ class Pissa(Lora):
             for name, factor in settings.items()
         }
         return super().peft_config(definition, doubled)
+
+
+def _as_starts(trainable: Tree) -> Tree:
+    """Returns factors under the names of the constants that keep them.
+
+    They are copies: a step of training consumes the arrays that it trains.
+    """
+    return unflatten(
+        {(*path[:-1], _STARTS[path[-1]]): jnp.copy(value) for path, value in flatten(trainable)}
+    )
+
+
+def _halves(stored: Stored) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Returns what was trained, with what has no start, and the starting factors, by key."""
+    trained, first = dict(stored.tensors), {}
+    for key, value in stored.tensors.items():
+        if key.endswith("lora_A.weight"):
+            trained[key], first[key] = np.split(value, 2, axis=0)
+        elif key.endswith("lora_B.weight"):
+            trained[key], minus = np.split(value, 2, axis=1)
+            first[key] = -minus
+    return trained, first
 
 
 def from_config(section: Any) -> Pissa:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from jaxtune.adapters.combine import Options
-from jaxtune.adapters.merge import edits
+from jaxtune.adapters.merge import check_merges, edits
 from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.assemble import Assembled
 from jaxtune.checkpoints.named import NamedAdapters
@@ -83,8 +84,16 @@ class Model:
         Raises:
           JaxtuneError: an unknown name, or adapters that cannot be combined.
         """
+        if self.method is not None and self.method.edits_base:
+            raise JaxtuneError(
+                f"adapter={adapter!r}: adapter.method={self.method.name} has edited the base for "
+                "the one adapter that is in use; load the checkpoint for another"
+            )
         if self._adapters is None or (adapter is not None and not self.adapters):
             raise JaxtuneError(f"adapter={adapter!r}: the model was loaded without adapters")
+        known = [field.name for field in dataclasses.fields(Options)]
+        for name in options:
+            lookup(dict.fromkeys(known), name, "option")
         self._hold(self._adapters.select(adapter, combine, Options(**options)))
         return self
 
@@ -214,25 +223,26 @@ class Model:
         Args:
           directory: to create.
           dtype: "bfloat16" or "float32" on disk; by default what each weight is held in.
-          quantized: writes quantized weights bit for bit as they are, in a format that other tools
-            read; otherwise they are dequantized.
+          quantized: writes quantized weights as they are held, in a format that other tools read;
+            otherwise they are dequantized. Weights that an adapter edits are read from the
+            checkpoint again, edited and quantized, and ``merge_report.json`` says at what cost; the
+            others stay bit for bit.
 
         Returns:
           The directory.
 
         Raises:
-          JaxtuneError: the adapter is nothing that weights can take in, or not when quantized.
+          JaxtuneError: the adapter is nothing that weights can take in, or nothing is quantized.
         """
         if quantized and all(leaf.format is None for leaf in self.definition.leaves.values()):
             raise JaxtuneError("quantized=True: nothing in this model is; load it with quantize=…")
-        if self.method is not None and not self.method.can_merge:
-            raise JaxtuneError(
-                f"an adapter of adapter.method={self.method.name} cannot be merged: "
-                "it has no place in the weights, so keep it beside the base model"
-            )
+        if self.method is not None:
+            check_merges(self.method)
         if dtype is not None:
             lookup(dict.fromkeys(DTYPES), dtype, "dtype")
         model = self.definition.bind(self.base, self.trainable, self.constants)
+        # Where a method has edited the base, that was not quantized from what the checkpoint has.
+        onto_checkpoint = quantized and self.method is not None and not self.method.edits_base
         return huggingface.save(
             directory,
             self.definition,
@@ -242,6 +252,7 @@ class Model:
             dtype=None if dtype is None else jnp.dtype(dtype),
             edits=edits(model),
             quantized=quantized,
+            original=huggingface.open_source(self.source) if onto_checkpoint else None,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,24 @@ import jax
 
 from jaxtune import config as config_module
 from jaxtune.adapters import Method
+from jaxtune.adapters.merge import check_merges
 from jaxtune.api.loading import load
 from jaxtune.api.model import Model
 from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.assemble import assemble
 from jaxtune.checkpoints.replaced import trained
+from jaxtune.checkpoints.requantize import REPORT, read_report, write_report
+from jaxtune.checkpoints.source import TensorSource
 from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.parallel.mesh import single_device_mesh
 from jaxtune.parallel.rules import MESH_AXES
 from jaxtune.training import train as training
+from jaxtune.training.evaluate import merge_losses
 from jaxtune.training.run import RunDirectory
 from jaxtune.training.setup import set_up
+from jaxtune.training.trained import load_trained
+
+_logger = logging.getLogger(__name__)
 
 
 class Run:
@@ -70,9 +78,43 @@ class Run:
         if adapter == "none":
             return load(settings.model.path, **options)
         method, _ = training.choose_method(settings)
+        quantized = bool(settings.quantize.format)
+        if method.edits_base or (quantized and not method.has_adapter):
+            return self._as_trained(adapter)
         if not method.has_adapter:
             return self._fully_trained(method, options)
         return load(settings.model.path, adapter=self.adapter_directory(adapter), **options)
+
+    def save_merged(
+        self, directory: str | Path, adapter: str = "best", *, quantized: bool = False
+    ) -> Path:
+        """Writes the model that the run trained as one Hugging Face checkpoint.
+
+        Args:
+          directory: to create.
+          adapter: "best" or "last".
+          quantized: writes it in the format of the run's base, with ``merge_report.json`` beside
+            the weights (see `Model.save_pretrained`); where the run has ``data.eval`` the report
+            also has ``loss``, as `jaxtune.training.evaluate.merge_losses` measures it.
+
+        Returns:
+          The directory.
+
+        Raises:
+          JaxtuneError: nothing has been saved yet, or it is nothing that weights can take in.
+        """
+        check_merges(training.choose_method(self.config)[0])
+        if quantized and not self.config.quantize.format:
+            raise JaxtuneError(f"{self.path}: quantize.format is empty: the base is not quantized")
+        if self.config.quantize.format and not quantized:
+            form, dtype = self.config.quantize.format, self.config.training.dtype
+            _logger.info("merging into %s weights; quantized, they would stay in %s", dtype, form)
+        model, dtype = self.model(adapter), self.config.training.dtype
+        written = model.save_pretrained(directory, dtype, quantized=quantized)
+        if (written / REPORT).is_file() and self.config.data.eval:
+            losses = merge_losses(self.directory, adapter, written)
+            write_report(written, read_report(written) | {"loss": losses})
+        return written
 
     def adapter_directory(self, which: str = "best") -> Path:
         """Returns the directory of the best or last adapter, in PEFT's format.
@@ -82,12 +124,22 @@ class Run:
         """
         return self.directory.adapter(which)
 
-    def _fully_trained(self, method: Method, options: Mapping[str, Any]) -> Model:
-        # One device, whatever the run had: a checkpoint restores onto any mesh.
+    def _source(self) -> tuple[Any, Path, TensorSource]:
+        """Returns the config on a mesh of one device, whatever the run had, and the checkpoint."""
         alone = [f"mesh.{axis}=1" for axis in MESH_AXES]
         config = config_module.resolve(self.config.to_dict(), alone)
         location = huggingface.resolve_path(config.model.path, config.model.revision)
-        source = huggingface.open_source(location)
+        return config, location, huggingface.open_source(location)
+
+    def _as_trained(self, adapter: str) -> Model:
+        config, location, source = self._source()
+        setup, parts = load_trained(self.directory, config, source, adapter, jax.devices()[:1])
+        attention, dtype = config.model.attention, config.training.dtype
+        return Model(parts, location, setup.mesh, dtype=dtype, attention=attention)
+
+    def _fully_trained(self, method: Method, options: Mapping[str, Any]) -> Model:
+        # Rounded to the dtype of the run, as it is exported, and not as the masters are.
+        config, location, source = self._source()
         setup = set_up(config, source.config, method, jax.devices()[:1])
         arrays = training.trained_arrays(self.directory, setup)
         # What is not trained, such as a router's correction bias, stays as it is in the checkpoint.

@@ -69,10 +69,8 @@ def assemble(
     definition = define(source.config, dtype, method, quantization)
     if stored is not None:
         _check_copies(source, stored)
-    start = None
-    if method is not None and stored is None:
-        start = Start(method.base_edit(definition))
-    edit = None if start is None else start.base_edit
+    edit = None if method is None else method.base_edit(definition, stored)
+    start = Start(edit) if stored is None else None
     read_from = source if edit is None else edited(source, edit)
     weights, ignored = huggingface.load(definition, read_from, mesh, progress=progress)
     added: tuple[Tree, Tree] = ({}, {})

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtune.checkpoints.gguf import GGUFSource
 from jaxtune.checkpoints.loading import load
 from jaxtune.checkpoints.safetensors import SafetensorsFile
-from jaxtune.checkpoints.saving import checkpoint_tensors, convert, save
+from jaxtune.checkpoints.saving import checkpoint_tensors, convert, merged_source, save
 from jaxtune.checkpoints.source import ALL, TensorSource
 from jaxtune.checkpoints.stored import READERS
 from jaxtune.errors import JaxtuneError, lookup
@@ -26,6 +26,7 @@ __all__ = [
     "choose_quantization",
     "convert",
     "load",
+    "merged_source",
     "open_source",
     "read_json",
     "resolve_path",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -58,19 +59,41 @@ def read_quantized(source: TensorSource, name: str, form: Format) -> dict[str, n
 def quantize_rows(source: TensorSource, name: str, form: Format) -> dict[str, np.ndarray]:
     """Quantizes a tensor [out, in] chunk by chunk; arguments and result as of `read_quantized`."""
     rows, columns = source.shape(name)
+    read = functools.partial(source.read, name)
+    return encode_rows(read, (rows, columns), form, f"{source.where(name)}: {name}")
+
+
+def encode_rows(
+    read: Callable[[slice], np.ndarray], shape: tuple[int, int], form: Format, what: str
+) -> dict[str, np.ndarray]:
+    """Quantizes a weight [out, in] chunk by chunk.
+
+    Args:
+      read: returns some rows, [rows, in] of any floating dtype.
+      shape: (out, in).
+      form: to quantize to.
+      what: the weight is, for messages.
+
+    Returns:
+      Arrays as `Format.parts` describes them.
+
+    Raises:
+      JaxtuneError: a value that is not finite, and so has no code.
+    """
+    rows, columns = shape
     multiple = math.lcm(ROWS, form.row_multiple(columns))
     step = max(CHUNK // columns // multiple, 1) * multiple
     device, chunks = host_device(), []
     for first in range(0, rows, step):
-        values = jax.device_put(source.read(name, slice(first, min(first + step, rows))), device)
+        values = jax.device_put(read(slice(first, min(first + step, rows))), device)
         parts, finite = _encode(values, form)
         if not finite:
             raise JaxtuneError(
-                f"{source.where(name)}: {name} has values that are not finite, within rows "
-                f"{first} to {min(first + step, rows) - 1}: they cannot be quantized"
+                f"{what} has values that are not finite, within rows {first} to "
+                f"{min(first + step, rows) - 1}: they cannot be quantized"
             )
         chunks.append({key: np.asarray(part) for key, part in parts.items()})
-    specified, whole = form.parts((rows, columns)), {}
+    specified, whole = form.parts(shape), {}
     for key in chunks[0]:
         axes = specified[key].axes
         along_rows = axes.index(0) if 0 in axes else 0

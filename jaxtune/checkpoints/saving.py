@@ -19,10 +19,11 @@ from jaxtune.checkpoints.atomic import new_directory
 from jaxtune.checkpoints.loading import check_names
 from jaxtune.checkpoints.progress import track
 from jaxtune.checkpoints.quantize import read_quantized
+from jaxtune.checkpoints.replaced import ReplacedSource
+from jaxtune.checkpoints.requantize import Requantizer, warn_of_loss, write_report
 from jaxtune.checkpoints.safetensors import Pending, write_sharded
 from jaxtune.checkpoints.source import TensorSource
 from jaxtune.checkpoints.stored import WRITERS
-from jaxtune.errors import JaxtuneError
 from jaxtune.layers.tree import Path as TreePath
 from jaxtune.layers.tree import Tree, flatten, layer_names
 from jaxtune.models.definition import Definition, as_matrix
@@ -49,9 +50,18 @@ class _Values(Protocol):
 class _TreeValues:
     """The weights of a model in memory, edits folded in."""
 
-    def __init__(self, definition: Definition, tree: Tree, edits: Mapping[TreePath, Edit]):
+    def __init__(
+        self,
+        definition: Definition,
+        tree: Tree,
+        edits: Mapping[TreePath, Edit],
+        requantizer: Requantizer | None = None,
+    ):
         self._leaves, self._edits = definition.leaves, edits
         self._values = dict(flatten(tree))
+        self._requantizer = Requantizer() if requantizer is None else requantizer
+        # The tensors of one weight are written one after the other.
+        self._parts = functools.lru_cache(maxsize=1)(self._requantize)
 
     def _place(self, path: TreePath, part: int) -> tuple[Any, ...]:
         return tuple(np.unravel_index(part, self._leaves[path].declaration.stack_shape))
@@ -66,8 +76,15 @@ class _TreeValues:
         return _to_host(value, place)
 
     def quantized(self, path: TreePath, part: int, name: str, key: str) -> np.ndarray:
-        """Returns a part of a quantized weight."""
+        """Returns a part of a weight, quantized anew where it is edited."""
+        if path in self._edits:
+            return self._parts(path, part, name)[key]
         return _to_host(self._values[path].parts[key], self._place(path, part))
+
+    def _requantize(self, path: TreePath, part: int, name: str) -> dict[str, np.ndarray]:
+        place = self._place(path, part)
+        frozen = jax.tree.map(lambda value: value[place], self._values[path])
+        return self._requantizer(name, frozen, self._edits[path](part, jnp.float32))
 
 
 class _SourceValues:
@@ -154,6 +171,28 @@ def checkpoint_tensors(
         yield name, tensor.make()
 
 
+def merged_source(
+    source: TensorSource, definition: Definition, tree: Tree, edits: Mapping[TreePath, Edit]
+) -> ReplacedSource:
+    """Returns the weights of a model in memory, edits folded in, as a checkpoint to read.
+
+    Args:
+      source: the checkpoint that the model was loaded from.
+      definition: of the model.
+      tree: every weight of the base model.
+      edits: see `checkpoint_tensors`.
+    """
+    values, replaced = _TreeValues(definition, tree, edits), {}
+
+    def value(path: TreePath, part: int, name: str, dtype: Any) -> np.ndarray:
+        return values.plain(path, part, name, dtype).astype(np.float32)
+
+    for path, leaf in definition.in_checkpoint().items():
+        for part, name in enumerate(layer_names(path, leaf.declaration)):
+            replaced[name] = functools.partial(value, path, part, name, leaf.dtype)
+    return ReplacedSource(source, replaced)
+
+
 def save(
     directory: str | Path,
     definition: Definition,
@@ -164,9 +203,13 @@ def save(
     dtype: Any = None,
     edits: Mapping[TreePath, Edit] | None = None,
     quantized: bool = False,
+    original: TensorSource | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Writes a Hugging Face checkpoint: sharded safetensors, index, config.json, tokenizer.
+
+    Where edited weights are written quantized, one at a time is quantized anew (see `Requantizer`),
+    and what that costs is in ``merge_report.json`` beside them.
 
     Nothing appears under the final name before everything is written.
 
@@ -179,22 +222,24 @@ def save(
       dtype: of the plain weights on disk; None keeps each leaf's own.
       edits: see `checkpoint_tensors`.
       quantized: writes quantized weights as they are, and not dequantized.
+      original: the checkpoint that the weights were quantized from, onto which edits are put.
       shard_bytes: the most that one file holds.
 
     Returns:
       The directory.
 
     Raises:
-      JaxtuneError: the directory is taken, or edited weights were to be written quantized.
+      JaxtuneError: the directory is taken, or a merged weight has values that are not finite.
     """
-    if quantized and edits:
-        raise JaxtuneError(
-            "an adapter cannot be merged into quantized weights without rounding them anew: save "
-            "the merged model in 16 bits, or keep the adapter beside the quantized base"
-        )
-    tensors = _pending(definition, _TreeValues(definition, tree, edits or {}), dtype, quantized)
+    requantizer = Requantizer(original)
+    values = _TreeValues(definition, tree, edits or {}, requantizer)
+    tensors = _pending(definition, values, dtype, quantized)
     with new_directory(directory) as scratch:
         write_sharded(scratch, tensors, shard_bytes)
+        if quantized and edits:
+            report = requantizer.report()
+            warn_of_loss(report)
+            write_report(scratch, report)
         _write_beside(scratch, _config(definition, dtype, quantized), extra_files, tokenizer)
     return Path(directory)
 

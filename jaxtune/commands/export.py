@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from jaxtune.commands.arguments import add_adapter, add_workdir, check_free, choice
+from jaxtune.errors import JaxtuneError
 
 SUMMARY = "Write what a run trained for other tools to load."
 
@@ -21,13 +22,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--to", metavar="DIR", required=True, help="directory to create")
     add_adapter(parser)
+    parser.add_argument(
+        "--quantized",
+        action="store_true",
+        help="merged: in the format of the base (quantize.format), with a report of what it costs",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
     import jaxtune
     from jaxtune.checkpoints.peft import read_adapter, write_adapter
+    from jaxtune.checkpoints.requantize import print_report
 
+    if arguments.quantized and arguments.format != "merged":
+        raise JaxtuneError("--quantized goes with --format merged: an adapter has no such format")
     check_free(arguments.to)
     run = jaxtune.Run(arguments.workdir)
     if arguments.format == "peft":
@@ -35,5 +44,6 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.to, read_adapter(run.adapter_directory(arguments.adapter), encoder=True)
         )
     else:
-        written = run.model(arguments.adapter).save_pretrained(arguments.to)
+        written = run.save_merged(arguments.to, arguments.adapter, quantized=arguments.quantized)
+        print_report(written)
     print(f"written: {written}")

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxtune.adapters import method_from_peft
+from jaxtune import config as config_module
+from jaxtune.adapters.merge import edits
 from jaxtune.checkpoints import huggingface
-from jaxtune.checkpoints.assemble import assemble
-from jaxtune.checkpoints.peft import read_adapter
+from jaxtune.checkpoints.source import TensorSource
 from jaxtune.checkpoints.tokenizer import load_tokenizer
+from jaxtune.data import Examples
 from jaxtune.errors import JaxtuneError
+from jaxtune.layers.tree import merge
 from jaxtune.training.run import RunDirectory
-from jaxtune.training.setup import set_up
-from jaxtune.training.train import bind_evaluation, choose_method, read_examples, trained_arrays
+from jaxtune.training.train import bind_evaluation, read_examples
+from jaxtune.training.trained import Trained, load_trained
 
 
 def evaluate(run: RunDirectory, adapter: str = "best", data: str = "") -> dict[str, Any]:
@@ -35,30 +38,57 @@ def evaluate(run: RunDirectory, adapter: str = "best", data: str = "") -> dict[s
       JaxtuneError: no examples, or nothing saved yet.
     """
     config = run.read_config()
+    source, examples = _open(run, config, data or config.data.eval)
+    scores = _score(load_trained(run, config, source, adapter), examples)
+    return {"loss": scores["loss"], "perplexity": math.exp(scores["loss"]), **scores}
+
+
+def merge_losses(run: RunDirectory, adapter: str, quantized: Path) -> dict[str, float]:
+    """Measures what merging into quantized weights has cost, on the run's held-out examples.
+
+    The merge in 16 bits is loaded beside the model that it is made of, and never written.
+
+    Args:
+      run: a run over a quantized base, with ``data.eval``.
+      adapter: "best" or "last": what was merged.
+      quantized: the merged checkpoint, in the format of the base.
+
+    Returns:
+      The loss (mean over target tokens, nats) ``with_adapter``, of the merge in the dtype of the
+      run (``merged``), and of the checkpoint (``merged_quantized``).
+    """
+    config = run.read_config()
+    source, examples = _open(run, config, config.data.eval)
+    trained = load_trained(run, config, source, adapter)
+    definition, parts = trained.setup.definition, trained.parts
+    trees = parts.base, parts.trainable, parts.constants
+    wide = huggingface.merged_source(
+        source, definition, merge(*trees), edits(definition.bind(*trees))
+    )
+    plain = config_module.resolve(config.to_dict(), ["quantize.format="])
+    losses = {
+        "with_adapter": _score(trained, examples)["loss"],
+        "merged": _score(load_trained(run, plain, wide, "none"), examples)["loss"],
+    }
+    del trained, parts, trees, wide
+    written = huggingface.open_source(quantized)
+    scores = _score(load_trained(run, config, written, "none"), examples)
+    return losses | {"merged_quantized": scores["loss"]}
+
+
+def _open(run: RunDirectory, config: Any, data: str) -> tuple[TensorSource, Examples]:
+    """Returns the checkpoint of a run and its examples."""
     location = huggingface.resolve_path(config.model.path, config.model.revision)
     source = huggingface.open_source(location)
-    examples = read_examples(config, data or config.data.eval, source, load_tokenizer(location))
+    examples = read_examples(config, data, source, load_tokenizer(location))
     if examples is None:
         raise JaxtuneError(f"{run.path}: data.eval is empty: name the examples with --data FILE")
-    # The base model is that of an adapter which has not begun to learn.
-    method, stored = choose_method(config)[0], None
-    if adapter != "none" and method.has_adapter:
-        stored = read_adapter(run.adapter(adapter))
-        method = method_from_peft(stored)
-    method = method.with_scores(run.read_expert_scores)
-    setup = set_up(config, source.config, method)
-    parts = assemble(
-        source,
-        config.training.dtype,
-        setup.mesh,
-        method=method,
-        quantization=setup.quantization,
-        stored=stored,
-    )
-    saved = adapter != "none" and not method.has_adapter
-    trainable = trained_arrays(run, setup) if saved else parts.trainable
+    return source, examples
+
+
+def _score(trained: Trained, examples: Examples) -> dict[str, Any]:
+    setup, parts = trained
     with jax.set_mesh(setup.mesh):
         scoring = bind_evaluation(setup, parts.base, parts.constants, examples)
         assert scoring is not None  # it is None without examples only
-        scores = scoring(trainable)
-    return {"loss": scores["loss"], "perplexity": math.exp(scores["loss"]), **scores}
+        return scoring(parts.trainable)

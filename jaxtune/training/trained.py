@@ -1,0 +1,71 @@
+"""What a run trained, loaded the way it was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from jaxtune.adapters import Method, Stored, method_from_peft
+from jaxtune.adapters.bare import Bare
+from jaxtune.checkpoints.assemble import Assembled, assemble
+from jaxtune.checkpoints.peft import read_adapter
+from jaxtune.checkpoints.source import TensorSource
+from jaxtune.training.run import RunDirectory
+from jaxtune.training.setup import Setup, set_up
+from jaxtune.training.train import choose_method, trained_arrays
+
+
+class Trained(NamedTuple):
+    """A run's model in memory.
+
+    Attributes:
+      setup: how it computes.
+      parts: what it holds.
+    """
+
+    setup: Setup
+    parts: Assembled
+
+
+def load_trained(
+    run: RunDirectory,
+    config: Any,
+    source: TensorSource,
+    adapter: str,
+    devices: Sequence[Any] | None = None,
+) -> Trained:
+    """Loads a run's model over the very base that it was trained over.
+
+    Args:
+      run: a run that has saved something, or any run for the base model alone.
+      config: the run's, perhaps with another mesh.
+      source: the checkpoint that the run started from.
+      adapter: "best", "last", or "none" for the base model alone.
+      devices: to load onto; those of this process by default.
+
+    Raises:
+      JaxtuneError: nothing has been saved yet.
+    """
+    method, stored = _choose(run, config, adapter)
+    setup = set_up(config, source.config, method, devices)
+    parts = assemble(
+        source,
+        config.training.dtype,
+        setup.mesh,
+        method=method,
+        quantization=setup.quantization,
+        stored=stored,
+    )
+    if adapter != "none" and not method.has_adapter:
+        parts = parts._replace(trainable=trained_arrays(run, setup))
+    return Trained(setup, parts)
+
+
+def _choose(run: RunDirectory, config: Any, adapter: str) -> tuple[Method, Stored | None]:
+    if adapter == "none":
+        return Bare(), None
+    method, _ = choose_method(config)
+    if not method.has_adapter:
+        return method, None
+    stored = read_adapter(run.adapter(adapter))
+    return method if method.edits_base else method_from_peft(stored), stored
