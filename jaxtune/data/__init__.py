@@ -6,6 +6,7 @@ from jaxtune.data.formats import FORMATS, DataFormat
 from jaxtune.data.load import load_examples
 from jaxtune.data.loader import Batch, Loader, eval_batches
 from jaxtune.data.read import Row, read_rows
+from jaxtune.data.splits import DataReader, Splits
 from jaxtune.data.template import IGNORE, ChatTemplate, Tokenized, encode_prompt
 
 __all__ = [
@@ -14,11 +15,13 @@ __all__ = [
     "Batch",
     "ChatTemplate",
     "DataFormat",
+    "DataReader",
     "Examples",
     "Loader",
     "Part",
     "Row",
     "Settings",
+    "Splits",
     "Tokenized",
     "encode_prompt",
     "eval_batches",

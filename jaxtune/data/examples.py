@@ -152,14 +152,11 @@ class Examples:
         """Rows that say what an earlier row says."""
         if self.contents is None:
             return 0
-        # The windows of one long row have its place, and are no duplicates of one another.
-        rows = {(self.places[i], int(self.contents[i])) for i in self._repeated()}
-        return len(rows) - len({content for _, content in rows})
-
-    def _repeated(self) -> np.ndarray:
-        """Returns int64[n], the examples whose content occurs more than once."""
         _, inverse, counts = np.unique(self.contents, return_inverse=True, return_counts=True)
-        return np.flatnonzero(counts[inverse] > 1)
+        repeated = np.flatnonzero(counts[inverse] > 1)
+        # The windows of one long row have its place, and are no duplicates of one another.
+        rows = {(self.places[i], int(self.contents[i])) for i in repeated.tolist()}
+        return len(rows) - len({content for _, content in rows})
 
     def fingerprint(self) -> str:
         """Returns the SHA-256, in hexadecimal, of all tokens and targets in order."""
@@ -222,7 +219,7 @@ class Writer:
         self._targets.close()
         whole = {name: np.concatenate(columns) for name, columns in self._columns.items()}
         with (self._directory / INDEX).open("wb") as file:
-            np.savez(file, **whole)
+            np.savez(file, allow_pickle=False, **whole)
         (self._directory / META).write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
 
 
@@ -242,7 +239,8 @@ def open_examples(directory: Path, weights: Sequence[float]) -> Examples:
         name: np.asarray(np.memmap(directory / name, "<i4", "r", shape=(int(offsets[-1]),)))
         for name in (TOKENS, TARGETS)
     }
-    parts = tuple(Part(*part, weight) for part, weight in zip(meta["parts"], weights, strict=True))
+    sources = zip(meta["parts"], weights, strict=True)
+    parts = tuple(Part(name, form, count, weight) for (name, form, count), weight in sources)
     return Examples(
         tokens=Ragged(flat[TOKENS], offsets),
         targets=Ragged(flat[TARGETS], offsets),

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jaxtune.data.encode import Chunk, Encoder, Problem, Settings
-from jaxtune.data.examples import META, Examples, Part, Writer, open_examples
+from jaxtune.data.examples import META, Examples, Writer, open_examples
 from jaxtune.data.sources import Record, Source, find_sources
 from jaxtune.errors import JaxtuneError
 
@@ -114,8 +114,9 @@ def cache_key(
         "wordings": reading.wordings,
     }
     if tokenizer is not None and reading.template is not None:
+        backend: Any = tokenizer.backend_tokenizer
         described |= {
-            "tokenizer": tokenizer.backend_tokenizer.to_str(),  # type: ignore[attr-defined]
+            "tokenizer": backend.to_str(),
             "special": [tokenizer.bos_token_id, tokenizer.eos_token_id],
             "template": reading.template.source or tokenizer.chat_template,
         }
@@ -146,13 +147,14 @@ class _Build:
         writer, parts = Writer(directory), []
         with _encoding(self._encoder, workers) as encode:
             for source in self._sources:
-                chunks, form = _chunks(self._shown(source.records(), source.name), self._encoder)
+                chunks, found = _chunks(self._shown(source.records(), source.name), self._encoder)
                 count = 0
                 for chunk in encode(chunks):
                     count += self._add(chunk, writer)
-                parts.append(Part(source.name, form[0] if form else "", count)[:3])
+                form = found[0][0] if found else ""
+                parts.append((source.name, form, count))
                 if count:
-                    logger.info("%s: rows of %s", source.name, form[0])
+                    logger.info("%s: rows of %s", source.name, form)
         if not sum(count for _, _, count in parts):
             self._refuse_nothing()
         tokenizer = self._encoder.tokenizer
@@ -234,26 +236,30 @@ class _Build:
                 yield record
 
 
-def _chunks(records: Iterator[Record], encoder: Encoder) -> tuple[_Chunks, list[str]]:
+def _chunks(records: Iterator[Record], encoder: Encoder) -> tuple[_Chunks, list[tuple[str, str]]]:
     """Cuts rows into chunks of bounded size, each with the form of the source and a row of it.
 
     Returns:
       The chunks, and a list that takes the form and the place of the first row that has one.
     """
-    found: list[str] = []
+    found: list[tuple[str, str]] = []
+
+    def chunk(rows: list[Record]) -> tuple[list[Record], str, str]:
+        return (rows, *found[0]) if found else (rows, "", "")
 
     def cut() -> _Chunks:
-        rows, size = [], 0
+        rows: list[Record] = []
+        size = 0
         for record in records:
             if not found and (form := encoder.form_of(record)):
-                found.extend([form, record.place])
+                found.append((form, record.place))
             rows.append(record)
             size += len(record.content) if isinstance(record.content, bytes) else 4096
             if len(rows) == _CHUNK_ROWS or size > _CHUNK_BYTES:
-                yield rows, *(found or ["", ""])
+                yield chunk(rows)
                 rows, size = [], 0
         if rows:
-            yield rows, *(found or ["", ""])
+            yield chunk(rows)
 
     return cut(), found
 

@@ -300,7 +300,7 @@ def tokenize_batch(
     Returns:
       By text its ids, int32[n], and the ranges of tokens that are learnt.
     """
-    backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined] # every fast one has it
+    backend: Any = tokenizer.backend_tokenizer
     # A tokenizer.json may ask for either, and silently shorten what is learnt.
     backend.no_truncation()
     backend.no_padding()

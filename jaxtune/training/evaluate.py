@@ -15,7 +15,7 @@ from jaxtune.checkpoints.tokenizer import load_tokenizer
 from jaxtune.errors import JaxtuneError
 from jaxtune.training.run import RunDirectory
 from jaxtune.training.setup import set_up
-from jaxtune.training.train import bind_evaluation, choose_method, read_examples, trained_arrays
+from jaxtune.training.train import bind_evaluation, choose_method, data_reader, trained_arrays
 
 
 def evaluate(run: RunDirectory, adapter: str = "best", data: str = "") -> dict[str, Any]:
@@ -24,7 +24,7 @@ def evaluate(run: RunDirectory, adapter: str = "best", data: str = "") -> dict[s
     Args:
       run: a run that has saved something, or any run for the base model alone.
       adapter: "best", "last", or "none" for the base model.
-      data: examples in any form that ``data.eval`` takes; empty: the run's ``data.eval``.
+      data: examples in any form that ``data.eval`` takes; empty: what the run holds out.
 
     Returns:
       ``loss`` (mean over target tokens, nats), ``perplexity``, ``token_accuracy`` (share of
@@ -37,7 +37,11 @@ def evaluate(run: RunDirectory, adapter: str = "best", data: str = "") -> dict[s
     config = run.read_config()
     location = huggingface.resolve_path(config.model.path, config.model.revision)
     source = huggingface.open_source(location)
-    examples = read_examples(config, data or config.data.eval, source, load_tokenizer(location))
+    reader = data_reader(config, source, load_tokenizer(location))
+    if data or config.data.eval:
+        examples = reader.read(data or config.data.eval)
+    else:
+        examples = reader.splits().held_out
     if examples is None:
         raise JaxtuneError(f"{run.path}: data.eval is empty: name the examples with --data FILE")
     # The base model is that of an adapter which has not begun to learn.
