@@ -173,7 +173,7 @@ class Examples:
         return digest.hexdigest()
 
     def select(self, indices: Sequence[int] | np.ndarray) -> Examples:
-        """Returns the examples at some indices, which ascend, without copying them."""
+        """Returns the examples at indices int64[n], which ascend, without copying them."""
         chosen = np.asarray(indices, np.int64)
         parts, start = [], 0
         for part in self.parts:
