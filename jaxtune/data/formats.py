@@ -184,7 +184,7 @@ def _read_sharegpt(row: Row, reading: Reading) -> Sample:
             if kept.get(key) is None:
                 raise JaxtuneError(f"{row.place}: {name} has no {key}")
         speaker, value = kept.pop("from"), kept.pop("value")
-        if speaker not in _SPEAKERS:
+        if not isinstance(speaker, str) or speaker not in _SPEAKERS:
             raise JaxtuneError(
                 f'{row.place}: {name}.from="{speaker}" is unknown'
                 f"{closest(str(speaker), _SPEAKERS)} (known: {', '.join(_SPEAKERS)})"

@@ -77,8 +77,10 @@ def read_conversation(messages: Any, place: str, tools: Any = None) -> Conversat
         turn = _read_turn(given, name, place)
         marks.append(_read_mark(given, turn["role"], name, place))
         turns.append(turn)
-    if tools is not None and not isinstance(tools, list):
-        raise JaxtuneError(f"{place}: tools must be a list, not {type(tools).__name__}")
+    if tools is not None and not (
+        isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)
+    ):
+        raise JaxtuneError(f"{place}: tools must be a list of objects, as JSON schemas are")
     return Conversation(turns, marks, tools or None)
 
 

@@ -175,7 +175,7 @@ def _json_lines(path: Path) -> Iterator[Record]:
                 problem = JaxtuneError(f"{place}{number}: a line of over {MAX_LINE >> 20} MiB")
                 yield Record(place, number, problem)
             elif line.strip():
-                yield Record(place, number, line)
+                yield Record(place, number, line.rstrip())
 
 
 @_reading
