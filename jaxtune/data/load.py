@@ -7,7 +7,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
 import logging
 import multiprocessing
@@ -282,22 +281,27 @@ def _encode_in_worker(*arguments: Any) -> Chunk:
 @contextlib.contextmanager
 def _encoding(encoder: Encoder, workers: int) -> Iterator[Callable[[_Chunks], Iterator[Chunk]]]:
     """Gives what tokenizes chunks in order, in this process or in several."""
+    pool: concurrent.futures.Executor
+    work: Callable[..., Chunk]
     if workers <= 1:
-        yield lambda chunks: itertools.starmap(encoder, chunks)
-        return
-    pool = concurrent.futures.ProcessPoolExecutor(
-        workers,
-        # A forked process would inherit the locks of this one's threads.
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(encoder,),
-    )
+        # The tokenizer lets go of Python's lock: one thread renders while it works for the other.
+        pool, work, waiting_most = concurrent.futures.ThreadPoolExecutor(2), encoder, 2
+    else:
+        pool = concurrent.futures.ProcessPoolExecutor(
+            workers,
+            # A forked process would inherit the locks of this one's threads.
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_start_worker,
+            initargs=(encoder,),
+        )
+        work, waiting_most = _encode_in_worker, 2 * workers
 
     def encode(chunks: _Chunks) -> Iterator[Chunk]:
         waiting: collections.deque[concurrent.futures.Future[Chunk]] = collections.deque()
         for chunk in chunks:
-            waiting.append(pool.submit(_encode_in_worker, *chunk))
-            if len(waiting) > 2 * workers:  # no more, or memory would follow the size of the files
+            waiting.append(pool.submit(work, *chunk))
+            # No more wait than this, or memory would follow the size of the files.
+            if len(waiting) > waiting_most:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

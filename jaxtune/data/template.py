@@ -302,8 +302,10 @@ def tokenize_batch(
     """
     backend: Any = tokenizer.backend_tokenizer
     # A tokenizer.json may ask for either, and silently shorten what is learnt.
-    backend.no_truncation()
-    backend.no_padding()
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
     encodings = backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
     return [
         Tokens(np.array(encoding.ids, np.int32), [_token_range(encoding, span) for span in marked])
