@@ -113,6 +113,12 @@ class Problem(NamedTuple):
     message: str
     long: bool = False
 
+    @classmethod
+    def of(cls, record: Record, error: JaxtuneError) -> Problem:
+        """Returns the problem of a record: one line, however long and wild what it quotes is."""
+        message = " ".join(str(error).splitlines())
+        return cls(record.place, message if len(message) < 1000 else f"{message[:1000]}…")
+
     @property
     def reason(self) -> str:
         """What is wrong, without the place."""
@@ -176,7 +182,7 @@ class Encoder:
                 kept.append((record, self._sample(row, form, first)))
                 chunk.unread.update(unread_keys(row, form))
             except JaxtuneError as error:
-                chunk.problems.append(Problem(record.place, str(error)))
+                chunk.problems.append(Problem.of(record, error))
         tokens: list[np.ndarray] = []
         targets: list[np.ndarray] = []
         samples = [sample for _, sample in kept]
@@ -186,10 +192,10 @@ class Encoder:
                 self._check_ids(*encoded, place)
                 pieces = self._fit(*encoded, place, chunk.counts)
             except _OverLong as error:
-                chunk.problems.append(Problem(place, str(error), long=True))
+                chunk.problems.append(Problem.of(record, error)._replace(long=True))
                 continue
             except JaxtuneError as error:
-                chunk.problems.append(Problem(place, str(error)))
+                chunk.problems.append(Problem.of(record, error))
                 continue
             content = int.from_bytes(
                 hashlib.blake2b(sample.content, digest_size=8).digest(), "little"

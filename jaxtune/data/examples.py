@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 
 from jaxtune.data.template import IGNORE
+from jaxtune.errors import JaxtuneError
 
 TOKENS, TARGETS, INDEX, META = "tokens.int32", "targets.int32", "index.npz", "meta.json"
 
@@ -207,9 +208,15 @@ class Writer:
           tokens: int32[total], of all of them.
           targets: int32[total].
           columns: by example [n]: ``lengths``, ``contents``, ``file_ids``, ``numbers``.
+
+        Raises:
+          JaxtuneError: the disk is full.
         """
-        self._tokens.write(tokens.astype("<i4", copy=False).tobytes())
-        self._targets.write(targets.astype("<i4", copy=False).tobytes())
+        try:
+            self._tokens.write(tokens.astype("<i4", copy=False).tobytes())
+            self._targets.write(targets.astype("<i4", copy=False).tobytes())
+        except OSError as error:
+            raise JaxtuneError(f"{self._directory}: {error.strerror}") from error
         for name, column in columns.items():
             self._columns[name].append(column)
 

@@ -127,11 +127,13 @@ def _read_completion(row: Row, reading: Reading) -> Sample:
     prompt, completion = row.values["prompt"], row.values["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
         asked = read_conversation(prompt, f"{row.place}: prompt")
-        answered = read_conversation(completion, f"{row.place}: completion")
+        answered = read_conversation(
+            completion, f"{row.place}: completion", row.values.get("tools")
+        )
         # What stands in the prompt is not learnt, whoever says it.
         both = [*asked.turns, *answered.turns]
         marks = [*[False] * len(asked.turns), *answered.marks]
-        return _sample(Conversation(both, marks, row.values.get("tools")), reading, row.place)
+        return _sample(Conversation(both, marks, answered.tools), reading, row.place)
     prompt = check_text(prompt, "prompt", row.place)
     completion = check_text(completion, "completion", row.place)
     if not completion.strip():

@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,7 +79,10 @@ def load_examples(
     place = Path(cache) / cache_key(sources, settings, tokenizer) if cache else None
     if place is not None and (place / META).is_file():
         logger.info("%s: tokenized before, in %s", source, place)
-        return open_examples(place, weights)
+        try:
+            return open_examples(place, weights)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise JaxtuneError(f"{place}: damaged, remove it: {error}") from error
     build = _Build(str(source), sources, encoder, progress, problems)
     if place is None or not keep:
         # Mapped files outlive their names.
@@ -89,6 +93,7 @@ def load_examples(
     temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=place.parent))
     try:
         build.run(temporary, workers)
+        shutil.rmtree(place, ignore_errors=True)  # what was there is not whole
         with contextlib.suppress(OSError):  # another process has just made the same
             temporary.rename(place)
     finally:

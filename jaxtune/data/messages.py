@@ -77,11 +77,16 @@ def read_conversation(messages: Any, place: str, tools: Any = None) -> Conversat
         turn = _read_turn(given, name, place)
         marks.append(_read_mark(given, turn["role"], name, place))
         turns.append(turn)
-    if tools is not None and not (
-        isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)
-    ):
+    if tools is not None and not (isinstance(tools, list) and all(map(tool_name, tools))):
         raise JaxtuneError(f"{place}: tools must be a list of objects, as JSON schemas are")
     return Conversation(turns, marks, tools or None)
+
+
+def tool_name(tool: Any) -> str:
+    """Returns the name of a function that a JSON schema describes, or an empty string."""
+    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    return name if isinstance(name, str) else ""
 
 
 def _read_turn(given: Message, name: str, place: str) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from jaxtune.errors import JaxtuneError, closest
 
 # A line that goes on for longer is no row of text to train on, and must not fill the memory.
 MAX_LINE = 64 * 2**20
+# Far below Python's own limit, which what renders and hashes a row would meet at other depths.
+MAX_DEPTH = 100
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 _WEIGHTED = re.compile(r"(?P<name>.+)@(?P<weight>\d+(?:\.\d*)?|\.\d+)", re.DOTALL)
 
@@ -243,9 +245,12 @@ def parse_json(text: bytes, place: str) -> Any:
       JaxtuneError: it is no JSON, names a key twice, or is nested too deep.
     """
     try:
-        return json.loads(
+        value = json.loads(
             text.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_refuse_constant
         )
+        if text.count(b"[") + text.count(b"{") > MAX_DEPTH:
+            _check_depth(value)
+        return value
     except UnicodeDecodeError as error:
         where = f"byte {error.start + 1} of the line"
         raise JaxtuneError(f"{place}: not UTF-8 ({where}: {error.reason})") from error
@@ -256,6 +261,16 @@ def parse_json(text: bytes, place: str) -> Any:
         raise JaxtuneError(f"{place}: JSON is nested too deep") from error
     except ValueError as error:
         raise JaxtuneError(f"{place}: broken JSON: {error}") from error
+
+
+def _check_depth(value: Any) -> None:
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(MAX_DEPTH):
+        inner = (v.values() if isinstance(v, dict) else v for v in level)
+        level = [v for values in inner for v in values if isinstance(v, (dict, list))]
+        if not level:
+            return
+    raise RecursionError
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

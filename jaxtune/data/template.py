@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jinja2
 import numpy as np
 
-from jaxtune.data.messages import Conversation, Message, check_messages, choose_targets
+from jaxtune.data.messages import Conversation, Message, check_messages, choose_targets, tool_name
 from jaxtune.errors import JaxtuneError, closest
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ class ChatTemplate:
                 Conversation([*map(dict, messages)], [None] * len(messages)), "all", place
             )
         text, spans = self.render(messages, tools=tools, place=place), []
-        for name in (str(tool.get("function", tool).get("name")) for tool in tools or ()):
+        for name in map(tool_name, tools or ()):
             if name not in text:
                 raise JaxtuneError(
                     f"{place}: the chat template does not show the tool {name}: describe the "

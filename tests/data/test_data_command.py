@@ -96,6 +96,7 @@ def test_stats_count_what_is_there(config, tmp_path, capsys):
     assert "rejected rows" in text and f"{path}:13: messages must be a list" in text
 
 
+@pytest.mark.slow
 def test_what_is_prepared_is_trained_on(config, tmp_path, capsys, caplog):
     output = data(capsys, "prepare", "--config", config, "--workers", 1)
     assert output.startswith("prepared: ") and str(tmp_path / "cache") in output

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from jaxtune.data import IGNORE, load_examples
-from jaxtune.data.encode import Problem
+from jaxtune.data.encode import Encoder, Problem, Settings
+from jaxtune.data.sources import Record
 from jaxtune.data.template import ChatTemplate, read_template, tokenize
 from jaxtune.errors import JaxtuneError
 
@@ -208,6 +209,19 @@ def malformed():
     return bad
 
 
+@pytest.mark.parametrize("depth", [10, 90, 100, 300, 950, 980, 3000, 100_000])
+def test_nesting_of_any_depth_is_read_or_refused(deepseek, tmp_path, depth):
+    call = '{"name": "f", "arguments": {"x": ' + "[" * depth + "]" * depth + "}}"
+    turns = '{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [' + call + "]}"
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"messages": [' + turns + "]}\n")
+    if depth < 100:
+        assert len(load(path, deepseek, max_length=10**6)) == 1
+    else:
+        with pytest.raises(JaxtuneError, match=r"x\.jsonl:1: JSON is nested too deep"):
+            load(path, deepseek, max_length=10**6)
+
+
 def test_there_are_a_hundred_malformed_files():
     assert len(malformed()) >= 100
 
@@ -339,6 +353,111 @@ def test_what_is_damaged_while_it_is_made_is_not_used(deepseek, jsonl, tmp_path)
     with pytest.raises(JaxtuneError):
         load(path, deepseek, cache=cache, keep=True)
     assert list(cache.iterdir()) == []
+
+
+def test_damaged_kept_data_are_named(deepseek, jsonl, tmp_path):
+    path, settings = jsonl(chat("a", "b")), {"cache": tmp_path / "cache", "keep": True}
+    load(path, deepseek, **settings)
+    (kept,) = (tmp_path / "cache").iterdir()
+    for name in ("tokens.int32", "index.npz", "meta.json"):
+        content = (kept / name).read_bytes()
+        (kept / name).write_bytes(content[:-9])
+        with pytest.raises(JaxtuneError, match=f"{kept}: damaged, remove it"):
+            load(path, deepseek, **settings)
+        (kept / name).write_bytes(content)
+    # Without its last file it is as good as not there, and is made again.
+    (kept / "meta.json").unlink()
+    assert len(load(path, deepseek, **settings)) == 1
+    assert (kept / "meta.json").is_file()
+
+
+SPECIMENS = [
+    {**chat("q", "a"), "tools": [{"type": "function", "function": {"name": "q"}}]},
+    {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "q"}]},
+            {
+                "role": "assistant",
+                "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": {"x": 1}}}],
+            },
+            {"role": "tool", "content": "1", "tool_call_id": "1", "name": "f"},
+            {"role": "assistant", "content": "a", "reasoning_content": "r", "train": True},
+        ]
+    },
+    {"prompt": "q", "completion": "a"},
+    {"prompt": chat("q", "a")["messages"], "completion": [{"role": "assistant", "content": "b"}]},
+    {"instruction": "q", "input": "i", "output": "a", "system": "s"},
+    {
+        "conversations": [
+            {"from": "human", "value": "q"},
+            {"from": "function_call", "value": '{"name": "f", "arguments": {}}'},
+            {"from": "observation", "value": "1"},
+            {"from": "gpt", "value": "a", "weight": 1},
+        ],
+        "system": "s",
+    },
+    {"text": "t"},
+    {"input_ids": [1, 2], "labels": [1, 2], "attention_mask": [1, 1]},
+]
+JUNK = [
+    None,
+    True,
+    0,
+    -1,
+    1.5,
+    10**30,
+    "",
+    " ",
+    "x",
+    "\x00",
+    "{prompt}",
+    [],
+    {},
+    [[]],
+    [{}],
+    [None],
+]
+JUNK += [
+    {"role": "assistant"},
+    {"x": None},
+    ["x", 1],
+    [{"name": "f"}],
+    "🎉" * 9,
+    "</think>",
+    "\r\n",
+]
+
+
+def spoil(value, draw):
+    """Returns a row with one of its parts replaced, taken away, named otherwise or doubled."""
+    if isinstance(value, dict) and value and draw.random() < 0.85:
+        key = draw.choice(list(value))
+        kind = draw.random()
+        if kind < 0.1:
+            return {k: v for k, v in value.items() if k != key}
+        if kind < 0.2:
+            return {**value, draw.choice(["x", "content", "weight", "tool_calls"]): value[key]}
+        return {**value, key: spoil(value[key], draw)}
+    if isinstance(value, list) and value and draw.random() < 0.85:
+        index = draw.randrange(len(value))
+        return [*value[:index], spoil(value[index], draw), *value[index + draw.randint(0, 1) :]]
+    return draw.choice(JUNK)
+
+
+@pytest.mark.parametrize("reasoning", ["keep", "drop"])
+def test_spoilt_rows_are_refused_and_nothing_crashes(deepseek, tmp_path, reasoning):
+    draw, path, refused = random.Random(0), tmp_path / "x.jsonl", 0
+    (tmp_path / "wordings.txt").write_text("Say: {prompt}\n")
+    settings = {"reasoning": reasoning, "prompt_templates": str(tmp_path / "wordings.txt")}
+    encoder = Encoder(Settings(max_length=512, chat_template="deepseek-v3", **settings), deepseek)
+    for _ in range(1500):
+        row = spoil(draw.choice(SPECIMENS), draw)
+        record = Record(f"{path}:", 1, json.dumps(row).encode())
+        chunk = encoder([record], encoder.form_of(record), record.place)
+        assert len(chunk.lengths) + len(chunk.problems) == 1
+        refused += len(chunk.problems)
+        assert all("\n" not in problem.message for problem in chunk.problems)
+    assert 500 < refused < 1500
 
 
 @pytest.mark.slow
