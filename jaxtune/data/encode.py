@@ -274,33 +274,31 @@ class Encoder:
                 f"{place}: {len(tokens)} tokens, and data.max_length is {limit}: raise it, or set "
                 f"data.too_long to {', '.join(TOO_LONG[1:-1])} or {TOO_LONG[-1]}"
             )
-        pieces = [(tokens, targets)]
-        if cut and too_long == "truncate":
-            # What would be predicted next is cut off as well.
-            pieces = [(tokens[:limit], np.append(targets[: limit - 1], np.int32(IGNORE)))]
-        elif cut and too_long == "truncate_start":
-            pieces = [(tokens[-limit:], targets[-limit:])]
-        elif cut and too_long == "windows":
-            starts = range(0, len(tokens), limit)
-            pieces = [(tokens[i : i + limit], targets[i : i + limit]) for i in starts]
-        if not cut or too_long != "drop":
-            pieces = [piece for piece in pieces if (piece[1] != IGNORE).any()]
-            if not pieces:
-                raise JaxtuneError(
-                    f"{place}: no target"
-                    + (
-                        f" within data.max_length={limit} tokens"
-                        if cut
-                        else ", so nothing to learn"
-                    )
-                )
-        if not cut:
-            return pieces
-        kind = "truncate" if too_long.startswith("truncate") else too_long
-        if kind == "drop":
-            pieces = []
-        counts[kind] = counts.get(kind, 0) + (len(pieces) if kind == "windows" else 1)
-        return pieces
+        pieces = _cut(tokens, targets, limit, too_long) if cut else [(tokens, targets)]
+        kept = [piece for piece in pieces if (piece[1] != IGNORE).any()]
+        if pieces and not kept:
+            where = f" within data.max_length={limit} tokens" if cut else ", so nothing to learn"
+            raise JaxtuneError(f"{place}: no target{where}")
+        if cut:
+            kind = "truncate" if too_long.startswith("truncate") else too_long
+            counts[kind] = counts.get(kind, 0) + (len(kept) if kind == "windows" else 1)
+        return kept
+
+
+def _cut(
+    tokens: np.ndarray, targets: np.ndarray, limit: int, too_long: str
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns what of a longer row is left: pieces of at most `limit` tokens, int32[n] each."""
+    if too_long == "drop":
+        return []
+    if too_long == "truncate":
+        # What the last token would predict is cut off.
+        return [(tokens[:limit], np.append(targets[: limit - 1], np.int32(IGNORE)))]
+    if too_long == "truncate_start":
+        return [(tokens[-limit:], targets[-limit:])]
+    # The last token of a window predicts the first of the next: every target is in one of them.
+    starts = range(0, len(tokens), limit)
+    return [(tokens[i : i + limit], targets[i : i + limit]) for i in starts]
 
 
 class _OverLong(JaxtuneError):

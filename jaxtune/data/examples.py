@@ -146,7 +146,8 @@ class Examples:
     @functools.cached_property
     def target_count(self) -> int:
         """Targets of all examples together."""
-        return sum(int(np.count_nonzero(targets != IGNORE)) for targets in self.targets)
+        chunks = [self.targets.flat] if isinstance(self.targets, Ragged) else self.targets
+        return sum(int(np.count_nonzero(targets != IGNORE)) for targets in chunks)
 
     @property
     def duplicates(self) -> int:
