@@ -9,9 +9,9 @@ What it takes of each device, 14.03 GiB of 15.75:
   jaxtune plan --config configs/small_data.py --topology v5e:1x1
 
 A small rank, dropout and weight decay hold it back. Expect the training loss to go to zero all the
-same: judge by the held-out loss alone, and export the best adapter. There are no knobs yet for
-early stopping and augmentation: where there are, add both here; until then evaluate often and
-paraphrase examples beforehand.
+same: judge by the held-out loss alone, and export the best adapter. There is no knob yet for early
+stopping: evaluate often. A few input tokens are replaced in every epoch; data.prompt_templates adds
+wordings of your own for the prompts.
 """
 
 from pathlib import Path
@@ -32,6 +32,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.train = str(DATA / "small_data.jsonl")
     c.data.eval = str(DATA / "small_data_eval.jsonl")
     c.data.max_length = 512
+    c.data.mask_tokens = 0.05
     c.adapter.rank = 4
     c.adapter.alpha = 8.0
     c.adapter.dropout = 0.1

@@ -28,20 +28,74 @@ KNOBS: dict[str, dict[str, Knob]] = {
         ),
     },
     "data": {
-        "train": Knob("", "training examples: a JSONL file, or a data set's hub id"),
-        "eval": Knob("", "held-out examples; empty: none"),
+        "train": Knob(
+            "",
+            "training examples: files (.jsonl, .json, .csv, .parquet; .gz, .zst), patterns, saved "
+            "data sets or hub ids, with commas between; NAME@2 shows that one twice an epoch",
+        ),
+        "eval": Knob("", "held-out examples, in the same forms; empty: none but data.eval_split"),
+        "eval_split": Knob(
+            0.0,
+            "held out of data.train: so many rows, or below 1 that share; chosen by what rows say",
+            minimum=0,
+        ),
+        "overlap": Knob(
+            "error",
+            "rows of data.eval that are in data.train too: error, drop (them from data.train) or "
+            "keep",
+            choices=("error", "drop", "keep"),
+        ),
+        "revision": Knob("", "commit, tag or branch of data sets with a hub id"),
+        "format": Knob(
+            "",
+            "form of the rows: messages, prompt-completion, alpaca, sharegpt, text or tokenized; "
+            "empty: the one that their keys fit",
+        ),
+        "targets": Knob(
+            "all",
+            "what is learnt of a conversation: all (the assistant's turns but those with train: "
+            "false), last (the last of them) or marked (those with train: true)",
+            choices=("all", "last", "marked"),
+        ),
+        "reasoning": Knob(
+            "keep",
+            "what the assistant says up to </think>: keep or drop",
+            choices=("keep", "drop"),
+        ),
         "max_length": Knob(1024, "tokens in a row", minimum=2),
         "packing": Knob(True, "first-fit packing of several examples into a row"),
         "shuffle": Knob(True, "a new order in every epoch, a function of training.seed"),
         "too_long": Knob(
             "error",
-            "an example over data.max_length: error, drop (counted) or truncate (its end, counted)",
-            choices=("error", "drop", "truncate"),
+            "an example over data.max_length: error, drop, truncate (its end), truncate_start or "
+            "windows (several examples); each is counted",
+            choices=("error", "drop", "truncate", "truncate_start", "windows"),
         ),
+        "bad_rows": Knob(
+            "error",
+            "a row that cannot be used: error, or skip (each is named in the log)",
+            choices=("error", "skip"),
+        ),
+        "bad_rows_limit": Knob(100, "data.bad_rows=skip: more bad rows are an error", minimum=0),
         "chat_template": Knob(
             "",
             "used in place of the checkpoint's own chat template: a Jinja file, or the name of a "
             "built-in one such as deepseek-v3",
+        ),
+        "prompt_templates": Knob(
+            "",
+            "augmentation: a file with a wording on each line, with {prompt} in it; each prompt is "
+            "put into one of them",
+        ),
+        "mask_tokens": Knob(
+            0.0,
+            "augmentation: share of input tokens replaced by others of the data, anew every time; "
+            "targets stay",
+            minimum=0,
+            maximum=0.9,
+        ),
+        "cache": Knob(
+            "", "where jaxtune data prepare keeps tokenized data; empty: ~/.cache/jaxtune/data"
         ),
     },
     "adapter": {

@@ -158,6 +158,7 @@ def small_config(tiny_chat, chats, tmp_path_factory):
         "    c = config.default()\n"
         f"    c.model.path = {str(tiny_chat)!r}\n"
         f"    c.data.train = c.data.eval = {str(chats)!r}\n"
+        "    c.data.overlap = 'keep'\n"
         "    c.data.max_length = 64\n"
         "    c.adapter.rank = 4\n"
         "    c.adapter.targets = ('all-linear',)\n"

@@ -74,8 +74,8 @@ def fails(capsys, tmp_path):
     [
         (
             ["trian"],
-            '"trian" is no command; did you mean "train"? (known: train, eval, generate, export, '
-            "convert, plan, experts, quickstart)",
+            '"trian" is no command; did you mean "train"? (known: train, data, eval, generate, '
+            "export, convert, plan, experts, quickstart)",
         ),
         (
             ["train", "--workdri", "run"],

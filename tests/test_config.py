@@ -155,7 +155,18 @@ PERTURBED = {
     "model.path": ("{other_model}",),
     "model.attention": ("blockwise",),
     "data.train": ("{other_data}",),
-    "data.eval": ("{other_data}",),
+    "data.eval": ("{data}", "data.train={other_data}", "data.overlap=keep"),
+    "data.eval_split": (3.0, "data.eval=", "data.eval_split=2"),
+    "data.overlap": ("keep", "data.eval={repeated}", "data.overlap=drop"),
+    "data.format": (
+        "text",
+        *("data.train={two_forms}", "data.eval=", "data.eval_split=2"),
+        "data.format=prompt-completion",
+    ),
+    "data.targets": ("last", "data.train={two_turns}"),
+    "data.reasoning": ("drop", "data.train={reasoned}"),
+    "data.prompt_templates": ("{wordings}",),
+    "data.mask_tokens": (0.5,),
     "data.max_length": (128,),
     "data.packing": (False,),
     "data.shuffle": (False,),
@@ -220,12 +231,14 @@ SINGLE = {"optimizer.name": "adamu"}
 LOOPED = {"checkpoint.every", "checkpoint.keep", "evaluation.every", "logging.every"}
 LOOPED |= {"logging.tensorboard", "training.watchdog_minutes"}
 MESHED = {"mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.expert", "mesh.sequence"}
-FETCHED = {"model.revision"}
+FETCHED = {"model.revision", "data.revision"}
+# What becomes of rows that cannot be used, and where tokenized data is kept: tests/data.
+READ = {"data.bad_rows", "data.bad_rows_limit", "data.cache"}
 SCORED = {"adapter.expert_sample"}
 
 
 def test_every_knob_is_perturbed_below():
-    covered = PERTURBED.keys() | SINGLE.keys() | LOOPED | MESHED | FETCHED | SCORED
+    covered = PERTURBED.keys() | SINGLE.keys() | LOOPED | MESHED | FETCHED | SCORED | READ
     assert covered == dict(knobs()).keys()
 
 
@@ -245,6 +258,10 @@ def places(tiny, tiny_chat, tmp_path_factory):
         ]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (root / f"{name}.jsonl").write_text(text)
+    for name, rows in _texts(root / "data.jsonl").items():
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (root / f"{name}.jsonl").write_text(text)
+    (root / "wordings.txt").write_text("Say it: {prompt}\n{prompt}, please\n")
     for name, experts in (("scores", (1, 2)), ("other_scores", (3, 4))):
         tables = [
             {str(layer): {str(e): float(e == expert) for e in range(8)} for layer in range(1, 3)}
@@ -284,6 +301,8 @@ def places(tiny, tiny_chat, tmp_path_factory):
         ),
         "data": root / "data.jsonl",
         "other_data": root / "other_data.jsonl",
+        **{name: root / f"{name}.jsonl" for name in _texts(root / "data.jsonl")},
+        "wordings": root / "wordings.txt",
         "template": root / "template.jinja",
         "adapter": root / "adapter",
         "scores": root / "scores.json",
@@ -291,11 +310,30 @@ def places(tiny, tiny_chat, tmp_path_factory):
     }
 
 
+def _texts(data):
+    """Rows by the name of the file that holds them."""
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    asked = [
+        {**row, "messages": [{**m, "content": f"{m['content']}?"} for m in row["messages"]]}
+        for row in rows
+    ]
+    return {
+        "held_out": asked,
+        "repeated": [*asked, *rows[:2]],
+        "two_forms": [{"prompt": "a", "completion": f"b{i}", "text": "c" * i} for i in range(1, 9)],
+        "two_turns": [{"messages": row["messages"] * 2} for row in rows],
+        "reasoned": [
+            {"messages": [row["messages"][0], {"role": "assistant", "content": "a</think>b"}]}
+            for row in rows
+        ],
+    }
+
+
 def _base(places, *overrides):
     return [
         f"model.path={places['model']}",
         f"data.train={places['data']}",
-        f"data.eval={places['data']}",
+        f"data.eval={places['held_out']}",
         "data.max_length=64",
         "training.steps=10",
         "training.batch_size=4",
@@ -325,10 +363,7 @@ class Prepared:
         tokenizer = load_tokenizer(self.location)
         # A model of the same vocabulary may come without tokenizer files.
         tokenizer = tokenizer or load_tokenizer(Path(os.environ["TOKENIZER"]))
-        examples = training.training_examples(self.config, self.source, tokenizer)
-        held_out = training.read_examples(
-            self.config, self.config.data.eval, self.source, tokenizer
-        )
+        examples, held_out = training.data_reader(self.config, self.source, tokenizer).splits()
         return describe(
             self.setup,
             Split(examples, training.make_loader(self.config, examples, self.setup.reserved)),

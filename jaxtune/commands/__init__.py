@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Protocol
 
-from jaxtune.commands import convert, eval, experts, export, generate, plan, quickstart, train
+from jaxtune.commands import convert, data, eval, experts, export, generate, plan, quickstart, train
 
 
 class Command(Protocol):
@@ -31,6 +31,7 @@ class Command(Protocol):
 
 COMMANDS: Mapping[str, Command] = {
     "train": train,
+    "data": data,
     "eval": eval,
     "generate": generate,
     "export": export,

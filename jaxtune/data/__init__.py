@@ -1,9 +1,12 @@
 """Data: read rows, render and tokenize them, mark their targets, pack them into batches."""
 
-from jaxtune.data.examples import Examples, load_examples
+from jaxtune.data.encode import Settings, settings_from
+from jaxtune.data.examples import Examples, Part
 from jaxtune.data.formats import FORMATS, DataFormat
+from jaxtune.data.load import load_examples
 from jaxtune.data.loader import Batch, Loader, eval_batches
 from jaxtune.data.read import Row, read_rows
+from jaxtune.data.splits import DataReader, Splits
 from jaxtune.data.template import IGNORE, ChatTemplate, Tokenized, encode_prompt
 
 __all__ = [
@@ -12,12 +15,17 @@ __all__ = [
     "Batch",
     "ChatTemplate",
     "DataFormat",
+    "DataReader",
     "Examples",
     "Loader",
+    "Part",
     "Row",
+    "Settings",
+    "Splits",
     "Tokenized",
     "encode_prompt",
     "eval_batches",
     "load_examples",
     "read_rows",
+    "settings_from",
 ]

@@ -1,43 +1,119 @@
-"""Training examples: every row of a data set as token ids and the targets to predict."""
+"""Training examples: token ids and the targets to predict, mapped from files or in memory."""
 
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
+import functools
 import hashlib
-import time
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple, overload
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from jaxtune.data.formats import FORMATS, detect, unread_keys
-from jaxtune.data.read import Row, read_rows
-from jaxtune.data.template import IGNORE, ChatTemplate, Tokenized, read_template
+from jaxtune.data.template import IGNORE
 from jaxtune.errors import JaxtuneError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+TOKENS, TARGETS, INDEX, META = "tokens.int32", "targets.int32", "index.npz", "meta.json"
 
-_TOO_LONG = ("error", "drop", "truncate")
-_SECONDS_BEFORE_PROGRESS = 2.0
+
+class Part(NamedTuple):
+    """Neighbouring examples that come from one source.
+
+    Attributes:
+      name: of the source.
+      form: of its rows.
+      count: how many examples.
+      weight: how often an epoch shows each of them, on average.
+    """
+
+    name: str
+    form: str
+    count: int
+    weight: float = 1.0
+
+
+class _View(Sequence[Any]):
+    """A sequence whose items are made when they are asked for."""
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Any]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self._item(i) for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return self._item(index % len(self))
+
+    def _item(self, index: int) -> Any:
+        raise NotImplementedError
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+
+class Ragged(_View):
+    """Arrays of unequal length in one flat array; each item is int32[n], not copied."""
+
+    def __init__(self, flat: np.ndarray, offsets: np.ndarray):
+        """Takes the flat array int32[total] and the offsets int64[items + 1] of the items in it."""
+        self.flat, self.offsets = flat, offsets
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def _item(self, index: int) -> np.ndarray:
+        return self.flat[self.offsets[index] : self.offsets[index + 1]]
+
+
+class Places(_View):
+    """Where examples came from, ``"train.jsonl:17"``, as numbers of files and rows."""
+
+    def __init__(self, files: Sequence[str], file_ids: np.ndarray, numbers: np.ndarray):
+        """Takes the beginnings of places; which of them, int32[n]; and the row, int64[n]."""
+        self._files, self._ids, self._numbers = files, file_ids, numbers
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def _item(self, index: int) -> str:
+        return f"{self._files[self._ids[index]]}{self._numbers[index]}"
+
+
+class Selected(_View):
+    """Some items of a sequence, by their indices int64[n]."""
+
+    def __init__(self, base: Sequence[Any], indices: np.ndarray):
+        """Takes the sequence and which of its items are seen."""
+        self._base, self._indices = base, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def _item(self, index: int) -> Any:
+        return self._base[int(self._indices[index])]
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """A data set in memory, in the order of its file.
+    """A data set, in the order of its files.
 
     Attributes:
       tokens: int32[n] per example; n differs between examples.
       targets: int32[n] per example: the token to predict after ``tokens[t]``, or `IGNORE`.
       places: where each example came from, ``"train.jsonl:17"``.
       dropped: how many were left out for being too long.
-      truncated: how many lost their end for being too long.
+      truncated: how many lost an end for being too long.
       unread: keys that rows had and their form does not read.
+      windows: how many examples are windows of a longer row.
+      rejected: how many rows were left out because something is wrong with them, by reason.
+      parts: the examples by source, in order; empty: one source of weight 1.
+      contents: uint64[examples], a hash of what each one's row says; None: not known.
+      special: ids of the tokens that stand for no text.
     """
 
     tokens: Sequence[np.ndarray]
@@ -46,22 +122,50 @@ class Examples:
     dropped: int = 0
     truncated: int = 0
     unread: tuple[str, ...] = ()
+    windows: int = 0
+    rejected: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    parts: tuple[Part, ...] = ()
+    contents: np.ndarray | None = None
+    special: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, int64[examples]."""
+        if isinstance(self.tokens, Ragged):
+            return np.diff(self.tokens.offsets)
+        return np.fromiter(map(len, self.tokens), np.int64, len(self.tokens))
+
     @property
     def token_count(self) -> int:
         """Tokens of all examples together."""
-        return sum(len(tokens) for tokens in self.tokens)
+        return int(self.lengths.sum())
 
-    @property
+    @functools.cached_property
     def target_count(self) -> int:
         """Targets of all examples together."""
-        return sum(int(np.count_nonzero(targets != IGNORE)) for targets in self.targets)
+        chunks = [self.targets.flat] if isinstance(self.targets, Ragged) else self.targets
+        return sum(int(np.count_nonzero(targets != IGNORE)) for targets in chunks)
+
+    @property
+    def duplicates(self) -> int:
+        """Rows that say what an earlier row says."""
+        if self.contents is None:
+            return 0
+        _, inverse, counts = np.unique(self.contents, return_inverse=True, return_counts=True)
+        repeated = np.flatnonzero(counts[inverse] > 1)
+        # The windows of one long row have its place, and are no duplicates of one another.
+        rows = {(self.places[i], int(self.contents[i])) for i in repeated.tolist()}
+        return len(rows) - len({content for _, content in rows})
 
     def fingerprint(self) -> str:
         """Returns the SHA-256, in hexadecimal, of all tokens and targets in order."""
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
         digest = hashlib.sha256()
         for tokens, targets in zip(self.tokens, self.targets, strict=True):
             # The length keeps two short examples from looking like one long one.
@@ -70,115 +174,91 @@ class Examples:
             digest.update(np.ascontiguousarray(targets, "<i4").tobytes())
         return digest.hexdigest()
 
+    def select(self, indices: Sequence[int] | np.ndarray) -> Examples:
+        """Returns the examples at indices int64[n], which ascend, without copying them."""
+        chosen = np.asarray(indices, np.int64)
+        parts, start = [], 0
+        for part in self.parts:
+            inside = np.searchsorted(chosen, [start, start + part.count])
+            parts.append(part._replace(count=int(inside[1] - inside[0])))
+            start += part.count
+        return dataclasses.replace(
+            self,
+            tokens=Selected(self.tokens, chosen),
+            targets=Selected(self.targets, chosen),
+            places=Selected(self.places, chosen),
+            parts=tuple(part for part in parts if part.count),
+            contents=None if self.contents is None else self.contents[chosen],
+        )
 
-def load_examples(
-    source: str | Path,
-    *,
-    tokenizer: PreTrainedTokenizerBase | None,
-    max_length: int,
-    too_long: str = "error",
-    chat_template: str = "",
-    vocab_size: int | None = None,
-    revision: str | None = None,
-    progress: bool = True,
-) -> Examples:
-    """Reads, renders and tokenizes a whole data set.
+
+class Writer:
+    """Writes examples into a directory, a few rows at a time, for `open_examples` to map."""
+
+    def __init__(self, directory: Path):
+        """Starts the files."""
+        self._directory = directory
+        self._tokens = (directory / TOKENS).open("wb")
+        self._targets = (directory / TARGETS).open("wb")
+        self._columns: dict[str, list[np.ndarray]] = collections.defaultdict(list)
+
+    def add(self, tokens: np.ndarray, targets: np.ndarray, **columns: np.ndarray) -> None:
+        """Adds the examples of some rows.
+
+        Args:
+          tokens: int32[total], of all of them.
+          targets: int32[total].
+          columns: by example [n]: ``lengths``, ``contents``, ``file_ids``, ``numbers``.
+
+        Raises:
+          JaxtuneError: the disk is full.
+        """
+        try:
+            self._tokens.write(tokens.astype("<i4", copy=False).tobytes())
+            self._targets.write(targets.astype("<i4", copy=False).tobytes())
+        except OSError as error:
+            raise JaxtuneError(f"{self._directory}: {error.strerror}") from error
+        for name, column in columns.items():
+            self._columns[name].append(column)
+
+    def finish(self, meta: Mapping[str, Any]) -> None:
+        """Writes what is known of all, which JSON can hold, beside the arrays."""
+        self._tokens.close()
+        self._targets.close()
+        whole = {name: np.concatenate(columns) for name, columns in self._columns.items()}
+        with (self._directory / INDEX).open("wb") as file:
+            np.savez(file, allow_pickle=False, **whole)
+        (self._directory / META).write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
+
+
+def open_examples(directory: Path, weights: Sequence[float]) -> Examples:
+    """Maps the examples that a `Writer` wrote.
 
     Args:
-      source: what `read_rows` takes: a JSONL file, a saved data set or a hub id.
-      tokenizer: a fast tokenizer; None where every row is input_ids + labels.
-      max_length: most tokens of an example.
-      too_long: what becomes of a longer one: ``error``, ``drop`` or ``truncate`` (its end).
-      chat_template: a Jinja file or the name of a built-in template, used in place of the
-        tokenizer's own; empty: its own.
-      vocab_size: token ids are below this; None: unchecked.
-      revision: commit, tag or branch of a hub id.
-      progress: whether to show a bar on a terminal once it takes over two seconds.
-
-    Raises:
-      JaxtuneError: a row that cannot be read or rendered, has nothing to learn, is too long or
-        holds ids outside the vocabulary; the message names the row. Or there is nothing left.
+      directory: where.
+      weights: of the sources, in order.
     """
-    if too_long not in _TOO_LONG:
-        raise JaxtuneError(f"data.too_long takes one of {', '.join(_TOO_LONG)}, not {too_long!r}")
-    template = None if tokenizer is None else ChatTemplate(tokenizer, read_template(chat_template))
-    tokens, targets, places, unread = [], [], [], set()
-    form, first, counts = "", "", collections.Counter()
-    for row in _shown(read_rows(source, revision=revision), f"reading {source}", progress):
-        found = detect(row)
-        form, first = form or found, first or row.place
-        if found != form:
-            raise JaxtuneError(f"{row.place}: a row of {found} where {first} is of {form}")
-        unread |= unread_keys(row, form)
-        example = FORMATS[form].encode(row, template)
-        _check_ids(example, vocab_size, row.place)
-        if len(example.tokens) > max_length:
-            if too_long == "error":
-                raise _over_long(row.place, len(example.tokens), max_length)
-            counts[too_long] += 1
-            if too_long == "drop":
-                continue
-        row_tokens, row_targets = _shifted(example, max_length, row.place)
-        tokens.append(row_tokens)
-        targets.append(row_targets)
-        places.append(row.place)
-    if not tokens:
-        left_out = f": all {counts['drop']} are over data.max_length={max_length} and were dropped"
-        raise JaxtuneError(f"{source}: no examples{left_out if counts['drop'] else ''}")
-    unread_sorted = tuple(sorted(unread))
-    return Examples(tokens, targets, places, counts["drop"], counts["truncate"], unread_sorted)
-
-
-def _over_long(place: str, count: int, max_length: int) -> JaxtuneError:
-    return JaxtuneError(
-        f"{place}: {count} tokens, and data.max_length is {max_length}: raise it, or set "
-        "data.too_long to drop or truncate"
+    meta = json.loads((directory / META).read_text(encoding="utf-8"))
+    with np.load(directory / INDEX) as index:
+        lengths, contents = index["lengths"], index["contents"]
+        places = Places(meta["files"], index["file_ids"], index["numbers"])
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    flat = {
+        name: np.asarray(np.memmap(directory / name, "<i4", "r", shape=(int(offsets[-1]),)))
+        for name in (TOKENS, TARGETS)
+    }
+    sources = zip(meta["parts"], weights, strict=True)
+    parts = tuple(Part(name, form, count, weight) for (name, form, count), weight in sources)
+    return Examples(
+        tokens=Ragged(flat[TOKENS], offsets),
+        targets=Ragged(flat[TARGETS], offsets),
+        places=places,
+        dropped=meta["dropped"],
+        truncated=meta["truncated"],
+        unread=tuple(meta["unread"]),
+        windows=meta["windows"],
+        rejected=meta["rejected"],
+        parts=tuple(part for part in parts if part.count),
+        contents=contents,
+        special=tuple(meta["special"]),
     )
-
-
-def _check_ids(example: Tokenized, vocab_size: int | None, place: str) -> None:
-    limit = 2**31 if vocab_size is None else vocab_size
-    labels = (label for label in example.labels if label != IGNORE)
-    for name, ids in (("input_ids", example.tokens), ("labels", labels)):
-        for token in ids:
-            if not 0 <= token < limit:
-                raise JaxtuneError(
-                    f"{place}: {name} holds {token}, and the vocabulary has ids 0 to {limit - 1}"
-                )
-
-
-def _shifted(example: Tokenized, max_length: int, place: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns tokens and targets, int32[n] with n at most `max_length`."""
-    tokens = np.asarray(example.tokens[:max_length], np.int32)
-    targets = np.full(len(tokens), IGNORE, np.int32)
-    targets[:-1] = example.labels[1:max_length]
-    if (targets == IGNORE).all():
-        cut = len(example.tokens) > max_length
-        raise JaxtuneError(
-            f"{place}: no target"
-            + (f" within data.max_length={max_length} tokens" if cut else ", so nothing to learn")
-        )
-    return tokens, targets
-
-
-def _shown(rows: Iterator[Row], description: str, enabled: bool) -> Iterator[Row]:
-    """Passes rows on; counts them on a terminal once that takes long."""
-    console = Console(stderr=True)
-    if not (enabled and console.is_terminal):
-        yield from rows
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:,} rows"),
-        TimeElapsedColumn(),
-    )
-    begin, bar = time.monotonic(), Progress(*columns, console=console, transient=True)
-    with contextlib.ExitStack() as stack:
-        task, showing = bar.add_task(description, total=None), False
-        for row in rows:
-            if not showing and time.monotonic() - begin > _SECONDS_BEFORE_PROGRESS:
-                stack.enter_context(bar)
-                showing = True
-            bar.advance(task)
-            yield row

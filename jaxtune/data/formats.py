@@ -3,12 +3,82 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+from jaxtune.data.messages import (
+    Conversation,
+    check_text,
+    choose_targets,
+    read_conversation,
+    without_reasoning,
+)
 from jaxtune.data.read import Row
-from jaxtune.data.template import ChatTemplate, Tokenized, check_text, tokenize
-from jaxtune.errors import JaxtuneError, closest
+from jaxtune.data.template import ChatTemplate, Tokenized
+from jaxtune.errors import JaxtuneError, closest, lookup
+
+
+class Sample(NamedTuple):
+    """What a row teaches.
+
+    Attributes:
+      content: equal for rows that say the same; what tells duplicates.
+      text: to be tokenized as a whole.
+      spans: ``(start, end)`` in characters of what is learnt.
+      ends: whether the tokenizer adds its special tokens, and EOS ends the text and is learnt;
+        otherwise the text has its own.
+      tokens: ids and labels of a row that is tokenized already, in place of the text.
+    """
+
+    content: bytes
+    text: str = ""
+    spans: Sequence[tuple[int, int]] = ()
+    ends: bool = False
+    tokens: Tokenized | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How rows are read: what of the ``data`` section they depend on.
+
+    Attributes:
+      template: None without a tokenizer.
+      targets: which turns are learnt; see `choose_targets`.
+      reasoning: ``keep`` or ``drop`` what comes before ``</think>``.
+      wordings: texts with ``{prompt}`` in them, one of which each prompt is put into.
+      seed: that which of them is drawn depends on, beside the row.
+    """
+
+    template: ChatTemplate | None
+    targets: str = "all"
+    reasoning: str = "keep"
+    wordings: tuple[str, ...] = ()
+    seed: int = 0
+
+    def needed(self, place: str, *, ends: bool = False) -> ChatTemplate:
+        """Returns the template; raises naming the row where there is none.
+
+        Args:
+          place: of the row.
+          ends: whether the tokenizer has to have an EOS token.
+        """
+        if self.template is None:
+            raise JaxtuneError(
+                f"{place}: text needs a tokenizer and the checkpoint has none; "
+                "without one, rows are input_ids + labels"
+            )
+        if ends and not isinstance(self.template.tokenizer.eos_token_id, int):
+            raise JaxtuneError(f"{place}: the tokenizer has no EOS token to end a text with")
+        return self.template
+
+    def worded(self, prompt: str, content: bytes) -> str:
+        """Returns the prompt in the wording that the seed and the row's content draw."""
+        if not self.wordings:
+            return prompt
+        drawn = int.from_bytes(hashlib.sha256(b"%d " % self.seed + content).digest()[:8], "little")
+        return self.wordings[drawn % len(self.wordings)].replace("{prompt}", prompt)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,45 +87,134 @@ class DataFormat:
 
     Attributes:
       keys: what a row of this form must have; other keys are metadata, which nobody reads.
-      encode: gives a row's tokens and labels, with the template (None without a tokenizer).
+      read: says what a row teaches.
       optional: keys that are read where a row has them.
     """
 
     keys: tuple[str, ...]
-    encode: Callable[[Row, ChatTemplate | None], Tokenized]
+    read: Callable[[Row, Reading], Sample]
     optional: tuple[str, ...] = ()
 
 
-def _needed(template: ChatTemplate | None, row: Row) -> ChatTemplate:
-    if template is None:
-        raise JaxtuneError(
-            f"{row.place}: text needs a tokenizer and the checkpoint has none; "
-            "without one, rows are input_ids + labels"
+def _identity(*values: Any) -> bytes:
+    return json.dumps(values, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
+
+
+def _sample(conversation: Conversation, reading: Reading, place: str) -> Sample:
+    template = reading.needed(place)
+    learnt = choose_targets(conversation, reading.targets, place)
+    turns, content = conversation.turns, _identity(conversation.turns, conversation.tools)
+    if reading.reasoning == "drop":
+        turns = without_reasoning(turns)
+        for index in learnt:
+            if not (turns[index]["content"] or "").strip() and "tool_calls" not in turns[index]:
+                raise JaxtuneError(f"{place}: messages[{index}] is nothing but reasoning")
+    if reading.wordings:
+        first = next((i for i, turn in enumerate(turns) if turn["role"] == "user"), None)
+        if first is not None:
+            worded = {**turns[first], "content": reading.worded(turns[first]["content"], content)}
+            turns = [*turns[:first], worded, *turns[first + 1 :]]
+    text, spans = template.spans(turns, place, learnt, conversation.tools)
+    return Sample(content, text, spans)
+
+
+def _read_messages(row: Row, reading: Reading) -> Sample:
+    conversation = read_conversation(row.values["messages"], row.place, row.values.get("tools"))
+    return _sample(conversation, reading, row.place)
+
+
+def _read_completion(row: Row, reading: Reading) -> Sample:
+    prompt, completion = row.values["prompt"], row.values["completion"]
+    if isinstance(prompt, list) and isinstance(completion, list):
+        asked = read_conversation(prompt, f"{row.place}: prompt")
+        answered = read_conversation(
+            completion, f"{row.place}: completion", row.values.get("tools")
         )
-    return template
-
-
-def _encode_messages(row: Row, template: ChatTemplate | None) -> Tokenized:
-    return _needed(template, row).encode(row.values["messages"], row.place)
-
-
-def _encode_completion(row: Row, template: ChatTemplate | None) -> Tokenized:
-    tokenizer = _needed(template, row).tokenizer
-    prompt = check_text(row.values["prompt"], "prompt", row.place)
-    completion = check_text(row.values["completion"], "completion", row.place)
+        # What stands in the prompt is not learnt, whoever says it.
+        both = [*asked.turns, *answered.turns]
+        marks = [*[False] * len(asked.turns), *answered.marks]
+        return _sample(Conversation(both, marks, answered.tools), reading, row.place)
+    prompt = check_text(prompt, "prompt", row.place)
+    completion = check_text(completion, "completion", row.place)
     if not completion.strip():
         raise JaxtuneError(f"{row.place}: empty completion, so nothing to learn")
-    end = tokenizer.eos_token_id
-    if not isinstance(end, int):
-        raise JaxtuneError(f"{row.place}: the tokenizer has no EOS token to end a completion with")
+    reading.needed(row.place, ends=True)
+    content = _identity(prompt, completion)
+    prompt = reading.worded(prompt, content)
     text = prompt + completion
-    tokens, labels = tokenize(tokenizer, text, [(len(prompt), len(text))], add_special_tokens=True)
-    tokens, labels = list(tokens), list(labels)
-    if tokens[-1] != end:
-        tokens.append(end)
-        labels.append(end)
-    labels[-1] = end  # also where the tokenizer itself ends every text with EOS
-    return Tokenized(tokens, labels)
+    return Sample(content, text, [(len(prompt), len(text))], ends=True)
+
+
+def _read_alpaca(row: Row, reading: Reading) -> Sample:
+    turns = [
+        {"role": "user", "content": check_text(row.values["instruction"], "instruction", row.place)}
+    ]
+    given = row.values.get("input")
+    if given is not None and check_text(given, "input", row.place).strip():
+        turns[0]["content"] += f"\n\n{given}"
+    output = check_text(row.values["output"], "output", row.place)
+    turns.append({"role": "assistant", "content": output})
+    if row.values.get("system"):
+        turns.insert(0, {"role": "system", "content": row.values["system"]})
+    return _sample(read_conversation(turns, row.place), reading, row.place)
+
+
+_SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_call": "assistant",
+}
+
+
+def _read_sharegpt(row: Row, reading: Reading) -> Sample:
+    said, turns = row.values["conversations"], []
+    if not isinstance(said, list) or not all(isinstance(turn, Mapping) for turn in said):
+        raise JaxtuneError(f"{row.place}: conversations must be a list of objects")
+    for index, turn in enumerate(said):
+        if "role" in turn:  # many files have OpenAI's keys under ShareGPT's name
+            turns.append(turn)
+            continue
+        name, kept = f"conversations[{index}]", dict(turn)
+        for key in ("from", "value"):
+            if kept.get(key) is None:
+                raise JaxtuneError(f"{row.place}: {name} has no {key}")
+        speaker, value = kept.pop("from"), kept.pop("value")
+        if not isinstance(speaker, str) or speaker not in _SPEAKERS:
+            raise JaxtuneError(
+                f'{row.place}: {name}.from="{speaker}" is unknown'
+                f"{closest(str(speaker), _SPEAKERS)} (known: {', '.join(_SPEAKERS)})"
+            )
+        kept |= {"role": _SPEAKERS[speaker], "content": value}
+        if speaker == "function_call":
+            kept["tool_calls"] = [_call(value, name, row.place)]
+            del kept["content"]
+        turns.append(kept)
+    if row.values.get("system"):
+        turns.insert(0, {"role": "system", "content": row.values["system"]})
+    conversation = read_conversation(turns, row.place, row.values.get("tools"))
+    return _sample(conversation, reading, row.place)
+
+
+def _call(value: Any, name: str, place: str) -> Any:
+    try:
+        return json.loads(check_text(value, f"{name}.value", place))
+    except (ValueError, RecursionError) as error:
+        raise JaxtuneError(f"{place}: {name} is a function call that is no JSON") from error
+
+
+def _read_text(row: Row, reading: Reading) -> Sample:
+    text = check_text(row.values["text"], "text", row.place)
+    if not text.strip():
+        raise JaxtuneError(f"{row.place}: empty text, so nothing to learn")
+    reading.needed(row.place, ends=True)
+    return Sample(_identity(text), text, [(0, len(text))], ends=True)
 
 
 def _integers(value: Any, name: str, place: str) -> list[int]:
@@ -64,7 +223,7 @@ def _integers(value: Any, name: str, place: str) -> list[int]:
     return value
 
 
-def _encode_tokenized(row: Row, template: ChatTemplate | None) -> Tokenized:
+def _read_tokenized(row: Row, reading: Reading) -> Sample:
     tokens = _integers(row.values["input_ids"], "input_ids", row.place)
     labels = _integers(row.values["labels"], "labels", row.place)
     if len(tokens) != len(labels):
@@ -76,31 +235,49 @@ def _encode_tokenized(row: Row, template: ChatTemplate | None) -> Tokenized:
         raise JaxtuneError(
             f"{row.place}: attention_mask must be 1 everywhere: leave padding out of the rows"
         )
-    return Tokenized(tokens, labels)
+    return Sample(_identity(tokens), tokens=Tokenized(tokens, labels))
 
 
 FORMATS: dict[str, DataFormat] = {
-    "messages": DataFormat(("messages",), _encode_messages),
-    "prompt-completion": DataFormat(("prompt", "completion"), _encode_completion),
-    "tokenized": DataFormat(("input_ids", "labels"), _encode_tokenized, ("attention_mask",)),
+    "messages": DataFormat(("messages",), _read_messages, ("tools",)),
+    "prompt-completion": DataFormat(("prompt", "completion"), _read_completion, ("tools",)),
+    "alpaca": DataFormat(("instruction", "output"), _read_alpaca, ("input", "system")),
+    "sharegpt": DataFormat(("conversations",), _read_sharegpt, ("system", "tools")),
+    "text": DataFormat(("text",), _read_text),
+    "tokenized": DataFormat(("input_ids", "labels"), _read_tokenized, ("attention_mask",)),
 }
 
 
-def detect(row: Row) -> str:
+def detect(row: Row, chosen: str = "") -> str:
     """Returns the name in `FORMATS` of the one form whose keys the row has.
+
+    Args:
+      row: a row.
+      chosen: a form that the row is to have, whatever else it fits; empty: any.
 
     Raises:
       JaxtuneError: none fits, or more than one; the message names the keys found and the forms.
     """
     # A table of `datasets` gives every row every key, with None where the row had none.
     found = [key for key, value in row.values.items() if value is not None]
+    if chosen:
+        missing = [k for k in lookup(FORMATS, chosen, "data.format").keys if k not in found]
+        if missing:
+            raise JaxtuneError(
+                f"{row.place}: no {missing[0]}{closest(missing[0], found)} "
+                f"(data.format={chosen} needs {' and '.join(FORMATS[chosen].keys)})"
+            )
+        return chosen
     fitting = [name for name, form in FORMATS.items() if set(form.keys) <= set(found)]
     if len(fitting) == 1:
         return fitting[0]
     forms = ", ".join(f"{name} ({' + '.join(form.keys)})" for name, form in FORMATS.items())
     keys = ", ".join(found) or "none"
     if fitting:
-        raise JaxtuneError(f"{row.place}: the keys {keys} fit more than one form of: {forms}")
+        raise JaxtuneError(
+            f"{row.place}: the keys {keys} fit more than one form of: {forms}; "
+            f"set data.format to {' or '.join(fitting)}"
+        )
     known = [key for form in FORMATS.values() for key in form.keys]
     hints = [hint for key in found if key not in known and (hint := closest(key, known))]
     raise JaxtuneError(

@@ -5,13 +5,15 @@ Legend: B rows of a batch, T tokens of a row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import bisect
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
-from jaxtune.data.examples import Examples
+from jaxtune.data.examples import Examples, Part
 from jaxtune.data.template import IGNORE
 from jaxtune.errors import JaxtuneError
 
@@ -28,21 +30,88 @@ _NO_PREFETCH = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 def _check_lengths(examples: Examples, length: int) -> None:
     if not len(examples):
         raise JaxtuneError("no examples to make batches from")
-    for tokens, place in zip(examples.tokens, examples.places, strict=True):
-        if len(tokens) > length:
-            raise JaxtuneError(f"{place}: {len(tokens)} tokens do not fit a row of {length}")
+    longest = int(np.argmax(examples.lengths))
+    if (count := int(examples.lengths[longest])) > length:
+        place = examples.places[longest]
+        raise JaxtuneError(f"{place}: {count} tokens do not fit a row of {length}")
+
+
+class _Source(Sequence[Batch]):
+    """Examples, each with `reserved` tokens of no meaning at its head; made when asked for."""
+
+    def __init__(self, examples: Examples, reserved: int, start: int, stop: int):
+        self._examples, self._start, self._count = examples, start, stop - start
+        self._no_token = np.zeros(reserved, np.int32)
+        self._no_target = np.full(reserved, IGNORE, np.int32)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        tokens = self._examples.tokens[self._start + index]
+        targets = self._examples.targets[self._start + index]
+        return {
+            "tokens": np.concatenate([self._no_token, tokens]),
+            "targets": np.concatenate([self._no_target, targets]),
+        }
 
 
 def _source(examples: Examples, reserved: int) -> grain.MapDataset:
-    """Makes a data set of examples, each with `reserved` tokens of no meaning at its head."""
-    no_token, no_target = np.zeros(reserved, np.int32), np.full(reserved, IGNORE, np.int32)
-    pairs = zip(examples.tokens, examples.targets, strict=True)
-    return grain.MapDataset.source(
-        [
-            {"tokens": np.concatenate([no_token, t]), "targets": np.concatenate([no_target, y])}
-            for t, y in pairs
-        ]
-    )
+    return grain.MapDataset.source(_Source(examples, reserved, 0, len(examples)))
+
+
+class _Mixture(grain.transforms.DatasetSelectionMap):
+    """Which example of which part stands where, by weight.
+
+    An epoch takes ``weight × count`` examples of each part. A part is an endless row of epochs of
+    its own, and the next epoch goes on where this one stopped: each example is shown as often as
+    any other of its part.
+    """
+
+    def __init__(self, parts: Sequence[Part]):
+        self._counts = [max(1, round(part.weight * part.count)) for part in parts]
+        self._ends = list(itertools.accumulate(self._counts))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        epoch, place = divmod(index, len(self))
+        part = bisect.bisect_right(self._ends, place)
+        within = place - (self._ends[part - 1] if part else 0)
+        return part, epoch * self._counts[part] + within
+
+
+def _mixed(examples: Examples, reserved: int, order_seed: int | None) -> grain.MapDataset:
+    """Makes a data set whose epochs show each part as often as its weight says."""
+    starts = [0, *itertools.accumulate(part.count for part in examples.parts)]
+    parts = []
+    for index, (start, stop) in enumerate(itertools.pairwise(starts)):
+        part = grain.MapDataset.source(_Source(examples, reserved, start, stop))
+        if order_seed is not None:
+            seed = int(np.random.SeedSequence([order_seed, index]).generate_state(1)[0])
+            part = part.shuffle(seed)
+        parts.append(part)
+    return grain.MapDataset.select_from_datasets(parts, _Mixture(examples.parts))
+
+
+class _Masking:
+    """Replaces tokens by others, drawn as often as they occur in the data: the noise of Xie et al.
+    2017, Data Noising as Smoothing in Neural Network Language Models. Targets stay."""
+
+    def __init__(self, examples: Examples, share: float, seed: int):
+        self._share, self._special = share, np.array(examples.special, np.int32)
+        rng = np.random.default_rng(seed)
+        drawn = np.concatenate([examples.tokens[i] for i in rng.integers(len(examples), size=1024)])
+        self._pool = drawn[~np.isin(drawn, self._special)]
+        if not len(self._pool):
+            raise JaxtuneError("data.mask_tokens: the examples hold nothing but special tokens")
+
+    def __call__(self, example: Batch, rng: np.random.Generator) -> Batch:
+        tokens = example["tokens"]
+        others = self._pool[rng.integers(len(self._pool), size=len(tokens))]
+        chosen = (rng.random(len(tokens)) < self._share) & ~np.isin(tokens, self._special)
+        return {**example, "tokens": np.where(chosen, others, tokens)}
 
 
 def _padded_row(example: Batch, length: int) -> Batch:
@@ -108,11 +177,12 @@ class Loader:
         shuffle: bool,
         seed: int,
         reserved: int = 0,
+        mask_tokens: float = 0.0,
     ):
         """Starts at the first batch.
 
         Args:
-          examples: one or more.
+          examples: one or more; an epoch shows each as often as the weight of its part says.
           batch_size: B.
           length: of a row without what is reserved for one example.
           packing: several examples to a row, rather than one.
@@ -120,11 +190,14 @@ class Loader:
             the order of the file, which packing keeps but for examples that fill gaps.
           seed: any integer from 0.
           reserved: tokens at the head of each example that a method fills; T is `length` and these.
+          mask_tokens: share of tokens that are replaced, anew in every epoch; never special ones.
 
         Raises:
           JaxtuneError: no examples, or one that is longer than a row.
         """
         _check_lengths(examples, length)
+        weights = [part.weight for part in examples.parts]
+        weighted = any(weight != 1 for weight in weights)
         self._made_from = {
             "data": examples.fingerprint(),
             "batch_size": batch_size,
@@ -134,18 +207,27 @@ class Loader:
             "seed": seed,
             "reserved": reserved,
         }
+        self._made_from |= {"mask_tokens": mask_tokens} if mask_tokens else {}
+        self._made_from |= {"weights": weights} if weighted else {}
         length += reserved
-        dataset = _source(examples, reserved)
         packing_rows, order_seed = batch_size, None
         if shuffle:
             # Grain orders epoch e by seed + e: spread the seeds, or 0 and 1 would share epochs.
             order_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-            dataset = dataset.shuffle(order_seed)
             # No more rows than an epoch fills, or the copies of an example would share rows.
             epoch_rows = (examples.token_count + reserved * len(examples)) // length
             packing_rows = max(batch_size, min(_PACKING_ROWS, epoch_rows))
+        dataset = (
+            _mixed(examples, reserved, order_seed) if weighted else _source(examples, reserved)
+        )
+        if order_seed is not None:
+            dataset = dataset.shuffle(order_seed)
+        dataset = dataset.repeat()
+        if mask_tokens:
+            # By the place in the endless stream, so that each epoch draws anew.
+            dataset = dataset.random_map(_Masking(examples, mask_tokens, seed), seed=seed % 2**32)
         rows = _rows(
-            dataset.repeat().to_iter_dataset(_NO_PREFETCH),
+            dataset.to_iter_dataset(_NO_PREFETCH),
             length=length,
             packing=packing,
             packing_rows=packing_rows,
@@ -176,9 +258,9 @@ class Loader:
         if not isinstance(saved, Mapping) or "iterator" not in state:
             raise JaxtuneError("the saved position in the data is damaged")
         changed = [
-            f"{key} was {_short(saved.get(key))} and is {_short(value)}"
-            for key, value in self._made_from.items()
-            if saved.get(key) != value
+            f"{key} was {_short(saved.get(key))} and is {_short(self._made_from.get(key))}"
+            for key in {**self._made_from, **saved}
+            if saved.get(key) != self._made_from.get(key)
         ]
         if changed:
             raise JaxtuneError(

@@ -6,23 +6,22 @@ that token is to be learnt and `IGNORE` elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
 import numpy as np
 
+from jaxtune.data.messages import Conversation, Message, check_messages, choose_targets, tool_name
 from jaxtune.errors import JaxtuneError, closest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORE = -100
-ROLES = ("system", "user", "assistant", "tool")
 BUILT_IN = Path(__file__).parent / "templates"
-
-Message = Mapping[str, Any]
 
 
 class Tokenized(NamedTuple):
@@ -30,47 +29,6 @@ class Tokenized(NamedTuple):
 
     tokens: Sequence[int]
     labels: Sequence[int]
-
-
-def check_text(value: Any, name: str, place: str) -> str:
-    """Returns `value` if it is a string that can be tokenized; raises naming `place` if not."""
-    if not isinstance(value, str):
-        raise JaxtuneError(f"{place}: {name} must be a string, not {type(value).__name__}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise JaxtuneError(f"{place}: {name} holds half a surrogate pair") from error
-    return value
-
-
-def check_messages(messages: Any, place: str) -> list[dict[str, str]]:
-    """Returns the conversation as ``{"role", "content"}`` turns; raises naming `place`."""
-    if not isinstance(messages, (list, tuple)) or not messages:
-        raise JaxtuneError(f"{place}: messages must be a list of one or more turns")
-    turns = []
-    for index, message in enumerate(messages):
-        name = f"messages[{index}]"
-        if not isinstance(message, Mapping):
-            raise JaxtuneError(f"{place}: {name} must be an object with role and content")
-        given = {key: value for key, value in message.items() if value is not None}
-        for key in ("role", "content"):
-            if key not in given:
-                raise JaxtuneError(f"{place}: {name} has no {key}")
-        if unknown := sorted(set(given) - {"role", "content"}):
-            raise JaxtuneError(
-                f'{place}: {name} has the key "{unknown[0]}"; a turn is role and content alone'
-            )
-        if given["role"] not in ROLES:
-            role = str(given["role"])
-            raise JaxtuneError(
-                f'{place}: {name}.role="{role}" is unknown{closest(role, ROLES)} '
-                f"(known: {', '.join(ROLES)})"
-            )
-        content = check_text(given["content"], f"{name}.content", place)
-        if given["role"] == "assistant" and not content.strip():
-            raise JaxtuneError(f"{place}: {name} is an empty assistant turn")
-        turns.append({"role": given["role"], "content": content})
-    return turns
 
 
 def built_in_templates() -> dict[str, Path]:
@@ -152,25 +110,33 @@ class ChatTemplate:
             # A template may refuse this conversation; whether it takes the real ones shows there.
             return
 
-    def _apply(self, messages: Sequence[Message], generation_prompt: bool) -> str:
-        turns = [dict(message) for message in messages]
+    def _apply(
+        self, messages: Sequence[Message], generation_prompt: bool, tools: list[Any] | None = None
+    ) -> str:
         text = self.tokenizer.apply_chat_template(
-            turns,
+            [dict(message) for message in messages],
             chat_template=self.source or None,
             tokenize=False,
             add_generation_prompt=generation_prompt,
+            tools=tools,
         )
         assert isinstance(text, str)
         return text
 
     def render(
-        self, messages: Sequence[Message], *, generation_prompt: bool = False, place: str = "chat"
+        self,
+        messages: Sequence[Message],
+        *,
+        generation_prompt: bool = False,
+        tools: list[Any] | None = None,
+        place: str = "chat",
     ) -> str:
         """Returns the conversation as text.
 
         Args:
           messages: turns with role and content, one or more.
           generation_prompt: whether to end with the opening of the assistant's next turn.
+          tools: descriptions of functions, for templates that show them.
           place: what to call the conversation in an error.
 
         Raises:
@@ -183,7 +149,14 @@ class ChatTemplate:
                 f"({', '.join(built_in_templates())})"
             )
         try:
-            return self._apply(messages, generation_prompt)
+            try:
+                return self._apply(messages, generation_prompt, tools)
+            except TypeError:
+                # DeepSeek's own templates join arguments to text, others render the object.
+                texts = _with_arguments_as_text(messages)
+                if texts is None:
+                    raise
+                return self._apply(texts, generation_prompt, tools)
         # Any expression of the template may fail in its own way.
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -191,7 +164,13 @@ class ChatTemplate:
                 f"{place}: the chat template refuses the conversation: {reason}"
             ) from error
 
-    def spans(self, messages: Sequence[Message], place: str) -> tuple[str, list[tuple[int, int]]]:
+    def spans(
+        self,
+        messages: Sequence[Message],
+        place: str,
+        learnt: Sequence[int] | None = None,
+        tools: list[Any] | None = None,
+    ) -> tuple[str, list[tuple[int, int]]]:
         """Renders a conversation and finds what the assistant wrote in it.
 
         A turn starts where the generation prompt after the turns before it ends, and ends with the
@@ -201,36 +180,47 @@ class ChatTemplate:
         Args:
           messages: turns as `check_messages` returns them.
           place: what to call the conversation in an error.
+          learnt: which turns are looked for; all of the assistant by default.
+          tools: descriptions of functions, for templates that show them.
 
         Returns:
-          The text, and ``(start, end)`` in characters of every assistant turn.
+          The text, and ``(start, end)`` in characters of every turn looked for.
 
         Raises:
           JaxtuneError: no assistant turn, or the template rewrites turns, so that no rendering of
-            the first turns is a prefix of the whole.
+            the first turns is a prefix of the whole, or leaves tools out.
         """
-        text = self.render(messages, place=place)
-        spans = []
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
+        if learnt is None:
+            learnt = choose_targets(
+                Conversation([*map(dict, messages)], [None] * len(messages)), "all", place
+            )
+        text, spans = self.render(messages, tools=tools, place=place), []
+        for name in map(tool_name, tools or ()):
+            if name not in text:
+                raise JaxtuneError(
+                    f"{place}: the chat template does not show the tool {name}: describe the "
+                    "tools in the system turn, or set data.chat_template to one that does"
+                )
+        for index in learnt:
             if index == 0:
                 raise JaxtuneError(
                     f"{place}: messages[0] is an assistant turn that answers nothing"
                 )
-            before = self.render(messages[:index], place=place)
-            prompt = self.render(messages[:index], generation_prompt=True, place=place)
-            turn = self.render(messages[: index + 1], place=place)
+            prompt = self.render(messages[:index], generation_prompt=True, tools=tools, place=place)
+            last = index + 1 == len(messages)
+            turn = text if last else self.render(messages[: index + 1], tools=tools, place=place)
             if not turn.startswith(prompt):
                 raise _rewrites(place, index, "renders differently from its generation prompt")
             if not text.startswith(turn):
                 raise _rewrites(place, index, "renders differently once other turns follow")
-            written = turn[len(before) :] if turn.startswith(before) else turn[len(prompt) :]
-            if "".join(message["content"].split()) not in "".join(written.split()):
-                raise _rewrites(place, index, "is not rendered whole")
-            spans.append((len(prompt), len(prompt) + self._trimmed(turn[len(prompt) :])))
-        if not spans:
-            raise JaxtuneError(f"{place}: no assistant turn, so nothing to learn")
+            written = turn[len(prompt) :]
+            if not _is_whole(messages[index], written):
+                # The prompt may have opened what the content says itself, such as <think>.
+                before = self.render(messages[:index], tools=tools, place=place)
+                whole = turn.startswith(before) and _is_whole(messages[index], turn[len(before) :])
+                if not whole:
+                    raise _rewrites(place, index, "is not rendered whole")
+            spans.append((len(prompt), len(prompt) + self._trimmed(written)))
         return text, spans
 
     def _trimmed(self, turn: str) -> int:
@@ -249,6 +239,31 @@ class ChatTemplate:
         return tokenize(self.tokenizer, text, spans, add_special_tokens=False)
 
 
+def _with_arguments_as_text(messages: Sequence[Message]) -> list[dict[str, Any]] | None:
+    """Returns the turns with the arguments of calls as JSON text; None where there are no calls."""
+    turns, found = [], False
+    for message in messages:
+        turn = dict(message)
+        if calls := turn.get("tool_calls"):
+            found = True
+            turn["tool_calls"] = [
+                {**call, "function": {**call["function"], "arguments": arguments}}
+                for call in calls
+                for arguments in [json.dumps(call["function"]["arguments"], ensure_ascii=False)]
+            ]
+        turns.append(turn)
+    return turns if found else None
+
+
+def _is_whole(message: Message, written: str) -> bool:
+    """Returns whether a rendering has the content and the calls of a turn, but for white space."""
+    parts = [message["content"] or ""]
+    for call in message.get("tool_calls", ()):
+        parts += [call["function"]["name"], *call["function"]["arguments"]]
+    squeezed = "".join(written.split())
+    return all("".join(part.split()) in squeezed for part in parts)
+
+
 def _rewrites(place: str, index: int, what: str) -> JaxtuneError:
     return JaxtuneError(
         f"{place}: the chat template rewrites the conversation: messages[{index}] {what} (some "
@@ -258,6 +273,64 @@ def _rewrites(place: str, index: int, what: str) -> JaxtuneError:
     )
 
 
+class Tokens(NamedTuple):
+    """Token ids, int32[n], and which of them are learnt: ranges ``(first, last + 1)``."""
+
+    ids: np.ndarray
+    learnt: list[tuple[int, int]]
+
+
+def tokenize_batch(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    spans: Sequence[Sequence[tuple[int, int]]],
+    *,
+    add_special_tokens: bool,
+) -> list[Tokens]:
+    """Tokenizes each text once, as a whole; tokens with a character in a span are learnt.
+
+    Args:
+      tokenizer: a fast tokenizer.
+      texts: whole examples.
+      spans: by text, ``(start, end)`` in characters, in order. A token over a span's edge counts
+        as within: left out, an answer's first word would never be learnt after a prompt that ends
+        in a space.
+      add_special_tokens: whether the tokenizer adds those that it adds by itself, such as BOS.
+
+    Returns:
+      By text its ids, int32[n], and the ranges of tokens that are learnt.
+    """
+    backend: Any = tokenizer.backend_tokenizer
+    # A tokenizer.json may ask for either, and silently shorten what is learnt.
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    encodings = backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+    return [
+        Tokens(np.array(encoding.ids, np.int32), [_token_range(encoding, span) for span in marked])
+        for encoding, marked in zip(encodings, spans, strict=True)
+    ]
+
+
+def _token_range(encoding: Any, span: tuple[int, int]) -> tuple[int, int]:
+    """Returns the range of the tokens that have a character of a span."""
+    start, end = span
+    first = last = None
+    while start < end and (first := encoding.char_to_token(start)) is None:
+        start += 1  # a character that belongs to no token
+    while start < end and (last := encoding.char_to_token(end - 1)) is None:
+        end -= 1
+    if first is None or last is None:
+        return 0, 0
+    # A character may take several tokens, such as the bytes of an emoji; this was its first.
+    while last + 1 < len(encoding) and (chars := encoding.token_to_chars(last + 1)) is not None:
+        if chars[0] >= end:
+            break
+        last += 1
+    return first, last + 1
+
+
 def tokenize(
     tokenizer: PreTrainedTokenizerBase,
     text: str,
@@ -265,31 +338,16 @@ def tokenize(
     *,
     add_special_tokens: bool,
 ) -> Tokenized:
-    """Tokenizes `text` once, as a whole; tokens with a character in a span are labels.
-
-    Args:
-      tokenizer: a fast tokenizer.
-      text: the whole example.
-      spans: ``(start, end)`` in characters. A token over a span's edge counts as within: left out,
-        an answer's first word would never be learnt after a prompt that ends in a space.
-      add_special_tokens: whether the tokenizer adds those that it adds by itself, such as BOS.
+    """Tokenizes one text as `tokenize_batch` does.
 
     Returns:
       tokens and labels, int[n] each.
     """
-    encoded = tokenizer(
-        text,
-        add_special_tokens=add_special_tokens,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        verbose=False,
-    )
-    tokens = encoded["input_ids"]
-    starts, ends = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
-    learnt = np.zeros(len(tokens), bool)
-    for start, end in spans:
-        learnt |= (starts < end) & (ends > start) & (ends > starts)
-    return Tokenized(tokens, np.where(learnt, tokens, IGNORE).tolist())
+    (tokens,) = tokenize_batch(tokenizer, [text], [spans], add_special_tokens=add_special_tokens)
+    labels = np.full(len(tokens.ids), IGNORE, np.int32)
+    for first, last in tokens.learnt:
+        labels[first:last] = tokens.ids[first:last]
+    return Tokenized(tokens.ids.tolist(), labels.tolist())
 
 
 def encode_prompt(

@@ -17,7 +17,7 @@ from jaxtune.data import Examples
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.tree import merge
 from jaxtune.training.run import RunDirectory
-from jaxtune.training.train import bind_evaluation, read_examples
+from jaxtune.training.train import bind_evaluation, data_reader
 from jaxtune.training.trained import Trained, load_trained
 
 
@@ -27,7 +27,7 @@ def evaluate(run: RunDirectory, adapter: str = "best", data: str = "") -> dict[s
     Args:
       run: a run that has saved something, or any run for the base model alone.
       adapter: "best", "last", or "none" for the base model.
-      data: examples in any form that ``data.eval`` takes; empty: the run's ``data.eval``.
+      data: examples in any form that ``data.eval`` takes; empty: what the run holds out.
 
     Returns:
       ``loss`` (mean over target tokens, nats), ``perplexity``, ``token_accuracy`` (share of
@@ -38,7 +38,7 @@ def evaluate(run: RunDirectory, adapter: str = "best", data: str = "") -> dict[s
       JaxtuneError: no examples, or nothing saved yet.
     """
     config = run.read_config()
-    source, examples = _open(run, config, data or config.data.eval)
+    source, examples = _open(run, config, data)
     scores = _score(load_trained(run, config, source, adapter), examples)
     return {"loss": scores["loss"], "perplexity": math.exp(scores["loss"]), **scores}
 
@@ -58,7 +58,7 @@ def merge_losses(run: RunDirectory, adapter: str, quantized: Path) -> dict[str, 
       run (``merged``), and of the checkpoint (``merged_quantized``).
     """
     config = run.read_config()
-    source, examples = _open(run, config, config.data.eval)
+    source, examples = _open(run, config)
     trained = load_trained(run, config, source, adapter)
     definition, parts = trained.setup.definition, trained.parts
     trees = parts.base, parts.trainable, parts.constants
@@ -76,11 +76,13 @@ def merge_losses(run: RunDirectory, adapter: str, quantized: Path) -> dict[str, 
     return losses | {"merged_quantized": scores["loss"]}
 
 
-def _open(run: RunDirectory, config: Any, data: str) -> tuple[TensorSource, Examples]:
-    """Returns the checkpoint of a run and its examples."""
+def _open(run: RunDirectory, config: Any, data: str = "") -> tuple[TensorSource, Examples]:
+    """Returns the checkpoint of a run and the examples of `data`, or those that it held out."""
     location = huggingface.resolve_path(config.model.path, config.model.revision)
     source = huggingface.open_source(location)
-    examples = read_examples(config, data, source, load_tokenizer(location))
+    reader = data_reader(config, source, load_tokenizer(location))
+    data = data or config.data.eval
+    examples = reader.read(data) if data else reader.splits().held_out
     if examples is None:
         raise JaxtuneError(f"{run.path}: data.eval is empty: name the examples with --data FILE")
     return source, examples

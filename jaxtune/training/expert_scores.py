@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -83,14 +82,9 @@ def score_experts(config: Any, source: TensorSource, examples: Examples) -> Expe
 def take_sample(examples: Examples, tokens: int, seed: int) -> Examples:
     """Draws whole examples at random until they have so many tokens, or there are no more."""
     order = np.random.default_rng(seed).permutation(len(examples))
-    sizes = np.cumsum([len(examples.tokens[i]) for i in order])
+    sizes = np.cumsum(examples.lengths[order])
     kept = sorted(order[: int(np.searchsorted(sizes, tokens)) + 1].tolist())
-    return dataclasses.replace(
-        examples,
-        tokens=[examples.tokens[i] for i in kept],
-        targets=[examples.targets[i] for i in kept],
-        places=[examples.places[i] for i in kept],
-    )
+    return examples.select(kept)
 
 
 def summarize(scores: ExpertScores, section: Any) -> str:

@@ -130,7 +130,7 @@ def set_up(
     rows = training.batch_size // training.accumulation
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
     parts = {"rows per micro-batch (training.batch_size / training.accumulation)": rows}
-    if config.data.eval:
+    if config.data.eval or config.data.eval_split:
         held_out = config.evaluation.batch_size
         parts["rows per evaluation batch (evaluation.batch_size)"] = held_out
     for what, count in parts.items():

@@ -23,7 +23,7 @@ from jaxtune.checkpoints.orbax import Checkpoints
 from jaxtune.checkpoints.peft import read_adapter, write_adapter_files
 from jaxtune.checkpoints.source import TensorSource
 from jaxtune.checkpoints.tokenizer import load_tokenizer
-from jaxtune.data import Examples, Loader, eval_batches, load_examples
+from jaxtune.data import DataReader, Examples, Loader, Splits, eval_batches
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.bits import as_bits
 from jaxtune.layers.tree import Tree
@@ -57,13 +57,12 @@ def train(config: Any, workdir: str | Path) -> RunDirectory:
         location = huggingface.resolve_path(config.model.path, config.model.revision)
         source = huggingface.open_source(location)
         tokenizer = load_tokenizer(location)
-        read = functools.cache(lambda: training_examples(config, source, tokenizer))
+        read = functools.cache(lambda: data_reader(config, source, tokenizer).splits())
         method, stored = choose_method(config)
         method = method.with_scores(lambda: _expert_scores(run, config, source, read))
         setup = set_up(config, source.config, method)
         _log_setup(setup)
-        examples = read()
-        held_out = read_examples(config, config.data.eval, source, tokenizer)
+        examples, held_out = read()
         if stored is None:
             stored = method.start(tokenizer, lambda: source.read("model.embed_tokens.weight"))
         parts = assemble(
@@ -122,11 +121,11 @@ def choose_method(config: Any) -> tuple[Method, Stored | None]:
 
 
 def _expert_scores(
-    run: RunDirectory, config: Any, source: TensorSource, read: Callable[[], Examples]
+    run: RunDirectory, config: Any, source: TensorSource, read: Callable[[], Splits]
 ) -> ExpertScores:
     """Returns the scores of the run that is here, or scores the data of a new one."""
     if not run.expert_scores.is_file():
-        run.write_expert_scores(score_experts(config, source, read()))
+        run.write_expert_scores(score_experts(config, source, read().train))
     return run.read_expert_scores()
 
 
@@ -134,8 +133,8 @@ def score_training_data(config: Any) -> ExpertScores:
     """Scores the experts of a config's model on its training data; see `score_experts`."""
     location = huggingface.resolve_path(config.model.path, config.model.revision)
     source = huggingface.open_source(location)
-    examples = training_examples(config, source, load_tokenizer(location))
-    return score_experts(config, source, examples)
+    splits = data_reader(config, source, load_tokenizer(location)).splits()
+    return score_experts(config, source, splits.train)
 
 
 def _log_setup(setup: Setup) -> None:
@@ -144,42 +143,9 @@ def _log_setup(setup: Setup) -> None:
     logger.info("\n%s", render(census(setup.definition)))
 
 
-def training_examples(config: Any, source: TensorSource, tokenizer: Any) -> Examples:
-    """Loads the training set, tokenized and checked.
-
-    Raises:
-      JaxtuneError: no training set is configured, or an example is not usable.
-    """
-    examples = read_examples(config, config.data.train, source, tokenizer)
-    if examples is None:
-        raise JaxtuneError("data.train is empty: give a JSONL file or a data set's hub id")
-    return examples
-
-
-def read_examples(config: Any, path: str, source: TensorSource, tokenizer: Any) -> Examples | None:
-    """Loads a data set as the ``data`` section says; None for an empty path."""
-    if not path:
-        return None
-    examples = load_examples(
-        path,
-        tokenizer=tokenizer,
-        max_length=config.data.max_length,
-        too_long=config.data.too_long,
-        chat_template=config.data.chat_template,
-        vocab_size=source.config.get("vocab_size"),
-    )
-    logger.info(
-        "%s: %d examples, %d tokens, %d of them targets; %d dropped, %d truncated",
-        path,
-        len(examples),
-        examples.token_count,
-        examples.target_count,
-        examples.dropped,
-        examples.truncated,
-    )
-    if examples.unread:
-        logger.warning("%s: keys that nothing reads: %s", path, ", ".join(examples.unread))
-    return examples
+def data_reader(config: Any, source: TensorSource, tokenizer: Any, **options: Any) -> DataReader:
+    """Returns what reads data as a config says; `options` are those of `DataReader`."""
+    return DataReader(config, tokenizer, source.config.get("vocab_size"), **options)
 
 
 def make_loader(config: Any, examples: Examples, reserved: int = 0) -> Loader:
@@ -192,6 +158,7 @@ def make_loader(config: Any, examples: Examples, reserved: int = 0) -> Loader:
         shuffle=config.data.shuffle,
         seed=config.training.seed,
         reserved=reserved,
+        mask_tokens=config.data.mask_tokens,
     )
 
 

@@ -140,7 +140,7 @@ def test_truncation_that_leaves_no_target_is_refused(jsonl):
         (tokenized([1, True]), "input_ids must be a list of integers"),
         (tokenized("12"), "input_ids must be a list of integers"),
         (tokenized([1, 2], attention_mask=[0, 1]), "leave padding out"),
-        ({"text": "x"}, r"the keys text fit no known form .*messages \(messages\)"),
+        ({"x": "x"}, r"the keys x fit no known form .*messages \(messages\)"),
         ({"prompt": "x", "completions": "y"}, 'did you mean "completion"'),
         ({"prompt": "x", "completion": None}, "the keys prompt fit no known form"),
         ({}, "the keys none fit no known form"),

@@ -9,8 +9,7 @@ import json
 
 import pytest
 
-from jaxtune.data import IGNORE, ChatTemplate, encode_prompt
-from jaxtune.data.examples import load_examples
+from jaxtune.data import IGNORE, ChatTemplate, encode_prompt, load_examples
 from jaxtune.data.template import built_in_templates, read_template
 from jaxtune.errors import JaxtuneError
 

@@ -211,7 +211,7 @@ def test_dropout_is_repeatable_and_differs_between_steps(tiny, tmp_path):
         "evaluation": {"every": 2},
     }
     config = run_config(directory, rows, recipe, **sections)
-    config["data"]["eval"] = str(rows)
+    config["data"] |= {"eval": str(rows), "overlap": "keep"}
     runs = [jaxtune.train(config, tmp_path / name) for name in ("first", "second")]
     losses = [[line["loss"] for line in run.metrics()] for run in runs]
     assert losses[0] == losses[1]

@@ -1,0 +1,324 @@
+"""Rows become tokens and targets: a chunk of rows at a time, here or in a worker process."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from jaxtune.data.formats import FORMATS, Reading, Sample, detect, unread_keys
+from jaxtune.data.read import Row, parse
+from jaxtune.data.sources import Record
+from jaxtune.data.template import IGNORE, ChatTemplate, Tokens, read_template, tokenize_batch
+from jaxtune.errors import JaxtuneError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOO_LONG = ("error", "drop", "truncate", "truncate_start", "windows")
+TARGETS, REASONING, BAD_ROWS = ("all", "last", "marked"), ("keep", "drop"), ("error", "skip")
+PROMPT = "{prompt}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What of a config the tokens and targets of a data set depend on.
+
+    Attributes:
+      max_length: most tokens of an example.
+      too_long: what becomes of a longer one: ``error``, ``drop``, ``truncate`` (its end),
+        ``truncate_start`` or ``windows`` (several examples of at most so many tokens).
+      chat_template: a Jinja file or the name of a built-in template, used in place of the
+        tokenizer's own; empty: its own.
+      vocab_size: token ids are below this; None: unchecked.
+      format: the form of all rows; empty: that which their keys fit.
+      targets: the turns that are learnt: ``all``, ``last`` or ``marked``.
+      reasoning: ``keep`` or ``drop``.
+      prompt_templates: a file with a wording on each line, with ``{prompt}`` in it; empty: none.
+      seed: of the choice among wordings.
+      bad_rows: ``error`` or ``skip``.
+      bad_rows_limit: most rows that may be skipped.
+    """
+
+    max_length: int
+    too_long: str = "error"
+    chat_template: str = ""
+    vocab_size: int | None = None
+    format: str = ""
+    targets: str = "all"
+    reasoning: str = "keep"
+    prompt_templates: str = ""
+    seed: int = 0
+    bad_rows: str = "error"
+    bad_rows_limit: int = 100
+
+    def __post_init__(self) -> None:
+        """Refuses what none of the choices is."""
+        for name, choices in (
+            ("too_long", TOO_LONG),
+            ("targets", TARGETS),
+            ("reasoning", REASONING),
+            ("bad_rows", BAD_ROWS),
+            ("format", ("", *FORMATS)),
+        ):
+            if (value := getattr(self, name)) not in choices:
+                known = ", ".join(filter(None, choices))
+                raise JaxtuneError(f"data.{name} takes one of {known}, not {value!r}")
+
+    def reading(self, tokenizer: PreTrainedTokenizerBase | None) -> Reading:
+        """Returns how rows are read with a tokenizer."""
+        template = None
+        if tokenizer is not None:
+            template = ChatTemplate(tokenizer, read_template(self.chat_template))
+        wordings = read_wordings(self.prompt_templates)
+        return Reading(template, self.targets, self.reasoning, wordings, self.seed)
+
+
+def read_wordings(path: str) -> tuple[str, ...]:
+    """Reads the wordings that prompts are put into: one a line, with ``{prompt}`` in it.
+
+    Raises:
+      JaxtuneError: no such file, or a line without ``{prompt}``.
+    """
+    if not path:
+        return ()
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise JaxtuneError(f"data.prompt_templates={path}: {reason}") from error
+    for number, line in enumerate(lines, 1):
+        if line.strip() and PROMPT not in line:
+            raise JaxtuneError(f"{path}:{number}: a wording needs {PROMPT} in it")
+    wordings = tuple(line.replace("\\n", "\n") for line in lines if line.strip())
+    if not wordings:
+        raise JaxtuneError(f"data.prompt_templates={path}: no wordings")
+    return wordings
+
+
+class Problem(NamedTuple):
+    """A row that gives no example.
+
+    Attributes:
+      place: of the row.
+      message: the whole line, which begins with the place.
+      long: whether it is only too long, which ``data.too_long`` is for.
+    """
+
+    place: str
+    message: str
+    long: bool = False
+
+    @classmethod
+    def of(cls, record: Record, error: JaxtuneError) -> Problem:
+        """Returns the problem of a record: one line, however long and wild what it quotes is."""
+        message = " ".join(str(error).splitlines())
+        return cls(record.place, message if len(message) < 1000 else f"{message[:1000]}…")
+
+    @property
+    def reason(self) -> str:
+        """What is wrong, without the place."""
+        return self.message.removeprefix(f"{self.place}: ")
+
+
+class Chunk(NamedTuple):
+    """The examples of some rows.
+
+    Attributes:
+      tokens: int32[total] of all examples.
+      targets: int32[total].
+      lengths: int64[examples].
+      contents: uint64[examples], a hash of what the row says.
+      files: the beginning of each example's place.
+      numbers: the number in each example's place.
+      problems: rows that gave none.
+      unread: keys that nothing reads.
+      counts: of ``drop``, ``truncate`` (either end) and ``windows``.
+    """
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    lengths: list[int]
+    contents: list[int]
+    files: list[str]
+    numbers: list[int]
+    problems: list[Problem]
+    unread: set[str]
+    counts: dict[str, int]
+
+
+class Encoder:
+    """Tokenizes rows; holds what its worker process needs of the settings."""
+
+    def __init__(self, settings: Settings, tokenizer: PreTrainedTokenizerBase | None):
+        """Checks that the tokenizer, the template and the wordings can be used."""
+        self.settings, self.tokenizer = settings, tokenizer
+        self._reading = settings.reading(tokenizer)
+
+    def form_of(self, record: Record) -> str:
+        """Returns the form that a row has, or an empty string where it has none."""
+        try:
+            return detect(parse(record), self.settings.format)
+        except JaxtuneError:
+            return ""
+
+    def __call__(self, records: Sequence[Record], form: str, first: str) -> Chunk:
+        """Tokenizes some rows.
+
+        Args:
+          records: neighbours.
+          form: that of their source; empty: unknown.
+          first: the place of a row of that form.
+        """
+        chunk = Chunk(np.zeros(0), np.zeros(0), [], [], [], [], [], set(), {})
+        kept: list[tuple[Record, Sample]] = []
+        for record in records:
+            try:
+                row = parse(record)
+                kept.append((record, self._sample(row, form, first)))
+                chunk.unread.update(unread_keys(row, form))
+            except JaxtuneError as error:
+                chunk.problems.append(Problem.of(record, error))
+        tokens: list[np.ndarray] = []
+        targets: list[np.ndarray] = []
+        samples = [sample for _, sample in kept]
+        for (record, sample), encoded in zip(kept, self._tokenize(samples), strict=True):
+            place = record.place
+            try:
+                self._check_ids(*encoded, place)
+                pieces = self._fit(*encoded, place, chunk.counts)
+            except _OverLong as error:
+                chunk.problems.append(Problem.of(record, error)._replace(long=True))
+                continue
+            except JaxtuneError as error:
+                chunk.problems.append(Problem.of(record, error))
+                continue
+            content = int.from_bytes(
+                hashlib.blake2b(sample.content, digest_size=8).digest(), "little"
+            )
+            for piece_tokens, piece_targets in pieces:
+                tokens.append(piece_tokens)
+                targets.append(piece_targets)
+                chunk.lengths.append(len(piece_tokens))
+                chunk.contents.append(content)
+                chunk.files.append(record.file)
+                chunk.numbers.append(record.number)
+        return chunk._replace(tokens=_joined(tokens), targets=_joined(targets))
+
+    def _sample(self, row: Row, form: str, first: str) -> Sample:
+        found = detect(row, self.settings.format)
+        if found != form:
+            raise JaxtuneError(f"{row.place}: a row of {found} where {first} is of {form}")
+        return FORMATS[form].read(row, self._reading)
+
+    def _tokenize(self, samples: Sequence[Sample]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Gives int64[n] tokens and labels by sample; those of one source are of one kind."""
+        texts = [sample for sample in samples if sample.tokens is None]
+        batches: dict[bool, Iterator[Tokens]] = {}
+        for ends in (False, True):
+            chosen = [sample for sample in texts if sample.ends is ends]
+            if chosen:
+                assert self.tokenizer is not None  # a reader of text has refused the row
+                encoded = tokenize_batch(
+                    self.tokenizer,
+                    [sample.text for sample in chosen],
+                    [sample.spans for sample in chosen],
+                    add_special_tokens=ends,
+                )
+                batches[ends] = iter(encoded)
+        for sample in samples:
+            if sample.tokens is not None:
+                tokens, labels = (_array(ids) for ids in sample.tokens)
+            else:
+                ids, learnt = next(batches[sample.ends])
+                tokens, labels = ids, np.full(len(ids), IGNORE, np.int32)
+                for start, end in learnt:
+                    labels[start:end] = ids[start:end]
+                if sample.ends:
+                    tokens, labels = self._ended(tokens, labels)
+            yield tokens, labels
+
+    def _ended(self, tokens: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Puts EOS behind a text that has none, and makes it a label."""
+        end = getattr(self.tokenizer, "eos_token_id", None)
+        assert isinstance(end, int)  # a reader of text has refused the row
+        if not len(tokens) or tokens[-1] != end:
+            tokens, labels = (np.append(ids, np.int32(end)) for ids in (tokens, labels))
+        labels[-1] = end  # also where the tokenizer itself ends every text with EOS
+        return tokens, labels
+
+    def _check_ids(self, tokens: np.ndarray, labels: np.ndarray, place: str) -> None:
+        limit = self.settings.vocab_size or 2**31
+        for name, ids in (("input_ids", tokens), ("labels", labels[labels != IGNORE])):
+            outside = (ids < 0) | (ids >= limit)
+            if outside.any():
+                raise JaxtuneError(
+                    f"{place}: {name} holds {ids[outside][0]}, and the vocabulary has ids 0 to "
+                    f"{limit - 1}"
+                )
+
+    def _fit(
+        self, tokens: np.ndarray, labels: np.ndarray, place: str, counts: dict[str, int]
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Returns the examples that a row makes: tokens and targets, int32[n], n ≤ max_length."""
+        limit, too_long = self.settings.max_length, self.settings.too_long
+        targets = np.full(len(tokens), IGNORE, np.int32)
+        targets[:-1] = labels[1:]
+        tokens, cut = tokens.astype(np.int32), len(tokens) > limit
+        if cut and too_long == "error":
+            raise _OverLong(
+                f"{place}: {len(tokens)} tokens, and data.max_length is {limit}: raise it, or set "
+                f"data.too_long to {', '.join(TOO_LONG[1:-1])} or {TOO_LONG[-1]}"
+            )
+        pieces = _cut(tokens, targets, limit, too_long) if cut else [(tokens, targets)]
+        kept = [piece for piece in pieces if (piece[1] != IGNORE).any()]
+        if pieces and not kept:
+            where = f" within data.max_length={limit} tokens" if cut else ", so nothing to learn"
+            raise JaxtuneError(f"{place}: no target{where}")
+        if cut:
+            kind = "truncate" if too_long.startswith("truncate") else too_long
+            counts[kind] = counts.get(kind, 0) + (len(kept) if kind == "windows" else 1)
+        return kept
+
+
+def _cut(
+    tokens: np.ndarray, targets: np.ndarray, limit: int, too_long: str
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns what of a longer row is left: pieces of at most `limit` tokens, int32[n] each."""
+    if too_long == "drop":
+        return []
+    if too_long == "truncate":
+        # What the last token would predict is cut off.
+        return [(tokens[:limit], np.append(targets[: limit - 1], np.int32(IGNORE)))]
+    if too_long == "truncate_start":
+        return [(tokens[-limit:], targets[-limit:])]
+    # The last token of a window predicts the first of the next: every target is in one of them.
+    starts = range(0, len(tokens), limit)
+    return [(tokens[i : i + limit], targets[i : i + limit]) for i in starts]
+
+
+class _OverLong(JaxtuneError):
+    """An example of more than max_length tokens where that is an error."""
+
+
+def _array(ids: Sequence[int]) -> np.ndarray:
+    """Returns int64[n]; or object[n] where an id does not fit, for the check to name."""
+    try:
+        return np.array(ids, np.int64)
+    except OverflowError:
+        return np.array(ids, object)
+
+
+def _joined(arrays: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(arrays) if arrays else np.zeros(0, np.int32)
+
+
+def settings_from(section: Any, *, seed: int, vocab_size: int | None) -> Settings:
+    """Returns the settings that the ``data`` section of a config makes."""
+    fields = {field.name for field in dataclasses.fields(Settings)} - {"seed", "vocab_size"}
+    values = {name: section[name] for name in fields}
+    return Settings(**values, seed=seed, vocab_size=vocab_size)

@@ -1,0 +1,317 @@
+"""Whole data sets: rows in, examples on disk out, kept for the next run where one asks for it."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from jaxtune.data.encode import Chunk, Encoder, Problem, Settings
+from jaxtune.data.examples import META, Examples, Writer, open_examples
+from jaxtune.data.sources import Record, Source, find_sources
+from jaxtune.errors import JaxtuneError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+# Goes up with every change of what rows become, so that older files are not used.
+CACHE_VERSION = 1
+_SECONDS_BEFORE_PROGRESS = 2.0
+_CHUNK_ROWS, _CHUNK_BYTES = 128, 2**20
+_Chunks = Iterator[tuple[list[Record], str, str]]
+
+
+def load_examples(
+    source: str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
+    revision: str | None = None,
+    progress: bool = True,
+    cache: str | Path | None = None,
+    keep: bool = False,
+    workers: int = 1,
+    problems: list[Problem] | None = None,
+    settings: Settings | None = None,
+    **changes: Any,
+) -> Examples:
+    """Reads, renders and tokenizes a whole data set.
+
+    Args:
+      source: what `find_sources` takes.
+      tokenizer: a fast tokenizer; None where every row is input_ids + labels.
+      revision: commit, tag or branch of hub ids.
+      progress: whether to show a bar on a terminal once it takes over two seconds.
+      cache: the directory of prepared data sets, of which that of this content, tokenizer and
+        these settings is used if it is there; None: none is.
+      keep: whether to leave the data set there for the next time.
+      workers: processes that tokenize; 1: this one.
+      problems: takes the rows that give no example, none of which is an error then.
+      settings: what the tokens depend on; by default what `changes` make.
+      changes: fields of `Settings`.
+
+    Raises:
+      JaxtuneError: a row that cannot be read or rendered, has nothing to learn, is too long or
+        holds ids outside the vocabulary; the message names the row. Or there is nothing left.
+    """
+    settings = dataclasses.replace(settings, **changes) if settings else Settings(**changes)
+    sources = find_sources(source, revision=revision)
+    encoder = Encoder(settings, tokenizer)
+    weights = [entry.weight for entry in sources]
+    place = Path(cache) / cache_key(sources, settings, tokenizer) if cache else None
+    if place is not None and (place / META).is_file():
+        logger.info("%s: tokenized before, in %s", source, place)
+        try:
+            return open_examples(place, weights)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise JaxtuneError(f"{place}: damaged, remove it: {error}") from error
+    build = _Build(str(source), sources, encoder, progress, problems)
+    if place is None or not keep:
+        # Mapped files outlive their names.
+        with tempfile.TemporaryDirectory(prefix="jaxtune-") as temporary:
+            build.run(Path(temporary), workers)
+            return open_examples(Path(temporary), weights)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=place.parent))
+    try:
+        build.run(temporary, workers)
+        shutil.rmtree(place, ignore_errors=True)  # what was there is not whole
+        with contextlib.suppress(OSError):  # another process has just made the same
+            temporary.rename(place)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return open_examples(place, weights)
+
+
+def default_cache() -> Path:
+    """Returns the directory where prepared data sets are kept unless ``data.cache`` says where."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "jaxtune" / "data"
+
+
+def cache_key(
+    sources: Sequence[Source], settings: Settings, tokenizer: PreTrainedTokenizerBase | None
+) -> str:
+    """Returns a hash of all that the tokens and targets of a data set depend on."""
+    reading = settings.reading(tokenizer)
+    described: dict[str, Any] = dataclasses.asdict(settings) | {
+        "version": CACHE_VERSION,
+        "sources": [(source.name, source.digest()) for source in sources],
+        "wordings": reading.wordings,
+    }
+    if tokenizer is not None and reading.template is not None:
+        backend: Any = tokenizer.backend_tokenizer
+        described |= {
+            "tokenizer": backend.to_str(),
+            "special": [tokenizer.bos_token_id, tokenizer.eos_token_id],
+            "template": reading.template.source or tokenizer.chat_template,
+        }
+    text = json.dumps(described, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+class _Build:
+    """Makes one data set."""
+
+    def __init__(
+        self,
+        name: str,
+        sources: Sequence[Source],
+        encoder: Encoder,
+        progress: bool,
+        problems: list[Problem] | None,
+    ):
+        self._name, self._sources, self._encoder = name, sources, encoder
+        self._progress, self._problems = progress, problems
+        self._rejected: collections.Counter[str] = collections.Counter()
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._unread: set[str] = set()
+        self._files: dict[str, int] = {}
+
+    def run(self, directory: Path, workers: int) -> None:
+        """Writes the examples of all sources into a directory."""
+        writer, parts = Writer(directory), []
+        with _encoding(self._encoder, workers) as encode:
+            for source in self._sources:
+                chunks, found = _chunks(self._shown(source.records(), source.name), self._encoder)
+                count = 0
+                for chunk in encode(chunks):
+                    count += self._add(chunk, writer)
+                form = found[0][0] if found else ""
+                parts.append((source.name, form, count))
+                if count:
+                    logger.info("%s: rows of %s", source.name, form)
+        if not sum(count for _, _, count in parts):
+            self._refuse_nothing()
+        tokenizer = self._encoder.tokenizer
+        special = [] if tokenizer is None else sorted(tokenizer.added_tokens_decoder)
+        writer.finish(
+            {
+                "files": list(self._files),
+                "parts": parts,
+                "dropped": self._counts["drop"],
+                "truncated": self._counts["truncate"],
+                "windows": self._counts["windows"],
+                "unread": sorted(self._unread),
+                "rejected": self._rejected,
+                "special": special,
+            }
+        )
+
+    def _add(self, chunk: Chunk, writer: Writer) -> int:
+        for problem in chunk.problems:
+            self._meet(problem)
+        self._counts.update(chunk.counts)
+        self._unread |= chunk.unread
+        ids = [self._files.setdefault(file, len(self._files)) for file in chunk.files]
+        writer.add(
+            chunk.tokens,
+            chunk.targets,
+            lengths=np.array(chunk.lengths, np.int64),
+            contents=np.array(chunk.contents, np.uint64),
+            file_ids=np.array(ids, np.int32),
+            numbers=np.array(chunk.numbers, np.int64),
+        )
+        return len(chunk.lengths)
+
+    def _meet(self, problem: Problem) -> None:
+        settings = self._encoder.settings
+        self._rejected[problem.reason] += 1
+        if self._problems is not None:
+            self._problems.append(problem)
+            return
+        if settings.bad_rows == "error" or problem.long:
+            raise JaxtuneError(problem.message)
+        if self._rejected.total() > settings.bad_rows_limit:
+            raise JaxtuneError(
+                f"{problem.message} (data.bad_rows=skip, and more than "
+                f"data.bad_rows_limit={settings.bad_rows_limit} rows are bad)"
+            )
+        logger.warning("skipped: %s", problem.message)
+
+    def _refuse_nothing(self) -> None:
+        settings, dropped, rejected = self._encoder.settings, self._counts["drop"], self._rejected
+        why = ""
+        if dropped:
+            limit = settings.max_length
+            why = f": all {dropped} are over data.max_length={limit} and were dropped"
+        elif rejected:
+            why = f": all {rejected.total()} rows are bad, such as: {next(iter(rejected))}"
+        raise JaxtuneError(f"{self._name}: no examples{why}")
+
+    def _shown(self, records: Iterator[Record], name: str) -> Iterator[Record]:
+        """Passes rows on; counts them on a terminal once that takes long."""
+        console = Console(stderr=True)
+        if not (self._progress and console.is_terminal):
+            yield from records
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:,} rows"),
+            TimeElapsedColumn(),
+        )
+        begin, bar = time.monotonic(), Progress(*columns, console=console, transient=True)
+        with contextlib.ExitStack() as stack:
+            task, showing = bar.add_task(f"reading {name}", total=None), False
+            for record in records:
+                if not showing and time.monotonic() - begin > _SECONDS_BEFORE_PROGRESS:
+                    stack.enter_context(bar)
+                    showing = True
+                bar.advance(task)
+                yield record
+
+
+def _chunks(records: Iterator[Record], encoder: Encoder) -> tuple[_Chunks, list[tuple[str, str]]]:
+    """Cuts rows into chunks of bounded size, each with the form of the source and a row of it.
+
+    Returns:
+      The chunks, and a list that takes the form and the place of the first row that has one.
+    """
+    found: list[tuple[str, str]] = []
+
+    def chunk(rows: list[Record]) -> tuple[list[Record], str, str]:
+        return (rows, *found[0]) if found else (rows, "", "")
+
+    def cut() -> _Chunks:
+        rows: list[Record] = []
+        size = 0
+        for record in records:
+            if not found and (form := encoder.form_of(record)):
+                found.append((form, record.place))
+            rows.append(record)
+            size += len(record.content) if isinstance(record.content, bytes) else 4096
+            if len(rows) == _CHUNK_ROWS or size > _CHUNK_BYTES:
+                yield chunk(rows)
+                rows, size = [], 0
+        if rows:
+            yield chunk(rows)
+
+    return cut(), found
+
+
+_encoder: Encoder | None = None  # of a worker process
+
+
+def _start_worker(encoder: Encoder) -> None:
+    global _encoder
+    _encoder = encoder
+    # There are as many processes as there is work for; threads in each would get in the way.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _encode_in_worker(*arguments: Any) -> Chunk:
+    assert _encoder is not None
+    return _encoder(*arguments)
+
+
+@contextlib.contextmanager
+def _encoding(encoder: Encoder, workers: int) -> Iterator[Callable[[_Chunks], Iterator[Chunk]]]:
+    """Gives what tokenizes chunks in order, in this process or in several."""
+    pool: concurrent.futures.Executor
+    work: Callable[..., Chunk]
+    if workers <= 1:
+        # The tokenizer lets go of Python's lock: one thread renders while it works for the other.
+        pool, work, waiting_most = concurrent.futures.ThreadPoolExecutor(2), encoder, 2
+    else:
+        pool = concurrent.futures.ProcessPoolExecutor(
+            workers,
+            # A forked process would inherit the locks of this one's threads.
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_start_worker,
+            initargs=(encoder,),
+        )
+        work, waiting_most = _encode_in_worker, 2 * workers
+
+    def encode(chunks: _Chunks) -> Iterator[Chunk]:
+        waiting: collections.deque[concurrent.futures.Future[Chunk]] = collections.deque()
+        for chunk in chunks:
+            waiting.append(pool.submit(work, *chunk))
+            # No more wait than this, or memory would follow the size of the files.
+            if len(waiting) > waiting_most:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    try:
+        yield encode
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,165 @@
+"""What is in a data set, for people: its numbers, and its examples with their targets shown."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.text import Text
+
+from jaxtune.data.encode import Problem
+from jaxtune.data.examples import Examples
+from jaxtune.data.template import IGNORE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BARS, _BAR_WIDTH = 10, 40
+_BATCHES = 64  # whose filling is measured at most
+LEARNT, GIVEN = "bold green", "dim"
+
+
+def statistics(
+    examples: Examples,
+    problems: Sequence[Problem] = (),
+    batches: Iterator[Mapping[str, np.ndarray]] | None = None,
+) -> dict[str, Any]:
+    """Returns the numbers of a data set, fit for JSON.
+
+    Args:
+      examples: one or more.
+      problems: its rows that give no example.
+      batches: int32[B, T] arrays by name, as the loader gives them, to measure how full they are.
+    """
+    lengths = examples.lengths
+    low, middle, high = np.percentile(lengths, [5, 50, 95])
+    reasons: dict[str, dict[str, Any]] = {}
+    for problem in problems:
+        # One reason, whatever the numbers and the names in it.
+        entry = reasons.setdefault(
+            re.sub(r"\d+", "N", problem.reason), {"rows": 0, "first": problem.message}
+        )
+        entry["rows"] += 1
+    numbers: dict[str, Any] = {
+        "sources": [part._asdict() for part in examples.parts],
+        "examples": len(examples),
+        "tokens": examples.token_count,
+        "targets": examples.target_count,
+        "lengths": {
+            "shortest": int(lengths.min()),
+            "5%": float(low),
+            "median": float(middle),
+            "95%": float(high),
+            "longest": int(lengths.max()),
+        },
+        "histogram": _histogram(lengths),
+        "duplicates": examples.duplicates,
+        "dropped": examples.dropped,
+        "truncated": examples.truncated,
+        "windows": examples.windows,
+        "unread": list(examples.unread),
+        "rejected": reasons,
+    }
+    if batches is not None:
+        numbers["packing_efficiency"] = packing_efficiency(batches, examples.token_count)
+    return numbers
+
+
+def packing_efficiency(batches: Iterator[Mapping[str, np.ndarray]], tokens: int) -> float:
+    """Returns the share of positions that hold a token, over an epoch or its first batches.
+
+    Args:
+      batches: int32[B, T] arrays by name.
+      tokens: of an epoch.
+    """
+    filled = positions = 0
+    for batch in itertools.islice(batches, _BATCHES):
+        filled += int(np.count_nonzero(batch["segment_ids"]))
+        positions += batch["segment_ids"].size
+        if filled >= tokens:
+            break
+    return filled / positions
+
+
+def _histogram(lengths: np.ndarray) -> list[dict[str, int]]:
+    counts, edges = np.histogram(lengths, bins=_BARS, range=(0, int(lengths.max()) + 1))
+    return [
+        {"from": int(np.ceil(start)), "below": int(np.ceil(stop)), "examples": int(count)}
+        for count, (start, stop) in zip(counts, itertools.pairwise(edges), strict=True)
+    ]
+
+
+def render_statistics(name: str, numbers: Mapping[str, Any]) -> str:
+    """Returns what `statistics` gives, as text."""
+    lines = [f"{name}"]
+    for source in numbers["sources"]:
+        weight = "" if source["weight"] == 1 else f", weight {source['weight']:g}"
+        lines.append(f"  {source['name']}: {source['count']:,} of {source['form']}{weight}")
+    share = numbers["targets"] / numbers["tokens"]
+    lines.append(f"  examples      {numbers['examples']:>12,}")
+    lines.append(f"  tokens        {numbers['tokens']:>12,}")
+    lines.append(f"  targets       {numbers['targets']:>12,}  ({share:.1%} of the tokens)")
+    if "packing_efficiency" in numbers:
+        lines.append(f"  rows filled   {numbers['packing_efficiency']:>12.1%}")
+    for key in ("duplicates", "dropped", "truncated", "windows"):
+        lines.append(f"  {key:<14}{numbers[key]:>12,}")
+    if "held_out_too" in numbers:
+        lines.append(f"  held out too  {numbers['held_out_too']:>12,}")
+    if numbers["unread"]:
+        lines.append(f"  keys that nothing reads: {', '.join(numbers['unread'])}")
+    lengths = ", ".join(f"{key} {value:g}" for key, value in numbers["lengths"].items())
+    lines.append(f"  lengths: {lengths}")
+    highest = max(bar["examples"] for bar in numbers["histogram"])
+    for bar in numbers["histogram"]:
+        filled = "█" * -(-bar["examples"] * _BAR_WIDTH // highest)
+        lines.append(f"  {bar['from']:>8,} – {bar['below'] - 1:<8,} {bar['examples']:>9,} {filled}")
+    if numbers["rejected"]:
+        lines.append("  rejected rows")
+        order = sorted(numbers["rejected"].items(), key=lambda item: -item[1]["rows"])
+        lines += [f"  {entry['rows']:>8,}  such as {entry['first']}" for _, entry in order]
+    return "\n".join(lines)
+
+
+def show_example(
+    examples: Examples, index: int, tokenizer: PreTrainedTokenizerBase | None, *, marks: bool
+) -> Text:
+    """Returns one example as text in which what is learnt stands out.
+
+    Args:
+      examples: some.
+      index: of the example.
+      tokenizer: gives the text of tokens; None: their ids are shown.
+      marks: whether what is learnt is put into ⟦ ⟧, for where there is no colour.
+    """
+    tokens, targets = examples.tokens[index], examples.targets[index]
+    # A target is the next token.
+    learnt = np.concatenate([[False], targets[:-1] != IGNORE])
+    count = int(np.count_nonzero(targets != IGNORE))
+    text = Text(f"{examples.places[index]}: {len(tokens)} tokens, {count} targets\n")
+    start = 0
+    for target, run in itertools.groupby(learnt):
+        stop = start + sum(1 for _ in run)
+        piece = _text_of(tokens[start:stop].tolist(), tokenizer)
+        text.append(f"⟦{piece}⟧" if marks and target else piece, LEARNT if target else GIVEN)
+        start = stop
+    return text.append("\n")
+
+
+def _text_of(ids: list[int], tokenizer: PreTrainedTokenizerBase | None) -> str:
+    if tokenizer is None:
+        return " ".join(map(str, ids)) + " "
+    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    # A terminal would obey what follows an escape character.
+    return str(text).replace("\x1b", "␛")
+
+
+def count_overlap(train: Examples, held_out: Examples) -> int:
+    """Returns how many training examples are held out too."""
+    if train.contents is None or held_out.contents is None:
+        return 0
+    held = collections.Counter(held_out.contents.tolist())
+    return sum(content in held for content in train.contents.tolist())

@@ -1,0 +1,173 @@
+"""What is trained on and what is held out, with nothing on both sides."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from jaxtune.data.encode import Problem, settings_from
+from jaxtune.data.examples import Examples
+from jaxtune.data.load import default_cache, load_examples
+from jaxtune.errors import JaxtuneError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+class Splits(NamedTuple):
+    """The two sides of a run's data; held_out is None where there is none."""
+
+    train: Examples
+    held_out: Examples | None
+
+
+class DataReader:
+    """Reads data sets as the ``data`` section of a config says."""
+
+    def __init__(
+        self,
+        config: Any,
+        tokenizer: PreTrainedTokenizerBase | None,
+        vocab_size: int | None,
+        *,
+        keep: bool = False,
+        workers: int = 1,
+        problems: list[Problem] | None = None,
+    ):
+        """Takes a resolved config and what reads its rows.
+
+        Args:
+          config: resolved.
+          tokenizer: of the model, if it has one.
+          vocab_size: of the model: token ids are below this.
+          keep: whether to leave what is tokenized in the cache.
+          workers: processes that tokenize.
+          problems: takes rows that give no example, none of which is an error then.
+        """
+        self._section = config.data
+        self.cache = config.data.cache or default_cache()
+        self._settings = settings_from(
+            config.data, seed=config.training.seed, vocab_size=vocab_size
+        )
+        self._options: dict[str, Any] = {
+            "tokenizer": tokenizer,
+            "revision": config.data.revision or None,
+            # Rows that were skipped before are to be told again.
+            "cache": None if problems is not None else self.cache,
+            "keep": keep,
+            "workers": workers,
+            "problems": problems,
+        }
+
+    def read(self, path: str, *, training: bool = False) -> Examples:
+        """Loads one data set and says in the log what is in it.
+
+        Args:
+          path: what ``data.train`` takes.
+          training: whether weights and wordings are for it.
+
+        Raises:
+          JaxtuneError: an example is not usable.
+        """
+        changes = {} if training else {"prompt_templates": ""}
+        examples = load_examples(path, settings=self._settings, **changes, **self._options)
+        if not training and any(part.weight != 1 for part in examples.parts):
+            raise JaxtuneError(f"data.eval={path}: held-out data takes no weights: leave out the @")
+        _log(path, examples)
+        return examples
+
+    def splits(self) -> Splits:
+        """Loads what is trained on and what is held out.
+
+        Raises:
+          JaxtuneError: no training set is configured, both ways of holding out are, an example is
+            not usable, or rows are on both sides.
+        """
+        section = self._section
+        if not section.train:
+            raise JaxtuneError("data.train is empty: give a JSONL file or a data set's hub id")
+        if section.eval and section.eval_split:
+            raise JaxtuneError("data.eval and data.eval_split both hold examples out: choose one")
+        train = self.read(section.train, training=True)
+        if section.eval_split:
+            return hold_out(train, section.eval_split)
+        if not section.eval:
+            return Splits(train, None)
+        held_out = self.read(section.eval)
+        return Splits(_without_overlap(train, held_out, section.overlap), held_out)
+
+
+def hold_out(examples: Examples, amount: float) -> Splits:
+    """Splits examples by what their rows say, so that equal rows are on one side.
+
+    Rows are ordered by a hash of what they say, and the first of them are held out: which ones does
+    not depend on the order of the file, and hardly on what else is in it.
+
+    Args:
+      examples: with their contents.
+      amount: of rows: a number, or below 1 a share. Where the last of them has duplicates, those
+        are held out beside it.
+
+    Raises:
+      JaxtuneError: one side would be empty, or examples do not divide into such a number of rows.
+    """
+    contents = examples.contents
+    assert contents is not None  # whatever was read from rows has them
+    distinct = np.unique(contents)
+    count = round(amount * len(distinct)) if amount < 1 else int(amount)
+    if amount >= 1 and count != amount:
+        raise JaxtuneError(f"data.eval_split={amount:g} is neither a share nor a number of rows")
+    if not 0 < count < len(distinct):
+        raise JaxtuneError(
+            f"data.eval_split={amount:g} holds {count} of {len(distinct)} different rows out: "
+            "both sides need some"
+        )
+    outside = contents <= distinct[count - 1]
+    train, held_out = (examples.select(np.flatnonzero(side)) for side in (~outside, outside))
+    logger.info("held out: %d of %d examples", len(held_out), len(examples))
+    return Splits(train, held_out)
+
+
+def _without_overlap(train: Examples, held_out: Examples, overlap: str) -> Examples:
+    """Returns what may be trained on."""
+    assert train.contents is not None and held_out.contents is not None
+    shared = np.isin(train.contents, held_out.contents)
+    count = int(shared.sum())
+    if not count:
+        return train
+    first = int(np.flatnonzero(shared)[0])
+    other = int(np.flatnonzero(held_out.contents == train.contents[first])[0])
+    what = (
+        f"{count} of {len(train)} training examples are held out too, such as "
+        f"{train.places[first]} and {held_out.places[other]}"
+    )
+    if overlap == "error":
+        raise JaxtuneError(f"{what}: set data.overlap to drop (from data.train) or keep")
+    logger.warning("%s (data.overlap=%s)", what, overlap)
+    if overlap == "keep":
+        return train
+    if count == len(train):
+        raise JaxtuneError(f"{what}: with data.overlap=drop nothing is left to train on")
+    return train.select(np.flatnonzero(~shared))
+
+
+def _log(path: str, examples: Examples) -> None:
+    logger.info(
+        "%s: %d examples, %d tokens, %d of them targets; %d dropped, %d truncated, %d windows of "
+        "longer rows, %d duplicates, %d bad rows skipped",
+        path,
+        len(examples),
+        examples.token_count,
+        examples.target_count,
+        examples.dropped,
+        examples.truncated,
+        examples.windows,
+        examples.duplicates,
+        sum(examples.rejected.values()),
+    )
+    if examples.unread:
+        logger.warning("%s: keys that nothing reads: %s", path, ", ".join(examples.unread))
