@@ -111,6 +111,7 @@ class Run:
             _logger.info("merging into %s weights; quantized, they would stay in %s", dtype, form)
         model, dtype = self.model(adapter), self.config.training.dtype
         written = model.save_pretrained(directory, dtype, quantized=quantized)
+        del model  # there is another of its kind to come
         if (written / REPORT).is_file() and self.config.data.eval:
             losses = merge_losses(self.directory, adapter, written)
             write_report(written, read_report(written) | {"loss": losses})

@@ -234,6 +234,7 @@ def test_a_value_that_is_not_finite_is_named_and_nothing_is_written(tiny, tmp_pa
         ),
         ({"adapter": {"method": "bottleneck"}}, r"--format peft writes AdapterHub's"),
     ],
+    ids=["plain", "virtual tokens", "bottleneck"],
 )
 def test_what_cannot_be_merged_is_refused_before_anything_is_loaded(settings, message, tmp_path):
     with RunDirectory(tmp_path / "run").start(resolve(settings)):

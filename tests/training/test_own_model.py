@@ -26,7 +26,7 @@ METHODS = {
     "esft": {"expert_threshold": 0.5},
     "full": {"freeze": r"model\.layers\.0,model\.embed_tokens"},
 }
-QUICK = {("pissa", "nf4"), ("full", "nf4")}
+QUICK = {("pissa", "nf4")}
 CASES = [
     pytest.param(method, form, marks=() if (method, form) in QUICK else pytest.mark.slow)
     for method in METHODS
