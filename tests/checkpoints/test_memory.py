@@ -143,7 +143,7 @@ def work(what, directory, dtype, to):
     opened = definition, source, _ = open_and_define(directory)
     reads = []
     read = source.read
-    source.read = lambda name: (reads.append(name), read(name))[1]
+    source.read = lambda name, *rows: (reads.append(name), read(name, *rows))[1]
     if what != "load":
         tree, _ = huggingface.load(*opened, progress=False)
     print("ready", flush=True)
