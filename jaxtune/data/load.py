@@ -76,7 +76,9 @@ def load_examples(
     sources = find_sources(source, revision=revision)
     encoder = Encoder(settings, tokenizer)
     weights = [entry.weight for entry in sources]
-    place = Path(cache) / cache_key(sources, settings, tokenizer) if cache else None
+    place = None
+    if cache:
+        place = Path(cache).expanduser() / cache_key(sources, settings, tokenizer)
     if place is not None and (place / META).is_file():
         logger.info("%s: tokenized before, in %s", source, place)
         try:

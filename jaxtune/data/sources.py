@@ -79,18 +79,23 @@ def find_sources(text: str | Path, *, revision: str | None = None) -> list[Sourc
     whole = str(text)
     if not whole.strip():
         raise JaxtuneError("no data: set data.train to a JSONL file or a data set's hub id")
-    entries = [whole] if Path(whole).expanduser().exists() else whole.split(",")
+    entries = [whole] if _exists(whole) else whole.split(",")
     return [_find(entry.strip(), revision) for entry in entries if entry.strip()]
 
 
 def _find(entry: str, revision: str | None) -> Source:
     name, weight = entry, 1.0
-    if (match := _WEIGHTED.fullmatch(entry)) and not Path(entry).expanduser().exists():
+    if (match := _WEIGHTED.fullmatch(entry)) and not _exists(entry):
         name, weight = match["name"], float(match["weight"])
         if weight <= 0:
             raise JaxtuneError(f"{entry}: a weight is above 0; leave the entry out instead")
-    path = Path(name).expanduser()
-    if path.is_file() or path.is_char_device():
+    try:
+        path = Path(name).expanduser()
+        is_file = path.is_file() or path.is_char_device()
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise JaxtuneError(f"{name[:100]}: {reason}") from error
+    if is_file:
         return _files(name, weight, [path])
     if glob.has_magic(name):
         root = Path(path.anchor or ".")
@@ -109,6 +114,14 @@ def _find(entry: str, revision: str | None) -> Source:
     return Source(
         name, weight, lambda: _table_rows(stem, load()), lambda: f"{stem} {load()._fingerprint}"
     )
+
+
+def _exists(name: str) -> bool:
+    try:
+        return Path(name).expanduser().exists()
+    # Too long for a name, a zero byte in it, no home directory of that user.
+    except (OSError, ValueError, RuntimeError):
+        return False
 
 
 def _split_of(source: str) -> tuple[str, str]:

@@ -285,6 +285,19 @@ def test_a_line_without_end_does_not_fill_the_memory(deepseek, tmp_path, monkeyp
     assert examples.places == [f"{path}:2"]
 
 
+def test_sources_may_have_different_forms(deepseek, jsonl):
+    paths = [
+        jsonl(chat("a", "b"), chat("c", "d"), name="chats.jsonl"),
+        jsonl({"text": "e"}, name="texts.jsonl"),
+    ]
+    examples = load(f"{paths[0]},{paths[1]}@0.5", deepseek)
+    assert [tuple(part) for part in examples.parts] == [
+        (str(paths[0]), "messages", 2, 1.0),
+        (str(paths[1]), "text", 1, 0.5),
+    ]
+    assert examples.places == [f"{paths[0]}:1", f"{paths[0]}:2", f"{paths[1]}:1"]
+
+
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
     """A file of 700 rows, several chunks, one of them bad."""

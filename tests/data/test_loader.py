@@ -1,5 +1,8 @@
 """Batches hold every example whole, and a stream goes on exactly where it stood."""
 
+import ast
+import importlib
+import inspect
 import itertools
 import json
 
@@ -7,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxtune.data import IGNORE, Examples, Loader, eval_batches
+from jaxtune.data.report import packing_efficiency
 from jaxtune.errors import JaxtuneError
 
 LENGTH = 24
@@ -118,6 +122,21 @@ def test_packing_fills_rows():
     batches = take(loader(examples), 50)
     filled = np.mean([np.mean(batch["segment_ids"] > 0) for batch in batches])
     assert filled > 0.9  # one example a row fills 0.29
+
+
+def test_packing_fills_rows_of_real_lengths():
+    """Docstrings of Python's own library: a few long ones among many short ones."""
+    lengths = []
+    for name in ("argparse", "collections", "calendar", "inspect", "logging", "random", "typing"):
+        source = inspect.getsource(importlib.import_module(name))
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                lengths.append(len(ast.get_docstring(node) or "") // 4)  # as many tokens, about
+    lengths = [length for length in lengths * 4 if 8 <= length <= 512]
+    tokens = [np.full(length, 7, np.int32) for length in lengths]
+    examples = Examples(tokens, tokens, [f"x:{i}" for i in range(len(tokens))])
+    batches = loader(examples, batch_size=8, length=512)
+    assert packing_efficiency(batches, examples.token_count) > 0.95
 
 
 def test_every_epoch_is_a_new_order_of_all_examples():

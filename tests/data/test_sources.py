@@ -101,6 +101,17 @@ def test_names_with_commas_and_at_signs_are_files_where_they_exist(tmp_path):
         assert len(list(source.records())) == 1
 
 
+def test_a_long_list_and_names_that_no_file_can_have(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [f"part-{index:04d}.jsonl" for index in range(400)]
+    for name in names:
+        (tmp_path / name).write_text('{"text": "x"}\n')
+    assert len(list(read_rows(",".join(names)))) == 400
+    for name in ("x" * 300, "a\0b", "~nobody-of-that-name/x.jsonl"):
+        with pytest.raises(JaxtuneError, match=f"{name[0]}.*: "):
+            list(read_rows(name))
+
+
 def test_a_weight_of_nothing_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text("")
     with pytest.raises(JaxtuneError, match="a weight is above 0"):
