@@ -75,7 +75,7 @@ def fails(capsys, tmp_path):
         (
             ["trian"],
             '"trian" is no command; did you mean "train"? (known: train, eval, generate, export, '
-            "convert, plan, experts, quickstart)",
+            "combine, convert, plan, experts, quickstart)",
         ),
         (
             ["train", "--workdri", "run"],

@@ -81,6 +81,18 @@ Combine = Callable[
 ]
 
 
+class Combination(NamedTuple):
+    """A way to combine adapters.
+
+    Attributes:
+      combine: does it for one module.
+      reads: the fields of `Options` that make a difference to it.
+    """
+
+    combine: Combine
+    reads: tuple[str, ...] = ()
+
+
 def _keep_all(array: np.ndarray, options: Options, generator: Generator) -> np.ndarray:
     del options, generator
     return array
@@ -180,18 +192,36 @@ def _by_edits(prune: Prune, merge: Merge) -> Combine:
     return combine
 
 
-COMBINATIONS: dict[str, Combine] = {
-    "linear": _by_factors(_keep_all, _sum),
-    "cat": _concatenate,
-    "svd": _best_sum,
-    "ties": _by_factors(_keep_largest, _agree),
-    "ties_svd": _by_edits(_keep_largest, _agree),
-    "dare_linear": _by_factors(_drop, _sum),
-    "dare_linear_svd": _by_edits(_drop, _sum),
-    "dare_ties": _by_factors(_drop, _agree),
-    "dare_ties_svd": _by_edits(_drop, _agree),
-    "magnitude_prune": _by_factors(_keep_largest, _sum),
-    "magnitude_prune_svd": _by_edits(_keep_largest, _sum),
+# What each step of pruning or merging reads of `Options`.
+_READS: dict[Prune | Merge, tuple[str, ...]] = {
+    _keep_all: (),
+    _keep_largest: ("density",),
+    _drop: ("density", "seed"),
+    _sum: (),
+    _agree: ("majority",),
+}
+
+
+def _factors(prune: Prune, merge: Merge) -> Combination:
+    return Combination(_by_factors(prune, merge), (*_READS[prune], *_READS[merge]))
+
+
+def _edits(prune: Prune, merge: Merge) -> Combination:
+    return Combination(_by_edits(prune, merge), ("rank", *_READS[prune], *_READS[merge]))
+
+
+COMBINATIONS: dict[str, Combination] = {
+    "linear": _factors(_keep_all, _sum),
+    "cat": Combination(_concatenate),
+    "svd": Combination(_best_sum, ("rank",)),
+    "ties": _factors(_keep_largest, _agree),
+    "ties_svd": _edits(_keep_largest, _agree),
+    "dare_linear": _factors(_drop, _sum),
+    "dare_linear_svd": _edits(_drop, _sum),
+    "dare_ties": _factors(_drop, _agree),
+    "dare_ties_svd": _edits(_drop, _agree),
+    "magnitude_prune": _factors(_keep_largest, _sum),
+    "magnitude_prune_svd": _edits(_keep_largest, _sum),
 }
 
 
@@ -242,7 +272,7 @@ def combine(
     Raises:
       JaxtuneError: no adapter of a name, one that is not LoRA, or an unknown method.
     """
-    way = lookup(COMBINATIONS, method, "combine")
+    way = lookup(COMBINATIONS, method, "combine").combine
     options = Options() if options is None else options
     if not weights:
         raise JaxtuneError("no adapters to combine: name each with its weight")
