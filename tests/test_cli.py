@@ -86,7 +86,7 @@ def fails(capsys, tmp_path):
         (
             ["export", "--workdir", "run", "--format", "mergd", "--to", "out"],
             'jaxtune export: argument --format: "mergd" is unknown; did you mean "merged"? '
-            "(known: peft, merged)",
+            "(known: peft, vllm, merged)",
         ),
         (
             ["eval", "--workdir", "run", "--config.training.steps=3"],

@@ -20,30 +20,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxtune.adapters.linear import PREFIX
-from jaxtune.adapters.lora import Factor, read_settings
 from jaxtune.adapters.method import BASE_COPY, Stored
+from jaxtune.adapters.pairs import Pair, kind_of, pairs_of, plain_config
 from jaxtune.errors import JaxtuneError, lookup
 
 MAJORITIES = ("total", "frequency")
-
-
-class Pair(NamedTuple):
-    """The factors of one module's edit, scale · B A.
-
-    Attributes:
-      lora_A: float32 [r, in].
-      lora_B: float32 [out, r].
-      scale: of their product.
-    """
-
-    lora_A: np.ndarray
-    lora_B: np.ndarray
-    scale: float
-
-    @property
-    def edit(self) -> np.ndarray:
-        """What the weight has added to it, float32 [out, in]."""
-        return np.float32(self.scale) * (self.lora_B @ self.lora_A)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,8 +213,8 @@ def read_pairs(name: str, stored: Stored) -> dict[str, Pair]:
       JaxtuneError: it holds anything but plain LoRA.
     """
     config = stored.config
-    kind = "DoRA" if config.get("use_dora") else config.get("peft_type", "AdapterHub's")
-    if kind != "LORA":
+    kind = kind_of(stored)
+    if kind != "LoRA":
         raise JaxtuneError(f'adapter "{name}" is {kind}: only LoRA adapters can be combined')
     for key in ("modules_to_save", "trainable_token_indices"):
         if config.get(key):
@@ -241,16 +222,7 @@ def read_pairs(name: str, stored: Stored) -> dict[str, Pair]:
                 f'adapter "{name}" has {key}={config[key]!r}, which are whole weights: they cannot '
                 "be combined"
             )
-    settings: dict[str, Factor] = dict(read_settings(stored)["factors"])
-    factors = {
-        (module, which): stored.tensors[f"{PREFIX}{module}.{which}.weight"].astype(np.float32)
-        for module in settings
-        for which in ("lora_A", "lora_B")
-    }
-    return {
-        module: Pair(factors[module, "lora_A"], factors[module, "lora_B"], factor.scale)
-        for module, factor in settings.items()
-    }
+    return pairs_of(stored)
 
 
 def combine(
@@ -321,24 +293,4 @@ def _config(configs: Sequence[Mapping[str, Any]], ranks: Mapping[str, int]) -> d
         "lora_alpha": rank,
         "rank_pattern": others,
         "alpha_pattern": dict(others),
-    }
-
-
-def plain_config(base: str | None, targets: Sequence[str]) -> dict[str, Any]:
-    """Returns adapter_config.json of LoRA without anything else, but for rank and alpha."""
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "target_modules": list(targets),
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "lora_dropout": 0.0,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "bias": "none",
-        "use_rslora": False,
-        "use_dora": False,
-        "init_lora_weights": True,
-        "modules_to_save": None,
     }

@@ -10,11 +10,13 @@ from typing import Any
 import jax
 
 from jaxtune import config as config_module
-from jaxtune.adapters import Method
+from jaxtune.adapters import EXPORTS, Method, Stored
+from jaxtune.adapters.define import define
 from jaxtune.api.loading import load
 from jaxtune.api.model import Model
 from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.assemble import assemble
+from jaxtune.checkpoints.peft import read_adapter
 from jaxtune.checkpoints.replaced import trained
 from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.parallel.mesh import single_device_mesh
@@ -81,6 +83,22 @@ class Run:
           JaxtuneError: nothing has been saved yet, or the run trains every weight.
         """
         return self.directory.adapter(which)
+
+    def adapter(self, which: str = "best", target: str = "peft") -> Stored:
+        """Returns the best or last adapter as another program loads it.
+
+        Args:
+          which: "best" or "last".
+          target: "peft" or "vllm".
+
+        Raises:
+          JaxtuneError: nothing has been saved yet, or something that the program would not load.
+        """
+        export = lookup(EXPORTS, target, "target")
+        settings = self.config.model
+        location = huggingface.resolve_path(settings.path, settings.revision)
+        definition = define(huggingface.open_source(location).config, "float32")
+        return export(read_adapter(self.adapter_directory(which), encoder=True), definition)
 
     def _fully_trained(self, method: Method, options: Mapping[str, Any]) -> Model:
         # One device, whatever the run had: a checkpoint restores onto any mesh.

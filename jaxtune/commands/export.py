@@ -15,9 +15,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         metavar="FORMAT",
-        type=choice("peft", "merged"),
+        type=choice("peft", "vllm", "merged"),
         required=True,
-        help="peft (the adapter) or merged (a Hugging Face checkpoint)",
+        help="peft (the adapter), vllm (a LoRA adapter as vLLM loads it) or merged (a Hugging Face "
+        "checkpoint)",
     )
     parser.add_argument("--to", metavar="DIR", required=True, help="directory to create")
     add_adapter(parser)
@@ -26,14 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
     import jaxtune
-    from jaxtune.checkpoints.peft import read_adapter, write_adapter
+    from jaxtune.checkpoints.peft import write_adapter
 
     check_free(arguments.to)
     run = jaxtune.Run(arguments.workdir)
-    if arguments.format == "peft":
-        written = write_adapter(
-            arguments.to, read_adapter(run.adapter_directory(arguments.adapter), encoder=True)
-        )
-    else:
+    if arguments.format == "merged":
         written = run.model(arguments.adapter).save_pretrained(arguments.to)
+    else:
+        written = write_adapter(arguments.to, run.adapter(arguments.adapter, arguments.format))
     print(f"written: {written}")
