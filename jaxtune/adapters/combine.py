@@ -222,6 +222,10 @@ def read_pairs(name: str, stored: Stored) -> dict[str, Pair]:
                 f'adapter "{name}" has {key}={config[key]!r}, which are whole weights: they cannot '
                 "be combined"
             )
+    if config.get("bias", "none") != "none":
+        raise JaxtuneError(
+            f'adapter "{name}" has bias={config["bias"]!r}: trained biases cannot be combined'
+        )
     return pairs_of(stored)
 
 
