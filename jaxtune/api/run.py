@@ -21,6 +21,7 @@ from jaxtune.checkpoints.replaced import trained
 from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.parallel.mesh import single_device_mesh
 from jaxtune.parallel.rules import MESH_AXES
+from jaxtune.planning.plan import model_config
 from jaxtune.training import train as training
 from jaxtune.training.run import RunDirectory
 from jaxtune.training.setup import set_up
@@ -92,12 +93,11 @@ class Run:
           target: "peft" or "vllm".
 
         Raises:
-          JaxtuneError: nothing has been saved yet, or something that the program would not load.
+          JaxtuneError: nothing has been saved yet, the base's config.json is not there, or
+            something that the program would not load.
         """
         export = lookup(EXPORTS, target, "target")
-        settings = self.config.model
-        location = huggingface.resolve_path(settings.path, settings.revision)
-        definition = define(huggingface.open_source(location).config, "float32")
+        definition = define(model_config(self.config), "float32")
         return export(read_adapter(self.adapter_directory(which), encoder=True), definition)
 
     def _fully_trained(self, method: Method, options: Mapping[str, Any]) -> Model:
