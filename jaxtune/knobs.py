@@ -126,6 +126,12 @@ KNOBS: dict[str, dict[str, Knob]] = {
         "modules_to_save": Knob(
             (), "modules trained and stored whole beside the adapter, such as lm_head", names=True
         ),
+        "bias": Knob(
+            "none",
+            "LoRA and its kin: biases that are trained as well: none, all, or lora_only (those of "
+            "the targets)",
+            choices=("none", "all", "lora_only"),
+        ),
         "new_tokens": Knob(
             0, "how many of the last tokens have their embedding trained", minimum=0
         ),

@@ -75,7 +75,7 @@ def fails(capsys, tmp_path):
         (
             ["trian"],
             '"trian" is no command; did you mean "train"? (known: train, data, eval, generate, '
-            "export, convert, plan, experts, quickstart)",
+            "export, combine, convert, plan, experts, quickstart)",
         ),
         (
             ["train", "--workdri", "run"],
@@ -86,7 +86,7 @@ def fails(capsys, tmp_path):
         (
             ["export", "--workdir", "run", "--format", "mergd", "--to", "out"],
             'jaxtune export: argument --format: "mergd" is unknown; did you mean "merged"? '
-            "(known: peft, merged)",
+            "(known: peft, vllm, merged)",
         ),
         (
             ["eval", "--workdir", "run", "--config.training.steps=3"],

@@ -19,8 +19,11 @@ from jaxtune.adapters import (
     ptuning,
     vera,
 )
+from jaxtune.adapters.fused import fuse
 from jaxtune.adapters.method import Method, Stored, is_adapterhub
+from jaxtune.adapters.vllm import for_vllm
 from jaxtune.errors import lookup
+from jaxtune.models.definition import Definition
 
 METHODS: dict[str, Callable[[Any], Method]] = {
     "lora": lora.from_config,
@@ -53,6 +56,9 @@ PEFT_TYPES: dict[str, Callable[[Stored], Method]] = {
     "PROMPT_TUNING": prompt.from_peft,
     "P_TUNING": ptuning.from_peft,
 }
+
+# How programs load adapters that are not as a run stores them, given the base model.
+EXPORTS: dict[str, Callable[[Stored, Definition], Stored]] = {"peft": fuse, "vllm": for_vllm}
 
 
 def method_from_config(section: Any) -> Method:

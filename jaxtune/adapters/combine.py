@@ -20,30 +20,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxtune.adapters.linear import PREFIX
-from jaxtune.adapters.lora import Factor, read_settings
 from jaxtune.adapters.method import BASE_COPY, Stored
+from jaxtune.adapters.pairs import Pair, kind_of, pairs_of, plain_config
 from jaxtune.errors import JaxtuneError, lookup
 
 MAJORITIES = ("total", "frequency")
-
-
-class Pair(NamedTuple):
-    """The factors of one module's edit, scale · B A.
-
-    Attributes:
-      lora_A: float32 [r, in].
-      lora_B: float32 [out, r].
-      scale: of their product.
-    """
-
-    lora_A: np.ndarray
-    lora_B: np.ndarray
-    scale: float
-
-    @property
-    def edit(self) -> np.ndarray:
-        """What the weight has added to it, float32 [out, in]."""
-        return np.float32(self.scale) * (self.lora_B @ self.lora_A)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +60,18 @@ Merge = Callable[[np.ndarray, np.ndarray, Options], np.ndarray]
 Combine = Callable[
     [Sequence[Pair], Sequence[float], Options, Generator], tuple[np.ndarray, np.ndarray]
 ]
+
+
+class Combination(NamedTuple):
+    """A way to combine adapters.
+
+    Attributes:
+      combine: does it for one module.
+      reads: the fields of `Options` that make a difference to it.
+    """
+
+    combine: Combine
+    reads: tuple[str, ...] = ()
 
 
 def _keep_all(array: np.ndarray, options: Options, generator: Generator) -> np.ndarray:
@@ -180,18 +173,36 @@ def _by_edits(prune: Prune, merge: Merge) -> Combine:
     return combine
 
 
-COMBINATIONS: dict[str, Combine] = {
-    "linear": _by_factors(_keep_all, _sum),
-    "cat": _concatenate,
-    "svd": _best_sum,
-    "ties": _by_factors(_keep_largest, _agree),
-    "ties_svd": _by_edits(_keep_largest, _agree),
-    "dare_linear": _by_factors(_drop, _sum),
-    "dare_linear_svd": _by_edits(_drop, _sum),
-    "dare_ties": _by_factors(_drop, _agree),
-    "dare_ties_svd": _by_edits(_drop, _agree),
-    "magnitude_prune": _by_factors(_keep_largest, _sum),
-    "magnitude_prune_svd": _by_edits(_keep_largest, _sum),
+# What each step of pruning or merging reads of `Options`.
+_READS: dict[Prune | Merge, tuple[str, ...]] = {
+    _keep_all: (),
+    _keep_largest: ("density",),
+    _drop: ("density", "seed"),
+    _sum: (),
+    _agree: ("majority",),
+}
+
+
+def _factors(prune: Prune, merge: Merge) -> Combination:
+    return Combination(_by_factors(prune, merge), (*_READS[prune], *_READS[merge]))
+
+
+def _edits(prune: Prune, merge: Merge) -> Combination:
+    return Combination(_by_edits(prune, merge), ("rank", *_READS[prune], *_READS[merge]))
+
+
+COMBINATIONS: dict[str, Combination] = {
+    "linear": _factors(_keep_all, _sum),
+    "cat": Combination(_concatenate),
+    "svd": Combination(_best_sum, ("rank",)),
+    "ties": _factors(_keep_largest, _agree),
+    "ties_svd": _edits(_keep_largest, _agree),
+    "dare_linear": _factors(_drop, _sum),
+    "dare_linear_svd": _edits(_drop, _sum),
+    "dare_ties": _factors(_drop, _agree),
+    "dare_ties_svd": _edits(_drop, _agree),
+    "magnitude_prune": _factors(_keep_largest, _sum),
+    "magnitude_prune_svd": _edits(_keep_largest, _sum),
 }
 
 
@@ -202,8 +213,8 @@ def read_pairs(name: str, stored: Stored) -> dict[str, Pair]:
       JaxtuneError: it holds anything but plain LoRA.
     """
     config = stored.config
-    kind = "DoRA" if config.get("use_dora") else config.get("peft_type", "AdapterHub's")
-    if kind != "LORA":
+    kind = kind_of(stored)
+    if kind != "LoRA":
         raise JaxtuneError(f'adapter "{name}" is {kind}: only LoRA adapters can be combined')
     for key in ("modules_to_save", "trainable_token_indices"):
         if config.get(key):
@@ -211,16 +222,11 @@ def read_pairs(name: str, stored: Stored) -> dict[str, Pair]:
                 f'adapter "{name}" has {key}={config[key]!r}, which are whole weights: they cannot '
                 "be combined"
             )
-    settings: dict[str, Factor] = dict(read_settings(stored)["factors"])
-    factors = {
-        (module, which): stored.tensors[f"{PREFIX}{module}.{which}.weight"].astype(np.float32)
-        for module in settings
-        for which in ("lora_A", "lora_B")
-    }
-    return {
-        module: Pair(factors[module, "lora_A"], factors[module, "lora_B"], factor.scale)
-        for module, factor in settings.items()
-    }
+    if config.get("bias", "none") != "none":
+        raise JaxtuneError(
+            f'adapter "{name}" has bias={config["bias"]!r}: trained biases cannot be combined'
+        )
+    return pairs_of(stored)
 
 
 def combine(
@@ -242,7 +248,7 @@ def combine(
     Raises:
       JaxtuneError: no adapter of a name, one that is not LoRA, or an unknown method.
     """
-    way = lookup(COMBINATIONS, method, "combine")
+    way = lookup(COMBINATIONS, method, "combine").combine
     options = Options() if options is None else options
     if not weights:
         raise JaxtuneError("no adapters to combine: name each with its weight")
@@ -291,24 +297,4 @@ def _config(configs: Sequence[Mapping[str, Any]], ranks: Mapping[str, int]) -> d
         "lora_alpha": rank,
         "rank_pattern": others,
         "alpha_pattern": dict(others),
-    }
-
-
-def plain_config(base: str | None, targets: Sequence[str]) -> dict[str, Any]:
-    """Returns adapter_config.json of LoRA without anything else, but for rank and alpha."""
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "target_modules": list(targets),
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "lora_dropout": 0.0,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "bias": "none",
-        "use_rslora": False,
-        "use_dora": False,
-        "init_lora_weights": True,
-        "modules_to_save": None,
     }

@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxtune.adapters import tokens
+from jaxtune.adapters import biases, tokens
 from jaxtune.adapters.linear import (
     PREFIX,
     LinearMethod,
     Part,
     SlotAdapter,
+    adapters,
     edit_tensors,
     from_disk,
     peft_config,
@@ -30,8 +31,8 @@ from jaxtune.adapters.linear import (
     shared_settings,
 )
 from jaxtune.adapters.method import Start, Stored
-from jaxtune.adapters.saved import saved_modules
-from jaxtune.adapters.targets import Projection, find_pattern, parse_patterns
+from jaxtune.adapters.saved import saved_arrays, saved_modules
+from jaxtune.adapters.targets import Projection, find_pattern, is_target, parse_patterns
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.decoder import CausalLM
 from jaxtune.layers.linear import Edit, LowRank
@@ -128,6 +129,7 @@ class Lora(LinearMethod):
       rank_pattern: ranks of modules whose path ends with a pattern, in place of `rank`.
       alpha_pattern: alphas of modules whose path ends with a pattern.
       new_tokens: how many of the last tokens have their embedding trained.
+      bias: which biases of the base are trained: "none", "all", or "lora_only" for the targets'.
     """
 
     name: ClassVar[str] = "lora"
@@ -141,6 +143,7 @@ class Lora(LinearMethod):
     rank_pattern: tuple[tuple[str, int], ...] = ()
     alpha_pattern: tuple[tuple[str, float], ...] = ()
     new_tokens: int = 0
+    bias: str = "none"
 
     def choose(self, modules: Mapping[str, Projection]) -> dict[str, Factor]:
         """Returns the rank and alpha of every target, or those that were read from disk."""
@@ -151,12 +154,28 @@ class Lora(LinearMethod):
         alphas = _by_pattern("adapter.alpha_pattern", self.alpha_pattern, names, self.alpha)
         return {n: Factor(int(ranks[n]), float(alphas[n]), self.rslora) for n in names}
 
+    def trains(self, name: str) -> bool:
+        """Says yes to what is stored whole, and to the biases that are asked for."""
+        return super().trains(name) or (biases.is_bias(name) and self._trains_bias(name))
+
+    def _trains_bias(self, name: str) -> bool:
+        if self.bias != "lora_only":
+            return self.bias == "all"
+        module = name.removesuffix(biases.END)
+        if self.factors:
+            return module in dict(self.factors)
+        return is_target(self.targets, self.layers, module)
+
     def attach(self, model: CausalLM) -> None:
         """Fills the slots, the embedding's as well where it has new tokens.
 
         Raises:
-          JaxtuneError: the embedding would be trained twice.
+          JaxtuneError: the embedding would be trained twice, or there is no bias to train.
         """
+        if self.bias != "none" and not biases.check(model, self._trains_bias) and not self.factors:
+            raise JaxtuneError(
+                f"adapter.bias={self.bias}: there is no bias to train in this model; set it to none"
+            )
         super().attach(model)
         if not self.new_tokens:
             return
@@ -182,10 +201,17 @@ class Lora(LinearMethod):
             rows = dict(flatten(trainable))[tokens.PATH]
             stored.tensors[tokens.KEY] = np.asarray(rows, np.float32)
             stored.config[tokens.SETTING] = tokens.indices(definition)
-        return stored
+        if self.bias == "none":
+            return stored
+        edited = [n for _, names, one in adapters(definition) for n in _edited(names, one)]
+        return biases.wrapped(stored, set(edited))
 
     def restore(self, definition: Definition, stored: Stored) -> tuple[Tree, Tree]:
         """Packs PEFT's tensors into stacked arrays."""
+        if self.bias != "none":
+            stored = biases.unwrapped(stored)
+            known = {name for _, names, _ in saved_arrays(definition) for name in names}
+            biases.check_known(stored, known)
         trainable, constants = super().restore(definition, stored)
         if self.new_tokens:
             rows = unflatten({tokens.PATH: tokens.read(definition, stored)})
@@ -205,11 +231,16 @@ class Lora(LinearMethod):
             "lora_dropout": self.dropout,
             "rank_pattern": {n: f.rank for n, f in settings.items() if f.rank != common.rank},
             "alpha_pattern": {n: f.alpha for n, f in settings.items() if f.alpha != common.alpha},
-            "bias": "none",
+            "bias": self.bias,
             "use_rslora": common.rslora,
             "use_dora": False,
             "init_lora_weights": True,
         }
+
+
+def _edited(names: Sequence[str], adapter: SlotAdapter) -> list[str]:
+    """Returns the modules of a run's projection that the method does not leave alone."""
+    return [name for name, one in zip(names, adapter.settings, strict=True) if one is not None]
 
 
 def _by_pattern(
@@ -230,7 +261,6 @@ def _by_pattern(
 
 # Settings of adapter_config.json under which the factors would mean something else.
 _UNSUPPORTED = {
-    "bias": "none",
     "lora_bias": False,
     "fan_in_fan_out": False,
     "target_parameters": None,
@@ -264,6 +294,7 @@ def read_settings(stored: Stored) -> dict[str, Any]:
         "factors": tuple(sorted(factors.items())),
         "modules_to_save": saved_modules(stored),
         "new_tokens": tokens.count_on_disk(stored),
+        "bias": biases.setting(config),
     }
 
 
@@ -272,7 +303,7 @@ def _read_factors(stored: Stored) -> dict[str, Factor]:
     config, factors = stored.config, {}
     needed = ["lora_A.weight", "lora_B.weight"]
     needed += ["lora_magnitude_vector"] if config.get("use_dora") else []
-    others = {key: value for key, value in stored.tensors.items() if key != tokens.KEY}
+    others = {key: value for key, value in biases.without(stored).items() if key != tokens.KEY}
     for key, value in edit_tensors(Stored(config, others), "a LoRA factor"):
         match = _KEY.fullmatch(key)
         dimensions = 2 if key.endswith(".weight") else 1
@@ -333,6 +364,7 @@ def settings_from_config(section: Any) -> dict[str, Any]:
         "targets": tuple(section.targets),
         "rslora": section.rslora,
         "new_tokens": section.new_tokens,
+        "bias": section.bias,
         "rank_pattern": tuple((pattern, int(rank)) for pattern, rank in ranks.items()),
         "alpha_pattern": tuple(alphas.items()),
     }

@@ -76,6 +76,18 @@ def _matches(target: str, name: str, key: str) -> bool:
     return name == target or name.endswith("." + target)
 
 
+def layer_of(name: str) -> int | None:
+    """Returns the layer that a module is in; None where it is in none."""
+    match = _LAYER.match(name)
+    return None if match is None else int(match[1])
+
+
+def is_target(targets: Sequence[str], layers: Collection[int], name: str) -> bool:
+    """Says whether `targets`, in these layers or in all, name a module; see `match_targets`."""
+    inside = not layers or layer_of(name) in layers
+    return inside and any(_matches(target, name, "adapter.targets") for target in targets)
+
+
 def parse_layers(text: str) -> tuple[int, ...]:
     """Reads the layers that ``adapter.layers`` lists, such as ``0,4-7``; empty for all of them.
 
@@ -100,7 +112,7 @@ def in_layers(names: Iterable[str], layers: Collection[int]) -> list[str]:
     names = list(names)
     if not layers:
         return names
-    found = {name: int(match[1]) for name in names if (match := _LAYER.match(name))}
+    found = {name: layer for name in names if (layer := layer_of(name)) is not None}
     for layer in layers:
         if layer not in found.values():
             raise JaxtuneError(

@@ -11,18 +11,21 @@ from typing import Any
 import jax
 
 from jaxtune import config as config_module
-from jaxtune.adapters import Method
+from jaxtune.adapters import EXPORTS, Method, Stored
+from jaxtune.adapters.define import define
 from jaxtune.adapters.merge import check_merges
 from jaxtune.api.loading import load
 from jaxtune.api.model import Model
 from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.assemble import assemble
+from jaxtune.checkpoints.peft import read_adapter
 from jaxtune.checkpoints.replaced import trained
 from jaxtune.checkpoints.requantize import REPORT, read_report, write_report
 from jaxtune.checkpoints.source import TensorSource
 from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.parallel.mesh import single_device_mesh
 from jaxtune.parallel.rules import MESH_AXES
+from jaxtune.planning.plan import model_config
 from jaxtune.training import train as training
 from jaxtune.training.evaluate import merge_losses
 from jaxtune.training.run import RunDirectory
@@ -94,7 +97,7 @@ class Run:
           directory: to create.
           adapter: "best" or "last".
           quantized: writes it in the format of the run's base, with ``merge_report.json`` beside
-            the weights (see `Model.save_pretrained`); where the run has ``data.eval`` the report
+            the weights (see `Model.save_pretrained`); where the run held data out the report
             also has ``loss``, as `jaxtune.training.evaluate.merge_losses` measures it.
 
         Returns:
@@ -112,7 +115,8 @@ class Run:
         model, dtype = self.model(adapter), self.config.training.dtype
         written = model.save_pretrained(directory, dtype, quantized=quantized)
         del model  # there is another of its kind to come
-        if (written / REPORT).is_file() and self.config.data.eval:
+        held_out = self.config.data.eval or self.config.data.eval_split
+        if (written / REPORT).is_file() and held_out:
             losses = merge_losses(self.directory, adapter, written)
             write_report(written, read_report(written) | {"loss": losses})
         return written
@@ -124,6 +128,21 @@ class Run:
           JaxtuneError: nothing has been saved yet, or the run trains every weight.
         """
         return self.directory.adapter(which)
+
+    def adapter(self, which: str = "best", target: str = "peft") -> Stored:
+        """Returns the best or last adapter as another program loads it.
+
+        Args:
+          which: "best" or "last".
+          target: "peft" or "vllm".
+
+        Raises:
+          JaxtuneError: nothing has been saved yet, the base's config.json is not there, or
+            something that the program would not load.
+        """
+        export = lookup(EXPORTS, target, "target")
+        definition = define(model_config(self.config), "float32")
+        return export(read_adapter(self.adapter_directory(which), encoder=True), definition)
 
     def _source(self) -> tuple[Any, Path, TensorSource]:
         """Returns the config on a mesh of one device, whatever the run had, and the checkpoint."""

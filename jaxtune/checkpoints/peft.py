@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxtune.adapters import esft
+from jaxtune.adapters.fused import split
 from jaxtune.adapters.method import Stored, is_adapterhub
 from jaxtune.checkpoints.atomic import new_directory
 from jaxtune.checkpoints.huggingface import read_json
@@ -29,7 +30,7 @@ EXPERTS = "expert_cfg.json"
 
 
 def read_adapter(directory: str | Path, *, encoder: bool = False) -> Stored:
-    """Reads an adapter directory.
+    """Reads an adapter directory; edits of fused experts come as those of each expert.
 
     Args:
       directory: to read.
@@ -48,11 +49,12 @@ def read_adapter(directory: str | Path, *, encoder: bool = False) -> Stored:
             "save the adapter with use_safetensors=True"
         )
     made = encoder and (directory / ENCODER).is_file()
-    return Stored(
+    stored = Stored(
         config,
         read_all(directory / _weights_file(config)),
         read_all(directory / ENCODER) if made else None,
     )
+    return split(stored)
 
 
 def _read_experts(directory: Path) -> Stored:

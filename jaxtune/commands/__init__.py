@@ -11,7 +11,18 @@ import argparse
 from collections.abc import Mapping
 from typing import Protocol
 
-from jaxtune.commands import convert, data, eval, experts, export, generate, plan, quickstart, train
+from jaxtune.commands import (
+    combine,
+    convert,
+    data,
+    eval,
+    experts,
+    export,
+    generate,
+    plan,
+    quickstart,
+    train,
+)
 
 
 class Command(Protocol):
@@ -35,6 +46,7 @@ COMMANDS: Mapping[str, Command] = {
     "eval": eval,
     "generate": generate,
     "export": export,
+    "combine": combine,
     "convert": convert,
     "plan": plan,
     "experts": experts,

@@ -16,9 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         metavar="FORMAT",
-        type=choice("peft", "merged"),
+        type=choice("peft", "vllm", "merged"),
         required=True,
-        help="peft (the adapter) or merged (a Hugging Face checkpoint)",
+        help="peft (the adapter), vllm (a LoRA adapter as vLLM loads it) or merged (a Hugging Face "
+        "checkpoint)",
     )
     parser.add_argument("--to", metavar="DIR", required=True, help="directory to create")
     add_adapter(parser)
@@ -32,18 +33,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
     import jaxtune
-    from jaxtune.checkpoints.peft import read_adapter, write_adapter
+    from jaxtune.checkpoints.peft import write_adapter
     from jaxtune.checkpoints.requantize import print_report
 
     if arguments.quantized and arguments.format != "merged":
         raise JaxtuneError("--quantized goes with --format merged: an adapter has no such format")
     check_free(arguments.to)
     run = jaxtune.Run(arguments.workdir)
-    if arguments.format == "peft":
-        written = write_adapter(
-            arguments.to, read_adapter(run.adapter_directory(arguments.adapter), encoder=True)
-        )
-    else:
+    if arguments.format == "merged":
         written = run.save_merged(arguments.to, arguments.adapter, quantized=arguments.quantized)
         print_report(written)
+    else:
+        written = write_adapter(arguments.to, run.adapter(arguments.adapter, arguments.format))
     print(f"written: {written}")

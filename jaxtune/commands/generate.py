@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import dataclasses
+from typing import TYPE_CHECKING, Any
 
 from jaxtune.commands.arguments import ADAPTER_HELP
+from jaxtune.commands.combination import (
+    add_combination,
+    combines,
+    is_named,
+    named_adapters,
+    read_method,
+    read_weights,
+)
+from jaxtune.errors import JaxtuneError
+
+if TYPE_CHECKING:
+    import jaxtune
 
 SUMMARY = "Answer prompts."
 
@@ -16,8 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--workdir", metavar="DIR", help="the run whose model answers")
     model.add_argument("--model", metavar="PATH", help="a Hugging Face directory, hub id or .gguf")
     parser.add_argument(
-        "--adapter", metavar="WHICH", help=f"{ADAPTER_HELP}; with --model: a PEFT directory"
+        "--adapter",
+        metavar="WHICH",
+        action="append",
+        help=f"{ADAPTER_HELP}; with --model: a PEFT directory, or NAME=DIR, repeated for several",
     )
+    add_combination(parser)
     parser.add_argument("--base-only", action="store_true", help="leave the adapter out")
     parser.add_argument(
         "--prompt", metavar="TEXT", action="append", required=True, help="repeat it for several"
@@ -31,17 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
-    import jaxtune
     from jaxtune.data import encode_prompt
 
-    template = ""
-    if arguments.workdir:
-        run = jaxtune.Run(arguments.workdir)
-        template = run.config.data.chat_template
-        model = run.model("none" if arguments.base_only else arguments.adapter or "best")
-    else:
-        adapter = None if arguments.base_only else arguments.adapter or None
-        model = jaxtune.load(arguments.model, adapter=adapter)
+    model, template = _load(arguments)
     prompts: list[Any] = arguments.prompt
     if not arguments.raw:
         chats = [[{"role": "user", "content": prompt}] for prompt in arguments.prompt]
@@ -57,3 +66,32 @@ def run(arguments: argparse.Namespace) -> None:
         if len(answers) > 1:
             print(f">>> {prompt}")
         print(answer)
+
+
+def _load(arguments: argparse.Namespace) -> tuple[jaxtune.Model, str]:
+    """Returns the model with the adapter that is asked for, and the chat template of its run."""
+    import jaxtune
+
+    entries: list[str] = [] if arguments.base_only else arguments.adapter or []
+    names = [entry for entry in entries if is_named(entry)]
+    if combines(arguments) and (arguments.workdir or not names):
+        raise JaxtuneError(
+            "jaxtune generate: adapters are combined with --model and --adapter NAME=DIR for each"
+        )
+    if arguments.workdir:
+        if len(entries) > 1:
+            raise JaxtuneError("jaxtune generate: --workdir takes one --adapter")
+        run = jaxtune.Run(arguments.workdir)
+        which = "none" if arguments.base_only else (entries or ["best"])[0]
+        return run.model(which), run.config.data.chat_template
+    if len(entries) <= 1 and not names:
+        return jaxtune.load(arguments.model, adapter=entries[0] if entries else None), ""
+    directories = named_adapters(entries)
+    weights = read_weights(arguments.weights, list(directories))
+    method, options = read_method(arguments)
+    chosen = {name: directories[name] for name in weights}
+    model = jaxtune.load(arguments.model, adapters=chosen)
+    # One adapter that is not weighted may be of any method, for nothing is done to it.
+    alone = len(chosen) == 1 and not combines(arguments)
+    choice = next(iter(chosen)) if alone else weights
+    return model.use(choice, method, **dataclasses.asdict(options)), ""

@@ -105,6 +105,17 @@ def test_the_exported_adapter_loads_in_peft(workdir, tiny_chat, tmp_path, capsys
     assert capsys.readouterr().out == f"{expected[0]}\n"
 
 
+def test_the_adapter_for_vllm_has_the_same_edits(workdir, tiny_chat, tmp_path):
+    main(["export", "--workdir", str(workdir), "--format", "vllm", "--to", str(tmp_path / "v")])
+    config = json.loads((tmp_path / "v" / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] and config["r"] % 8 == 0
+    tokens = np.arange(24).reshape(2, 12)
+    trained = np.asarray(jaxtune.Run(workdir).model("best").logits(tokens))
+    loaded = jaxtune.load(tiny_chat, adapter=tmp_path / "v", dtype="float32", progress=False)
+    exported = np.asarray(loaded.logits(tokens))
+    assert np.abs(exported - trained).max() <= TOLERANCE * np.abs(trained).max()
+
+
 def test_the_merged_checkpoint_loads_in_transformers(workdir, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -113,6 +113,52 @@ def test_we_load_an_adapter_of_peft(case, tiny, tmp_path):
     assert_same_logits(torch_logits(again, TOKENS), theirs)
 
 
+def with_other_biases(model):
+    """Gives every bias that PEFT trains another value; returns the logits."""
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if value.requires_grad and name.endswith(".bias"):
+                value.normal_(std=0.5)
+    return torch_logits(model.eval(), TOKENS)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_cross_over_both_ways(bias, tiny, tmp_path):
+    directory = tiny("qwen2")  # with biases of the query, key and value projections
+    torch.manual_seed(0)
+    settings = {"r": 4, "target_modules": ["q_proj", "o_proj"], "bias": bias}
+    config = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **settings)
+    model = get_peft_model(load_torch(directory), config)
+    theirs = with_other_biases(model)
+    model.save_pretrained(tmp_path / "adapter")
+    named = {"biased": tmp_path / "adapter"}
+    ours = jaxtune.load(directory, adapters=named, dtype="float32", progress=False)
+    plain = np.asarray(ours.logits(TOKENS))
+    assert_same_logits(ours.use("biased").logits(TOKENS), theirs)
+    method = method_from_peft(stored := read_adapter(tmp_path / "adapter"))
+    again = method.store(ours.definition, ours.trainable, ours.constants)
+    assert set(again.tensors) == set(stored.tensors) and again.config["bias"] == bias
+    write_adapter(tmp_path / "again", again)
+    loaded = PeftModel.from_pretrained(load_torch(directory), tmp_path / "again").eval()
+    assert_same_logits(torch_logits(loaded, TOKENS), theirs)
+    merged = load_torch(ours.save_pretrained(tmp_path / "merged", dtype="float32"))
+    assert_same_logits(torch_logits(merged, TOKENS), theirs)
+    # Those of the base are not lost.
+    np.testing.assert_array_equal(ours.use(None).logits(TOKENS), plain)
+
+
+def test_biases_that_cannot_be_trained_are_named(tiny, tmp_path):
+    with pytest.raises(jaxtune.JaxtuneError, match=r"adapter\.bias=all: there is no bias"):
+        load_parts(tiny("llama"), Lora(4, 6.0, bias="all"))
+    some = Lora(4, 6.0, targets=("q_proj",), layers=(1,), bias="lora_only")
+    with pytest.raises(
+        jaxtune.JaxtuneError, match=r"layers\.1\.self_attn\.q_proj\.bias is trained"
+    ):
+        load_parts(tiny("qwen2"), some)
+    peft_adapter(tiny("llama"), tmp_path / "none", target_modules=["q_proj"], bias="all")
+    jaxtune.load(tiny("llama"), adapter=tmp_path / "none", dtype="float32", progress=False)
+
+
 @pytest.mark.parametrize("case", ["both-patterns-rslora", "lm-head"])
 def test_transformers_loads_our_merged_model(case, tiny, tmp_path):
     directory = tiny("llama")
@@ -125,7 +171,6 @@ def test_transformers_loads_our_merged_model(case, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("key", "settings"),
     [
-        ("bias", {"bias": "lora_only"}),
         ("lora_bias", {"lora_bias": True}),
     ],
 )

@@ -111,6 +111,24 @@ def test_lora_trains_as_peft_does(tiny, tmp_path):
     assert max(errors.values()) <= FACTORS, errors
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_train_as_those_of_peft_do(bias, tiny, tmp_path):
+    directory, recipe = tiny("qwen2"), Recipe()
+    examples = make_examples(60, longest=LENGTH)
+    rows = write_rows(tmp_path / "rows.jsonl", examples)
+    start = {"init_from": str(tmp_path / "start")}
+    config = run_config(directory, rows, recipe, adapter=start)
+    settings = {"target_modules": ["q_proj", "up_proj"], "bias": bias}
+    model = peft_model(directory, tmp_path / "start", **settings)
+    run = jaxtune.train(config, tmp_path / "run")
+    assert_same_training(run.metrics(), train_torch(model, examples, recipe), recipe)
+    trained = {n: v for n, v in model.named_parameters() if v.requires_grad and "bias" in n}
+    ours = read_adapter(run.adapter_directory("last")).tensors
+    errors = {n: relative(ours[n], v.detach().numpy()) for n, v in trained.items()}
+    assert len(errors) == (9 if bias == "all" else 3) and max(errors.values()) <= FACTORS, errors
+
+
 @pytest.mark.parametrize("model_type", ["llama", pytest.param("qwen3", marks=pytest.mark.slow)])
 def test_full_fine_tuning_trains_as_torch_does(model_type, tiny, tmp_path):
     directory, recipe = tiny(model_type), Recipe(learning_rate=1e-3)

@@ -1,0 +1,43 @@
+"""`jaxtune combine`."""
+
+from __future__ import annotations
+
+import argparse
+
+from jaxtune.commands.arguments import check_free
+from jaxtune.commands.combination import (
+    add_combination,
+    named_adapters,
+    read_method,
+    read_weights,
+)
+
+SUMMARY = "Make one LoRA adapter of several."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's arguments."""
+    parser.add_argument(
+        "--adapter",
+        metavar="NAME=DIR",
+        action="append",
+        required=True,
+        help="a PEFT directory and a name for it; repeat it for each",
+    )
+    add_combination(parser)
+    parser.add_argument("--to", metavar="DIR", required=True, help="directory to create")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Runs the command."""
+    directories = named_adapters(arguments.adapter)
+    weights = read_weights(arguments.weights, list(directories))
+    check_free(arguments.to)
+
+    from jaxtune.adapters.combine import combine
+    from jaxtune.checkpoints.peft import read_adapter, write_adapter
+
+    method, options = read_method(arguments)
+    stored = {name: read_adapter(directories[name]) for name in weights}
+    written = write_adapter(arguments.to, combine(stored, weights, method, options))
+    print(f"written: {written}")
