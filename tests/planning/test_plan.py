@@ -95,14 +95,16 @@ def test_what_does_not_fit_is_told_what_to_change(planned):
 
 def test_json_holds_what_the_table_shows(planned):
     content = json.loads(planned.to_json())
-    sizes = content["per_device_bytes"]
-    assert sum(sizes["base_formats"].values()) == sizes["arguments"]["base"]
-    parts = [*sizes["arguments"].values(), sizes["temporaries"], sizes["outputs"], sizes["program"]]
-    assert sum(parts) == sizes["total"] == planned.total
+    sizes, kinds = content["per_device_bytes"], content["bytes_by_kind"]
+    assert set(sizes) == {"arguments", "temporaries", "total"}
+    assert sum(content["base_formats"].values()) == kinds["base"]
+    assert sum(kinds.values()) == sizes["arguments"] + sizes["temporaries"] == sizes["total"]
+    assert sizes["total"] == planned.total
     assert content["capacity_bytes"] == planned.capacity
     assert content["fits"] is True
+    assert content["collectives"] == {} and content["time"] is None
     table = planned.render()
-    for size in (*parts, sizes["total"], content["capacity_bytes"]):
+    for size in (*kinds.values(), sizes["total"], content["capacity_bytes"]):
         assert f"{size:,}" in table
 
 
@@ -118,6 +120,8 @@ def test_a_longer_batch_takes_more(config, planned):
         ("v5e", r'topology "v5e" is neither'),
         ("v5x:1x1", r'did you mean "v5'),
         ("v5e:1x1x1x1", r"is neither"),
+        ("h10:8", r'did you mean "h100'),
+        ("h100:none", r'cards are counted as in "h100:8"'),
     ],
 )
 def test_an_unknown_topology_is_an_error(name, message):
