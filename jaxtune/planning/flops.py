@@ -190,5 +190,3 @@ def _dot(equation: Any) -> Products:
         weight_bytes=right_bytes if is_weight else 0,
         other_bytes=left_bytes + out_bytes + (0 if is_weight else right_bytes),
     )
-
-

@@ -115,6 +115,4 @@ def _parse(line: str, loop: str, fused: tuple[str, ...]) -> Instruction | None:
     opcode = _OPCODE.search(after)
     if opcode is None:
         return None
-    return Instruction(
-        opcode[1], after[: opcode.start()], after[opcode.end() :], loop, fused
-    )
+    return Instruction(opcode[1], after[: opcode.start()], after[opcode.end() :], loop, fused)

@@ -219,7 +219,7 @@ def _time(
 
 
 def _estimated(config: Any, model: Mapping[str, Any], method: Any, hardware: Topology) -> Plan:
-    """Plans for hardware that no compiler here knows: the arguments exactly, the rest by formula."""
+    """Plans without a compiler: the arguments exactly, the rest by formula."""
     sizes = mesh_shape(config.mesh, hardware.count)
     mesh = dict(zip(MESH_AXES, sizes, strict=True))
     alone = resolve({**config.to_dict(), "mesh": dict.fromkeys(MESH_AXES, 1)})
@@ -237,9 +237,7 @@ def _estimated(config: Any, model: Mapping[str, Any], method: Any, hardware: Top
         mesh=mesh,
         attention=options.attention,
         base_formats=base_formats(arguments[1], mesh),
-        arguments={
-            kind: bytes_per_device(tree, mesh) for kind, tree in by_kind(arguments).items()
-        },
+        arguments={kind: bytes_per_device(tree, mesh) for kind, tree in by_kind(arguments).items()},
         outputs=0,
         temporaries=estimate.temporaries(setup, mesh),
         program=0,

@@ -17,6 +17,7 @@ from jaxtune.errors import JaxtuneError, closest, lookup
 from jaxtune.planning import cuda
 from jaxtune.planning.devices import GPUS, TPUS, Chip, gpu
 
+
 @dataclasses.dataclass(frozen=True)
 class Topology:
     """Devices to compile for.

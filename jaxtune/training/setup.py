@@ -137,7 +137,8 @@ def set_up(
     for what, count in parts.items():
         if count % shares:
             raise JaxtuneError(
-                f"{count} {what} do not divide over {shares} devices (mesh.data × mesh.fsdp × mesh.expert)"
+                f"{count} {what} do not divide over {shares} devices (mesh.data × mesh.fsdp × "
+                "mesh.expert)"
             )
     length = config.data.max_length + definition.module.model.reserved
     if length % mesh.shape["sequence"]:
