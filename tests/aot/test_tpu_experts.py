@@ -2,7 +2,7 @@
 
 import jax
 import pytest
-from tests.aot.test_tpu_moe import MIXTURE, products
+from test_tpu_moe import MIXTURE, products
 
 from jaxtune.adapters.lora import Lora
 from jaxtune.config import resolve
