@@ -101,7 +101,8 @@ def run(name: str) -> dict[str, Any]:
 def check_rows(results: dict[str, Any]) -> list[str]:
     """Returns the lines of the table of runs."""
     lines = [
-        "| run | chips | mesh | weights etc. | at the peak | of | fits | gathered as | compiled in |",
+        "| run | chips | mesh | weights etc. | at the peak | of | fits | gathered as "
+        "| compiled in |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name in CHECKS:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,6 @@ from jaxtune.layers.tree import declaration_of
 from jaxtune.parallel.rules import partition_spec
 
 AXIS = "expert"
-_Module = TypeVar("_Module", bound=nnx.Module)
 
 # rows [N, H], experts int32 [N, k], weights [N, k], a random key or None, the experts of this
 # device → [N, H]; an expert of E or more is another device's.
@@ -49,7 +48,7 @@ def token_spec(shape: tuple[int, ...]) -> PartitionSpec | None:
 
 
 def spread(
-    module: _Module,
+    module: nnx.Module,
     spec: PartitionSpec,
     x: jax.Array,
     experts: jax.Array,
@@ -89,8 +88,9 @@ def spread(
         chosen = jnp.where(mine, experts - here, own)
         if key is not None:
             key = jax.random.fold_in(key, lax.axis_index(mesh.axis_names))
-        flat = (a.reshape(-1, a.shape[-1]) for a in (x, chosen, jnp.where(mine, weights, 0)))
-        out = apply(*flat, key, local).reshape(*lead, -1)
+        weights = jnp.where(mine, weights, 0)
+        x, chosen, weights = (a.reshape(-1, a.shape[-1]) for a in (x, chosen, weights))
+        out = apply(x, chosen, weights, key, local).reshape(*lead, -1)
         if shares > 1:
             out = lax.psum_scatter(out, AXIS, scatter_dimension=0, tiled=True)
         return out

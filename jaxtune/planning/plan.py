@@ -221,7 +221,7 @@ def _time(
 def _estimated(config: Any, model: Mapping[str, Any], method: Any, hardware: Topology) -> Plan:
     """Plans without a compiler: the arguments exactly, the rest by formula."""
     sizes = mesh_shape(config.mesh, hardware.count)
-    mesh = dict(zip(MESH_AXES, sizes, strict=True))
+    mesh: dict[str, int] = dict(zip(MESH_AXES, sizes, strict=True))
     alone = resolve({**config.to_dict(), "mesh": dict.fromkeys(MESH_AXES, 1)})
     setup = set_up(alone, model, method, jax.devices("cpu")[:1])
     options = setup.options._replace(attention="cudnn", platform="gpu")
