@@ -18,6 +18,9 @@ from jaxtune.planning import cuda
 from jaxtune.planning.devices import GPUS, TPUS, Chip, gpu
 
 
+_BLOCKWISE = "blockwise, for cuDNN says only on a card what it supports; it needs less memory"
+
+
 @dataclasses.dataclass(frozen=True)
 class Topology:
     """Devices to compile for.
@@ -80,10 +83,9 @@ def describe_cards(name: str) -> Topology:
     count = int(number or 1)
     judged = f"compiled for {{}} and judged by what the {kind} holds"
     if cuda.available():
-        note = "" if kind == "h100" else f"no compiler here describes it: {judged}"
-        return Topology(
-            name, cuda.devices(count), count, chip.capacity_bytes, chip, note.format("H100s")
-        )
+        note = "" if kind == "h100" else f"no compiler here describes it: {judged}; "
+        note = f"{note.format('H100s')}attention is compiled {_BLOCKWISE}"
+        return Topology(name, cuda.devices(count), count, chip.capacity_bytes, chip, note)
     missing = f"needs the GPU compiler to be planned exactly: {cuda.HOW_TO_INSTALL}"
     if kind == "h100" or count > 1 or importlib.util.find_spec("libtpu") is None:
         return Topology(name, None, count, chip.capacity_bytes, chip, f"{kind} {missing}")

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -180,11 +181,20 @@ def test_a_step_takes_what_the_plan_says(smollm2_gguf):
             watcher.join()
         print((peak - before) * 1024, planned)
     """
+    # The C library would keep what is freed: up to 65 MiB of this process, seen as its own.
+    trimmed = {
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+    }
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env=os.environ | trimmed,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     taken, planned = map(int, done.stdout.split())
     print(f"took {taken / 2**20:.0f} MiB, planned {planned / 2**20:.0f} MiB")
     # XLA's CPU products pack their operands into memory that the compiler does not count.
-    assert 0.85 < taken / planned < 1.25
+    assert abs(taken / planned - 1) < 0.15
