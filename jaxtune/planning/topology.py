@@ -17,7 +17,6 @@ from jaxtune.errors import JaxtuneError, closest, lookup
 from jaxtune.planning import cuda
 from jaxtune.planning.devices import GPUS, TPUS, Chip, gpu
 
-
 _BLOCKWISE = "blockwise, for cuDNN says only on a card what it supports; it needs less memory"
 
 
