@@ -4,7 +4,7 @@ BIN := .venv/bin
 LIGHT := .venv/installed
 FULL := .venv/installed-for-tests
 
-.PHONY: install quickstart test test-slow test-slurm lint clean
+.PHONY: install quickstart test test-slow test-slurm lint gpu-plan clean
 
 install: $(FULL)
 
@@ -29,6 +29,12 @@ lint: $(FULL)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# The compiler for `jaxtune plan --topology h100:8`: about 3 GB of wheels, and no driver. The plugin
+# has to be of jaxlib's own version.
+gpu-plan: $(LIGHT)
+	$(BIN)/python -m pip install --quiet --editable ".[gpu-plan]" \
+	  "jax-cuda12-plugin[with-cuda]==$$($(BIN)/python -c 'import jaxlib; print(jaxlib.__version__)')"
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache

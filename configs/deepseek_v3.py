@@ -8,8 +8,9 @@ What it takes of each device:
   jaxtune plan --config configs/deepseek_v3.py --topology v5p:4x4x4
 
 The fp8 blocks of the checkpoint are kept bit for bit, and split over the devices: experts along
-mesh.expert, the hidden dimension and the batch along mesh.fsdp. The attention projections are
-adapted.
+mesh.expert, the hidden dimension along mesh.fsdp, and the batch along both, a row for each device.
+The attention projections are adapted. For 512 chips (v5p:8x8x8) take mesh.fsdp=64 and 512 rows;
+quantize.format=int4 halves the weights: docs/scaling.md.
 """
 
 from pathlib import Path
@@ -33,8 +34,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.adapter.alpha = 16.0
     c.adapter.targets = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
     c.quantize.format = "fp8"
-    c.training.batch_size = 32
-    c.training.accumulation = 4
+    c.training.batch_size = 64
     c.optimizer.learning_rate = 1e-4
     c.optimizer.warmup_steps = 50
     c.mesh.data = 1

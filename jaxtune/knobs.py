@@ -260,7 +260,7 @@ KNOBS: dict[str, dict[str, Knob]] = {
         "data": Knob(-1, "devices that split the batch; -1: what the other axes leave", minimum=-1),
         "fsdp": Knob(1, "devices that split batch and weights", minimum=-1),
         "tensor": Knob(1, "devices that split heads and hidden units", minimum=-1),
-        "expert": Knob(1, "devices that split routed experts", minimum=-1),
+        "expert": Knob(1, "devices that split batch and routed experts", minimum=-1),
         "sequence": Knob(1, "devices that split the sequence", minimum=-1),
     },
 }

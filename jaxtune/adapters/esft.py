@@ -51,7 +51,7 @@ class ChosenExperts(nnx.Module):
         most = max(len(chosen) for chosen in experts)
         # Spread over devices within each matrix: so few experts seldom divide evenly.
         self.weight = parameter((most, *declared.shape), (None, *declared.axes), kind=Trainable)
-        self.slot = parameter((declared.experts or 0,), (None,), kind=Constant)
+        self.slot = parameter((), (), kind=Constant, experts=declared.experts)
         self.experts = experts
 
     def replace(self, frozen: Any) -> Replaced:
@@ -69,7 +69,7 @@ class ChosenExperts(nnx.Module):
     @property
     def mask(self) -> list[bool]:
         """Whether an expert is trained, of each layer and expert of the run."""
-        each = range(declaration_of(self.slot).shape[0])
+        each = range(declaration_of(self.slot).experts or 0)
         return [expert in chosen for chosen in self.experts for expert in each]
 
     def slots(self) -> np.ndarray:

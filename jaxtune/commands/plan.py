@@ -6,22 +6,56 @@ import argparse
 
 from jaxtune.commands.arguments import add_config
 
-SUMMARY = "Say what a run would need, before it starts."
+SUMMARY = "Say what a run would need and how long it would take, before it starts."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
-    add_config(parser, required=True)
-    parser.add_argument(
-        "--topology", metavar="CHIPS", default="cpu", help="cpu (the default), v5e:1x1, v5p:2x2x1 …"
+    add_config(parser)
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--topology",
+        metavar="CHIPS",
+        help="cpu (the default), v5e:1x1, v5p:2x2x1, h100:8 …",
     )
+    where.add_argument("--device", metavar="CARD", help="one card: rtx4090, rtx3090, a100-80g …")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="try meshes, remat policies and micro-batches, and rank those that fit",
+    )
+    parser.add_argument(
+        "--tries", type=int, metavar="N", default=12, help="how many --search compiles (12)"
+    )
+    parser.add_argument(
+        "--table",
+        action="store_true",
+        help="plan DeepSeek-7B by full fine-tuning, LoRA, P-Tuning and QLoRA; takes no config",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
     from jaxtune.config import load_file, resolve
+    from jaxtune.errors import JaxtuneError
+
+    if arguments.table:
+        from jaxtune.planning.table import table
+
+        print(table())
+        return
+    if not arguments.config:
+        raise JaxtuneError("jaxtune plan: --config FILE is required, unless with --table")
+    config = resolve(load_file(arguments.config), arguments.overrides)
+    where = arguments.device or arguments.topology or "cpu"
+    if arguments.search:
+        from jaxtune.planning.search import search
+
+        found = search(config, where, arguments.tries)
+        print(found.to_json() if arguments.json else found.render(), end="")
+        return
     from jaxtune.planning.plan import plan
 
-    result = plan(resolve(load_file(arguments.config), arguments.overrides), arguments.topology)
-    print(result.to_json() if arguments.json else result.render())
+    result = plan(config, where)
+    print(result.to_json() if arguments.json else result.render(), end="")

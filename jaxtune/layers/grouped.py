@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType
 from jax.typing import DTypeLike
 
 from jaxtune.layers import grouped_pallas, grouped_triton
@@ -46,7 +47,7 @@ class Groups:
 
     Attributes:
       source: int32[P], the row that each padded row holds; N where it holds none.
-      slot: int32[N], the padded row that holds each row.
+      slot: int32[N], the padded row that holds each row; P where none does.
       tile_expert: int32[P / tile].
       tiles: int32 scalar, how many tiles hold rows: at most ⌈N / tile⌉ + E.
       tile: rows per tile.
@@ -90,7 +91,8 @@ def choose_kernel(platform: str) -> str:
     if kernel == "loop":
         return kernel
     # A kernel is not partitioned by the compiler, a loop is.
-    lacking = None if mesh.empty or mesh.size == 1 else f"the mesh has {mesh.size} devices"
+    alone = mesh.empty or mesh.size == 1 or all(kind is AxisType.Manual for kind in mesh.axis_types)
+    lacking = None if alone else f"the mesh has {mesh.size} devices"
     if lacking is None and kernel == "triton":
         lacking = _gpu_lacks()
     if lacking is None:
@@ -117,7 +119,7 @@ def group(expert: jax.Array, experts: int, kernel: str = "loop") -> Groups:
     """Sorts rows into tiles.
 
     Args:
-      expert: int32[N], the expert of each row.
+      expert: int32[N], the expert of each row; E for a row that meets none.
       experts: E.
       kernel: what is going to multiply them; see `choose_kernel`.
     """
@@ -131,7 +133,7 @@ def group(expert: jax.Array, experts: int, kernel: str = "loop") -> Groups:
     first_row, first_slot = jnp.cumsum(sizes) - sizes, (last_tile - tiles) * tile
     ordered = expert[order]
     slots = first_slot[ordered] + jnp.arange(rows) - first_row[ordered]
-    slots = slots.astype(jnp.int32)
+    slots = jnp.where(ordered < experts, slots, padded).astype(jnp.int32)
     tile_expert = jnp.searchsorted(last_tile, jnp.arange(padded // tile), side="right")
     return Groups(
         source=jnp.full(padded, rows, jnp.int32).at[slots].set(order.astype(jnp.int32)),

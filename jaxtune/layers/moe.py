@@ -15,6 +15,7 @@ from jax import lax
 
 from jaxtune.layers.balance import Routed, routed
 from jaxtune.layers.context import Context
+from jaxtune.layers.expert_parallel import spread, token_spec
 from jaxtune.layers.grouped import Groups, choose_kernel, group, grouped_linear
 from jaxtune.layers.linear import LowRank, linear_float32, rescale
 from jaxtune.layers.mlp import MLP
@@ -157,6 +158,11 @@ class ExpertLinear(nnx.Module):
         """The weight and no bias, as an adapter's `edit` takes them."""
         return self.weight.get_value(), None
 
+    @property
+    def count(self) -> int:
+        """How many experts there are, of those on this device."""
+        return self.weight.get_value().shape[0]
+
 
 def _of_rows(values: Any, groups: Groups) -> Any:
     """Gives each padded row its expert's value: [E, …] → [P, …]; None stays None."""
@@ -221,15 +227,42 @@ class MoE(nnx.Module):
         scores = self.gate.scores(rows)
         weights, experts = self.gate.choose(scores)
         routing = self.gate.describe(scores, weights, experts, context.segment_ids)
-        top_k = experts.shape[1]
-        kernel = choose_kernel(context.platform)
-        groups = group(experts.reshape(-1), self.gate.routing.experts, kernel)
-        # One row more, of zeros, is what padding holds.
-        padded = jnp.pad(rows, ((0, 1), (0, 0)))[jnp.minimum(groups.source // top_k, len(rows))]
-        y = self.experts(padded, groups, context)
-        chosen = y[groups.slot].reshape(*experts.shape, -1)
-        out = jnp.einsum("nkh,nk->nh", chosen, weights.astype(chosen.dtype))
-        out = out.astype(x.dtype).reshape(x.shape)
+        out = self._routed(x, experts, weights, context)
         if self.shared_experts is not None:
             out = out + self.shared_experts(x, context)
         return out, routing
+
+    def _routed(
+        self, x: jax.Array, experts: jax.Array, weights: jax.Array, context: Context
+    ) -> jax.Array:
+        """Sums what chosen experts [N, k] return for x [B, T, H], weighted [N, k]; [B, T, H]."""
+
+        def apply(
+            rows: jax.Array, chosen: jax.Array, weights: jax.Array, key: Any, experts: Experts
+        ) -> jax.Array:
+            return _apply(rows, chosen, weights, experts, dataclasses.replace(context, key=key))
+
+        spec = token_spec(x.shape)
+        if spec is None:
+            rows = x.reshape(-1, x.shape[-1])
+            return apply(rows, experts, weights, context.key, self.experts).reshape(x.shape)
+        chosen, weights = (a.reshape(*x.shape[:2], -1) for a in (experts, weights))
+        return spread(self.experts, spec, x, chosen, weights, context.key, apply)
+
+
+def _apply(
+    rows: jax.Array, chosen: jax.Array, weights: jax.Array, experts: Experts, context: Context
+) -> jax.Array:
+    """Sums what experts return for rows [N, H], chosen [N, k] and weighted [N, k]; [N, H].
+
+    A choice past the last expert counts for nothing.
+    """
+    top_k, count = chosen.shape[1], experts.gate_proj.count
+    kernel = choose_kernel(context.platform)
+    groups = group(chosen.reshape(-1), count, kernel)
+    # One row more, of zeros, is what padding holds.
+    padded = jnp.pad(rows, ((0, 1), (0, 0)))[jnp.minimum(groups.source // top_k, len(rows))]
+    y = experts(padded, groups, context)
+    returned = y[groups.slot].reshape(*chosen.shape, -1)
+    out = jnp.einsum("nkh,nk->nh", returned, weights.astype(returned.dtype))
+    return out.astype(rows.dtype)

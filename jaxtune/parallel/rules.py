@@ -10,12 +10,12 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert", "sequence")
 
 RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "sequence": ("sequence",),
     "vocab": ("tensor",),
     "embed": ("fsdp",),  # the hidden dimension of a weight
@@ -39,12 +39,18 @@ def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
     return PartitionSpec(*entries)
 
 
+def _partitioned() -> bool:
+    """Says whether the compiler is to split what is traced over a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and AxisType.Manual not in mesh.axis_types
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pins the sharding of an activation of any shape, one axis name for each of its dimensions.
 
-    Without a mesh in context it does nothing.
+    Without a mesh in context, or where a function is mapped over devices, it does nothing.
     """
-    if jax.sharding.get_abstract_mesh().empty:
+    if not _partitioned():
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))
 
@@ -77,7 +83,7 @@ def _devices_along(entry: object, mesh_shape: Mapping[str, int]) -> int:
 
 def constrain_where_even(x: jax.Array, *axes: str | None) -> jax.Array:
     """As `constrain`, of any shape, but leaves whole what does not divide a dimension evenly."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if not _partitioned():
         return x
+    mesh = jax.sharding.get_abstract_mesh()
     return jax.lax.with_sharding_constraint(x, even_spec(axes, x.shape, mesh.shape))

@@ -1,4 +1,4 @@
-"""Memory of a run before it starts."""
+"""What a run needs, and how long it takes, before it starts."""
 
 from jaxtune.planning.plan import Plan, plan
 

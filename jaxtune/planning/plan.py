@@ -1,9 +1,12 @@
-"""`jaxtune plan`: the memory of a training step, from the compiler, before anything is loaded."""
+"""`jaxtune plan`: memory, operations and time of a training step before anything is loaded.
+
+The very step that a run trains with is compiled for hardware that need not be there; its memory and
+its collectives are read off the compiler. Where there is no compiler, memory is estimated.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import re
 import time
@@ -11,25 +14,27 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from rich.console import Console
-from rich.table import Table
 
 from jaxtune.checkpoints import huggingface
+from jaxtune.config import resolve
 from jaxtune.errors import JaxtuneError
-from jaxtune.layers.bits import as_bits
-from jaxtune.planning.topology import GIB, Topology, describe
-from jaxtune.quant import QuantizedWeight
+from jaxtune.parallel.mesh import mesh_shape
+from jaxtune.parallel.rules import MESH_AXES
+from jaxtune.planning import estimate, roofline
+from jaxtune.planning.arguments import base_formats, by_kind, bytes_per_device, step_arguments
+from jaxtune.planning.collectives import Collective, collectives
+from jaxtune.planning.collectives import by_kind as collectives_by_kind
+from jaxtune.planning.flops import StepFlops, step_flops
+from jaxtune.planning.topology import Topology, describe
 from jaxtune.training.setup import Setup, set_up
 from jaxtune.training.train import choose_method
 
-_PLAIN = {"bfloat16", "float32"}
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a training step takes of each device, in bytes.
+    """What a training step takes of each device, in bytes, and how long it takes.
 
     Attributes:
       topology: the hardware, as asked for.
@@ -45,6 +50,11 @@ class Plan:
       program: the compiled code.
       capacity: what a device has.
       compile_seconds: how long the compiler took.
+      flops: operations of an update over all devices.
+      sent: the collectives of an update; None where the step was not compiled to the end.
+      time: of an update; None for hardware of unknown speed, or where `sent` is not known.
+      estimated: whether memory beside the arguments is a formula's and not the compiler's.
+      notes: what a reader has to know, a line each.
     """
 
     topology: str
@@ -58,11 +68,26 @@ class Plan:
     program: int
     capacity: int
     compile_seconds: float
+    flops: StepFlops
+    sent: list[Collective] | None = None
+    time: roofline.Estimate | None = None
+    estimated: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def resident(self) -> int:
+        """Bytes of one device between steps."""
+        return sum(self.arguments.values())
+
+    @property
+    def passing(self) -> int:
+        """Bytes that one device needs besides at the peak of a step."""
+        return self.outputs + self.temporaries + self.program
 
     @property
     def total(self) -> int:
         """Bytes of one device at the peak of a step."""
-        return sum(self.arguments.values()) + self.outputs + self.temporaries + self.program
+        return self.resident + self.passing
 
     @property
     def fits(self) -> bool:
@@ -77,60 +102,46 @@ class Plan:
             "mesh": dict(self.mesh),
             "attention": self.attention,
             "per_device_bytes": {
-                "arguments": dict(self.arguments),
-                "base_formats": dict(self.base_formats),
-                "outputs": self.outputs,
-                "temporaries": self.temporaries,
-                "program": self.program,
+                "arguments": self.resident,
+                "temporaries": self.passing,
                 "total": self.total,
             },
             "capacity_bytes": self.capacity,
             "fits": self.fits,
+            "flops_per_token": round(self.flops.model / self.flops.tokens),
+            "hardware_flops_per_token": round(self.flops.hardware / self.flops.tokens),
+            "tokens_per_step": self.flops.tokens,
+            "collectives": None if self.sent is None else collectives_by_kind(self.sent),
+            "time": None,
+            "bytes_by_kind": {
+                **self.arguments,
+                "outputs": self.outputs,
+                "temporaries": self.temporaries,
+                "program": self.program,
+            },
+            "base_formats": dict(self.base_formats),
+            "memory": "estimated" if self.estimated else "compiled",
+            "notes": list(self.notes),
             "compile_seconds": round(self.compile_seconds, 2),
         }
+        if self.time is not None:
+            content["time"] = {
+                "seconds_per_step": self.time.seconds,
+                "tokens_per_second": self.time.tokens_per_second,
+                "seconds_at_best": self.time.at_best,
+                "bound_by": self.time.bound,
+            }
         return json.dumps(content, indent=2) + "\n"
 
     def render(self) -> str:
-        """Renders the plan as a table of text."""
-        table = Table("of each device", title=f"{self.topology}, {self._mesh_text()}")
-        table.add_column("GiB", justify="right")
-        table.add_column("bytes", justify="right")
-        rows: dict[str, int] = {}
-        for kind, size in self.arguments.items():
-            formats = self.base_formats if kind == "base" else {}
-            rows |= {f"base, {name}": part for name, part in formats.items()} or {kind: size}
-        rows |= {
-            "outputs": self.outputs,
-            "temporaries": self.temporaries,
-            "program": self.program,
-        }
-        for kind, size in rows.items():
-            table.add_row(kind, f"{size / GIB:.3f}", f"{size:,}")
-        table.add_section()
-        table.add_row("total", f"{self.total / GIB:.3f}", f"{self.total:,}")
-        table.add_row("available", f"{self.capacity / GIB:.3f}", f"{self.capacity:,}")
-        text = io.StringIO()
-        Console(file=text, width=80).print(table)
-        return text.getvalue() + self._verdict()
+        """Renders the plan as tables of text."""
+        from jaxtune.planning.report import render
 
-    def _mesh_text(self) -> str:
-        split = [f"{axis}={size}" for axis, size in self.mesh.items() if size > 1]
-        return f"{self.devices} device(s){': ' if split else ''}{', '.join(split)}"
-
-    def _verdict(self) -> str:
-        if self.fits:
-            return f"fits, with {(self.capacity - self.total) / GIB:.2f} GiB to spare\n"
-        plain = self.arguments["base"] > 0 and set(self.base_formats) <= _PLAIN
-        quantize = "quantize.format=nf4 (a 4-bit base), " if plain else ""
-        return (
-            f"does not fit: {(self.total - self.capacity) / GIB:.2f} GiB too much. Less memory: "
-            f'{quantize}a higher training.accumulation, training.remat="full", a lower '
-            "data.max_length, or more devices along mesh.fsdp\n"
-        )
+        return render(self)
 
 
 def plan(config: Any, topology: str) -> Plan:
-    """Compiles the training step of a run for described hardware; no weight is read.
+    """Plans the training step of a run on described hardware; no weight is read.
 
     Args:
       config: resolved; of the model only config.json is needed.
@@ -141,8 +152,10 @@ def plan(config: Any, topology: str) -> Plan:
     """
     hardware = describe(topology)
     method, _ = choose_method(config)
-    setup = set_up(config, model_config(config), method, hardware.devices)
-    return compile_plan(setup, hardware)
+    model = model_config(config)
+    if hardware.devices is None:
+        return _estimated(config, model, method, hardware)
+    return compile_plan(set_up(config, model, method, hardware.devices), hardware)
 
 
 def model_config(config: Any) -> dict[str, Any]:
@@ -157,76 +170,85 @@ def model_config(config: Any) -> dict[str, Any]:
 def compile_plan(setup: Setup, hardware: Topology) -> Plan:
     """Compiles the training step of `setup` and reads its memory off the compiler."""
     arguments = step_arguments(setup)
-    kinds = {kind: _bytes_per_device(tree) for kind, tree in _by_kind(arguments).items()}
+    kinds = {kind: bytes_per_device(tree) for kind, tree in by_kind(arguments).items()}
+    flops, found, notes = step_flops(setup), None, [hardware.note]
     start = time.perf_counter()
     with jax.set_mesh(setup.mesh):
         lowered = setup.train_step().lower(*arguments)
         try:
-            memory = lowered.compile().memory_analysis()
+            compiled = lowered.compile()
+            memory = compiled.memory_analysis()
             resident, outputs, temporaries, program = (
                 memory.argument_size_in_bytes,
                 memory.output_size_in_bytes - memory.alias_size_in_bytes,
                 memory.temp_size_in_bytes,
                 memory.generated_code_size_in_bytes,
             )
+            found = collectives(compiled.as_text(), hardware.count)
         except jax.errors.JaxRuntimeError as error:
             resident, outputs, program = sum(kinds.values()), 0, 0
             temporaries = _bytes_needed(error) - resident
+            notes.append("the compiler gave up for want of memory: collectives are not known")
+    mesh = dict(setup.mesh.shape)
     return Plan(
         topology=hardware.name,
-        devices=len(hardware.devices),
-        mesh=dict(setup.mesh.shape),
+        devices=hardware.count,
+        mesh=mesh,
         attention=setup.options.attention,
-        base_formats=_base_formats(arguments[1]),
+        base_formats=base_formats(arguments[1]),
         arguments={**kinds, "layout": resident - sum(kinds.values())},
         outputs=outputs,
         temporaries=temporaries,
         program=program,
         capacity=hardware.capacity_bytes,
         compile_seconds=time.perf_counter() - start,
+        flops=flops,
+        sent=found,
+        time=_time(hardware, flops, mesh, found),
+        notes=tuple(note for note in notes if note),
     )
 
 
-def step_arguments(setup: Setup) -> tuple[Any, Any, Any, Any]:
-    """Describes what a run gives to its training step: (state, base, constants, batch)."""
-    definition, mesh = setup.definition, setup.mesh
-    return (
-        setup.like,
-        as_bits(definition.abstract("base", mesh), setup.options.platform),
-        definition.abstract("constants", mesh),
-        setup.batch_like(),
+def _time(
+    hardware: Topology, flops: StepFlops, mesh: Mapping[str, int], found: list[Collective] | None
+) -> roofline.Estimate | None:
+    if hardware.chip is None or found is None:
+        return None
+    sent = sum(each.times * each.sent for each in found)
+    return roofline.estimate(hardware.chip, flops, mesh, sent)
+
+
+def _estimated(config: Any, model: Mapping[str, Any], method: Any, hardware: Topology) -> Plan:
+    """Plans without a compiler: the arguments exactly, the rest by formula."""
+    sizes = mesh_shape(config.mesh, hardware.count)
+    mesh: dict[str, int] = dict(zip(MESH_AXES, sizes, strict=True))
+    alone = resolve({**config.to_dict(), "mesh": dict.fromkeys(MESH_AXES, 1)})
+    setup = set_up(alone, model, method, jax.devices("cpu")[:1])
+    options = setup.options._replace(attention="cudnn", platform="gpu")
+    setup = dataclasses.replace(setup, options=options)
+    arguments, flops = step_arguments(setup), step_flops(setup)
+    found: list[Collective] | None = [] if hardware.count == 1 else None
+    notes = [hardware.note, "an estimate by formula, not the compiler's count"]
+    if found is None:
+        notes.append("collectives and time are known only to a compiler")
+    return Plan(
+        topology=hardware.name,
+        devices=hardware.count,
+        mesh=mesh,
+        attention=options.attention,
+        base_formats=base_formats(arguments[1], mesh),
+        arguments={kind: bytes_per_device(tree, mesh) for kind, tree in by_kind(arguments).items()},
+        outputs=0,
+        temporaries=estimate.temporaries(setup, mesh),
+        program=0,
+        capacity=hardware.capacity_bytes,
+        compile_seconds=0.0,
+        flops=flops,
+        sent=found,
+        time=_time(hardware, flops, mesh, found),
+        estimated=True,
+        notes=tuple(note for note in notes if note),
     )
-
-
-def _by_kind(arguments: tuple[Any, Any, Any, Any]) -> dict[str, Any]:
-    state, base, constants, batch = arguments
-    return {
-        "base": base,
-        "trainable": state.trainable,
-        "optimizer": (state.opt_state, state.step),
-        "constants": constants,
-        "batch": batch,
-    }
-
-
-def _base_formats(base: Any) -> dict[str, int]:
-    """Returns the bytes per device of a base by format, the largest first."""
-    sizes: dict[str, int] = {}
-    for leaf in jax.tree.leaves(base, is_leaf=lambda x: isinstance(x, QuantizedWeight)):
-        quantized = isinstance(leaf, QuantizedWeight)
-        # A CPU's step takes bfloat16 as its bits.
-        dtype = "bfloat16" if not quantized and leaf.dtype == jnp.uint16 else None
-        name = leaf.format.name if quantized else dtype or str(leaf.dtype)
-        sizes[name] = sizes.get(name, 0) + _bytes_per_device(leaf)
-    return dict(sorted(sizes.items(), key=lambda item: -item[1]))
-
-
-def _bytes_per_device(tree: Any) -> int:
-    total = 0
-    for leaf in jax.tree.leaves(tree):
-        shard = jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
-        total += shard.size * shard.dtype.itemsize
-    return total
 
 
 def _bytes_needed(error: Exception) -> int:
@@ -240,3 +262,6 @@ def _bytes_needed(error: Exception) -> int:
     if "RESOURCE_EXHAUSTED" not in text or sizes is None:
         raise JaxtuneError(f"the compiler failed: {text.splitlines()[0]}") from error
     return int(float(sizes[1]) * _UNITS[sizes[2]])
+
+
+__all__ = ["Plan", "compile_plan", "model_config", "plan", "step_arguments"]

@@ -13,18 +13,11 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from jaxtune.errors import JaxtuneError, lookup
+from jaxtune.errors import JaxtuneError, closest, lookup
+from jaxtune.planning import cuda
+from jaxtune.planning.devices import GPUS, TPUS, Chip, gpu
 
-GIB = 2**30
-
-# Memory of a chip that a program may use: what libtpu's compiler names as available when a
-# program does not fit. The chips hold a little more (16, 95 and 32 GB on
-# https://cloud.google.com/tpu/docs/v5e, /v5p and /v6e), part of which the system keeps.
-TPU_BYTES = {
-    "v5e": int(15.75 * GIB),
-    "v5p": int(95.74 * GIB),
-    "v6e": int(31.25 * GIB),
-}
+_BLOCKWISE = "blockwise, for cuDNN says only on a card what it supports; it needs less memory"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,35 +26,71 @@ class Topology:
 
     Attributes:
       name: as asked for.
-      devices: of jax; on a described topology they can be compiled for and hold no data.
+      devices: of jax; on a described topology they can be compiled for and hold no data. None
+        where there is no compiler for them: what a run takes is then estimated.
+      count: how many.
       capacity_bytes: memory of each device that a program may use.
+      chip: what is known of a device; None for a CPU.
+      note: what a reader of the plan has to know; may be empty.
     """
 
     name: str
-    devices: Sequence[Any]
+    devices: Sequence[Any] | None
+    count: int
     capacity_bytes: int
+    chip: Chip | None = None
+    note: str = ""
 
 
 def describe(name: str) -> Topology:
     """Describes hardware by name.
 
     Args:
-      name: "cpu" for this machine, or a TPU generation and its chips: "v5e:1x1", "v5p:2x2x1".
+      name: "cpu" for this machine; a TPU generation and its chips, "v5e:1x1", "v5p:2x2x1"; or
+        NVIDIA's cards, "h100:8", "rtx4090".
 
     Raises:
-      JaxtuneError: an unknown name, a shape that does not exist, or no compiler for it.
+      JaxtuneError: an unknown name, a shape that does not exist, or no compiler for a TPU.
     """
     if name == "cpu":
         devices = jax.devices("cpu")
-        return Topology(name, devices, available_memory() // len(devices))
-    generation, colon, shape = name.partition(":")
-    if not colon or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
-        raise JaxtuneError(
-            f'topology "{name}" is neither "cpu" nor a TPU generation and its chips, as in '
-            f'"v5e:1x1" or "v5p:2x2x1" (generations: {", ".join(TPU_BYTES)})'
-        )
-    capacity = lookup(TPU_BYTES, generation, "topology")
-    return Topology(name, _tpu_devices(name, shape), capacity)
+        return Topology(name, devices, len(devices), available_memory() // len(devices))
+    kind, colon, shape = name.partition(":")
+    if kind in GPUS:
+        return describe_cards(name)
+    if colon and re.fullmatch(r"\d+(x\d+){1,2}", shape):
+        chip = lookup(TPUS, kind, "topology")
+        devices = _tpu_devices(name, shape)
+        return Topology(name, devices, len(devices), chip.capacity_bytes, chip)
+    raise JaxtuneError(
+        f'topology "{name}" is neither "cpu" nor a TPU generation and its chips, as in "v5e:1x1" '
+        f'or "v5p:2x2x1" (generations: {", ".join(TPUS)}), nor cards, as in "h100:8"'
+        f"{closest(kind, [*TPUS, *GPUS])}"
+    )
+
+
+def describe_cards(name: str) -> Topology:
+    """Describes NVIDIA's cards, "rtx4090" or "h100:8", by the nearest chip with a compiler.
+
+    Raises:
+      JaxtuneError: an unknown card.
+    """
+    kind, _, number = name.partition(":")
+    chip = gpu(kind)
+    if number and not (number.isdigit() and int(number) > 0):
+        raise JaxtuneError(f'"{name}": cards are counted as in "{kind}:8"')
+    count = int(number or 1)
+    judged = f"compiled for {{}} and judged by what the {kind} holds"
+    if cuda.available():
+        note = "" if kind == "h100" else f"no compiler here describes it: {judged}; "
+        note = f"{note.format('H100s')}attention is compiled {_BLOCKWISE}"
+        return Topology(name, cuda.devices(count), count, chip.capacity_bytes, chip, note)
+    missing = f"needs the GPU compiler to be planned exactly: {cuda.HOW_TO_INSTALL}"
+    if kind == "h100" or count > 1 or importlib.util.find_spec("libtpu") is None:
+        return Topology(name, None, count, chip.capacity_bytes, chip, f"{kind} {missing}")
+    devices = _tpu_devices("v5p:1x1x1", "1x1x1")
+    note = f"{judged.format('a v5p, the nearest chip with a compiler here,')}; {kind} {missing}"
+    return Topology(name, devices, count, chip.capacity_bytes, chip, note)
 
 
 def _tpu_devices(name: str, shape: str) -> Sequence[Any]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from jaxtune.models.definition import Definition
 from jaxtune.objectives.sft import sft_loss
 from jaxtune.parallel.mesh import make_mesh, named_sharding
 from jaxtune.parallel.processes import put
+from jaxtune.parallel.rules import RULES
 from jaxtune.quant import Quantization
 from jaxtune.training.experts import mixture_layers
 from jaxtune.training.optimizer import make_optimizer, make_schedule
@@ -128,7 +130,7 @@ def set_up(
         )
     mesh = make_mesh(config.mesh, devices)
     rows = training.batch_size // training.accumulation
-    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    shares = math.prod(mesh.shape[axis] for axis in RULES["batch"])
     parts = {"rows per micro-batch (training.batch_size / training.accumulation)": rows}
     if config.data.eval or config.data.eval_split:
         held_out = config.evaluation.batch_size
@@ -136,7 +138,8 @@ def set_up(
     for what, count in parts.items():
         if count % shares:
             raise JaxtuneError(
-                f"{count} {what} do not divide over {shares} devices (mesh.data × mesh.fsdp)"
+                f"{count} {what} do not divide over {shares} devices (mesh.data × mesh.fsdp × "
+                "mesh.expert)"
             )
     length = config.data.max_length + definition.module.model.reserved
     if length % mesh.shape["sequence"]:

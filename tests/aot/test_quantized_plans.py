@@ -7,7 +7,7 @@ import pytest
 
 from jaxtune.config import resolve
 from jaxtune.planning import plan
-from jaxtune.planning.topology import GIB
+from jaxtune.planning.devices import GIB
 
 pytestmark = pytest.mark.slow
 

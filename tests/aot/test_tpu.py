@@ -14,7 +14,8 @@ from jaxtune.layers.remat import remat
 from jaxtune.parallel.mesh import make_mesh
 from jaxtune.parallel.rules import MESH_AXES
 from jaxtune.planning import plan
-from jaxtune.planning.topology import GIB, describe
+from jaxtune.planning.devices import GIB
+from jaxtune.planning.topology import describe
 
 pytestmark = pytest.mark.slow
 

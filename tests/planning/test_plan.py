@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -95,14 +96,16 @@ def test_what_does_not_fit_is_told_what_to_change(planned):
 
 def test_json_holds_what_the_table_shows(planned):
     content = json.loads(planned.to_json())
-    sizes = content["per_device_bytes"]
-    assert sum(sizes["base_formats"].values()) == sizes["arguments"]["base"]
-    parts = [*sizes["arguments"].values(), sizes["temporaries"], sizes["outputs"], sizes["program"]]
-    assert sum(parts) == sizes["total"] == planned.total
+    sizes, kinds = content["per_device_bytes"], content["bytes_by_kind"]
+    assert set(sizes) == {"arguments", "temporaries", "total"}
+    assert sum(content["base_formats"].values()) == kinds["base"]
+    assert sum(kinds.values()) == sizes["arguments"] + sizes["temporaries"] == sizes["total"]
+    assert sizes["total"] == planned.total
     assert content["capacity_bytes"] == planned.capacity
     assert content["fits"] is True
+    assert content["collectives"] == {} and content["time"] is None
     table = planned.render()
-    for size in (*parts, sizes["total"], content["capacity_bytes"]):
+    for size in (*kinds.values(), sizes["total"], content["capacity_bytes"]):
         assert f"{size:,}" in table
 
 
@@ -118,6 +121,8 @@ def test_a_longer_batch_takes_more(config, planned):
         ("v5e", r'topology "v5e" is neither'),
         ("v5x:1x1", r'did you mean "v5'),
         ("v5e:1x1x1x1", r"is neither"),
+        ("h10:8", r'did you mean "h100'),
+        ("h100:none", r'cards are counted as in "h100:8"'),
     ],
 )
 def test_an_unknown_topology_is_an_error(name, message):
@@ -176,11 +181,20 @@ def test_a_step_takes_what_the_plan_says(smollm2_gguf):
             watcher.join()
         print((peak - before) * 1024, planned)
     """
+    # The C library would keep what is freed: up to 65 MiB of this process, seen as its own.
+    trimmed = {
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+    }
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env=os.environ | trimmed,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     taken, planned = map(int, done.stdout.split())
     print(f"took {taken / 2**20:.0f} MiB, planned {planned / 2**20:.0f} MiB")
     # XLA's CPU products pack their operands into memory that the compiler does not count.
-    assert 0.85 < taken / planned < 1.25
+    assert abs(taken / planned - 1) < 0.15

@@ -1,0 +1,125 @@
+"""Routed experts over the devices of a mesh.
+
+Tokens are split over all devices, and experts along the mesh axis "expert". Each device gathers
+the tokens of those that hold the other experts, meets them with its own experts, and the sums go
+back to where the tokens are. What "fsdp" splits of a weight is gathered for one layer at a time, as
+it is stored: a quantized stack travels as its codes. How many rows an expert gets decides what a
+device computes, as on a single device; no token is dropped.
+
+The compiler would not find this by itself: it would gather all rows on every device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import AxisType, PartitionSpec
+
+from jaxtune.layers.tree import declaration_of
+from jaxtune.parallel.rules import partition_spec
+
+AXIS = "expert"
+
+# rows [N, H], experts int32 [N, k], weights [N, k], a random key or None, the experts of this
+# device → [N, H]; an expert of E or more is another device's.
+Apply = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None, Any], jax.Array]
+
+
+def token_spec(shape: tuple[int, ...]) -> PartitionSpec | None:
+    """Returns how tokens [B, T, …] are split over the mesh in context, or None where they are not.
+
+    The hidden dimension is whole in between, so "tensor" splits the sequence.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
+        return None
+    batch, sequence = partition_spec(("batch",))[0], ("sequence", "tensor")
+    axes = (batch,) if isinstance(batch, str) else tuple(batch or ())
+    parts = (math.prod(mesh.shape[axis] for axis in group) for group in (axes, sequence))
+    if any(size % part for size, part in zip(shape, parts, strict=False)):
+        return None  # a few tokens, as in decoding, are left to the compiler
+    return PartitionSpec(axes, sequence, None)
+
+
+def spread(
+    module: nnx.Module,
+    spec: PartitionSpec,
+    x: jax.Array,
+    experts: jax.Array,
+    weights: jax.Array,
+    key: jax.Array | None,
+    apply: Apply,
+) -> jax.Array:
+    """Applies stacked experts to tokens, on the devices of the mesh in context.
+
+    Args:
+      module: holds the experts' weights; see `parameter(…, experts=E)`.
+      spec: of the tokens, from `token_spec`.
+      x: [B, T, H].
+      experts: int32 [B, T, k], chosen for each token.
+      weights: [B, T, k] of what they return.
+      key: for dropout; None turns it off.
+      apply: what each device does with its rows and its part of the module.
+
+    Returns:
+      [B, T, H], split as `spec` says.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    shares = mesh.shape[AXIS]
+    graphdef, state = nnx.split(module)
+    specs = jax.tree.map(_weight_spec, state, is_leaf=_is_variable)
+
+    def on_each_device(
+        state: Any, x: jax.Array, experts: jax.Array, weights: jax.Array, key: Any
+    ) -> jax.Array:
+        local = nnx.merge(graphdef, state)
+        if shares > 1:
+            x, experts, weights = (_gathered(a) for a in (x, experts, weights))
+        lead = x.shape[:2]
+        own = _own_experts(state)
+        here = lax.axis_index(AXIS) * own
+        mine = (experts >= here) & (experts < here + own)
+        chosen = jnp.where(mine, experts - here, own)
+        if key is not None:
+            key = jax.random.fold_in(key, lax.axis_index(mesh.axis_names))
+        weights = jnp.where(mine, weights, 0)
+        x, chosen, weights = (a.reshape(-1, a.shape[-1]) for a in (x, chosen, weights))
+        out = apply(x, chosen, weights, key, local).reshape(*lead, -1)
+        if shares > 1:
+            out = lax.psum_scatter(out, AXIS, scatter_dimension=0, tiled=True)
+        return out
+
+    return jax.shard_map(
+        on_each_device,
+        mesh=mesh,
+        in_specs=(specs, spec, spec, spec, PartitionSpec()),
+        out_specs=spec,
+        check_vma=False,  # loops whose trips depend on the data do not say how they vary
+    )(state, x, experts, weights, key)
+
+
+def _is_variable(node: Any) -> bool:
+    return isinstance(node, nnx.Variable)
+
+
+def _weight_spec(variable: nnx.Variable) -> PartitionSpec:
+    whole = declaration_of(variable).experts is None
+    return PartitionSpec() if whole else PartitionSpec(AXIS)
+
+
+def _gathered(a: jax.Array) -> jax.Array:
+    return lax.all_gather(a, AXIS, axis=0, tiled=True)
+
+
+def _own_experts(state: Any) -> int:
+    """Returns how many experts a part of the stacks holds."""
+    for variable in jax.tree.leaves(state, is_leaf=_is_variable):
+        if declaration_of(variable).experts is not None:
+            return jax.tree.leaves(variable)[0].shape[0]
+    raise AssertionError("a module of experts has weights of experts")

@@ -1,0 +1,72 @@
+"""What a run gives to its training step, described and measured without allocating it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxtune.layers.bits import as_bits
+from jaxtune.quant import QuantizedWeight
+from jaxtune.training.setup import Setup
+
+
+def step_arguments(setup: Setup) -> tuple[Any, Any, Any, Any]:
+    """Describes what a run gives to its training step: (state, base, constants, batch)."""
+    definition, mesh = setup.definition, setup.mesh
+    return (
+        setup.like,
+        as_bits(definition.abstract("base", mesh), setup.options.platform),
+        definition.abstract("constants", mesh),
+        setup.batch_like(),
+    )
+
+
+def by_kind(arguments: tuple[Any, Any, Any, Any]) -> dict[str, Any]:
+    """Names the trees that `step_arguments` gives, the state taken apart."""
+    state, base, constants, batch = arguments
+    return {
+        "base": base,
+        "trainable": state.trainable,
+        "optimizer": (state.opt_state, state.step),
+        "constants": constants,
+        "batch": batch,
+    }
+
+
+def bytes_per_device(tree: Any, mesh: Mapping[str, int] | None = None) -> int:
+    """Returns the bytes of one device's share of a tree of ShapeDtypeStructs with shardings.
+
+    Args:
+      tree: described arrays.
+      mesh: devices along each mesh axis, in place of those that the shardings are of.
+    """
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        total += math.prod(_shard_shape(leaf, mesh)) * leaf.dtype.itemsize
+    return total
+
+
+def _shard_shape(leaf: Any, mesh: Mapping[str, int] | None) -> tuple[int, ...]:
+    if mesh is None:
+        return leaf.sharding.shard_shape(leaf.shape)
+    spec = (*leaf.sharding.spec, *[None] * leaf.ndim)[: leaf.ndim]
+    parts = [(entry,) if isinstance(entry, str) else entry or () for entry in spec]
+    shares = [math.prod(mesh[axis] for axis in axes) for axes in parts]
+    # What does not divide stays whole; so the rules have it.
+    return tuple(n // k if n % k == 0 else n for n, k in zip(leaf.shape, shares, strict=True))
+
+
+def base_formats(base: Any, mesh: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Returns the bytes per device of a base by format, the largest first."""
+    sizes: dict[str, int] = {}
+    for leaf in jax.tree.leaves(base, is_leaf=lambda x: isinstance(x, QuantizedWeight)):
+        quantized = isinstance(leaf, QuantizedWeight)
+        # A CPU's step takes bfloat16 as its bits.
+        dtype = "bfloat16" if not quantized and leaf.dtype == jnp.uint16 else None
+        name = leaf.format.name if quantized else dtype or str(leaf.dtype)
+        sizes[name] = sizes.get(name, 0) + bytes_per_device(leaf, mesh)
+    return dict(sorted(sizes.items(), key=lambda item: -item[1]))

@@ -1,0 +1,103 @@
+"""What devices send to each other in a step, read off the compiled program."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+
+from jaxtune.planning.hlo import Instruction, Program
+
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective instruction of a step.
+
+    Attributes:
+      kind: of `KINDS`.
+      dtype: of its largest array, as the compiler writes it: "bf16", "u8".
+      times: how often it runs in a step.
+      sent: bytes that each device sends each time, by a ring's count.
+      group: devices that take part.
+    """
+
+    kind: str
+    dtype: str
+    times: float
+    sent: int
+    group: int
+
+
+def collectives(text: str, devices: int) -> list[Collective]:
+    """Lists the collectives of a compiled step.
+
+    Args:
+      text: of the compiled module.
+      devices: how many it is compiled for.
+    """
+    found: dict[tuple[object, ...], Collective] = {}
+    for number, (instruction, times) in enumerate(Program(text).executed()):
+        kind = instruction.opcode.removesuffix("-start")
+        if kind not in KINDS:
+            continue
+        # A TPU runs one collective in several fusions: they bear the number of one channel.
+        channel = re.search(r"channel_id=(\d+)", instruction.rest)
+        fused = channel is not None and bool(instruction.fused)
+        key = (instruction.computation, kind, channel[1] if fused and channel else f"#{number}")
+        found.setdefault(key, _measured(instruction, kind, times, devices))
+    return [collective for collective in found.values() if collective.sent]
+
+
+def by_kind(found: list[Collective]) -> dict[str, dict[str, int]]:
+    """Sums collectives up: for each kind, how many run in a step and the bytes that are sent."""
+    table: dict[str, dict[str, int]] = {}
+    for each in found:
+        row = table.setdefault(each.kind, {"count": 0, "bytes": 0})
+        row["count"] += round(each.times)
+        row["bytes"] += round(each.times * each.sent)
+    return dict(sorted(table.items(), key=lambda item: -item[1]["bytes"]))
+
+
+def _measured(instruction: Instruction, kind: str, times: float, devices: int) -> Collective:
+    arrays = instruction.arrays
+    if instruction.opcode in ("all-gather-start", "collective-permute-start"):
+        # (operands, results, perhaps a context of scalars)
+        arrays = [array for array in arrays if array[1] > 4] or arrays
+        arrays = arrays[len(arrays) // 2 :]
+    size, group = sum(array[1] for array in arrays), _group(instruction.rest, devices)
+    if kind == "all-reduce" and any("all-reduce-scatter" in name for name in instruction.fused):
+        kind, size = "reduce-scatter", size // group
+    others = group - 1
+    sent = {
+        "all-gather": size * others / group,
+        "all-reduce": 2 * size * others / group,
+        "reduce-scatter": size * others,
+        "all-to-all": size * others / group,
+        "ragged-all-to-all": size * others / group,
+    }.get(kind, size)
+    dtype = max(arrays, key=lambda array: array[1])[0] if arrays else ""
+    return Collective(kind, dtype, times, round(sent), group)
+
+
+def _group(rest: str, devices: int) -> int:
+    """Reads how many devices take part from the three ways in which groups are written."""
+    if "source_target_pairs" in rest:
+        return 2
+    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
+        return match[1].count(",") + 1
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):
+        return int(match[2])
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", match[1]))
+        return math.prod(int(sizes.get(axis, 1)) for axis in re.findall(r"'([^']+)'", match[2]))
+    return devices

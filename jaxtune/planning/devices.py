@@ -1,0 +1,78 @@
+"""Chips and cards: what they hold, how fast they are, and who says so."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jaxtune.errors import lookup
+
+GIB = 2**30
+MIB = 2**20
+
+# A CUDA context with its libraries and compiled kernels, out of what a card has.
+_CUDA_CONTEXT = GIB
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One accelerator.
+
+    Attributes:
+      name: as `--topology` and `--device` take it.
+      capacity_bytes: memory that a program may use.
+      flops: bfloat16 products with float32 sums, dense, per second.
+      memory_bandwidth: bytes per second, of the device's own memory.
+      link_bandwidth: bytes per second that it can send to the others, all links together.
+      source: where the figures are from.
+    """
+
+    name: str
+    capacity_bytes: int
+    flops: float
+    memory_bandwidth: float
+    link_bandwidth: float
+    source: str
+
+
+_CLOUD = "https://cloud.google.com/tpu/docs/"
+_AMPERE = "NVIDIA Ampere GA102 GPU architecture whitepaper, v2"
+
+# Memory of a TPU is what libtpu's compiler names as available when a program does not fit: the
+# chips hold a little more (16, 95 and 32 GB), part of which the system keeps. Links are one way:
+# half of the figure for both ways in the pages named.
+TPUS = {
+    chip.name: chip
+    for chip in (
+        Chip("v5e", int(15.75 * GIB), 197e12, 819e9, 200e9, _CLOUD + "v5e"),
+        Chip("v5p", int(95.74 * GIB), 459e12, 2765e9, 600e9, _CLOUD + "v5p"),
+        Chip("v6e", int(31.25 * GIB), 918e12, 1638e9, 400e9, _CLOUD + "v6e"),
+    )
+}
+
+# Memory as nvidia-smi shows it, less a CUDA context; links are NVLink where a card has it, or
+# PCI Express 4.0 × 16 at 32 GB/s, one way.
+GPUS = {
+    name: Chip(name, mib * MIB - _CUDA_CONTEXT, flops, memory, link, source)
+    for name, mib, flops, memory, link, source in (
+        ("h100", 81559, 989e12, 3352e9, 450e9, "NVIDIA H100 SXM data sheet"),
+        ("h200", 143771, 989e12, 4800e9, 450e9, "NVIDIA H200 SXM data sheet"),
+        ("a100-80g", 81920, 312e12, 2039e9, 300e9, "NVIDIA A100 SXM data sheet"),
+        ("a100-40g", 40960, 312e12, 1555e9, 300e9, "NVIDIA A100 SXM data sheet"),
+        ("l40s", 46068, 362e12, 864e9, 32e9, "NVIDIA L40S data sheet"),
+        ("rtx4090", 24564, 165.2e12, 1008e9, 32e9, "NVIDIA Ada GPU architecture whitepaper, v2"),
+        ("rtx4080", 16376, 97.5e12, 717e9, 32e9, "NVIDIA Ada GPU architecture whitepaper, v2"),
+        ("rtx3090", 24576, 71e12, 936e9, 32e9, _AMPERE),
+        ("rtx3080", 10240, 59.5e12, 760e9, 32e9, _AMPERE),
+        ("rtx3080-12g", 12288, 61e12, 912e9, 32e9, _AMPERE),
+        ("a10", 23028, 125e12, 600e9, 32e9, "NVIDIA A10 data sheet"),
+    )
+}
+
+
+def gpu(name: str) -> Chip:
+    """Returns a card by name.
+
+    Raises:
+      JaxtuneError: an unknown card; the message names the closest one.
+    """
+    return lookup(GPUS, name, "device")

@@ -1,0 +1,193 @@
+"""Floating-point operations of a training step, counted in its jaxpr.
+
+A step is traced with portable operations (plain attention, expert loops) and no mesh, so that what
+is counted is the whole step's arithmetic on any hardware. Of attention, which kernels do in their
+own ways, only widths are read; its products are counted by formula.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+from jax.extend import core
+
+from jaxtune.layers.grouped import tile_size
+from jaxtune.layers.mla import MLA
+from jaxtune.layers.moe import MoE
+from jaxtune.planning.arguments import step_arguments
+from jaxtune.training.setup import Setup
+
+# Products of attention over a square of scores: scores and values forward, four backward.
+_FORWARD, _BACKWARD = 2, 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Products:
+    """Matrix products of a program.
+
+    Attributes:
+      plain: operations of products without batch dimensions: projections, experts, the head.
+      batched: of those with batch dimensions: attention.
+      weight_bytes: of two-dimensional operands that meet larger ones: weights, each time.
+      other_bytes: of everything else that plain products read and write.
+    """
+
+    plain: float = 0.0
+    batched: float = 0.0
+    weight_bytes: float = 0.0
+    other_bytes: float = 0.0
+
+    def __add__(self, other: Products) -> Products:
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Products(*(a + b for a, b in pairs))
+
+    def __mul__(self, times: float) -> Products:
+        return Products(*(times * value for value in dataclasses.astuple(self)))
+
+
+@dataclasses.dataclass(frozen=True)
+class StepFlops:
+    """Operations of one update, over all devices.
+
+    Attributes:
+      tokens: in a batch, padding and virtual ones included.
+      model: what the method asks for: no recomputation, and attention counted causally.
+      hardware: what is executed, recomputation included.
+      weight_bytes: weights as the products read them; each device reads its share of these for
+        every micro-batch.
+      other_bytes: of what else products read and write.
+    """
+
+    tokens: int
+    model: float
+    hardware: float
+    weight_bytes: float
+    other_bytes: float
+
+
+def step_flops(setup: Setup) -> StepFlops:
+    """Counts the operations of one update of a run."""
+    rows, length = setup.batch_like()["tokens"].shape
+    micro = rows // setup.config.training.accumulation
+    trips = _tiles(setup, micro * length)
+    asked = count(_jaxpr(setup, "none"), trips)
+    done = count(_jaxpr(setup, setup.options.remat), trips)
+    square = sum(_attention_squares(setup)) * rows * length * length
+    attention = square / 2 * (_FORWARD + _BACKWARD)
+    executed = square * _squares_executed(setup.options.attention, setup.options.remat)
+    return StepFlops(
+        tokens=rows * length,
+        model=asked.plain + attention,
+        hardware=done.plain + executed,
+        weight_bytes=done.weight_bytes,
+        other_bytes=done.other_bytes,
+    )
+
+
+def _squares_executed(backend: str, remat: str) -> float:
+    """Returns how many products over a whole square of scores a backend's passes amount to."""
+    again = remat != "none"
+    if backend == "xla":  # saving the output does not save the scores
+        return _FORWARD * (1 + again) + _BACKWARD
+    if backend == "blockwise":
+        return _FORWARD * (2 + again) + _BACKWARD
+    # Kernels walk over half the square and compute scores again: splash in either of its two
+    # backward kernels, which share one more product; cuDNN once.
+    forward = _FORWARD * (2 if remat == "full" or (again and backend != "splash") else 1)
+    return (forward + (7 if backend == "splash" else 5)) / 2
+
+
+def _attention_squares(setup: Setup) -> Iterator[float]:
+    """Yields, by run of layers, the operations of one product per pair of tokens.
+
+    That is the mean of the two kinds of product: over the keys' width and over the values'.
+    """
+    decoder = setup.definition.module.model
+    for run, (_, layers) in zip(decoder.layers, decoder.run_layers, strict=True):
+        attention = run.self_attn
+        if isinstance(attention, MLA):
+            sizes = attention.sizes
+            width = sizes.heads * (sizes.nope + sizes.rope + sizes.v)
+        else:
+            width = 2 * attention.heads * attention.head_dim
+        yield layers * width  # two operations for each of the mean width, width / 2
+
+
+def _tiles(setup: Setup, tokens: int) -> float:
+    """Returns how many tiles of rows routing fills in a mixture's layer, for a micro-batch."""
+    for run in setup.definition.module.model.layers:
+        if isinstance(run.mlp, MoE):
+            routing = run.mlp.gate.routing
+            rows = tokens * routing.top_k
+            # Where some experts are trained, two loops share the tiles between them.
+            loops = 1 if run.mlp.experts.gate_proj.chosen is None else 2
+            return rows / tile_size(rows, routing.experts) / loops
+    return 1.0
+
+
+def _jaxpr(setup: Setup, remat: str) -> core.ClosedJaxpr:
+    options = setup.options._replace(remat=remat, attention="xla", platform="cpu")
+    portable = dataclasses.replace(setup, options=options)
+    return portable.train_step().trace(*step_arguments(portable)).jaxpr
+
+
+def count(jaxpr: Any, trips: float = 1.0) -> Products:
+    """Counts the matrix products of a jaxpr.
+
+    Args:
+      jaxpr: a `jax.extend.core.Jaxpr`, closed or not.
+      trips: of loops whose number of trips depends on the data.
+    """
+    total = Products()
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general":
+            total += _dot(equation)
+        elif name == "scan":
+            total += count(params["jaxpr"], trips) * params["length"]
+        elif name == "while":
+            total += count(params["body_jaxpr"], trips) * _known_trips(equation, trips)
+        elif name == "cond":
+            branches = [count(branch, trips) for branch in params["branches"]]
+            total += max(branches, key=lambda branch: branch.plain + branch.batched)
+        elif name == "pallas_call":
+            estimate = params.get("cost_estimate")
+            total += Products(plain=float(estimate.flops if estimate else 0))
+        else:
+            for inner in _inner(params):
+                total += count(inner, trips)
+    return total
+
+
+def _known_trips(equation: Any, trips: float) -> float:
+    """Returns the trips of a loop from one literal to another, and `trips` of any other."""
+    literals = [var for var in equation.invars if isinstance(var, core.Literal)]
+    counts = [int(one.val) for one in literals if jnp.issubdtype(one.aval.dtype, jnp.integer)]
+    return float(max(counts)) if len(counts) >= 2 and max(counts) > 0 else trips
+
+
+def _inner(params: dict[str, Any]) -> Iterator[Any]:
+    for value in params.values():
+        for each in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(each, (core.ClosedJaxpr, core.Jaxpr)):
+                yield each
+
+
+def _dot(equation: Any) -> Products:
+    left, right = (var.aval for var in equation.invars[:2])
+    out = equation.outvars[0].aval
+    (contracted, _), (batch, _) = equation.params["dimension_numbers"]
+    flops = 2.0 * math.prod(out.shape) * math.prod(left.shape[axis] for axis in contracted)
+    if batch:
+        return Products(batched=flops)
+    left_bytes, right_bytes, out_bytes = (x.size * x.dtype.itemsize for x in (left, right, out))
+    is_weight = right.ndim == 2 and left.ndim > 2
+    return Products(
+        plain=flops,
+        weight_bytes=right_bytes if is_weight else 0,
+        other_bytes=left_bytes + out_bytes + (0 if is_weight else right_bytes),
+    )

@@ -1,0 +1,224 @@
+"""The best ways to run a config on given hardware: meshes, remat policies and micro-batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import logging
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import Progress
+
+from jaxtune.config import resolve
+from jaxtune.errors import JaxtuneError
+from jaxtune.layers.remat import POLICIES
+from jaxtune.parallel.rules import MESH_AXES, RULES
+from jaxtune.planning.arguments import by_kind, bytes_per_device, step_arguments
+from jaxtune.planning.devices import GIB, TPUS
+from jaxtune.planning.estimate import temporaries
+from jaxtune.planning.flops import StepFlops, step_flops
+from jaxtune.planning.plan import Plan, compile_plan, model_config
+from jaxtune.planning.roofline import estimate
+from jaxtune.planning.topology import Topology, describe
+from jaxtune.training.setup import Setup, set_up
+from jaxtune.training.train import choose_method
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A choice of what changes neither the result nor the batch.
+
+    Attributes:
+      mesh: devices along axes; those left out have one.
+      remat: policy.
+      accumulation: micro-batches per update.
+    """
+
+    mesh: tuple[tuple[str, int], ...]
+    remat: str
+    accumulation: int
+
+    def apply(self, config: Any) -> Any:
+        """Returns the config with this choice."""
+        tree = config.to_dict()
+        tree["mesh"] = dict.fromkeys(tree["mesh"], 1) | dict(self.mesh)
+        tree["training"] |= {"remat": self.remat, "accumulation": self.accumulation}
+        return resolve(tree)
+
+    def lines(self) -> list[str]:
+        """Returns the lines of a config file that make this choice."""
+        mesh = dict.fromkeys(MESH_AXES, 1) | dict(self.mesh)
+        return [
+            *(f"c.mesh.{axis} = {size}" for axis, size in mesh.items()),
+            f'c.training.remat = "{self.remat}"',
+            f"c.training.accumulation = {self.accumulation}",
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a search found.
+
+    Attributes:
+      topology: the hardware, as asked for.
+      ranked: candidates that fit, the quickest first.
+      tried: how many were compiled.
+      left: how many were not.
+      nearest: of those that do not fit, the one that needs least; None where nothing was tried.
+    """
+
+    topology: str
+    ranked: list[tuple[Candidate, Plan]]
+    tried: int
+    left: int
+    nearest: Plan | None
+
+    def to_json(self) -> str:
+        """Renders what was found as JSON, the quickest first."""
+        rows = [
+            {"config": candidate.lines(), **json.loads(plan.to_json())}
+            for candidate, plan in self.ranked
+        ]
+        content = {"tried": self.tried, "left": self.left, "ranked": rows}
+        return json.dumps(content, indent=2) + "\n"
+
+    def render(self) -> str:
+        """Renders the best of what was found, with lines to paste into a config."""
+        head = f"{self.tried} tried for {self.topology}, {len(self.ranked)} fit"
+        lines = [head + (f"; {self.left} left untried" if self.left else "")]
+        if not self.ranked and self.nearest is not None:
+            short = (self.nearest.total - self.nearest.capacity) / GIB
+            lines.append(f"nothing fits: {short:.2f} GiB too much at the least")
+        for place, (candidate, plan) in enumerate(self.ranked[:_SHOWN], 1):
+            speed = "" if plan.time is None else f"{plan.time.tokens_per_second:,.0f} tokens/s, "
+            mesh = " × ".join(f"{axis} {size}" for axis, size in candidate.mesh) or "one device"
+            lines.append(
+                f"{place}. {speed}{plan.total / GIB:.2f} of {plan.capacity / GIB:.2f} GiB: {mesh}, "
+                f"remat {candidate.remat}, {candidate.accumulation} micro-batch(es)"
+            )
+        if self.ranked:
+            lines += ["", "for the config file:", *(f"    {x}" for x in self.ranked[0][0].lines())]
+        return "\n".join(lines) + "\n"
+
+
+def search(config: Any, topology: str, tries: int) -> Found:
+    """Compiles the most promising ways to run a config, and ranks those that fit.
+
+    Every try keeps the batch and the result: only the mesh, `training.remat` and
+    `training.accumulation` change. A formula says what is promising, the compiler what fits.
+
+    Args:
+      config: resolved.
+      topology: see `jaxtune.planning.topology.describe`.
+      tries: the most programs that are compiled.
+
+    Raises:
+      JaxtuneError: nothing to try, or no compiler for the hardware.
+    """
+    if tries < 1:
+        raise JaxtuneError(f"--tries is at least 1, not {tries}")
+    hardware, model = describe(topology), model_config(config)
+    if hardware.devices is None:
+        raise JaxtuneError(f"--search compiles: {hardware.note}")
+    everything = list(candidates(config, model, hardware.count))
+    if not everything:
+        raise JaxtuneError(
+            f"training.batch_size={config.training.batch_size} divides over no mesh of "
+            f"{hardware.count} devices: take a multiple of them"
+        )
+    guess = functools.cache(functools.partial(_alone, config, model))
+    everything.sort(key=lambda each: promise(each, guess(each.remat, each.accumulation), hardware))
+    return _try(config, model, everything, hardware, tries)
+
+
+def _alone(config: Any, model: Any, remat: str, accumulation: int) -> tuple[Setup, StepFlops]:
+    """Sets a candidate up on one device, which suffices for formulas."""
+    chosen = Candidate((), remat, accumulation).apply(config)
+    setup = set_up(chosen, model, choose_method(chosen)[0], jax.devices("cpu")[:1])
+    return setup, step_flops(setup)
+
+
+def promise(
+    candidate: Candidate, alone: tuple[Setup, StepFlops], hardware: Topology
+) -> tuple[bool, float]:
+    """Returns what candidates are sorted by: whether one is likely too large, then its time."""
+    setup, flops = alone
+    mesh = dict.fromkeys(MESH_AXES, 1) | dict(candidate.mesh)
+    trees = by_kind(step_arguments(setup))
+    base = bytes_per_device(trees["base"], mesh)
+    needs = sum(bytes_per_device(tree, mesh) for tree in trees.values())
+    needs += temporaries(setup, mesh)
+    decoder = setup.definition.module.model
+    layers = sum(count for _, count in decoder.run_layers)
+    hidden = decoder.embed_tokens.weight.get_value().shape[1]
+    passes = 2 + (candidate.remat != "none")
+    tokens = flops.tokens / math.prod(mesh[axis] for axis in RULES["batch"])
+    stream = passes * layers * tokens * hidden * setup.options.dtype.itemsize
+    sent = passes * candidate.accumulation * base * (mesh["fsdp"] - 1)
+    sent += 4 * stream * (mesh["tensor"] > 1) + 2 * stream * (mesh["expert"] - 1)
+    chip = hardware.chip or TPUS["v5e"]  # of a CPU only the order matters
+    return needs > 1.25 * hardware.capacity_bytes, estimate(chip, flops, mesh, sent).seconds
+
+
+def _try(config: Any, model: Any, order: list[Candidate], hardware: Topology, tries: int) -> Found:
+    ranked: list[tuple[Candidate, Plan]] = []
+    misfits: list[tuple[Candidate, Plan]] = []
+    left = len(order)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("compiling", total=min(tries, len(order)))
+        for candidate in order:
+            if len(ranked) + len(misfits) == tries:
+                break
+            left -= 1
+            if any(_needs_more(candidate, other) for other, _ in misfits):
+                continue
+            chosen = candidate.apply(config)
+            try:
+                method, _ = choose_method(chosen)
+                setup = set_up(chosen, model, method, hardware.devices)
+            except JaxtuneError as error:
+                logger.info("%s: %s", candidate, error)  # what does not divide so
+                continue
+            result = compile_plan(setup, hardware)
+            (ranked if result.fits else misfits).append((candidate, result))
+            progress.advance(task)
+    ranked.sort(key=lambda each: each[1].time.seconds if each[1].time else each[1].total)
+    nearest = min((plan for _, plan in misfits), key=lambda plan: plan.total, default=None)
+    return Found(hardware.name, ranked, len(ranked) + len(misfits), left, nearest)
+
+
+def _needs_more(candidate: Candidate, misfit: Candidate) -> bool:
+    """Says whether a candidate is like one that did not fit, and saves as much or more."""
+    return (
+        candidate.mesh == misfit.mesh
+        and candidate.accumulation <= misfit.accumulation
+        and POLICIES.index(candidate.remat) >= POLICIES.index(misfit.remat)
+    )
+
+
+def candidates(config: Any, model: Any, devices: int) -> Iterator[Candidate]:
+    """Yields what may be tried, whether it can be set up or not."""
+    batch = config.training.batch_size
+    mixture = any(model.get(key) for key in ("n_routed_experts", "num_experts"))
+    powers = [2**n for n in range(devices.bit_length()) if devices % 2**n == 0]
+    for tensor, expert, fsdp in itertools.product(powers, powers, powers):
+        rest, remainder = divmod(devices, tensor * expert * fsdp)
+        if remainder or (expert > 1 and not mixture) or tensor > 8:
+            continue
+        sizes = {"data": rest, "fsdp": fsdp, "tensor": tensor, "expert": expert}
+        mesh = tuple((axis, size) for axis, size in sizes.items() if size > 1)
+        shares = math.prod(sizes[axis] for axis in RULES["batch"])
+        for accumulation in (n for n in range(1, batch + 1) if batch % (n * shares) == 0):
+            if accumulation & (accumulation - 1) == 0:
+                for remat in POLICIES:
+                    yield Candidate(mesh, remat, accumulation)

@@ -1,0 +1,29 @@
+"""The table of the README is what the compiler says today."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from jaxtune.planning.table import ROWS_OF_TABLE, cells
+
+pytestmark = pytest.mark.slow
+
+README = Path(__file__).parents[2] / "README.md"
+# GB that the guide allows at most; full fine-tuning with float32 masters cannot meet its figure.
+MOST = {"LoRA, r = 8": 20, "P-Tuning, 20 tokens": 15, "QLoRA (NF4), r = 8": 15}
+
+
+@pytest.mark.parametrize("row", ROWS_OF_TABLE, ids=lambda row: row.method)
+def test_a_row_is_what_compiles_today(row):
+    found = cells(row)
+    written = [
+        line for line in README.read_text(encoding="utf-8").splitlines() if row.method in line
+    ]
+    assert [cell.strip() for cell in written[0].strip("|").split("|")] == found
+    total = float(re.match(r"[\d.]+", found[2])[0])
+    if row.method in MOST:
+        assert total <= MOST[row.method]
+    else:
+        # 12 to 16 bytes for each of 6.9 billion weights, whatever activations take.
+        assert 83 <= total <= 130
