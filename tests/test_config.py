@@ -20,6 +20,7 @@ from jaxtune.config import default, load_file, resolve
 from jaxtune.knobs import knobs
 from jaxtune.training import train as training
 from jaxtune.training.describe import Split, describe
+from jaxtune.training.evaluation import held_out_batches
 from jaxtune.training.setup import set_up
 
 # The keys that users' files and scripts rely on.
@@ -83,7 +84,10 @@ def test_overrides_win_and_have_the_type_of_their_knob():
         ("adapter.dropout=1.5", "adapter.dropout is at most 0.999, not 1.5"),
         ("data.packing=perhaps", "data.packing takes true or false, not 'perhaps'"),
         ("optimizer.learning_rate=1e999", "optimizer.learning_rate takes a finite number, not inf"),
-        ("training.dtype=float16", "training.dtype takes one of bfloat16, float32, not 'float16'"),
+        (
+            "training.dtype=float8",
+            "training.dtype takes one of bfloat16, float16, float32, not 'float8'",
+        ),
         ("adapter.targets=", "adapter.targets takes one or more names, not ''"),
         ("adapter.rank", "--config.adapter.rank needs a value: --config.adapter.rank=…"),
         (
@@ -334,7 +338,7 @@ class Prepared:
             Split(examples, training.make_loader(self.config, examples, self.setup.reserved)),
             Split(
                 held_out,
-                training.held_out_batches(self.config, held_out, self.setup.reserved),
+                held_out_batches(self.config, held_out, self.setup.reserved),
             ),
         )
 

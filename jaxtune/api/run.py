@@ -53,8 +53,8 @@ class Run:
         """Loads the model that the run trained.
 
         Args:
-          adapter: "best" (lowest held-out loss; the last where nothing was held out), "last", or
-            "none" for the base model alone.
+          adapter: "best" (by evaluation.stop_metric; the last where nothing was held out), "last",
+            or "none" for the base model alone.
 
         Raises:
           JaxtuneError: nothing has been saved yet.
@@ -71,7 +71,7 @@ class Run:
             return load(settings.model.path, **options)
         method, _ = training.choose_method(settings)
         if not method.has_adapter:
-            return self._fully_trained(method, options)
+            return self._fully_trained(method, options, adapter)
         return load(settings.model.path, adapter=self.adapter_directory(adapter), **options)
 
     def adapter_directory(self, which: str = "best") -> Path:
@@ -82,14 +82,14 @@ class Run:
         """
         return self.directory.adapter(which)
 
-    def _fully_trained(self, method: Method, options: Mapping[str, Any]) -> Model:
+    def _fully_trained(self, method: Method, options: Mapping[str, Any], which: str) -> Model:
         # One device, whatever the run had: a checkpoint restores onto any mesh.
         alone = [f"mesh.{axis}=1" for axis in MESH_AXES]
         config = config_module.resolve(self.config.to_dict(), alone)
         location = huggingface.resolve_path(config.model.path, config.model.revision)
         source = huggingface.open_source(location)
         setup = set_up(config, source.config, method, jax.devices()[:1])
-        arrays = training.trained_arrays(self.directory, setup)
+        arrays = training.trained_arrays(self.directory, setup, which)
         # What is not trained, such as a router's correction bias, stays as it is in the checkpoint.
         source = trained(source, setup.definition, arrays)
         mesh, dtype = single_device_mesh(), options["dtype"]

@@ -203,7 +203,7 @@ def _by_kind(arguments: tuple[Any, Any, Any, Any]) -> dict[str, Any]:
     return {
         "base": base,
         "trainable": state.trainable,
-        "optimizer": (state.opt_state, state.step),
+        "optimizer": (state.opt_state, state.step, state.guard),
         "constants": constants,
         "batch": batch,
     }

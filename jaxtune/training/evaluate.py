@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -13,9 +12,10 @@ from jaxtune.checkpoints.assemble import assemble
 from jaxtune.checkpoints.peft import read_adapter
 from jaxtune.checkpoints.tokenizer import load_tokenizer
 from jaxtune.errors import JaxtuneError
+from jaxtune.training.evaluation import bind_evaluation
 from jaxtune.training.run import RunDirectory
 from jaxtune.training.setup import set_up
-from jaxtune.training.train import bind_evaluation, choose_method, read_examples, trained_arrays
+from jaxtune.training.train import choose_method, read_sets, trained_arrays
 
 
 def evaluate(run: RunDirectory, adapter: str = "best", data: str = "") -> dict[str, Any]:
@@ -27,9 +27,7 @@ def evaluate(run: RunDirectory, adapter: str = "best", data: str = "") -> dict[s
       data: examples in any form that ``data.eval`` takes; empty: the run's ``data.eval``.
 
     Returns:
-      ``loss`` (mean over target tokens, nats), ``perplexity``, ``token_accuracy`` (share of
-      targets that are the likeliest token) and ``tokens`` (targets); of a mixture of experts also
-      what `bind_evaluation` says of the routing.
+      What `bind_evaluation` says, without samples.
 
     Raises:
       JaxtuneError: no examples, or nothing saved yet.
@@ -37,8 +35,9 @@ def evaluate(run: RunDirectory, adapter: str = "best", data: str = "") -> dict[s
     config = run.read_config()
     location = huggingface.resolve_path(config.model.path, config.model.revision)
     source = huggingface.open_source(location)
-    examples = read_examples(config, data or config.data.eval, source, load_tokenizer(location))
-    if examples is None:
+    tokenizer = load_tokenizer(location)
+    sets = read_sets(config, data or config.data.eval, source, tokenizer)
+    if not sets:
         raise JaxtuneError(f"{run.path}: data.eval is empty: name the examples with --data FILE")
     # The base model is that of an adapter which has not begun to learn.
     method, stored = choose_method(config)[0], None
@@ -56,9 +55,10 @@ def evaluate(run: RunDirectory, adapter: str = "best", data: str = "") -> dict[s
         stored=stored,
     )
     saved = adapter != "none" and not method.has_adapter
-    trainable = trained_arrays(run, setup) if saved else parts.trainable
+    trainable = trained_arrays(run, setup, adapter) if saved else parts.trainable
     with jax.set_mesh(setup.mesh):
-        scoring = bind_evaluation(setup, parts.base, parts.constants, examples)
+        scoring = bind_evaluation(setup, parts.base, parts.constants, sets, tokenizer)
         assert scoring is not None  # it is None without examples only
         scores = scoring(trainable)
-    return {"loss": scores["loss"], "perplexity": math.exp(scores["loss"]), **scores}
+    scores.pop("samples", None)
+    return scores

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from jaxtune.checkpoints.orbax import write_atomically
 from jaxtune.errors import JaxtuneError
 
 METRICS, EVALUATIONS, TENSORBOARD = "metrics.jsonl", "evaluations.jsonl", "tensorboard"
+SAMPLES = "samples.jsonl"
 
 
 class MetricLog:
@@ -36,8 +37,9 @@ class MetricLog:
           JaxtuneError: a line other than a torn last one is not a JSON object with a step.
         """
         directory = Path(directory)
-        for name in (METRICS, EVALUATIONS):
+        for name in (METRICS, EVALUATIONS, SAMPLES):
             _drop_after(directory / name, resume_step)
+        self._samples = directory / SAMPLES
         self._metrics = (directory / METRICS).open("a", encoding="utf-8", buffering=1)
         self._evaluations = (directory / EVALUATIONS).open("a", encoding="utf-8", buffering=1)
         self._events: SummaryWriter | None = None
@@ -52,19 +54,26 @@ class MetricLog:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def train(self, step: int, values: Mapping[str, float]) -> None:
+    def train(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes the metrics of update number `step`, counted from 1.
 
         Args:
           step: updates done.
           values: ``loss``, ``learning_rate``, ``grad_norm``, ``tokens`` (targets seen so far),
-            ``tokens_per_second`` and what else there is; finite numbers.
+            ``tokens_per_second`` and what else there is; finite numbers, or None and text where an
+            update was skipped, which TensorBoard goes without.
         """
         self._write(self._metrics, "train", step, values)
 
-    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
+    def evaluation(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes the scores on the held-out set after update number `step`; finite numbers."""
         self._write(self._evaluations, "evaluation", step, values)
+
+    def samples(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
+        """Writes answers to held-out prompts after update number `step`; what JSON can hold."""
+        with self._samples.open("a", encoding="utf-8") as file:
+            for sample in samples:
+                file.write(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n")
 
     def close(self) -> None:
         """Closes the files."""
@@ -73,10 +82,11 @@ class MetricLog:
         if self._events is not None:
             self._events.close()
 
-    def _write(self, file: Any, prefix: str, step: int, values: Mapping[str, float]) -> None:
+    def _write(self, file: Any, prefix: str, step: int, values: Mapping[str, Any]) -> None:
         file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
         if self._events is not None:
-            for name, value in values.items():
+            numbers = {k: v for k, v in values.items() if isinstance(v, (int, float))}
+            for name, value in numbers.items():
                 self._events.add_scalar(f"{prefix}/{name}", value, step)
 
 

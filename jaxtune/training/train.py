@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxtune.adapters import Method, Stored, method_from_config, method_from_peft
 from jaxtune.adapters.census import census, render
@@ -23,17 +23,26 @@ from jaxtune.checkpoints.orbax import Checkpoints
 from jaxtune.checkpoints.peft import read_adapter, write_adapter_files
 from jaxtune.checkpoints.source import TensorSource
 from jaxtune.checkpoints.tokenizer import load_tokenizer
-from jaxtune.data import Examples, Loader, eval_batches, load_examples
+from jaxtune.data import Examples, Loader, load_examples
 from jaxtune.errors import JaxtuneError
+from jaxtune.intervals import parse_interval
 from jaxtune.layers.bits import as_bits
 from jaxtune.layers.tree import Tree
 from jaxtune.training.describe import Split, describe
+from jaxtune.training.evaluation import (
+    bind_evaluation,
+    eval_sets,
+    held_out_batches,
+    score_names,
+)
 from jaxtune.training.expert_scores import score_experts
-from jaxtune.training.experts import load_summary, load_table, mixture_layers
+from jaxtune.training.experts import mixture_layers
+from jaxtune.training.length import Rates, measure_rates, needs_rates, total_steps
 from jaxtune.training.loop import fit
 from jaxtune.training.run import RunDirectory
 from jaxtune.training.setup import Setup, set_up
-from jaxtune.training.state import TrainState, initial_state
+from jaxtune.training.state import TrainState
+from jaxtune.training.stopping import check_metric
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +71,15 @@ def train(config: Any, workdir: str | Path) -> RunDirectory:
         setup = set_up(config, source.config, method)
         _log_setup(setup)
         examples = read()
-        held_out = read_examples(config, config.data.eval, source, tokenizer)
+        sets = read_sets(config, config.data.eval, source, tokenizer)
+        held_out = joined(sets)
+        _check_stopping(config, sets, setup)
+        rates = None
+        if needs_rates(config):
+            loader = make_loader(config, examples, setup.reserved)
+            rates = measure_rates(loader, len(examples))
+        setup = setup.lasting(total_steps(config.training, rates))
+        logger.info("training for %d updates%s", setup.steps, _epochs(rates, setup.steps))
         if stored is None:
             stored = method.start(tokenizer, lambda: source.read("model.embed_tokens.weight"))
         parts = assemble(
@@ -90,13 +107,15 @@ def train(config: Any, workdir: str | Path) -> RunDirectory:
         base, constants = parts.base, parts.constants
         with jax.set_mesh(setup.mesh):
             fit(
-                state=initial_state(parts.trainable, setup.optimizer, setup.like),
+                state=setup.initial_state(parts.trainable),
                 step=bind_step(setup, base, constants),
                 loader=make_loader(config, examples, setup.reserved),
-                evaluate=bind_evaluation(setup, base, constants, held_out),
+                evaluate=bind_evaluation(setup, base, constants, sets, tokenizer),
                 save_adapter=_adapter_writer(setup, constants),
                 run=run,
                 config=config,
+                steps=setup.steps,
+                rates=rates,
             )
     return run
 
@@ -153,6 +172,47 @@ def training_examples(config: Any, source: TensorSource, tokenizer: Any) -> Exam
     return examples
 
 
+def read_sets(config: Any, text: str, source: TensorSource, tokenizer: Any) -> dict[str, Examples]:
+    """Loads what is held out, by name; see `eval_sets` for the text."""
+    sets = {}
+    for name, path in eval_sets(text).items():
+        examples = read_examples(config, path, source, tokenizer)
+        if examples is not None:
+            sets[name] = examples
+    return sets
+
+
+def joined(sets: Mapping[str, Examples]) -> Examples | None:
+    """Returns the examples of all sets as one, or None where there is no set."""
+    every = [*sets.values()]
+    if len(every) < 2:
+        return every[0] if every else None
+    return dataclasses.replace(
+        every[0],
+        tokens=[t for each in every for t in each.tokens],
+        targets=[t for each in every for t in each.targets],
+        places=[p for each in every for p in each.places],
+        dropped=sum(each.dropped for each in every),
+        truncated=sum(each.truncated for each in every),
+    )
+
+
+def _check_stopping(config: Any, sets: Mapping[str, Examples], setup: Setup) -> None:
+    """Refuses to stop by what is never measured."""
+    evaluation = config.evaluation
+    never = not parse_interval("evaluation.every", evaluation.every).amount
+    if evaluation.stop_patience and (not sets or never):
+        missing = "evaluation.every is 0" if sets else "nothing is held out: set data.eval"
+        raise JaxtuneError(f"evaluation.stop_patience={evaluation.stop_patience}: {missing}")
+    if sets and not never:
+        experts = bool(mixture_layers(setup.definition))
+        check_metric(evaluation.stop_metric, score_names(config, sets, experts))
+
+
+def _epochs(rates: Rates | None, steps: int) -> str:
+    return f", {steps / rates.steps_per_epoch:.2f} passes over the data" if rates else ""
+
+
 def read_examples(config: Any, path: str, source: TensorSource, tokenizer: Any) -> Examples | None:
     """Loads a data set as the ``data`` section says; None for an empty path."""
     if not path:
@@ -192,60 +252,12 @@ def make_loader(config: Any, examples: Examples, reserved: int = 0) -> Loader:
     )
 
 
-def held_out_batches(
-    config: Any, examples: Examples, reserved: int = 0
-) -> Iterator[Mapping[str, Any]]:
-    """Returns the batches of one evaluation."""
-    return eval_batches(
-        examples,
-        batch_size=config.evaluation.batch_size,
-        length=config.data.max_length,
-        packing=config.data.packing,
-        reserved=reserved,
-    )
-
-
 def bind_step(
     setup: Setup, base: Tree, constants: Tree
 ) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Mapping[str, jax.Array]]]:
     """Returns the update as the loop calls it: ``(state, batch) → (state, metrics as scalars)``."""
     compiled, base = setup.train_step(), as_bits(base, setup.options.platform)
     return lambda state, batch: compiled(state, base, constants, setup.put_batch(batch))
-
-
-def bind_evaluation(
-    setup: Setup, base: Tree, constants: Tree, examples: Examples | None
-) -> Callable[[Tree], dict[str, Any]] | None:
-    """Returns the evaluation as the loop calls it, or None without a held-out set.
-
-    Of a mixture of experts the scores have `load_summary`, ``balance_loss`` (summed over layers)
-    and ``expert_load``, the table of `load_table`.
-    """
-    if examples is None:
-        return None
-    compiled, base = setup.eval_step(), as_bits(base, setup.options.platform)
-
-    def evaluate(trainable: Tree) -> dict[str, Any]:
-        total = None
-        for batch in held_out_batches(setup.config, examples, setup.reserved):
-            sums = jax.device_get(compiled(trainable, base, constants, setup.put_batch(batch)))
-            # Sums over a whole set in float64.
-            sums = jax.tree.map(np.float64, sums)
-            total = sums if total is None else jax.tree.map(np.add, total, sums)
-        assert total is not None  # a set is never empty
-        scores: dict[str, Any] = {
-            "loss": float(total.loss / total.weight),
-            "token_accuracy": float(total.correct / total.weight),
-            "tokens": float(total.weight),
-        }
-        if total.experts is None:
-            return scores
-        load = total.experts.load
-        scores |= {name: float(value) for name, value in load_summary(load).items()}
-        scores["balance_loss"] = float(total.experts.balance / total.weight)
-        return scores | {"expert_load": load_table(load, mixture_layers(setup.definition))}
-
-    return evaluate
 
 
 def _adapter_writer(setup: Setup, constants: Tree) -> Callable[[Tree, Path], Any] | None:
@@ -277,17 +289,25 @@ def fingerprint(
     }
 
 
-def trained_arrays(run: RunDirectory, setup: Setup) -> Tree:
-    """Reads the trainables of a run's newest undamaged checkpoint.
+def trained_arrays(run: RunDirectory, setup: Setup, which: str = "last") -> Tree:
+    """Reads the trainables of an undamaged checkpoint of a run.
+
+    Args:
+      run: the run.
+      setup: of the run.
+      which: "last", or "best" for that of the best evaluation (the last where there was none).
 
     Raises:
       JaxtuneError: the run has no checkpoint yet.
     """
     with Checkpoints(run.checkpoints, run.read_config().checkpoint.keep) as checkpoints:
-        latest = checkpoints.latest_verified()
-        if latest is None:
+        step = checkpoints.latest_verified()
+        if step is None:
             raise JaxtuneError(f"{run.path}: the run has no checkpoint yet")
-        state, _ = checkpoints.restore(latest, setup.like)
+        state, extra = checkpoints.restore(step, setup.like)
+        best = extra["tally"]["best_step"]
+        if which == "best" and best not in (None, step):
+            state, _ = checkpoints.restore(best, setup.like)
     return state.trainable
 
 
