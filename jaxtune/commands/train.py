@@ -26,4 +26,4 @@ def run(arguments: argparse.Namespace) -> None:
     elif arguments.overrides:
         config = resolve(jaxtune.Run(arguments.workdir).config, arguments.overrides)
     run = jaxtune.train(config, arguments.workdir)
-    print(f"done: {run.config.training.steps} steps, everything is in {run.path}")
+    print(f"done: {run.directory.steps_done()} steps, everything is in {run.path}")

@@ -86,7 +86,8 @@ def cross_entropy(
     targets = jnp.pad(targets, ((0, 0), (0, pad)), constant_values=IGNORE)
     starts = jnp.arange(0, targets.shape[1], chunk)
     scale = jnp.float32(1) if scale is None else scale
-    loss, correct, nll, uniform, squared = _summed(hidden, head, targets, starts, scale, terms)
+    sums: Any = _summed(hidden, head, targets, starts, scale, terms)
+    loss, correct, nll, uniform, squared = sums
     weight = jnp.sum(targets != IGNORE).astype(jnp.float32)
     return TokenLoss(loss, weight, correct, nll, uniform, squared)
 

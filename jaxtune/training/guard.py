@@ -60,8 +60,14 @@ class Guard(NamedTuple):
 def first_guard(settings: GuardSettings) -> Guard:
     """Returns what is remembered before the first update."""
     scale = _FIRST_SCALE if settings.scaling else 1.0
-    zero, none = jnp.float32(0), jnp.int32(0)
-    return Guard(jnp.float32(scale), none, zero, zero, none)
+    # Arrays of their own, for a step donates each of them.
+    return Guard(
+        scale=jnp.float32(scale),
+        steady=jnp.int32(0),
+        loss=jnp.float32(0),
+        grad_norm=jnp.float32(0),
+        seen=jnp.int32(0),
+    )
 
 
 def judge(

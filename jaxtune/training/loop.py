@@ -15,6 +15,7 @@ from jaxtune.checkpoints.orbax import Checkpoints, disk_full_named
 from jaxtune.training.length import Due, Rates
 from jaxtune.training.metrics import MetricLog
 from jaxtune.training.milestones import Milestones
+from jaxtune.training.profile import Profile
 from jaxtune.training.recorder import Display, Recorder
 from jaxtune.training.run import RunDirectory
 from jaxtune.training.stopping import Tally
@@ -76,7 +77,7 @@ def fit(
         (nothing of it is saved), no space left on the disk, or a checkpoint that does not fit.
       KeyboardInterrupt: passed on after the save in progress, if any, is complete.
     """
-    steps = config.training.steps if steps is None else steps
+    steps = int(config.training.steps if steps is None else steps)
     with (
         disk_full_named(run.path),
         Checkpoints(run.checkpoints, config.checkpoint.keep) as checkpoints,
@@ -88,8 +89,9 @@ def fit(
             # The adapter on disk may be of another step than the checkpoint that was restored.
             run.replace_directory(run.adapter_last, partial(save_adapter, state.trainable))
         with (
-            MetricLog(run.path, config.logging.tensorboard, start) as log,
+            MetricLog(run.path, config.logging.tensorboard, start, config.logging.wandb) as log,
             Display(start, steps) as display,
+            Profile(config.profile.steps, run.path / "profile") as profile,
         ):
             recorder = Recorder(
                 log,
@@ -97,6 +99,7 @@ def fit(
                 tally,
                 Due("logging.every", config.logging.every, rates),
                 config.training.max_bad_steps,
+                steps,
             )
             milestones = Milestones(
                 config,
@@ -117,8 +120,10 @@ def fit(
                     break
                 with recorder.waiting():
                     batch = next(loader)
+                profile.before(number)
                 state, metrics = step(state, batch)
-                recorder.put(number, metrics)
+                profile.after(number, state)
+                recorder.put(number, metrics, batch)
                 checkpoints.poll()
                 milestones.reach(number, state, last=number == steps)
             checkpoints.wait()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib
+import importlib.util
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,7 +26,7 @@ class MetricLog:
     returns. A float32 is written so that reading it gives the same bits.
     """
 
-    def __init__(self, directory: str | Path, tensorboard: bool, resume_step: int):
+    def __init__(self, directory: str | Path, tensorboard: bool, resume_step: int, wandb: str = ""):
         """Opens the log of a run that goes on after update number `resume_step`.
 
         Args:
@@ -32,6 +35,7 @@ class MetricLog:
           resume_step: updates that the state has seen, 0 for a new run. Later lines, which a
             killed run has written past its last checkpoint, are dropped: the file reads as one
             unbroken run.
+          wandb: project of Weights & Biases to log to as well; empty: none.
 
         Raises:
           JaxtuneError: a line other than a torn last one is not a JSON object with a step.
@@ -47,6 +51,7 @@ class MetricLog:
             # Tells TensorBoard to forget what the killed run has written past its checkpoint.
             purge = resume_step + 1 if resume_step else None
             self._events = SummaryWriter(str(directory / TENSORBOARD), purge_step=purge)
+        self._wandb = _start_wandb(wandb, directory) if wandb else None
 
     def __enter__(self) -> MetricLog:
         return self
@@ -81,13 +86,44 @@ class MetricLog:
         self._evaluations.close()
         if self._events is not None:
             self._events.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
     def _write(self, file: Any, prefix: str, step: int, values: Mapping[str, Any]) -> None:
         file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+        numbers = {
+            f"{prefix}/{name}": value
+            for name, value in values.items()
+            if isinstance(value, (int, float))
+        }
         if self._events is not None:
-            numbers = {k: v for k, v in values.items() if isinstance(v, (int, float))}
             for name, value in numbers.items():
-                self._events.add_scalar(f"{prefix}/{name}", value, step)
+                self._events.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+
+
+def check_wandb(project: str) -> None:
+    """Refuses a log that cannot be written, before anything else is done.
+
+    Raises:
+      JaxtuneError: Weights & Biases is asked for and not installed.
+    """
+    if project and importlib.util.find_spec("wandb") is None:
+        raise JaxtuneError(
+            f'logging.wandb="{project}" needs the package wandb, which is not installed: '
+            "pip install wandb"
+        )
+
+
+def _start_wandb(project: str, directory: Path) -> Any:
+    """Starts, or goes on with, the run of Weights & Biases that belongs to a directory."""
+    check_wandb(project)
+    wandb = importlib.import_module("wandb")
+    identity = hashlib.sha256(str(directory.absolute()).encode()).hexdigest()[:16]
+    return wandb.init(
+        project=project, id=identity, name=directory.name, dir=str(directory), resume="allow"
+    )
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:

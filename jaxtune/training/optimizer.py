@@ -112,8 +112,8 @@ def make_schedule(config: Any, steps: int | None = None) -> optax.Schedule:
 
     Source: the ``get_*_schedule*`` functions of transformers have the same values.
     """
-    steps = config.training.steps if steps is None else steps
-    settings = ml_collections.ConfigDict(config.optimizer)
+    steps = int(config.training.steps if steps is None else steps)
+    settings: Any = ml_collections.ConfigDict(config.optimizer)
     for name in ("warmup_steps", "decay_steps"):
         settings[name] = count_updates(settings[name], steps)
     after = lookup(SCHEDULES, settings.schedule, key="optimizer.schedule")

@@ -6,10 +6,12 @@ import contextlib
 import logging
 import math
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -28,6 +30,7 @@ from jaxtune.training.stopping import Tally
 
 logger = logging.getLogger(__name__)
 
+_ESTIMATED_BY = 3  # updates
 SECONDS_BETWEEN_LINES = 30.0  # of progress, where there is no terminal to draw a bar on
 
 
@@ -35,7 +38,13 @@ class Recorder:
     """Reads metrics one update late, so that the next update is queued before the host waits."""
 
     def __init__(
-        self, log: MetricLog, display: Display, tally: Tally, due: Due, max_bad_steps: int = 1
+        self,
+        log: MetricLog,
+        display: Display,
+        tally: Tally,
+        due: Due,
+        max_bad_steps: int,
+        steps: int,
     ):
         """Starts the clock of the first line.
 
@@ -45,12 +54,15 @@ class Recorder:
           tally: to count in.
           due: which updates have a line.
           max_bad_steps: updates in a row that may be skipped before the run stops.
+          steps: updates of the run.
         """
         self._log, self._display, self._tally, self._due = log, display, tally, due
         self._max_bad = max_bad_steps
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
         self._tokens, self._clock = 0, time.monotonic()  # of the line being gathered
-        self._waited = 0.0
+        self._waited, self._batch = 0.0, None
+        self._first: tuple[int, float] | None = None  # update and time of the first one read
+        self._steps = steps
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -59,10 +71,16 @@ class Recorder:
         yield
         self._waited += time.monotonic() - begin
 
-    def put(self, number: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Takes the metrics of an update that may still run, and reads those of the one before."""
+    def put(self, number: int, metrics: Mapping[str, jax.Array], batch: Any = None) -> None:
+        """Takes the metrics of an update that may still run, and reads those of the one before.
+
+        Args:
+          number: of the update.
+          metrics: of the update.
+          batch: what it was made from, NumPy arrays: its lines have a hash of them.
+        """
         self.flush()
-        self._pending = (number, metrics)
+        self._pending, self._batch = (number, metrics), batch
 
     def flush(self) -> None:
         """Waits for the update last put, checks its metrics and writes them down.
@@ -93,16 +111,33 @@ class Recorder:
             "data_wait": min(self._waited / elapsed, 1.0),
         }
         self._display.show(number, values["loss"], speed)
+        self._estimate(number)
         if self._due(number):
             line: dict[str, Any] = values
             if reason is not None:
                 # JSON has no word for what is not finite.
                 line = {k: v if math.isfinite(v) else None for k, v in values.items()}
                 line["skipped"] = reason
+            line = line | {"batch": _hash(self._batch)}
             self._log.train(number, line)
             self._tokens, self._clock, self._waited = 0, time.monotonic(), 0.0
         if reason is not None:
             self._skipped(number, verdict, reason, values)
+
+    def _estimate(self, number: int) -> None:
+        """Says how long the run is going to take, once, by the first updates after compilation."""
+        if self._first is None:
+            self._first = (number, time.monotonic())
+        elif number == self._first[0] + _ESTIMATED_BY:
+            each = (time.monotonic() - self._first[1]) / _ESTIMATED_BY
+            left = each * (self._steps - number)
+            end = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + left))
+            logger.info(
+                "an update takes %.3g s: about %.1f minutes are left, to %s, beside evaluations",
+                each,
+                left / 60,
+                end,
+            )
 
     def _skipped(self, number: int, verdict: int, reason: str, values: dict[str, float]) -> None:
         tally = self._tally
@@ -172,6 +207,14 @@ class Display:
         if time.monotonic() >= self._due:
             self._due = time.monotonic() + SECONDS_BETWEEN_LINES
             logger.info("step %d/%d: loss %.4f, %.0f tokens/s", number, self._steps, loss, speed)
+
+
+def _hash(batch: Any) -> str:
+    """Returns 8 digits that tell batches apart: of zlib, for it is as quick as a copy."""
+    checksum = 0
+    for leaf in jax.tree.leaves(batch):
+        checksum = zlib.crc32(np.ascontiguousarray(leaf), checksum)
+    return f"{checksum:08x}"
 
 
 def check_finite(number: int, values: Mapping[str, float], prefix: str = "") -> None:

@@ -62,7 +62,7 @@ def state_like(
     )
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
     guard = jax.tree.map(
-        lambda leaf: placed(leaf, replicated), jax.eval_shape(first_guard, NO_GUARD)
+        lambda leaf: placed(leaf, replicated), jax.eval_shape(lambda: first_guard(NO_GUARD))
     )
     return TrainState(step, trainable, opt_state, guard)
 

@@ -26,7 +26,6 @@ from jaxtune.checkpoints.tokenizer import load_tokenizer
 from jaxtune.data import Examples, Loader, load_examples
 from jaxtune.errors import JaxtuneError
 from jaxtune.intervals import parse_interval
-from jaxtune.layers.bits import as_bits
 from jaxtune.layers.tree import Tree
 from jaxtune.training.describe import Split, describe
 from jaxtune.training.evaluation import (
@@ -39,10 +38,13 @@ from jaxtune.training.expert_scores import score_experts
 from jaxtune.training.experts import mixture_layers
 from jaxtune.training.length import Rates, measure_rates, needs_rates, total_steps
 from jaxtune.training.loop import fit
+from jaxtune.training.metrics import check_wandb
+from jaxtune.training.out_of_memory import out_of_memory_named
+from jaxtune.training.profile import profile_window
 from jaxtune.training.run import RunDirectory
 from jaxtune.training.setup import Setup, set_up
-from jaxtune.training.state import TrainState
 from jaxtune.training.stopping import check_metric
+from jaxtune.training.update import Update
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +64,8 @@ def train(config: Any, workdir: str | Path) -> RunDirectory:
     """
     run = RunDirectory(workdir)
     with run.start(config) as config:
+        check_wandb(config.logging.wandb)
+        profile_window(config.profile.steps)
         location = huggingface.resolve_path(config.model.path, config.model.revision)
         source = huggingface.open_source(location)
         tokenizer = load_tokenizer(location)
@@ -105,10 +109,10 @@ def train(config: Any, workdir: str | Path) -> RunDirectory:
             )
         )
         base, constants = parts.base, parts.constants
-        with jax.set_mesh(setup.mesh):
+        with jax.set_mesh(setup.mesh), out_of_memory_named(setup):
             fit(
                 state=setup.initial_state(parts.trainable),
-                step=bind_step(setup, base, constants),
+                step=Update(setup, base, constants),
                 loader=make_loader(config, examples, setup.reserved),
                 evaluate=bind_evaluation(setup, base, constants, sets, tokenizer),
                 save_adapter=_adapter_writer(setup, constants),
@@ -250,14 +254,6 @@ def make_loader(config: Any, examples: Examples, reserved: int = 0) -> Loader:
         seed=config.training.seed,
         reserved=reserved,
     )
-
-
-def bind_step(
-    setup: Setup, base: Tree, constants: Tree
-) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Mapping[str, jax.Array]]]:
-    """Returns the update as the loop calls it: ``(state, batch) → (state, metrics as scalars)``."""
-    compiled, base = setup.train_step(), as_bits(base, setup.options.platform)
-    return lambda state, batch: compiled(state, base, constants, setup.put_batch(batch))
 
 
 def _adapter_writer(setup: Setup, constants: Tree) -> Callable[[Tree, Path], Any] | None:
