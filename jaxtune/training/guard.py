@@ -120,5 +120,8 @@ def judge(
 
 
 def keep_unless_made(verdict: jax.Array, new: Any, old: Any) -> Any:
-    """Returns `new`, or `old` of the same structure where the update is not to be made."""
+    """Returns `new`, or `old` where the update is not to be made: trees of arrays of any shape.
+
+    `verdict` is the int32 scalar of `judge`.
+    """
     return jax.tree.map(lambda n, o: jnp.where(verdict == MADE, n, o), new, old)

@@ -38,8 +38,8 @@ def measure_rates(batches: Iterator[Mapping[str, np.ndarray]], examples: int) ->
     """Measures the stream that a run is going to see, from its beginning.
 
     Args:
-      batches: a fresh stream: a function of data, config and seed, so that a run that goes on
-        finds the same rates.
+      batches: a fresh stream of int[rows, T] arrays, ``segment_ids`` among them. It is a function
+        of data, config and seed, so that a run that goes on finds the same rates.
       examples: how many there are. After one pass, or 256 batches of a longer one, the rest is
         taken to be alike.
     """

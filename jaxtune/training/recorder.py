@@ -76,8 +76,8 @@ class Recorder:
 
         Args:
           number: of the update.
-          metrics: of the update.
-          batch: what it was made from, NumPy arrays: its lines have a hash of them.
+          metrics: of the update, scalars.
+          batch: what it was made from, NumPy arrays of any shape: its line has a hash of them.
         """
         self.flush()
         self._pending, self._batch = (number, metrics), batch
@@ -213,7 +213,7 @@ def _hash(batch: Any) -> str:
     """Returns 8 digits that tell batches apart: of zlib, for it is as quick as a copy."""
     checksum = 0
     for leaf in jax.tree.leaves(batch):
-        checksum = zlib.crc32(np.ascontiguousarray(leaf), checksum)
+        checksum = zlib.crc32(np.asarray(leaf).tobytes(), checksum)
     return f"{checksum:08x}"
 
 

@@ -276,7 +276,7 @@ def test_adafactor_follows_torch(shape):
             parameters, lr=1e-2, weight_decay=0.1, scale_parameter=False, relative_step=False
         ),
         shape,
-        1e-6,
+        3e-6,  # the last place of a weight of 3 is 2.4e-7, and rounded twice in 12 updates
     )
 
 
