@@ -23,7 +23,7 @@ from jaxtune.quant import QuantizedWeight
 from jaxtune.training.setup import Setup, set_up
 from jaxtune.training.train import choose_method
 
-_PLAIN = {"bfloat16", "float32"}
+_PLAIN = {"bfloat16", "float16", "float32"}
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 

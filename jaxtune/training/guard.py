@@ -117,11 +117,3 @@ def judge(
         scale, steady, mean(guard.loss, loss), mean(guard.grad_norm, grad_norm), seen
     )
     return verdict.astype(jnp.int32), remembered
-
-
-def keep_unless_made(verdict: jax.Array, new: Any, old: Any) -> Any:
-    """Returns `new`, or `old` where the update is not to be made: trees of arrays of any shape.
-
-    `verdict` is the int32 scalar of `judge`.
-    """
-    return jax.tree.map(lambda n, o: jnp.where(verdict == MADE, n, o), new, old)

@@ -18,7 +18,7 @@ from jaxtune.objectives.cross_entropy import NO_TERMS, LossTerms
 from jaxtune.objectives.sft import BatchSums
 from jaxtune.parallel.rules import constrain
 from jaxtune.training.experts import load_summary
-from jaxtune.training.guard import NO_GUARD, GuardSettings, judge, keep_unless_made
+from jaxtune.training.guard import MADE, NO_GUARD, GuardSettings, judge
 from jaxtune.training.state import TrainState
 
 Batch = Mapping[str, jax.Array]
@@ -111,6 +111,11 @@ def make_train_step(
         gradient, each = lax.scan(micro_batch, zero, (jnp.arange(count), cut))
         return gradient, jax.tree.map(lambda sums: jnp.sum(sums, axis=0), each)
 
+    def updated(gradient: Tree, state: TrainState) -> TrainState:
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
+        trainable = jax.tree.map(jnp.add, state.trainable, updates)
+        return TrainState(state.step + 1, trainable, opt_state, state.guard)
+
     def train_step(
         state: TrainState, base: Tree, constants: Tree, batch: Batch
     ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -118,7 +123,6 @@ def make_train_step(
         weight = jnp.maximum(sums.weight, 1.0)
         divisor = weight * state.guard.scale if guarded.scaling else weight
         gradient = jax.tree.map(lambda g: g / divisor, gradient)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
         metrics = {
             "loss": sums.nll / weight,
             "grad_norm": optax.tree.norm(gradient),
@@ -130,9 +134,9 @@ def make_train_step(
         if guarded.scaling:
             metrics["loss_scale"] = state.guard.scale
         verdict, guard = judge(state.guard, sums.loss / weight, metrics["grad_norm"], guarded)
-        trainable = jax.tree.map(jnp.add, state.trainable, updates)
-        made = TrainState(state.step + 1, trainable, opt_state, guard)
-        state = keep_unless_made(verdict, made, dataclasses.replace(state, guard=guard))
+        state = dataclasses.replace(state, guard=guard)
+        # A branch and not a choice between two states, for which both would have to be held.
+        state = lax.cond(verdict == MADE, updated, lambda _, state: state, gradient, state)
         return state, metrics | {"skipped": verdict.astype(jnp.float32)}
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
