@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -58,13 +59,13 @@ def explain(text: str, setup: Setup) -> str:
       setup: of the run.
     """
     needed, limit = _size(_NEEDED.search(text)), _size(_LIMIT.search(text))
+    # A program that is too large as a whole, or one more array.
+    more = "" if limit is not None else " more"
     if limit is None:
-        stats = setup.mesh.devices.flat[0].memory_stats() or {}
-        limit = stats.get("bytes_limit")
+        limit = _device_bytes(setup.mesh.devices.flat[0])
     parts = ["out of memory"]
     if needed is not None:
-        parts.append(f"{needed / GIB:.2f} GiB more were needed" if limit is None else "")
-        parts[-1] = parts[-1] or f"{needed / GIB:.2f} GiB were needed"
+        parts.append(f"{needed / GIB:.2f} GiB{more} were needed")
     if limit is not None:
         parts.append(f"a device has {limit / GIB:.2f} GiB")
     first, *others = remedies(setup)
@@ -108,6 +109,13 @@ def _frozen_bytes(setup: Setup) -> float:
             shape = leaf.sharding.shard_shape(leaf.shape)
             total += jax.ShapeDtypeStruct(shape, leaf.dtype).size * leaf.dtype.itemsize
     return total
+
+
+def _device_bytes(device: Any) -> int | None:
+    """Returns the memory of a device, if anybody knows it."""
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def _size(match: Any) -> int | None:

@@ -16,7 +16,7 @@ RECIPE = Recipe(steps=8, batch_size=8, accumulation=4, warmup_steps=2)
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
-    "{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -58,7 +58,10 @@ def test_answers_of_conversations_train_as_in_trl(tiny_chat, tmp_path):
     file = tmp_path / "chats.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = AutoTokenizer.from_pretrained(tiny_chat)
+    plain = [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in rows]
     tokenizer.chat_template = TEMPLATE
+    same = [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in rows]
+    assert same == plain
     tokenizer.pad_token = tokenizer.eos_token
     trainer = InOrder(
         peft_model(tiny_chat, tmp_path / "start", target_modules="all-linear"),
