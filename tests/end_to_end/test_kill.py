@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-STEPS = 90  # each of the 40 examples is seen a few times
+STEPS = 160  # more than ten kills can use up
 # Dropout, noise, shuffling, packing, spikes and the best score all have a state to lose.
 FLAGS = (
     f"--config.training.steps={STEPS}",
@@ -48,7 +48,7 @@ def kill(process, workdir, moment, chance):
     """Kills a run that has made an update, when the moment has come; says at how many lines."""
     before = len(lines(workdir))
     # Later starts get further, or the run would never end.
-    target, delay = before + chance.randint(3, 9), chance.uniform(0, 0.2)
+    target, delay = before + chance.randint(3, 9), chance.uniform(0, 0.05)
     while process.poll() is None:
         done = len(lines(workdir))
         if moment is None and done >= target:
