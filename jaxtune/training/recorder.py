@@ -128,7 +128,7 @@ class Recorder:
         """Says how long the run is going to take, once, by the first updates after compilation."""
         if self._first is None:
             self._first = (number, time.monotonic())
-        elif number == self._first[0] + _ESTIMATED_BY:
+        elif number == self._first[0] + _ESTIMATED_BY < self._steps:
             each = (time.monotonic() - self._first[1]) / _ESTIMATED_BY
             left = each * (self._steps - number)
             end = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + left))
