@@ -60,8 +60,7 @@ def run_jaxtune(checkpoint: str, dtype: str, options: argparse.Namespace) -> dic
     from jaxtune.checkpoints.assemble import assemble
     from jaxtune.checkpoints.huggingface import open_source
     from jaxtune.training.setup import set_up
-    from jaxtune.training.state import initial_state
-    from jaxtune.training.train import bind_step
+    from jaxtune.training.update import Update
 
     batch, length = options.batch, options.length
     config = config_module.resolve(
@@ -84,8 +83,8 @@ def run_jaxtune(checkpoint: str, dtype: str, options: argparse.Namespace) -> dic
         "positions": np.broadcast_to(np.arange(length, dtype=np.int32), ids.shape),
     }
     with jax.set_mesh(setup.mesh):
-        state = initial_state(parts.trainable, setup.optimizer, setup.like)
-        step = bind_step(setup, parts.base, parts.constants)
+        state = setup.initial_state(parts.trainable)
+        step = Update(setup, parts.base, parts.constants)
         begin = time.monotonic()
         state, metrics = step(state, arrays)
         losses = [float(metrics["loss"])]

@@ -8,10 +8,9 @@ What it takes of each device, 15.45 GiB of 15.75:
 
   jaxtune plan --config configs/domain_expert.py --topology v5e:1x1
 
-Expect the held-out loss to fall and then to rise: data.eval is what shows it, and the adapter kept
-as best is that of the lowest one. There is no knob yet for early stopping. Facts that the base
-model has never seen are better looked up than trained in; what it learns well is the field's way
-of answering.
+Expect the held-out loss to fall and then to rise: after three evaluations without a lower one the
+run stops, and the adapter kept as best is that of the lowest. Facts that the base model has never
+seen are better looked up than trained in; what it learns well is the field's way of answering.
 """
 
 from pathlib import Path
@@ -42,4 +41,5 @@ def get_config() -> ml_collections.ConfigDict:
     c.training.steps = EPOCHS * ROWS // c.training.batch_size
     c.evaluation.every = 50
     c.evaluation.batch_size = 4
+    c.evaluation.stop_patience = 3
     return c

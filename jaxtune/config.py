@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 import ml_collections
 
 from jaxtune.errors import JaxtuneError, closest
+from jaxtune.intervals import parse_interval
 from jaxtune.knobs import KNOBS, Knob, knobs
 
 # What `resolve` gives: an ml_collections.FrozenConfigDict, whose own types do not know that a
@@ -53,6 +54,17 @@ def _check(key: str, value: Any) -> Any:
         if (knob.default and not names) or not all(isinstance(n, str) and n.strip() for n in names):
             raise JaxtuneError(f"{key} takes one or more names, not {value!r}")
         return tuple(n.strip() for n in names)
+    if knob.interval:
+        if isinstance(value, bool) or not isinstance(value, (int, str)):
+            raise JaxtuneError(f"{key} takes a number of updates or an interval, not {value!r}")
+        parse_interval(key, value)
+        return int(value) if str(value).strip().isdecimal() else value
+    if knob.share and isinstance(value, float):
+        if not 0 <= value < 1:
+            raise JaxtuneError(f"{key} takes a whole number, or a share below 1, not {value!r}")
+        return value
+    if knob.share and isinstance(value, int) and not isinstance(value, bool):
+        wanted = int
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not wanted:
@@ -120,7 +132,18 @@ def resolve(
             f"training.batch_size={batch} does not divide into training.accumulation={micro} "
             "micro-batches"
         )
+    _check_length(tree["training"])
     return ml_collections.FrozenConfigDict(tree)
+
+
+def _check_length(training: Mapping[str, Any]) -> None:
+    """Refuses two lengths of one run; training.steps at its default is none."""
+    names = ("steps", "epochs", "tokens")
+    defaults = {name: KNOBS["training"][name].default for name in names}
+    named = [name for name in names if training[name] != defaults[name]]
+    if len(named) > 1:
+        settings = " and ".join(f"training.{name}={training[name]}" for name in named)
+        raise JaxtuneError(f"{settings}: a run has one length")
 
 
 def load_file(path: str | Path) -> Any:

@@ -17,6 +17,8 @@ class Knob:
     minimum: float | None = None
     maximum: float | None = None
     names: bool = False  # a name, a comma-separated string of names, or a sequence of names
+    share: bool = False  # a whole number, or a share below 1
+    interval: bool = False  # what `parse_interval` reads
 
 
 KNOBS: dict[str, dict[str, Knob]] = {
@@ -207,14 +209,19 @@ KNOBS: dict[str, dict[str, Knob]] = {
         "symmetric": Knob(True, "int4: whether groups have no zero point of their own"),
     },
     "training": {
-        "steps": Knob(100, "optimizer updates", minimum=0),
+        "steps": Knob(100, "optimizer updates; unless epochs or tokens say how long", minimum=0),
+        "epochs": Knob(0.0, "length of the run in passes over the data; 0: see steps", minimum=0),
+        "tokens": Knob(
+            0, "length of the run in tokens, padding not counted; 0: see steps", minimum=0
+        ),
         "batch_size": Knob(8, "rows per update, over all devices", minimum=1),
         "accumulation": Knob(1, "micro-batches that make one update", minimum=1),
-        "seed": Knob(0, "seed of factors, data order and dropout", minimum=0),
+        "seed": Knob(0, "seed of factors, data order, dropout and noise", minimum=0),
         "dtype": Knob(
             "bfloat16",
-            "dtype of the base weights and of the computation; trainables stay float32",
-            choices=("bfloat16", "float32"),
+            "dtype of the base weights and of the computation; trainables stay float32, and "
+            "float16 scales its loss",
+            choices=("bfloat16", "float16", "float32"),
         ),
         "remat": Knob(
             "full", "what the backward pass recomputes: none, full (each layer), or a named policy"
@@ -231,30 +238,102 @@ KNOBS: dict[str, dict[str, Knob]] = {
             "as stuck: it shows what it was doing and exits with 75; 0: off",
             minimum=0,
         ),
+        "label_smoothing": Knob(
+            0.0,
+            "share of each target that is spread evenly over the vocabulary; not in what is "
+            "reported as loss",
+            minimum=0,
+            maximum=0.999,
+        ),
+        "z_loss": Knob(
+            0.0,
+            "factor on the square of the log-normaliser of the logits; not in what is reported as "
+            "loss; 0: off",
+            minimum=0,
+        ),
+        "neftune_alpha": Knob(
+            0.0, "size of the noise on embeddings while training (NEFTune); 0: off", minimum=0
+        ),
+        "max_bad_steps": Knob(
+            5, "updates in a row that may be skipped before the run stops", minimum=1
+        ),
+        "spike_factor": Knob(
+            0.0,
+            "an update is skipped whose loss or gradient norm is this many times its running "
+            "mean; 0: off",
+            minimum=0,
+        ),
     },
     "optimizer": {
-        "name": Knob("adamw", "optax optimizer"),
+        "name": Knob("adamw", "adamw, adafactor, lion or sgd"),
         "learning_rate": Knob(2e-4, "peak learning rate", minimum=0),
-        "schedule": Knob("cosine", "constant, linear or cosine, after the warm-up"),
-        "warmup_steps": Knob(0, "updates of linear warm-up from 0", minimum=0),
+        "schedule": Knob("cosine", "constant, linear, cosine or wsd, after the warm-up"),
+        "warmup_steps": Knob(
+            0, "updates of linear warm-up from 0, or their share of the run", minimum=0, share=True
+        ),
+        "decay_steps": Knob(
+            0.1,
+            "wsd: updates of the linear decline at the end, or their share of the run",
+            minimum=0,
+            share=True,
+        ),
+        "group_rates": Knob(
+            (),
+            "other learning rates, such as lora_B=4e-4 or embed_tokens=0.1x; a pattern matches "
+            "whole names within a path, and the first one counts",
+            names=True,
+        ),
         "lora_plus_ratio": Knob(1.0, "learning rate of LoRA's B over that of A (LoRA+)", minimum=0),
         "weight_decay": Knob(0.0, "decoupled decay; never on norms and biases", minimum=0),
         "clip_norm": Knob(1.0, "clip the global gradient norm to this; 0: off", minimum=0),
-        "b1": Knob(0.9, "decay rate of the first moment", minimum=0, maximum=1),
-        "b2": Knob(0.999, "decay rate of the second moment", minimum=0, maximum=1),
-        "eps": Knob(1e-8, "added to the root of the second moment", minimum=0),
+        "b1": Knob(0.9, "decay rate of the first moment; sgd: momentum", minimum=0, maximum=1),
+        "b2": Knob(
+            0.999,
+            "decay rate of the second moment; lion: of the momentum, for which 0.99 is usual",
+            minimum=0,
+            maximum=1,
+        ),
+        "eps": Knob(1e-8, "adamw: added to the root of the second moment", minimum=0),
+        "moment_dtype": Knob(
+            "float32",
+            "dtype in which the first moment (sgd: the momentum) is kept",
+            choices=("float32", "bfloat16"),
+        ),
     },
     "checkpoint": {
-        "every": Knob(50, "updates between checkpoints; 0: only at the end", minimum=0),
-        "keep": Knob(2, "checkpoints kept", minimum=2),
+        "every": Knob(
+            50,
+            "between checkpoints: updates, or as in 0.5 epochs, 10 minutes, 1M tokens; 0: only "
+            "at the end",
+            interval=True,
+        ),
+        "keep": Knob(2, "checkpoints kept, beside the best of full fine-tuning", minimum=2),
     },
     "evaluation": {
-        "every": Knob(50, "updates between evaluations; 0: none", minimum=0),
+        "every": Knob(50, "between evaluations, as in checkpoint.every; 0: none", interval=True),
         "batch_size": Knob(8, "rows per evaluation batch", minimum=1),
+        "stop_metric": Knob(
+            "loss", "score of an evaluation that chooses the best adapter and stops the run"
+        ),
+        "stop_patience": Knob(
+            0, "evaluations in a row without a better score that stop the run; 0: never", minimum=0
+        ),
+        "stop_min_change": Knob(0.0, "change of the score that counts as better", minimum=0),
+        "generate": Knob(
+            0,
+            "held-out prompts that each evaluation answers, for exact_match and samples.jsonl",
+            minimum=0,
+        ),
     },
     "logging": {
-        "every": Knob(1, "updates between lines of metrics.jsonl; 0: none", minimum=0),
+        "every": Knob(
+            1, "between lines of metrics.jsonl, as in checkpoint.every; 0: none", interval=True
+        ),
         "tensorboard": Knob(True, "write TensorBoard events beside metrics.jsonl"),
+        "wandb": Knob("", "project of Weights & Biases to log to as well; empty: none"),
+    },
+    "profile": {
+        "steps": Knob((), "first and last update of a trace for XProf, such as 10,20", names=True),
     },
     "mesh": {
         "data": Knob(-1, "devices that split the batch; -1: what the other axes leave", minimum=-1),

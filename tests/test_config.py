@@ -20,6 +20,8 @@ from jaxtune.config import default, load_file, resolve
 from jaxtune.knobs import knobs
 from jaxtune.training import train as training
 from jaxtune.training.describe import Split, describe
+from jaxtune.training.evaluation import held_out_batches
+from jaxtune.training.length import measure_rates, total_steps
 from jaxtune.training.setup import set_up
 
 # The keys that users' files and scripts rely on.
@@ -43,6 +45,14 @@ def test_the_promised_keys_exist_and_every_knob_is_explained():
     for section, names in PROMISED.items():
         assert {f"{section}.{name}" for name in names} <= set(table)
     assert all(len(knob.help) > 10 for knob in table.values())
+
+
+def test_every_knob_of_training_is_in_its_page():
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+    sections = ("training", "optimizer", "checkpoint", "evaluation", "logging", "profile")
+    for key, _ in knobs():
+        if key.split(".")[0] in sections:
+            assert f"| `{key}` |" in page, key
 
 
 def test_the_default_tree_resolves_to_itself():
@@ -83,7 +93,10 @@ def test_overrides_win_and_have_the_type_of_their_knob():
         ("adapter.dropout=1.5", "adapter.dropout is at most 0.999, not 1.5"),
         ("data.packing=perhaps", "data.packing takes true or false, not 'perhaps'"),
         ("optimizer.learning_rate=1e999", "optimizer.learning_rate takes a finite number, not inf"),
-        ("training.dtype=float16", "training.dtype takes one of bfloat16, float32, not 'float16'"),
+        (
+            "training.dtype=float8",
+            "training.dtype takes one of bfloat16, float16, float32, not 'float8'",
+        ),
         ("adapter.targets=", "adapter.targets takes one or more names, not ''"),
         ("adapter.rank", "--config.adapter.rank needs a value: --config.adapter.rank=…"),
         (
@@ -209,12 +222,22 @@ PERTURBED = {
     "quantize.group_size": (32, "quantize.format=int4"),
     "quantize.symmetric": (False, "quantize.format=int4"),
     "training.steps": (12,),
+    "training.epochs": (2.0, "training.steps=100"),
+    "training.tokens": (500, "training.steps=100"),
     "training.batch_size": (8,),
     "training.accumulation": (2,),
     "training.seed": (1,),
     "training.dtype": ("float32",),
     "training.remat": ("none",),
     "training.balance_loss": (0.01, "model.path={mixture}", "adapter.targets=o_proj"),
+    "training.label_smoothing": (0.1,),
+    "training.z_loss": (1e-4,),
+    "training.neftune_alpha": (5.0,),
+    "training.spike_factor": (3.0,),
+    "optimizer.name": ("lion",),
+    "optimizer.moment_dtype": ("bfloat16",),
+    "optimizer.group_rates": ("lora_B=2x",),
+    "optimizer.decay_steps": (3, "optimizer.schedule=wsd"),
     "optimizer.learning_rate": (1e-3,),
     "optimizer.schedule": ("constant",),
     "optimizer.warmup_steps": (3,),
@@ -226,10 +249,12 @@ PERTURBED = {
     "optimizer.eps": (1e-6,),
     "evaluation.batch_size": (2,),
 }
-# Those with a single valid value so far: any other one is refused by name.
-SINGLE = {"optimizer.name": "adamu"}
 LOOPED = {"checkpoint.every", "checkpoint.keep", "evaluation.every", "logging.every"}
 LOOPED |= {"logging.tensorboard", "training.watchdog_minutes"}
+LOOPED |= {"profile.steps", "evaluation.generate"}
+# Tested in tests/training: test_guard.py, test_stopping.py, test_metrics.py.
+ELSEWHERE = {"training.max_bad_steps", "evaluation.stop_metric", "evaluation.stop_patience"}
+ELSEWHERE |= {"evaluation.stop_min_change", "logging.wandb"}
 MESHED = {"mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.expert", "mesh.sequence"}
 FETCHED = {"model.revision", "data.revision"}
 # What becomes of rows that cannot be used, and where tokenized data is kept: tests/data.
@@ -238,7 +263,7 @@ SCORED = {"adapter.expert_sample"}
 
 
 def test_every_knob_is_perturbed_below():
-    covered = PERTURBED.keys() | SINGLE.keys() | LOOPED | MESHED | FETCHED | SCORED | READ
+    covered = PERTURBED.keys() | LOOPED | ELSEWHERE | MESHED | FETCHED | SCORED | READ
     assert covered == dict(knobs()).keys()
 
 
@@ -363,13 +388,17 @@ class Prepared:
         tokenizer = load_tokenizer(self.location)
         # A model of the same vocabulary may come without tokenizer files.
         tokenizer = tokenizer or load_tokenizer(Path(os.environ["TOKENIZER"]))
-        examples, held_out = training.data_reader(self.config, self.source, tokenizer).splits()
+        splits = training.data_reader(self.config, self.source, tokenizer).splits()
+        examples, held_out = splits.train, splits.held_out
+        rates = measure_rates(
+            training.make_loader(self.config, examples, self.setup.reserved), len(examples)
+        )
         return describe(
-            self.setup,
+            self.setup.lasting(total_steps(self.config.training, rates)),
             Split(examples, training.make_loader(self.config, examples, self.setup.reserved)),
             Split(
                 held_out,
-                training.held_out_batches(self.config, held_out, self.setup.reserved),
+                held_out_batches(self.config, held_out, self.setup.reserved),
             ),
         )
 
@@ -419,12 +448,6 @@ def test_every_knob_has_a_consequence(places, key, monkeypatch):
     assert Prepared(_base(places, *others, f"{key}={value}")).differs_from(plain)
 
 
-@pytest.mark.parametrize("key", SINGLE)
-def test_another_value_of_a_single_valued_knob_is_refused(places, key):
-    with pytest.raises(JaxtuneError, match=f'{key}="{SINGLE[key]}" is unknown'):
-        Prepared(_base(places, f"{key}={SINGLE[key]}"))
-
-
 def test_a_revision_chooses_the_snapshot_of_a_hub_id(tmp_path, monkeypatch):
     from huggingface_hub import constants
 
@@ -450,6 +473,8 @@ def test_the_knobs_of_the_loop_show_in_the_run_directory(places, tmp_path):
             "evaluated": [line["step"] for line in run.evaluations()],
             "logged": [line["step"] for line in run.metrics()],
             "tensorboard": (run.path / "tensorboard").is_dir(),
+            "profiled": (run.path / "profile").is_dir(),
+            "sampled": (run.path / "samples.jsonl").is_file(),
         }
 
     plain = seen("plain")
@@ -458,6 +483,8 @@ def test_the_knobs_of_the_loop_show_in_the_run_directory(places, tmp_path):
         "evaluated": [2, 4, 6],
         "logged": [1, 2, 3, 4, 5, 6],
         "tensorboard": True,
+        "profiled": False,
+        "sampled": False,
     }
     for override, consequence in (
         ("checkpoint.every=4", {"checkpoints": ["4", "6"]}),
@@ -465,6 +492,8 @@ def test_the_knobs_of_the_loop_show_in_the_run_directory(places, tmp_path):
         ("evaluation.every=3", {"evaluated": [3, 6]}),
         ("logging.every=3", {"logged": [3, 6]}),
         ("logging.tensorboard=false", {"tensorboard": False}),
+        ("profile.steps=2,3", {"profiled": True}),
+        ("evaluation.generate=2", {"sampled": True}),
     ):
         assert seen(override, override) == plain | consequence
 

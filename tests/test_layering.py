@@ -9,6 +9,7 @@ import jaxtune
 
 ORDER = (
     "errors",
+    "intervals",
     "knobs",
     "config",
     "parallel",
@@ -19,8 +20,8 @@ ORDER = (
     "checkpoints",
     "data",
     "objectives",
-    "training",
     "generation",
+    "training",
     "planning",
     "api",
     "quickstart",

@@ -121,6 +121,7 @@ def test_small_data_is_held_back():
     assert small.adapter.rank < usual.adapter.rank
     assert small.adapter.dropout > usual.adapter.dropout > 0
     assert small.optimizer.weight_decay > 0
+    assert small.evaluation.stop_patience > 0 and usual.evaluation.stop_patience > 0
 
 
 def test_every_config_is_in_the_table():

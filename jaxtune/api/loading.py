@@ -44,7 +44,7 @@ def load(
       adapter: a directory in PEFT's format; the model is loaded with it in use.
       quantize: format of the weights ("nf4", "int4", "int8", "fp8"), or settings as the
         ``quantize`` section of a config has them; None keeps `dtype`.
-      dtype: "bfloat16" or "float32", whatever is on disk.
+      dtype: "bfloat16", "float16" or "float32", whatever is on disk.
       adapters: directories in PEFT's format by name, for `Model.use`; the base is in use first.
       revision: of a hub id.
       mesh: where the weights go; one device by default.
@@ -83,7 +83,7 @@ def convert(
       path: a Hugging Face directory, a hub id or a .gguf file.
       directory: to create.
       quantize: format of the weights, or settings, as of `load`; None dequantizes.
-      dtype: "bfloat16" or "float32", of the weights that are not quantized.
+      dtype: "bfloat16", "float16" or "float32", of the weights that are not quantized.
       revision: of a hub id.
       progress: shows a bar when it takes long.
 

@@ -29,7 +29,7 @@ from jaxtune.layers.decoder import ForwardOptions
 from jaxtune.layers.tree import Tree, merge
 from jaxtune.models.definition import Definition
 
-DTYPES = ("bfloat16", "float32")
+DTYPES = ("bfloat16", "float16", "float32")
 # What `Model.generate` takes as a prompt: text, token ids, or chat messages.
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
@@ -222,7 +222,7 @@ class Model:
 
         Args:
           directory: to create.
-          dtype: "bfloat16" or "float32" on disk; by default what each weight is held in.
+          dtype: "bfloat16", "float16" or "float32" on disk; by default what each weight is held in.
           quantized: writes quantized weights as they are held, in a format that other tools read;
             otherwise they are dequantized. Weights that an adapter edits are read from the
             checkpoint again, edited and quantized, and ``merge_report.json`` says at what cost; the

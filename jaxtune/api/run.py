@@ -64,8 +64,8 @@ class Run:
         """Loads the model that the run trained.
 
         Args:
-          adapter: "best" (lowest held-out loss; the last where nothing was held out), "last", or
-            "none" for the base model alone.
+          adapter: "best" (by evaluation.stop_metric; the last where nothing was held out), "last",
+            or "none" for the base model alone.
 
         Raises:
           JaxtuneError: nothing has been saved yet.
@@ -85,7 +85,7 @@ class Run:
         if method.edits_base or (quantized and not method.has_adapter):
             return self._as_trained(adapter)
         if not method.has_adapter:
-            return self._fully_trained(method, options)
+            return self._fully_trained(method, options, adapter)
         return load(settings.model.path, adapter=self.adapter_directory(adapter), **options)
 
     def save_merged(
@@ -157,11 +157,11 @@ class Run:
         attention, dtype = config.model.attention, config.training.dtype
         return Model(parts, location, setup.mesh, dtype=dtype, attention=attention)
 
-    def _fully_trained(self, method: Method, options: Mapping[str, Any]) -> Model:
+    def _fully_trained(self, method: Method, options: Mapping[str, Any], which: str) -> Model:
         # Rounded to the dtype of the run, as it is exported, and not as the masters are.
         config, location, source = self._source()
         setup = set_up(config, source.config, method, jax.devices()[:1])
-        arrays = training.trained_arrays(self.directory, setup)
+        arrays = training.trained_arrays(self.directory, setup, which)
         # What is not trained, such as a router's correction bias, stays as it is in the checkpoint.
         source = trained(source, setup.definition, arrays)
         mesh, dtype = single_device_mesh(), options["dtype"]

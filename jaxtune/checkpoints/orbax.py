@@ -97,6 +97,7 @@ class Checkpoints:
             raise JaxtuneError(f"checkpoint.keep is at least 2, not {keep}")
         self.directory = Path(directory).absolute()
         self.keep = keep
+        self.pinned: int | None = None  # a step that the rotation leaves as well
         self._checkpointer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
         self._finisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -247,9 +248,14 @@ class Checkpoints:
             shutil.rmtree(path, ignore_errors=True)
 
     def _rotate(self) -> None:
-        """Deletes what is older than the newest `keep` steps whose files are all there."""
+        """Deletes what is older than the newest `keep` steps whose files are all there.
+
+        The pinned step stays.
+        """
         whole = [step for step in self.steps() if self._fault(step, contents=False) is None]
         for step in whole[: -self.keep]:
+            if step == self.pinned:
+                continue
             # The manifest goes first: a deletion cut short must not leave a step that counts.
             (self._path(step) / MANIFEST).unlink()
             shutil.rmtree(self._path(step))

@@ -10,7 +10,7 @@ from typing import Any
 from jaxtune.errors import JaxtuneError, closest
 
 CONFIG_HELP = "a Python file with get_config(); --config.section.key=value changes one key"
-ADAPTER_HELP = "which adapter of the run: best (lowest held-out loss, the default) or last"
+ADAPTER_HELP = "which adapter of the run: best (by evaluation.stop_metric, the default) or last"
 
 
 def choice(*choices: str) -> Callable[[str], str]:

@@ -71,8 +71,8 @@ def _inspect(config: Any, arguments: argparse.Namespace) -> None:
     from jaxtune.data.report import show_example
 
     reader, tokenizer = _reader(config)
-    train, held_out = reader.splits()
-    examples = train if arguments.split == "train" else held_out
+    splits = reader.splits()
+    examples = splits.train if arguments.split == "train" else splits.held_out
     if examples is None:
         raise JaxtuneError("--split eval: data.eval and data.eval_split hold nothing out")
     console = Console()
@@ -84,16 +84,19 @@ def _inspect(config: Any, arguments: argparse.Namespace) -> None:
 
 def _stats(config: Any, arguments: argparse.Namespace) -> None:
     from jaxtune.data.report import count_overlap, render_statistics, statistics
-    from jaxtune.data.splits import hold_out
-    from jaxtune.training.train import held_out_batches, make_loader
+    from jaxtune.data.splits import Splits, hold_out
+    from jaxtune.training.evaluation import held_out_batches
+    from jaxtune.training.train import make_loader
 
     problems: list[Any] = []
     reader, _ = _reader(config, problems=problems)
-    train, held_out, bad = reader.read(config.data.train, training=True), None, len(problems)
+    # Not `splits`, which refuses rows that are on both sides: they are counted here.
+    train, bad = reader.read(config.data.train, training=True), len(problems)
     if config.data.eval_split:
-        train, held_out = hold_out(train, config.data.eval_split)
-    elif config.data.eval:
-        held_out = reader.read(config.data.eval)
+        splits = hold_out(train, config.data.eval_split)
+    else:
+        splits = Splits(train, reader.read_sets(config.data.eval))
+    train, held_out = splits.train, splits.held_out
     numbers = {"train": statistics(train, problems[:bad], make_loader(config, train))}
     if held_out is not None:
         numbers["train"]["held_out_too"] = count_overlap(train, held_out)
@@ -108,8 +111,8 @@ def _stats(config: Any, arguments: argparse.Namespace) -> None:
 def _prepare(config: Any, arguments: argparse.Namespace) -> None:
     begin = time.monotonic()
     reader, _ = _reader(config, keep=True, workers=max(arguments.workers, 1))
-    train, held_out = reader.splits()
-    tokens = train.token_count + (held_out.token_count if held_out else 0)
+    splits = reader.splits()
+    tokens = splits.train.token_count + sum(each.token_count for each in splits.sets.values())
     print(
         f"prepared: {tokens:,} tokens in {time.monotonic() - begin:.1f} s, kept in {reader.cache}"
     )

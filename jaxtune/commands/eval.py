@@ -33,3 +33,6 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"perplexity      {scores['perplexity']:.4f}")
     print(f"token accuracy  {scores['token_accuracy']:.2%}")
     print(f"target tokens   {scores['tokens']:,.0f}")
+    for name, value in scores.items():
+        if "/" in name or name == "exact_match":  # of the sets that have a name; of answers
+            print(f"{name:<15} {value:.4g}")

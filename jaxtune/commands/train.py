@@ -62,4 +62,4 @@ def _train(arguments: argparse.Namespace) -> None:
         config = resolve(jaxtune.Run(arguments.workdir).config, arguments.overrides)
     run = jaxtune.train(config, arguments.workdir)
     if leads():
-        print(f"done: {run.config.training.steps} steps, everything is in {run.path}")
+        print(f"done: {run.directory.steps_done()} steps, everything is in {run.path}")

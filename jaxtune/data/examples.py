@@ -192,6 +192,28 @@ class Examples:
         )
 
 
+def join(sets: Sequence[Examples]) -> Examples:
+    """Returns the examples of one set or more, one after the other."""
+    if len(sets) == 1:
+        return sets[0]
+    contents = [each.contents for each in sets if each.contents is not None]
+    return Examples(
+        tokens=[tokens for each in sets for tokens in each.tokens],
+        targets=[targets for each in sets for targets in each.targets],
+        places=[place for each in sets for place in each.places],
+        dropped=sum(each.dropped for each in sets),
+        truncated=sum(each.truncated for each in sets),
+        unread=tuple(sorted({key for each in sets for key in each.unread})),
+        windows=sum(each.windows for each in sets),
+        rejected=dict(
+            sum((collections.Counter(each.rejected) for each in sets), collections.Counter())
+        ),
+        parts=tuple(part for each in sets for part in each.parts),
+        contents=np.concatenate(contents) if len(contents) == len(sets) else None,
+        special=sets[0].special,
+    )
+
+
 class Writer:
     """Writes examples into a directory, a few rows at a time, for `open_examples` to map."""
 

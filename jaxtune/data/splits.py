@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from jaxtune.data.encode import Problem, settings_from
-from jaxtune.data.examples import Examples
+from jaxtune.data.examples import Examples, join
 from jaxtune.data.load import default_cache, load_examples
 from jaxtune.errors import JaxtuneError
 
@@ -19,10 +20,20 @@ logger = logging.getLogger(__name__)
 
 
 class Splits(NamedTuple):
-    """The two sides of a run's data; held_out is None where there is none."""
+    """The two sides of a run's data.
+
+    Attributes:
+      train: what is trained on.
+      sets: what is held out, by name; a single set may have an empty one.
+    """
 
     train: Examples
-    held_out: Examples | None
+    sets: dict[str, Examples]
+
+    @property
+    def held_out(self) -> Examples | None:
+        """All that is held out, or None where nothing is."""
+        return join([*self.sets.values()]) if self.sets else None
 
 
 class DataReader:
@@ -95,10 +106,38 @@ class DataReader:
         train = self.read(section.train, training=True)
         if section.eval_split:
             return hold_out(train, section.eval_split)
-        if not section.eval:
-            return Splits(train, None)
-        held_out = self.read(section.eval)
-        return Splits(_without_overlap(train, held_out, section.overlap), held_out)
+        sets = self.read_sets(section.eval)
+        for held_out in sets.values():
+            train = _without_overlap(train, held_out, section.overlap)
+        return Splits(train, sets)
+
+    def read_sets(self, text: str) -> dict[str, Examples]:
+        """Loads held-out examples by the name of their set; see `eval_sets` for the text."""
+        return {name: self.read(path) for name, path in eval_sets(text).items()}
+
+
+def eval_sets(text: str) -> dict[str, str]:
+    """Reads ``data.eval``: a path, or several of them by name as in ``law=a.jsonl,code=b.jsonl``.
+
+    Returns:
+      Paths by name; a single path has an empty name.
+
+    Raises:
+      JaxtuneError: a name is there twice, or some entries have a name and others none.
+    """
+    if not text:
+        return {}
+    if not re.match(r"\w+=", text):
+        return {"": text}
+    sets: dict[str, str] = {}
+    for entry in text.split(","):
+        name, _, path = (part.strip() for part in entry.partition("="))
+        if not re.fullmatch(r"\w+", name) or not path:
+            raise JaxtuneError(f'data.eval: "{entry}" is not a name and a file, as in law=a.jsonl')
+        if name in sets:
+            raise JaxtuneError(f'data.eval: two sets have the name "{name}"')
+        sets[name] = path
+    return sets
 
 
 def hold_out(examples: Examples, amount: float) -> Splits:
@@ -129,7 +168,7 @@ def hold_out(examples: Examples, amount: float) -> Splits:
     outside = contents <= distinct[count - 1]
     train, held_out = (examples.select(np.flatnonzero(side)) for side in (~outside, outside))
     logger.info("held out: %d of %d examples", len(held_out), len(examples))
-    return Splits(train, held_out)
+    return Splits(train, {"": held_out})
 
 
 def _without_overlap(train: Examples, held_out: Examples, overlap: str) -> Examples:

@@ -31,28 +31,32 @@ from jaxtune.parallel.rules import constrain
 
 
 class ForwardOptions(NamedTuple):
-    """How a forward pass computes: nothing here changes what it computes.
+    """How a forward pass computes: without a random key nothing here changes what it computes.
 
     Attributes:
       dtype: compute dtype.
       attention: attention backend.
       remat: rematerialisation policy.
       platform: of the devices: "cpu", "gpu" or "tpu".
+      neftune_alpha: size of the noise on the embeddings that a random key brings; see `_noisy`.
     """
 
     dtype: Any = jnp.float32
     attention: str = "xla"
     remat: str = "none"
     platform: str = "cpu"
+    neftune_alpha: float = 0.0
 
     @property
     def residual_dtype(self) -> Any:
         """Dtype of the residual stream.
 
         XLA's CPU backend has no bfloat16 update of a slice: it would convert the whole stack of
-        saved layer inputs, there and back, for every layer that adds one.
+        saved layer inputs, there and back, for every layer that adds one. Float16 ends at 65504,
+        which the stream of some models passes.
         """
-        return jnp.float32 if self.platform == "cpu" else self.dtype
+        wide = self.platform == "cpu" or self.dtype == jnp.float16
+        return jnp.float32 if wide else self.dtype
 
     @property
     def tokens_per_chunk(self) -> int:
@@ -185,6 +189,8 @@ class Decoder(nnx.Module):
             None if self.prefix is None else self.prefix(),
         )
         x = self.embed_tokens(tokens, options.residual_dtype)
+        if options.neftune_alpha and key is not None:
+            x = _noisy(x, segment_ids, options.neftune_alpha, key)
         if self.prompt is not None and tokens.shape[1] > 1:  # decoding is past the prompt
             x = _with_prompt(x, self.prompt(key), positions, segment_ids)
         x = constrain(x, "batch", "sequence", "hidden")
@@ -201,6 +207,25 @@ class Decoder(nnx.Module):
         if routings:
             routing = jax.tree.map(lambda *runs: jnp.concatenate(runs), *routings)
         return self.norm(x, options.dtype), updated or None, routing
+
+
+def _noisy(x: jax.Array, segment_ids: jax.Array, alpha: float, key: jax.Array) -> jax.Array:
+    """Adds uniform noise to embeddings x [B, T, hidden], of the same norm for every example.
+
+    It is of at most alpha / √(tokens of the example · hidden), so that packing changes none of it
+    but its draw.
+
+    Source: Jain et al., 2023 (NEFTune).
+    """
+
+    def lengths(row: jax.Array) -> jax.Array:
+        return jax.ops.segment_sum(jnp.ones_like(row), row, row.shape[0] + 1)[row]
+
+    size = jnp.maximum(jax.vmap(lengths)(segment_ids), 1) * x.shape[-1]
+    # Layers and prompts fold small numbers into the key: this one is out of their way.
+    noise = jax.random.uniform(jax.random.fold_in(key, 2**31 - 1), x.shape, minval=-1, maxval=1)
+    bound = alpha / jnp.sqrt(size.astype(jnp.float32))[..., None]
+    return x + jnp.where(segment_ids[..., None] != 0, noise * bound, 0).astype(x.dtype)
 
 
 def _with_prompt(

@@ -7,6 +7,7 @@ with respect to the hidden states and, if it is trained, the head.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -19,22 +20,48 @@ from jaxtune.layers.linear import plain_values
 IGNORE = -100  # the target of a position that is not trained on, as in PyTorch
 
 
+class LossTerms(NamedTuple):
+    """What is minimised beside the cross-entropy; 0 leaves a term out.
+
+    Attributes:
+      label_smoothing: ε of targets that are 1 - ε of the token and ε of the uniform distribution.
+      z_loss: factor on the square of the log-normaliser, which keeps logits near 0.
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+
+NO_TERMS = LossTerms()
+
+
 class TokenLoss(NamedTuple):
     """Sums over target tokens, float32 scalars.
 
     Attributes:
-      loss: −log p of the targets.
+      loss: what is minimised; alone among these it has a gradient.
       weight: how many targets there are.
       correct: targets that are the likeliest token.
+      nll: −log p of the targets.
+      uniform: cross-entropy of the uniform distribution, where there is smoothing; else 0.
+      squared_norm: squares of the log-normaliser.
     """
 
     loss: jax.Array
     weight: jax.Array
     correct: jax.Array
+    nll: jax.Array
+    uniform: jax.Array
+    squared_norm: jax.Array
 
 
 def cross_entropy(
-    hidden: jax.Array, head: Head, targets: jax.Array, tokens_per_chunk: int = 1024
+    hidden: jax.Array,
+    head: Head,
+    targets: jax.Array,
+    tokens_per_chunk: int = 1024,
+    terms: LossTerms = NO_TERMS,
+    scale: jax.Array | None = None,
 ) -> TokenLoss:
     """Sums the cross-entropy of every target.
 
@@ -43,55 +70,105 @@ def cross_entropy(
       head: gives the logits.
       targets: int[B, T]; the token to predict at each position, or `IGNORE`.
       tokens_per_chunk: how many tokens' logits exist at a time.
+      terms: what is minimised besides.
+      scale: by which the caller multiplies the loss, float32 scalar. The gradient is computed at
+        this scale from the start, so that float16 can hold it; no value changes but by rounding.
 
     Returns:
       Sums over all targets; divide by `weight` once, over the whole batch.
+
+    Source: Szegedy et al., 2016 (label smoothing); Chowdhery et al., 2022 (z-loss).
     """
     batch, length = targets.shape
     chunk = min(length, max(1, tokens_per_chunk // batch))
     pad = -length % chunk
     hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
     targets = jnp.pad(targets, ((0, 0), (0, pad)), constant_values=IGNORE)
-    loss, correct = _summed(hidden, head, targets, chunk)
-    return TokenLoss(loss, jnp.sum(targets != IGNORE).astype(jnp.float32), correct)
+    starts = jnp.arange(0, targets.shape[1], chunk)
+    scale = jnp.float32(1) if scale is None else scale
+    sums: Any = _summed(hidden, head, targets, starts, scale, terms)
+    loss, correct, nll, uniform, squared = sums
+    weight = jnp.sum(targets != IGNORE).astype(jnp.float32)
+    return TokenLoss(loss, weight, correct, nll, uniform, squared)
 
 
 def _chunk(array: jax.Array, start: jax.Array, size: int) -> jax.Array:
     return lax.dynamic_slice_in_dim(array, start, size, axis=1)
 
 
-def _chunk_sums(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns (loss, correct, log-normaliser [B, C]) of logits float32 [B, C, V]."""
+def _chunk_sums(
+    logits: jax.Array, targets: jax.Array, terms: LossTerms
+) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """Sums a chunk of logits float32 [B, C, V].
+
+    Returns:
+      (loss, correct, nll, uniform, squared norm) and the log-normaliser [B, C].
+    """
     counted = targets != IGNORE
     norm = jax.nn.logsumexp(logits, axis=-1)
     picked = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
-    loss = jnp.sum(jnp.where(counted, norm - picked, 0.0))
-    correct = jnp.sum(counted & (picked >= jnp.max(logits, axis=-1)))
-    return loss, correct.astype(jnp.float32), norm
+
+    def total(values: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(counted, values, 0.0))
+
+    nll, squared, uniform = total(norm - picked), total(jnp.square(norm)), jnp.float32(0)
+    loss = nll
+    if terms.label_smoothing:
+        uniform = total(norm - jnp.mean(logits, axis=-1))
+        loss = loss + terms.label_smoothing * (uniform - nll)
+    if terms.z_loss:
+        loss = loss + terms.z_loss * squared
+    correct = jnp.sum(counted & (picked >= jnp.max(logits, axis=-1))).astype(jnp.float32)
+    return (loss, correct, nll, uniform, squared), norm
 
 
-@jax.custom_vjp
-def _summed_dispatch(hidden: jax.Array, head: Head, targets: jax.Array, starts: jax.Array) -> Any:
+def _logit_gradient(
+    logits: jax.Array, norm: jax.Array, targets: jax.Array, terms: LossTerms
+) -> jax.Array:
+    """Returns the gradient of a chunk's loss with respect to its logits, [B, C, V]."""
+    gradient = jnp.exp(logits - norm[..., None])
+    if terms.z_loss:
+        gradient = gradient * (1 + 2 * terms.z_loss * norm[..., None])
+    hit = jnp.arange(logits.shape[-1]) == targets[..., None]
+    if terms.label_smoothing:
+        smoothed = terms.label_smoothing / logits.shape[-1]
+        gradient = gradient - hit * (1 - terms.label_smoothing) - smoothed
+    else:
+        gradient = gradient - hit
+    return jnp.where((targets != IGNORE)[..., None], gradient, 0.0)
+
+
+def _zero_sums() -> tuple[jax.Array, ...]:
+    return tuple(jnp.float32(0) for _ in range(5))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _summed(
+    hidden: jax.Array,
+    head: Head,
+    targets: jax.Array,
+    starts: jax.Array,
+    scale: jax.Array,
+    terms: LossTerms,
+) -> Any:
+    del scale
     size = targets.shape[1] // starts.shape[0]
 
     def body(sums: Any, start: jax.Array) -> tuple[Any, None]:
-        loss, correct, _ = _chunk_sums(
-            head(_chunk(hidden, start, size)), _chunk(targets, start, size)
-        )
-        return (sums[0] + loss, sums[1] + correct), None
+        logits = head(_chunk(hidden, start, size))
+        more, _ = _chunk_sums(logits, _chunk(targets, start, size), terms)
+        return jax.tree.map(jnp.add, sums, more), None
 
-    return lax.scan(body, (jnp.float32(0), jnp.float32(0)), starts)[0]
-
-
-def _summed(hidden: jax.Array, head: Head, targets: jax.Array, chunk: int) -> Any:
-    return _summed_dispatch(hidden, head, targets, jnp.arange(0, targets.shape[1], chunk))
+    return lax.scan(body, _zero_sums(), starts)[0]
 
 
-def _forward(hidden: Any, head: Any, targets: Any, starts: Any) -> tuple[Any, Any]:
+def _forward(
+    hidden: Any, head: Any, targets: Any, starts: Any, scale: Any, terms: LossTerms
+) -> tuple[Any, Any]:
     # An edited head has a frozen weight, whose gradient would be as large as the weight.
     leaves, structure = jax.tree.flatten(head, is_leaf=lambda leaf: hasattr(leaf, "perturbed"))
     trained = [leaf.perturbed for leaf in leaves]
-    hidden, leaves, targets, starts = plain_values((hidden, leaves, targets, starts))
+    hidden, leaves, targets, starts, scale = plain_values((hidden, leaves, targets, starts, scale))
 
     def logits_of(changed: list[jax.Array], x: jax.Array) -> jax.Array:
         rest = iter(changed)
@@ -102,35 +179,33 @@ def _forward(hidden: Any, head: Any, targets: Any, starts: Any) -> tuple[Any, An
     size = targets.shape[1] // starts.shape[0]
 
     def body(carry: Any, start: jax.Array) -> tuple[Any, jax.Array]:
-        (total_loss, total_correct), d_head = carry
+        sums, d_head = carry
         x, y = _chunk(hidden, start, size), _chunk(targets, start, size)
         logits, pullback = jax.vjp(logits_of, changed, x)
-        loss, correct, norm = _chunk_sums(logits, y)
-        d_logits = jnp.exp(logits - norm[..., None])
-        d_logits = d_logits - (jnp.arange(logits.shape[-1]) == y[..., None])
-        grads = pullback(jnp.where((y != IGNORE)[..., None], d_logits, 0.0))
+        more, norm = _chunk_sums(logits, y, terms)
+        grads = pullback(scale * _logit_gradient(logits, norm, y, terms))
         d_head = jax.tree.map(lambda a, g: a + g.astype(jnp.float32), d_head, grads[0])
-        return ((total_loss + loss, total_correct + correct), d_head), grads[1]
+        return (jax.tree.map(jnp.add, sums, more), d_head), grads[1]
 
     zeros = [jnp.zeros(leaf.shape, jnp.float32) for leaf in changed]
-    initial = ((jnp.float32(0), jnp.float32(0)), zeros)
-    (sums, d_head), d_hidden = lax.scan(body, initial, starts)
+    (sums, d_head), d_hidden = lax.scan(body, (_zero_sums(), zeros), starts)
     d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(hidden.shape)
     rest = iter(zip(d_head, [jnp.zeros((), leaf.dtype) for leaf in changed], strict=True))
     d_head = [next(rest) if t else None for t in trained]
-    return sums, (d_hidden, jax.tree.unflatten(structure, d_head))
+    return sums, (d_hidden, jax.tree.unflatten(structure, d_head), scale)
 
 
-def _backward(residuals: Any, cotangents: Any) -> Any:
-    d_hidden, d_head = residuals
-    g = cotangents[0]
+def _backward(terms: LossTerms, residuals: Any, cotangents: Any) -> Any:
+    del terms
+    d_hidden, d_head, scale = residuals
+    g = cotangents[0] / scale
     # Pairs of a gradient and a scalar of the dtype it shall have; None for what is frozen.
     d_head = jax.tree.map(
         lambda pair: None if pair is None else (pair[0] * g).astype(pair[1].dtype),
         d_head,
         is_leaf=lambda pair: pair is None or type(pair) is tuple,
     )
-    return (d_hidden * g).astype(d_hidden.dtype), d_head, None, None
+    return (d_hidden * g).astype(d_hidden.dtype), d_head, None, None, None
 
 
-_summed_dispatch.defvjp(_forward, _backward, symbolic_zeros=True)
+_summed.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -9,22 +9,28 @@ import jax
 
 from jaxtune.layers.decoder import CausalLM, ForwardOptions
 from jaxtune.objectives.balance import ExpertSums, expert_sums
-from jaxtune.objectives.cross_entropy import cross_entropy
+from jaxtune.objectives.cross_entropy import NO_TERMS, LossTerms, cross_entropy
 
 
 class BatchSums(NamedTuple):
     """What an objective gives for a batch: sums, float32.
 
     Attributes:
-      loss: a scalar.
+      loss: what is minimised; a scalar.
       weight: what to divide it by, once, over the whole batch; a scalar.
       correct: targets that are the likeliest token; a scalar.
+      nll: −log p of the targets: what is reported as the loss; a scalar.
+      uniform: cross-entropy of the uniform distribution, under label smoothing; a scalar.
+      squared_norm: squares of the log-normalisers of the targets; a scalar.
       experts: of the routing; None for a model without experts.
     """
 
     loss: jax.Array
     weight: jax.Array
     correct: jax.Array
+    nll: jax.Array
+    uniform: jax.Array
+    squared_norm: jax.Array
     experts: ExpertSums | None
 
 
@@ -33,6 +39,8 @@ def sft_loss(
     batch: Mapping[str, jax.Array],
     options: ForwardOptions,
     key: jax.Array | None,
+    scale: jax.Array | None = None,
+    terms: LossTerms = NO_TERMS,
 ) -> BatchSums:
     """Returns the summed loss of a batch and what to divide it by.
 
@@ -40,12 +48,14 @@ def sft_loss(
       model: a bound model.
       batch: ``tokens``, ``targets``, ``segment_ids`` and ``positions``, each int[B, T].
       options: of the forward pass.
-      key: for dropout; None turns it off.
+      key: for dropout and noise; None turns them off.
+      scale: by which the caller multiplies the loss; see `cross_entropy`.
+      terms: what is minimised beside the cross-entropy.
     """
     targets, segment_ids = batch["targets"], batch["segment_ids"]
     hidden, routing = model.hidden_with_routing(
         batch["tokens"], segment_ids, batch["positions"], options, key=key
     )
-    sums = cross_entropy(hidden, model.head(), targets, options.tokens_per_chunk)
+    sums = cross_entropy(hidden, model.head(), targets, options.tokens_per_chunk, terms, scale)
     experts = None if routing is None else expert_sums(routing, targets, segment_ids)
     return BatchSums(*sums, experts=experts)

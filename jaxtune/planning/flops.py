@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 
 from jaxtune.layers.grouped import tile_size
@@ -165,8 +165,8 @@ def count(jaxpr: Any, trips: float = 1.0) -> Products:
 
 def _known_trips(equation: Any, trips: float) -> float:
     """Returns the trips of a loop from one literal to another, and `trips` of any other."""
-    literals = [var for var in equation.invars if isinstance(var, core.Literal)]
-    counts = [int(one.val) for one in literals if jnp.issubdtype(one.aval.dtype, jnp.integer)]
+    literals = [np.asarray(v.val) for v in equation.invars if isinstance(v, core.Literal)]
+    counts = [int(value) for value in literals if np.issubdtype(value.dtype, np.integer)]
     return float(max(counts)) if len(counts) >= 2 and max(counts) > 0 else trips
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxtune.adapters.census import census, trained_share
 from jaxtune.data import Examples
+from jaxtune.training.optimizer import count_updates
 from jaxtune.training.setup import BATCH_ARRAYS, Setup
 
 BATCHES = 2  # whose content is hashed: enough to tell two orders of the data apart
@@ -59,6 +60,7 @@ def describe(setup: Setup, train: Split, held_out: Split | None) -> dict[str, An
             "attention": setup.options.attention,
             "remat": setup.options.remat,
         },
+        "steps": setup.steps,
         "learning_rate": _learning_rates(setup),
         "train": _data(train),
         "eval": _data(held_out) if held_out else None,
@@ -67,8 +69,9 @@ def describe(setup: Setup, train: Split, held_out: Split | None) -> dict[str, An
 
 def _learning_rates(setup: Setup) -> dict[str, float]:
     """Returns the rate of the first, a middle and the last update, and of the end of warm-up."""
-    last = max(setup.config.training.steps - 1, 0)
-    steps = {0, setup.config.optimizer.warmup_steps, last // 2, last}
+    last = max(setup.steps - 1, 0)
+    warmup = count_updates(setup.config.optimizer.warmup_steps, setup.steps)
+    steps = {0, warmup, last // 2, last}
     return {
         str(step + 1): float(np.asarray(setup.schedule(step)))
         for step in sorted(steps)

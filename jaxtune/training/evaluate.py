@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -16,9 +16,17 @@ from jaxtune.checkpoints.tokenizer import load_tokenizer
 from jaxtune.data import Examples
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.tree import merge
+from jaxtune.training.evaluation import bind_evaluation
 from jaxtune.training.run import RunDirectory
-from jaxtune.training.train import bind_evaluation, data_reader
+from jaxtune.training.train import data_reader
 from jaxtune.training.trained import Trained, load_trained
+
+
+class _HeldOut(NamedTuple):
+    """Examples by the name of their set, and what turns answers into text."""
+
+    sets: Mapping[str, Examples]
+    tokenizer: Any
 
 
 def evaluate(run: RunDirectory, adapter: str = "best", data: str = "") -> dict[str, Any]:
@@ -30,17 +38,14 @@ def evaluate(run: RunDirectory, adapter: str = "best", data: str = "") -> dict[s
       data: examples in any form that ``data.eval`` takes; empty: what the run holds out.
 
     Returns:
-      ``loss`` (mean over target tokens, nats), ``perplexity``, ``token_accuracy`` (share of
-      targets that are the likeliest token) and ``tokens`` (targets); of a mixture of experts also
-      what `bind_evaluation` says of the routing.
+      What `bind_evaluation` says, without samples.
 
     Raises:
       JaxtuneError: no examples, or nothing saved yet.
     """
     config = run.read_config()
-    source, examples = _open(run, config, data)
-    scores = _score(load_trained(run, config, source, adapter), examples)
-    return {"loss": scores["loss"], "perplexity": math.exp(scores["loss"]), **scores}
+    source, held_out = _open(run, config, data)
+    return _score(load_trained(run, config, source, adapter), held_out)
 
 
 def merge_losses(run: RunDirectory, adapter: str, quantized: Path) -> dict[str, float]:
@@ -58,7 +63,7 @@ def merge_losses(run: RunDirectory, adapter: str, quantized: Path) -> dict[str, 
       run (``merged``), and of the checkpoint (``merged_quantized``).
     """
     config = run.read_config()
-    source, examples = _open(run, config)
+    source, held_out = _open(run, config)
     trained = load_trained(run, config, source, adapter)
     definition, parts = trained.setup.definition, trained.parts
     trees = parts.base, parts.trainable, parts.constants
@@ -67,30 +72,33 @@ def merge_losses(run: RunDirectory, adapter: str, quantized: Path) -> dict[str, 
     )
     plain = config_module.resolve(config.to_dict(), ["quantize.format="])
     losses = {
-        "with_adapter": _score(trained, examples)["loss"],
-        "merged": _score(load_trained(run, plain, wide, "none"), examples)["loss"],
+        "with_adapter": _score(trained, held_out)["loss"],
+        "merged": _score(load_trained(run, plain, wide, "none"), held_out)["loss"],
     }
     del trained, parts, trees, wide
     written = huggingface.open_source(quantized)
-    scores = _score(load_trained(run, config, written, "none"), examples)
+    scores = _score(load_trained(run, config, written, "none"), held_out)
     return losses | {"merged_quantized": scores["loss"]}
 
 
-def _open(run: RunDirectory, config: Any, data: str = "") -> tuple[TensorSource, Examples]:
+def _open(run: RunDirectory, config: Any, data: str = "") -> tuple[TensorSource, _HeldOut]:
     """Returns the checkpoint of a run and the examples of `data`, or those that it held out."""
     location = huggingface.resolve_path(config.model.path, config.model.revision)
     source = huggingface.open_source(location)
-    reader = data_reader(config, source, load_tokenizer(location))
+    tokenizer = load_tokenizer(location)
+    reader = data_reader(config, source, tokenizer)
     data = data or config.data.eval
-    examples = reader.read(data) if data else reader.splits().held_out
-    if examples is None:
+    sets = reader.read_sets(data) if data else reader.splits().sets
+    if not sets:
         raise JaxtuneError(f"{run.path}: data.eval is empty: name the examples with --data FILE")
-    return source, examples
+    return source, _HeldOut(sets, tokenizer)
 
 
-def _score(trained: Trained, examples: Examples) -> dict[str, Any]:
+def _score(trained: Trained, held_out: _HeldOut) -> dict[str, Any]:
     setup, parts = trained
     with jax.set_mesh(setup.mesh):
-        scoring = bind_evaluation(setup, parts.base, parts.constants, examples)
+        scoring = bind_evaluation(setup, parts.base, parts.constants, *held_out)
         assert scoring is not None  # it is None without examples only
-        return scoring(parts.trainable)
+        scores = scoring(parts.trainable)
+    scores.pop("samples", None)
+    return scores

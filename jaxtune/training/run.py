@@ -125,6 +125,11 @@ class RunDirectory:
         except json.JSONDecodeError as error:
             raise JaxtuneError(f"{self.config}:{error.lineno}: not JSON: {error.msg}") from error
 
+    def steps_done(self) -> int:
+        """Returns the update that the newest checkpoint was saved after; 0 if there is none."""
+        saved = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
+        return max((int(path.name) for path in saved if path.name.isdecimal()), default=0)
+
     def adapter(self, which: str = "best") -> Path:
         """Returns the directory of an adapter in PEFT's format.
 

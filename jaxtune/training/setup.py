@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,15 +21,18 @@ from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.layers.attention import choose_backend
 from jaxtune.layers.decoder import ForwardOptions
 from jaxtune.layers.remat import POLICIES
+from jaxtune.layers.tree import Tree
 from jaxtune.models.definition import Definition
+from jaxtune.objectives.cross_entropy import LossTerms
 from jaxtune.objectives.sft import sft_loss
 from jaxtune.parallel.mesh import make_mesh, named_sharding
 from jaxtune.parallel.processes import put
 from jaxtune.parallel.rules import RULES
 from jaxtune.quant import Quantization
 from jaxtune.training.experts import mixture_layers
+from jaxtune.training.guard import GuardSettings
 from jaxtune.training.optimizer import make_optimizer, make_schedule
-from jaxtune.training.state import TrainState, state_like
+from jaxtune.training.state import TrainState, initial_state, state_like
 from jaxtune.training.step import StepSettings, make_eval_step, make_train_step
 
 BATCH_ARRAYS = ("tokens", "targets", "segment_ids", "positions")
@@ -45,6 +49,7 @@ class Setup:
       quantization: of its frozen weights, if any.
       mesh: the devices.
       options: of the forward pass.
+      steps: updates of the run.
       schedule: of the learning rate.
       optimizer: clipping and update rule.
       like: shapes, dtypes and shardings of the training state.
@@ -56,6 +61,7 @@ class Setup:
     quantization: Quantization | None
     mesh: Mesh
     options: ForwardOptions
+    steps: int
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
     like: TrainState
@@ -65,16 +71,41 @@ class Setup:
         """Tokens at the head of each example that the method fills."""
         return self.definition.module.model.reserved
 
+    @property
+    def guard(self) -> GuardSettings:
+        """What an update is guarded against."""
+        training = self.config.training
+        return GuardSettings(training.dtype == "float16", training.spike_factor)
+
+    def lasting(self, steps: int) -> Setup:
+        """Returns the set-up of a run of so many updates, which its schedule follows."""
+        schedule = make_schedule(self.config, steps)
+        optimizer = make_optimizer(self.config, self.definition.abstract("trainable"), schedule)
+        return dataclasses.replace(self, steps=steps, schedule=schedule, optimizer=optimizer)
+
+    def initial_state(self, trainable: Tree) -> TrainState:
+        """Returns the state before the first update; see `initial_state`."""
+        return initial_state(trainable, self.optimizer, self.like, self.guard)
+
     def train_step(self) -> Any:
         """Builds the jitted update; see `make_train_step`."""
-        training, dropout = self.config.training, self.method.dropout > 0
+        training = self.config.training
+        terms = LossTerms(training.label_smoothing, training.z_loss)
+        settings = StepSettings(
+            accumulation=training.accumulation,
+            seed=training.seed,
+            dropout=self.method.dropout > 0 or training.neftune_alpha > 0,
+            balance_loss=training.balance_loss,
+            guard=self.guard,
+            terms=terms,
+        )
         return make_train_step(
             self.definition,
-            sft_loss,
+            functools.partial(sft_loss, terms=terms),
             self.optimizer,
             self.schedule,
             self.options,
-            StepSettings(training.accumulation, training.seed, dropout, training.balance_loss),
+            settings,
             self.like,
         )
 
@@ -150,8 +181,11 @@ def set_up(
     platform = mesh.devices.flat[0].platform
     prefix = definition.module.model.prefix is not None
     backend = choose_backend(config.model.attention, platform, prefix)
-    options = ForwardOptions(jnp.dtype(training.dtype), backend, training.remat, platform)
-    optimizer = make_optimizer(config, definition.abstract("trainable"))
+    options = ForwardOptions(
+        jnp.dtype(training.dtype), backend, training.remat, platform, training.neftune_alpha
+    )
+    schedule = make_schedule(config)
+    optimizer = make_optimizer(config, definition.abstract("trainable"), schedule)
     return Setup(
         config=config,
         method=method,
@@ -159,7 +193,8 @@ def set_up(
         quantization=quantization,
         mesh=mesh,
         options=options,
-        schedule=make_schedule(config),
+        steps=training.steps,
+        schedule=schedule,
         optimizer=optimizer,
         like=state_like(definition, optimizer, mesh),
     )

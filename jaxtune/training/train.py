@@ -6,12 +6,11 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxtune.adapters import Method, Stored, method_from_config, method_from_peft
 from jaxtune.adapters.census import census, render
@@ -23,18 +22,28 @@ from jaxtune.checkpoints.orbax import Checkpoints
 from jaxtune.checkpoints.peft import read_adapter, write_adapter_files
 from jaxtune.checkpoints.source import TensorSource
 from jaxtune.checkpoints.tokenizer import load_tokenizer
-from jaxtune.data import DataReader, Examples, Loader, Splits, eval_batches
+from jaxtune.data import DataReader, Examples, Loader, Splits
 from jaxtune.errors import JaxtuneError
-from jaxtune.layers.bits import as_bits
+from jaxtune.intervals import parse_interval
 from jaxtune.layers.tree import Tree
 from jaxtune.parallel.processes import fetch, leads, put
 from jaxtune.training.describe import Split, describe
+from jaxtune.training.evaluation import (
+    bind_evaluation,
+    held_out_batches,
+    score_names,
+)
 from jaxtune.training.expert_scores import score_experts
-from jaxtune.training.experts import load_summary, load_table, mixture_layers
+from jaxtune.training.experts import mixture_layers
+from jaxtune.training.length import Rates, measure_rates, needs_rates, total_steps
 from jaxtune.training.loop import fit
+from jaxtune.training.metrics import check_wandb
+from jaxtune.training.out_of_memory import out_of_memory_named
+from jaxtune.training.profile import profile_window
 from jaxtune.training.run import RunDirectory
 from jaxtune.training.setup import Setup, set_up
-from jaxtune.training.state import TrainState, initial_state
+from jaxtune.training.stopping import check_metric
+from jaxtune.training.update import Update
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +63,8 @@ def train(config: Any, workdir: str | Path) -> RunDirectory:
     """
     run = RunDirectory(workdir)
     with run.start(config) as config:
+        check_wandb(config.logging.wandb)
+        profile_window(config.profile.steps)
         location = huggingface.resolve_path(config.model.path, config.model.revision)
         source = huggingface.open_source(location)
         tokenizer = load_tokenizer(location)
@@ -62,7 +73,15 @@ def train(config: Any, workdir: str | Path) -> RunDirectory:
         method = method.with_scores(lambda: _expert_scores(run, config, source, read))
         setup = set_up(config, source.config, method)
         _log_setup(setup)
-        examples, held_out = read()
+        splits = read()
+        examples, sets, held_out = splits.train, splits.sets, splits.held_out
+        _check_stopping(config, sets, setup)
+        rates = None
+        if needs_rates(config):
+            loader = make_loader(config, examples, setup.reserved)
+            rates = measure_rates(loader, len(examples))
+        setup = setup.lasting(total_steps(config.training, rates))
+        logger.info("training for %d updates%s", setup.steps, _epochs(rates, setup.steps))
         if stored is None:
             stored = method.start(tokenizer, lambda: source.read("model.embed_tokens.weight"))
         parts = assemble(
@@ -90,15 +109,17 @@ def train(config: Any, workdir: str | Path) -> RunDirectory:
         base = parts.base
         placed = setup.definition.abstract("constants", setup.mesh)
         constants = jax.tree.map(lambda x, like: put(x, like.sharding), parts.constants, placed)
-        with jax.set_mesh(setup.mesh):
+        with jax.set_mesh(setup.mesh), out_of_memory_named(setup):
             fit(
-                state=initial_state(parts.trainable, setup.optimizer, setup.like),
-                step=bind_step(setup, base, constants),
+                state=setup.initial_state(parts.trainable),
+                step=Update(setup, base, constants),
                 loader=make_loader(config, examples, setup.reserved),
-                evaluate=bind_evaluation(setup, base, constants, held_out),
+                evaluate=bind_evaluation(setup, base, constants, sets, tokenizer),
                 save_adapter=_adapter_writer(setup, constants),
                 run=run,
                 config=config,
+                steps=setup.steps,
+                rates=rates,
             )
     return run
 
@@ -148,6 +169,22 @@ def data_reader(config: Any, source: TensorSource, tokenizer: Any, **options: An
     return DataReader(config, tokenizer, source.config.get("vocab_size"), **options)
 
 
+def _check_stopping(config: Any, sets: Mapping[str, Examples], setup: Setup) -> None:
+    """Refuses to stop by what is never measured."""
+    evaluation = config.evaluation
+    never = not parse_interval("evaluation.every", evaluation.every).amount
+    if evaluation.stop_patience and (not sets or never):
+        missing = "evaluation.every is 0" if sets else "nothing is held out: set data.eval"
+        raise JaxtuneError(f"evaluation.stop_patience={evaluation.stop_patience}: {missing}")
+    if sets and not never:
+        experts = bool(mixture_layers(setup.definition))
+        check_metric(evaluation.stop_metric, score_names(config, sets, experts))
+
+
+def _epochs(rates: Rates | None, steps: int) -> str:
+    return f", {steps / rates.steps_per_epoch:.2f} passes over the data" if rates else ""
+
+
 def make_loader(config: Any, examples: Examples, reserved: int = 0) -> Loader:
     """Makes the endless stream of training batches; see `Loader` for what is reserved."""
     return Loader(
@@ -160,63 +197,6 @@ def make_loader(config: Any, examples: Examples, reserved: int = 0) -> Loader:
         reserved=reserved,
         mask_tokens=config.data.mask_tokens,
     )
-
-
-def held_out_batches(
-    config: Any, examples: Examples, reserved: int = 0
-) -> Iterator[Mapping[str, Any]]:
-    """Returns the batches of one evaluation."""
-    return eval_batches(
-        examples,
-        batch_size=config.evaluation.batch_size,
-        length=config.data.max_length,
-        packing=config.data.packing,
-        reserved=reserved,
-    )
-
-
-def bind_step(
-    setup: Setup, base: Tree, constants: Tree
-) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Mapping[str, jax.Array]]]:
-    """Returns the update as the loop calls it: ``(state, batch) → (state, metrics as scalars)``."""
-    compiled, base = setup.train_step(), as_bits(base, setup.options.platform)
-    return lambda state, batch: compiled(state, base, constants, setup.put_batch(batch))
-
-
-def bind_evaluation(
-    setup: Setup, base: Tree, constants: Tree, examples: Examples | None
-) -> Callable[[Tree], dict[str, Any]] | None:
-    """Returns the evaluation as the loop calls it, or None without a held-out set.
-
-    Of a mixture of experts the scores have `load_summary`, ``balance_loss`` (summed over layers)
-    and ``expert_load``, the table of `load_table`.
-    """
-    if examples is None:
-        return None
-    compiled, base = setup.eval_step(), as_bits(base, setup.options.platform)
-
-    def evaluate(trainable: Tree) -> dict[str, Any]:
-        total = None
-        for batch in held_out_batches(setup.config, examples, setup.reserved):
-            sums = compiled(trainable, base, constants, setup.put_batch(batch))
-            sums = jax.device_get(fetch(sums))
-            # Sums over a whole set in float64.
-            sums = jax.tree.map(np.float64, sums)
-            total = sums if total is None else jax.tree.map(np.add, total, sums)
-        assert total is not None  # a set is never empty
-        scores: dict[str, Any] = {
-            "loss": float(total.loss / total.weight),
-            "token_accuracy": float(total.correct / total.weight),
-            "tokens": float(total.weight),
-        }
-        if total.experts is None:
-            return scores
-        load = total.experts.load
-        scores |= {name: float(value) for name, value in load_summary(load).items()}
-        scores["balance_loss"] = float(total.experts.balance / total.weight)
-        return scores | {"expert_load": load_table(load, mixture_layers(setup.definition))}
-
-    return evaluate
 
 
 def _adapter_writer(setup: Setup, constants: Tree) -> Callable[[Tree, Path], Any] | None:
@@ -251,17 +231,25 @@ def fingerprint(
     }
 
 
-def trained_arrays(run: RunDirectory, setup: Setup) -> Tree:
-    """Reads the trainables of a run's newest undamaged checkpoint.
+def trained_arrays(run: RunDirectory, setup: Setup, which: str = "last") -> Tree:
+    """Reads the trainables of an undamaged checkpoint of a run.
+
+    Args:
+      run: the run.
+      setup: of the run.
+      which: "last", or "best" for that of the best evaluation (the last where there was none).
 
     Raises:
       JaxtuneError: the run has no checkpoint yet.
     """
     with Checkpoints(run.checkpoints, run.read_config().checkpoint.keep) as checkpoints:
-        latest = checkpoints.latest_verified()
-        if latest is None:
+        step = checkpoints.latest_verified()
+        if step is None:
             raise JaxtuneError(f"{run.path}: the run has no checkpoint yet")
-        state, _ = checkpoints.restore(latest, setup.like)
+        state, extra = checkpoints.restore(step, setup.like)
+        best = extra["tally"]["best_step"]
+        if which == "best" and best not in (None, step):
+            state, _ = checkpoints.restore(best, setup.like)
     return state.trainable
 
 

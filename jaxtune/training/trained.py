@@ -57,7 +57,7 @@ def load_trained(
         stored=stored,
     )
     if adapter != "none" and not method.has_adapter:
-        parts = parts._replace(trainable=trained_arrays(run, setup))
+        parts = parts._replace(trainable=trained_arrays(run, setup, adapter))
     return Trained(setup, parts)
 
 

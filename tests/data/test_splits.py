@@ -28,7 +28,8 @@ def splits(jsonl, train, held_out=None, **section):
     if held_out is not None:
         options["data.eval"] = jsonl(*held_out, name="eval.jsonl")
     config = resolve({}, [f"{key}={value}" for key, value in options.items()])
-    return DataReader(config, None, None).splits()
+    read = DataReader(config, None, None).splits()
+    return read.train, read.held_out
 
 
 def named(examples):
@@ -112,7 +113,8 @@ def test_overlap_is_seen_through_form_and_wording(deepseek, jsonl, tmp_path):
     with pytest.raises(JaxtuneError, match="1 of 1 training examples are held out too"):
         DataReader(config, deepseek, None).splits()
     config = resolve(config.to_dict(), ["data.overlap=keep"])
-    train, held_out = DataReader(config, deepseek, None).splits()
+    read = DataReader(config, deepseek, None).splits()
+    train, held_out = read.train, read.held_out
     assert "Please: q" in deepseek.decode(train.tokens[0])
     assert "Please" not in deepseek.decode(held_out.tokens[0])
 

@@ -1,58 +1,130 @@
 """A run that is killed again and again ends as one that was not."""
 
 import json
+import random
 import signal
 import time
 
 import pytest
 
-KILLS = (7, 23, 51, 70)  # when metrics.jsonl has this many lines
-# Dropout, shuffling and packing all have a state to lose.
+STEPS = 160  # more than ten kills can use up
+# Dropout, noise, shuffling, packing, spikes and the best score all have a state to lose.
 FLAGS = (
-    "--config.training.steps=90",
-    "--config.checkpoint.every=10",
-    "--config.evaluation.every=30",
+    f"--config.training.steps={STEPS}",
+    "--config.checkpoint.every=7",
+    "--config.evaluation.every=9",
+    "--config.evaluation.generate=4",
     "--config.adapter.dropout=0.1",
+    "--config.training.neftune_alpha=5",
+    "--config.training.spike_factor=2",
     "--config.training.accumulation=2",
 )
 
 
-def lines(workdir):
-    path = workdir / "metrics.jsonl"
+def lines(workdir, name="metrics.jsonl"):
+    path = workdir / name
     return path.read_text().splitlines() if path.exists() else []
 
 
-def losses(workdir):
-    kept = ("step", "loss", "grad_norm", "learning_rate", "tokens")
-    return [{name: json.loads(line)[name] for name in kept} for line in lines(workdir)]
+def comparable(workdir, name="metrics.jsonl"):
+    """Returns the lines without what a clock has measured; ``batch`` is a hash of the data."""
+    clocked = ("tokens_per_second", "data_wait")
+    entries = [json.loads(line) for line in lines(workdir, name)]
+    return [{k: v for k, v in entry.items() if k not in clocked} for entry in entries]
+
+
+def saving(workdir):
+    """Says whether a checkpoint is being written right now."""
+    steps = (workdir / "checkpoints").glob("[0-9]*")
+    return any(not (step / "manifest.json").exists() for step in steps)
+
+
+def evaluating(workdir):
+    """Says whether an update is done whose evaluation is not."""
+    return len(lines(workdir)) // 9 > len(lines(workdir, "evaluations.jsonl"))
+
+
+def kill(process, workdir, moment, chance):
+    """Kills a run that has made an update, when the moment has come; says at how many lines."""
+    before = len(lines(workdir))
+    # Later starts get further, or the run would never end.
+    target, delay = before + chance.randint(3, 9), chance.uniform(0, 0.05)
+    while process.poll() is None:
+        done = len(lines(workdir))
+        if moment is None and done >= target:
+            time.sleep(delay)
+            break
+        if moment is not None and done > before and moment(workdir):
+            break
+        time.sleep(0.0005)
+    assert process.poll() is None, process.communicate()[1]
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert len(lines(workdir)) < STEPS, "killed too late to show anything"
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_any_step_goes_on_bit_for_bit(small_config, jaxtune_command, tmp_path):
+def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(small_config, jaxtune_command, tmp_path):
     start = ("train", "--config", small_config, *FLAGS, "--workdir")
     # A cache that is empty, beside one that is warm from the second start on.
     unbroken = jaxtune_command(*start, tmp_path / "unbroken", cache="cold")
     _, error = unbroken.communicate()
     assert unbroken.returncode == 0, error
 
-    workdir = tmp_path / "killed"
-    for count in KILLS:
-        process = jaxtune_command(*start, workdir)
-        while process.poll() is None and len(lines(workdir)) < count:
-            time.sleep(0.002)
-        assert process.poll() is None, process.communicate()[1]
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert len(lines(workdir)) < 90, "killed too late to show anything"
+    workdir, chance = tmp_path / "killed", random.Random(0)
+    moments = [None] * 4 + [saving] * 3 + [evaluating] * 3
+    chance.shuffle(moments)
+    for moment in moments:
+        kill(jaxtune_command(*start, workdir), workdir, moment, chance)
     finished = jaxtune_command("train", "--workdir", workdir)
     _, error = finished.communicate()
     assert finished.returncode == 0, error
     assert "going on after step" in error
-    assert losses(workdir) == losses(tmp_path / "unbroken")
+    for name in ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl"):
+        assert comparable(workdir, name) == comparable(tmp_path / "unbroken", name)
+    assert len({line["batch"] for line in comparable(workdir)}) > STEPS // 2
     for name in ("last", "best"):
         files = [path / "adapter" / name for path in (workdir, tmp_path / "unbroken")]
         first, second = ((path / "adapter_model.safetensors").read_bytes() for path in files)
         assert first == second
+
+
+@pytest.mark.slow
+def test_a_killed_run_stops_early_where_an_unbroken_one_does(
+    small_config, jaxtune_command, tmp_path
+):
+    """Patience is counted across the kill: the best score is old by then."""
+    held_out = tmp_path / "held_out.jsonl"
+    turns = [{"role": "user", "content": "z9"}, {"role": "assistant", "content": "zyx"}]
+    held_out.write_text(json.dumps({"messages": turns}) + "\n")
+    flags = (
+        f"--config.data.eval={held_out}",
+        "--config.training.steps=400",
+        "--config.checkpoint.every=3",
+        "--config.evaluation.every=2",
+        "--config.evaluation.stop_patience=6",
+    )
+    start = ("train", "--config", small_config, *flags, "--workdir")
+    unbroken = jaxtune_command(*start, tmp_path / "unbroken")
+    _, error = unbroken.communicate()
+    assert "6 evaluations in a row without a better loss" in error
+    stopped = json.loads(lines(tmp_path / "unbroken")[-1])["step"]
+    workdir = tmp_path / "killed"
+    process = jaxtune_command(*start, workdir)
+    while process.poll() is None and len(lines(workdir)) < stopped - 6:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert len(lines(workdir)) < stopped, "killed too late to show anything"
+    output, error = jaxtune_command("train", "--workdir", workdir).communicate()
+    assert f"done: {stopped} steps" in output and "adapter/best" in error
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        assert comparable(workdir, name) == comparable(tmp_path / "unbroken", name)
+    first, second = (
+        (path / "adapter" / "best" / "adapter_model.safetensors").read_bytes()
+        for path in (workdir, tmp_path / "unbroken")
+    )
+    assert first == second
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from jaxtune.training.optimizer import (
 )
 
 ORACLE_SCHEDULES = {
+    "wsd": transformers.get_wsd_schedule,
     "constant": transformers.get_constant_schedule_with_warmup,
     "linear": transformers.get_linear_schedule_with_warmup,
     "cosine": transformers.get_cosine_schedule_with_warmup,
@@ -28,6 +29,8 @@ def config(steps=20, **optimizer):
 
 def oracle_scheduler(name, optimizer, warmup, steps):
     length = {} if name == "constant" else {"num_training_steps": steps}
+    if name == "wsd":
+        length |= {"num_decay_steps": 4, "decay_type": "linear"}
     return ORACLE_SCHEDULES[name](optimizer, num_warmup_steps=warmup, **length)
 
 
@@ -37,7 +40,9 @@ def test_schedule_has_the_values_of_transformers(name, warmup):
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=3e-4)
     scheduler = oracle_scheduler(name, optimizer, warmup, 20)
     schedule = jax.jit(
-        make_schedule(config(schedule=name, warmup_steps=warmup, learning_rate=3e-4))
+        make_schedule(
+            config(schedule=name, warmup_steps=warmup, learning_rate=3e-4, decay_steps=0.2)
+        )
     )
     expected, values = [], []
     updates = 20 if warmup == 20 else 21  # a run all of warm-up ends at the peak
@@ -195,7 +200,7 @@ def test_impossible_settings_are_named(settings, message):
 
 def test_a_warm_up_longer_than_the_run_is_said(caplog):
     schedule = make_schedule(config(warmup_steps=40, learning_rate=1e-3))
-    assert "optimizer.warmup_steps=40 is more than training.steps=20" in caplog.text
+    assert "optimizer.warmup_steps=40 is more than the 20 updates of the run" in caplog.text
     assert float(schedule(20)) == pytest.approx(0.5e-3, rel=1e-6)
 
 
@@ -219,3 +224,135 @@ def test_lora_plus_scales_the_rate_of_b_alone():
     both = updated(learning_rate=1e-3, lora_plus_ratio=4.0)
     np.testing.assert_array_equal(both["lora_A"], plain["lora_A"])
     np.testing.assert_allclose(both["lora_B"], faster["lora_B"], rtol=1e-6)
+
+
+def test_a_warm_up_may_be_a_share_of_the_run():
+    share, count = (make_schedule(config(steps=30, warmup_steps=w)) for w in (0.1, 3))
+    assert [float(share(step)) for step in range(31)] == [float(count(step)) for step in range(31)]
+    with pytest.raises(
+        JaxtuneError, match=r"warmup_steps takes a whole number, or a share below 1"
+    ):
+        config(warmup_steps=1.5)
+
+
+def follow(settings, oracle_of, shape, tolerance):
+    """Makes 12 updates by ours and by an oracle of torch; holds every one of them together."""
+    random = np.random.default_rng(3)
+    start = random.standard_normal(shape).astype(np.float32)
+    trainable = {"q_proj": {"weight": jnp.asarray(start)}}
+    optimizer = make_optimizer(settings, trainable)
+    state, parameter = optimizer.init(trainable), torch.nn.Parameter(torch.tensor(start))
+    oracle = oracle_of([parameter])
+    for _ in range(12):
+        gradient = random.standard_normal(shape).astype(np.float32)
+        updates, state = optimizer.update({"q_proj": {"weight": gradient}}, state, trainable)
+        trainable = optax.apply_updates(trainable, updates)
+        parameter.grad = torch.tensor(gradient)
+        oracle.step()
+        ours = np.asarray(trainable["q_proj"]["weight"])
+        np.testing.assert_allclose(ours, parameter.detach().numpy(), rtol=0, atol=tolerance)
+    return state
+
+
+PLAIN = {"schedule": "constant", "clip_norm": 0.0, "learning_rate": 1e-2}
+
+
+def test_sgd_with_momentum_follows_torch():
+    follow(
+        config(name="sgd", b1=0.8, **PLAIN),
+        lambda parameters: torch.optim.SGD(parameters, lr=1e-2, momentum=0.8),
+        (7, 5),
+        1e-6,  # rounding, of 12 updates of some 1e-2
+    )
+
+
+@pytest.mark.parametrize("shape", [(160, 130), (7, 5)], ids=["factored", "whole"])
+def test_adafactor_follows_torch(shape):
+    # transformers' own, which factors matrices of any size: so a vector stands for a small one.
+    shape = shape if min(shape) >= 128 else (35,)
+    follow(
+        config(name="adafactor", weight_decay=0.1, **PLAIN),
+        lambda parameters: transformers.Adafactor(
+            parameters, lr=1e-2, weight_decay=0.1, scale_parameter=False, relative_step=False
+        ),
+        shape,
+        3e-6,  # the last place of a weight of 3 is 2.4e-7, and rounded twice in 12 updates
+    )
+
+
+class Lion(torch.optim.Optimizer):
+    """The pseudocode of Chen et al., 2023, line by line."""
+
+    def __init__(self, parameters, lr, b1, b2, decay):
+        super().__init__(parameters, {})
+        self.lr, self.b1, self.b2, self.decay = lr, b1, b2, decay
+        self.m = 0.0
+
+    @torch.no_grad()
+    def step(self):
+        for parameter in self.param_groups[0]["params"]:
+            update = torch.sign(self.b1 * self.m + (1 - self.b1) * parameter.grad)
+            self.m = self.b2 * self.m + (1 - self.b2) * parameter.grad
+            parameter -= self.lr * (update + self.decay * parameter)
+
+
+def test_lion_follows_its_paper():
+    follow(
+        config(name="lion", b1=0.9, b2=0.99, weight_decay=0.1, **PLAIN),
+        lambda parameters: Lion(parameters, 1e-2, 0.9, 0.99, 0.1),
+        (7, 5),
+        1e-6,
+    )
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "sgd"])
+def test_the_first_moment_may_be_kept_in_bfloat16(name):
+    trainable = {"lora_A": jnp.ones((2, 4), jnp.float32)}
+    optimizer = make_optimizer(config(name=name, moment_dtype="bfloat16"), trainable)
+    state = optimizer.init(trainable)
+    updates, state = optimizer.update(trainable, state, trainable)
+    moments = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
+    assert moments[0].dtype == jnp.bfloat16
+    assert all(leaf.dtype == jnp.float32 for leaf in moments[1:])
+    assert updates["lora_A"].dtype == jnp.float32
+
+
+def test_adafactor_has_no_first_moment_to_keep():
+    with pytest.raises(JaxtuneError, match="adafactor keeps no first moment"):
+        make_optimizer(config(name="adafactor", moment_dtype="bfloat16"), {"a": jnp.ones(2)})
+
+
+def test_groups_have_rates_of_their_own():
+    trainable = {
+        "model": {
+            "layers.0": {"q_proj": {"lora_A": jnp.ones(3), "lora_B": jnp.ones(3)}},
+            "embed_tokens": {"weight": jnp.ones(3)},
+        }
+    }
+    settings = config(name="sgd", b1=0.0, group_rates="q_proj.lora_B=4e-2,embed_.*=0.1x", **PLAIN)
+    optimizer = make_optimizer(settings, trainable)
+    updates, _ = optimizer.update(trainable, optimizer.init(trainable), trainable)
+    moved = {
+        jax.tree_util.keystr(path, simple=True, separator="."): -float(leaf[0])
+        for path, leaf in jax.tree_util.tree_leaves_with_path(updates)
+    }
+    assert moved == {
+        "model.layers.0.q_proj.lora_A": pytest.approx(1e-2),
+        "model.layers.0.q_proj.lora_B": pytest.approx(4e-2),
+        "model.embed_tokens.weight": pytest.approx(1e-3),
+    }
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("lora_b=4e-4", '"lora_b" matches nothing that is trained; did you mean "lora_B"?'),
+        ("lora_B=fast", '"lora_B=fast" is not a pattern and its rate, such as lora_B=4e-4'),
+        ("lora_B", '"lora_B" is not a pattern and its rate'),
+        ("lora_[=1", '"lora_[=1" is not a pattern and its rate'),
+    ],
+)
+def test_a_bad_group_is_named(entry, message):
+    with pytest.raises(JaxtuneError) as error:
+        make_optimizer(config(group_rates=entry), {"lora_B": jnp.ones(2)})
+    assert message in str(error.value)

@@ -1,0 +1,113 @@
+"""Answers to held-out prompts while a run trains, and what they are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxtune.data import Examples
+from jaxtune.generation.generate import Sampling, generate_tokens
+from jaxtune.objectives.cross_entropy import IGNORE
+from jaxtune.training.setup import Setup
+
+ANSWER_SCORES: dict[str, Callable[[str, str], float]] = {
+    "exact_match": lambda answer, expected: float(answer == expected),
+}
+"""What an answer is worth, by name: ``(answer, expected) -> from 0 to 1``, averaged over a set."""
+
+
+class Question(NamedTuple):
+    """A held-out prompt and the right answer to it, as token ids."""
+
+    prompt: list[int]
+    answer: list[int]
+
+
+def read_questions(examples: Examples, count: int) -> list[Question]:
+    """Cuts the first `count` examples into the last run of targets and all that is before it."""
+    questions = []
+    for tokens, targets in zip(examples.tokens[:count], examples.targets[:count], strict=True):
+        counted = np.asarray(targets) != IGNORE
+        last = int(np.flatnonzero(counted)[-1])
+        gaps = np.flatnonzero(~counted[:last])
+        first = int(gaps[-1]) + 1 if gaps.size else 0
+        # The target at a position is the token after it.
+        prompt = [int(token) for token in tokens[: first + 1]]
+        questions.append(Question(prompt, [int(token) for token in targets[first : last + 1]]))
+    return questions
+
+
+def answer_questions(
+    setup: Setup, trees: Any, questions: Mapping[str, Sequence[Question]], tokenizer: Any
+) -> list[dict[str, Any]]:
+    """Answers greedily, in batches of ``evaluation.batch_size`` rows.
+
+    Args:
+      setup: of the run.
+      trees: base, trainable and constants.
+      questions: by the name of their set.
+      tokenizer: of the model.
+
+    Returns:
+      What ``samples.jsonl`` holds, in order: ``set`` (if it has a name), ``prompt``, ``expected``,
+      ``answer`` and `ANSWER_SCORES`.
+    """
+    flat = [(name, question) for name, some in questions.items() for question in some]
+    # An answer that is longer than the longest right one is wrong, however it goes on.
+    longest = max(len(question.answer) for _, question in flat) + 1
+    order = sorted(range(len(flat)), key=lambda index: len(flat[index][1].prompt))
+    rows, answers = setup.config.evaluation.batch_size, {}
+    stop = _stop_ids(setup, tokenizer, [question for _, question in flat])
+    for start in range(0, len(order), rows):
+        chosen = order[start : start + rows]
+        filled = chosen + chosen[-1:] * (rows - len(chosen))
+        new = generate_tokens(
+            setup.definition,
+            trees,
+            [flat[index][1].prompt for index in filled],
+            setup.options._replace(remat="none"),
+            max_new_tokens=longest,
+            sampling=Sampling(),
+            stop=stop,
+        )
+        answers |= dict(zip(chosen, new, strict=False))  # what fills a batch up comes last
+    return [
+        ({"set": name} if name else {}) | _sample(tokenizer, question, answers[index])
+        for index, (name, question) in enumerate(flat)
+    ]
+
+
+def _sample(tokenizer: Any, question: Question, answer: Sequence[int]) -> dict[str, Any]:
+    def text(tokens: Sequence[int], special: bool = False) -> str:
+        # A clean-up of spaces would change what was generated.
+        return tokenizer.decode(
+            tokens, skip_special_tokens=not special, clean_up_tokenization_spaces=False
+        )
+
+    given, expected = text(answer).strip(), text(question.answer).strip()
+    shown = {"prompt": text(question.prompt, special=True), "expected": expected, "answer": given}
+    return shown | {score: rate(given, expected) for score, rate in ANSWER_SCORES.items()}
+
+
+def average(samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Averages the scores of samples, over all sets and over each that has a name."""
+    scores = {}
+    for name in ("", *dict.fromkeys(sample["set"] for sample in samples if "set" in sample)):
+        own = [sample for sample in samples if not name or sample["set"] == name]
+        prefix = f"{name}/" if name else ""
+        for score in ANSWER_SCORES:
+            scores[f"{prefix}{score}"] = sum(sample[score] for sample in own) / len(own)
+    return scores
+
+
+def _stop_ids(setup: Setup, tokenizer: Any, questions: Sequence[Question]) -> list[int]:
+    """Returns the ids that end an answer: of model and tokenizer, and those that answers end in."""
+    ids = setup.definition.config.get("eos_token_id")
+    found = set(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    if tokenizer.eos_token_id is not None:
+        found.add(tokenizer.eos_token_id)
+    special = set(tokenizer.all_special_ids)
+    found |= {token for question in questions for token in question.answer if token in special}
+    return sorted(found)

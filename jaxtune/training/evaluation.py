@@ -1,0 +1,115 @@
+"""What is measured on held-out examples while a run trains and after it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtune.data import Examples, eval_batches
+from jaxtune.errors import JaxtuneError
+from jaxtune.layers.bits import as_bits
+from jaxtune.layers.tree import Tree
+from jaxtune.parallel.processes import fetch
+from jaxtune.training.answers import ANSWER_SCORES, answer_questions, average, read_questions
+from jaxtune.training.experts import load_summary, load_table, mixture_layers
+from jaxtune.training.setup import Setup
+
+
+def held_out_batches(
+    config: Any, examples: Examples, reserved: int = 0
+) -> Iterator[Mapping[str, Any]]:
+    """Returns the batches of one evaluation."""
+    return eval_batches(
+        examples,
+        batch_size=config.evaluation.batch_size,
+        length=config.data.max_length,
+        packing=config.data.packing,
+        reserved=reserved,
+    )
+
+
+def bind_evaluation(
+    setup: Setup,
+    base: Tree,
+    constants: Tree,
+    sets: Mapping[str, Examples],
+    tokenizer: Any = None,
+) -> Callable[[Tree], dict[str, Any]] | None:
+    """Returns the evaluation as the loop calls it, or None without a held-out set.
+
+    It gives ``loss`` (mean over target tokens, nats), ``perplexity``, ``token_accuracy`` (share of
+    targets that are the likeliest token) and ``tokens`` (targets), over all sets together and, with
+    its name before as in ``law/loss``, of each that has a name. Of a mixture of experts there are
+    `load_summary`, ``balance_loss`` (summed over layers) and ``expert_load``, the table of
+    `load_table`. With ``evaluation.generate`` there are `ANSWER_SCORES` and ``samples``.
+
+    Args:
+      setup: of the run.
+      base: frozen tree.
+      constants: of the method.
+      sets: held-out examples by name; a single set may have an empty one.
+      tokenizer: turns answers into text.
+
+    Raises:
+      JaxtuneError: answers are asked for, and there is no tokenizer, or more than one process.
+    """
+    if not sets:
+        return None
+    compiled, base = setup.eval_step(), as_bits(base, setup.options.platform)
+    count = setup.config.evaluation.generate
+    if count and jax.process_count() > 1:
+        raise JaxtuneError("evaluation.generate is for runs of one process: set it to 0")
+    if count and tokenizer is None:
+        raise JaxtuneError("evaluation.generate needs a tokenizer, and the model has none")
+    questions = {name: read_questions(examples, count) for name, examples in sets.items() if count}
+
+    def summed(trainable: Tree, examples: Examples) -> Any:
+        total = None
+        for batch in held_out_batches(setup.config, examples, setup.reserved):
+            sums = compiled(trainable, base, constants, setup.put_batch(batch))
+            sums = jax.device_get(fetch(sums))
+            # Sums over a whole set in float64.
+            sums = jax.tree.map(np.float64, sums)
+            total = sums if total is None else jax.tree.map(np.add, total, sums)
+        assert total is not None  # a set is never empty
+        return total
+
+    def evaluate(trainable: Tree) -> dict[str, Any]:
+        sums = {name: summed(trainable, examples) for name, examples in sets.items()}
+        total = jax.tree.map(lambda *each: np.sum(each, axis=0), *sums.values())
+        scores = _scores(total)
+        for name in filter(None, sums):
+            scores |= {f"{name}/{score}": value for score, value in _scores(sums[name]).items()}
+        if questions:
+            samples = answer_questions(setup, (base, trainable, constants), questions, tokenizer)
+            scores |= average(samples) | {"samples": samples}
+        if total.experts is None:
+            return scores
+        load = total.experts.load
+        scores |= {name: float(value) for name, value in load_summary(load).items()}
+        scores["balance_loss"] = float(total.experts.balance / total.weight)
+        return scores | {"expert_load": load_table(load, mixture_layers(setup.definition))}
+
+    return evaluate
+
+
+def score_names(config: Any, sets: Mapping[str, Any], experts: bool) -> list[str]:
+    """Returns the names of the scores that `bind_evaluation` of a config gives."""
+    names = ["loss", "perplexity", "token_accuracy"]
+    names += list(ANSWER_SCORES) if config.evaluation.generate else []
+    named = [f"{name}/{score}" for name in filter(None, sets) for score in names]
+    return names + (["balance_loss"] if experts else []) + named
+
+
+def _scores(sums: Any) -> dict[str, Any]:
+    loss = float(sums.nll / sums.weight)
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),  # float64 ends beyond
+        "token_accuracy": float(sums.correct / sums.weight),
+        "tokens": float(sums.weight),
+    }

@@ -1,0 +1,122 @@
+"""A device that ran out of memory, said in one line with what to change first."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxtune.errors import JaxtuneError
+from jaxtune.training.setup import Setup
+
+GIB = 2**30
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+# What XLA says on a CPU, a GPU, a TPU: an allocation that failed, or a program that is too large.
+_NEEDED = re.compile(
+    r"(?:allocat\w+|request for|Used|temporaries \()\s*([\d.]+)\s*([KMGT]?)i?(?:B|bytes)?\b"
+)
+_LIMIT = re.compile(r"Used [\d.]+[KMGT] of ([\d.]+)([KMGT])")
+# Values that a decoder layer keeps for its backward pass, per token and hidden unit: Korthikanti et
+# al., 2022, have 34 bytes of them in 16 bits, without those of attention's scores.
+_SAVED_PER_LAYER = 17
+_NF4_SHARE = 0.53 / 2  # bytes of a weight in NF4 with its scales, over those in 16 bits
+
+
+class Remedy(NamedTuple):
+    """A change of the config and the bytes of each device that it is estimated to save."""
+
+    change: str
+    bytes: float
+
+
+@contextlib.contextmanager
+def out_of_memory_named(setup: Setup) -> Iterator[None]:
+    """Turns a device's lack of memory into an error that says what to change.
+
+    Args:
+      setup: of the run that the block trains.
+
+    Raises:
+      JaxtuneError: memory ran out; any other error passes unchanged.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise JaxtuneError(explain(str(error), setup)) from error
+
+
+def explain(text: str, setup: Setup) -> str:
+    """Says in one line what was needed, what there was and what to change first.
+
+    Args:
+      text: of XLA's error.
+      setup: of the run.
+    """
+    needed, limit = _size(_NEEDED.search(text)), _size(_LIMIT.search(text))
+    # A program that is too large as a whole, or one more array.
+    more = "" if limit is not None else " more"
+    if limit is None:
+        limit = _device_bytes(setup.mesh.devices.flat[0])
+    parts = ["out of memory"]
+    if needed is not None:
+        parts.append(f"{needed / GIB:.2f} GiB{more} were needed")
+    if limit is not None:
+        parts.append(f"a device has {limit / GIB:.2f} GiB")
+    first, *others = remedies(setup)
+    then = f"; then {', '.join(remedy.change for remedy in others)}" if others else ""
+    return (
+        f"{', '.join(parts)}; change first: {first.change}, which saves about "
+        f"{first.bytes / GIB:.2g} GiB of each device (an estimate; jaxtune plan has the compiler's "
+        f"own figures){then}"
+    )
+
+
+def remedies(setup: Setup) -> list[Remedy]:
+    """Returns what would need less memory: first what costs least of speed and quality."""
+    training, model = setup.config.training, setup.definition.config
+    shares = setup.mesh.shape["data"] * setup.mesh.shape["fsdp"]
+    rows = training.batch_size // training.accumulation
+    length = setup.config.data.max_length // setup.mesh.shape["sequence"]
+    values = rows // shares * length * model["hidden_size"] * setup.options.dtype.itemsize
+    saved = values * model["num_hidden_layers"]
+    # With remat, what the layers are given, and all of one layer at a time.
+    kept = saved + values * _SAVED_PER_LAYER
+    found = []
+    if training.remat != "full":
+        found.append(Remedy("training.remat=full", saved * _SAVED_PER_LAYER - kept))
+    else:
+        saved = kept
+    if rows % 2 == 0 and (rows // 2) % shares == 0 and rows // 2 > 0:
+        change = f"training.accumulation={2 * training.accumulation}"
+        found.append(Remedy(change, saved / 2))
+    if setup.quantization is None and setup.method.has_adapter:
+        found.append(Remedy("quantize.format=nf4", _frozen_bytes(setup) * (1 - _NF4_SHARE)))
+    found.append(Remedy(f"data.max_length={max(2, setup.config.data.max_length // 2)}", saved / 2))
+    return found
+
+
+def _frozen_bytes(setup: Setup) -> float:
+    """Returns the bytes per device of the frozen matrices within layers, as they are."""
+    total = 0
+    for leaf in jax.tree.leaves(setup.definition.abstract("base", setup.mesh)):
+        if leaf.ndim > 2:  # stacked over layers
+            shape = leaf.sharding.shard_shape(leaf.shape)
+            total += jax.ShapeDtypeStruct(shape, leaf.dtype).size * leaf.dtype.itemsize
+    return total
+
+
+def _device_bytes(device: Any) -> int | None:
+    """Returns the memory of a device, if anybody knows it."""
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def _size(match: Any) -> int | None:
+    return None if match is None else int(float(match[1]) * _UNITS[match[2]])

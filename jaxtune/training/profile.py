@@ -1,0 +1,70 @@
+"""A window of updates that JAX's profiler looks at."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxtune.errors import JaxtuneError
+
+logger = logging.getLogger(__name__)
+
+
+class Profile:
+    """Writes a trace of some updates, for XProf or TensorBoard; a context manager."""
+
+    def __init__(self, steps: tuple[str, ...], directory: Path):
+        """Prepares a trace.
+
+        Args:
+          steps: ``profile.steps``: first and last update, or none.
+          directory: to write to.
+
+        Raises:
+          JaxtuneError: these are not two numbers in order.
+        """
+        self._directory, self._running = directory, False
+        self._first, self._last = profile_window(steps)
+
+    def __enter__(self) -> Profile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop()
+
+    def before(self, number: int) -> None:
+        """Begins the trace if update `number` is the first in it."""
+        if number == self._first:
+            jax.profiler.start_trace(self._directory)
+            self._running = True
+
+    def after(self, number: int, state: Any) -> None:
+        """Ends the trace if update `number`, which gives `state`, is the last in it."""
+        if self._running and number >= self._last:
+            jax.block_until_ready(state)
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
+            logger.info("a trace is in %s", self._directory)
+
+
+def profile_window(steps: tuple[str, ...]) -> tuple[int, int]:
+    """Reads ``profile.steps``.
+
+    Raises:
+      JaxtuneError: these are not two numbers in order.
+    """
+    if not steps:
+        return 0, 0
+    numbers = [int(step) for step in steps if step.isdecimal()]
+    if len(numbers) != 2 or len(steps) != 2 or not 0 < numbers[0] <= numbers[1]:
+        raise JaxtuneError(
+            f"profile.steps takes the first and last update, such as 10,20, not {','.join(steps)}"
+        )
+    return numbers[0], numbers[1]

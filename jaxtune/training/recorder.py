@@ -1,0 +1,231 @@
+"""What a run says while it goes on: metrics, a bar or lines of progress, warnings."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from jaxtune.errors import JaxtuneError
+from jaxtune.training.guard import OVERFLOW, REASONS
+from jaxtune.training.length import Due
+from jaxtune.training.metrics import MetricLog
+from jaxtune.training.stopping import Tally
+
+logger = logging.getLogger(__name__)
+
+_ESTIMATED_BY = 3  # updates
+SECONDS_BETWEEN_LINES = 30.0  # of progress, where there is no terminal to draw a bar on
+
+
+class Recorder:
+    """Reads metrics one update late, so that the next update is queued before the host waits."""
+
+    def __init__(
+        self,
+        log: MetricLog,
+        display: Display,
+        tally: Tally,
+        due: Due,
+        max_bad_steps: int,
+        steps: int,
+    ):
+        """Starts the clock of the first line.
+
+        Args:
+          log: to write to.
+          display: to show progress on.
+          tally: to count in.
+          due: which updates have a line.
+          max_bad_steps: updates in a row that may be skipped before the run stops.
+          steps: updates of the run.
+        """
+        self._log, self._display, self._tally, self._due = log, display, tally, due
+        self._max_bad = max_bad_steps
+        self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
+        self._tokens, self._clock = 0, time.monotonic()  # of the line being gathered
+        self._waited, self._batch = 0.0, None
+        self._first: tuple[int, float] | None = None  # update and time of the first one read
+        self._steps = steps
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time of the block as spent on waiting for data."""
+        begin = time.monotonic()
+        yield
+        self._waited += time.monotonic() - begin
+
+    def put(self, number: int, metrics: Mapping[str, jax.Array], batch: Any = None) -> None:
+        """Takes the metrics of an update that may still run, and reads those of the one before.
+
+        Args:
+          number: of the update.
+          metrics: of the update, scalars.
+          batch: what it was made from, NumPy arrays of any shape: its line has a hash of them.
+        """
+        self.flush()
+        self._pending, self._batch = (number, metrics), batch
+
+    def flush(self) -> None:
+        """Waits for the update last put, checks its metrics and writes them down.
+
+        Raises:
+          JaxtuneError: a number is not finite in an update that was made, or too many in a row
+            were not.
+        """
+        if self._pending is None:
+            return
+        (number, metrics), self._pending = self._pending, None
+        values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        # The loss leads: jit has sorted the names, and it is what one looks for.
+        values = {"loss": values["loss"], **values}
+        verdict = int(values.pop("skipped", 0))
+        reason = REASONS.get(verdict)
+        if reason is None:
+            check_finite(number, values)
+            self._tally.bad_in_a_row = 0
+        tokens = int(values["tokens"])
+        self._tally.tokens += tokens
+        self._tokens += tokens
+        elapsed = max(time.monotonic() - self._clock, 1e-9)
+        speed = self._tokens / elapsed
+        values |= {
+            "tokens": self._tally.tokens,
+            "tokens_per_second": speed,
+            "data_wait": min(self._waited / elapsed, 1.0),
+        }
+        self._display.show(number, values["loss"], speed)
+        self._estimate(number)
+        if self._due(number):
+            line: dict[str, Any] = values
+            if reason is not None:
+                # JSON has no word for what is not finite.
+                line = {k: v if math.isfinite(v) else None for k, v in values.items()}
+                line["skipped"] = reason
+            line = line | {"batch": _hash(self._batch)}
+            self._log.train(number, line)
+            self._tokens, self._clock, self._waited = 0, time.monotonic(), 0.0
+        if reason is not None:
+            self._skipped(number, verdict, reason, values)
+
+    def _estimate(self, number: int) -> None:
+        """Says how long the run is going to take, once, by the first updates after compilation."""
+        if self._first is None:
+            self._first = (number, time.monotonic())
+        elif number == self._first[0] + _ESTIMATED_BY < self._steps:
+            each = (time.monotonic() - self._first[1]) / _ESTIMATED_BY
+            left = each * (self._steps - number)
+            end = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + left))
+            logger.info(
+                "an update takes %.3g s: about %.1f minutes are left, to %s, beside evaluations",
+                each,
+                left / 60,
+                end,
+            )
+
+    def _skipped(self, number: int, verdict: int, reason: str, values: dict[str, float]) -> None:
+        tally = self._tally
+        tally.skipped[reason] = tally.skipped.get(reason, 0) + 1
+        numbers = f"loss {values['loss']:.6g}, grad_norm {values['grad_norm']:.6g}"
+        if verdict == OVERFLOW:
+            # What finding the right scale takes: no fault of the data or the settings.
+            numbers += f", at a loss scale of {values['loss_scale']:g}, which halves"
+        else:
+            tally.bad_in_a_row += 1
+        logger.warning(
+            "step %d: update skipped (%s: %s); %d so far",
+            number,
+            reason,
+            numbers,
+            tally.skipped[reason],
+        )
+        if tally.bad_in_a_row >= self._max_bad:
+            raise JaxtuneError(
+                f"step {number}: {reason}: {numbers}; stopped after training.max_bad_steps="
+                f"{self._max_bad} skipped updates in a row, none of which was saved (a lower "
+                "optimizer.learning_rate or optimizer.clip_norm may help)"
+            )
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Flushes, and keeps the time of the block out of the tokens per second."""
+        self.flush()
+        begin = time.monotonic()
+        yield
+        self._clock += time.monotonic() - begin
+
+
+class Display:
+    """A progress bar on a terminal; elsewhere a line in the log now and then."""
+
+    def __init__(self, start: int, steps: int):
+        """Prepares the bar of a run of `steps` updates that goes on after update `start`."""
+        console = Console(stderr=True)
+        self._steps = steps
+        self._due = 0.0 if not console.is_terminal else math.inf
+        self._bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:,.0f} tokens/s"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(
+            "train", total=steps, completed=start, loss=math.nan, speed=0.0
+        )
+
+    def __enter__(self) -> Display:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def show(self, number: int, loss: float, speed: float) -> None:
+        """Shows that update `number` is done, with its loss and the tokens per second."""
+        self._bar.update(self._task, completed=number, loss=loss, speed=speed)
+        if time.monotonic() >= self._due:
+            self._due = time.monotonic() + SECONDS_BETWEEN_LINES
+            logger.info("step %d/%d: loss %.4f, %.0f tokens/s", number, self._steps, loss, speed)
+
+
+def _hash(batch: Any) -> str:
+    """Returns 8 digits that tell batches apart: of zlib, for it is as quick as a copy."""
+    checksum = 0
+    for leaf in jax.tree.leaves(batch):
+        checksum = zlib.crc32(np.asarray(leaf).tobytes(), checksum)
+    return f"{checksum:08x}"
+
+
+def check_finite(number: int, values: Mapping[str, float], prefix: str = "") -> None:
+    """Stops a run at a number that is not finite.
+
+    Raises:
+      JaxtuneError: naming it.
+    """
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise JaxtuneError(
+                f"step {number}: {prefix}{name} is {value}; stopped, and nothing of it was saved "
+                "(a lower optimizer.learning_rate or optimizer.clip_norm may help)"
+            )
