@@ -195,6 +195,7 @@ PERTURBED = {
     "adapter.rank_pattern": ("q_proj=2",),
     "adapter.alpha_pattern": ("q_proj=2",),
     "adapter.modules_to_save": ("lm_head",),
+    "adapter.bias": ("all", "model.path={biased}"),
     "adapter.freeze": ("model.layers.0", "adapter.method=full"),
     "adapter.new_tokens": (3,),
     "adapter.expert_scores": ("{other_scores}", *ESFT),
@@ -308,6 +309,7 @@ def places(tiny, tiny_chat, tmp_path_factory):
     return {
         "model": tiny_chat,
         "other_model": tiny("llama", vocab_size=258, num_hidden_layers=2),
+        "biased": tiny("qwen2", vocab_size=258),
         "mixture": tiny(
             "deepseek_v2",
             vocab_size=258,

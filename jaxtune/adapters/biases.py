@@ -82,7 +82,7 @@ def setting(config: dict[str, Any]) -> str:
 
 
 def without(stored: Stored) -> dict[str, np.ndarray]:
-    """Returns the tensors that are no biases, where biases are trained at all."""
+    """Returns the tensors; biases [out] are left out where any are trained."""
     if setting(stored.config) == "none":
         return dict(stored.tensors)
     return {key: value for key, value in stored.tensors.items() if not is_bias(key)}

@@ -92,7 +92,11 @@ def test_weights_that_are_not_there_or_cut(tiny, adapter):
             {"use_dora": True},
             'adapter_model.safetensors: "model.layers.0.mlp.down_proj" lacks lora_magnitude_vector',
         ),
-        ({"bias": "all"}, "adapter_config.json: \"bias\"='all' is not supported"),
+        (
+            {"bias": "al"},
+            'adapter_config.json: "bias"="al" is unknown; did you mean "all"? '
+            "(known: all, lora_only, none)",
+        ),
         (
             {"modules_to_save": ["lm_head"]},
             'adapter_model.safetensors: lacks "base_model.model.lm_head.weight"',
