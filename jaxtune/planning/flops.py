@@ -166,7 +166,10 @@ def count(jaxpr: Any, trips: float = 1.0) -> Products:
 def _known_trips(equation: Any, trips: float) -> float:
     """Returns the trips of a loop from one literal to another, and `trips` of any other."""
     literals = [var for var in equation.invars if isinstance(var, core.Literal)]
-    counts = [int(one.val) for one in literals if jnp.issubdtype(one.aval.dtype, jnp.integer)]
+    integers = (
+        one.val for one in literals if jnp.issubdtype(jnp.result_type(one.val), jnp.integer)
+    )
+    counts = [int(value) for value in integers]
     return float(max(counts)) if len(counts) >= 2 and max(counts) > 0 else trips
 
 
