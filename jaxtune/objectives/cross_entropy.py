@@ -16,6 +16,7 @@ from jax import lax
 
 from jaxtune.layers.head import Head
 from jaxtune.layers.linear import plain_values
+from jaxtune.parallel.rules import devices_along
 
 IGNORE = -100  # the target of a position that is not trained on, as in PyTorch
 
@@ -69,7 +70,7 @@ def cross_entropy(
       hidden: [B, T, D], after the last norm.
       head: gives the logits.
       targets: int[B, T]; the token to predict at each position, or `IGNORE`.
-      tokens_per_chunk: how many tokens' logits exist at a time.
+      tokens_per_chunk: how many tokens' logits exist at a time on each device.
       terms: what is minimised besides.
       scale: by which the caller multiplies the loss, float32 scalar. The gradient is computed at
         this scale from the start, so that float16 can hold it; no value changes but by rounding.
@@ -80,7 +81,9 @@ def cross_entropy(
     Source: Szegedy et al., 2016 (label smoothing); Chowdhery et al., 2022 (z-loss).
     """
     batch, length = targets.shape
-    chunk = min(length, max(1, tokens_per_chunk // batch))
+    # Each device's rows count: a chunk gathers a head that is spread over devices.
+    rows = max(1, batch // devices_along("batch"))
+    chunk = min(length, max(1, tokens_per_chunk // rows))
     pad = -length % chunk
     hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
     targets = jnp.pad(targets, ((0, 0), (0, pad)), constant_values=IGNORE)

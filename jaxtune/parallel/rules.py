@@ -39,6 +39,13 @@ def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
     return PartitionSpec(*entries)
 
 
+def devices_along(axis: str) -> int:
+    """Returns how many devices of the mesh in context split a logical axis; 1 without a mesh."""
+    if not _partitioned():
+        return 1
+    return math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in RULES[axis])
+
+
 def _partitioned() -> bool:
     """Says whether the compiler is to split what is traced over a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
