@@ -70,7 +70,7 @@ def by_kind(found: list[Collective]) -> dict[str, dict[str, int]]:
 
 def _measured(instruction: Instruction, kind: str, times: float, devices: int) -> Collective:
     arrays = instruction.arrays
-    if instruction.opcode in ("all-gather-start", "collective-permute-start"):
+    if instruction.opcode.endswith("-start") and kind != "all-reduce":
         # (operands, results, perhaps a context of scalars)
         arrays = [array for array in arrays if array[1] > 4] or arrays
         arrays = arrays[len(arrays) // 2 :]

@@ -90,6 +90,7 @@ TPU = textwrap.dedent(
 
     ENTRY %main (a: bf16[4,8]) -> bf16[4,8] {
       %s = (u8[1,16]{1,0}, u8[2,16]{1,0}, u32[]{:S(2)}) all-gather-start(%c), channel_id=3, replica_groups=mesh['x'=2,'y'=4] {'x'}, dimensions={0}
+      %r = ((f32[64]{0}), f32[8]{0}) reduce-scatter-start(%e), channel_id=4, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
       %d = u8[2,16]{1,0} all-gather-done(%s)
       ROOT %w = (s32[], bf16[4,8]{1,0}) while(%init), condition=%condition, body=%body
     }
@@ -102,6 +103,7 @@ def test_what_a_tpu_compiler_writes_is_understood():
     assert {(c.kind, c.dtype, c.times, c.sent, c.group) for c in found} == {
         ("all-gather", "u8", 1, 16, 2),
         ("all-gather", "bf16", 30, 48, 4),
+        ("reduce-scatter", "f32", 1, 8 * 4 * 7, 8),
         ("reduce-scatter", "f32", 30, 8 * 4 * 7, 8),
     }
     assert by_kind(found)["all-gather"] == {"count": 31, "bytes": 16 + 30 * 48}
