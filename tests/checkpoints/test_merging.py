@@ -253,7 +253,7 @@ def test_a_run_is_exported_quantized_with_its_losses(form, tiny_chat, tmp_path, 
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = {
         "model": {"path": str(tiny_chat)},
-        "data": {"train": str(data), "eval": str(data), "max_length": 48},
+        "data": {"train": str(data), "eval": str(data), "overlap": "keep", "max_length": 48},
         "adapter": {"method": "lora", "rank": 4, "targets": "q_proj,down_proj"},
         "quantize": {"format": form},
         "training": {"steps": 4, "batch_size": 2, "dtype": "float32"},

@@ -47,7 +47,12 @@ def write(path, letters, count=8):
 def sections(model, train, held_out, **changes):
     base = {
         "model": {"path": str(model)},
-        "data": {"train": str(train), "eval": str(held_out), "max_length": 64},
+        "data": {
+            "train": str(train),
+            "eval": str(held_out),
+            "overlap": "keep",
+            "max_length": 64,
+        },
         "adapter": {"rank": 8, "targets": "all-linear"},
         "training": {"steps": 40, "batch_size": 2, "dtype": "float32"},
         "optimizer": {"learning_rate": 1e-2, "schedule": "constant"},

@@ -34,7 +34,13 @@ def test_it_is_there_in_training_and_absent_in_evaluation(method, tiny, tmp_path
     def losses(alpha, seed=0):
         config = {
             "model": {"path": str(tiny("llama"))},
-            "data": {"train": str(rows), "eval": str(rows), "max_length": 32, "packing": False},
+            "data": {
+                "train": str(rows),
+                "eval": str(rows),
+                "overlap": "keep",
+                "max_length": 32,
+                "packing": False,
+            },
             "adapter": {"method": method, "virtual_tokens": 4},
             "training": {"steps": 2, "dtype": "float32", "neftune_alpha": alpha, "seed": seed},
             "optimizer": {"learning_rate": 0.0},
