@@ -52,7 +52,7 @@ ROWS_OF_TABLE = (
     Row("full, float32 masters and Adam", "40 and more", "100 %", "v5p:2x2x1", {"method": "full"}),
     Row("LoRA, r = 8", "14–20", "0.1–1 %", "v5p:1x1x1", {"rank": 8}),
     Row("P-Tuning, 20 tokens", "10–15", "0.01 %", "v5p:1x1x1", {"method": "ptuning"}),
-    Row("QLoRA (NF4), r = 8", "8–15", "0.1–1 %", "h100:1", {"rank": 8}),
+    Row("QLoRA (NF4), r = 8", "8–15", "0.1–1 %", "v5p:1x1x1", {"rank": 8}),
 )
 
 
