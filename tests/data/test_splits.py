@@ -31,7 +31,7 @@ def splits(jsonl, train, held_out=None, **section):
     return DataReader(config, None, None).splits()
 
 
-def sides(splits):
+def both_of(splits):
     return splits.train, splits.held_out
 
 
@@ -42,7 +42,7 @@ def named(examples):
 def test_a_number_or_a_share_is_held_out(jsonl):
     data = rows(*range(200))
     for amount, count in ((1, 1), (20, 20), (0.25, 50), (199, 199)):
-        train, held_out = sides(splits(jsonl, data, eval_split=amount))
+        train, held_out = both_of(splits(jsonl, data, eval_split=amount))
         assert (len(train), len(held_out)) == (200 - count, count)
         assert sorted(named(train) + named(held_out)) == [f"{name:04d}" for name in range(200)]
         assert named(train) == sorted(named(train))  # in the order of the file
@@ -61,7 +61,7 @@ def test_the_choice_follows_what_rows_say_and_nothing_else(jsonl):
 
 def test_equal_rows_are_on_one_side_whatever_else_they_carry(jsonl):
     data = [{**row, "id": index} for index, row in enumerate(rows(*list(range(50)) * 3))]
-    train, held_out = sides(splits(jsonl, data, eval_split=0.2))
+    train, held_out = both_of(splits(jsonl, data, eval_split=0.2))
     assert not set(named(train)) & set(named(held_out))
     assert (len(train), len(held_out)) == (120, 30)
     assert (train.duplicates, held_out.duplicates) == (80, 20)
@@ -70,7 +70,7 @@ def test_equal_rows_are_on_one_side_whatever_else_they_carry(jsonl):
 def test_windows_of_a_row_are_on_one_side(jsonl):
     data = [{"input_ids": [k] * 7, "labels": [k] * 7} for k in range(1, 31)]
     settings = {"max_length": 3, "too_long": "windows"}
-    train, held_out = sides(splits(jsonl, data, eval_split=6, **settings))
+    train, held_out = both_of(splits(jsonl, data, eval_split=6, **settings))
     assert train.windows == 60  # two of each row's have a target
     assert len(held_out) == 12
     sides = [{int(tokens[0]) for tokens in side.tokens} for side in (train, held_out)]
@@ -93,7 +93,7 @@ def test_overlap_is_an_error_that_names_both_places(jsonl):
 
 
 def test_overlap_can_be_dropped_or_kept(jsonl, caplog):
-    train, held_out = sides(splits(jsonl, rows(1, 2, 3, 2), rows(7, 2), overlap="drop"))
+    train, held_out = both_of(splits(jsonl, rows(1, 2, 3, 2), rows(7, 2), overlap="drop"))
     assert named(train) == ["0001", "0003"]
     assert named(held_out) == ["0007", "0002"]
     assert "2 of 4 training examples are held out too" in caplog.text
@@ -116,7 +116,7 @@ def test_overlap_is_seen_through_form_and_wording(deepseek, jsonl, tmp_path):
     with pytest.raises(JaxtuneError, match="1 of 1 training examples are held out too"):
         DataReader(config, deepseek, None).splits()
     config = resolve(config.to_dict(), ["data.overlap=keep"])
-    train, held_out = sides(DataReader(config, deepseek, None).splits())
+    train, held_out = both_of(DataReader(config, deepseek, None).splits())
     assert "Please: q" in deepseek.decode(train.tokens[0])
     assert "Please" not in deepseek.decode(held_out.tokens[0])
 
