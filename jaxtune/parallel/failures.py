@@ -20,10 +20,13 @@ from typing import Any, NoReturn
 
 import jax
 
-# jax has no public name for the store; orbax reaches it in the same way.
-from jax._src.distributed import global_state
-
 from jaxtune.errors import JaxtuneError, Retry
+
+try:
+    # jax has no public name for the store; orbax reaches it in the same way.
+    from jax._src.distributed import global_state
+except ImportError:  # then each process fails for itself, and the heartbeat ends the others
+    global_state: Any = None
 
 KEY, SEEN = "jaxtune/failure", "jaxtune/failure_seen"
 POLL_SECONDS, GRACE_SECONDS = 1.0, 5.0
@@ -46,10 +49,15 @@ def fail(code: int, message: str, stacks: bool = False) -> NoReturn:
     if stacks:
         faulthandler.dump_traceback(file=sys.stderr)
     _say(message)
-    if global_state.client is not None and global_state.num_processes > 1:
+    if _connected():
         me = global_state.process_id
         _publish({"process": me, "code": code, "message": message, "stacks": stacks})
     _exit(code)
+
+
+def _connected() -> bool:
+    """Says whether there are other processes, and a store in which to tell them something."""
+    return getattr(global_state, "client", None) is not None and global_state.num_processes > 1
 
 
 def _say(message: str) -> None:
@@ -118,7 +126,7 @@ def shared(explain: Callable[[Exception], str | None]) -> Iterator[None]:
     Args:
       explain: gives a line for errors that the user can mend, else None.
     """
-    if jax.process_count() == 1:
+    if not _connected():
         yield
         return
     stopped = threading.Event()
