@@ -160,24 +160,7 @@ def set_up(
             f"{model_config.get('model_type')} has no routed experts"
         )
     mesh = make_mesh(config.mesh, devices)
-    rows = training.batch_size // training.accumulation
-    shares = math.prod(mesh.shape[axis] for axis in RULES["batch"])
-    parts = {"rows per micro-batch (training.batch_size / training.accumulation)": rows}
-    if config.data.eval or config.data.eval_split:
-        held_out = config.evaluation.batch_size
-        parts["rows per evaluation batch (evaluation.batch_size)"] = held_out
-    for what, count in parts.items():
-        if count % shares:
-            raise JaxtuneError(
-                f"{count} {what} do not divide over {shares} devices (mesh.data × mesh.fsdp × "
-                "mesh.expert)"
-            )
-    length = config.data.max_length + definition.module.model.reserved
-    if length % mesh.shape["sequence"]:
-        raise JaxtuneError(
-            f"rows of {length} tokens (data.max_length and virtual tokens) do not divide over "
-            f"mesh.sequence={mesh.shape['sequence']}"
-        )
+    _check_batches(config, definition, mesh)
     platform = mesh.devices.flat[0].platform
     prefix = definition.module.model.prefix is not None
     backend = choose_backend(config.model.attention, platform, prefix)
@@ -198,3 +181,25 @@ def set_up(
         optimizer=optimizer,
         like=state_like(definition, optimizer, mesh),
     )
+
+
+def _check_batches(config: Any, definition: Definition, mesh: Mesh) -> None:
+    """Refuses batches that the devices cannot share evenly."""
+    rows = config.training.batch_size // config.training.accumulation
+    shares = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    parts = {"rows per micro-batch (training.batch_size / training.accumulation)": rows}
+    if config.data.eval or config.data.eval_split:
+        held_out = config.evaluation.batch_size
+        parts["rows per evaluation batch (evaluation.batch_size)"] = held_out
+    for what, count in parts.items():
+        if count % shares:
+            raise JaxtuneError(
+                f"{count} {what} do not divide over {shares} devices (mesh.data × mesh.fsdp × "
+                "mesh.expert)"
+            )
+    length = config.data.max_length + definition.module.model.reserved
+    if length % mesh.shape["sequence"]:
+        raise JaxtuneError(
+            f"rows of {length} tokens (data.max_length and virtual tokens) do not divide over "
+            f"mesh.sequence={mesh.shape['sequence']}"
+        )
