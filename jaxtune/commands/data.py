@@ -101,7 +101,7 @@ def _stats(config: Any, arguments: argparse.Namespace) -> None:
     if held_out is not None:
         numbers["train"]["held_out_too"] = count_overlap(train, held_out)
         batches = held_out_batches(config, held_out)
-        numbers["eval"] = statistics(held_out, problems[bad:], iter(batches))  # type: ignore[arg-type]
+        numbers["eval"] = statistics(held_out, problems[bad:], batches)
     if arguments.json:
         print(json.dumps(numbers, indent=2, ensure_ascii=False))
     else:

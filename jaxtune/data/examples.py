@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import collections
 import dataclasses
 import functools
@@ -35,7 +36,7 @@ class Part(NamedTuple):
     weight: float = 1.0
 
 
-class _View(Sequence[Any]):
+class _View(Sequence[Any], abc.ABC):
     """A sequence whose items are made when they are asked for."""
 
     @overload
@@ -49,8 +50,8 @@ class _View(Sequence[Any]):
             raise IndexError(index)
         return self._item(index % len(self))
 
-    def _item(self, index: int) -> Any:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _item(self, index: int) -> Any: ...
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)

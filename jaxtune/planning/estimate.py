@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from jaxtune.layers.mla import MLA
 from jaxtune.layers.moe import MoE
@@ -47,9 +48,9 @@ def temporaries(setup: Setup, mesh: Mapping[str, int]) -> int:
     return tokens * width * (saved + working) + logits + 2 * width * matrix // tensor + gradients
 
 
-def _widths(layer: object) -> dict[str, int]:
+def _widths(layer: Any) -> dict[str, int]:
     """Returns how many values of each activation a token has within a layer."""
-    attention, mlp = getattr(layer, "self_attn"), getattr(layer, "mlp")  # noqa: B009
+    attention, mlp = layer.self_attn, layer.mlp
     if isinstance(attention, MLA):
         s = attention.sizes
         out, qkv = s.heads * s.v, s.heads * (2 * (s.nope + s.rope) + s.v)

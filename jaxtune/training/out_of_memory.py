@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxtune.errors import JaxtuneError
+from jaxtune.parallel.rules import RULES
 from jaxtune.training.setup import Setup
 
 GIB = 2**30
@@ -80,7 +82,7 @@ def explain(text: str, setup: Setup) -> str:
 def remedies(setup: Setup) -> list[Remedy]:
     """Returns what would need less memory: first what costs least of speed and quality."""
     training, model = setup.config.training, setup.definition.config
-    shares = setup.mesh.shape["data"] * setup.mesh.shape["fsdp"]
+    shares = math.prod(setup.mesh.shape[axis] for axis in RULES["batch"])
     rows = training.batch_size // training.accumulation
     length = setup.config.data.max_length // setup.mesh.shape["sequence"]
     values = rows // shares * length * model["hidden_size"] * setup.options.dtype.itemsize

@@ -15,22 +15,11 @@ from jaxtune.parallel.mesh import make_mesh
 from jaxtune.parallel.rules import MESH_AXES
 from jaxtune.planning import plan
 from jaxtune.planning.devices import GIB
+from jaxtune.planning.table import DEEPSEEK_7B
 from jaxtune.planning.topology import describe
 
 pytestmark = pytest.mark.slow
 
-# The shape of DeepSeek-LLM-7B: https://huggingface.co/deepseek-ai/deepseek-llm-7b-base
-DEEPSEEK_7B = {
-    "model_type": "llama",
-    "vocab_size": 102400,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-}
 SMALL = DEEPSEEK_7B | {
     "vocab_size": 2048,
     "hidden_size": 512,

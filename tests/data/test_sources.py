@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import shutil
 import subprocess
 
 import pytest
@@ -63,21 +64,14 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, kind):
     assert len({row.place for row in rows}) == 3
 
 
+@pytest.mark.skipif(shutil.which("zstd") is None, reason="needs the zstd program")
 def test_zstandard_files_of_its_own_program_are_read(tmp_path):
     path = write(tmp_path, "jsonl")
     for part in ("a", "b"):  # two frames, as appending makes them
-        subprocess.run(
-            ["zstd", "-q", str(path), "-o", str(tmp_path / part)], check=True
-        ) if _has_zstd() else pytest.skip("needs the zstd program")
+        subprocess.run(["zstd", "-q", str(path), "-o", str(tmp_path / part)], check=True)
     both = tmp_path / "both.jsonl.zst"
     both.write_bytes((tmp_path / "a").read_bytes() + (tmp_path / "b").read_bytes())
     assert [row.values for row in read_rows(both)] == ROWS * 2
-
-
-def _has_zstd():
-    import shutil
-
-    return shutil.which("zstd") is not None
 
 
 def test_patterns_and_lists_are_read_in_order(tmp_path):

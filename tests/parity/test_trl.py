@@ -4,12 +4,11 @@ import json
 
 import pytest
 import torch
+import trl
 from oracles import LOSS, Recipe, relative
 from test_training import peft_model, run_config
 
 import jaxtune
-
-trl = pytest.importorskip("trl", reason="the parity extra installs it")
 
 RECIPE = Recipe(steps=8, batch_size=8, accumulation=4, warmup_steps=2)
 # As `tiny_chat` renders, and marking what TRL is to train on: an answer and the token that ends it.
