@@ -51,6 +51,8 @@ def _check(key: str, value: Any) -> Any:
         names = (names,) if isinstance(names, str) else tuple(names)
         if value == "" and not knob.default:
             return ()
+        # Numbers are names too: the updates of a profile, written (10, 20) in a config file.
+        names = tuple(str(n) if type(n) is int else n for n in names)
         if (knob.default and not names) or not all(isinstance(n, str) and n.strip() for n in names):
             raise JaxtuneError(f"{key} takes one or more names, not {value!r}")
         return tuple(n.strip() for n in names)

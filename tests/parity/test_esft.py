@@ -286,7 +286,7 @@ def test_a_new_run_scores_its_data_and_goes_on_with_the_scores_it_has(families, 
     rows = write_rows(tmp_path / "rows.jsonl", make_examples(13, longest=LENGTH))
     recipe = Recipe(steps=2, accumulation=1, warmup_steps=0)
     config = run_config(directory, rows, recipe, adapter={"method": "esft"})
-    config["data"]["eval"] = str(rows)
+    config["data"] |= {"eval": str(rows), "overlap": "keep"}
     run = jaxtune.train(config, tmp_path / "run")
     scores = score_training_data(resolve(config))
     written = (tmp_path / "run" / "expert_scores.json").read_text()

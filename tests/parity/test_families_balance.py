@@ -170,7 +170,7 @@ def test_a_run_evens_the_load_and_writes_it_down(families, tmp_path):
             adapter={"method": "full"},
             evaluation={"every": 6},
         )
-        config["data"]["eval"] = str(rows)
+        config["data"] |= {"eval": str(rows), "overlap": "keep"}
         config["training"]["balance_loss"] = factor
         run = jaxtune.train(config, tmp_path / str(factor))
         finals[factor] = run.evaluations()[-1]
