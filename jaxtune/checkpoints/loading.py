@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,17 +12,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
+from jaxtune.checkpoints.placement import (
+    Fetch,
+    Range,
+    Rounds,
+    Staging,
+    boxes_of_shares,
+    copy,
+    fill,
+)
 from jaxtune.checkpoints.progress import track
 from jaxtune.checkpoints.quantize import read_quantized
-from jaxtune.checkpoints.source import TensorSource
+from jaxtune.checkpoints.source import ALL, TensorSource
 from jaxtune.errors import JaxtuneError, closest
-from jaxtune.layers.tree import Tree, layer_names, unflatten
+from jaxtune.layers.tree import Path, Tree, layer_names, unflatten
 from jaxtune.models.definition import Definition, Leaf, as_matrix
-from jaxtune.parallel.mesh import named_sharding
-from jaxtune.quant import QuantizedWeight
 
 logger = logging.getLogger(__name__)
 
@@ -87,77 +92,6 @@ def _some(names: list[str], most: int = 5) -> str:
     return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _fill(stacked: jax.Array, value: jax.Array, place: jax.Array) -> jax.Array:
-    """Puts a value where `place`, an index for each leading axis, says."""
-    start = (*place, *(jnp.int32(0),) * value.ndim)
-    value = value.astype(stacked.dtype).reshape((1,) * place.shape[0] + value.shape)
-    if stacked.dtype != jnp.bfloat16:
-        return lax.dynamic_update_slice(stacked, value, start)
-    # XLA's CPU backend would rewrite the whole stack for every layer: it updates no bfloat16 slice.
-    bits, part = (lax.bitcast_convert_type(array, jnp.uint16) for array in (stacked, value))
-    return lax.bitcast_convert_type(lax.dynamic_update_slice(bits, part, start), jnp.bfloat16)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _copy(value: jax.Array, dtype: Any) -> jax.Array:
-    return jnp.copy(value.astype(dtype))
-
-
-class _Staging:
-    """One host buffer through which every tensor passes on its way to the devices.
-
-    A file's tensors seldom lie where a device can take them, and a fresh copy of each would leave
-    the allocator holding several of them after they are gone.
-    """
-
-    ALIGNMENT = 64  # of jax's arrays on a CPU, which then takes the buffer as it is
-
-    def __init__(self, size: int):
-        size += self.ALIGNMENT * (jax.local_device_count() + 1)
-        raw = np.empty(size, np.uint8)
-        self._buffer = raw[-raw.ctypes.data % self.ALIGNMENT :]
-        self.bytes_read = 0
-
-    def put(
-        self, shape: tuple[int, ...], read: Callable[[slice], np.ndarray], sharding: NamedSharding
-    ) -> jax.Array:
-        """Places the shards that are for this process's devices, and reads nothing else.
-
-        Args:
-          shape: of the whole array.
-          read: returns rows of it, which may be a view of a file: only shards are looked at.
-          sharding: over the devices of all processes.
-
-        Returns:
-          An array that is valid until the next call: it may be the buffer itself.
-        """
-        places = {  # (start, stop) in each dimension
-            device: tuple(
-                part.indices(size)[:2] for part, size in zip(at or (), shape, strict=True)
-            )
-            for device, at in sharding.addressable_devices_indices_map(shape).items()
-        }
-        first = min((at[0][0] for at in places.values() if at), default=0)
-        last = max((at[0][1] for at in places.values() if at), default=None)
-        value = read(slice(first, last))
-        staged: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
-        used = 0
-        for at in places.values():
-            if at in staged:  # a copy for another device
-                continue
-            cut = [slice(*each) for each in at]
-            cut[:1] = [slice(start - first, stop - first) for start, stop in at[:1]]
-            part = value[tuple(cut)]
-            target = self._buffer[used : used + part.nbytes].view(part.dtype).reshape(part.shape)
-            np.copyto(target, part)
-            staged[at] = target
-            used += -(-part.nbytes // self.ALIGNMENT) * self.ALIGNMENT
-            self.bytes_read += part.nbytes
-        shards = [jax.device_put(staged[at], device) for device, at in places.items()]
-        return jax.make_array_from_single_device_arrays(shape, sharding, shards)
-
-
 def load(
     definition: Definition,
     source: TensorSource,
@@ -168,8 +102,9 @@ def load(
     """Streams a checkpoint into a tree of arrays.
 
     Each tensor is read once and goes straight to its devices and dtype; a stacked leaf is filled
-    in place, layer by layer, so that the host never holds more than the tensor in hand. Of several
-    processes each reads its own shards (and weights to be quantized whole).
+    in place, layer by layer, so that the host never holds more than the tensors in hand. Of several
+    processes each reads what its own devices hold; what it quantizes, by whole rows, and by whole
+    weights where rows share their scales (`Format.by_rows`).
 
     Args:
       definition: what the model needs.
@@ -185,87 +120,134 @@ def load(
     """
     ignored = check_names(definition, source)
     leaves = definition.in_checkpoint()
-    names = {path: layer_names(path, leaf.declaration) for path, leaf in leaves.items()}
-    largest = max(_staged(leaves[p], source, name) for p, each in names.items() for name in each)
-    staging = _Staging(largest)
+    stacks = {path: _Stack(leaf, path, source, mesh) for path, leaf in leaves.items()}
+    staging = Staging(max(stack.staged() for stack in stacks.values()))
     tree: dict[tuple[str, ...], Any] = {}
-    with track(sum(map(len, names.values())), "loading weights", progress) as advance:
-        for path, leaf in leaves.items():
-            fill = _load_leaf if leaf.format is None else _load_quantized
-            tree[path] = fill(leaf, names[path], source, mesh, staging, advance)
-    logger.debug("process %d: %d bytes of weights", jax.process_index(), staging.bytes_read)
+    rounds = sum(len(stack.rounds) for stack in stacks.values())
+    with track(rounds, "loading weights", progress) as advance:
+        for path, stack in stacks.items():
+            tree[path] = stack.load(staging, advance)
+    size = sum(stack.bytes_read for stack in stacks.values())
+    logger.debug("process %d: %d bytes of weights", jax.process_index(), size)
     return unflatten(tree), ignored
 
 
-def _staged(leaf: Leaf, source: TensorSource, name: str) -> int:
-    """Returns the most bytes of a tensor that are on their way to the devices at one time."""
-    shape = source.shape(name)
-    if leaf.format is None:
-        return math.prod(shape) * source.dtype(name).itemsize
-    return max(part.nbytes for part in leaf.format.parts(as_matrix(shape)).values())
+class _Stack:
+    """A leaf on its way from a checkpoint: a plain array, or the parts of a quantized one.
 
+    Attributes:
+      rounds: in which its tensors come.
+      bytes_read: of the checkpoint, by this process.
+    """
 
-def _load_leaf(
-    leaf: Leaf,
-    names: list[str],
-    source: TensorSource,
-    mesh: Mesh,
-    staging: _Staging,
-    advance: Callable[[], None],
-) -> jax.Array:
-    declaration = leaf.declaration
-    sharding = named_sharding(mesh, declaration.axes)
-    if not declaration.stack_shape:
-        values = _copy(staging.put(*_reader(source, names[0]), sharding), leaf.dtype)
-        values.block_until_ready()
-        advance()
-        return values
-    stacked_sharding = named_sharding(mesh, declaration.stacked_axes)
-    values = jnp.zeros(declaration.stacked_shape, leaf.dtype, device=stacked_sharding)
-    for part, name in enumerate(names):
-        place = np.array(np.unravel_index(part, declaration.stack_shape), np.int32)
-        values = _fill(values, staging.put(*_reader(source, name), sharding), place)
-        values.block_until_ready()
-        advance()
-    return values
+    def __init__(self, leaf: Leaf, path: Path, source: TensorSource, mesh: Mesh):
+        self._leaf, self._source = leaf, source
+        self._names = layer_names(path, leaf.declaration)
+        self._lead = len(leaf.declaration.stack_shape)
+        self._like = leaf.abstract(mesh)
+        self._parts = {"": self._like} if leaf.format is None else self._like.parts
+        first = next(iter(self._parts.values()))
+        self.rounds = Rounds.of(first.shape, self._lead, first.sharding)
+        self.bytes_read = 0
 
+    def _round_shape(self, part: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+        return (*self.rounds.shares, *part.shape[self._lead :])
 
-def _reader(
-    source: TensorSource, name: str
-) -> tuple[tuple[int, ...], Callable[[slice], np.ndarray]]:
-    return source.shape(name), functools.partial(source.read, name)
-
-
-def _rows(value: np.ndarray, rows: slice) -> np.ndarray:
-    return value[rows] if value.ndim else value
-
-
-def _load_quantized(
-    leaf: Leaf,
-    names: list[str],
-    source: TensorSource,
-    mesh: Mesh,
-    staging: _Staging,
-    advance: Callable[[], None],
-) -> QuantizedWeight:
-    """Quantizes each layer's weight as it is read, and fills the stack of each part in place."""
-    form, stack = leaf.format, leaf.declaration.stack_shape
-    like = leaf.abstract(mesh)
-    assert form is not None
-    parts = {
-        key: jnp.zeros(part.shape, part.dtype, device=part.sharding)
-        for key, part in like.parts.items()
-    }
-    for index, name in enumerate(names):
-        place = np.array(np.unravel_index(index, stack), np.int32) if stack else None
-        for key, value in read_quantized(source, name, form).items():
-            sharding = like.parts[key].sharding
-            one = NamedSharding(mesh, PartitionSpec(*tuple(sharding.spec)[len(stack) :]))
-            rows = functools.partial(_rows, value)
-            part = staging.put(value.shape, rows, one)
-            parts[key] = (
-                _copy(part, part.dtype) if place is None else _fill(parts[key], part, place)
+    def staged(self) -> int:
+        """Returns the most bytes that are on their way to the devices at one time."""
+        plain = self._leaf.format is None
+        return max(
+            Staging.needed(
+                self._round_shape(part),
+                part.sharding,
+                self._source.dtype(self._names[0]).itemsize if plain else part.dtype.itemsize,
             )
-            parts[key].block_until_ready()
-        advance()
-    return dataclasses.replace(like, parts=parts)
+            for part in self._parts.values()
+        )
+
+    def load(self, staging: Staging, advance: Callable[[], None]) -> Any:
+        """Fills every part in place, round by round; quantizes what is to be quantized."""
+        arrays = {
+            key: jnp.zeros(part.shape, part.dtype, device=part.sharding) if self._lead else None
+            for key, part in self._parts.items()
+        }
+        for place in self.rounds.places():
+            for key, (part, fetch) in self._fetches(place).items():
+                shape = self._round_shape(part)
+                value = staging.put(shape, self._lead, part.sharding, fetch)
+                stacked, at = arrays[key], np.array(place, np.int32)
+                arrays[key] = (
+                    copy(value, part.dtype)
+                    if stacked is None
+                    else fill(stacked, value, at, part.sharding)
+                )
+                jax.block_until_ready(arrays[key])
+            advance()
+        if self._leaf.format is None:
+            return arrays[""]
+        return dataclasses.replace(self._like, parts=arrays)
+
+    def _fetches(self, place: tuple[int, ...]) -> dict[str, tuple[jax.ShapeDtypeStruct, Fetch]]:
+        """Returns, for a round, how each part is read."""
+        if self._leaf.format is None:
+            return {"": (self._like, functools.partial(self._read, place))}
+        rows = self._rows()
+        encoded = {share: self._encode(place, share, each) for share, each in rows.items()}
+        return {
+            key: (part, functools.partial(self._cut, key, encoded, rows))
+            for key, part in self._parts.items()
+        }
+
+    def _name(self, place: tuple[int, ...], share: tuple[int, ...]) -> str:
+        return self._names[self.rounds.index(place, share)]
+
+    def _read(
+        self, place: tuple[int, ...], share: tuple[int, ...], box: tuple[slice, ...]
+    ) -> np.ndarray:
+        value = self._source.read(self._name(place, share), box[0] if box else ALL)
+        value = value[(slice(None), *box[1:])] if box else value
+        self.bytes_read += value.nbytes
+        return value
+
+    def _rows(self) -> dict[tuple[int, ...], slice]:
+        """Returns the rows of a weight that each share of this process is made from."""
+        form, matrix = self._leaf.format, as_matrix(self._leaf.declaration.shape)
+        assert form is not None
+        found: dict[tuple[int, ...], list[Range]] = {}
+        for key, part in self._parts.items():
+            shape, axes = self._round_shape(part), form.parts(matrix)[key].axes
+            for share, box in boxes_of_shares(shape, self._lead, part.sharding).items():
+                needed = box[axes.index(0)] if form.by_rows(matrix) else (0, matrix[0])
+                found.setdefault(share, []).append(needed)
+        return {
+            share: slice(min(a for a, _ in each), max(b for _, b in each))
+            for share, each in found.items()
+        }
+
+    def _encode(
+        self, place: tuple[int, ...], share: tuple[int, ...], rows: slice
+    ) -> dict[str, np.ndarray]:
+        assert self._leaf.format is not None
+        name = self._name(place, share)
+        columns = as_matrix(self._leaf.declaration.shape)[1]
+        count = rows.stop - rows.start
+        self.bytes_read += count * columns * self._source.dtype(name).itemsize
+        return read_quantized(self._source, name, self._leaf.format, rows)
+
+    def _cut(
+        self,
+        key: str,
+        encoded: Mapping[tuple[int, ...], Mapping[str, np.ndarray]],
+        rows: Mapping[tuple[int, ...], slice],
+        share: tuple[int, ...],
+        box: tuple[slice, ...],
+    ) -> np.ndarray:
+        """Returns a box of a part; what was encoded begins at the first of the rows."""
+        assert self._leaf.format is not None
+        matrix = as_matrix(self._leaf.declaration.shape)
+        axes, first = self._leaf.format.parts(matrix)[key].axes, rows[share].start
+        at = (
+            slice(each.start - first, each.stop - first) if axis == 0 else each
+            for axis, each in zip(axes, box, strict=True)
+        )
+        return encoded[share][key][tuple(at)]

@@ -60,6 +60,10 @@ class Format(abc.ABC):
         del columns
         return 1
 
+    def by_rows(self, shape: tuple[int, int]) -> bool:
+        """Says whether some rows of a weight [out, in] can be encoded without the others."""
+        return all(0 in part.axes for part in self.parts(shape).values())
+
     def finish(self, parts: Parts) -> Parts:
         """Completes what `encode` gave for all rows of a weight, as NumPy arrays."""
         return parts
