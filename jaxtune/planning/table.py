@@ -38,18 +38,22 @@ class Row:
       guide: GB that the guide says it takes; empty where it has no such row.
       share: of the weights that the guide says are trained.
       chips: it is compiled for.
-      sections: of the config.
+      adapter: section of the config.
+      optimizer: its name.
     """
 
     method: str
     guide: str
     share: str
     chips: str
-    sections: dict[str, Any]
+    adapter: dict[str, Any]
+    optimizer: str = "adamw"
 
 
+_FULL = ("40 and more", "100 %", "v5p:2x2x1", {"method": "full"})
 ROWS_OF_TABLE = (
-    Row("full, float32 masters and Adam", "40 and more", "100 %", "v5p:2x2x1", {"method": "full"}),
+    Row("full, float32 masters and Adam", *_FULL),
+    Row("full, float32 masters and Adafactor", *_FULL, optimizer="adafactor"),
     Row("LoRA, r = 8", "14–20", "0.1–1 %", "v5p:1x1x1", {"rank": 8}),
     Row("P-Tuning, 20 tokens", "10–15", "0.01 %", "v5p:1x1x1", {"method": "ptuning"}),
     Row("QLoRA (NF4), r = 8", "8–15", "0.1–1 %", "v5p:1x1x1", {"rank": 8}),
@@ -60,7 +64,8 @@ def sections(row: Row) -> dict[str, Any]:
     """Returns the config of a row, without its model."""
     devices = 4 if row.chips == "v5p:2x2x1" else 1
     config: dict[str, Any] = {
-        "adapter": row.sections,
+        "adapter": row.adapter,
+        "optimizer": {"name": row.optimizer},
         "data": {"max_length": LENGTH},
         "training": {"batch_size": ROWS * devices, "remat": "full"},
         "mesh": {"data": 1, "fsdp": devices},
