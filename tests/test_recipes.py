@@ -178,7 +178,7 @@ def test_it_trains_on_its_data(name, tiny_checkpoint, tmp_path):
         *ONE_DEVICE,
         f"model.path={tiny_checkpoint(config)}",
         "data.max_length=2048",  # a token is a byte here
-        "training.batch_size=4",  # of a recipe for many devices as well
+        "training.batch_size=2",  # of a recipe for many devices as well
         "training.accumulation=2",
         "training.steps=3",
         "optimizer.warmup_steps=0",

@@ -48,9 +48,3 @@ def test_qlora_over_nf4(resident_and_temporary, model, most):
 
 def test_lora_over_bfloat16(resident_and_temporary):
     assert resident_and_temporary(DEEPSEEK_7B, 4, adapter={"rank": 8}) <= 15.5 * GIB
-
-
-def test_ptuning_over_bfloat16(resident_and_temporary):
-    # 14.61 GB; four rows at a time take 16.1, for a layer's input is kept for each of them.
-    ptuning = {"method": "ptuning", "virtual_tokens": 20}
-    assert resident_and_temporary(DEEPSEEK_7B, 1, adapter=ptuning) <= 15e9

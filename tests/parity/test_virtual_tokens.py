@@ -239,11 +239,10 @@ def test_a_prefix_of_another_attention_is_refused(checkpoint, tmp_path):
     "adapter",
     [
         {"method": "ptuning", "virtual_tokens": 4, "encoder_reparameterization_type": "LSTM"},
-        {"method": "prefix"},
         {"method": "prefix", "prefix_projection": True},
         {"method": "bottleneck", "placement": "houlsby"},
     ],
-    ids=["ptuning", "prefix", "projected", "bottleneck"],
+    ids=["ptuning", "projected", "bottleneck"],
 )
 def test_eight_devices_train_as_one_does(adapter, checkpoint, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", make_examples(40, longest=LENGTH))
