@@ -65,3 +65,7 @@ def test_a_real_model_learns_the_task(tmp_path, monkeypatch):
     assert result["before"]["exact_match"] < 0.1
     assert result["after"]["exact_match"] >= 0.8
     assert result["after"]["loss"] < 0.5 * result["before"]["loss"]
+    # Batches are ready when they are asked for, once the first has been made.
+    metrics = tmp_path / "quickstart" / "metrics.jsonl"
+    waits = [json.loads(line)["data_wait"] for line in metrics.read_text().splitlines()[1:]]
+    assert len(waits) == 39 and sum(waits) / len(waits) < 0.02
