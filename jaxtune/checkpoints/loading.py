@@ -191,7 +191,7 @@ class _Stack:
         """Returns, for a round, how each part is read."""
         if self._leaf.format is None:
             return {"": (self._like, functools.partial(self._read, place))}
-        rows = self._rows()
+        rows = self._rows
         encoded = {share: self._encode(place, share, each) for share, each in rows.items()}
         return {
             key: (part, functools.partial(self._cut, key, encoded, rows))
@@ -209,6 +209,7 @@ class _Stack:
         self.bytes_read += value.nbytes
         return value
 
+    @functools.cached_property
     def _rows(self) -> dict[tuple[int, ...], slice]:
         """Returns the rows of a weight that each share of this process is made from."""
         form, matrix = self._leaf.format, as_matrix(self._leaf.declaration.shape)
