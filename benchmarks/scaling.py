@@ -25,7 +25,7 @@ GIB = 2**30
 
 LATENT = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 LORA = {"rank": 8}
-INT4 = {"format": "int4"}
+INT4, NF4 = {"format": "int4"}, {"format": "nf4"}
 
 
 def case(model: str, chips: str, rows: int, mesh: dict[str, int], **sections: Any) -> Any:
@@ -49,9 +49,13 @@ CHECKS = {
     ),
     "67b-v5p-8": case("deepseek-llm-67b", "v5p:2x2x2", 8, {"fsdp": 8}),
     "7b-v5e-1": case("deepseek-llm-7b", "v5e:1x1", 4, {}),
-    "7b-nf4-v5e-1": case("deepseek-llm-7b", "v5e:1x1", 1, {}, quantize={"format": "nf4"}),
+    "7b-nf4-v5e-1": case("deepseek-llm-7b", "v5e:1x1", 1, {}, quantize=NF4),
     "7b-v5e-16": case("deepseek-llm-7b", "v5e:4x4", 64, {"fsdp": 16}),
+    "7b-nf4-v5e-16": case("deepseek-llm-7b", "v5e:4x4", 64, {"fsdp": 16}, quantize=NF4),
     "7b-v6e-256": case("deepseek-llm-7b", "v6e:16x16", 256, {"fsdp": 256}),
+    "7b-nf4-v6e-256": case("deepseek-llm-7b", "v6e:16x16", 256, {"fsdp": 256}, quantize=NF4),
+    "7b-h100-8": case("deepseek-llm-7b", "h100:8", 32, {"fsdp": 8}),
+    "7b-nf4-h100-8": case("deepseek-llm-7b", "h100:8", 32, {"fsdp": 8}, quantize=NF4),
 }
 # NVIDIA's compiler takes a tenth of the time that a TPU's takes.
 SIZES = (16, 32, 64, 128, 256, 512)

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxtune.layers.linear import Edit, linear_float32, rescale
+from jaxtune.parallel.rules import constrain
+from jaxtune.quant import QuantizedWeight, is_quantized
 
 
 class Head(NamedTuple):
@@ -16,6 +18,18 @@ class Head(NamedTuple):
     weight: Any
     edit: Edit = Edit()
     last_rows: jax.Array | None = None
+
+    def gathered(self) -> Head:
+        """Returns the head with a weight of which each device has its whole rows.
+
+        For a loop over chunks of tokens, which would gather them in every round.
+        """
+        weight = self.weight
+        if isinstance(weight, QuantizedWeight):
+            return self._replace(weight=weight.gathered())
+        return (
+            self if is_quantized(weight) else self._replace(weight=constrain(weight, "vocab", None))
+        )
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """Returns float32 logits [..., vocabulary] of hidden [..., hidden]."""

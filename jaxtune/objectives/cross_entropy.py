@@ -155,6 +155,7 @@ def _summed(
     terms: LossTerms,
 ) -> Any:
     del scale
+    head = head.gathered()
     size = targets.shape[1] // starts.shape[0]
 
     def body(sums: Any, start: jax.Array) -> tuple[Any, None]:
@@ -172,6 +173,10 @@ def _forward(
     leaves, structure = jax.tree.flatten(head, is_leaf=lambda leaf: hasattr(leaf, "perturbed"))
     trained = [leaf.perturbed for leaf in leaves]
     hidden, leaves, targets, starts, scale = plain_values((hidden, leaves, targets, starts, scale))
+    head = jax.tree.unflatten(structure, leaves)
+    if not any(trained[: len(jax.tree.leaves(head.weight))]):
+        # A trained one stays in shares, as the sum of its gradient does.
+        leaves = jax.tree.leaves(head.gathered())
 
     def logits_of(changed: list[jax.Array], x: jax.Array) -> jax.Array:
         rest = iter(changed)

@@ -110,20 +110,24 @@ class QuantizedWeight:
         decode = self._decode
         for _ in range(lead):
             decode = jax.vmap(decode)
-        return decode(self._gathered() if lead == 0 else self.parts).astype(dtype)
+        return decode(self.gathered().parts if lead == 0 else self.parts).astype(dtype)
 
     def _decode(self, parts: Parts) -> jax.Array:
         return self.format.decode(parts, self.matrix)
 
-    def _gathered(self) -> Parts:
-        # Where a weight is spread over devices that each need all of it, the codes travel and
-        # not the wider values.
+    def gathered(self) -> QuantizedWeight:
+        """Returns a weight without leading axes of which each device has all hidden units.
+
+        Where a weight is spread over devices that each need all of it, the codes travel and not
+        the wider values.
+        """
         axes = tuple(None if axis == "embed" else axis for axis in self.axes)
         specified = self.format.parts(self.matrix)
-        return {
+        parts = {
             name: constrain_where_even(value, *_along(specified[name], axes))
             for name, value in self.parts.items()
         }
+        return dataclasses.replace(self, parts=parts)
 
     def part_axes(self, name: str) -> tuple[str | None, ...]:
         """Returns the logical axes of a part, without those of the leading ones."""
