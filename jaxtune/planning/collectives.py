@@ -18,6 +18,8 @@ KINDS = (
     "collective-broadcast",
 )
 
+_START = "AsyncCollectiveStart"
+
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
@@ -45,17 +47,29 @@ def collectives(text: str, devices: int) -> list[Collective]:
       text: of the compiled module.
       devices: how many it is compiled for.
     """
-    found: dict[tuple[object, ...], Collective] = {}
-    for number, (instruction, times) in enumerate(Program(text).executed()):
+    program = Program(text)
+    alone: list[Collective] = []
+    fused: dict[tuple[str, ...], dict[str, tuple[bool, Collective]]] = {}
+    for instruction, times in program.executed():
         kind = instruction.opcode.removesuffix("-start")
         if kind not in KINDS:
             continue
-        # A TPU runs one collective in several fusions: they bear the number of one channel.
+        measured = _measured(instruction, kind, times, devices)
         channel = re.search(r"channel_id=(\d+)", instruction.rest)
-        fused = channel is not None and bool(instruction.fused)
-        key = (instruction.computation, kind, channel[1] if fused and channel else f"#{number}")
-        found.setdefault(key, _measured(instruction, kind, times, devices))
-    return [collective for collective in found.values() if collective.sent]
+        if channel is None or not instruction.fused:
+            alone.append(measured)
+            continue
+        # A TPU runs one collective in several fusions, which bear the number of one channel: a
+        # chain, whose parts may lie before, in and after a loop whose work hides them.
+        chain = re.search(r'chain_id="(\d+)"', instruction.rest)
+        starts = any(_START in line for line in program.computations[instruction.fused[-1]])
+        parts = fused.setdefault((kind, channel[1], chain[1] if chain else ""), {})
+        if starts or instruction.computation not in parts:
+            parts[instruction.computation] = starts, measured
+    for parts in fused.values():
+        started = [measured for starts, measured in parts.values() if starts]
+        alone += started or [measured for _, measured in parts.values()]
+    return [collective for collective in alone if collective.sent]
 
 
 def by_kind(found: list[Collective]) -> dict[str, dict[str, int]]:
