@@ -179,5 +179,5 @@ def _place(stacked: jax.Array, value: jax.Array, place: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=1)
 def copy(value: jax.Array, dtype: Any) -> jax.Array:
-    """Returns a staged array as one of its own, in `dtype`."""
+    """Returns a staged array of any shape as one of its own, in `dtype`."""
     return jnp.copy(value.astype(dtype))
