@@ -55,6 +55,12 @@ def test_every_knob_of_training_is_in_its_page():
             assert f"| `{key}` |" in page, key
 
 
+def test_updates_of_a_profile_are_numbers_or_text():
+    for steps in ((10, 20), "10,20", ("10", "20")):
+        assert resolve({"profile": {"steps": steps}}).profile.steps == ("10", "20")
+    assert resolve({}, ["profile.steps=10,20"]).profile.steps == ("10", "20")
+
+
 def test_the_default_tree_resolves_to_itself():
     assert resolve(default()) == resolve({})
     for key, knob in knobs():

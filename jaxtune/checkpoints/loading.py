@@ -146,6 +146,9 @@ class _Stack:
         self._lead = len(leaf.declaration.stack_shape)
         self._like = leaf.abstract(mesh)
         self._parts = {"": self._like} if leaf.format is None else self._like.parts
+        # Tensors of a stack may be stored in several dtypes; a round brings them in one.
+        dtypes = {source.dtype(name) for name in self._names}
+        self._read_as = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
         first = next(iter(self._parts.values()))
         self.rounds = Rounds.of(first.shape, self._lead, first.sharding)
         self.bytes_read = 0
@@ -153,15 +156,13 @@ class _Stack:
     def _round_shape(self, part: jax.ShapeDtypeStruct) -> tuple[int, ...]:
         return (*self.rounds.shares, *part.shape[self._lead :])
 
+    def _staged_as(self, part: jax.ShapeDtypeStruct) -> np.dtype:
+        return self._read_as if self._leaf.format is None else np.dtype(part.dtype)
+
     def staged(self) -> int:
         """Returns the most bytes that are on their way to the devices at one time."""
-        plain = self._leaf.format is None
         return max(
-            Staging.needed(
-                self._round_shape(part),
-                part.sharding,
-                self._source.dtype(self._names[0]).itemsize if plain else part.dtype.itemsize,
-            )
+            Staging.needed(self._round_shape(part), part.sharding, self._staged_as(part))
             for part in self._parts.values()
         )
 
@@ -174,7 +175,8 @@ class _Stack:
         for place in self.rounds.places():
             for key, (part, fetch) in self._fetches(place).items():
                 shape = self._round_shape(part)
-                value = staging.put(shape, self._lead, part.sharding, fetch)
+                dtype = self._staged_as(part)
+                value = staging.put(shape, dtype, self._lead, part.sharding, fetch)
                 stacked, at = arrays[key], np.array(place, np.int32)
                 arrays[key] = (
                     copy(value, part.dtype)

@@ -103,9 +103,9 @@ class Staging:
         self._buffer = raw[-raw.ctypes.data % self.ALIGNMENT :]
 
     @classmethod
-    def needed(cls, shape: tuple[int, ...], sharding: NamedSharding, itemsize: int) -> int:
+    def needed(cls, shape: tuple[int, ...], sharding: NamedSharding, dtype: np.dtype) -> int:
         """Returns the bytes of the buffer that `put` takes for an array."""
-        each = math.prod(sharding.shard_shape(shape)) * itemsize
+        each = math.prod(sharding.shard_shape(shape)) * dtype.itemsize
         return len(set(_places(shape, sharding).values())) * cls._rounded(each)
 
     @classmethod
@@ -113,12 +113,18 @@ class Staging:
         return -(-size // cls.ALIGNMENT) * cls.ALIGNMENT
 
     def put(
-        self, shape: tuple[int, ...], lead: int, sharding: NamedSharding, fetch: Fetch
+        self,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        lead: int,
+        sharding: NamedSharding,
+        fetch: Fetch,
     ) -> jax.Array:
         """Places what this process's devices hold of an array, and asks for nothing else.
 
         Args:
           shape: of the whole array, one round of a stack.
+          dtype: of the array; holds every value of what is fetched.
           lead: axes that count shares.
           sharding: over the devices of all processes; no device holds parts of two shares.
           fetch: may return a view of a file: only what devices hold is looked at.
@@ -139,10 +145,11 @@ class Staging:
                     for (start, stop), (first, _) in zip(at[lead:], box, strict=True)
                 )
                 part = value[inner]
-                target = self._buffer[used : used + part.nbytes].view(part.dtype)
+                size = part.size * dtype.itemsize
+                target = self._buffer[used : used + size].view(dtype).reshape(part.shape)
+                np.copyto(target, part)
                 staged[at] = target.reshape((1,) * lead + part.shape)
-                np.copyto(staged[at], part)
-                used += self._rounded(part.nbytes)
+                used += self._rounded(size)
         shards = [jax.device_put(staged[at], device) for device, at in places.items()]
         return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 

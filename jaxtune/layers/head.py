@@ -27,9 +27,9 @@ class Head(NamedTuple):
         weight = self.weight
         if isinstance(weight, QuantizedWeight):
             return self._replace(weight=weight.gathered())
-        return (
-            self if is_quantized(weight) else self._replace(weight=constrain(weight, "vocab", None))
-        )
+        if is_quantized(weight):
+            return self
+        return self._replace(weight=constrain(weight, "vocab", None))
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """Returns float32 logits [..., vocabulary] of hidden [..., hidden]."""

@@ -131,6 +131,18 @@ class TestRoundTrip:
         for name, value in tensors_of(tiny("llama")).items():
             assert torch.equal(ours[name], value.bfloat16()), name
 
+    @pytest.mark.parametrize("wide", [0, 1])
+    def test_layers_of_other_dtypes_keep_every_bit(self, tiny, tmp_path, wide):
+        """As some tools leave a few layers in more bits than the others."""
+        directory = shutil.copytree(tiny("llama", intermediate_size=512), tmp_path / "model")
+        tensors = load_file(directory / "model.safetensors")
+        narrow = [name for name in tensors if f"model.layers.{wide}." not in name]
+        tensors |= {name: tensors[name].to(torch.bfloat16) for name in narrow}
+        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+        held = jaxtune.load(directory, dtype="float32").save_pretrained(tmp_path / "held")
+        for name, value in load_file(held / "model.safetensors").items():
+            assert torch.equal(value, tensors[name].float()), name
+
     def test_the_tokenizer_and_the_generation_config_come_along(self, copy):
         directory = copy()
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
