@@ -59,12 +59,12 @@ def _gather(table: Sequence[float], codes: jax.Array) -> jax.Array:
 def _select(table: Sequence[float], codes: jax.Array) -> jax.Array:
     """Halves the table by one bit of the code after the other, the lowest first."""
     codes = codes.astype(jnp.int32)
-    values = [jnp.float32(value) for value in table]
+    values = [lax.full_like(codes, value, jnp.float32) for value in table]
     bit = 0
     while len(values) > 1:
         is_set = (codes >> bit) & 1 == 1
         values = [
-            jnp.where(is_set, odd, even)
+            lax.select(is_set, odd, even)
             for even, odd in zip(values[::2], values[1::2], strict=True)
         ]
         bit += 1

@@ -107,13 +107,8 @@ class QuantizedWeight:
     def dequantize(self, dtype: DTypeLike) -> jax.Array:
         """Returns the weights [..., out, in], computed in float32 and rounded once to `dtype`."""
         lead = len(self.shape) - 2
-        decode = self._decode
-        for _ in range(lead):
-            decode = jax.vmap(decode)
-        return decode(self.gathered().parts if lead == 0 else self.parts).astype(dtype)
-
-    def _decode(self, parts: Parts) -> jax.Array:
-        return self.format.decode(parts, self.matrix)
+        parts = self.gathered().parts if lead == 0 else self.parts
+        return _decode(self.format, self.matrix, lead, parts).astype(dtype)
 
     def gathered(self) -> QuantizedWeight:
         """Returns a weight without leading axes of which each device has all hidden units.
@@ -132,6 +127,16 @@ class QuantizedWeight:
     def part_axes(self, name: str) -> tuple[str | None, ...]:
         """Returns the logical axes of a part, without those of the leading ones."""
         return _along(self.format.parts(self.matrix)[name], self.axes)
+
+
+# Weights of one shape are traced once; a step with experts has dozens. Inline, for the output of a
+# call is kept for the backward pass: 9.2 GiB for a 7B model where 4.6 do.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
+def _decode(format: Format, matrix: tuple[int, int], lead: int, parts: Parts) -> jax.Array:
+    decode = functools.partial(format.decode, shape=matrix)
+    for _ in range(lead):
+        decode = jax.vmap(decode)
+    return decode(parts)
 
 
 def _along(part: Part, axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
