@@ -179,7 +179,7 @@ def test_it_trains_on_its_data(name, tiny_checkpoint, tmp_path):
     overrides = [
         *ONE_DEVICE,
         f"model.path={tiny_checkpoint(config)}",
-        "data.max_length=2048",  # a token is a byte here
+        "data.max_length=1024",  # a token is a byte here
         "training.batch_size=2",  # of a recipe for many devices as well
         "training.accumulation=2",
         "training.steps=3",
