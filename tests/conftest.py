@@ -41,6 +41,19 @@ def _forget_compiled_functions():
     gc.collect()
 
 
+@pytest.fixture(scope="module")
+def compiled_lightly():
+    """Functions are compiled with few optimizations, in processes that a test starts as well: tiny
+    models take far longer to compile than to run. Not for what rounding decides, as routing may."""
+    import jax
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def interruptible():
     """Lets SIGINT interrupt, as on a terminal: what runs in the background ignores it, and so

@@ -12,6 +12,8 @@ from jaxtune.adapters.census import census
 from jaxtune.config import resolve
 from jaxtune.training.setup import set_up
 
+pytestmark = pytest.mark.usefixtures("compiled_lightly")
+
 DENSE = ("llama", "qwen2", "qwen3")
 MIXTURES = ("deepseek", "deepseek_v2", "deepseek_v3")
 SLOW = ("qwen2", "deepseek", "deepseek_v2")

@@ -34,6 +34,8 @@ from jaxtune.checkpoints.peft import read_adapter, write_adapter
 from jaxtune.generation.generate import Sampling
 from jaxtune.layers.tree import flatten, unflatten
 
+pytestmark = pytest.mark.usefixtures("compiled_lightly")
+
 N = 5
 # Each value sums over every token of every example, in another order when they are packed.
 GRADIENT = 1e-4

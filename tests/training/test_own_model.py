@@ -10,6 +10,8 @@ import jaxtune
 from jaxtune.training.evaluate import evaluate
 from jaxtune.training.run import RunDirectory
 
+pytestmark = pytest.mark.usefixtures("compiled_lightly")
+
 # Sums of one float32 program in another order: a loss averages the errors of its tokens.
 SAME = 1e-6
 METHODS = {
