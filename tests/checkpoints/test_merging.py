@@ -31,6 +31,8 @@ from jaxtune.quant import QuantizedWeight, quantization_from_config
 from jaxtune.training.evaluate import evaluate
 from jaxtune.training.run import RunDirectory
 
+pytestmark = pytest.mark.usefixtures("compiled_lightly")
+
 TOKENS = np.random.default_rng(1).integers(3, 160, (2, 12))
 MOE = {
     "num_key_value_heads": 4,

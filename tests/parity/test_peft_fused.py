@@ -21,6 +21,8 @@ from jaxtune.adapters.lora import Lora
 from jaxtune.adapters.pairs import pairs_of
 from jaxtune.checkpoints.peft import read_adapter, write_adapter
 
+pytestmark = pytest.mark.usefixtures("compiled_lightly")
+
 TOKENS = random_tokens(1, 2, 24)
 OURS = {
     "all-linear": Lora(2, 3.0, targets=("all-linear",)),

@@ -32,6 +32,8 @@ import jaxtune
 from jaxtune.adapters import method_from_peft
 from jaxtune.checkpoints.peft import read_adapter, write_adapter
 
+pytestmark = pytest.mark.usefixtures("compiled_lightly")
+
 TOKENS = random_tokens(1, 2, 24)
 N = 5
 MQA = {"num_key_value_heads": 1}
