@@ -4,20 +4,27 @@ BIN := .venv/bin
 LIGHT := .venv/installed
 FULL := .venv/installed-for-tests
 
-.PHONY: install quickstart test test-slow test-slurm lint gpu-plan clean
+# A file stays on one worker, which makes its fixtures once. tests/conftest.py orders the files.
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+.PHONY: install quickstart test test-slow test-all test-slurm lint gpu-plan clean
 
 install: $(FULL)
 
 quickstart: $(LIGHT)
 	$(BIN)/jaxtune quickstart
 
-test test-slow: export JAX_PLATFORMS := cpu
+test test-slow test-all: export JAX_PLATFORMS := cpu
 
 test: $(FULL)
-	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
+	$(PYTEST) -m "not slow"
 
 test-slow: $(FULL)
-	$(BIN)/pytest -m slow -n 2 --dist loadfile --durations 25
+	$(PYTEST) -m slow --durations 25
+
+# Both in one session, which shares fixtures and compiled functions.
+test-all: $(FULL)
+	$(PYTEST) --durations 25
 
 # Two nodes of a real SLURM on this machine. Needs root on Debian or Ubuntu; installs packages.
 test-slurm: $(FULL)

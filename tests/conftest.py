@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,26 @@ TINY = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+
+
+def pytest_configure(config):
+    """Shares one compilation cache among the workers and all processes that tests start.
+
+    It begins empty. A test that is about a cold start chooses a directory of its own.
+    """
+    if hasattr(config, "workerinput"):
+        return  # the variables below are inherited
+    cache = tempfile.TemporaryDirectory(prefix="jaxtune-xla-", ignore_cleanup_errors=True)
+    config.add_cleanup(cache.cleanup)
+    # Read when jax is imported, which no test module has done yet.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+
+def pytest_collection_modifyitems(items):
+    """Puts files with slow tests first, so that no worker ends with a long file of its own."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -187,13 +208,14 @@ def small_config(tiny_chat, chats, tmp_path_factory):
 
 @pytest.fixture
 def jaxtune_command(tmp_path):
-    """Starts the command line in a process of its own, with a compilation cache of its own."""
+    """Starts the command line in a process of its own; ``cache`` names an empty compilation cache
+    for it in place of the shared one."""
 
-    def start(*arguments, cache="xla"):
+    def start(*arguments, cache=None):
+        own = {} if cache is None else {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / cache)}
         return subprocess.Popen(
             [sys.executable, "-m", "jaxtune.cli", *map(str, arguments)],
-            env=os.environ
-            | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / cache)},
+            env=os.environ | {"JAX_PLATFORMS": "cpu"} | own,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -12,11 +12,6 @@ import pytest
 from jaxtune.cli import main
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "xla"))
-
-
 @pytest.fixture
 def data(tmp_path):
     """Writes a data set of messages, or of raw lines."""

@@ -5,9 +5,8 @@ from runs import Running
 
 
 @pytest.fixture(scope="module")
-def start(small_config, tmp_path_factory):
+def start(small_config):
     """Starts a run of 12 steps in a directory: ``start(processes, workdir, *flags)``."""
-    cache = tmp_path_factory.getbasetemp() / "xla"
     running = []
 
     def begin(processes, workdir, *flags, devices=1, fault="none", resume=False):
@@ -21,7 +20,7 @@ def start(small_config, tmp_path_factory):
             *flags,
         )
         arguments = [*(() if resume else fresh), "--workdir", str(workdir)]
-        running.append(Running(processes, arguments, devices=devices, fault=fault, cache=cache))
+        running.append(Running(processes, arguments, devices=devices, fault=fault))
         return running[-1]
 
     yield begin

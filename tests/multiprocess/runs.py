@@ -24,7 +24,7 @@ def read_losses(workdir):
 class Running:
     """A launcher with its run, of which single processes can be reached."""
 
-    def __init__(self, processes, arguments, *, devices, fault, cache):
+    def __init__(self, processes, arguments, *, devices, fault):
         self.workdir = Path(arguments[arguments.index("--workdir") + 1])
         command = [sys.executable, str(HERE / "faulty.py"), "train", *map(str, arguments)]
         launcher = [sys.executable, str(LOCAL), "--processes", str(processes), "--grace", "20"]
@@ -33,7 +33,6 @@ class Running:
             env=os.environ
             | {
                 "JAX_PLATFORMS": "cpu",
-                "JAX_COMPILATION_CACHE_DIR": str(cache),
                 "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
                 "JAXTUNE_FAULT": fault,
             },

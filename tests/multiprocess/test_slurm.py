@@ -58,7 +58,6 @@ class Cluster:
         self.environ = os.environ | {
             "SLURM_CONF": str(directory / "slurm.conf"),
             "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(directory / "xla"),
             "JAXTUNE": f"{sys.executable} {Path(__file__).with_name('faulty.py')}",
             "JAXTUNE_FAULT": "pause",
         }
