@@ -21,6 +21,7 @@ from jaxtune.checkpoints.assemble import Assembled
 from jaxtune.checkpoints.named import NamedAdapters
 from jaxtune.checkpoints.tokenizer import load_tokenizer
 from jaxtune.data.template import encode_prompt
+from jaxtune.data.tokens import tokenize_prompt
 from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.generation.generate import Sampling, generate_tokens
 from jaxtune.layers.attention import choose_backend
@@ -195,7 +196,7 @@ class Model:
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
-            return self.tokenizer(prompt)["input_ids"]
+            return tokenize_prompt(self.tokenizer, prompt)
         messages = [message for message in prompt if isinstance(message, Mapping)]
         if messages:
             return encode_prompt(self.tokenizer, messages)

@@ -7,7 +7,8 @@ from jaxtune.data.load import load_examples
 from jaxtune.data.loader import Batch, Loader, eval_batches
 from jaxtune.data.read import Row, read_rows
 from jaxtune.data.splits import DataReader, Splits
-from jaxtune.data.template import IGNORE, ChatTemplate, Tokenized, encode_prompt
+from jaxtune.data.template import ChatTemplate, encode_prompt
+from jaxtune.data.tokens import IGNORE, Tokenized, tokenize_prompt
 
 __all__ = [
     "FORMATS",
@@ -28,4 +29,5 @@ __all__ = [
     "load_examples",
     "read_rows",
     "settings_from",
+    "tokenize_prompt",
 ]

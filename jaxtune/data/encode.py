@@ -13,7 +13,8 @@ import numpy as np
 from jaxtune.data.formats import FORMATS, Reading, Sample, detect, unread_keys
 from jaxtune.data.read import Row, parse
 from jaxtune.data.sources import Record
-from jaxtune.data.template import IGNORE, ChatTemplate, Tokens, read_template, tokenize_batch
+from jaxtune.data.template import ChatTemplate, read_template
+from jaxtune.data.tokens import IGNORE, Tokens, tokenize_batch
 from jaxtune.errors import JaxtuneError
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def read_wordings(path: str) -> tuple[str, ...]:
     if not path:
         return ()
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise JaxtuneError(f"data.prompt_templates={path}: {reason}") from error
@@ -137,7 +138,9 @@ class Chunk(NamedTuple):
       numbers: the number in each example's place.
       problems: rows that gave none.
       unread: keys that nothing reads.
-      counts: of ``drop``, ``truncate`` (either end) and ``windows``.
+      counts: of ``drop``, ``truncate`` (either end), ``windows`` and ``windowed`` (rows that gave
+        windows).
+      merged: places of rows in which a token joins the prompt's end and the answer's beginning.
     """
 
     tokens: np.ndarray
@@ -149,6 +152,16 @@ class Chunk(NamedTuple):
     problems: list[Problem]
     unread: set[str]
     counts: dict[str, int]
+    merged: list[str]
+
+
+class _Encoded(NamedTuple):
+    """A row's token ids and labels, int[n] each; ``merged`` as in `Tokens`; whether it was text."""
+
+    ids: np.ndarray
+    labels: np.ndarray
+    merged: bool = False
+    text: bool = False
 
 
 class Encoder:
@@ -174,7 +187,7 @@ class Encoder:
           form: that of their source; empty: unknown.
           first: the place of a row of that form.
         """
-        chunk = Chunk(np.zeros(0), np.zeros(0), [], [], [], [], [], set(), {})
+        chunk = Chunk(np.zeros(0), np.zeros(0), [], [], [], [], [], set(), {}, [])
         kept: list[tuple[Record, Sample]] = []
         for record in records:
             try:
@@ -189,8 +202,8 @@ class Encoder:
         for (record, sample), encoded in zip(kept, self._tokenize(samples), strict=True):
             place = record.place
             try:
-                self._check_ids(*encoded, place)
-                pieces = self._fit(*encoded, place, chunk.counts)
+                self._check_ids(encoded, place)
+                pieces = self._fit(encoded.ids, encoded.labels, place, chunk.counts)
             except _OverLong as error:
                 chunk.problems.append(Problem.of(record, error)._replace(long=True))
                 continue
@@ -200,6 +213,8 @@ class Encoder:
             content = int.from_bytes(
                 hashlib.blake2b(sample.content, digest_size=8).digest(), "little"
             )
+            if encoded.merged and pieces:
+                chunk.merged.append(place)
             for piece_tokens, piece_targets in pieces:
                 tokens.append(piece_tokens)
                 targets.append(piece_targets)
@@ -215,51 +230,48 @@ class Encoder:
             raise JaxtuneError(f"{row.place}: a row of {found} where {first} is of {form}")
         return FORMATS[form].read(row, self._reading)
 
-    def _tokenize(self, samples: Sequence[Sample]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Gives int64[n] tokens and labels by sample; those of one source are of one kind."""
+    def _tokenize(self, samples: Sequence[Sample]) -> Iterator[_Encoded]:
+        """Gives the tokens of each sample; those of one source are of one kind."""
         texts = [sample for sample in samples if sample.tokens is None]
         batches: dict[bool, Iterator[Tokens]] = {}
-        for ends in (False, True):
-            chosen = [sample for sample in texts if sample.ends is ends]
+        for complete in (False, True):
+            chosen = [sample for sample in texts if sample.ends is complete]
             if chosen:
                 assert self.tokenizer is not None  # a reader of text has refused the row
                 encoded = tokenize_batch(
                     self.tokenizer,
                     [sample.text for sample in chosen],
                     [sample.spans for sample in chosen],
-                    add_special_tokens=ends,
+                    complete=complete,
                 )
-                batches[ends] = iter(encoded)
+                batches[complete] = iter(encoded)
         for sample in samples:
             if sample.tokens is not None:
-                tokens, labels = (_array(ids) for ids in sample.tokens)
+                yield _Encoded(*map(_array, sample.tokens))
             else:
-                ids, learnt = next(batches[sample.ends])
-                tokens, labels = ids, np.full(len(ids), IGNORE, np.int32)
-                for start, end in learnt:
-                    labels[start:end] = ids[start:end]
-                if sample.ends:
-                    tokens, labels = self._ended(tokens, labels)
-            yield tokens, labels
+                ids, learnt, merged = next(batches[sample.ends])
+                yield _Encoded(ids, np.where(learnt, ids, np.int32(IGNORE)), merged, text=True)
 
-    def _ended(self, tokens: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Puts EOS behind a text that has none, and makes it a label."""
-        end = getattr(self.tokenizer, "eos_token_id", None)
-        assert isinstance(end, int)  # a reader of text has refused the row
-        if not len(tokens) or tokens[-1] != end:
-            tokens, labels = (np.append(ids, np.int32(end)) for ids in (tokens, labels))
-        labels[-1] = end  # also where the tokenizer itself ends every text with EOS
-        return tokens, labels
-
-    def _check_ids(self, tokens: np.ndarray, labels: np.ndarray, place: str) -> None:
+    def _check_ids(self, encoded: _Encoded, place: str) -> None:
         limit = self.settings.vocab_size or 2**31
-        for name, ids in (("input_ids", tokens), ("labels", labels[labels != IGNORE])):
+        labels = encoded.labels[encoded.labels != IGNORE]
+        for name, ids in (("input_ids", encoded.ids), ("labels", labels)):
             outside = (ids < 0) | (ids >= limit)
-            if outside.any():
+            if not outside.any():
+                continue
+            wrong = ids[outside][0]
+            if not encoded.text:
                 raise JaxtuneError(
-                    f"{place}: {name} holds {ids[outside][0]}, and the vocabulary has ids 0 to "
-                    f"{limit - 1}"
+                    f"{place}: {name} holds {wrong}, and the vocabulary has ids 0 to {limit - 1}"
                 )
+            assert self.tokenizer is not None  # it has made the ids
+            token = self.tokenizer.convert_ids_to_tokens(int(wrong))
+            raise JaxtuneError(
+                f'{place}: "{token}" is token {wrong} of the tokenizer, and the model has ids 0 to '
+                f"{limit - 1} (vocab_size): save the model with more rows first, by transformers' "
+                "model.resize_token_embeddings(len(tokenizer)), or use the tokenizer it was "
+                "trained with"
+            )
 
     def _fit(
         self, tokens: np.ndarray, labels: np.ndarray, place: str, counts: dict[str, int]
@@ -282,6 +294,7 @@ class Encoder:
         if cut:
             kind = "truncate" if too_long.startswith("truncate") else too_long
             counts[kind] = counts.get(kind, 0) + (len(kept) if kind == "windows" else 1)
+            counts["windowed"] = counts.get("windowed", 0) + (kind == "windows")
         return kept
 
 

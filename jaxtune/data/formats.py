@@ -16,7 +16,8 @@ from jaxtune.data.messages import (
     without_reasoning,
 )
 from jaxtune.data.read import Row
-from jaxtune.data.template import ChatTemplate, Tokenized
+from jaxtune.data.template import ChatTemplate
+from jaxtune.data.tokens import Tokenized
 from jaxtune.errors import JaxtuneError, closest, lookup
 
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Goes up with every change of what rows become, so that older files are not used.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 _SECONDS_BEFORE_PROGRESS = 2.0
 _CHUNK_ROWS, _CHUNK_BYTES = 128, 2**20
 _Chunks = Iterator[tuple[list[Record], str, str]]
@@ -146,6 +146,7 @@ class _Build:
         self._rejected: collections.Counter[str] = collections.Counter()
         self._counts: collections.Counter[str] = collections.Counter()
         self._unread: set[str] = set()
+        self._merged_place = ""
         self._files: dict[str, int] = {}
 
     def run(self, directory: Path, workers: int) -> None:
@@ -153,7 +154,8 @@ class _Build:
         writer, parts = Writer(directory), []
         with _encoding(self._encoder, workers) as encode:
             for source in self._sources:
-                chunks, found = _chunks(self._shown(source.records(), source.name), self._encoder)
+                records = self._counted(self._shown(source.records(), source.name))
+                chunks, found = _chunks(records, self._encoder)
                 count = 0
                 for chunk in encode(chunks):
                     count += self._add(chunk, writer)
@@ -172,6 +174,10 @@ class _Build:
                 "dropped": self._counts["drop"],
                 "truncated": self._counts["truncate"],
                 "windows": self._counts["windows"],
+                "windowed": self._counts["windowed"],
+                "rows": self._counts["rows"],
+                "merged": self._counts["merged"],
+                "merged_place": self._merged_place,
                 "unread": sorted(self._unread),
                 "rejected": self._rejected,
                 "special": special,
@@ -182,6 +188,8 @@ class _Build:
         for problem in chunk.problems:
             self._meet(problem)
         self._counts.update(chunk.counts)
+        self._counts["merged"] += len(chunk.merged)
+        self._merged_place = self._merged_place or next(iter(chunk.merged), "")
         self._unread |= chunk.unread
         ids = [self._files.setdefault(file, len(self._files)) for file in chunk.files]
         writer.add(
@@ -218,6 +226,11 @@ class _Build:
         elif rejected:
             why = f": all {rejected.total()} rows are bad, such as: {next(iter(rejected))}"
         raise JaxtuneError(f"{self._name}: no examples{why}")
+
+    def _counted(self, records: Iterator[Record]) -> Iterator[Record]:
+        for record in records:
+            self._counts["rows"] += 1
+            yield record
 
     def _shown(self, records: Iterator[Record], name: str) -> Iterator[Record]:
         """Passes rows on; counts them on a terminal once that takes long."""

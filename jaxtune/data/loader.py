@@ -14,7 +14,7 @@ import grain
 import numpy as np
 
 from jaxtune.data.examples import Examples, Part
-from jaxtune.data.template import IGNORE
+from jaxtune.data.tokens import IGNORE
 from jaxtune.errors import JaxtuneError
 
 Batch = dict[str, np.ndarray]

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from jaxtune.data.encode import Problem
 from jaxtune.data.examples import Examples
-from jaxtune.data.template import IGNORE
+from jaxtune.data.tokens import IGNORE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,6 +46,7 @@ def statistics(
         entry["rows"] += 1
     numbers: dict[str, Any] = {
         "sources": [part._asdict() for part in examples.parts],
+        "rows": examples.rows,
         "examples": len(examples),
         "tokens": examples.token_count,
         "targets": examples.target_count,
@@ -61,6 +62,8 @@ def statistics(
         "dropped": examples.dropped,
         "truncated": examples.truncated,
         "windows": examples.windows,
+        "windowed": examples.windowed,
+        "merged": examples.merged,
         "unread": list(examples.unread),
         "rejected": reasons,
     }
@@ -100,12 +103,13 @@ def render_statistics(name: str, numbers: Mapping[str, Any]) -> str:
         weight = "" if source["weight"] == 1 else f", weight {source['weight']:g}"
         lines.append(f"  {source['name']}: {source['count']:,} of {source['form']}{weight}")
     share = numbers["targets"] / numbers["tokens"]
+    lines.append(f"  rows read     {numbers['rows']:>12,}")
     lines.append(f"  examples      {numbers['examples']:>12,}")
     lines.append(f"  tokens        {numbers['tokens']:>12,}")
     lines.append(f"  targets       {numbers['targets']:>12,}  ({share:.1%} of the tokens)")
     if "packing_efficiency" in numbers:
         lines.append(f"  rows filled   {numbers['packing_efficiency']:>12.1%}")
-    for key in ("duplicates", "dropped", "truncated", "windows"):
+    for key in ("duplicates", "dropped", "truncated", "windows", "windowed", "merged"):
         lines.append(f"  {key:<14}{numbers[key]:>12,}")
     if "held_out_too" in numbers:
         lines.append(f"  held out too  {numbers['held_out_too']:>12,}")

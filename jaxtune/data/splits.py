@@ -196,17 +196,29 @@ def _without_overlap(train: Examples, held_out: Examples, overlap: str) -> Examp
 
 def _log(path: str, examples: Examples) -> None:
     logger.info(
-        "%s: %d examples, %d tokens, %d of them targets; %d dropped, %d truncated, %d windows of "
-        "longer rows, %d duplicates, %d bad rows skipped",
+        "%s: %d rows read, %d examples, %d tokens, %d of them targets; %d dropped, %d truncated, "
+        "%d windows of %d longer rows, %d duplicates, %d bad rows skipped",
         path,
+        examples.rows,
         len(examples),
         examples.token_count,
         examples.target_count,
         examples.dropped,
         examples.truncated,
         examples.windows,
+        examples.windowed,
         examples.duplicates,
         sum(examples.rejected.values()),
     )
+    if examples.merged:
+        logger.warning(
+            "%s: in %d of %d rows, such as %s, one token holds the end of the prompt and the "
+            "beginning of the answer; it is learnt, and a prompt alone ends in other tokens: end "
+            "prompts without white space and begin answers with it",
+            path,
+            examples.merged,
+            examples.rows,
+            examples.merged_place,
+        )
     if examples.unread:
         logger.warning("%s: keys that nothing reads: %s", path, ", ".join(examples.unread))

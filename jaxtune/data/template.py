@@ -1,34 +1,22 @@
-"""Chat templates: conversations as text, and which of its tokens are targets.
-
-Labels are aligned with the tokens, as Hugging Face has them: ``labels[t]`` is ``tokens[t]`` where
-that token is to be learnt and `IGNORE` elsewhere.
-"""
+"""Chat templates: conversations as text, and which of its characters are targets."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jinja2
-import numpy as np
 
 from jaxtune.data.messages import Conversation, Message, check_messages, choose_targets, tool_name
+from jaxtune.data.tokens import Tokenized, tokenize, tokenize_prompt
 from jaxtune.errors import JaxtuneError, closest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORE = -100
 BUILT_IN = Path(__file__).parent / "templates"
-
-
-class Tokenized(NamedTuple):
-    """An example's token ids and labels, both int[n]."""
-
-    tokens: Sequence[int]
-    labels: Sequence[int]
 
 
 def built_in_templates() -> dict[str, Path]:
@@ -50,7 +38,7 @@ def read_template(path: str | Path) -> str:
         return ""
     known = built_in_templates()
     try:
-        return known.get(str(path), Path(path).expanduser()).read_text(encoding="utf-8")
+        return known.get(str(path), Path(path).expanduser()).read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise JaxtuneError(
             f"data.chat_template={path}: No such file or built-in template"
@@ -236,7 +224,7 @@ class ChatTemplate:
         """
         text, spans = self.spans(check_messages(messages, place), place)
         # The template writes BOS itself where the model wants one.
-        return tokenize(self.tokenizer, text, spans, add_special_tokens=False)
+        return tokenize(self.tokenizer, text, spans, complete=False)
 
 
 def _with_arguments_as_text(messages: Sequence[Message]) -> list[dict[str, Any]] | None:
@@ -273,83 +261,6 @@ def _rewrites(place: str, index: int, what: str) -> JaxtuneError:
     )
 
 
-class Tokens(NamedTuple):
-    """Token ids, int32[n], and which of them are learnt: ranges ``(first, last + 1)``."""
-
-    ids: np.ndarray
-    learnt: list[tuple[int, int]]
-
-
-def tokenize_batch(
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    spans: Sequence[Sequence[tuple[int, int]]],
-    *,
-    add_special_tokens: bool,
-) -> list[Tokens]:
-    """Tokenizes each text once, as a whole; tokens with a character in a span are learnt.
-
-    Args:
-      tokenizer: a fast tokenizer.
-      texts: whole examples.
-      spans: by text, ``(start, end)`` in characters, in order. A token over a span's edge counts
-        as within: left out, an answer's first word would never be learnt after a prompt that ends
-        in a space.
-      add_special_tokens: whether the tokenizer adds those that it adds by itself, such as BOS.
-
-    Returns:
-      By text its ids, int32[n], and the ranges of tokens that are learnt.
-    """
-    backend: Any = tokenizer.backend_tokenizer
-    # A tokenizer.json may ask for either, and silently shorten what is learnt.
-    if backend.truncation is not None:
-        backend.no_truncation()
-    if backend.padding is not None:
-        backend.no_padding()
-    encodings = backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
-    return [
-        Tokens(np.array(encoding.ids, np.int32), [_token_range(encoding, span) for span in marked])
-        for encoding, marked in zip(encodings, spans, strict=True)
-    ]
-
-
-def _token_range(encoding: Any, span: tuple[int, int]) -> tuple[int, int]:
-    """Returns the range of the tokens that have a character of a span."""
-    start, end = span
-    first = last = None
-    while start < end and (first := encoding.char_to_token(start)) is None:
-        start += 1  # a character that belongs to no token
-    while start < end and (last := encoding.char_to_token(end - 1)) is None:
-        end -= 1
-    if first is None or last is None:
-        return 0, 0
-    # A character may take several tokens, such as the bytes of an emoji; this was its first.
-    while last + 1 < len(encoding) and (chars := encoding.token_to_chars(last + 1)) is not None:
-        if chars[0] >= end:
-            break
-        last += 1
-    return first, last + 1
-
-
-def tokenize(
-    tokenizer: PreTrainedTokenizerBase,
-    text: str,
-    spans: Sequence[tuple[int, int]],
-    *,
-    add_special_tokens: bool,
-) -> Tokenized:
-    """Tokenizes one text as `tokenize_batch` does.
-
-    Returns:
-      tokens and labels, int[n] each.
-    """
-    (tokens,) = tokenize_batch(tokenizer, [text], [spans], add_special_tokens=add_special_tokens)
-    labels = np.full(len(tokens.ids), IGNORE, np.int32)
-    for first, last in tokens.learnt:
-        labels[first:last] = tokens.ids[first:last]
-    return Tokenized(tokens.ids.tolist(), labels.tolist())
-
-
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], chat_template: str = ""
 ) -> list[int]:
@@ -364,4 +275,4 @@ def encode_prompt(
     template = ChatTemplate(tokenizer, read_template(chat_template))
     turns = check_messages(messages, "prompt")
     text = template.render(turns, generation_prompt=True, place="prompt")
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return tokenize_prompt(tokenizer, text, complete=False)

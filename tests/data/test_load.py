@@ -13,7 +13,8 @@ import pytest
 from jaxtune.data import IGNORE, load_examples
 from jaxtune.data.encode import Encoder, Problem, Settings
 from jaxtune.data.sources import Record
-from jaxtune.data.template import ChatTemplate, read_template, tokenize
+from jaxtune.data.template import ChatTemplate, read_template
+from jaxtune.data.tokens import tokenize
 from jaxtune.errors import JaxtuneError
 
 
@@ -89,7 +90,7 @@ def test_targets_are_those_of_the_offsets(deepseek):
             token if a < stop and b > start and b > a else IGNORE
             for token, (a, b) in zip(encoded["input_ids"], offsets, strict=True)
         ]
-        found = tokenize(deepseek, text, [(start, stop)], add_special_tokens=False)
+        found = tokenize(deepseek, text, [(start, stop)], complete=False)
         assert list(found.labels) == expected, text
     assert ChatTemplate(deepseek, template).exists()
 
