@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from jaxtune.data.files import Record
 from jaxtune.data.formats import FORMATS, Reading, Sample, detect, unread_keys
 from jaxtune.data.read import Row, parse
-from jaxtune.data.sources import Record
 from jaxtune.data.template import ChatTemplate, read_template
 from jaxtune.data.tokens import IGNORE, Tokens, tokenize_batch
 from jaxtune.errors import JaxtuneError
@@ -247,7 +247,7 @@ class Encoder:
                 batches[complete] = iter(encoded)
         for sample in samples:
             if sample.tokens is not None:
-                yield _Encoded(*map(_array, sample.tokens))
+                yield _Encoded(_array(sample.tokens.tokens), _array(sample.tokens.labels))
             else:
                 ids, learnt, merged = next(batches[sample.ends])
                 yield _Encoded(ids, np.where(learnt, ids, np.int32(IGNORE)), merged, text=True)

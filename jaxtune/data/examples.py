@@ -115,7 +115,7 @@ class Examples:
       parts: the examples by source, in order; empty: one source of weight 1.
       contents: uint64[examples], a hash of what each one's row says; None: not known.
       special: ids of the tokens that stand for no text.
-      rows: how many rows were read: those that gave examples, those dropped and those rejected.
+      rows_read: how many rows there were: with examples, dropped and rejected.
       windowed: how many rows gave windows.
       merged: rows in which a token joins the end of the prompt and the beginning of the answer.
       merged_place: of the first of them.
@@ -132,7 +132,7 @@ class Examples:
     parts: tuple[Part, ...] = ()
     contents: np.ndarray | None = None
     special: tuple[int, ...] = ()
-    rows: int = 0
+    rows_read: int = 0
     windowed: int = 0
     merged: int = 0
     merged_place: str = ""
@@ -220,7 +220,7 @@ def join(sets: Sequence[Examples]) -> Examples:
         parts=tuple(part for each in sets for part in each.parts),
         contents=np.concatenate(contents) if len(contents) == len(sets) else None,
         special=sets[0].special,
-        rows=sum(each.rows for each in sets),
+        rows_read=sum(each.rows_read for each in sets),
         windowed=sum(each.windowed for each in sets),
         merged=sum(each.merged for each in sets),
         merged_place=next((each.merged_place for each in sets if each.merged), ""),
@@ -296,5 +296,5 @@ def open_examples(directory: Path, weights: Sequence[float]) -> Examples:
         parts=tuple(part for part in parts if part.count),
         contents=contents,
         special=tuple(meta["special"]),
-        **{name: meta[name] for name in ("rows", "windowed", "merged", "merged_place")},
+        **{name: meta[name] for name in ("rows_read", "windowed", "merged", "merged_place")},
     )

@@ -18,6 +18,7 @@ from jaxtune.data.messages import (
 from jaxtune.data.read import Row
 from jaxtune.data.template import ChatTemplate
 from jaxtune.data.tokens import Tokenized
+from jaxtune.data.unsupported import description_of, judgement_in, media_in
 from jaxtune.errors import JaxtuneError, closest, lookup
 
 
@@ -147,17 +148,28 @@ def _read_completion(row: Row, reading: Reading) -> Sample:
 
 
 def _read_alpaca(row: Row, reading: Reading) -> Sample:
-    turns = [
-        {"role": "user", "content": check_text(row.values["instruction"], "instruction", row.place)}
-    ]
+    asked = check_text(row.values["instruction"], "instruction", row.place)
     given = row.values.get("input")
     if given is not None and check_text(given, "input", row.place).strip():
-        turns[0]["content"] += f"\n\n{given}"
+        asked += f"\n\n{given}"
+    turns = [*_history(row), {"role": "user", "content": asked}]
     output = check_text(row.values["output"], "output", row.place)
     turns.append({"role": "assistant", "content": output})
     if row.values.get("system"):
         turns.insert(0, {"role": "system", "content": row.values["system"]})
     return _sample(read_conversation(turns, row.place), reading, row.place)
+
+
+def _history(row: Row) -> list[dict[str, Any]]:
+    """Returns the turns of earlier questions and answers, which are learnt as the last is."""
+    rounds, turns = row.values.get("history") or [], []
+    for index, pair in enumerate(rounds if isinstance(rounds, list) else [None]):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise JaxtuneError(f"{row.place}: history must be a list of [question, answer] pairs")
+        for role, said in zip(("user", "assistant"), pair, strict=True):
+            content = check_text(said, f"history[{index}]", row.place)
+            turns.append({"role": role, "content": content})
+    return turns
 
 
 _SPEAKERS = {
@@ -242,7 +254,7 @@ def _read_tokenized(row: Row, reading: Reading) -> Sample:
 FORMATS: dict[str, DataFormat] = {
     "messages": DataFormat(("messages",), _read_messages, ("tools",)),
     "prompt-completion": DataFormat(("prompt", "completion"), _read_completion, ("tools",)),
-    "alpaca": DataFormat(("instruction", "output"), _read_alpaca, ("input", "system")),
+    "alpaca": DataFormat(("instruction", "output"), _read_alpaca, ("input", "system", "history")),
     "sharegpt": DataFormat(("conversations",), _read_sharegpt, ("system", "tools")),
     "text": DataFormat(("text",), _read_text),
     "tokenized": DataFormat(("input_ids", "labels"), _read_tokenized, ("attention_mask",)),
@@ -261,6 +273,11 @@ def detect(row: Row, chosen: str = "") -> str:
     """
     # A table of `datasets` gives every row every key, with None where the row had none.
     found = [key for key, value in row.values.items() if value is not None]
+    if media := media_in(row.values):
+        raise JaxtuneError(
+            f"{row.place}: has {media}, and only text can be trained on: take the key out if the "
+            "text stands by itself"
+        )
     if chosen:
         missing = [k for k in lookup(FORMATS, chosen, "data.format").keys if k not in found]
         if missing:
@@ -270,6 +287,12 @@ def detect(row: Row, chosen: str = "") -> str:
             )
         return chosen
     fitting = [name for name, form in FORMATS.items() if set(form.keys) <= set(found)]
+    if judgement := judgement_in(row.values):
+        ways = f"keep the good answers, in one of the forms {', '.join(FORMATS)}"
+        if fitting:
+            keys = " and ".join(FORMATS[fitting[0]].keys)
+            ways += f"; or set data.format={fitting[0]} to learn what {keys} say"
+        raise JaxtuneError(f"{row.place}: {judgement}, and jaxtune does not: {ways}")
     if len(fitting) == 1:
         return fitting[0]
     forms = ", ".join(f"{name} ({' + '.join(form.keys)})" for name, form in FORMATS.items())
@@ -279,11 +302,13 @@ def detect(row: Row, chosen: str = "") -> str:
             f"{row.place}: the keys {keys} fit more than one form of: {forms}; "
             f"set data.format to {' or '.join(fitting)}"
         )
+    if what := description_of(row.values):
+        raise JaxtuneError(f"{row.place}: not a row of data but {what}")
     known = [key for form in FORMATS.values() for key in form.keys]
     hints = [hint for key in found if key not in known and (hint := closest(key, known))]
     raise JaxtuneError(
         f"{row.place}: the keys {keys} fit no known form{hints[0] if hints else ''} "
-        f"(known: {forms})"
+        f"(known: {forms}): rename the keys of the rows"
     )
 
 

@@ -25,7 +25,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jaxtune.data.encode import Chunk, Encoder, Problem, Settings
 from jaxtune.data.examples import META, Examples, Writer, open_examples
-from jaxtune.data.sources import Record, Source, find_sources
+from jaxtune.data.files import Record
+from jaxtune.data.sources import Source, find_sources
 from jaxtune.errors import JaxtuneError
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ class _Build:
                 "truncated": self._counts["truncate"],
                 "windows": self._counts["windows"],
                 "windowed": self._counts["windowed"],
-                "rows": self._counts["rows"],
+                "rows_read": self._counts["rows_read"],
                 "merged": self._counts["merged"],
                 "merged_place": self._merged_place,
                 "unread": sorted(self._unread),
@@ -229,7 +230,7 @@ class _Build:
 
     def _counted(self, records: Iterator[Record]) -> Iterator[Record]:
         for record in records:
-            self._counts["rows"] += 1
+            self._counts["rows_read"] += 1
             yield record
 
     def _shown(self, records: Iterator[Record], name: str) -> Iterator[Record]:

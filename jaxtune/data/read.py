@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxtune.data.sources import Record, find_sources, parse_json
+from jaxtune.data.files import Record
+from jaxtune.data.sources import find_sources
+from jaxtune.data.strict_json import parse_json
 from jaxtune.errors import JaxtuneError
 
 
@@ -46,5 +48,6 @@ def parse(record: Record) -> Row:
     if not isinstance(values, dict):
         raise JaxtuneError(
             f"{place}: expected one JSON object a line (JSONL), found {type(values).__name__}"
+            f"{'; name a file that is one array .json' * isinstance(values, list)}"
         )
     return Row(place, values)

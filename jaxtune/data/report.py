@@ -46,7 +46,7 @@ def statistics(
         entry["rows"] += 1
     numbers: dict[str, Any] = {
         "sources": [part._asdict() for part in examples.parts],
-        "rows": examples.rows,
+        "rows_read": examples.rows_read,
         "examples": len(examples),
         "tokens": examples.token_count,
         "targets": examples.target_count,
@@ -103,7 +103,7 @@ def render_statistics(name: str, numbers: Mapping[str, Any]) -> str:
         weight = "" if source["weight"] == 1 else f", weight {source['weight']:g}"
         lines.append(f"  {source['name']}: {source['count']:,} of {source['form']}{weight}")
     share = numbers["targets"] / numbers["tokens"]
-    lines.append(f"  rows read     {numbers['rows']:>12,}")
+    lines.append(f"  rows read     {numbers['rows_read']:>12,}")
     lines.append(f"  examples      {numbers['examples']:>12,}")
     lines.append(f"  tokens        {numbers['tokens']:>12,}")
     lines.append(f"  targets       {numbers['targets']:>12,}  ({share:.1%} of the tokens)")

@@ -199,7 +199,7 @@ def _log(path: str, examples: Examples) -> None:
         "%s: %d rows read, %d examples, %d tokens, %d of them targets; %d dropped, %d truncated, "
         "%d windows of %d longer rows, %d duplicates, %d bad rows skipped",
         path,
-        examples.rows,
+        examples.rows_read,
         len(examples),
         examples.token_count,
         examples.target_count,
@@ -217,7 +217,7 @@ def _log(path: str, examples: Examples) -> None:
             "prompts without white space and begin answers with it",
             path,
             examples.merged,
-            examples.rows,
+            examples.rows_read,
             examples.merged_place,
         )
     if examples.unread:

@@ -12,7 +12,7 @@ import pytest
 
 from jaxtune.data import IGNORE, load_examples
 from jaxtune.data.encode import Encoder, Problem, Settings
-from jaxtune.data.sources import Record
+from jaxtune.data.files import Record
 from jaxtune.data.template import ChatTemplate, read_template
 from jaxtune.data.tokens import tokenize
 from jaxtune.errors import JaxtuneError
@@ -277,7 +277,7 @@ def test_problems_are_collected_where_somebody_asks_for_them(deepseek, jsonl):
 
 
 def test_a_line_without_end_does_not_fill_the_memory(deepseek, tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxtune.data.sources.MAX_LINE", 1 << 20)
+    monkeypatch.setattr("jaxtune.data.files.MAX_LINE", 1 << 20)
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"text": "' + b"a" * (5 << 20) + b'"}\n{"text": "b"}\n')
     with pytest.raises(JaxtuneError, match=r"x\.jsonl:1: a line of over 1 MiB"):

@@ -123,8 +123,8 @@ def test_a_weight_of_nothing_is_refused(tmp_path):
         ("x.json", b'[{"text": "a"}, ', "x.json: broken JSON: .* at column"),
         ("x.json", b'[\n{"text": "a"},\n7]', "x.json row 1: no object but int"),
         ("x.csv", b"text\na,b\n", "x.csv:2: more fields than the 1 named"),
-        ("x.csv", b'text\n"abc\n', "x.csv: unexpected end of data"),
-        ("x.csv", b'text\n"a"b\n', "x.csv: "),
+        ("x.csv", b'text\n"abc\n', "x.csv:2: unexpected end of data"),
+        ("x.csv", b'text\n"a"b\n', "x.csv:2: "),
     ],
 )
 def test_damaged_files_are_named(tmp_path, name, content, reason):

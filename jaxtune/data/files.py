@@ -1,0 +1,331 @@
+"""Files of rows: one reader for each kind, and the rules that all of them share.
+
+In every kind of file a name stands once among the keys or columns, every row has all columns,
+text is UTF-8 (with or without a byte-order mark) without NUL bytes, and NaN is no value within
+objects and lists. What is wrong with one row is that row's problem; what is wrong with the file is
+an error of the file.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from jaxtune.data.strict_json import decode, parse_json
+from jaxtune.errors import JaxtuneError
+
+# A line that goes on for longer is no row of text to train on, and must not fill the memory.
+MAX_LINE = 64 * 2**20
+_COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
+_BOM = b"\xef\xbb\xbf"
+
+
+class Record(NamedTuple):
+    """One row before it is understood.
+
+    Attributes:
+      file: what its place begins with, ``"train.jsonl:"``; the number follows.
+      number: of the line or row.
+      content: a line of JSON as it is in the file, the values by key, or what is wrong with it.
+    """
+
+    file: str
+    number: int
+    content: bytes | dict[str, Any] | JaxtuneError
+
+    @property
+    def place(self) -> str:
+        """What to call the row in an error."""
+        return f"{self.file}{self.number}"
+
+
+def kind_of(path: Path) -> str:
+    """Returns the key in `FILE_FORMATS` of a file's name, or an empty string."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSION:
+        suffixes.pop()
+    return suffixes[-1] if suffixes and suffixes[-1] in FILE_FORMATS else ""
+
+
+def read_file(path: Path) -> Iterator[Record]:
+    """Yields the rows of a file; one of an unknown kind has lines of JSON.
+
+    Raises:
+      JaxtuneError: a file that cannot be read as what its name says; the message names it.
+    """
+    return FILE_FORMATS.get(kind_of(path), _unknown)(path)
+
+
+def _open(path: Path) -> IO[bytes]:
+    compression = _COMPRESSION.get(path.suffix.lower())
+    if compression is None:
+        return path.open("rb")
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression=compression), 2**20)
+
+
+def _reading(read: Callable[[Path], Iterator[Record]]) -> Callable[[Path], Iterator[Record]]:
+    """Names the file in the errors of the operating system and of the libraries."""
+
+    @functools.wraps(read)
+    def checked(path: Path) -> Iterator[Record]:
+        try:
+            yield from read(path)
+        except JaxtuneError:
+            raise
+        # ArrowInvalid is a ValueError; damaged compressed files give any of these.
+        except (OSError, EOFError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            raise JaxtuneError(f"{path}: {reason}") from error
+
+    return checked
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes | JaxtuneError]]:
+    """Yields the lines that are not blank, by number, without line ends and byte-order mark."""
+    with _open(path) as file:
+        number = 0
+        while line := file.readline(MAX_LINE + 1):
+            number += 1
+            if len(line) > MAX_LINE:
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(MAX_LINE)
+                yield number, JaxtuneError(f"{path}:{number}: a line of over {MAX_LINE >> 20} MiB")
+            elif (line := line.removeprefix(_BOM)).strip():
+                yield number, line.removesuffix(b"\n").removesuffix(b"\r")
+
+
+@_reading
+def _json_lines(path: Path) -> Iterator[Record]:
+    for number, line in _lines(path):
+        yield Record(f"{path}:", number, line if isinstance(line, JaxtuneError) else line.rstrip())
+
+
+@_reading
+def _unknown(path: Path) -> Iterator[Record]:
+    """Reads lines of JSON from a file whose name does not say what it holds."""
+    for index, record in enumerate(_json_lines(path)):
+        content = record.content
+        if index == 0 and isinstance(content, bytes) and not content.lstrip().startswith(b"{"):
+            known = ", ".join(FILE_FORMATS)
+            raise JaxtuneError(
+                f"{path}: its name ends in none of {known} (or these with "
+                f"{' or '.join(_COMPRESSION)}), and it does not hold one JSON object a line"
+            )
+        yield record
+
+
+@_reading
+def _text(path: Path) -> Iterator[Record]:
+    """Reads each line as a text, as `datasets` does."""
+    place = f"{path}:"
+    for index, (number, line) in enumerate(_lines(path)):
+        content: dict[str, Any] | JaxtuneError
+        try:
+            if isinstance(line, JaxtuneError):
+                raise line
+            if index == 0 and line.startswith(b"{") and _is_object(line):
+                raise _WrongKind(f"{path}: holds lines of JSON and not of text: name it .jsonl")
+            content = _checked({"text": decode(line, f"{place}{number}")}, f"{place}{number}")
+        except _WrongKind:
+            raise
+        except JaxtuneError as error:
+            content = error
+        yield Record(place, number, content)
+
+
+class _WrongKind(JaxtuneError):
+    """A file that is of another kind than its name says."""
+
+
+def _is_object(text: bytes) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+@_reading
+def _json(path: Path) -> Iterator[Record]:
+    """Reads an array of objects or a single object, held whole, or lines of objects."""
+    with _open(path) as file:
+        start = file.read(4096).lstrip(_BOM + b" \t\r\n")[:1]
+    values = []
+    if start == b"[" or (start == b"{" and _spans_lines(path)):
+        with _open(path) as file:
+            values = parse_json(file.read(), str(path), "file")
+    else:
+        yield from _json_lines(path)
+    values = [values] if isinstance(values, dict) else values
+    place = f"{path} row "
+    for number, value in enumerate(values):
+        if not isinstance(value, dict):
+            kind = type(value).__name__
+            value = JaxtuneError(f"{place}{number}: no object but {kind}")
+        yield Record(place, number, value)
+
+
+def _spans_lines(path: Path) -> bool:
+    """Returns whether a file is one object over several lines."""
+    _, first = next(_lines(path))
+    if isinstance(first, JaxtuneError) or _is_object(first):
+        return False
+    with _open(path) as file:
+        return _is_object(file.read())
+
+
+def _separated(path: Path, delimiter: str) -> Iterator[Record]:
+    """Reads a table of text whose first line names the columns."""
+    csv.field_size_limit(MAX_LINE)
+    place = f"{path}:"
+    with _open(path) as file:
+        text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
+        rows = csv.reader(text, delimiter=delimiter, strict=True)
+        try:
+            columns = next(filter(None, rows), [])
+            _check_columns(columns, str(path))
+            if len(columns) == 1 and (others := set(",;\t|") - {delimiter}) & set(columns[0]):
+                found = next(other for other in columns[0] if other in others)
+                raise JaxtuneError(
+                    f"{path}: a single column, {json.dumps(columns[0], ensure_ascii=False)}: its "
+                    f"fields are separated by {found!r}, not by {delimiter!r}"
+                )
+            for values in rows:
+                number = rows.line_num
+                if not "".join(values).strip() and len(values) < max(len(columns), 2):
+                    continue  # a blank line
+                content: dict[str, Any] | JaxtuneError
+                if len(values) != len(columns):
+                    few = "fewer" if len(values) < len(columns) else "more"
+                    content = JaxtuneError(
+                        f"{place}{number}: {few} fields than the {len(columns)} named"
+                    )
+                else:
+                    content = _checked(dict(zip(columns, values, strict=True)), f"{place}{number}")
+                yield Record(place, number, content)
+        except csv.Error as error:
+            raise JaxtuneError(f"{place}{rows.line_num}: {error}") from error
+
+
+@_reading
+def _csv(path: Path) -> Iterator[Record]:
+    return _separated(path, ",")
+
+
+@_reading
+def _tsv(path: Path) -> Iterator[Record]:
+    return _separated(path, "\t")
+
+
+@_reading
+def _parquet(path: Path) -> Iterator[Record]:
+    import pyarrow.parquet
+
+    with _open(path) as file:
+        whole = io.BytesIO(file.read()) if path.suffix.lower() in _COMPRESSION else file
+        table = pyarrow.parquet.ParquetFile(whole)
+        _check_columns(table.schema_arrow.names, str(path))
+        number = 0
+        for batch in table.iter_batches(batch_size=256):
+            for read in _rows_of(batch):
+                yield table_record(f"{path} row ", number, read)
+                number += 1
+
+
+def _rows_of(batch: Any) -> list[Callable[[], dict[str, Any]]]:
+    """Returns what gives each row of a record batch, together where all of them can be read."""
+    try:
+        return [functools.partial(dict, row) for row in batch.to_pylist()]
+    except ValueError:
+        return [functools.partial(_row_of, batch, index) for index in range(batch.num_rows)]
+
+
+def _row_of(batch: Any, index: int) -> dict[str, Any]:
+    return batch.slice(index, 1).to_pylist()[0]
+
+
+FILE_FORMATS: dict[str, Callable[[Path], Iterator[Record]]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": _tsv,
+    ".txt": _text,
+    ".parquet": _parquet,
+}
+
+
+def table_record(place: str, number: int, read: Callable[[], dict[str, Any]]) -> Record:
+    """Returns a row of a table.
+
+    Args:
+      place: what the row's place begins with.
+      number: of the row.
+      read: gives the values by column, and raises ValueError where they cannot be given.
+    """
+    try:
+        values = {key: _without_nulls(value) for key, value in read().items()}
+    except UnicodeDecodeError as error:
+        return Record(place, number, JaxtuneError(f"{place}{number}: not UTF-8 ({error.reason})"))
+    except ValueError as error:
+        return Record(place, number, JaxtuneError(f"{place}{number}: {error}"))
+    return Record(place, number, values)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Takes out of nested objects what is None: a table gives each the keys of all others.
+
+    Raises:
+      ValueError: NaN within an object or a list, which JSON does not have either.
+    """
+    if isinstance(value, dict):
+        inside = {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    elif isinstance(value, list):
+        inside = [_without_nulls(inner) for inner in value]
+    else:
+        return value
+    for inner in inside.values() if isinstance(inside, dict) else inside:
+        if isinstance(inner, float) and not math.isfinite(inner):
+            raise ValueError(f"holds {inner}, which is not JSON")
+    return inside
+
+
+def _check_columns(names: Sequence[str], place: str) -> None:
+    """Refuses a table with two columns of one name; those without one are never read."""
+    for index, name in enumerate(names):
+        if not _is_text(name):
+            raise JaxtuneError(f"{place}: the names of its columns are not UTF-8 text")
+        if name and name in names[:index]:
+            raise JaxtuneError(f'{place}: the column "{name}" is there twice')
+
+
+def _is_text(value: str) -> bool:
+    """Returns whether a string is text: no NUL, no byte that is not UTF-8."""
+    return "\0" not in value and _fits_utf8(value)
+
+
+def _checked(values: dict[str, str], place: str) -> dict[str, Any] | JaxtuneError:
+    """Returns the fields of a row of text, or what is wrong with one of them."""
+    for name, value in values.items():
+        if "\0" in value:
+            return JaxtuneError(
+                f"{place}: {name} holds a NUL byte: is the file UTF-16, or no text?"
+            )
+        if not _fits_utf8(value):
+            return JaxtuneError(f"{place}: {name} is not UTF-8")
+    return values
+
+
+def _fits_utf8(value: str) -> bool:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:  # a byte that the reader has put into the range of surrogates
+        return False
+    return True
