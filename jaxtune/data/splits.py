@@ -45,6 +45,7 @@ class DataReader:
         tokenizer: PreTrainedTokenizerBase | None,
         vocab_size: int | None,
         *,
+        max_positions: int | None = None,
         keep: bool = False,
         workers: int = 1,
         problems: list[Problem] | None = None,
@@ -55,11 +56,12 @@ class DataReader:
           config: resolved.
           tokenizer: of the model, if it has one.
           vocab_size: of the model: token ids are below this.
+          max_positions: of the model, its max_position_embeddings; None: not known.
           keep: whether to leave what is tokenized in the cache.
           workers: processes that tokenize.
           problems: takes rows that give no example, none of which is an error then.
         """
-        self._section = config.data
+        self._section, self._max_positions = config.data, max_positions
         self.cache = config.data.cache or default_cache()
         self._settings = settings_from(
             config.data, seed=config.training.seed, vocab_size=vocab_size
@@ -89,7 +91,22 @@ class DataReader:
         if not training and any(part.weight != 1 for part in examples.parts):
             raise JaxtuneError(f"data.eval={path}: held-out data takes no weights: leave out the @")
         _log(path, examples)
+        if beyond := self._beyond(examples):
+            logger.warning(
+                "%s: %d of %d examples, the longest of %d tokens, are longer than the model's "
+                "max_position_embeddings=%d: it has not learned such positions",
+                path,
+                beyond,
+                len(examples),
+                examples.lengths.max(),
+                self._max_positions,
+            )
         return examples
+
+    def _beyond(self, examples: Examples) -> int:
+        """Returns how many examples have more tokens than the model's config has positions."""
+        limit = self._max_positions
+        return 0 if limit is None else int((examples.lengths > limit).sum())
 
     def splits(self) -> Splits:
         """Loads what is trained on and what is held out.
@@ -104,6 +121,13 @@ class DataReader:
         if section.eval and section.eval_split:
             raise JaxtuneError("data.eval and data.eval_split both hold examples out: choose one")
         train = self.read(section.train, training=True)
+        limit = self._max_positions
+        if limit is not None and section.max_length > limit and not self._beyond(train):
+            logger.warning(
+                "data.max_length=%d is more than the model's max_position_embeddings=%d",
+                section.max_length,
+                limit,
+            )
         if section.eval_split:
             return hold_out(train, section.eval_split)
         sets = self.read_sets(section.eval)

@@ -166,7 +166,9 @@ def _log_setup(setup: Setup) -> None:
 
 def data_reader(config: Any, source: TensorSource, tokenizer: Any, **options: Any) -> DataReader:
     """Returns what reads data as a config says; `options` are those of `DataReader`."""
-    return DataReader(config, tokenizer, source.config.get("vocab_size"), **options)
+    model = source.config
+    options["max_positions"] = model.get("max_position_embeddings")
+    return DataReader(config, tokenizer, model.get("vocab_size"), **options)
 
 
 def _check_stopping(config: Any, sets: Mapping[str, Examples], setup: Setup) -> None:

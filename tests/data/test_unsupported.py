@@ -1,0 +1,76 @@
+"""Rows as other tools have them: read where they say the same, otherwise told for what they are."""
+
+from __future__ import annotations
+
+import pytest
+
+from jaxtune.data import load_examples
+from jaxtune.errors import JaxtuneError
+
+PAIR = {"instruction": "Now?", "output": "c"}
+CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+
+
+def load(jsonl, tokenizer, *rows, **settings):
+    options = {"max_length": 64, "chat_template": "deepseek-v3", "progress": False}
+    return load_examples(jsonl(*rows), tokenizer=tokenizer, **(options | settings))
+
+
+@pytest.mark.parametrize("targets", ["all", "last"])
+def test_the_history_of_an_alpaca_row_is_learnt_as_its_answer_is(deepseek, jsonl, targets):
+    """LLaMA-Factory learns these turns, too."""
+    said = [("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]
+    said += [("user", "Now?\n\nx"), ("assistant", "c")]
+    turns = [{"role": role, "content": content} for role, content in [("system", "s"), *said]]
+    row = {**PAIR, "input": "x", "system": "s", "history": [["q", "a"], ["r", "b"]]}
+    found = load(jsonl, deepseek, row, targets=targets)
+    expected = load(jsonl, deepseek, {"messages": turns}, targets=targets)
+    assert found.fingerprint() == expected.fingerprint()
+    assert found.contents.tolist() == expected.contents.tolist()
+    assert found.unread == ()
+
+
+@pytest.mark.parametrize("history", [None, []])
+def test_an_empty_history_is_none(deepseek, jsonl, history):
+    found = load(jsonl, deepseek, {**PAIR, "history": history})
+    assert found.fingerprint() == load(jsonl, deepseek, PAIR).fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({**PAIR, "history": "q a"}, r"history must be a list of \[question, answer\] pairs"),
+        ({**PAIR, "history": [["q"]]}, "history must be a list of"),
+        ({**PAIR, "history": [["q", 5]]}, r"history\[0\] must be a string, not int"),
+        (
+            {"prompt": "q", "chosen": "a", "rejected": "b"},
+            "chosen and rejected are preferences between answers, as DPO trains on, and jaxtune "
+            "does not: keep the good answers, in one of the forms messages, ",
+        ),
+        ({"instruction": "q", "chosen": "a", "rejected": "b"}, "as DPO trains on"),
+        ({**CHAT, "chosen": [], "rejected": []}, "set data.format=messages to learn what mess"),
+        ({"prompt": "q", "completion": "a", "label": False}, "label says whether .* as KTO"),
+        ({**CHAT, "kto_tag": True}, "kto_tag says whether the answer is good"),
+        ({**CHAT, "images": ["a.png"]}, "has images, and only text can be trained on: take the"),
+        ({"conversations": CHAT["messages"], "image": "a.png"}, "has image, and only text"),
+        ({**CHAT, "audios": [{"path": "a.wav"}]}, "has audios, and only text"),
+        ({"q": "x", "a": "y"}, r"the keys q, a fit no known form .*: rename the keys of the rows"),
+        ({"question": "x", "answer": "y"}, "known: messages .*, alpaca .instruction . output"),
+    ],
+)
+def test_rows_that_cannot_be_learnt_from_are_named(deepseek, jsonl, row, reason):
+    with pytest.raises(JaxtuneError, match=rf"rows\.jsonl:1: .*{reason}"):
+        load(jsonl, deepseek, row)
+
+
+@pytest.mark.parametrize(
+    ("row", "form"),
+    [
+        ({**CHAT, "chosen": "a", "rejected": "b"}, "messages"),
+        ({"prompt": "q", "completion": "a", "label": True}, "prompt-completion"),
+        ({**CHAT, "images": [], "image": None, "label": 1, "rejected": None}, ""),
+        ({"text": "a", "label": True}, ""),
+    ],
+)
+def test_what_else_a_row_has_is_metadata_where_the_form_is_set(deepseek, jsonl, row, form):
+    assert len(load(jsonl, deepseek, row, format=form)) == 1
