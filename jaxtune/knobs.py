@@ -32,8 +32,9 @@ KNOBS: dict[str, dict[str, Knob]] = {
     "data": {
         "train": Knob(
             "",
-            "training examples: files (.jsonl, .json, .csv, .parquet; .gz, .zst), patterns, saved "
-            "data sets or hub ids, with commas between; NAME@2 shows that one twice an epoch",
+            "training examples: files (.jsonl, .json, .csv, .tsv, .txt, .parquet; .gz, .zst), "
+            "patterns, directories, saved data sets or hub ids, with commas between; NAME@2 shows "
+            "that one twice an epoch",
         ),
         "eval": Knob("", "held-out examples, in the same forms; empty: none but data.eval_split"),
         "eval_split": Knob(

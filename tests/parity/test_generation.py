@@ -181,3 +181,20 @@ def test_greedy_text_of_smollm2_is_that_of_transformers(smollm2):
     assert model.generate_tokens(prompts, 64, GREEDY) == expected
     decoded = [model.tokenizer.decode(row, skip_special_tokens=True) for row in expected]
     assert model.generate(texts, max_new_tokens=64) == decoded
+
+
+def test_a_text_with_bos_is_continued_as_the_text_without(tiny_chat, tmp_path):
+    """Where the tokenizer adds BOS, and what it adds behind a text does not end the prompt."""
+    shutil.copytree(tiny_chat, tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) | {"add_bos_token": True, "add_eos_token": True}
+    path.write_text(json.dumps(settings))
+    model = jaxtune.load(tmp_path / "model", dtype="float32", progress=False)
+    bos, eos = model.tokenizer.bos_token, model.tokenizer.eos_token_id
+    ids = model.tokenizer("hi")["input_ids"]
+    assert (ids[0], ids.pop()) == (model.tokenizer.bos_token_id, eos)
+    expected = model.generate_tokens([ids] * 2, 8, GREEDY)
+    assert model.generate([f"{bos}hi", "hi"], 8) == [
+        model.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in expected
+    ]
+    assert model.generate([f"{bos}hi", "hi"], 8) != model.generate([f"{bos}hj", "hj"], 8)
