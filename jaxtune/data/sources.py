@@ -61,13 +61,13 @@ def find_sources(text: str | Path, *, revision: str | None = None) -> list[Sourc
     whole = str(text)
     if not whole.strip():
         raise JaxtuneError("no data: set data.train to a JSONL file or a data set's hub id")
-    entries = [whole] if _exists(whole) else whole.split(",")
+    entries = [whole] if exists(whole) else whole.split(",")
     return [_find(entry.strip(), revision) for entry in entries if entry.strip()]
 
 
 def _find(entry: str, revision: str | None) -> Source:
     name, weight = entry, 1.0
-    if (match := _WEIGHTED.fullmatch(entry)) and not _exists(entry):
+    if (match := _WEIGHTED.fullmatch(entry)) and not exists(entry):
         name, weight = match["name"], float(match["weight"])
         if weight <= 0:
             raise JaxtuneError(f"{entry}: a weight is above 0; leave the entry out instead")
@@ -100,7 +100,8 @@ def _find(entry: str, revision: str | None) -> Source:
     )
 
 
-def _exists(name: str) -> bool:
+def exists(name: str) -> bool:
+    """Returns whether a file or directory has this name, whatever characters are in it."""
     try:
         return Path(name).expanduser().exists()
     # Too long for a name, a zero byte in it, no home directory of that user.

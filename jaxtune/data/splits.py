@@ -11,6 +11,7 @@ import numpy as np
 from jaxtune.data.encode import Problem, settings_from
 from jaxtune.data.examples import Examples, join
 from jaxtune.data.load import default_cache, load_examples
+from jaxtune.data.sources import exists
 from jaxtune.errors import JaxtuneError
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ def eval_sets(text: str) -> dict[str, str]:
     """
     if not text:
         return {}
-    if not re.match(r"\w+=", text):
+    if not re.match(r"\w+=", text) or exists(text):
         return {"": text}
     sets: dict[str, str] = {}
     for entry in text.split(","):

@@ -6,7 +6,7 @@ that token is to be learnt and `IGNORE` elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -70,9 +70,10 @@ def tokenize_batch(
         texts = [_without_tail(text, tokenizer.eos_token) for text in texts]
     encodings = backend.encode_batch(list(texts), add_special_tokens=complete)
     single, found = _single(tokenizer, backend), []
+    added = {} if complete else tokenizer.added_tokens_decoder
     for text, encoding, marked in zip(texts, encodings, spans, strict=True):
         ranges = [_token_range(encoding, span) for span in marked]
-        if not complete and (end := _double_end(tokenizer, encoding.ids, ranges)):
+        if end := _double_end(added, encoding.ids, ranges):
             text, marked = _ended_once(text, marked, end)
             encoding = backend.encode(text, add_special_tokens=False)
             ranges = [_token_range(encoding, span) for span in marked]
@@ -141,8 +142,11 @@ def _whole_texts(tokenizer: PreTrainedTokenizerBase) -> Any:
 
 def _single(tokenizer: PreTrainedTokenizerBase, backend: Any) -> set[int]:
     """Returns the ids of which a run counts as one: BOS, EOS and what the tokenizer adds."""
+    empty = backend.encode("")
+    marks = zip(empty.ids, empty.special_tokens_mask, strict=True)
+    by_itself = [token for token, mark in marks if mark]
     named = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    return {*backend.encode("").ids, *(token for token in named if isinstance(token, int))}
+    return {*by_itself, *(token for token in named if isinstance(token, int))}
 
 
 def _without_tail(text: str, end: object) -> str:
@@ -152,13 +156,13 @@ def _without_tail(text: str, end: object) -> str:
 
 
 def _double_end(
-    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], ranges: Sequence[tuple[int, int]]
+    added: Mapping[int, Any], ids: Sequence[int], ranges: Sequence[tuple[int, int]]
 ) -> str:
-    """Returns the token that ends a range of tokens and is in it before, or an empty string."""
+    """Returns the added token that ends a range and is in it before, or an empty string."""
     for first, stop in ranges:
-        end = ids[stop - 1] if stop else None
-        if end in ids[first : stop - 1] and end in tokenizer.added_tokens_decoder:
-            return tokenizer.added_tokens_decoder[end].content
+        end = ids[stop - 1] if stop else -1
+        if end in added and end in ids[first : stop - 1]:
+            return str(added[end])
     return ""
 
 

@@ -20,6 +20,12 @@ def test_sets_have_names_or_there_is_one():
             eval_sets(text)
 
 
+def test_a_file_with_an_equals_sign_in_its_name_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "law=a.jsonl").touch()
+    assert eval_sets("law=a.jsonl") == {"": "law=a.jsonl"}
+
+
 def test_a_question_is_all_before_the_last_answer():
     ignore = -100
     from jaxtune.data import Examples
