@@ -92,7 +92,15 @@ class DataReader:
         if not training and any(part.weight != 1 for part in examples.parts):
             raise JaxtuneError(f"data.eval={path}: held-out data takes no weights: leave out the @")
         _log(path, examples)
-        if beyond := self._beyond(examples):
+        self._compare_positions(path, examples, training)
+        return examples
+
+    def _compare_positions(self, path: str, examples: Examples, training: bool) -> None:
+        """Warns of more positions than the model's config has."""
+        limit, max_length = self._max_positions, self._section.max_length
+        if limit is None or max_length <= limit:
+            return
+        if beyond := int((examples.lengths > limit).sum()):
             logger.warning(
                 "%s: %d of %d examples, the longest of %d tokens, are longer than the model's "
                 "max_position_embeddings=%d: it has not learned such positions",
@@ -100,14 +108,14 @@ class DataReader:
                 beyond,
                 len(examples),
                 examples.lengths.max(),
-                self._max_positions,
+                limit,
             )
-        return examples
-
-    def _beyond(self, examples: Examples) -> int:
-        """Returns how many examples have more tokens than the model's config has positions."""
-        limit = self._max_positions
-        return 0 if limit is None else int((examples.lengths > limit).sum())
+        elif training:
+            logger.warning(
+                "data.max_length=%d is more than the model's max_position_embeddings=%d",
+                max_length,
+                limit,
+            )
 
     def splits(self) -> Splits:
         """Loads what is trained on and what is held out.
@@ -122,13 +130,6 @@ class DataReader:
         if section.eval and section.eval_split:
             raise JaxtuneError("data.eval and data.eval_split both hold examples out: choose one")
         train = self.read(section.train, training=True)
-        limit = self._max_positions
-        if limit is not None and section.max_length > limit and not self._beyond(train):
-            logger.warning(
-                "data.max_length=%d is more than the model's max_position_embeddings=%d",
-                section.max_length,
-                limit,
-            )
         if section.eval_split:
             return hold_out(train, section.eval_split)
         sets = self.read_sets(section.eval)
