@@ -124,25 +124,23 @@ def _unknown(path: Path) -> Iterator[Record]:
 
 @_reading
 def _text(path: Path) -> Iterator[Record]:
-    """Reads each line as a text, as `datasets` does."""
+    """Reads each line as a text, as `datasets` does; blank ones are left out."""
     place = f"{path}:"
     for index, (number, line) in enumerate(_lines(path)):
         content: dict[str, Any] | JaxtuneError
-        try:
-            if isinstance(line, JaxtuneError):
-                raise line
-            if index == 0 and line.startswith(b"{") and _is_object(line):
-                raise _WrongKind(f"{path}: holds lines of JSON and not of text: name it .jsonl")
-            content = _checked({"text": decode(line, f"{place}{number}")}, f"{place}{number}")
-        except _WrongKind:
-            raise
-        except JaxtuneError as error:
-            content = error
+        if isinstance(line, JaxtuneError):
+            content = line
+        elif index == 0 and line.startswith(b"{") and _is_object(line):
+            raise JaxtuneError(f"{path}: holds lines of JSON and not of text: name it .jsonl")
+        else:
+            try:
+                text = decode(line, f"{place}{number}")
+                if not text.strip():  # such as an ideographic space
+                    continue
+                content = _checked({"text": text}, f"{place}{number}")
+            except JaxtuneError as error:
+                content = error
         yield Record(place, number, content)
-
-
-class _WrongKind(JaxtuneError):
-    """A file that is of another kind than its name says."""
 
 
 def _is_object(text: bytes) -> bool:
@@ -194,7 +192,7 @@ def _separated(path: Path, delimiter: str) -> Iterator[Record]:
             if len(columns) == 1 and (others := set(",;\t|") - {delimiter}) & set(columns[0]):
                 found = next(other for other in columns[0] if other in others)
                 raise JaxtuneError(
-                    f"{path}: a single column, {json.dumps(columns[0], ensure_ascii=False)}: its "
+                    f"{path}: a single column, {_quoted(columns[0])}: its "
                     f"fields are separated by {found!r}, not by {delimiter!r}"
                 )
             for values in rows:
@@ -303,7 +301,12 @@ def _check_columns(names: Sequence[str], place: str) -> None:
         if not _is_text(name):
             raise JaxtuneError(f"{place}: the names of its columns are not UTF-8 text")
         if name and name in names[:index]:
-            raise JaxtuneError(f'{place}: the column "{name}" is there twice')
+            raise JaxtuneError(f"{place}: the column {_quoted(name)} is there twice")
+
+
+def _quoted(name: str) -> str:
+    """Returns a name as one line, in double quotes."""
+    return json.dumps(name, ensure_ascii=False)
 
 
 def _is_text(value: str) -> bool:

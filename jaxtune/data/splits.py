@@ -239,8 +239,9 @@ def _log(path: str, examples: Examples) -> None:
     if examples.merged:
         logger.warning(
             "%s: in %d of %d rows, such as %s, one token holds the end of the prompt and the "
-            "beginning of the answer; it is learnt, and a prompt alone ends in other tokens: end "
-            "prompts without white space and begin answers with it",
+            "beginning of the answer: it is learnt, and the prompt alone would end in other "
+            "tokens (put white space at the beginning of completions and not at the end of "
+            "prompts, and none at the beginning of answers in chats)",
             path,
             examples.merged,
             examples.rows_read,

@@ -63,7 +63,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f'key "{next(k for k in keys if keys.count(k) > 1)}" is there twice')
+        twice = json.dumps(next(k for k in keys if keys.count(k) > 1), ensure_ascii=False)
+        raise ValueError(f"key {twice} is there twice")
     return values
 
 

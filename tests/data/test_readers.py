@@ -46,6 +46,8 @@ BROKEN = [
     ("twice", "x.json", b'{\n"text": "a",\n"text": "b"\n}', r'x\.json: .*"text" is there twice'),
     ("twice", "x.csv", b"text,id,text\na,1,b\n", r'x\.csv: the column "text" is there twice'),
     ("twice", "x.tsv", b"text\tid\ttext\na\t1\tb\n", r'x\.tsv: the column "text" is there twice'),
+    ("twice", "x.csv", b'"a\nb","a\nb"\n1,2\n', r'x\.csv: the column "a\\nb" is there twice'),
+    ("twice", "x.json", b'[{"a\\nb": 1, "a\\nb": 2}]', r'x\.json: .*key "a\\nb" is there twice'),
     ("twice", "x.parquet", [("text", ["a"]), ("text", ["b"])], r'"text" is there twice'),
     ("nan", "x.jsonl", b'{"text": "a", "m": [NaN]}\n', r"x\.jsonl:1: .*NaN is not JSON"),
     ("nan", "x.json", b'[{"text": "a", "m": {"n": -Infinity}}]', r"x\.json: .*-Infinity is not"),
@@ -178,13 +180,13 @@ def test_an_object_over_several_lines_is_a_row(tmp_path):
 def test_each_line_of_a_text_file_is_a_row_as_in_datasets(tmp_path):
     datasets = pytest.importorskip("datasets")
     path = tmp_path / "x.txt"
-    path.write_bytes('first  \n\n\t第二 {\r\nlast, "quoted"'.encode())
+    path.write_bytes('first  \n\n\t第二 {\r\n\u3000\nlast, "quoted"'.encode())
     theirs = datasets.load_dataset(
         "text", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache")
     )["text"]
     rows = list(read_rows(path))
     assert [row.values for row in rows] == [{"text": text} for text in theirs if text.strip()]
-    assert [row.place for row in rows] == [f"{path}:{n}" for n in (1, 3, 4)]
+    assert [row.place for row in rows] == [f"{path}:{n}" for n in (1, 3, 5)]
 
 
 EMPTY = [("x.jsonl", b""), ("x.json", b"[]"), ("x.json", b"\n"), ("x.csv", b""), ("x.txt", b"\n")]
@@ -298,6 +300,14 @@ def test_a_directory_that_is_not_one_data_set_is_an_error(tmp_path, names, reaso
     with pytest.raises(JaxtuneError, match=reason) as caught:
         list(read_rows(directory))
     assert "\n" not in str(caught.value)
+
+
+def test_the_reason_of_a_data_set_that_cannot_be_made_is_told(tmp_path):
+    """`datasets` hides it behind "an error occurred while generating the dataset"."""
+    (tmp_path / "data" / "parts").mkdir(parents=True)
+    (tmp_path / "data" / "parts" / "train.jsonl").write_text('{"text": "a", "text": "b"}\n')
+    with pytest.raises(JaxtuneError, match=r"no data set: .*text.* twice"):
+        list(read_rows(tmp_path / "data"))
 
 
 def test_latest_is_not_the_name_of_a_split(tmp_path):
