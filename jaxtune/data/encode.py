@@ -136,11 +136,13 @@ class Chunk(NamedTuple):
       contents: uint64[examples], a hash of what the row says.
       files: the beginning of each example's place.
       numbers: the number in each example's place.
+      rows: the row of the chunk, from 0, that each example comes from.
       problems: rows that gave none.
       unread: keys that nothing reads.
       counts: of ``drop``, ``truncate`` (either end), ``windows`` and ``windowed`` (rows that gave
         windows).
       merged: places of rows in which a token joins the prompt's end and the answer's beginning.
+      read: how many rows the chunk has.
     """
 
     tokens: np.ndarray
@@ -149,10 +151,12 @@ class Chunk(NamedTuple):
     contents: list[int]
     files: list[str]
     numbers: list[int]
+    rows: list[int]
     problems: list[Problem]
     unread: set[str]
     counts: dict[str, int]
     merged: list[str]
+    read: int
 
 
 class _Encoded(NamedTuple):
@@ -187,19 +191,20 @@ class Encoder:
           form: that of their source; empty: unknown.
           first: the place of a row of that form.
         """
-        chunk = Chunk(np.zeros(0), np.zeros(0), [], [], [], [], [], set(), {}, [])
-        kept: list[tuple[Record, Sample]] = []
-        for record in records:
+        empty = np.zeros(0)
+        chunk = Chunk(empty, empty, [], [], [], [], [], [], set(), {}, [], len(records))
+        kept: list[tuple[int, Record, Sample]] = []
+        for index, record in enumerate(records):
             try:
                 row = parse(record)
-                kept.append((record, self._sample(row, form, first)))
+                kept.append((index, record, self._sample(row, form, first)))
                 chunk.unread.update(unread_keys(row, form))
             except JaxtuneError as error:
                 chunk.problems.append(Problem.of(record, error))
         tokens: list[np.ndarray] = []
         targets: list[np.ndarray] = []
-        samples = [sample for _, sample in kept]
-        for (record, sample), encoded in zip(kept, self._tokenize(samples), strict=True):
+        samples = [sample for _, _, sample in kept]
+        for (index, record, sample), encoded in zip(kept, self._tokenize(samples), strict=True):
             place = record.place
             try:
                 self._check_ids(encoded, place)
@@ -222,6 +227,7 @@ class Encoder:
                 chunk.contents.append(content)
                 chunk.files.append(record.file)
                 chunk.numbers.append(record.number)
+                chunk.rows.append(index)
         return chunk._replace(tokens=_joined(tokens), targets=_joined(targets))
 
     def _sample(self, row: Row, form: str, first: str) -> Sample:

@@ -119,6 +119,8 @@ class Examples:
       windowed: how many rows gave windows.
       merged: rows in which a token joins the end of the prompt and the beginning of the answer.
       merged_place: of the first of them.
+      rows: int64[examples], the row that each one comes from: its place, from 0, among all rows of
+        all sources, those included that gave no example. None: each example is a row.
     """
 
     tokens: Sequence[np.ndarray]
@@ -136,6 +138,7 @@ class Examples:
     windowed: int = 0
     merged: int = 0
     merged_place: str = ""
+    rows: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -158,16 +161,22 @@ class Examples:
         chunks = [self.targets.flat] if isinstance(self.targets, Ragged) else self.targets
         return sum(int(np.count_nonzero(targets != IGNORE)) for targets in chunks)
 
+    @functools.cached_property
+    def row_of_example(self) -> np.ndarray:
+        """The row that each example comes from, int64[examples]; windows of a row share it."""
+        return np.arange(len(self)) if self.rows is None else self.rows
+
+    @functools.cached_property
+    def row_count(self) -> int:
+        """Rows that the examples come from."""
+        return len(np.unique(self.row_of_example))
+
     @property
     def duplicates(self) -> int:
         """Rows that say what an earlier row says."""
         if self.contents is None:
             return 0
-        _, inverse, counts = np.unique(self.contents, return_inverse=True, return_counts=True)
-        repeated = np.flatnonzero(counts[inverse] > 1)
-        # The windows of one long row have its place, and are no duplicates of one another.
-        rows = {(self.places[i], int(self.contents[i])) for i in repeated.tolist()}
-        return len(rows) - len({content for _, content in rows})
+        return self.row_count - len(np.unique(self.contents))
 
     def fingerprint(self) -> str:
         """Returns the SHA-256, in hexadecimal, of all tokens and targets in order."""
@@ -198,6 +207,7 @@ class Examples:
             places=Selected(self.places, chosen),
             parts=tuple(part for part in parts if part.count),
             contents=None if self.contents is None else self.contents[chosen],
+            rows=self.row_of_example[chosen],
         )
 
 
@@ -206,6 +216,10 @@ def join(sets: Sequence[Examples]) -> Examples:
     if len(sets) == 1:
         return sets[0]
     contents = [each.contents for each in sets if each.contents is not None]
+    rows, start = [], 0
+    for each in sets:
+        rows.append(each.row_of_example + start)
+        start += int(each.row_of_example.max(initial=-1)) + 1
     return Examples(
         tokens=[tokens for each in sets for tokens in each.tokens],
         targets=[targets for each in sets for targets in each.targets],
@@ -224,6 +238,7 @@ def join(sets: Sequence[Examples]) -> Examples:
         windowed=sum(each.windowed for each in sets),
         merged=sum(each.merged for each in sets),
         merged_place=next((each.merged_place for each in sets if each.merged), ""),
+        rows=np.concatenate(rows),
     )
 
 
@@ -243,7 +258,7 @@ class Writer:
         Args:
           tokens: int32[total], of all of them.
           targets: int32[total].
-          columns: by example [n]: ``lengths``, ``contents``, ``file_ids``, ``numbers``.
+          columns: by example [n]: ``lengths``, ``contents``, ``file_ids``, ``numbers``, ``rows``.
 
         Raises:
           JaxtuneError: the disk is full.
@@ -275,7 +290,7 @@ def open_examples(directory: Path, weights: Sequence[float]) -> Examples:
     """
     meta = json.loads((directory / META).read_text(encoding="utf-8"))
     with np.load(directory / INDEX) as index:
-        lengths, contents = index["lengths"], index["contents"]
+        lengths, contents, rows = index["lengths"], index["contents"], index["rows"]
         places = Places(meta["files"], index["file_ids"], index["numbers"])
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     flat = {
@@ -297,4 +312,5 @@ def open_examples(directory: Path, weights: Sequence[float]) -> Examples:
         contents=contents,
         special=tuple(meta["special"]),
         **{name: meta[name] for name in ("rows_read", "windowed", "merged", "merged_place")},
+        rows=rows,
     )

@@ -13,19 +13,17 @@ import multiprocessing
 import os
 import shutil
 import tempfile
-import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jaxtune.data.encode import Chunk, Encoder, Problem, Settings
 from jaxtune.data.examples import META, Examples, Writer, open_examples
 from jaxtune.data.files import Record
+from jaxtune.data.progress import LateBar
 from jaxtune.data.sources import Source, find_sources
 from jaxtune.errors import JaxtuneError
 
@@ -36,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 # Goes up with every change of what rows become, so that older files are not used.
 CACHE_VERSION = 2
-_SECONDS_BEFORE_PROGRESS = 2.0
 _CHUNK_ROWS, _CHUNK_BYTES = 128, 2**20
 _Chunks = Iterator[tuple[list[Record], str, str]]
 
@@ -152,14 +149,14 @@ class _Build:
 
     def run(self, directory: Path, workers: int) -> None:
         """Writes the examples of all sources into a directory."""
-        writer, parts = Writer(directory), []
+        writer, parts, read = Writer(directory), [], 0
         with _encoding(self._encoder, workers) as encode:
             for source in self._sources:
-                records = self._counted(self._shown(source.records(), source.name))
-                chunks, found = _chunks(records, self._encoder)
+                chunks, found = _chunks(self._shown(source.records(), source.name), self._encoder)
                 count = 0
                 for chunk in encode(chunks):
-                    count += self._add(chunk, writer)
+                    count += self._add(chunk, writer, read)
+                    read += chunk.read
                 form = found[0][0] if found else ""
                 parts.append((source.name, form, count))
                 if count:
@@ -176,7 +173,7 @@ class _Build:
                 "truncated": self._counts["truncate"],
                 "windows": self._counts["windows"],
                 "windowed": self._counts["windowed"],
-                "rows_read": self._counts["rows_read"],
+                "rows_read": read,
                 "merged": self._counts["merged"],
                 "merged_place": self._merged_place,
                 "unread": sorted(self._unread),
@@ -185,7 +182,8 @@ class _Build:
             }
         )
 
-    def _add(self, chunk: Chunk, writer: Writer) -> int:
+    def _add(self, chunk: Chunk, writer: Writer, read: int) -> int:
+        """Writes the examples of a chunk that follows `read` rows; returns how many there are."""
         for problem in chunk.problems:
             self._meet(problem)
         self._counts.update(chunk.counts)
@@ -200,6 +198,7 @@ class _Build:
             contents=np.array(chunk.contents, np.uint64),
             file_ids=np.array(ids, np.int32),
             numbers=np.array(chunk.numbers, np.int64),
+            rows=np.array(chunk.rows, np.int64) + read,
         )
         return len(chunk.lengths)
 
@@ -228,31 +227,11 @@ class _Build:
             why = f": all {rejected.total()} rows are bad, such as: {next(iter(rejected))}"
         raise JaxtuneError(f"{self._name}: no examples{why}")
 
-    def _counted(self, records: Iterator[Record]) -> Iterator[Record]:
-        for record in records:
-            self._counts["rows_read"] += 1
-            yield record
-
     def _shown(self, records: Iterator[Record], name: str) -> Iterator[Record]:
         """Passes rows on; counts them on a terminal once that takes long."""
-        console = Console(stderr=True)
-        if not (self._progress and console.is_terminal):
-            yield from records
-            return
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed:,} rows"),
-            TimeElapsedColumn(),
-        )
-        begin, bar = time.monotonic(), Progress(*columns, console=console, transient=True)
-        with contextlib.ExitStack() as stack:
-            task, showing = bar.add_task(f"reading {name}", total=None), False
+        with LateBar(f"reading {name}", shown=self._progress) as bar:
             for record in records:
-                if not showing and time.monotonic() - begin > _SECONDS_BEFORE_PROGRESS:
-                    stack.enter_context(bar)
-                    showing = True
-                bar.advance(task)
+                bar.advance()
                 yield record
 
 
