@@ -21,7 +21,7 @@ from jaxtune.knobs import knobs
 from jaxtune.training import train as training
 from jaxtune.training.describe import Split, describe
 from jaxtune.training.evaluation import held_out_batches
-from jaxtune.training.length import measure_rates, total_steps
+from jaxtune.training.length import Timeline
 from jaxtune.training.setup import set_up
 
 # The keys that users' files and scripts rely on.
@@ -398,12 +398,11 @@ class Prepared:
         tokenizer = tokenizer or load_tokenizer(Path(os.environ["TOKENIZER"]))
         splits = training.data_reader(self.config, self.source, tokenizer).splits()
         examples, held_out = splits.train, splits.held_out
-        rates = measure_rates(
-            training.make_loader(self.config, examples, self.setup.reserved), len(examples)
-        )
+        loader = training.make_loader(self.config, examples, self.setup.reserved)
+        steps = Timeline(loader.order).total_steps(self.config.training)
         return describe(
-            self.setup.lasting(total_steps(self.config.training, rates)),
-            Split(examples, training.make_loader(self.config, examples, self.setup.reserved)),
+            self.setup.lasting(steps),
+            Split(examples, loader),
             Split(
                 held_out,
                 held_out_batches(self.config, held_out, self.setup.reserved),

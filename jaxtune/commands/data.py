@@ -12,10 +12,12 @@ from jaxtune.commands.arguments import add_config, choice
 from jaxtune.errors import JaxtuneError
 
 if TYPE_CHECKING:
-    from jaxtune.data import DataReader
+    from jaxtune.checkpoints.source import TensorSource
+    from jaxtune.data import DataReader, Examples
+    from jaxtune.training.length import Timeline
 
-SUMMARY = "Look at a run's data, or tokenize it ahead."
-_ACTIONS = ("inspect", "stats", "prepare")
+SUMMARY = "Look at a run's data and its order, or tokenize it ahead."
+_ACTIONS = ("inspect", "stats", "order", "prepare")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,8 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "action",
         type=choice(*_ACTIONS),
         metavar="ACTION",
-        help="inspect (examples with their targets), stats (numbers, and rows that are rejected) "
-        "or prepare (tokenize into the cache, which train uses)",
+        help="inspect (examples with their targets), stats (numbers, and rows that are rejected), "
+        "order (the rows of each step, as JSON lines) or prepare (tokenize into the cache, which "
+        "train uses)",
     )
     add_config(parser, required=True)
     parser.add_argument("--rows", type=int, default=3, metavar="N", help="inspect: how many")
@@ -51,18 +54,25 @@ def run(arguments: argparse.Namespace) -> None:
     from jaxtune.config import load_file, resolve
 
     config = resolve(load_file(arguments.config), arguments.overrides)
-    {"inspect": _inspect, "stats": _stats, "prepare": _prepare}[arguments.action](config, arguments)
+    actions = {"inspect": _inspect, "stats": _stats, "order": _order, "prepare": _prepare}
+    actions[arguments.action](config, arguments)
+
+
+def _source(config: Any) -> tuple[TensorSource, Any]:
+    """Returns the model's checkpoint and its tokenizer."""
+    from jaxtune.checkpoints import huggingface
+    from jaxtune.checkpoints.tokenizer import load_tokenizer
+
+    location = huggingface.resolve_path(config.model.path, config.model.revision)
+    return huggingface.open_source(location), load_tokenizer(location)
 
 
 def _reader(config: Any, **options: Any) -> tuple[DataReader, Any]:
     """Returns what reads the data, and the tokenizer."""
-    from jaxtune.checkpoints import huggingface
-    from jaxtune.checkpoints.tokenizer import load_tokenizer
     from jaxtune.training.train import data_reader
 
-    location = huggingface.resolve_path(config.model.path, config.model.revision)
-    tokenizer = load_tokenizer(location)
-    return data_reader(config, huggingface.open_source(location), tokenizer, **options), tokenizer
+    source, tokenizer = _source(config)
+    return data_reader(config, source, tokenizer, **options), tokenizer
 
 
 def _inspect(config: Any, arguments: argparse.Namespace) -> None:
@@ -84,12 +94,13 @@ def _inspect(config: Any, arguments: argparse.Namespace) -> None:
 
 def _stats(config: Any, arguments: argparse.Namespace) -> None:
     from jaxtune.data.report import count_overlap, render_statistics, statistics
-    from jaxtune.data.splits import Splits, hold_out
-    from jaxtune.training.evaluation import held_out_batches
-    from jaxtune.training.train import make_loader
+    from jaxtune.data.splits import Splits, hold_out, without_overlap
+    from jaxtune.training.evaluation import held_out_order
+    from jaxtune.training.train import data_reader
 
     problems: list[Any] = []
-    reader, _ = _reader(config, problems=problems)
+    source, tokenizer = _source(config)
+    reader = data_reader(config, source, tokenizer, problems=problems)
     # Not `splits`, which refuses rows that are on both sides: they are counted here.
     train, bad = reader.read(config.data.train, training=True), len(problems)
     if config.data.eval_split:
@@ -97,15 +108,47 @@ def _stats(config: Any, arguments: argparse.Namespace) -> None:
     else:
         splits = Splits(train, reader.read_sets(config.data.eval))
     train, held_out = splits.train, splits.held_out
-    numbers = {"train": statistics(train, problems[:bad], make_loader(config, train))}
+    shown = train
+    if held_out is not None and config.data.overlap == "drop":
+        shown = without_overlap(train, held_out, config.data.overlap)
+    timeline = _timeline(config, shown, source)
+    numbers = {"train": statistics(train, problems[:bad], timeline.order)}
+    steps = timeline.total_steps(config.training)
+    numbers["train"]["run"] = {"steps": steps, "text": timeline.describe(steps)}
     if held_out is not None:
         numbers["train"]["held_out_too"] = count_overlap(train, held_out)
-        batches = held_out_batches(config, held_out)
-        numbers["eval"] = statistics(held_out, problems[bad:], batches)
+        order = held_out_order(config, held_out)
+        numbers["eval"] = statistics(held_out, problems[bad:], order)
     if arguments.json:
         print(json.dumps(numbers, indent=2, ensure_ascii=False))
     else:
         print("\n\n".join(render_statistics(name, part) for name, part in numbers.items()))
+
+
+def _timeline(config: Any, train: Examples, source: TensorSource) -> Timeline:
+    from jaxtune.training.length import Timeline
+    from jaxtune.training.train import make_order, reserved_tokens
+
+    return Timeline(make_order(config, train, reserved_tokens(config, source.config)))
+
+
+def _order(config: Any, arguments: argparse.Namespace) -> None:
+    """Prints the rows of each step of the run."""
+    from jaxtune.training.train import data_reader
+
+    del arguments
+    source, tokenizer = _source(config)
+    train = data_reader(config, source, tokenizer).splits().train
+    timeline = _timeline(config, train, source)
+    steps, number, within = timeline.total_steps(config.training), 0, 0
+    for step in range(1, steps + 1):
+        plan = timeline.order.plan(number)
+        inside = plan.examples[plan.shown[within] : plan.shown[within + 1]]
+        rows = train.row_of_example[inside].tolist()
+        print(json.dumps({"step": step, "pass": number + 1, "rows": rows}))
+        within += 1
+        if within == plan.steps:
+            number, within = number + 1, 0
 
 
 def _prepare(config: Any, arguments: argparse.Namespace) -> None:

@@ -4,7 +4,8 @@ from jaxtune.data.encode import Settings, settings_from
 from jaxtune.data.examples import Examples, Part
 from jaxtune.data.formats import FORMATS, DataFormat
 from jaxtune.data.load import load_examples
-from jaxtune.data.loader import Batch, Loader, eval_batches
+from jaxtune.data.loader import Batch, Loader, eval_batches, eval_order
+from jaxtune.data.passes import DataOrder
 from jaxtune.data.read import Row, read_rows
 from jaxtune.data.splits import DataReader, Splits
 from jaxtune.data.template import ChatTemplate, encode_prompt
@@ -16,6 +17,7 @@ __all__ = [
     "Batch",
     "ChatTemplate",
     "DataFormat",
+    "DataOrder",
     "DataReader",
     "Examples",
     "Loader",
@@ -26,6 +28,7 @@ __all__ = [
     "Tokenized",
     "encode_prompt",
     "eval_batches",
+    "eval_order",
     "load_examples",
     "read_rows",
     "settings_from",

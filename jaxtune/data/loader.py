@@ -5,94 +5,20 @@ Legend: B rows of a batch, T tokens of a row.
 
 from __future__ import annotations
 
-import bisect
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeGuard
 
-import grain
 import numpy as np
 
-from jaxtune.data.examples import Examples, Part
+from jaxtune.data.examples import Examples
+from jaxtune.data.passes import OF_NOISE, DataOrder, Pass
 from jaxtune.data.tokens import IGNORE
 from jaxtune.errors import JaxtuneError
 
 Batch = dict[str, np.ndarray]
 
-# Rows that are filled at a time where the order is free. Over lengths drawn from a log-normal of
-# median 300 in rows of 1024, 8 leave 9 % of the row empty, 64 leave 4 %, 128 leave 3 %.
-_PACKING_ROWS = 64
-
-# Examples are in memory already: a thread would add nothing but a state that runs ahead.
-_NO_PREFETCH = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-
-
-def _check_lengths(examples: Examples, length: int) -> None:
-    if not len(examples):
-        raise JaxtuneError("no examples to make batches from")
-    longest = int(np.argmax(examples.lengths))
-    if (count := int(examples.lengths[longest])) > length:
-        place = examples.places[longest]
-        raise JaxtuneError(f"{place}: {count} tokens do not fit a row of {length}")
-
-
-class _Source(Sequence[Batch]):
-    """Examples, each with `reserved` tokens of no meaning at its head; made when asked for."""
-
-    def __init__(self, examples: Examples, reserved: int, start: int, stop: int):
-        self._examples, self._start, self._count = examples, start, stop - start
-        self._no_token = np.zeros(reserved, np.int32)
-        self._no_target = np.full(reserved, IGNORE, np.int32)
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: Any) -> Any:
-        tokens = self._examples.tokens[self._start + index]
-        targets = self._examples.targets[self._start + index]
-        return {
-            "tokens": np.concatenate([self._no_token, tokens]),
-            "targets": np.concatenate([self._no_target, targets]),
-        }
-
-
-def _source(examples: Examples, reserved: int) -> grain.MapDataset:
-    return grain.MapDataset.source(_Source(examples, reserved, 0, len(examples)))
-
-
-class _Mixture(grain.transforms.DatasetSelectionMap):
-    """Which example of which part stands where, by weight.
-
-    An epoch takes ``weight × count`` examples of each part. A part is an endless row of epochs of
-    its own, and the next epoch goes on where this one stopped: each example is shown as often as
-    any other of its part.
-    """
-
-    def __init__(self, parts: Sequence[Part]):
-        self._counts = [max(1, round(part.weight * part.count)) for part in parts]
-        self._ends = list(itertools.accumulate(self._counts))
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def __getitem__(self, index: int) -> tuple[int, int]:
-        epoch, place = divmod(index, len(self))
-        part = bisect.bisect_right(self._ends, place)
-        within = place - (self._ends[part - 1] if part else 0)
-        return part, epoch * self._counts[part] + within
-
-
-def _mixed(examples: Examples, reserved: int, order_seed: int | None) -> grain.MapDataset:
-    """Makes a data set whose epochs show each part as often as its weight says."""
-    starts = [0, *itertools.accumulate(part.count for part in examples.parts)]
-    parts = []
-    for index, (start, stop) in enumerate(itertools.pairwise(starts)):
-        part = grain.MapDataset.source(_Source(examples, reserved, start, stop))
-        if order_seed is not None:
-            seed = int(np.random.SeedSequence([order_seed, index]).generate_state(1)[0])
-            part = part.shuffle(seed)
-        parts.append(part)
-    return grain.MapDataset.select_from_datasets(parts, _Mixture(examples.parts))
+# Goes up with every change of the order that the same data and settings give.
+ORDER_VERSION = 2
 
 
 class _Masking:
@@ -100,71 +26,62 @@ class _Masking:
     2017, Data Noising as Smoothing in Neural Network Language Models. Targets stay."""
 
     def __init__(self, examples: Examples, share: float, seed: int):
-        self._share, self._special = share, np.array(examples.special, np.int32)
+        self._share, self._seed = share, seed
+        self._special = np.array(examples.special, np.int32)
         rng = np.random.default_rng(seed)
         drawn = np.concatenate([examples.tokens[i] for i in rng.integers(len(examples), size=1024)])
         self._pool = drawn[~np.isin(drawn, self._special)]
         if not len(self._pool):
             raise JaxtuneError("data.mask_tokens: the examples hold nothing but special tokens")
 
-    def __call__(self, example: Batch, rng: np.random.Generator) -> Batch:
-        tokens = example["tokens"]
+    def __call__(self, tokens: np.ndarray, number: int, place: int) -> np.ndarray:
+        """Returns int32[n] for an example of pass `number`; each place of a pass draws anew."""
+        key = np.random.SeedSequence(self._seed, spawn_key=(OF_NOISE, number, place))
+        rng = np.random.default_rng(key)
         others = self._pool[rng.integers(len(self._pool), size=len(tokens))]
         chosen = (rng.random(len(tokens)) < self._share) & ~np.isin(tokens, self._special)
-        return {**example, "tokens": np.where(chosen, others, tokens)}
+        return np.where(chosen, others, tokens)
 
 
-def _padded_row(example: Batch, length: int) -> Batch:
-    """Returns one example as a row, int32[T] each."""
-    count = len(example["tokens"])
-    row = _empty((length,))
-    row["tokens"][:count] = example["tokens"]
-    row["targets"][:count] = example["targets"]
-    row["segment_ids"][:count] = 1
-    row["positions"][:count] = np.arange(count)
-    return row
-
-
-def _empty(shape: tuple[int, ...]) -> Batch:
-    names = ("tokens", "segment_ids", "positions")
-    return {"targets": np.full(shape, IGNORE, np.int32)} | {
-        name: np.zeros(shape, np.int32) for name in names
-    }
-
-
-def _packed_row(row: Batch) -> Batch:
+def _batch(
+    examples: Examples, plan: Pass, step: int, length: int, reserved: int, masking: _Masking | None
+) -> Batch:
+    """Makes batch `step` of a pass; rows of T = `length` that the pass does not fill are empty."""
+    shape = (plan.batch_size, length)
+    tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
+    targets = np.full(shape, IGNORE, np.int32)
+    for row, inside in enumerate(plan.rows(step)):
+        start = 0
+        found = zip(plan.examples[inside].tolist(), plan.places[inside].tolist(), strict=True)
+        for segment, (example, place) in enumerate(found, 1):
+            ids = examples.tokens[example]
+            if masking is not None:
+                ids = masking(ids, plan.number, place)
+            text, stop = start + reserved, start + reserved + len(ids)
+            tokens[row, text:stop] = ids
+            targets[row, text:stop] = examples.targets[example]
+            segments[row, start:stop] = segment
+            positions[row, start:stop] = np.arange(stop - start)
+            start = stop
     return {
-        "tokens": row["tokens"],
-        "targets": row["targets"],
-        "segment_ids": row["tokens_segment_ids"],
-        "positions": row["tokens_positions"],
+        "tokens": tokens,
+        "targets": targets,
+        "segment_ids": segments,
+        "positions": positions,
     }
-
-
-def _rows(
-    dataset: grain.IterDataset, *, length: int, packing: bool, packing_rows: int, seed: int | None
-) -> grain.IterDataset:
-    """Turns a stream of examples into one of rows; a seed shuffles the rows filled together."""
-    if not packing:
-        return dataset.map(lambda example: _padded_row(example, length))
-    packed = grain.experimental.FirstFitPackIterDataset(
-        dataset,
-        length_struct={"tokens": length, "targets": length},
-        padding_struct={"tokens": 0, "targets": IGNORE},
-        num_packing_bins=packing_rows,
-        shuffle_bins=seed is not None,
-        seed=seed or 0,
-    )
-    return packed.map(_packed_row)
 
 
 class Loader:
-    """An endless iterator of batches.
+    """An endless iterator of batches: one pass over the data after the other.
 
     A batch is ``tokens``, ``targets``, ``segment_ids`` (0 is padding, examples count from 1 in each
     row) and ``positions`` (from 0 in each example), int32[B, T] each. Where a method puts virtual
-    tokens in front of examples, each has as many more at its head. Batches run on across the end
-    of an epoch. Packing places each example in the first row with room among those being filled.
+    tokens in front of examples, each has as many more at its head. A pass shows every example as
+    often as the weight of its part says, once by default, and ends with a batch that is filled up
+    with empty rows (segment 0, targets `IGNORE`).
+
+    Attributes:
+      order: of the examples.
     """
 
     def __init__(
@@ -182,22 +99,30 @@ class Loader:
         """Starts at the first batch.
 
         Args:
-          examples: one or more; an epoch shows each as often as the weight of its part says.
+          examples: one or more.
           batch_size: B.
           length: of a row without what is reserved for one example.
           packing: several examples to a row, rather than one.
-          shuffle: a new order in every epoch, a function of `seed` and the epoch alone; else
-            the order of the file, which packing keeps but for examples that fill gaps.
+          shuffle: a new order in every pass, a function of `seed` and the pass alone; else the
+            order of the file, which packing keeps but for examples that fill gaps.
           seed: any integer from 0.
           reserved: tokens at the head of each example that a method fills; T is `length` and these.
-          mask_tokens: share of tokens that are replaced, anew in every epoch; never special ones.
+          mask_tokens: share of tokens that are replaced, anew in every pass; never special ones.
 
         Raises:
           JaxtuneError: no examples, or one that is longer than a row.
         """
-        _check_lengths(examples, length)
-        weights = [part.weight for part in examples.parts]
-        weighted = any(weight != 1 for weight in weights)
+        self.order = DataOrder(
+            examples,
+            batch_size=batch_size,
+            length=length,
+            packing=packing,
+            shuffle=shuffle,
+            seed=seed,
+            reserved=reserved,
+        )
+        self._examples, self._reserved, self._length = examples, reserved, length + reserved
+        self._masking = _Masking(examples, mask_tokens, seed) if mask_tokens else None
         self._made_from = {
             "data": examples.fingerprint(),
             "batch_size": batch_size,
@@ -207,55 +132,51 @@ class Loader:
             "seed": seed,
             "reserved": reserved,
         }
+        weights = [part.weight for part in examples.parts]
         self._made_from |= {"mask_tokens": mask_tokens} if mask_tokens else {}
-        self._made_from |= {"weights": weights} if weighted else {}
-        length += reserved
-        packing_rows, order_seed = batch_size, None
-        if shuffle:
-            # Grain orders epoch e by seed + e: spread the seeds, or 0 and 1 would share epochs.
-            order_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-            # No more rows than an epoch fills, or the copies of an example would share rows.
-            epoch_rows = (examples.token_count + reserved * len(examples)) // length
-            packing_rows = max(batch_size, min(_PACKING_ROWS, epoch_rows))
-        dataset = (
-            _mixed(examples, reserved, order_seed) if weighted else _source(examples, reserved)
-        )
-        if order_seed is not None:
-            dataset = dataset.shuffle(order_seed)
-        dataset = dataset.repeat()
-        if mask_tokens:
-            # By the place in the endless stream, so that each epoch draws anew.
-            dataset = dataset.random_map(_Masking(examples, mask_tokens, seed), seed=seed % 2**32)
-        rows = _rows(
-            dataset.to_iter_dataset(_NO_PREFETCH),
-            length=length,
-            packing=packing,
-            packing_rows=packing_rows,
-            seed=order_seed,
-        )
-        self._batches = iter(rows.batch(batch_size, drop_remainder=True))
+        self._made_from |= {"weights": weights} if any(w != 1 for w in weights) else {}
+        self._pass = self._step = 0  # of the next batch
 
     def __iter__(self) -> Loader:
         return self
 
     def __next__(self) -> Batch:
-        return next(self._batches)
+        plan = self.order.plan(self._pass)
+        batch = _batch(
+            self._examples, plan, self._step, self._length, self._reserved, self._masking
+        )
+        self._step += 1
+        if self._step == plan.steps:
+            self._pass, self._step = self._pass + 1, 0
+        return batch
+
+    @property
+    def rows(self) -> int:
+        """Examples in the batches handed out so far."""
+        shown = int(self.order.plan(self._pass).shown[self._step]) if self._step else 0
+        return self._pass * self.order.rows_per_pass + shown
 
     def state(self) -> dict[str, Any]:
-        """Returns where the stream stands after the batches handed out, fit for JSON."""
-        return {"made_from": dict(self._made_from), "iterator": self._batches.get_state()}
+        """Returns the position after the batches handed out, fit for JSON."""
+        return {
+            "order": ORDER_VERSION,
+            "made_from": dict(self._made_from),
+            "pass": self._pass,
+            "step": self._step,
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes to where the stream stood when `state` was taken; what follows is bitwise the same.
+        """Goes to the position of `state`; what follows is bitwise the same.
 
         Args:
           state: what `state` returned, perhaps from a file.
 
         Raises:
-          JaxtuneError: the state belongs to other data or settings; the message names them.
+          JaxtuneError: the state belongs to other data or settings; the message names them. Or it
+            was written by a version that ordered the same data differently.
         """
         saved = state.get("made_from")
-        if not isinstance(saved, Mapping) or "iterator" not in state:
+        if not isinstance(saved, Mapping):
             raise JaxtuneError("the saved position in the data is damaged")
         changed = [
             f"{key} was {_short(saved.get(key))} and is {_short(self._made_from.get(key))}"
@@ -267,10 +188,22 @@ class Loader:
                 f"cannot go on in the order of the data: {'; '.join(changed)}: "
                 "put that back, or start a new run"
             )
-        try:
-            self._batches.set_state(state["iterator"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise JaxtuneError(f"the saved position in the data is damaged: {error}") from error
+        if state.get("order") != ORDER_VERSION:
+            raise JaxtuneError(
+                "the checkpoint was written by another version of jaxtune, which orders the data "
+                "differently: resume it with that version, or start a new run with "
+                "adapter.init_from=RUN/adapter/last"
+            )
+        number, step = state.get("pass"), state.get("step")
+        if not (_counts(number) and _counts(step) and step < self.order.plan(number).steps):
+            raise JaxtuneError(
+                f"the saved position in the data is damaged: pass {number!r}, step {step!r}"
+            )
+        self._pass, self._step = number, step
+
+
+def _counts(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _short(value: Any) -> str:
@@ -295,19 +228,26 @@ def eval_batches(
     Raises:
       JaxtuneError: no examples, or one that is longer than a row.
     """
-    _check_lengths(examples, length)
-    rows = _rows(
-        _source(examples, reserved).to_iter_dataset(_NO_PREFETCH),
-        length=length + reserved,
-        packing=packing,
-        packing_rows=batch_size,
-        seed=None,
+    order = eval_order(
+        examples, batch_size=batch_size, length=length, packing=packing, reserved=reserved
     )
-    return (_filled(batch, batch_size) for batch in rows.batch(batch_size, drop_remainder=False))
+    plan = order.plan(0)
+    return (
+        _batch(examples, plan, step, length + reserved, reserved, None)
+        for step in range(plan.steps)
+    )
 
 
-def _filled(batch: Batch, batch_size: int) -> Batch:
-    """Adds empty rows up to `batch_size`."""
-    count, length = batch["tokens"].shape
-    empty = _empty((batch_size - count, length))
-    return {name: np.concatenate([value, empty[name]]) for name, value in batch.items()}
+def eval_order(
+    examples: Examples, *, batch_size: int, length: int, packing: bool, reserved: int = 0
+) -> DataOrder:
+    """Returns the order of `eval_batches`, which is pass 0 of it."""
+    return DataOrder(
+        examples,
+        batch_size=batch_size,
+        length=length,
+        packing=packing,
+        shuffle=False,
+        seed=0,
+        reserved=reserved,
+    )

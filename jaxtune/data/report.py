@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,27 +13,25 @@ from rich.text import Text
 
 from jaxtune.data.encode import Problem
 from jaxtune.data.examples import Examples
+from jaxtune.data.passes import DataOrder
 from jaxtune.data.tokens import IGNORE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BARS, _BAR_WIDTH = 10, 40
-_BATCHES = 64  # whose filling is measured at most
 LEARNT, GIVEN = "bold green", "dim"
 
 
 def statistics(
-    examples: Examples,
-    problems: Sequence[Problem] = (),
-    batches: Iterator[Mapping[str, np.ndarray]] | None = None,
+    examples: Examples, problems: Sequence[Problem] = (), order: DataOrder | None = None
 ) -> dict[str, Any]:
     """Returns the numbers of a data set, fit for JSON.
 
     Args:
       examples: one or more.
       problems: its rows that give no example.
-      batches: int32[B, T] arrays by name, as the loader gives them, to measure how full they are.
+      order: in which they are shown, for what a pass is and how full its rows are.
     """
     lengths = examples.lengths
     low, middle, high = np.percentile(lengths, [5, 50, 95])
@@ -47,6 +45,7 @@ def statistics(
     numbers: dict[str, Any] = {
         "sources": [part._asdict() for part in examples.parts],
         "rows_read": examples.rows_read,
+        "rows": examples.row_count,
         "examples": len(examples),
         "tokens": examples.token_count,
         "targets": examples.target_count,
@@ -67,25 +66,15 @@ def statistics(
         "unread": list(examples.unread),
         "rejected": reasons,
     }
-    if batches is not None:
-        numbers["packing_efficiency"] = packing_efficiency(batches, examples.token_count)
+    if order is not None:
+        plan = order.plan(0)
+        numbers["pass"] = {
+            "rows": order.rows_per_pass,
+            "steps": plan.steps,
+            "tokens": int(plan.tokens[-1]),
+        }
+        numbers["packing_efficiency"] = order.filled(plan)
     return numbers
-
-
-def packing_efficiency(batches: Iterator[Mapping[str, np.ndarray]], tokens: int) -> float:
-    """Returns the share of positions that hold a token, over an epoch or its first batches.
-
-    Args:
-      batches: int32[B, T] arrays by name.
-      tokens: of an epoch.
-    """
-    filled = positions = 0
-    for batch in itertools.islice(batches, _BATCHES):
-        filled += int(np.count_nonzero(batch["segment_ids"]))
-        positions += batch["segment_ids"].size
-        if filled >= tokens:
-            break
-    return filled / positions
 
 
 def _histogram(lengths: np.ndarray) -> list[dict[str, int]]:
@@ -104,11 +93,16 @@ def render_statistics(name: str, numbers: Mapping[str, Any]) -> str:
         lines.append(f"  {source['name']}: {source['count']:,} of {source['form']}{weight}")
     share = numbers["targets"] / numbers["tokens"]
     lines.append(f"  rows read     {numbers['rows_read']:>12,}")
+    lines.append(f"  rows          {numbers['rows']:>12,}")
     lines.append(f"  examples      {numbers['examples']:>12,}")
     lines.append(f"  tokens        {numbers['tokens']:>12,}")
     lines.append(f"  targets       {numbers['targets']:>12,}  ({share:.1%} of the tokens)")
     if "packing_efficiency" in numbers:
-        lines.append(f"  rows filled   {numbers['packing_efficiency']:>12.1%}")
+        shown = numbers["pass"]
+        lines.append(f"  a pass        {shown['rows']:>12,} in {shown['steps']:,} batches")
+        lines.append(f"  batches filled{numbers['packing_efficiency']:>12.1%}")
+    if "run" in numbers:
+        lines.append(f"  the run       {numbers['run']['text']}")
     for key in ("duplicates", "dropped", "truncated", "windows", "windowed", "merged"):
         lines.append(f"  {key:<14}{numbers[key]:>12,}")
     if "held_out_too" in numbers:

@@ -134,7 +134,7 @@ class DataReader:
             return hold_out(train, section.eval_split)
         sets = self.read_sets(section.eval)
         for held_out in sets.values():
-            train = _without_overlap(train, held_out, section.overlap)
+            train = without_overlap(train, held_out, section.overlap)
         return Splits(train, sets)
 
     def read_sets(self, text: str) -> dict[str, Examples]:
@@ -197,8 +197,17 @@ def hold_out(examples: Examples, amount: float) -> Splits:
     return Splits(train, {"": held_out})
 
 
-def _without_overlap(train: Examples, held_out: Examples, overlap: str) -> Examples:
-    """Returns what may be trained on."""
+def without_overlap(train: Examples, held_out: Examples, overlap: str) -> Examples:
+    """Returns what may be trained on.
+
+    Args:
+      train: with contents.
+      held_out: with contents.
+      overlap: what becomes of examples that are in both: ``error``, ``drop`` or ``keep``.
+
+    Raises:
+      JaxtuneError: such an example is an error, or nothing else is left.
+    """
     assert train.contents is not None and held_out.contents is not None
     shared = np.isin(train.contents, held_out.contents)
     count = int(shared.sum())

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtune.data import Examples, eval_batches
+from jaxtune.data import DataOrder, Examples, eval_batches, eval_order
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.bits import as_bits
 from jaxtune.layers.tree import Tree
@@ -23,13 +23,20 @@ def held_out_batches(
     config: Any, examples: Examples, reserved: int = 0
 ) -> Iterator[Mapping[str, Any]]:
     """Returns the batches of one evaluation."""
-    return eval_batches(
-        examples,
-        batch_size=config.evaluation.batch_size,
-        length=config.data.max_length,
-        packing=config.data.packing,
-        reserved=reserved,
-    )
+    return eval_batches(examples, **_batch_settings(config), reserved=reserved)
+
+
+def held_out_order(config: Any, examples: Examples) -> DataOrder:
+    """Returns the order of the batches of one evaluation."""
+    return eval_order(examples, **_batch_settings(config))
+
+
+def _batch_settings(config: Any) -> dict[str, Any]:
+    return {
+        "batch_size": config.evaluation.batch_size,
+        "length": config.data.max_length,
+        "packing": config.data.packing,
+    }
 
 
 def bind_evaluation(

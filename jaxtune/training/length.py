@@ -2,105 +2,165 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 import time
-from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
-
+from jaxtune.data.passes import DataOrder
+from jaxtune.data.progress import LateBar
 from jaxtune.intervals import parse_interval
 from jaxtune.parallel.processes import agree
 
-_BATCHES = 256  # that a long epoch is measured by
-_INTERVALS = ("checkpoint", "evaluation", "logging")
+# What is planned ahead only to be mentioned: a second or two. A pass costs as much as planning a
+# few hundred of its examples, however short it is.
+_AHEAD, _PASS = 5_000_000, 200
 
 
-class Rates(NamedTuple):
-    """How the data fill the updates of a run.
+class Shown(NamedTuple):
+    """What a run has shown after a step.
 
     Attributes:
-      steps_per_epoch: updates that see as many examples as there are.
-      tokens_per_step: tokens of a batch on average, padding not counted.
+      passes: over the data: a whole number at the end of a pass, and between two of them the share
+        of steps that are done.
+      rows: examples; one that was shown twice counts twice.
+      tokens: of these, padding not counted.
     """
 
-    steps_per_epoch: float
-    tokens_per_step: float
+    passes: float
+    rows: int
+    tokens: int
 
 
-def needs_rates(config: Any) -> bool:
-    """Says whether a config counts anything in epochs or tokens."""
-    intervals = (parse_interval(f"{name}.every", config[name].every) for name in _INTERVALS)
-    counted = any(interval.unit in ("epochs", "tokens") for interval in intervals)
-    return bool(counted or config.training.epochs or config.training.tokens)
+class Timeline:
+    """What a run shows step by step, exactly: passes are planned when a step in them is asked for.
 
-
-def measure_rates(batches: Iterator[Mapping[str, np.ndarray]], examples: int) -> Rates:
-    """Measures the stream that a run is going to see, from its beginning.
-
-    Args:
-      batches: a fresh stream of int[rows, T] arrays, ``segment_ids`` among them. It is a function
-        of data, config and seed, so that a run that goes on finds the same rates.
-      examples: how many there are. After one pass, or 256 batches of a longer one, the rest is
-        taken to be alike.
+    It follows from the lengths of the examples, so no batch is made.
     """
-    drawn = tokens = steps = 0
-    for batch in batches:
-        segments = batch["segment_ids"]
-        drawn += int(segments.max(axis=1).sum())  # they count from 1 in each row
-        tokens += int(np.count_nonzero(segments))
-        steps += 1
-        if drawn >= examples or steps == _BATCHES:
-            break
-    return Rates(examples * steps / drawn, tokens / steps)
+
+    def __init__(self, order: DataOrder):
+        """Plans nothing yet."""
+        self.order = order
+        self._ends, self._tokens = [0], [0]  # steps and tokens before each pass
+
+    def extend(self, bar: LateBar | None = None) -> None:
+        """Plans one more pass."""
+        number = len(self._ends) - 1
+        plan = self.order.plan(number, None if bar is None else bar.advance)
+        self._ends.append(self._ends[-1] + plan.steps)
+        self._tokens.append(self._tokens[-1] + int(plan.tokens[-1]))
+
+    def after(self, step: int) -> Shown:
+        """Returns what has been shown after `step` steps."""
+        while self._ends[-1] < step:
+            self.extend()
+        number = bisect.bisect_left(self._ends, step)
+        rows = self.order.rows_per_pass
+        if self._ends[number] == step:
+            return Shown(number, number * rows, self._tokens[number])
+        number -= 1
+        plan, within = self.order.plan(number), step - self._ends[number]
+        return Shown(
+            number + within / plan.steps,
+            number * rows + int(plan.shown[within]),
+            self._tokens[number] + int(plan.tokens[within]),
+        )
+
+    def total_steps(self, training: Any) -> int:
+        """Returns the steps of a run, at least one where it is not given in steps.
+
+        Args:
+          training: the ``training`` section. A part of a pass is rounded up to steps of that pass,
+            and tokens to the step that reaches them.
+        """
+        if training.epochs:
+            return self._steps_of_passes(training.epochs)
+        if training.tokens:
+            return self._steps_of_tokens(training.tokens)
+        return training.steps
+
+    def _steps_of_passes(self, epochs: float) -> int:
+        whole = math.floor(epochs + 1e-9)
+        part = epochs - whole if epochs - whole > 1e-9 else 0.0
+        passes = whole + (part > 0)
+        with LateBar("planning passes", total=passes * self.order.rows_per_pass) as bar:
+            while len(self._ends) <= passes:
+                self.extend(bar)
+        last = self._ends[passes] - self._ends[whole]
+        return max(1, self._ends[whole] + math.ceil(part * last - 1e-6))
+
+    def _steps_of_tokens(self, tokens: int) -> int:
+        with LateBar("planning passes") as bar:
+            while self._tokens[-1] < tokens:
+                self.extend(bar)
+        number = bisect.bisect_left(self._tokens, tokens) - 1
+        within = self.order.plan(number).tokens.searchsorted(tokens - self._tokens[number])
+        return max(1, self._ends[number] + int(within))
+
+    def describe(self, steps: int) -> str:
+        """Says how many passes the steps of a run are, and whether it ends within one."""
+        rows, cost = self.order.rows_per_pass, 0
+        with LateBar("planning passes") as bar:
+            while self._ends[-1] < steps and (cost <= _AHEAD or len(self._ends) == 1):
+                self.extend(bar)
+                cost += rows + _PASS
+        text = f"{steps} {_plural('step', steps)}"
+        if self._ends[-1] < steps:
+            return f"{text}: more than {len(self._ends) - 1} passes over {rows} rows"
+        number = bisect.bisect_left(self._ends, steps)
+        whole = f"{number} {_plural('pass', number)} over {rows} rows"
+        if self._ends[number] == steps:
+            return f"{text}: {whole}"
+        before, end = self._ends[number - 1 : number + 1]
+        within = f"{steps - before} of the {end - before} steps"
+        if number == 1:
+            return (
+                f"{text}: {within} of a pass over {rows} rows, so it ends in the middle of a pass"
+            )
+        whole = f"{number - 1} {_plural('pass', number - 1)} over {rows} rows"
+        return f"{text}: {whole} and {within} of the next, so it ends in the middle of a pass"
 
 
-def total_steps(training: Any, rates: Rates | None) -> int:
-    """Returns the updates of a run.
-
-    Args:
-      training: the ``training`` section.
-      rates: of the data; None where nothing is counted in epochs or tokens.
-    """
-    if training.epochs and rates:
-        return max(1, math.ceil(training.epochs * rates.steps_per_epoch - 1e-6))
-    if training.tokens and rates:
-        return max(1, math.ceil(training.tokens / rates.tokens_per_step - 1e-6))
-    return training.steps
+def _plural(word: str, count: int) -> str:
+    return word if count == 1 else f"{word}es" if word.endswith("s") else f"{word}s"
 
 
 class Due:
     """Says after which updates something is due."""
 
-    def __init__(self, key: str, value: int | str, rates: Rates | None = None):
+    def __init__(self, key: str, value: int | str, timeline: Timeline | None = None):
         """Starts the clock of an interval in minutes; any other is a matter of the steps alone.
 
         Args:
           key: of the config, for messages.
           value: what `parse_interval` reads; 0 is never.
-          rates: for epochs and tokens.
+          timeline: of the run, for epochs and tokens.
         """
-        amount, unit = parse_interval(key, value)
-        self.never = amount == 0
-        self._seconds = 60 * amount if unit == "minutes" else None
+        self._amount, self._unit = parse_interval(key, value)
+        self.never = self._amount == 0
         self._since = time.monotonic()
-        if unit in ("epochs", "tokens"):
-            assert rates is not None, f"{key} is counted in {unit}, which nobody has measured"
-            per_unit = {"epochs": rates.steps_per_epoch, "tokens": 1 / rates.tokens_per_step}
-            amount *= per_unit[unit]
-        self._period = max(amount, 1.0)
+        if self._unit in ("epochs", "tokens"):
+            assert timeline is not None, (
+                f"{key} is counted in {self._unit}, and nothing counts them"
+            )
+        self._timeline = timeline
 
     def __call__(self, number: int) -> bool:
         """Says whether it is due after update `number`, of which each is asked about in order."""
         if self.never:
             return False
-        if self._seconds is None:
+        if self._unit != "minutes":
             return self._periods(number) > self._periods(number - 1)
         # The clocks of several processes differ, and all have to do the same.
-        due = bool(agree(time.monotonic() - self._since >= self._seconds))
+        due = bool(agree(time.monotonic() - self._since >= 60 * self._amount))
         if due:
             self._since = time.monotonic()
         return due
 
     def _periods(self, number: int) -> int:
-        return math.floor(number / self._period + 1e-9)
+        """Returns how many whole intervals end with update `number` or before."""
+        done: float = number
+        if self._timeline is not None and self._unit in ("epochs", "tokens"):
+            shown = self._timeline.after(number)
+            done = shown.passes if self._unit == "epochs" else shown.tokens
+        return math.floor(done / self._amount + 1e-9)

@@ -13,7 +13,7 @@ import jax
 
 from jaxtune.checkpoints.orbax import Checkpoints, disk_full_named
 from jaxtune.training.interruption import watchdog
-from jaxtune.training.length import Due, Rates
+from jaxtune.training.length import Due, Timeline
 from jaxtune.training.metrics import MetricLog
 from jaxtune.training.milestones import Milestones
 from jaxtune.training.profile import Profile
@@ -29,6 +29,11 @@ class Loader(Protocol):
 
     def __next__(self) -> Any:
         """Returns the next batch, a pytree of NumPy arrays."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of the data in all batches so far."""
+        ...
 
     def state(self) -> dict[str, Any]:
         """Returns the position after the last batch, as JSON can hold it."""
@@ -48,7 +53,7 @@ def fit(
     run: RunDirectory,
     config: Any,
     steps: int | None = None,
-    rates: Rates | None = None,
+    timeline: Timeline | None = None,
 ) -> Any:
     """Trains to the end, from the run's newest undamaged checkpoint if it has one.
 
@@ -68,7 +73,7 @@ def fit(
       run: the run's directory, started.
       config: the run's resolved config.
       steps: updates of the run; ``training.steps`` by default.
-      rates: of the data, where the config counts in epochs or tokens.
+      timeline: of the data, where the config counts in epochs or tokens.
 
     Returns:
       The state after the last update: of number `steps`, or earlier where evaluations stopped it.
@@ -100,7 +105,7 @@ def fit(
                 log,
                 display,
                 tally,
-                Due("logging.every", config.logging.every, rates),
+                Due("logging.every", config.logging.every, timeline),
                 config.training.max_bad_steps,
                 steps,
             )
@@ -114,7 +119,7 @@ def fit(
                 log,
                 recorder,
                 tally,
-                rates,
+                timeline,
             )
             if steps == 0 and resumed is None:
                 milestones.reach(0, state, last=True)
@@ -126,7 +131,7 @@ def fit(
                 profile.before(number)
                 state, metrics = step(state, batch)
                 profile.after(number, state)
-                recorder.put(number, metrics, batch)
+                recorder.put(number, metrics, batch, loader.rows)
                 checkpoints.poll()
                 dog.step()
                 milestones.reach(number, state, last=number == steps)

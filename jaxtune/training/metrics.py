@@ -73,9 +73,9 @@ class MetricLog:
 
         Args:
           step: updates done.
-          values: ``loss``, ``learning_rate``, ``grad_norm``, ``tokens`` (targets seen so far),
-            ``tokens_per_second`` and what else there is; finite numbers, or None and text where an
-            update was skipped, which TensorBoard goes without.
+          values: ``loss``, ``learning_rate``, ``grad_norm``, ``tokens`` (shown so far, padding not
+            counted), ``rows`` (shown so far), ``tokens_per_second`` and what else there is; finite
+            numbers, or None and text where an update was skipped, which TensorBoard goes without.
         """
         self._write(self._metrics, "train", step, values)
 

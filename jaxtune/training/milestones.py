@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxtune.checkpoints.orbax import Checkpoints
 from jaxtune.training.interruption import Preempted, preempted
-from jaxtune.training.length import Due, Rates
+from jaxtune.training.length import Due, Timeline
 from jaxtune.training.metrics import MetricLog
 from jaxtune.training.recorder import Recorder, check_finite
 from jaxtune.training.run import RunDirectory
@@ -33,11 +33,11 @@ class Milestones:
     log: MetricLog
     recorder: Recorder
     tally: Tally
-    rates: Rates | None = None
+    timeline: Timeline | None = None
 
     def __post_init__(self) -> None:
-        self._evaluating = Due("evaluation.every", self.config.evaluation.every, self.rates)
-        self._saving = Due("checkpoint.every", self.config.checkpoint.every, self.rates)
+        self._evaluating = Due("evaluation.every", self.config.evaluation.every, self.timeline)
+        self._saving = Due("checkpoint.every", self.config.checkpoint.every, self.timeline)
         self._saved: int | None = None
 
     def reach(self, number: int, state: Any, last: bool = False) -> None:

@@ -60,7 +60,7 @@ class Recorder:
         self._max_bad = max_bad_steps
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
         self._tokens, self._clock = 0, time.monotonic()  # of the line being gathered
-        self._waited, self._batch = 0.0, None
+        self._waited, self._batch, self._rows = 0.0, None, 0
         self._first: tuple[int, float] | None = None  # update and time of the first one read
         self._steps = steps
 
@@ -71,16 +71,19 @@ class Recorder:
         yield
         self._waited += time.monotonic() - begin
 
-    def put(self, number: int, metrics: Mapping[str, jax.Array], batch: Any = None) -> None:
+    def put(
+        self, number: int, metrics: Mapping[str, jax.Array], batch: Any = None, rows: int = 0
+    ) -> None:
         """Takes the metrics of an update that may still run, and reads those of the one before.
 
         Args:
           number: of the update.
           metrics: of the update, scalars.
           batch: what it was made from, NumPy arrays of any shape: its line has a hash of them.
+          rows: of the data, shown so far.
         """
         self.flush()
-        self._pending, self._batch = (number, metrics), batch
+        self._pending, self._batch, self._rows = (number, metrics), batch, rows
 
     def flush(self) -> None:
         """Waits for the update last put, checks its metrics and writes them down.
@@ -107,6 +110,7 @@ class Recorder:
         speed = self._tokens / elapsed
         values |= {
             "tokens": self._tally.tokens,
+            "rows": self._rows,
             "tokens_per_second": speed,
             "data_wait": min(self._waited / elapsed, 1.0),
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
@@ -14,6 +15,7 @@ import jax
 
 from jaxtune.adapters import Method, Stored, method_from_config, method_from_peft
 from jaxtune.adapters.census import census, render
+from jaxtune.adapters.define import define
 from jaxtune.adapters.method import is_adapterhub
 from jaxtune.adapters.scores import ExpertScores
 from jaxtune.checkpoints import huggingface
@@ -22,7 +24,7 @@ from jaxtune.checkpoints.orbax import Checkpoints
 from jaxtune.checkpoints.peft import read_adapter, write_adapter_files
 from jaxtune.checkpoints.source import TensorSource
 from jaxtune.checkpoints.tokenizer import load_tokenizer
-from jaxtune.data import DataReader, Examples, Loader, Splits
+from jaxtune.data import DataOrder, DataReader, Examples, Loader, Splits
 from jaxtune.errors import JaxtuneError
 from jaxtune.intervals import parse_interval
 from jaxtune.layers.tree import Tree
@@ -35,7 +37,7 @@ from jaxtune.training.evaluation import (
 )
 from jaxtune.training.expert_scores import score_experts
 from jaxtune.training.experts import mixture_layers
-from jaxtune.training.length import Rates, measure_rates, needs_rates, total_steps
+from jaxtune.training.length import Timeline
 from jaxtune.training.loop import fit
 from jaxtune.training.metrics import check_wandb
 from jaxtune.training.out_of_memory import out_of_memory_named
@@ -76,12 +78,10 @@ def train(config: Any, workdir: str | Path) -> RunDirectory:
         splits = read()
         examples, sets, held_out = splits.train, splits.sets, splits.held_out
         _check_stopping(config, sets, setup)
-        rates = None
-        if needs_rates(config):
-            loader = make_loader(config, examples, setup.reserved)
-            rates = measure_rates(loader, len(examples))
-        setup = setup.lasting(total_steps(config.training, rates))
-        logger.info("training for %d updates%s", setup.steps, _epochs(rates, setup.steps))
+        loader = make_loader(config, examples, setup.reserved)
+        timeline = Timeline(loader.order)
+        setup = setup.lasting(timeline.total_steps(config.training))
+        logger.info("training for %s", timeline.describe(setup.steps))
         if stored is None:
             stored = method.start(tokenizer, lambda: source.read("model.embed_tokens.weight"))
         parts = assemble(
@@ -100,7 +100,7 @@ def train(config: Any, workdir: str | Path) -> RunDirectory:
         run.write_description(
             describe(
                 setup,
-                Split(examples, make_loader(config, examples, setup.reserved)),
+                Split(examples, copy.copy(loader)),
                 Split(held_out, held_out_batches(config, held_out, setup.reserved))
                 if held_out
                 else None,
@@ -113,13 +113,13 @@ def train(config: Any, workdir: str | Path) -> RunDirectory:
             fit(
                 state=setup.initial_state(parts.trainable),
                 step=Update(setup, base, constants),
-                loader=make_loader(config, examples, setup.reserved),
+                loader=loader,
                 evaluate=bind_evaluation(setup, base, constants, sets, tokenizer),
                 save_adapter=_adapter_writer(setup, constants),
                 run=run,
                 config=config,
                 steps=setup.steps,
-                rates=rates,
+                timeline=timeline,
             )
     return run
 
@@ -183,22 +183,38 @@ def _check_stopping(config: Any, sets: Mapping[str, Examples], setup: Setup) -> 
         check_metric(evaluation.stop_metric, score_names(config, sets, experts))
 
 
-def _epochs(rates: Rates | None, steps: int) -> str:
-    return f", {steps / rates.steps_per_epoch:.2f} passes over the data" if rates else ""
-
-
 def make_loader(config: Any, examples: Examples, reserved: int = 0) -> Loader:
     """Makes the endless stream of training batches; see `Loader` for what is reserved."""
-    return Loader(
-        examples,
-        batch_size=config.training.batch_size,
-        length=config.data.max_length,
-        packing=config.data.packing,
-        shuffle=config.data.shuffle,
-        seed=config.training.seed,
-        reserved=reserved,
-        mask_tokens=config.data.mask_tokens,
-    )
+    settings = _order_settings(config)
+    return Loader(examples, **settings, reserved=reserved, mask_tokens=config.data.mask_tokens)
+
+
+def make_order(config: Any, examples: Examples, reserved: int = 0) -> DataOrder:
+    """Makes the order of the loader of `make_loader`, without hashing the examples."""
+    return DataOrder(examples, **_order_settings(config), reserved=reserved)
+
+
+def _order_settings(config: Any) -> dict[str, Any]:
+    return {
+        "batch_size": config.training.batch_size,
+        "length": config.data.max_length,
+        "packing": config.data.packing,
+        "shuffle": config.data.shuffle,
+        "seed": config.training.seed,
+    }
+
+
+def reserved_tokens(config: Any, model_config: Mapping[str, Any]) -> int:
+    """Returns the tokens at the head of each example that the method of a config fills.
+
+    Args:
+      config: resolved.
+      model_config: the content of the model's config.json.
+    """
+    method, _ = choose_method(config)
+    if not hasattr(method, "virtual_tokens"):
+        return 0
+    return define(model_config, config.training.dtype, method).module.model.reserved
 
 
 def _adapter_writer(setup: Setup, constants: Tree) -> Callable[[Tree, Path], Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
 IGNORE = -100
@@ -113,7 +115,8 @@ class Update(NamedTuple):
 
 
 def train_torch(model: Any, examples: Sequence[Example], recipe: Recipe) -> list[Update]:
-    """Trains whatever of a model requires a gradient; rows come in order, over and over."""
+    """Trains whatever of a model requires a gradient; rows come in order, pass after pass, as from
+    a `torch.utils.data.DataLoader`."""
     model.train()
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     plain = [p for n, p in named if n.endswith("bias") or "norm" in n]
@@ -127,9 +130,9 @@ def train_torch(model: Any, examples: Sequence[Example], recipe: Recipe) -> list
     )
     schedule = get_cosine_schedule_with_warmup(optimizer, recipe.warmup_steps, recipe.steps)
     updates, size = [], recipe.batch_size // recipe.accumulation
-    for step in range(recipe.steps):
-        first = step * recipe.batch_size
-        rows = [examples[(first + i) % len(examples)] for i in range(recipe.batch_size)]
+    batches = DataLoader(list(examples), recipe.batch_size, collate_fn=list)
+    passes = itertools.chain.from_iterable(itertools.repeat(batches))
+    for rows in itertools.islice(passes, recipe.steps):
         targets, total = target_count(rows), 0.0
         for i in range(0, len(rows), size):
             loss = summed_loss(model, rows[i : i + size]) / targets

@@ -36,6 +36,7 @@ LAYOUTS = {
     "padded": {"length": 32, "packing": False},
     "padded more": {"length": 64, "packing": False},
     "packed": {"length": 64, "packing": True},
+    "half empty": {"length": 32, "packing": False, "batch_size": 16},
 }
 # Devices, and into how many micro-batches the 8 rows are cut.
 SPLITS = ((1, 1), (1, 2), (1, 8), (2, 1), (2, 4), (8, 1))
@@ -63,7 +64,7 @@ def compute(directory):
                 StepSettings(count, 0, False, terms=TERMS),
                 like,
             )
-            batch = jax.device_put(as_batch(rows, 8, **options), sharding)
+            batch = jax.device_put(as_batch(rows, **{"batch_size": 8} | options), sharding)
             with jax.set_mesh(mesh):
                 trainable = jax.tree.map(jnp.copy, parts.trainable)
                 state = initial_state(trainable, optimizer, like)

@@ -1,13 +1,17 @@
 """Lengths and intervals in every unit."""
 
+import re
+import time
+
 import numpy as np
 import pytest
 
 from jaxtune.config import resolve
+from jaxtune.data import DataOrder, Examples
 from jaxtune.errors import JaxtuneError
 from jaxtune.intervals import Interval, parse_interval
 from jaxtune.training import length
-from jaxtune.training.length import Due, Rates, measure_rates, needs_rates, total_steps
+from jaxtune.training.length import Due, Timeline
 
 
 @pytest.mark.parametrize(
@@ -60,14 +64,57 @@ def updates(due, last):
     return [number for number in range(1, last + 1) if due(number)]
 
 
+def timeline(lengths=(4,) * 30, **settings):
+    """Passes over examples of these lengths; by default 15 steps of two, 8 tokens each."""
+    tokens = [np.zeros(length, np.int32) for length in lengths]
+    examples = Examples(tokens, tokens, ["x"] * len(tokens))
+    defaults = {"batch_size": 2, "length": 8, "packing": False, "shuffle": True, "seed": 0}
+    return Timeline(DataOrder(examples, **(defaults | settings)))
+
+
 def test_what_is_due_when():
-    rates = Rates(steps_per_epoch=7.5, tokens_per_step=100.0)
+    passes = timeline()
     assert updates(Due("k", 4), 13) == [4, 8, 12]
     assert updates(Due("k", 0), 13) == []
-    assert updates(Due("k", "0.5 epochs", rates), 16) == [4, 8, 12, 15]
-    assert updates(Due("k", "1k tokens", rates), 31) == [10, 20, 30]
+    assert updates(Due("k", "1 epoch", passes), 46) == [15, 30, 45]
+    assert updates(Due("k", "0.5 epochs", passes), 32) == [8, 15, 23, 30]
+    assert updates(Due("k", "0.1 epochs", passes), 15) == [2, 3, 5, 6, 8, 9, 11, 12, 14, 15]
+    assert updates(Due("k", "80 tokens", passes), 31) == [10, 20, 30]
     # More often than every update there is nothing.
-    assert updates(Due("k", "1 tokens", rates), 3) == [1, 2, 3]
+    assert updates(Due("k", "1 tokens", passes), 3) == [1, 2, 3]
+    # It is asked about later steps alone after a run was resumed.
+    assert [n for n in range(29, 46) if Due("k", "1 epoch", timeline())(n)] == [30, 45]
+
+
+def test_passes_of_other_lengths_end_where_they_end():
+    """Each pass is packed anew, and not into the same number of rows."""
+    lengths = np.random.default_rng(0).integers(1, 9, 60)
+    passes = timeline(lengths, packing=True, batch_size=1)
+    each = [passes.order.plan(number).steps for number in range(12)]
+    assert len(set(each)) > 1
+    ends = np.cumsum(each).tolist()
+    assert updates(Due("k", "1 epoch", passes), ends[-1]) == ends
+    shares = [(n + 1) / steps for steps in each for n in range(steps)]
+    middle = [n for n, share in enumerate(shares, 1) if share - 1 / each[0] < 0.5 <= share]
+    halves = [n for n in updates(Due("k", "0.5 epochs", passes), ends[-1]) if n not in ends]
+    assert len(halves) == 12 and set(halves) <= set(middle)
+    tokens = np.concatenate([np.diff(passes.order.plan(number).tokens) for number in range(12)])
+    due = [n for n, (a, b) in enumerate(counted(tokens), 1) if b // 100 > a // 100]
+    assert updates(Due("k", "100 tokens", passes), ends[-1]) == due
+    for epochs in (1, 3, 12):
+        assert steps(passes, epochs=float(epochs)) == ends[epochs - 1]
+    assert steps(passes, epochs=2.5) == ends[1] + -(-each[2] // 2)
+    for amount in (1, 777, int(lengths.sum()), int(lengths.sum()) + 1):
+        assert steps(passes, tokens=amount) == int(np.argmax(np.cumsum(tokens) >= amount)) + 1
+
+
+def counted(tokens):
+    ends = np.cumsum(tokens).tolist()
+    return zip([0, *ends], ends, strict=False)
+
+
+def steps(passes, **training):
+    return passes.total_steps(resolve({"training": training}).training)
 
 
 def test_minutes_are_those_of_a_clock(monkeypatch):
@@ -76,35 +123,35 @@ def test_minutes_are_those_of_a_clock(monkeypatch):
     assert updates(Due("k", "1 minute"), 4) == [2, 4]
 
 
-def batches(rows):
-    """Yields batches whose rows hold segments of these lengths, in rows of 8."""
-    while True:
-        for lengths in rows:
-            segments = np.zeros((len(lengths), 8), np.int32)
-            for row, sizes in zip(segments, lengths, strict=True):
-                ids = np.repeat(np.arange(1, len(sizes) + 1), sizes)
-                row[: len(ids)] = ids
-            yield {"segment_ids": segments}
-
-
-def test_rates_are_those_of_the_first_pass_over_the_data():
-    stream = batches([[[3, 4], [5]], [[2], [1, 1, 1]]])
-    assert measure_rates(stream, 7) == Rates(7 * 2 / 7, (12 + 5) / 2)
-    assert measure_rates(batches([[[8], [8]]]), 5) == Rates(5 / 2, 16.0)
-
-
 def test_a_length_in_epochs_or_tokens_is_rounded_up_to_updates():
-    rates = Rates(steps_per_epoch=12.5, tokens_per_step=100.0)
-
-    def steps(**training):
-        return total_steps(resolve({"training": training}).training, rates)
-
-    assert steps(epochs=2.0) == 25 and steps(epochs=3.0) == 38 and steps(epochs=0.01) == 1
-    assert steps(tokens=1000) == 10 and steps(tokens=1001) == 11
-    assert steps() == 100 and steps(steps=0) == 0
+    passes = timeline()
+    assert steps(passes, epochs=2.0) == 30 and steps(passes, epochs=2.5) == 38
+    assert steps(passes, epochs=0.01) == 1 and steps(passes, epochs=0.2) == 3
+    assert steps(passes, tokens=80) == 10 and steps(passes, tokens=81) == 11
+    assert steps(passes, tokens=8 * 15) == 15 and steps(passes, tokens=8 * 15 + 1) == 16
+    assert steps(passes) == 100 and steps(passes, steps=0) == 0
 
 
-def test_only_what_counts_in_epochs_or_tokens_reads_the_data_for_it():
-    assert not needs_rates(resolve({"checkpoint": {"every": "5 minutes"}}))
-    assert needs_rates(resolve({"logging": {"every": "1k tokens"}}))
-    assert needs_rates(resolve({"training": {"epochs": 1.0}}))
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 steps: 0 passes over 30 rows"),
+        (1, "1 step: 1 of the 15 steps of a pass over 30 rows, so it ends in the middle of a pass"),
+        (15, "15 steps: 1 pass over 30 rows"),
+        (
+            19,
+            "19 steps: 1 pass over 30 rows and 4 of the 15 steps of the next, so it ends in the "
+            "middle of a pass",
+        ),
+        (45, "45 steps: 3 passes over 30 rows"),
+    ],
+)
+def test_a_length_is_said_in_passes(count, text):
+    assert timeline().describe(count) == text
+
+
+def test_a_run_without_an_end_is_not_planned_to_its_end():
+    begin = time.monotonic()
+    text = timeline().describe(10**12)
+    assert re.fullmatch(r"10{12} steps: more than \d+ passes over 30 rows", text)
+    assert time.monotonic() - begin < 60

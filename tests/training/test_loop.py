@@ -45,6 +45,10 @@ class Loader:
         batch = self.random.standard_normal((16, SIZE)).astype(np.float32)
         return batch * np.float32("nan") if self.drawn == self.poison else batch
 
+    @property
+    def rows(self):
+        return 16 * self.drawn
+
     def state(self):
         return {"random": self.random.bit_generator.state, "drawn": self.drawn}
 
@@ -147,6 +151,7 @@ def test_a_run_learns_and_leaves_its_record(tmp_path):
     # Compiled with the step, the last bits of the peak may differ.
     np.testing.assert_allclose(rates, [schedule(s) for s in range(20)], rtol=0, atol=3e-2 * 3e-7)
     assert [line["tokens"] for line in lines] == list(np.cumsum([16 * SIZE + s for s in range(20)]))
+    assert [line["rows"] for line in lines] == [16 * number for number in range(1, 21)]
     assert all(line["tokens_per_second"] > 0 for line in lines)
     assert [line["step"] for line in read_lines(run.evaluations)] == [4, 8, 12, 16, 20]
     assert Checkpoints(run.checkpoints).steps() == [18, 20]
