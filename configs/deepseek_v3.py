@@ -20,8 +20,6 @@ import ml_collections
 from jaxtune import config
 
 DATA = Path(__file__).resolve().parent / "data"
-EPOCHS = 1
-ROWS = 8000  # rows that the data set packs into: change it with data.train
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -40,5 +38,5 @@ def get_config() -> ml_collections.ConfigDict:
     c.mesh.data = 1
     c.mesh.fsdp = 4  # the chips of a v5p:4x4x4 divide into 4 and 16, and not into 8 and 8
     c.mesh.expert = -1
-    c.training.steps = EPOCHS * ROWS // c.training.batch_size
+    c.training.epochs = 1
     return c

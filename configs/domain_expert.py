@@ -20,8 +20,6 @@ import ml_collections
 from jaxtune import config
 
 DATA = Path(__file__).resolve().parent / "data"
-EPOCHS = 3
-ROWS = 4000  # rows that the data set packs into: change it with data.train
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -38,7 +36,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.training.accumulation = 4
     c.optimizer.learning_rate = 1e-4
     c.optimizer.warmup_steps = 50
-    c.training.steps = EPOCHS * ROWS // c.training.batch_size
+    c.training.epochs = 3
     c.evaluation.every = 50
     c.evaluation.batch_size = 4
     c.evaluation.stop_patience = 3

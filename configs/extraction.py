@@ -18,8 +18,6 @@ import ml_collections
 from jaxtune import config
 
 DATA = Path(__file__).resolve().parent / "data"
-EPOCHS = 2
-ROWS = 2000  # rows that the data set packs into: change it with data.train
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -33,5 +31,5 @@ def get_config() -> ml_collections.ConfigDict:
     c.training.accumulation = 4
     c.optimizer.learning_rate = 2e-4
     c.optimizer.warmup_steps = 20
-    c.training.steps = EPOCHS * ROWS // c.training.batch_size
+    c.training.epochs = 2
     return c

@@ -19,8 +19,6 @@ import ml_collections
 from jaxtune import config
 
 DATA = Path(__file__).resolve().parent / "data"
-EPOCHS = 3
-ROWS = 16000  # rows that the data set packs into: change it with data.train
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -38,5 +36,5 @@ def get_config() -> ml_collections.ConfigDict:
     c.mesh.data = 1
     c.mesh.fsdp = -1
     c.checkpoint.every = 200
-    c.training.steps = EPOCHS * ROWS // c.training.batch_size
+    c.training.epochs = 3
     return c

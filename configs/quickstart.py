@@ -30,7 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.adapter.rank = 16
     c.adapter.alpha = 32.0
     c.adapter.targets = ("all-linear",)
-    c.training.steps = 40  # four fifths of an epoch
+    c.training.steps = 40  # of the 57 of a pass over the data
     c.training.batch_size = 4
     c.training.dtype = "float32"  # bfloat16 is slower on CPUs without instructions for it
     c.training.remat = "none"

@@ -21,8 +21,6 @@ import ml_collections
 from jaxtune import config
 
 DATA = Path(__file__).resolve().parent / "data"
-EPOCHS = 5
-ROWS = 80  # rows that the data set packs into: change it with data.train
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -42,7 +40,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.optimizer.learning_rate = 1e-4
     c.optimizer.weight_decay = 0.1
     c.optimizer.warmup_steps = 5
-    c.training.steps = EPOCHS * ROWS // c.training.batch_size
+    c.training.epochs = 5
     c.evaluation.every = 5
     c.evaluation.batch_size = 4
     c.evaluation.stop_patience = 3

@@ -26,6 +26,8 @@ from jaxtune.knobs import KNOBS, Knob, knobs
 # section has attributes.
 Config: TypeAlias = Any
 
+_LENGTHS = {name: KNOBS["training"][name].default for name in ("steps", "epochs", "tokens")}
+
 
 def default() -> ml_collections.ConfigDict:
     """Returns the documented default tree, locked: setting a key that does not exist raises."""
@@ -105,7 +107,8 @@ def resolve(
 
     Args:
       config: a tree of sections; keys that are absent take their default.
-      overrides: ``"section.name=value"`` strings, applied in order.
+      overrides: ``"section.name=value"`` strings, applied in order. A length of the run among them
+        (``training.steps``, ``epochs`` or ``tokens``) takes the place of the config's.
 
     Returns:
       An `ml_collections.FrozenConfigDict` of sections.
@@ -128,6 +131,7 @@ def resolve(
         value = _check(key, _parse(key, text))
         section, name = key.split(".", 1)
         tree[section][name] = value
+    _replace_length(tree["training"], [override.partition("=")[0] for override in overrides])
     batch, micro = tree["training"]["batch_size"], tree["training"]["accumulation"]
     if batch % micro:
         raise JaxtuneError(
@@ -138,11 +142,16 @@ def resolve(
     return ml_collections.FrozenConfigDict(tree)
 
 
+def _replace_length(training: dict[str, Any], overridden: Sequence[str]) -> None:
+    """Lets a length of the run that was overridden take the place of another in the config."""
+    names = [name for name in _LENGTHS if f"training.{name}" in overridden]
+    if any(name == "steps" or training[name] for name in names):
+        training |= {name: value for name, value in _LENGTHS.items() if name not in names}
+
+
 def _check_length(training: Mapping[str, Any]) -> None:
     """Refuses two lengths of one run; training.steps at its default is none."""
-    names = ("steps", "epochs", "tokens")
-    defaults = {name: KNOBS["training"][name].default for name in names}
-    named = [name for name in names if training[name] != defaults[name]]
+    named = [name for name, default in _LENGTHS.items() if training[name] != default]
     if len(named) > 1:
         settings = " and ".join(f"training.{name}={training[name]}" for name in named)
         raise JaxtuneError(f"{settings}: a run has one length")

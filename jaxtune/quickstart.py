@@ -63,7 +63,7 @@ def quickstart(config: Any, workdir: str | Path) -> dict[str, Any]:
         measured = {"loss": loss, "exact_match": exact_match(answers, questions)}
         write_atomically(before_file, json.dumps(measured | {"answers": answers}, indent=2) + "\n")
     before = json.loads(before_file.read_text(encoding="utf-8"))
-    console.print(f"2/3  Training, {config.training.steps} steps.")
+    console.print(f"2/3  Training, {_length(config.training)}.")
     started = time.monotonic()
     run = train(None, workdir)
     trained = time.monotonic() - started
@@ -122,6 +122,13 @@ def exact_match(answers: Sequence[str], questions: Sequence[Question]) -> float:
     """Returns the share of answers that are right to the letter, from 0 to 1."""
     right = sum(a == question.answer for a, question in zip(answers, questions, strict=True))
     return right / len(questions)
+
+
+def _length(training: Any) -> str:
+    """Returns the length of a run as its ``training`` section gives it."""
+    if training.epochs:
+        return f"{training.epochs:g} epochs"
+    return f"{training.tokens} tokens" if training.tokens else f"{training.steps} steps"
 
 
 def _show_samples(

@@ -102,7 +102,8 @@ def make_schedule(config: Any, steps: int | None = None) -> optax.Schedule:
 
     Args:
       config: the resolved config.
-      steps: updates of the run; ``training.steps`` by default.
+      steps: updates of the run; ``training.steps`` by default, which stands in for a length in
+        epochs or tokens until that is known.
 
     Returns:
       A function of the update's number, from 0 (int32 scalar), to its rate (float32 scalar).
@@ -112,13 +113,14 @@ def make_schedule(config: Any, steps: int | None = None) -> optax.Schedule:
 
     Source: the ``get_*_schedule*`` functions of transformers have the same values.
     """
+    unknown = steps is None and bool(config.training.epochs or config.training.tokens)
     steps = int(config.training.steps if steps is None else steps)
     settings: Any = ml_collections.ConfigDict(config.optimizer)
     for name in ("warmup_steps", "decay_steps"):
         settings[name] = count_updates(settings[name], steps)
     after = lookup(SCHEDULES, settings.schedule, key="optimizer.schedule")
     warmup, peak = settings.warmup_steps, settings.learning_rate
-    if warmup > steps:
+    if warmup > steps and not unknown:
         logger.warning(
             "optimizer.warmup_steps=%d is more than the %d updates of the run: it ends before the "
             "learning rate is what optimizer.learning_rate says",

@@ -1,5 +1,7 @@
 """A run that is killed again and again ends as one that was not."""
 
+import collections
+import itertools
 import json
 import random
 import signal
@@ -7,10 +9,10 @@ import time
 
 import pytest
 
-STEPS = 160  # more than ten kills can use up
+EPOCHS, STEPS = 32, 160  # more than ten kills can use up
 # Dropout, noise, shuffling, packing, spikes and the best score all have a state to lose.
 FLAGS = (
-    f"--config.training.steps={STEPS}",
+    f"--config.training.epochs={EPOCHS}",
     "--config.checkpoint.every=7",
     "--config.evaluation.every=9",
     "--config.evaluation.generate=4",
@@ -82,7 +84,12 @@ def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(small_config, jaxtune_co
     assert "going on after step" in error
     for name in ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl"):
         assert comparable(workdir, name) == comparable(tmp_path / "unbroken", name)
-    assert len({line["batch"] for line in comparable(workdir)}) > STEPS // 2
+    metrics = comparable(workdir)
+    assert len({line["batch"] for line in metrics}) > STEPS // 2
+    output, _ = jaxtune_command("data", "order", "--config", small_config, *FLAGS).communicate()
+    shown = [json.loads(line)["rows"] for line in output.splitlines()]
+    assert collections.Counter(itertools.chain(*shown)) == dict.fromkeys(range(40), EPOCHS)
+    assert [line["rows"] for line in metrics] == list(itertools.accumulate(map(len, shown)))
     for name in ("last", "best"):
         files = [path / "adapter" / name for path in (workdir, tmp_path / "unbroken")]
         first, second = ((path / "adapter_model.safetensors").read_bytes() for path in files)

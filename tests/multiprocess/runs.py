@@ -15,7 +15,7 @@ HEARTBEAT = 10
 def read_losses(workdir):
     """Returns what a run has computed, step by step, as its log has it."""
     path = Path(workdir) / "metrics.jsonl"
-    kept = ("step", "loss", "grad_norm", "tokens")
+    kept = ("step", "loss", "grad_norm", "tokens", "rows", "batch")
     text = path.read_text() if path.exists() else ""
     lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
     return [{name: line[name] for name in kept} for line in lines]

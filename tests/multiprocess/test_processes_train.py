@@ -21,14 +21,17 @@ def assert_close(ours, theirs):
         # A gradient's norm is a root of sums of squares of small differences.
         tolerance = TOLERANCE if name == "loss" else 10 * TOLERANCE
         np.testing.assert_allclose(values, expected, rtol=tolerance)
-    assert [line["tokens"] for line in ours] == [line["tokens"] for line in theirs]
+    for name in ("tokens", "rows", "batch"):
+        assert [line[name] for line in ours] == [line[name] for line in theirs]
 
 
 @pytest.fixture(scope="module")
 def alone(start, tmp_path_factory):
-    """The losses of a run of one process with one device."""
+    """A run of one process with one device; the last batch of each pass is half empty."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
-    start(1, workdir).succeed()
+    output = start(1, workdir).succeed()
+    assert "training for 12 steps: 4 passes over 40 rows" in output
+    assert [line["rows"] for line in read_losses(workdir)][2::3] == [40, 80, 120, 160]
     return workdir
 
 

@@ -60,6 +60,20 @@ def test_a_run_has_one_length():
         resolve({"training": {"steps": 7, "epochs": 2.0}})
 
 
+def test_a_length_on_the_command_line_replaces_that_of_the_config():
+    def lengths(config, *overrides):
+        training = resolve({"training": config}, overrides).training
+        return training.steps, training.epochs, training.tokens
+
+    assert lengths({"steps": 7}, "training.epochs=2") == (100, 2.0, 0)
+    assert lengths({"epochs": 2.0}, "training.steps=7") == (7, 0.0, 0)
+    assert lengths({"epochs": 2.0}, "training.steps=100") == (100, 0.0, 0)
+    assert lengths({"tokens": 9}, "training.epochs=0.5") == (100, 0.5, 0)
+    assert lengths({"steps": 7}, "training.epochs=0") == (7, 0.0, 0)
+    with pytest.raises(JaxtuneError, match="a run has one length"):
+        resolve({}, ["training.steps=7", "training.epochs=2"])
+
+
 def updates(due, last):
     return [number for number in range(1, last + 1) if due(number)]
 
