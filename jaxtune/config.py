@@ -58,6 +58,8 @@ def _check(key: str, value: Any) -> Any:
         if (knob.default and not names) or not all(isinstance(n, str) and n.strip() for n in names):
             raise JaxtuneError(f"{key} takes one or more names, not {value!r}")
         return tuple(n.strip() for n in names)
+    if knob.json:
+        return _json_text(key, value)
     if knob.interval:
         if isinstance(value, bool) or not isinstance(value, (int, str)):
             raise JaxtuneError(f"{key} takes a number of updates or an interval, not {value!r}")
@@ -82,6 +84,20 @@ def _check(key: str, value: Any) -> Any:
     if knob.maximum is not None and value > knob.maximum:
         raise JaxtuneError(f"{key} is at most {knob.maximum:g}, not {value!r}")
     return value
+
+
+def _json_text(key: str, value: Any) -> str:
+    """Returns a mapping, or JSON text of one, as JSON text; an empty one as an empty string."""
+    if isinstance(value, ml_collections.ConfigDict):
+        value = value.to_dict()
+    try:
+        given = json.loads(value or "{}") if isinstance(value, str) else value
+        text = json.dumps(given, ensure_ascii=False, sort_keys=True)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise JaxtuneError(f"{key} takes a JSON object, not {value!r}: {error}") from error
+    if not isinstance(given, Mapping):
+        raise JaxtuneError(f"{key} takes a JSON object, not {value!r}")
+    return text if given else ""
 
 
 def _parse(key: str, text: str) -> Any:

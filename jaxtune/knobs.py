@@ -19,6 +19,7 @@ class Knob:
     names: bool = False  # a name, a comma-separated string of names, or a sequence of names
     share: bool = False  # a whole number, or a share below 1
     interval: bool = False  # what `parse_interval` reads
+    json: bool = False  # a mapping, or a JSON object as text, which is what is kept
 
 
 KNOBS: dict[str, dict[str, Knob]] = {
@@ -65,6 +66,11 @@ KNOBS: dict[str, dict[str, Knob]] = {
             "what the assistant says up to </think>: keep or drop",
             choices=("keep", "drop"),
         ),
+        "empty_reasoning": Knob(
+            "learn",
+            "the empty think block that a template gives a turn without reasoning: learn or mask",
+            choices=("learn", "mask"),
+        ),
         "max_length": Knob(1024, "tokens in a row", minimum=2),
         "packing": Knob(True, "first-fit packing of several examples into a row"),
         "shuffle": Knob(True, "a new order in every epoch, a function of training.seed"),
@@ -84,6 +90,12 @@ KNOBS: dict[str, dict[str, Knob]] = {
             "",
             "used in place of the checkpoint's own chat template: a Jinja file, or the name of a "
             "built-in one such as deepseek-v3",
+        ),
+        "chat_template_kwargs": Knob(
+            "",
+            'arguments of the chat template, a JSON object such as {"enable_thinking": false}; '
+            "those of a row (chat_template_kwargs) come before them",
+            json=True,
         ),
         "prompt_templates": Knob(
             "",

@@ -184,6 +184,8 @@ PERTURBED = {
     ),
     "data.targets": ("last", "data.train={two_turns}"),
     "data.reasoning": ("drop", "data.train={reasoned}"),
+    "data.empty_reasoning": ("mask", "data.chat_template=qwen3"),
+    "data.chat_template_kwargs": ('{{"enable_thinking": false}}', "data.chat_template=qwen3"),
     "data.prompt_templates": ("{wordings}",),
     "data.mask_tokens": (0.5,),
     "data.max_length": (128,),
@@ -356,7 +358,7 @@ def _texts(data):
         "two_forms": [{"prompt": "a", "completion": f"b{i}", "text": "c" * i} for i in range(1, 9)],
         "two_turns": [{"messages": row["messages"] * 2} for row in rows],
         "reasoned": [
-            {"messages": [row["messages"][0], {"role": "assistant", "content": "a</think>b"}]}
+            {"messages": [row["messages"][0], {"role": "assistant", "content": "<think>a</think>b"}]}
             for row in rows
         ],
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ import numpy as np
 
 from jaxtune.data.files import Record
 from jaxtune.data.formats import FORMATS, Reading, Sample, detect, unread_keys
+from jaxtune.data.messages import read_arguments
 from jaxtune.data.read import Row, parse
 from jaxtune.data.template import ChatTemplate, read_template
 from jaxtune.data.tokens import IGNORE, Tokens, tokenize_batch
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 TOO_LONG = ("error", "drop", "truncate", "truncate_start", "windows")
 TARGETS, REASONING, BAD_ROWS = ("all", "last", "marked"), ("keep", "drop"), ("error", "skip")
+EMPTY_REASONING = ("learn", "mask")
 PROMPT = "{prompt}"
 
 
@@ -35,10 +38,12 @@ class Settings:
         ``truncate_start`` or ``windows`` (several examples of at most so many tokens).
       chat_template: a Jinja file or the name of a built-in template, used in place of the
         tokenizer's own; empty: its own.
+      chat_template_kwargs: arguments of the template, as JSON text; empty: none.
       vocab_size: token ids are below this; None: unchecked.
       format: the form of all rows; empty: that which their keys fit.
       targets: the turns that are learnt: ``all``, ``last`` or ``marked``.
       reasoning: ``keep`` or ``drop``.
+      empty_reasoning: ``learn`` or ``mask``.
       prompt_templates: a file with a wording on each line, with ``{prompt}`` in it; empty: none.
       seed: of the choice among wordings.
       bad_rows: ``error`` or ``skip``.
@@ -48,10 +53,12 @@ class Settings:
     max_length: int
     too_long: str = "error"
     chat_template: str = ""
+    chat_template_kwargs: str = ""
     vocab_size: int | None = None
     format: str = ""
     targets: str = "all"
     reasoning: str = "keep"
+    empty_reasoning: str = "learn"
     prompt_templates: str = ""
     seed: int = 0
     bad_rows: str = "error"
@@ -63,6 +70,7 @@ class Settings:
             ("too_long", TOO_LONG),
             ("targets", TARGETS),
             ("reasoning", REASONING),
+            ("empty_reasoning", EMPTY_REASONING),
             ("bad_rows", BAD_ROWS),
             ("format", ("", *FORMATS)),
         ):
@@ -74,9 +82,11 @@ class Settings:
         """Returns how rows are read with a tokenizer."""
         template = None
         if tokenizer is not None:
-            template = ChatTemplate(tokenizer, read_template(self.chat_template))
+            arguments = read_arguments(self.chat_template_kwargs, "data", "chat_template_kwargs")
+            template = ChatTemplate(tokenizer, read_template(self.chat_template), arguments)
         wordings = read_wordings(self.prompt_templates)
-        return Reading(template, self.targets, self.reasoning, wordings, self.seed)
+        how = (self.targets, self.reasoning, self.empty_reasoning)
+        return Reading(template, *how, wordings, self.seed)
 
 
 def read_wordings(path: str) -> tuple[str, ...]:
@@ -143,6 +153,7 @@ class Chunk(NamedTuple):
         windows).
       merged: places of rows in which a token joins the prompt's end and the answer's beginning.
       read: how many rows the chunk has.
+      turns: how many turns were changed or left out, by what was done to them.
     """
 
     tokens: np.ndarray
@@ -157,6 +168,7 @@ class Chunk(NamedTuple):
     counts: dict[str, int]
     merged: list[str]
     read: int
+    turns: collections.Counter[str]
 
 
 class _Encoded(NamedTuple):
@@ -192,13 +204,15 @@ class Encoder:
           first: the place of a row of that form.
         """
         empty = np.zeros(0)
-        chunk = Chunk(empty, empty, [], [], [], [], [], [], set(), {}, [], len(records))
+        turns = collections.Counter[str]()
+        chunk = Chunk(empty, empty, [], [], [], [], [], [], set(), {}, [], len(records), turns)
         kept: list[tuple[int, Record, Sample]] = []
         for index, record in enumerate(records):
             try:
                 row = parse(record)
-                kept.append((index, record, self._sample(row, form, first)))
-                chunk.unread.update(unread_keys(row, form))
+                sample = self._sample(row, form, first)
+                kept.append((index, record, sample))
+                chunk.unread.update(unread_keys(row, form), sample.unread)
             except JaxtuneError as error:
                 chunk.problems.append(Problem.of(record, error))
         tokens: list[np.ndarray] = []
@@ -215,6 +229,7 @@ class Encoder:
             except JaxtuneError as error:
                 chunk.problems.append(Problem.of(record, error))
                 continue
+            chunk.turns.update(sample.turns)
             content = int.from_bytes(
                 hashlib.blake2b(sample.content, digest_size=8).digest(), "little"
             )

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -121,6 +121,7 @@ class Examples:
       merged_place: of the first of them.
       rows: int64[examples], the row that each one comes from: its place, from 0, among all rows of
         all sources, those included that gave no example. None: each example is a row.
+      turns: how many turns of conversations were changed or left out, by what was done to them.
     """
 
     tokens: Sequence[np.ndarray]
@@ -139,6 +140,7 @@ class Examples:
     merged: int = 0
     merged_place: str = ""
     rows: np.ndarray | None = None
+    turns: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -228,9 +230,7 @@ def join(sets: Sequence[Examples]) -> Examples:
         truncated=sum(each.truncated for each in sets),
         unread=tuple(sorted({key for each in sets for key in each.unread})),
         windows=sum(each.windows for each in sets),
-        rejected=dict(
-            sum((collections.Counter(each.rejected) for each in sets), collections.Counter())
-        ),
+        rejected=_summed(each.rejected for each in sets),
         parts=tuple(part for each in sets for part in each.parts),
         contents=np.concatenate(contents) if len(contents) == len(sets) else None,
         special=sets[0].special,
@@ -239,7 +239,12 @@ def join(sets: Sequence[Examples]) -> Examples:
         merged=sum(each.merged for each in sets),
         merged_place=next((each.merged_place for each in sets if each.merged), ""),
         rows=np.concatenate(rows),
+        turns=_summed(each.turns for each in sets),
     )
+
+
+def _summed(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    return dict(sum(map(collections.Counter, counts), collections.Counter()))
 
 
 class Writer:
@@ -313,4 +318,5 @@ def open_examples(directory: Path, weights: Sequence[float]) -> Examples:
         special=tuple(meta["special"]),
         **{name: meta[name] for name in ("rows_read", "windowed", "merged", "merged_place")},
         rows=rows,
+        turns=meta["turns"],
     )

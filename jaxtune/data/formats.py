@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jaxtune.data.jsontext import read_json
 from jaxtune.data.messages import (
     Conversation,
     check_text,
     choose_targets,
+    read_calls,
     read_conversation,
-    without_reasoning,
+    what_is_said,
 )
 from jaxtune.data.read import Row
+from jaxtune.data.reasoning import (
+    END_THINK,
+    REASONING_KEYS,
+    opens_reasoning,
+    separate_reasoning,
+    split_content,
+)
 from jaxtune.data.template import ChatTemplate
 from jaxtune.data.tokens import Tokenized
 from jaxtune.data.unsupported import description_of, judgement_in, media_in
 from jaxtune.errors import JaxtuneError, closest, lookup
+
+_ARGUMENTS = "chat_template_kwargs"
+
+# What may be done to turns, as reports name it.
+DROPPED, FIRST_TURN = "reasoning dropped", "first turn not learnt"
 
 
 class Sample(NamedTuple):
@@ -32,6 +47,8 @@ class Sample(NamedTuple):
       ends: whether the tokenizer adds its special tokens, and EOS ends the text and is learnt;
         otherwise the text has its own.
       tokens: ids and labels of a row that is tokenized already, in place of the text.
+      unread: keys of its turns that neither jaxtune nor the chat template reads.
+      turns: how many of its turns were changed or left out, by what was done to them.
     """
 
     content: bytes
@@ -39,6 +56,8 @@ class Sample(NamedTuple):
     spans: Sequence[tuple[int, int]] = ()
     ends: bool = False
     tokens: Tokenized | None = None
+    unread: frozenset[str] = frozenset()
+    turns: Mapping[str, int] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +68,7 @@ class Reading:
       template: None without a tokenizer.
       targets: which turns are learnt; see `choose_targets`.
       reasoning: ``keep`` or ``drop`` what comes before ``</think>``.
+      empty_reasoning: ``learn`` or ``mask`` the empty think block that a template adds.
       wordings: texts with ``{prompt}`` in them, one of which each prompt is put into.
       seed: that which of them is drawn depends on, beside the row.
     """
@@ -56,6 +76,7 @@ class Reading:
     template: ChatTemplate | None
     targets: str = "all"
     reasoning: str = "keep"
+    empty_reasoning: str = "learn"
     wordings: tuple[str, ...] = ()
     seed: int = 0
 
@@ -105,24 +126,71 @@ def _identity(*values: Any) -> bytes:
 def _sample(conversation: Conversation, reading: Reading, place: str) -> Sample:
     template = reading.needed(place)
     learnt = choose_targets(conversation, reading.targets, place)
-    turns, content = conversation.turns, _identity(conversation.turns, conversation.tools)
+    content, counts = what_is_said(conversation), collections.Counter[str]()
+    if conversation.turns[0]["role"] == "assistant" and reading.targets == "all":
+        counts[FIRST_TURN] += conversation.marks[0] is None
     if reading.reasoning == "drop":
-        turns = without_reasoning(turns)
+        conversation = _without_reasoning(conversation, template, counts, place)
         for index in learnt:
-            if not (turns[index]["content"] or "").strip() and "tool_calls" not in turns[index]:
+            turn = conversation.turns[index]
+            if not (turn["content"] or "").strip() and "tool_calls" not in turn:
                 raise JaxtuneError(f"{place}: messages[{index}] is nothing but reasoning")
+    turns = conversation.turns
     if reading.wordings:
         first = next((i for i, turn in enumerate(turns) if turn["role"] == "user"), None)
         if first is not None:
             worded = {**turns[first], "content": reading.worded(turns[first]["content"], content)}
             turns = [*turns[:first], worded, *turns[first + 1 :]]
-    text, spans = template.spans(turns, place, learnt, conversation.tools)
-    return Sample(content, text, spans)
+    context = (conversation.tools, conversation.arguments)
+    learn_empty = reading.empty_reasoning == "learn"
+    text, spans = template.spans(turns, place, learnt, *context, empty_reasoning=learn_empty)
+    unread = template.unread_keys(turns, conversation.extra, *context)
+    named = frozenset(f"messages[].{key}" for key in unread)
+    return Sample(content, text, spans, unread=named, turns={k: n for k, n in counts.items() if n})
+
+
+def _without_reasoning(
+    conversation: Conversation,
+    template: ChatTemplate,
+    counts: collections.Counter[str],
+    place: str,
+) -> Conversation:
+    """Takes the reasoning out of the assistant's turns, and counts those that had some."""
+    turns: list[dict[str, Any]] = []
+    for index, turn in enumerate(conversation.turns):
+        if turn["role"] == "assistant":
+            reasoning, answer = separate_reasoning(turn), turn["content"]
+            if END_THINK in (answer or ""):
+                opened = index > 0 and opens_reasoning(
+                    template.render(
+                        turns,
+                        generation_prompt=True,
+                        tools=conversation.tools,
+                        arguments=conversation.arguments,
+                        place=place,
+                    )
+                )
+                within, answer = split_content(answer, opened)
+                reasoning += within
+            counts[DROPPED] += bool(reasoning.strip())
+            kept = {key: value for key, value in turn.items() if key not in REASONING_KEYS}
+            turn = {**kept, "content": answer}
+        turns.append(turn)
+    return conversation._replace(turns=turns)
+
+
+def _conversation(messages: Any, row: Row, tools: bool = True) -> Conversation:
+    values = row.values
+    return read_conversation(
+        messages,
+        row.place,
+        values.get("tools") if tools else None,
+        values.get(_ARGUMENTS),
+    )
 
 
 def _read_messages(row: Row, reading: Reading) -> Sample:
-    conversation = read_conversation(row.values["messages"], row.place, row.values.get("tools"))
-    return _sample(conversation, reading, row.place)
+    return _sample(_conversation(row.values["messages"], row), reading, row.place)
 
 
 def _read_completion(row: Row, reading: Reading) -> Sample:
@@ -130,12 +198,16 @@ def _read_completion(row: Row, reading: Reading) -> Sample:
     if isinstance(prompt, list) and isinstance(completion, list):
         asked = read_conversation(prompt, f"{row.place}: prompt")
         answered = read_conversation(
-            completion, f"{row.place}: completion", row.values.get("tools")
+            completion,
+            f"{row.place}: completion",
+            row.values.get("tools"),
+            row.values.get(_ARGUMENTS),
         )
         # What stands in the prompt is not learnt, whoever says it.
         both = [*asked.turns, *answered.turns]
         marks = [*[False] * len(asked.turns), *answered.marks]
-        return _sample(Conversation(both, marks, answered.tools), reading, row.place)
+        joined = answered._replace(turns=both, marks=marks, extra=asked.extra | answered.extra)
+        return _sample(joined, reading, row.place)
     prompt = check_text(prompt, "prompt", row.place)
     completion = check_text(completion, "completion", row.place)
     if not completion.strip():
@@ -157,7 +229,7 @@ def _read_alpaca(row: Row, reading: Reading) -> Sample:
     turns.append({"role": "assistant", "content": output})
     if row.values.get("system"):
         turns.insert(0, {"role": "system", "content": row.values["system"]})
-    return _sample(read_conversation(turns, row.place), reading, row.place)
+    return _sample(_conversation(turns, row, tools=False), reading, row.place)
 
 
 def _history(row: Row) -> list[dict[str, Any]]:
@@ -180,6 +252,7 @@ _SPEAKERS = {
     "chatgpt": "assistant",
     "model": "assistant",
     "system": "system",
+    "developer": "developer",
     "tool": "tool",
     "observation": "tool",
     "function_call": "assistant",
@@ -187,7 +260,8 @@ _SPEAKERS = {
 
 
 def _read_sharegpt(row: Row, reading: Reading) -> Sample:
-    said, turns = row.values["conversations"], []
+    said = read_json(row.values["conversations"], f"{row.place}: conversations")
+    turns: list[Any] = []
     if not isinstance(said, list) or not all(isinstance(turn, Mapping) for turn in said):
         raise JaxtuneError(f"{row.place}: conversations must be a list of objects")
     for index, turn in enumerate(said):
@@ -206,20 +280,12 @@ def _read_sharegpt(row: Row, reading: Reading) -> Sample:
             )
         kept |= {"role": _SPEAKERS[speaker], "content": value}
         if speaker == "function_call":
-            kept["tool_calls"] = [_call(value, name, row.place)]
+            kept["tool_calls"] = read_calls(value, f"{row.place}: {name}.value")
             del kept["content"]
         turns.append(kept)
     if row.values.get("system"):
         turns.insert(0, {"role": "system", "content": row.values["system"]})
-    conversation = read_conversation(turns, row.place, row.values.get("tools"))
-    return _sample(conversation, reading, row.place)
-
-
-def _call(value: Any, name: str, place: str) -> Any:
-    try:
-        return json.loads(check_text(value, f"{name}.value", place))
-    except (ValueError, RecursionError) as error:
-        raise JaxtuneError(f"{place}: {name} is a function call that is no JSON") from error
+    return _sample(_conversation(turns, row), reading, row.place)
 
 
 def _read_text(row: Row, reading: Reading) -> Sample:
@@ -252,10 +318,14 @@ def _read_tokenized(row: Row, reading: Reading) -> Sample:
 
 
 FORMATS: dict[str, DataFormat] = {
-    "messages": DataFormat(("messages",), _read_messages, ("tools",)),
-    "prompt-completion": DataFormat(("prompt", "completion"), _read_completion, ("tools",)),
-    "alpaca": DataFormat(("instruction", "output"), _read_alpaca, ("input", "system", "history")),
-    "sharegpt": DataFormat(("conversations",), _read_sharegpt, ("system", "tools")),
+    "messages": DataFormat(("messages",), _read_messages, ("tools", _ARGUMENTS)),
+    "prompt-completion": DataFormat(
+        ("prompt", "completion"), _read_completion, ("tools", _ARGUMENTS)
+    ),
+    "alpaca": DataFormat(
+        ("instruction", "output"), _read_alpaca, ("input", "system", "history", _ARGUMENTS)
+    ),
+    "sharegpt": DataFormat(("conversations",), _read_sharegpt, ("system", "tools", _ARGUMENTS)),
     "text": DataFormat(("text",), _read_text),
     "tokenized": DataFormat(("input_ids", "labels"), _read_tokenized, ("attention_mask",)),
 }

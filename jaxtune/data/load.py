@@ -143,6 +143,7 @@ class _Build:
         self._progress, self._problems = progress, problems
         self._rejected: collections.Counter[str] = collections.Counter()
         self._counts: collections.Counter[str] = collections.Counter()
+        self._turns: collections.Counter[str] = collections.Counter()
         self._unread: set[str] = set()
         self._merged_place = ""
         self._files: dict[str, int] = {}
@@ -177,6 +178,7 @@ class _Build:
                 "merged": self._counts["merged"],
                 "merged_place": self._merged_place,
                 "unread": sorted(self._unread),
+                "turns": self._turns,
                 "rejected": self._rejected,
                 "special": special,
             }
@@ -189,6 +191,7 @@ class _Build:
         self._counts.update(chunk.counts)
         self._counts["merged"] += len(chunk.merged)
         self._merged_place = self._merged_place or next(iter(chunk.merged), "")
+        self._turns.update(chunk.turns)
         self._unread |= chunk.unread
         ids = [self._files.setdefault(file, len(self._files)) for file in chunk.files]
         writer.add(

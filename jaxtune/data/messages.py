@@ -1,38 +1,54 @@
-"""Conversations: what a row's turns are, which of them are learnt, and their reasoning."""
+"""Conversations: what a row's turns are, and which of them are learnt."""
 
 from __future__ import annotations
 
+import difflib
 import json
-import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jaxtune.data.jsontext import read_json, restore, with_stand_ins
+from jaxtune.data.reasoning import REASONING_KEYS, folded, separate_reasoning, split_content
 from jaxtune.errors import JaxtuneError, closest
 
-ROLES = ("system", "user", "assistant", "tool")
-THINK, END_THINK = "<think>", "</think>"
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 Message = Mapping[str, Any]
 
 # What a turn may say beside its role and its content.
 _MARKS = ("train", "weight")
-_OF_ASSISTANT = ("tool_calls", "reasoning_content")
+_OF_ASSISTANT = ("tool_calls", *REASONING_KEYS)
 _OF_TOOL = ("tool_call_id", "name")
-_REASONING = re.compile(r"\s*(?:<think>)?.*?</think>\s*", re.DOTALL)
+# What apply_chat_template is called with: not for a row to say.
+_OWN_ARGUMENTS = frozenset(
+    (
+        *("conversation", "conversations", "messages", "tools", "chat_template", "tokenize"),
+        *("add_generation_prompt", "continue_final_message", "sanitize_control_tokens"),
+        *("padding", "truncation", "max_length", "return_tensors", "return_dict"),
+        *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+    )
+)
+_ALIKE = 0.8  # a key as similar as this to a known one is a spelling mistake
 
 
 class Conversation(NamedTuple):
     """Turns as a template takes them.
 
     Attributes:
-      turns: role and content, the assistant's perhaps with tool_calls. Content may be None there.
+      turns: role and content, the assistant's perhaps with tool_calls and reasoning, and the keys
+        that only a template may know. Content may be None beside tool_calls.
       marks: by turn, whether the row says that it is to be learnt; None where it does not say.
       tools: the functions that the assistant may call, as JSON schemas.
+      arguments: of the template, such as ``{"enable_thinking": False}``.
+      extra: the keys of turns that only a template may know.
     """
 
     turns: list[dict[str, Any]]
     marks: list[bool | None]
     tools: list[Any] | None = None
+    arguments: Mapping[str, Any] = {}
+    extra: frozenset[str] = frozenset()
 
 
 def check_text(value: Any, name: str, place: str) -> str:
@@ -54,32 +70,52 @@ def check_messages(messages: Any, place: str) -> list[dict[str, Any]]:
     return read_conversation(messages, place).turns
 
 
-def read_conversation(messages: Any, place: str, tools: Any = None) -> Conversation:
+def read_conversation(
+    messages: Any, place: str, tools: Any = None, arguments: Any = None
+) -> Conversation:
     """Checks a conversation in the form of OpenAI's and Hugging Face's chats.
 
     Args:
-      messages: objects with role and content; an assistant's may have tool_calls and
-        reasoning_content, any ``train`` (true or false) or ``weight`` (0 or 1).
+      messages: objects with role and content, or JSON text of them; an assistant's may have
+        tool_calls and reasoning (`REASONING_KEYS`), any ``train`` (true or false) or ``weight``
+        (0 or 1).
       place: what to call the conversation in an error.
-      tools: descriptions of functions, or None.
+      tools: descriptions of functions, or JSON text of them, or None.
+      arguments: of the template, an object, or JSON text of one, or None.
 
     Raises:
-      JaxtuneError: what is missing, unknown or of the wrong type; the message names it.
+      JaxtuneError: what is missing or of the wrong type; the message names it.
     """
+    messages = read_json(messages, f"{place}: messages")
     if not isinstance(messages, (list, tuple)) or not messages:
         raise JaxtuneError(f"{place}: messages must be a list of one or more turns")
-    turns, marks = [], []
+    turns, marks, extra = [], [], set[str]()
     for index, message in enumerate(messages):
         name = f"messages[{index}]"
         if not isinstance(message, Mapping):
             raise JaxtuneError(f"{place}: {name} must be an object with role and content")
         given = {key: value for key, value in message.items() if value is not None}
-        turn = _read_turn(given, name, place)
+        turn, others = _read_turn(given, name, place)
         marks.append(_read_mark(given, turn["role"], name, place))
         turns.append(turn)
+        extra |= others
+    tools = read_json(tools, f"{place}: tools") if tools else None
     if tools is not None and not (isinstance(tools, list) and all(map(tool_name, tools))):
         raise JaxtuneError(f"{place}: tools must be a list of objects, as JSON schemas are")
-    return Conversation(turns, marks, tools or None)
+    return Conversation(
+        turns, marks, tools or None, read_arguments(arguments, place), frozenset(extra)
+    )
+
+
+def read_arguments(value: Any, place: str, name: str = "chat_template_kwargs") -> dict[str, Any]:
+    """Returns the arguments of a template: an object or JSON text of one; raises naming `place`."""
+    arguments = read_json(value, f"{place}: {name}") if value else {}
+    if not isinstance(arguments, Mapping):
+        raise JaxtuneError(f"{place}: {name} must be a JSON object")
+    if taken := sorted(set(arguments) & _OWN_ARGUMENTS):
+        raise JaxtuneError(f"{place}: {name} may not set {taken[0]}: jaxtune itself does")
+    # A table of `datasets` gives every row every key.
+    return {key: given for key, given in arguments.items() if given is not None}
 
 
 def tool_name(tool: Any) -> str:
@@ -89,7 +125,8 @@ def tool_name(tool: Any) -> str:
     return name if isinstance(name, str) else ""
 
 
-def _read_turn(given: Message, name: str, place: str) -> dict[str, Any]:
+def _read_turn(given: Message, name: str, place: str) -> tuple[dict[str, Any], set[str]]:
+    """Returns a turn, and those of its keys that are not known here."""
     role = given.get("role")
     calls = role == "assistant" and bool(given.get("tool_calls"))
     for key in ("role",) if calls else ("role", "content"):
@@ -101,26 +138,41 @@ def _read_turn(given: Message, name: str, place: str) -> dict[str, Any]:
             f"(known: {', '.join(ROLES)})"
         )
     more = {"assistant": _OF_ASSISTANT, "tool": _OF_TOOL}.get(str(role), ())
-    known = {"role", "content", *_MARKS, *more}
-    if unknown := sorted(key for key in given if key not in known):
-        raise JaxtuneError(
-            f'{place}: {name} has the key "{unknown[0]}"; a turn of this role has '
-            f"{', '.join(sorted(known))}"
-        )
-    content = _content(given["content"], name, place) if "content" in given else None
+    known = ("role", "content", *_MARKS, *more)
+    others = {str(key) for key in given} - {*known, *_OF_ASSISTANT, *_OF_TOOL}
+    for key in sorted(others):
+        if meant := _meant(key, known, given):
+            raise JaxtuneError(
+                f'{place}: {name} has the key "{key}"; did you mean "{meant}"? (a turn of this '
+                f"role has {', '.join(known)})"
+            )
+    others |= {key for key in (*_OF_ASSISTANT, *_OF_TOOL) if key in given and key not in known}
+    turn: dict[str, Any] = {"role": role, "content": None}
+    if "content" in given:
+        turn["content"] = _content(given["content"], name, place)
     if role == "assistant":
-        if not calls and not (content or "").strip():
+        if not calls and not (turn["content"] or "").strip():
             raise JaxtuneError(f"{place}: {name} is an empty assistant turn")
-        if "reasoning_content" in given:
-            content = _with_reasoning(given["reasoning_content"], content, name, place)
-    turn: dict[str, Any] = {"role": role, "content": content}
+        turn |= _read_reasoning(given, turn["content"], name, place)
     if calls:
         turn["tool_calls"] = _read_calls(given["tool_calls"], name, place)
     if role == "tool":
         turn |= {
             key: check_text(given[key], f"{name}.{key}", place) for key in more if key in given
         }
-    return turn
+    for key in others:
+        if isinstance(given[key], str):
+            check_text(given[key], f"{name}.{key}", place)
+    return turn | {key: given[key] for key in others if key != "tool_calls"}, others
+
+
+def _meant(key: str, known: Sequence[str], given: Message) -> str:
+    """Returns the known key of which another is a misspelling; empty where it is none."""
+    plain = unicodedata.normalize("NFKD", key.casefold()).encode("ascii", "ignore").decode()
+    if plain in known:
+        return plain
+    near = difflib.get_close_matches(key, [k for k in known if k not in given], 1, _ALIKE)
+    return near[0] if near else ""
 
 
 def _content(value: Any, name: str, place: str) -> str:
@@ -137,17 +189,25 @@ def _content(value: Any, name: str, place: str) -> str:
     return "".join(texts)
 
 
-def _with_reasoning(reasoning: Any, content: str | None, name: str, place: str) -> str:
-    reasoning = check_text(reasoning, f"{name}.reasoning_content", place)
-    if END_THINK in (content or ""):
+def _read_reasoning(given: Message, content: str | None, name: str, place: str) -> dict[str, str]:
+    found = {
+        key: check_text(given[key], f"{name}.{key}", place)
+        for key in REASONING_KEYS
+        if key in given
+    }
+    said = {key: text for key, text in found.items() if text.strip()}
+    if len(set(said.values())) > 1:
+        raise JaxtuneError(f"{place}: {name} has different reasoning in {' and '.join(said)}")
+    if said and split_content(content or "", opened=True)[1] != (content or ""):
         raise JaxtuneError(
-            f"{place}: {name} has reasoning both in its content and in reasoning_content"
+            f"{place}: {name} has reasoning both in its content and in {next(iter(said))}"
         )
-    return f"{THINK}\n{reasoning.strip()}\n{END_THINK}\n\n{content or ''}"
+    return found
 
 
 def _read_calls(calls: Any, name: str, place: str) -> list[dict[str, Any]]:
-    """Returns calls with arguments as objects, which is how Hugging Face's templates take them."""
+    """Returns calls with their arguments as the row has them: an object, or JSON text of one."""
+    calls = read_json(calls, f"{place}: {name}.tool_calls")
     if not isinstance(calls, list):
         raise JaxtuneError(f"{place}: {name}.tool_calls must be a list")
     found = []
@@ -157,17 +217,37 @@ def _read_calls(calls: Any, name: str, place: str) -> list[dict[str, Any]]:
         if not isinstance(function, Mapping) or "name" not in function:
             raise JaxtuneError(f"{place}: {where} must have a function with name and arguments")
         arguments = function.get("arguments")
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments)
-            except (ValueError, RecursionError) as error:
-                raise JaxtuneError(f"{place}: {where}: arguments are no JSON") from error
-        if not isinstance(arguments, Mapping):
+        if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
+            arguments = {}
+        if isinstance(arguments, str) and not arguments.lstrip().startswith(("{", "[")):
+            raise JaxtuneError(f"{place}: {where}: arguments are no JSON")
+        if not isinstance(
+            read_json(arguments, f"{place}: {where}: arguments are no JSON"), Mapping
+        ):
             raise JaxtuneError(f"{place}: {where}: arguments must be a JSON object")
         called = check_text(function["name"], f"{where}.name", place)
         entry = {"type": "function", "function": {"name": called, "arguments": arguments}}
         found.append(({"id": call["id"]} if call.get("id") else {}) | entry)
     return found
+
+
+def read_calls(value: Any, place: str) -> Any:
+    """Returns the calls that ShareGPT's function_call has as JSON text: one, or a list of them.
+
+    Arguments are text afterwards, so that their numbers stay as they were written.
+    """
+    if not isinstance(value, str):
+        return value if isinstance(value, list) else [value]
+    parsed = read_json(value, f"{place} is a function call that is no JSON")
+    if isinstance(parsed, str):
+        raise JaxtuneError(f"{place} is a function call that is no JSON")
+    numbers: dict[str, str] = {}
+    found = with_stand_ins(value, value, numbers)
+    for call in found if isinstance(parsed, list) else [found]:
+        if isinstance(call, dict) and isinstance(call.get("arguments"), dict):
+            text = json.dumps(call["arguments"], ensure_ascii=False)
+            call["arguments"] = restore(text, numbers)
+    return found if isinstance(found, list) else [found]
 
 
 def _read_mark(given: Message, role: str, name: str, place: str) -> bool | None:
@@ -182,7 +262,7 @@ def _read_mark(given: Message, role: str, name: str, place: str) -> bool | None:
 
 
 def choose_targets(conversation: Conversation, targets: str, place: str) -> list[int]:
-    """Returns which turns are learnt.
+    """Returns which turns are learnt; a first turn of the assistant is not, as it answers nothing.
 
     Args:
       conversation: with its marks.
@@ -191,7 +271,7 @@ def choose_targets(conversation: Conversation, targets: str, place: str) -> list
       place: what to call the conversation in an error.
 
     Raises:
-      JaxtuneError: no turn is learnt.
+      JaxtuneError: no turn is learnt, or the first turn is marked true.
     """
     roles = [turn["role"] for turn in conversation.turns]
     chosen = [index for index, role in enumerate(roles) if role == "assistant"]
@@ -202,6 +282,12 @@ def choose_targets(conversation: Conversation, targets: str, place: str) -> list
     unmarked = targets != "marked"
     marks = conversation.marks
     learnt = [i for i in chosen if marks[i] or (marks[i] is None and unmarked)]
+    if 0 in learnt and (marks[0] or learnt == [0]):
+        raise JaxtuneError(
+            f"{place}: messages[0] is an assistant turn that answers nothing, so it cannot be "
+            'learnt: put a user turn before it, or give it "train": false and learn a later one'
+        )
+    learnt = [index for index in learnt if index]
     if not learnt:
         raise JaxtuneError(
             f"{place}: no turn to learn: train or weight leaves none with data.targets={targets}"
@@ -209,11 +295,22 @@ def choose_targets(conversation: Conversation, targets: str, place: str) -> list
     return learnt
 
 
-def without_reasoning(turns: Sequence[Message]) -> list[dict[str, Any]]:
-    """Returns the turns with what the assistant's contents say up to ``</think>`` taken away."""
-    return [
-        {**turn, "content": _REASONING.sub("", turn["content"], count=1)}
-        if turn["role"] == "assistant" and END_THINK in (turn["content"] or "")
-        else dict(turn)
-        for turn in turns
-    ]
+def what_is_said(conversation: Conversation) -> bytes:
+    """Returns the words of a conversation: equal for two that differ in their spelling alone."""
+    said = []
+    for turn in conversation.turns:
+        within, answer = split_content(turn["content"] or "", opened=False)
+        if within and not separate_reasoning(turn):
+            turn = {**turn, REASONING_KEYS[0]: within, "content": answer}
+        turn = {k: v for k, v in folded(turn).items() if k not in conversation.extra}
+        if turn["role"] == "developer":
+            turn["role"] = "system"
+        if calls := turn.get("tool_calls"):
+            turn["tool_calls"] = [{**call, "function": _parsed(call["function"])} for call in calls]
+        said.append(turn)
+    text = json.dumps([said, conversation.tools], ensure_ascii=False, default=str)
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _parsed(function: Message) -> dict[str, Any]:
+    return {**function, "arguments": read_json(function["arguments"], "arguments")}

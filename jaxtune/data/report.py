@@ -63,6 +63,7 @@ def statistics(
         "windows": examples.windows,
         "windowed": examples.windowed,
         "merged": examples.merged,
+        "turns": dict(examples.turns),
         "unread": list(examples.unread),
         "rejected": reasons,
     }
@@ -105,6 +106,7 @@ def render_statistics(name: str, numbers: Mapping[str, Any]) -> str:
         lines.append(f"  the run       {numbers['run']['text']}")
     for key in ("duplicates", "dropped", "truncated", "windows", "windowed", "merged"):
         lines.append(f"  {key:<14}{numbers[key]:>12,}")
+    lines += [f"  turns: {what} {count:>12,}" for what, count in numbers["turns"].items()]
     if "held_out_too" in numbers:
         lines.append(f"  held out too  {numbers['held_out_too']:>12,}")
     if numbers["unread"]:

@@ -256,5 +256,7 @@ def _log(path: str, examples: Examples) -> None:
             examples.rows_read,
             examples.merged_place,
         )
+    for what, count in examples.turns.items():
+        logger.info("%s: turns: %s: %d", path, what, count)
     if examples.unread:
         logger.warning("%s: keys that nothing reads: %s", path, ", ".join(examples.unread))

@@ -2,53 +2,28 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from pathlib import Path
+import contextlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 
+from jaxtune.data.builtin import (
+    built_in_templates,
+    built_ins_that_ask,
+    check_tokens,
+    missing_tokens,
+    read_template,
+)
 from jaxtune.data.messages import Conversation, Message, check_messages, choose_targets, tool_name
+from jaxtune.data.rendering import Rendering, choose_rendering
+from jaxtune.data.spans import Rewritten, Span, skip_empty_block, turn_span
 from jaxtune.data.tokens import Tokenized, tokenize, tokenize_prompt
-from jaxtune.errors import JaxtuneError, closest
+from jaxtune.errors import JaxtuneError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-BUILT_IN = Path(__file__).parent / "templates"
-
-
-def built_in_templates() -> dict[str, Path]:
-    """Returns the Jinja files that come with jaxtune, by the name that data.chat_template takes."""
-    found = {path.stem: path for path in BUILT_IN.glob("*.jinja")}
-    return dict(sorted(found.items()))
-
-
-def read_template(path: str | Path) -> str:
-    """Returns the Jinja source that data.chat_template names; an empty path gives ``""``.
-
-    Args:
-      path: the name of a built-in template, or a file.
-
-    Raises:
-      JaxtuneError: neither of these, or a file that cannot be read.
-    """
-    if not str(path):
-        return ""
-    known = built_in_templates()
-    try:
-        return known.get(str(path), Path(path).expanduser()).read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise JaxtuneError(
-            f"data.chat_template={path}: No such file or built-in template"
-            f"{closest(str(path), known)} (built in: {', '.join(known)})"
-        ) from error
-    # No home directory of that name; a zero byte in the path.
-    except (RuntimeError, ValueError, OSError) as error:
-        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
-        reason = getattr(error, "strerror", None) or reason
-        raise JaxtuneError(f"data.chat_template={path}: {reason}") from error
 
 
 class ChatTemplate:
@@ -58,18 +33,25 @@ class ChatTemplate:
     those of checkpoints that you trust.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, source: str = ""):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        source: str = "",
+        arguments: Mapping[str, Any] | None = None,
+    ):
         """Checks that tokenizer and template can be used.
 
         Args:
           tokenizer: a fast tokenizer of `transformers`.
           source: Jinja source used in place of the tokenizer's own template; empty: its own.
+          arguments: of the template, such as ``{"enable_thinking": False}``.
 
         Raises:
           JaxtuneError: the tokenizer has no offsets or loses spaces, or the source has an error.
         """
         self.tokenizer = tokenizer
         self.source = source
+        self.arguments = arguments or {}
         if not tokenizer.is_fast:
             raise JaxtuneError(
                 f"{type(tokenizer).__name__} gives no offsets: save it with a tokenizer.json"
@@ -80,8 +62,11 @@ class ChatTemplate:
                 f"{type(tokenizer).__name__} loses spaces: it is not the class this "
                 "tokenizer.json was made for (see tokenizer_class in tokenizer_config.json)"
             )
+        own = tokenizer.chat_template or ""
+        self._text = source or ("\n".join(own.values()) if isinstance(own, dict) else own)
         # A turn's end token is among these, whatever a checkpoint calls it.
         self._added = tuple(str(token) for token in tokenizer.added_tokens_decoder.values())
+        self._missing = missing_tokens(self.source, tokenizer)
         if self.exists():
             self._check_syntax()
 
@@ -99,7 +84,11 @@ class ChatTemplate:
             return
 
     def _apply(
-        self, messages: Sequence[Message], generation_prompt: bool, tools: list[Any] | None = None
+        self,
+        messages: Sequence[Message],
+        generation_prompt: bool,
+        tools: list[Any] | None = None,
+        arguments: Mapping[str, Any] | None = None,
     ) -> str:
         text = self.tokenizer.apply_chat_template(
             [dict(message) for message in messages],
@@ -107,25 +96,21 @@ class ChatTemplate:
             tokenize=False,
             add_generation_prompt=generation_prompt,
             tools=tools,
+            **{**self.arguments, **(arguments or {})},
         )
         assert isinstance(text, str)
         return text
 
-    def render(
+    def _rendering(
         self,
         messages: Sequence[Message],
+        tools: list[Any] | None,
+        arguments: Mapping[str, Any] | None,
+        place: str,
         *,
         generation_prompt: bool = False,
-        tools: list[Any] | None = None,
-        place: str = "chat",
-    ) -> str:
-        """Returns the conversation as text.
-
-        Args:
-          messages: turns with role and content, one or more.
-          generation_prompt: whether to end with the opening of the assistant's next turn.
-          tools: descriptions of functions, for templates that show them.
-          place: what to call the conversation in an error.
+    ) -> Rendering:
+        """Returns the renderings of a conversation and its first turns.
 
         Raises:
           JaxtuneError: there is no template, or it refuses the conversation.
@@ -136,21 +121,44 @@ class ChatTemplate:
                 "set data.chat_template to a Jinja file or a built-in template "
                 f"({', '.join(built_in_templates())})"
             )
-        try:
-            try:
-                return self._apply(messages, generation_prompt, tools)
-            except TypeError:
-                # DeepSeek's own templates join arguments to text, others render the object.
-                texts = _with_arguments_as_text(messages)
-                if texts is None:
-                    raise
-                return self._apply(texts, generation_prompt, tools)
-        # Any expression of the template may fail in its own way.
-        except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise JaxtuneError(
-                f"{place}: the chat template refuses the conversation: {reason}"
-            ) from error
+        turns = [dict(message) for message in messages]
+        if "developer" not in self._text:
+            for turn in turns:
+                turn["role"] = "system" if turn["role"] == "developer" else turn["role"]
+
+        def apply(some: Sequence[Message], prompt: bool) -> str:
+            text = self._apply(some, prompt, tools, arguments)
+            check_tokens(text, self._missing, self.source, place)
+            return text
+
+        return choose_rendering(turns, apply, place, generation_prompt=generation_prompt)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        generation_prompt: bool = False,
+        tools: list[Any] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+        place: str = "chat",
+    ) -> str:
+        """Returns the conversation as text.
+
+        Args:
+          messages: turns with role and content, one or more.
+          generation_prompt: whether to end with the opening of the assistant's next turn.
+          tools: descriptions of functions, for templates that show them.
+          arguments: of the template, in addition to and before those of all conversations.
+          place: what to call the conversation in an error.
+
+        Raises:
+          JaxtuneError: there is no template, it refuses the conversation, or it is a built-in one
+            that writes tokens which the tokenizer lacks.
+        """
+        rendering = self._rendering(
+            messages, tools, arguments, place, generation_prompt=generation_prompt
+        )
+        return rendering(len(messages), generation_prompt)
 
     def spans(
         self,
@@ -158,63 +166,87 @@ class ChatTemplate:
         place: str,
         learnt: Sequence[int] | None = None,
         tools: list[Any] | None = None,
-    ) -> tuple[str, list[tuple[int, int]]]:
-        """Renders a conversation and finds what the assistant wrote in it.
-
-        A turn starts where the generation prompt after the turns before it ends, and ends with the
-        rendering of the turns up to it; the end token belongs to it, white space after that
-        token does not.
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        empty_reasoning: bool = True,
+    ) -> tuple[str, list[Span]]:
+        """Renders a conversation and finds what the assistant wrote in it, as `turn_span` says.
 
         Args:
           messages: turns as `check_messages` returns them.
           place: what to call the conversation in an error.
           learnt: which turns are looked for; all of the assistant by default.
           tools: descriptions of functions, for templates that show them.
+          arguments: of the template, in addition to and before those of all conversations.
+          empty_reasoning: whether the empty think block of a turn belongs to it.
 
         Returns:
           The text, and ``(start, end)`` in characters of every turn looked for.
 
         Raises:
-          JaxtuneError: no assistant turn, or the template rewrites turns, so that no rendering of
-            the first turns is a prefix of the whole, or leaves tools out.
+          JaxtuneError: no assistant turn, or the template rewrites turns or leaves tools out.
         """
         if learnt is None:
             learnt = choose_targets(
                 Conversation([*map(dict, messages)], [None] * len(messages)), "all", place
             )
-        text, spans = self.render(messages, tools=tools, place=place), []
-        for name in map(tool_name, tools or ()):
-            if name not in text:
-                raise JaxtuneError(
-                    f"{place}: the chat template does not show the tool {name}: describe the "
-                    "tools in the system turn, or set data.chat_template to one that does"
-                )
+        rendering = self._rendering(messages, tools, arguments, place)
+        text, found = rendering(len(messages), False), []
+        self._check_tools(messages, text, tools, arguments, place)
         for index in learnt:
             if index == 0:
                 raise JaxtuneError(
                     f"{place}: messages[0] is an assistant turn that answers nothing"
                 )
-            prompt = self.render(messages[:index], generation_prompt=True, tools=tools, place=place)
-            last = index + 1 == len(messages)
-            turn = text if last else self.render(messages[: index + 1], tools=tools, place=place)
-            if not turn.startswith(prompt):
-                raise _rewrites(place, index, "renders differently from its generation prompt")
-            if not text.startswith(turn):
-                raise _rewrites(place, index, "renders differently once other turns follow")
-            written = turn[len(prompt) :]
-            if not _is_whole(messages[index], written):
-                # The prompt may have opened what the content says itself, such as <think>.
-                before = self.render(messages[:index], tools=tools, place=place)
-                whole = turn.startswith(before) and _is_whole(messages[index], turn[len(before) :])
-                if not whole:
-                    raise _rewrites(place, index, "is not rendered whole")
-            spans.append((len(prompt), len(prompt) + self._trimmed(written)))
-        return text, spans
+            try:
+                span = turn_span(rendering.turns, index, rendering, self._added)
+            except Rewritten as change:
+                raise self._rewrites(place, index, str(change), arguments) from change
+            if not empty_reasoning:
+                span = skip_empty_block(text, span, rendering.turns[index])
+            found.append(span)
+        return text, found
 
-    def _trimmed(self, turn: str) -> int:
-        """Returns the length of a turn without the white space that follows its end token."""
-        kept = turn.rstrip()
-        return len(kept) if kept.endswith(self._added) else len(turn)
+    def _check_tools(
+        self,
+        messages: Sequence[Message],
+        text: str,
+        tools: list[Any] | None,
+        arguments: Mapping[str, Any] | None,
+        place: str,
+    ) -> None:
+        """Raises where a rendering leaves a tool out."""
+        if not tools:
+            return
+        shown = True
+        with contextlib.suppress(JaxtuneError):  # a template may refuse to do without
+            # A short name may stand in the text by chance.
+            shown = text != self.render(messages, arguments=arguments, place=place)
+        for name in map(tool_name, tools):
+            if not shown or name not in text:
+                raise JaxtuneError(
+                    f"{place}: the chat template does not show the tool {name}: describe the "
+                    "tools in the system turn, or set data.chat_template to one that does"
+                )
+
+    def unread_keys(
+        self,
+        messages: Sequence[Message],
+        keys: Iterable[str],
+        tools: list[Any] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> set[str]:
+        """Returns those keys of turns without which the conversation renders the same."""
+        unread = {key for key in keys if not re.search(rf"\b{re.escape(key)}\b", self._text)}
+        mentioned = set(keys) - unread
+        if not mentioned:
+            return unread
+        text = self.render(messages, tools=tools, arguments=arguments)
+        for key in mentioned:
+            without = [{k: v for k, v in turn.items() if k != key} for turn in messages]
+            if self.render(without, tools=tools, arguments=arguments) == text:
+                unread.add(key)
+        return unread
 
     def encode(self, messages: Sequence[Message], place: str = "chat") -> Tokenized:
         """Returns the tokens of a conversation; its assistant turns are the labels.
@@ -226,43 +258,28 @@ class ChatTemplate:
         # The template writes BOS itself where the model wants one.
         return tokenize(self.tokenizer, text, spans, complete=False)
 
-
-def _with_arguments_as_text(messages: Sequence[Message]) -> list[dict[str, Any]] | None:
-    """Returns the turns with the arguments of calls as JSON text; None where there are no calls."""
-    turns, found = [], False
-    for message in messages:
-        turn = dict(message)
-        if calls := turn.get("tool_calls"):
-            found = True
-            turn["tool_calls"] = [
-                {**call, "function": {**call["function"], "arguments": arguments}}
-                for call in calls
-                for arguments in [json.dumps(call["function"]["arguments"], ensure_ascii=False)]
-            ]
-        turns.append(turn)
-    return turns if found else None
-
-
-def _is_whole(message: Message, written: str) -> bool:
-    """Returns whether a rendering has the content and the calls of a turn, but for white space."""
-    parts = [message["content"] or ""]
-    for call in message.get("tool_calls", ()):
-        parts += [call["function"]["name"], *call["function"]["arguments"]]
-    squeezed = "".join(written.split())
-    return all("".join(part.split()) in squeezed for part in parts)
-
-
-def _rewrites(place: str, index: int, what: str) -> JaxtuneError:
-    return JaxtuneError(
-        f"{place}: the chat template rewrites the conversation: messages[{index}] {what} (some "
-        "templates delete or add reasoning), so its targets cannot be told; end the row at the "
-        "turn to learn, or set data.chat_template to one that keeps every turn as it is: a Jinja "
-        "file, or a built-in such as deepseek-r1"
-    )
+    def _rewrites(
+        self, place: str, index: int, what: str, arguments: Mapping[str, Any] | None
+    ) -> JaxtuneError:
+        names: list[str] = []
+        with contextlib.suppress(JaxtuneError):
+            question = [{"role": "user", "content": "?"}]
+            asked = self.render(question, generation_prompt=True, arguments=arguments)
+            names = built_ins_that_ask(asked, self.tokenizer, other_than=self.source)
+        built_in = f", or a built-in such as {names[0]}" if names else ""
+        return JaxtuneError(
+            f"{place}: the chat template rewrites the conversation: messages[{index}] {what} (some "
+            "templates delete or add reasoning), so its targets cannot be told; end the row at the "
+            "turn to learn, or set data.chat_template to one that keeps every turn as it is: a "
+            f"Jinja file{built_in}"
+        )
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], chat_template: str = ""
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    chat_template: str = "",
+    arguments: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Returns the token ids of a conversation that the assistant is to go on with, int[n].
 
@@ -271,8 +288,9 @@ def encode_prompt(
       messages: turns with role and content.
       chat_template: a Jinja file or the name of a built-in template, used in place of the
         tokenizer's own; empty: its own.
+      arguments: of the template, such as ``{"enable_thinking": False}``.
     """
-    template = ChatTemplate(tokenizer, read_template(chat_template))
+    template = ChatTemplate(tokenizer, read_template(chat_template), arguments)
     turns = check_messages(messages, "prompt")
     text = template.render(turns, generation_prompt=True, place="prompt")
     return tokenize_prompt(tokenizer, text, complete=False)

@@ -147,7 +147,7 @@ def test_templates_that_rewrite_are_refused(deepseek, templates, family, old, ne
         ([{"role": "user", "content": None}], r"messages\[0\] has no content"),
         ([{"role": "user", "content": 3}], "must be a string, not int"),
         ([{"role": "asistant", "content": "x"}], 'did you mean "assistant"'),
-        ([{"role": "user", "content": "x", "name": "y"}], 'the key "name"'),
+        ([{"role": "user", "content": "x", "trian": False}], 'the key "trian"; .* "train"'),
         ([{"role": "user", "content": "\ud83d"}], "half a surrogate pair"),
         (turns("x"), "no assistant turn"),
         (turns("x", ""), r"messages\[1\] is an empty assistant turn"),
