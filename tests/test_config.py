@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import jax
+import ml_collections
 import numpy as np
 import pytest
 
@@ -59,6 +60,17 @@ def test_updates_of_a_profile_are_numbers_or_text():
     for steps in ((10, 20), "10,20", ("10", "20")):
         assert resolve({"profile": {"steps": steps}}).profile.steps == ("10", "20")
     assert resolve({}, ["profile.steps=10,20"]).profile.steps == ("10", "20")
+
+
+def test_arguments_of_a_template_are_an_object_or_json_text():
+    given = {"enable_thinking": False, "a": [1, None]}
+    text = '{"a": [1, null], "enable_thinking": false}'
+    for value in (given, text, json.dumps(given), ml_collections.ConfigDict(given)):
+        assert resolve({"data": {"chat_template_kwargs": value}}).data.chat_template_kwargs == text
+    assert resolve({}, ["data.chat_template_kwargs={}"]).data.chat_template_kwargs == ""
+    for value in ("fast", "[1]", 5, {"a": object()}):
+        with pytest.raises(JaxtuneError, match=r"data\.chat_template_kwargs takes a JSON object"):
+            resolve({"data": {"chat_template_kwargs": value}})
 
 
 def test_the_default_tree_resolves_to_itself():
@@ -358,7 +370,12 @@ def _texts(data):
         "two_forms": [{"prompt": "a", "completion": f"b{i}", "text": "c" * i} for i in range(1, 9)],
         "two_turns": [{"messages": row["messages"] * 2} for row in rows],
         "reasoned": [
-            {"messages": [row["messages"][0], {"role": "assistant", "content": "<think>a</think>b"}]}
+            {
+                "messages": [
+                    row["messages"][0],
+                    {"role": "assistant", "content": "<think>a</think>b"},
+                ]
+            }
             for row in rows
         ],
     }

@@ -64,9 +64,7 @@ def built_in_name(source: str) -> str:
 
 
 def missing_tokens(source: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Returns the control tokens that a built-in template writes and a tokenizer lacks.
-
-    A file may want them as text, so those of a file are named in the log.
+    """Returns the control tokens that a template writes and a tokenizer lacks.
 
     Args:
       source: of the template; empty: the tokenizer's own, which is not looked into.
@@ -78,23 +76,26 @@ def missing_tokens(source: str, tokenizer: PreTrainedTokenizerBase) -> dict[str,
     added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
     tokens = [token for token in dict.fromkeys(_CONTROL.findall(source)) if token not in added]
     counts = {t: len(tokenizer(t, add_special_tokens=False)["input_ids"]) for t in tokens}
-    missing = {token: count for token, count in counts.items() if count > 1}
-    if missing and not built_in_name(source):
-        named = ", ".join(f"{token} becomes {count} tokens" for token, count in missing.items())
-        logger.warning("data.chat_template writes what is not a token of the tokenizer: %s", named)
-        return {}
-    return missing
+    return {token: count for token, count in counts.items() if count > 1}
 
 
-def check_tokens(text: str, missing: Mapping[str, int], source: str, place: str) -> None:
-    """Raises where a rendering has a token of `missing_tokens`; the message names `place`."""
-    for token, count in missing.items():
-        if token in text:
-            raise JaxtuneError(
-                f"{place}: the chat template {built_in_name(source)} writes {token}, which is not "
-                f"a token of this tokenizer (it becomes {count} tokens): choose the template of "
-                "the model's own family, or add the token to the tokenizer"
-            )
+def warn_of_missing(text: str, missing: dict[str, int], source: str) -> None:
+    """Names the tokens of `missing_tokens` that a rendering has, each of them once.
+
+    Args:
+      text: rendered.
+      missing: from which those that are named are taken.
+      source: of the template.
+    """
+    named = [token for token in missing if token in text]
+    if named:
+        counts = ", ".join(f"{token} (it becomes {missing.pop(token)} tokens)" for token in named)
+        logger.warning(
+            "data.chat_template%s writes what is not a token of this tokenizer: %s; choose the "
+            "template of the model's own family, or add the tokens",
+            f"={name}" if (name := built_in_name(source)) else "",
+            counts,
+        )
 
 
 def built_ins_that_ask(

@@ -12,9 +12,9 @@ import jinja2
 from jaxtune.data.builtin import (
     built_in_templates,
     built_ins_that_ask,
-    check_tokens,
     missing_tokens,
     read_template,
+    warn_of_missing,
 )
 from jaxtune.data.messages import Conversation, Message, check_messages, choose_targets, tool_name
 from jaxtune.data.rendering import Rendering, choose_rendering
@@ -128,7 +128,7 @@ class ChatTemplate:
 
         def apply(some: Sequence[Message], prompt: bool) -> str:
             text = self._apply(some, prompt, tools, arguments)
-            check_tokens(text, self._missing, self.source, place)
+            warn_of_missing(text, self._missing, self.source)
             return text
 
         return choose_rendering(turns, apply, place, generation_prompt=generation_prompt)
@@ -152,8 +152,7 @@ class ChatTemplate:
           place: what to call the conversation in an error.
 
         Raises:
-          JaxtuneError: there is no template, it refuses the conversation, or it is a built-in one
-            that writes tokens which the tokenizer lacks.
+          JaxtuneError: there is no template, or it refuses the conversation.
         """
         rendering = self._rendering(
             messages, tools, arguments, place, generation_prompt=generation_prompt
