@@ -23,7 +23,7 @@ from jaxtune.layers.attention_portable import join_prefix, xla_attention
 from jaxtune.layers.context import Cache, Context
 from jaxtune.layers.linear import Linear, effective_weight
 from jaxtune.layers.norm import RMSNorm
-from jaxtune.layers.rope import rotate_interleaved
+from jaxtune.layers.rope import rotate_half, rotate_interleaved
 from jaxtune.parallel.rules import constrain
 
 # The norms of the latents have the reference's default, whatever the config's rms_norm_eps.
@@ -44,6 +44,7 @@ class MLASizes:
       v: of a head's value.
       scale: factor on the scores.
       bias: whether the projections from and to the residual stream have one.
+      interleaved: whether rotated pairs are (2i, 2i + 1), or (i, i + rope / 2).
     """
 
     hidden: int
@@ -55,6 +56,7 @@ class MLASizes:
     v: int
     scale: float
     bias: bool = False
+    interleaved: bool = True
 
 
 class MLA(nnx.Module):
@@ -95,7 +97,7 @@ class MLA(nnx.Module):
         compressed = self.kv_a_proj_with_mqa(x, context.key_for("kv_a_proj_with_mqa"))
         latent, k_rope = jnp.split(compressed, [s.kv_lora], axis=-1)
         latent = self.kv_a_layernorm(latent)
-        k_rope = rotate_interleaved(k_rope[:, :, None], context.cos, context.sin)[:, :, 0]
+        k_rope = self._rotate(k_rope[:, :, None], context)[:, :, 0]
         if cache is not None:
             cache = context.write(cache, {"latent": latent, "rope": k_rope}, layer)
         if cache is not None and x.shape[1] == 1:
@@ -115,7 +117,11 @@ class MLA(nnx.Module):
             q = self.q_b_proj(q, context.key_for("q_b_proj"))
         q = checkpoint_name(q.reshape(*x.shape[:2], s.heads, -1), "q_proj")
         q_nope, q_rope = jnp.split(q, [s.nope], axis=-1)
-        return q_nope, rotate_interleaved(q_rope, context.cos, context.sin)
+        return q_nope, self._rotate(q_rope, context)
+
+    def _rotate(self, x: jax.Array, context: Context) -> jax.Array:
+        rotate = rotate_interleaved if self.sizes.interleaved else rotate_half
+        return rotate(x, context.cos, context.sin)
 
     def _expanded(
         self,

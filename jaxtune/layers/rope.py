@@ -58,12 +58,15 @@ def yarn_softmax_scale(config: Mapping[str, Any]) -> float:
 
     Source: DeepSeek-V2's modeling code; it is applied to keys and queries, hence squared.
     """
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    weight, factor = scaling.get("mscale_all_dim"), scaling.get("factor") or 1.0
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind == "default" or not weight or factor <= 1:
+    parameters = rope_parameters(config)
+    weight = parameters.get("mscale_all_dim")
+    if parameters["rope_type"] == "default" or not weight:
         return 1.0
-    return (0.1 * weight * math.log(factor) + 1.0) ** 2
+    try:
+        factor = parameters["factor"]
+        return 1.0 if factor <= 1 else (0.1 * weight * math.log(factor) + 1.0) ** 2
+    except (KeyError, TypeError) as error:
+        raise _bad_number(parameters, error) from error
 
 
 def _plain(parameters: Mapping[str, Any], dim: int) -> np.ndarray:
@@ -83,6 +86,8 @@ def _llama3(parameters: Mapping[str, Any], dim: int) -> tuple[np.ndarray, float]
     """Long waves are slowed by `factor`, short ones kept, those between interpolated."""
     inv_freq, factor = _plain(parameters, dim), parameters["factor"]
     low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
+    if low > high:
+        raise ValueError(f'"low_freq_factor"={low} is more than "high_freq_factor"={high}')
     turns = parameters["original_max_position_embeddings"] * inv_freq / (2 * np.float32(math.pi))
     smooth = np.clip((turns - low) / (high - low), 0, 1).astype(np.float32)
     return (1 - smooth) * inv_freq / np.float32(factor) + smooth * inv_freq, 1.0
@@ -129,38 +134,92 @@ ROPE_TYPES: dict[str, Callable[[Mapping[str, Any], int], tuple[np.ndarray, float
 }
 
 
-def rope_from_config(config: Mapping[str, Any], dim: int) -> Rope:
-    """Reads the rotary embedding of a Hugging Face config.
+# Their frequencies depend on the length that the model was trained with before it was stretched.
+_STRETCHED = ("llama3", "yarn")
+_ENTRIES = ("rope_scaling", "rope_parameters")
+
+
+def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the rotary settings of a config.json in the newer style, ``rope_type`` among them.
 
     Args:
       config: the content of config.json; both the newer ``rope_parameters`` and the older
         ``rope_theta`` + ``rope_scaling`` are understood.
+
+    Raises:
+      JaxtuneError: both are there and say different things, or a setting that is not supported.
+    """
+    found = {key: _normalized(config, key) for key in _ENTRIES if config.get(key)}
+    if len(found) == 2:
+        # transformers would take the older entry and forget the rotary base of the newer one.
+        old, new = (found[key] for key in _ENTRIES)
+        differing = [key for key in {**new, **old} if old.get(key) != new.get(key)]
+        if differing:
+            shown = ", ".join(f"{key}: {old.get(key)!r} and {new.get(key)!r}" for key in differing)
+            raise JaxtuneError(
+                f"config.json: rope_scaling and rope_parameters differ ({shown}): keep all "
+                "settings in rope_parameters and remove rope_scaling"
+            )
+    return next(iter(found.values()), None) or _normalized(config, _ENTRIES[1])
+
+
+def _normalized(config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    entry = config.get(key) or {}
+    if not isinstance(entry, Mapping):
+        raise JaxtuneError(f"config.json: {key} is {entry!r}, not an object")
+    nested = [name for name, value in entry.items() if isinstance(value, Mapping)]
+    if nested:
+        raise JaxtuneError(
+            f'config.json: {key} has settings of its own for "{nested[0]}", which is not supported'
+        )
+    parameters = dict(entry)
+    old_name = parameters.pop("type", None)
+    parameters["rope_type"] = str(parameters.get("rope_type") or old_name or "default")
+    parameters.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    if parameters["rope_theta"] is None:
+        raise JaxtuneError("config.json: rope_theta is null")
+    if parameters.pop("partial_rotary_factor", None) not in (None, 1):
+        raise JaxtuneError("config.json: partial_rotary_factor other than 1 is not supported")
+    if parameters["rope_type"] in _STRETCHED:
+        name, longest = "original_max_position_embeddings", config.get("max_position_embeddings")
+        parameters["max_position_embeddings"] = longest
+        if name in config:  # as in transformers, this one goes first
+            parameters[name] = config[name]
+        elif longest is not None:
+            parameters.setdefault(name, longest)
+    return parameters
+
+
+def rope_from_config(config: Mapping[str, Any], dim: int) -> Rope:
+    """Reads the rotary embedding of a Hugging Face config.
+
+    Args:
+      config: the content of config.json.
       dim: how many dimensions of a head are rotated.
 
     Raises:
       JaxtuneError: an unknown rope type, or a scaling that lacks one of its numbers.
     """
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(scaling, Mapping):
-        raise JaxtuneError(f"config.json: rope_scaling is {scaling!r}, not an object")
+    parameters = rope_parameters(config)
     if dim % 2:
         raise JaxtuneError(f"config.json: heads of {dim} dimensions do not split into pairs")
-    parameters = dict(scaling)
-    kind = str(parameters.get("rope_type") or parameters.get("type") or "default")
-    parameters.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
-    parameters["max_position_embeddings"] = config.get("max_position_embeddings")
-    if parameters.get("original_max_position_embeddings") is None:
-        parameters["original_max_position_embeddings"] = config.get("max_position_embeddings")
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise JaxtuneError("config.json: partial_rotary_factor other than 1 is not supported")
+    kind = parameters["rope_type"]
     build = lookup(ROPE_TYPES, kind, "config.json: rope_type")
     try:
         with np.errstate(all="ignore"):
             inv_freq, scale = build(parameters, dim)
-    except KeyError as error:
-        raise JaxtuneError(f"config.json: rope_type {kind} lacks {error}") from error
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise JaxtuneError(f"config.json: rope_type {kind} has a bad number: {error}") from error
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise _bad_number(parameters, error) from error
     if not (np.isfinite(inv_freq).all() and math.isfinite(scale)):
         raise JaxtuneError(f"config.json: rope_type {kind} has numbers that make no frequencies")
     return Rope(tuple(float(f) for f in inv_freq), scale)
+
+
+def _bad_number(parameters: Mapping[str, Any], error: Exception) -> JaxtuneError:
+    where = f"config.json: rope_type {parameters['rope_type']}"
+    if isinstance(error, KeyError):
+        return JaxtuneError(f"{where} lacks {error}")
+    # A null may be a choice (attention_factor), so it is looked for where it went wrong.
+    nulls = [key for key, value in parameters.items() if value is None]
+    reason = f"{nulls[0]} is null" if nulls and isinstance(error, TypeError) else str(error)
+    return JaxtuneError(f"{where} has a bad number: {reason}")

@@ -8,7 +8,7 @@ from typing import Any
 from jaxtune.errors import lookup
 from jaxtune.layers.decoder import CausalLM
 from jaxtune.models import deepseek, deepseek_v2, deepseek_v3, llama, qwen2, qwen3
-from jaxtune.models.hf_config import read
+from jaxtune.models.hf_config import check_supported, read
 
 ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], CausalLM]] = {
     "deepseek": deepseek.build,
@@ -27,4 +27,6 @@ def build_model(config: Mapping[str, Any]) -> CausalLM:
       JaxtuneError: an unknown ``model_type``, or a setting that the architecture lacks.
     """
     kind = read(config, "model_type", str)
-    return lookup(ARCHITECTURES, kind, "config.json: model_type")(config)
+    build = lookup(ARCHITECTURES, kind, "config.json: model_type")
+    check_supported(config)
+    return build(config)

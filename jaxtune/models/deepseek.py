@@ -19,7 +19,7 @@ def build(config: Mapping[str, Any]) -> CausalLM:
     """Builds the abstract model of a ``DeepseekForCausalLM`` config.json."""
     require(config, "scoring_func", ("softmax",))
     hidden, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
-    kv_heads, head_dim = size(config, "num_key_value_heads", heads), hidden // heads
+    kv_heads, head_dim = size(config, "num_key_value_heads", heads, null=heads), hidden // heads
     bias, top_k = read(config, "attention_bias", bool, False), size(config, "num_experts_per_tok")
     routing = Routing(
         experts=size(config, "n_routed_experts"),

@@ -14,10 +14,16 @@ from jaxtune.layers.moe import Routing
 from jaxtune.models.hf_config import read, require, size
 from jaxtune.models.mixture import build_mixture, latent_attention
 
+# What transformers' DeepseekV2Config takes for keys that are not there.
+ABSENT = {"n_shared_experts": 2, "q_lora_rank": 1536}
+
 
 def build(config: Mapping[str, Any]) -> CausalLM:
     """Builds the abstract model of a ``DeepseekV2ForCausalLM`` config.json."""
-    require(config, "scoring_func", ("softmax",))
+    config = {**ABSENT, **config}
+    require(config, "scoring_func", ("softmax", None))
+    require(config, "mlp_bias", (False, None))
+    require(config, "num_experts", (None, config.get("n_routed_experts")))
     method = read(config, "topk_method", str, "greedy")
     if method not in ("greedy", "group_limited_greedy"):
         raise JaxtuneError(

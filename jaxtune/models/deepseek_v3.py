@@ -14,12 +14,21 @@ from jaxtune.layers.moe import Routing
 from jaxtune.models.hf_config import read, require, size
 from jaxtune.models.mixture import build_mixture, latent_attention
 
+# What transformers' DeepseekV3Config takes for keys that are not there.
+ABSENT = {
+    "first_k_dense_replace": 3,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "q_lora_rank": 1536,
+}
+
 
 def build(config: Mapping[str, Any]) -> CausalLM:
     """Builds the abstract model of a ``DeepseekV3ForCausalLM`` config.json."""
-    require(config, "scoring_func", ("sigmoid",))
-    require(config, "topk_method", ("noaux_tc",))
-    require(config, "rope_interleave", (True, None))
+    config = {**ABSENT, **config}
+    require(config, "scoring_func", ("sigmoid", None))
+    require(config, "topk_method", ("noaux_tc", None))
+    require(config, "num_local_experts", (None, config.get("n_routed_experts")))
     routing = Routing(
         experts=size(config, "n_routed_experts"),
         top_k=size(config, "num_experts_per_tok"),
@@ -32,4 +41,5 @@ def build(config: Mapping[str, Any]) -> CausalLM:
         scale=read(config, "routed_scaling_factor", float, 2.5),
         correction_bias=True,
     )
-    return build_mixture(config, *latent_attention(config), routing)
+    interleaved = read(config, "rope_interleave", bool, True)
+    return build_mixture(config, *latent_attention(config, interleaved=interleaved), routing)

@@ -10,7 +10,7 @@ from jaxtune.layers.attention import Attention
 from jaxtune.layers.decoder import CausalLM, Decoder, DecoderLayer
 from jaxtune.layers.mlp import MLP
 from jaxtune.layers.rope import rope_from_config
-from jaxtune.models.hf_config import read, require, size
+from jaxtune.models.hf_config import read, size
 
 
 def build_dense(
@@ -35,13 +35,12 @@ def build_dense(
     Raises:
       JaxtuneError: a missing or unsupported setting.
     """
-    require(config, "hidden_act", ("silu",))
-    require(config, "use_sliding_window", (False, None))
-    if any(kind != "full_attention" for kind in config.get("layer_types") or ()):
-        raise JaxtuneError('config.json: "layer_types" other than full_attention is not supported')
     hidden, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
-    kv_heads = size(config, "num_key_value_heads", heads)
-    head_dim = size(config, "head_dim", default_head_dim or hidden // heads)
+    kv_heads = size(config, "num_key_value_heads", heads, null=heads)
+    if default_head_dim is None:
+        head_dim = size(config, "head_dim", hidden // heads, null=hidden // heads)
+    else:
+        head_dim = size(config, "head_dim", default_head_dim)
     if heads % kv_heads:
         raise JaxtuneError(
             f"config.json: {heads} attention heads do not divide into {kv_heads} key-value heads"

@@ -1,4 +1,7 @@
-"""Reading config.json: the value that is there, or an error that names the key."""
+"""Reading config.json: the value that is there, or an error that names the key.
+
+A null is not an absent key: it means what it means to transformers, or is refused.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,59 @@ from jaxtune.errors import JaxtuneError
 
 _MISSING = object()
 
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "is_causal": (True,),
+    "per_layer_config": (None, {}),
+    "attention_dropout": (None, 0),
+    "partial_rotary_factor": (None, 1),
+    "no_rope_layers": (None, []),
+    "alibi": (None, False),
+    "clip_qkv": (None,),
+    "attention_multiplier": (None,),
+    "query_pre_attn_scalar": (None,),
+    "attn_logit_softcapping": (None,),
+    "attn_temperature_tuning": (None, False),
+    "embedding_multiplier": (None, 1),
+    "scale_emb": (None, 1),
+    "residual_multiplier": (None, 1),
+    "scale_depth": (None,),
+    "logit_scale": (None, 1),
+    "logits_scaling": (None, 1),
+    "final_logit_softcapping": (None,),
+}
+"""Keys that change what some models of transformers compute and that no architecture here reads,
+with the values that change nothing."""
 
-def read(config: Mapping[str, Any], key: str, kind: type, default: Any = _MISSING) -> Any:
-    """Returns `config[key]` in the type `kind`; a null or absent key takes `default`.
+
+def read(
+    config: Mapping[str, Any],
+    key: str,
+    kind: type,
+    default: Any = _MISSING,
+    *,
+    null: Any = _MISSING,
+) -> Any:
+    """Returns `config[key]` in the type `kind`.
+
+    Args:
+      config: the content of config.json.
+      key: to read.
+      kind: type of the value; a whole number is a float as well.
+      default: of an absent key; without one the key is needed.
+      null: what a null stands for; by default it is false for a truth value and refused otherwise.
 
     Raises:
       JaxtuneError: the key is needed and absent, or its value has another type.
     """
-    value = config.get(key)
+    value = config.get(key, default)
+    if value is None and null is not _MISSING:
+        return null
+    if value is _MISSING or (value is None and default is _MISSING):
+        raise JaxtuneError(f'config.json lacks "{key}"')
+    if value is None and kind is bool:
+        return False
     if value is None:
-        if default is _MISSING:
-            raise JaxtuneError(f'config.json lacks "{key}"')
-        return default
+        raise JaxtuneError(f'config.json: "{key}" is null, not of type {kind.__name__}')
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
@@ -28,14 +72,21 @@ def read(config: Mapping[str, Any], key: str, kind: type, default: Any = _MISSIN
     return value
 
 
-def size(config: Mapping[str, Any], key: str, default: Any = _MISSING, *, most: int = 2**24) -> int:
+def size(
+    config: Mapping[str, Any],
+    key: str,
+    default: Any = _MISSING,
+    *,
+    null: Any = _MISSING,
+    most: int = 2**24,
+) -> int:
     """Returns a number of units, layers or tokens; see `read`.
 
     Raises:
       JaxtuneError: the number is not within 1 and `most`, which bounds what a hostile config.json
         can make a program allocate before a tensor contradicts it.
     """
-    value = read(config, key, int, default)
+    value = read(config, key, int, default, null=null)
     if not 1 <= value <= most:
         raise JaxtuneError(f'config.json: "{key}" is {value}, not within 1 and {most}')
     return value
@@ -47,6 +98,50 @@ def require(config: Mapping[str, Any], key: str, supported: tuple[Any, ...]) -> 
     Raises:
       JaxtuneError: another value; the message names the key and what is supported.
     """
-    if key in config and config[key] not in supported:
-        known = ", ".join(repr(value) for value in supported)
-        raise JaxtuneError(f'config.json: "{key}"={config[key]!r} is not supported (only {known})')
+    if key not in config:
+        return
+    value = config[key]
+    # 1 and true are equal to Python, and not the same setting.
+    if not any(
+        value == one and isinstance(value, bool) == isinstance(one, bool) for one in supported
+    ):
+        known = ", ".join("null" if one is None else repr(one) for one in supported)
+        shown = "null" if value is None else repr(value)
+        raise JaxtuneError(f'config.json: "{key}"={shown} is not supported (only {known})')
+
+
+def check_supported(config: Mapping[str, Any]) -> None:
+    """Checks the settings that all architectures share and that are not read.
+
+    Raises:
+      JaxtuneError: one that changes what the model computes; the message names it.
+    """
+    for key, values in NEUTRAL.items():
+        require(config, key, values)
+    require(config, "hidden_act", ("silu", "swish"))
+    _check_windows(config)
+
+
+def _check_windows(config: Mapping[str, Any]) -> None:
+    """Refuses layers whose attention ends at a window.
+
+    As in transformers ``layer_types`` decides where it is given; otherwise the layers from
+    ``max_window_layers`` on have the window.
+    """
+    types = config.get("layer_types")
+    if types is not None:
+        others = [kind for kind in types if kind != "full_attention"]
+        if others:
+            raise JaxtuneError(
+                f'config.json: "layer_types" has {others[0]!r}; only full_attention is supported'
+            )
+        return
+    if not config.get("use_sliding_window") or config.get("sliding_window", 4096) is None:
+        return
+    first = read(config, "max_window_layers", int, 28)
+    layers = size(config, "num_hidden_layers")
+    if first < layers:
+        raise JaxtuneError(
+            f'config.json: "use_sliding_window"={config["use_sliding_window"]!r} is not supported '
+            f'where layers have the window: "max_window_layers" is {first} of {layers} layers'
+        )

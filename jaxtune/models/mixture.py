@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxtune.errors import JaxtuneError
 from jaxtune.layers.decoder import CausalLM, Decoder, DecoderLayer
 from jaxtune.layers.mla import MLA, MLASizes
 from jaxtune.layers.mlp import MLP
 from jaxtune.layers.moe import MoE, Routing
 from jaxtune.layers.rope import rope_from_config, yarn_softmax_scale
-from jaxtune.models.hf_config import read, require, size
+from jaxtune.models.hf_config import read, size
 
 
 def build_mixture(
@@ -24,14 +25,14 @@ def build_mixture(
       rotary_dim: how many dimensions of a head are rotated.
       routing: how experts are chosen.
     """
-    require(config, "hidden_act", ("silu",))
     hidden, vocab = size(config, "hidden_size"), size(config, "vocab_size")
     ffn, expert_ffn = size(config, "intermediate_size"), size(config, "moe_intermediate_size")
-    shared = read(config, "n_shared_experts", int, 0)
+    shared = read(config, "n_shared_experts", int, 0, null=0)
     eps = read(config, "rms_norm_eps", float, 1e-6)
     layers = size(config, "num_hidden_layers", most=10_000)
     dense = read(config, "first_k_dense_replace", int, 0)
-    every = read(config, "moe_layer_freq", int, 1)
+    every = size(config, "moe_layer_freq", 1, null=1)
+    check_routing(routing)
 
     def make_dense() -> DecoderLayer:
         return DecoderLayer(hidden, eps, make_attention(), MLP(hidden, ffn))
@@ -51,8 +52,43 @@ def build_mixture(
     return CausalLM(decoder, vocab, hidden, read(config, "tie_word_embeddings", bool, False))
 
 
-def latent_attention(config: Mapping[str, Any]) -> tuple[Callable[[], MLA], int]:
-    """Returns what makes a layer's latent attention, and how many dimensions it rotates."""
+def check_routing(routing: Routing) -> None:
+    """Refuses a choice of experts that cannot be made.
+
+    Raises:
+      JaxtuneError: sizes that do not fit one another; the message names their keys.
+    """
+    experts, groups, per_group = routing.experts, routing.groups, routing.experts // routing.groups
+    problem = ""
+    if experts % groups:
+        problem = f'"n_routed_experts" is {experts}, not a multiple of "n_group"={groups}'
+    elif routing.top_groups > groups:
+        problem = f'"topk_group" is {routing.top_groups}, more than "n_group"={groups}'
+    elif groups > 1 and routing.group_top > per_group:
+        problem = (
+            f'"n_group"={groups} makes groups of {per_group} experts, and at least '
+            f"{routing.group_top} are needed"
+        )
+    elif routing.top_k > experts:
+        problem = f'"num_experts_per_tok" is {routing.top_k}; "n_routed_experts" is {experts}'
+    elif routing.top_k > routing.top_groups * per_group:
+        problem = (
+            f'"num_experts_per_tok" is {routing.top_k}, and "topk_group"={routing.top_groups} '
+            f"groups have {routing.top_groups * per_group} experts"
+        )
+    if problem:
+        raise JaxtuneError(f"config.json: {problem}")
+
+
+def latent_attention(
+    config: Mapping[str, Any], *, interleaved: bool = True
+) -> tuple[Callable[[], MLA], int]:
+    """Returns what makes a layer's latent attention, and how many dimensions it rotates.
+
+    Args:
+      config: the content of config.json.
+      interleaved: whether the pairs that are rotated are (2i, 2i + 1), or (i, i + dim / 2).
+    """
     nope, rope = size(config, "qk_nope_head_dim"), size(config, "qk_rope_head_dim")
     q_lora = config.get("q_lora_rank")
     sizes = MLASizes(
@@ -65,5 +101,6 @@ def latent_attention(config: Mapping[str, Any]) -> tuple[Callable[[], MLA], int]
         v=size(config, "v_head_dim"),
         scale=(nope + rope) ** -0.5 * yarn_softmax_scale(config),
         bias=read(config, "attention_bias", bool, False),
+        interleaved=interleaved,
     )
     return lambda: MLA(sizes), rope

@@ -47,15 +47,30 @@ def test_a_size_is_a_positive_whole_number(key, value):
         ({"model_type": "lama"}, 'model_type="lama" is unknown; did you mean "llama"?'),
         ({"model_type": "gpt2"}, "(known: deepseek, deepseek_v2, deepseek_v3, llama, qwen2, qwen3"),
         ({"model_type": 3}, '"model_type" is 3, not of type str'),
-        ({"hidden_act": "gelu"}, "\"hidden_act\"='gelu' is not supported (only 'silu')"),
+        ({"hidden_act": "gelu"}, "\"hidden_act\"='gelu' is not supported (only 'silu', 'swish')"),
         ({"hidden_act": ["silu"]}, "\"hidden_act\"=['silu'] is not supported"),
-        ({"use_sliding_window": True}, '"use_sliding_window"=True is not supported'),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, '"layer_types" other than full'),
+        (
+            {"use_sliding_window": True, "max_window_layers": 1},
+            '"use_sliding_window"=True is not supported where layers have the window: '
+            '"max_window_layers" is 1 of 2 layers',
+        ),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "has 'sliding_attention'; only"),
         ({"num_key_value_heads": 3}, "4 attention heads do not divide into 3 key-value heads"),
         ({"head_dim": 5}, "heads of 5 dimensions do not split into pairs"),
         ({"tie_word_embeddings": "yes"}, "\"tie_word_embeddings\" is 'yes', not of type bool"),
         ({"rms_norm_eps": "1e-5"}, "\"rms_norm_eps\" is '1e-5', not of type float"),
         ({"attention_bias": 1}, '"attention_bias" is 1, not of type bool'),
+        ({"rms_norm_eps": None}, '"rms_norm_eps" is null, not of type float'),
+        ({"hidden_act": None}, '"hidden_act"=null is not supported'),
+        ({"is_causal": False}, '"is_causal"=False is not supported (only True)'),
+        ({"is_causal": None}, '"is_causal"=null is not supported (only True)'),
+        ({"attention_dropout": 0.1}, '"attention_dropout"=0.1 is not supported (only null, 0)'),
+        ({"partial_rotary_factor": 0.5}, '"partial_rotary_factor"=0.5 is not supported'),
+        ({"per_layer_config": {"0": {"head_dim": 8}}}, '"per_layer_config"={'),
+        ({"logits_scaling": 8.0}, '"logits_scaling"=8.0 is not supported (only null, 1)'),
+        ({"final_logit_softcapping": 30.0}, '"final_logit_softcapping"=30.0 is not supported'),
+        ({"rope_theta": None}, "rope_theta is null"),
+        ({"rope_theta": 0}, "rope_type default has numbers that make no frequencies"),
     ],
 )
 def test_a_setting_that_is_not_supported(changes, message):
@@ -79,6 +94,15 @@ def test_a_setting_that_is_not_supported(changes, message):
         ({"rope_type": "linear", "factor": "two"}, "rope_type linear has"),
         ({"rope_type": "linear", "factor": 0}, "rope_type linear has numbers that make no freq"),
         ({"rope_type": "llama3", "factor": 8.0}, "rope_type llama3 lacks 'low_freq_factor'"),
+        (
+            {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0},
+            '"low_freq_factor"=4.0 is more than "high_freq_factor"=1.0',
+        ),
+        (
+            YARN | {"original_max_position_embeddings": None},
+            "max_position_embeddings is null",
+        ),
+        ({"full_attention": YARN}, 'settings of its own for "full_attention"'),
         ({"rope_type": "default", "rope_theta": 0}, "rope_type default has"),
         ({"rope_type": "default", "rope_theta": -1.0}, "rope_type default has"),
         ({"rope_type": "default", "rope_theta": "big"}, "rope_type default has"),
@@ -99,8 +123,9 @@ def test_a_rope_that_is_not_one(place, scaling, message):
 def test_settings_that_say_nothing_new_are_fine():
     config = GOOD | {
         "hidden_act": "silu",
-        "use_sliding_window": False,
+        "use_sliding_window": True,
         "sliding_window": 4096,
+        "attention_dropout": 0.0,
         "layer_types": ["full_attention"] * 2,
         "rope_scaling": None,
         "num_key_value_heads": None,
@@ -114,9 +139,15 @@ class TestRead:
         assert read({"eps": 1}, "eps", float) == 1.0
         assert isinstance(read({"eps": 1}, "eps", float), float)
 
-    def test_null_takes_the_default(self):
-        assert read({"a": None}, "a", int, 3) == 3
+    def test_an_absent_key_takes_the_default(self):
+        assert read({}, "a", int, 3) == 3
         assert size({}, "a", 3) == 3
+
+    def test_null_is_not_an_absent_key(self):
+        assert read({"a": None}, "a", bool, True) is False
+        assert read({"a": None}, "a", int, 3, null=0) == 0
+        with pytest.raises(JaxtuneError, match='"a" is null, not of type int'):
+            read({"a": None}, "a", int, 3)
 
     def test_a_truth_is_no_number(self):
         with pytest.raises(JaxtuneError, match='"a" is True, not of type int'):
