@@ -21,7 +21,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.layers.attention_portable import blockwise_attention
-from jaxtune.parallel.rules import partition_spec
+from jaxtune.parallel.rules import devices_along, even_spec
 
 try:
     # jax.nn.dot_product_attention reaches cuDNN without the offsets of packed segments: with it,
@@ -65,13 +65,17 @@ def on_each_device(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return kernel(q, k, v, segments)
-    heads = partition_spec(("batch", None, "heads", None))
-    kv_heads = partition_spec(("batch", None, "kv_heads", None))
+    # Query heads go with their key-value heads: where these do not split, neither do those.
+    split = k.shape[2] % devices_along("kv_heads") == 0
+    axes = ("batch", None, "heads" if split else None, None)
+    q_spec, k_spec, v_spec, segment_spec = (
+        even_spec(axes[: x.ndim], x.shape, mesh.shape) for x in (q, k, v, segments)
+    )
     return jax.shard_map(
         kernel,
         mesh=mesh,
-        in_specs=(heads, kv_heads, kv_heads, partition_spec(("batch", None))),
-        out_specs=heads,
+        in_specs=(q_spec, k_spec, v_spec, segment_spec),
+        out_specs=q_spec,
         check_vma=False,  # a kernel does not say over which axes its output varies
     )(q, k, v, segments)
 

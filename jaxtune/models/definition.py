@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
+from jaxtune.errors import JaxtuneError
 from jaxtune.layers.decoder import CausalLM
 from jaxtune.layers.tree import (
     Buffer,
@@ -34,7 +35,7 @@ from jaxtune.layers.tree import (
     variables,
 )
 from jaxtune.parallel.mesh import named_sharding
-from jaxtune.parallel.rules import even_spec
+from jaxtune.parallel.rules import RULES, even_spec
 from jaxtune.quant import Format, QuantizedWeight
 
 Kind = Literal["base", "trainable", "constants"]
@@ -75,10 +76,12 @@ class Leaf:
 
     def abstract(self, mesh: Mesh | None = None) -> Any:
         """Returns a ShapeDtypeStruct, or a `QuantizedWeight` of them; sharded if on a mesh."""
-        declaration = self.declaration
+        declaration, shape = self.declaration, self.declaration.stacked_shape
+        if mesh is not None:
+            check_experts(declaration, mesh.shape)
         if self.format is None:
-            sharding = named_sharding(mesh, declaration.stacked_axes) if mesh else None
-            return jax.ShapeDtypeStruct(declaration.stacked_shape, self.dtype, sharding=sharding)
+            sharding = named_sharding(mesh, declaration.stacked_axes, shape) if mesh else None
+            return jax.ShapeDtypeStruct(shape, self.dtype, sharding=sharding)
         matrix, parts = as_matrix(declaration.shape), {}
         weight = QuantizedWeight({}, self.format, matrix, declaration.axes)
         lead = declaration.stack_shape
@@ -88,6 +91,60 @@ class Leaf:
             sharding = NamedSharding(mesh, even_spec(axes, shape, mesh.shape)) if mesh else None
             parts[name] = jax.ShapeDtypeStruct(shape, part.dtype, sharding=sharding)
         return dataclasses.replace(weight, parts=parts)
+
+
+def check_experts(declaration: Declaration, mesh_shape: Mapping[str, int]) -> None:
+    """Refuses a mesh that does not share out the experts of a stack evenly.
+
+    Args:
+      declaration: of any parameter.
+      mesh_shape: devices along each mesh axis.
+
+    Raises:
+      JaxtuneError: it does not; the message says which sizes do.
+    """
+    experts, shares = declaration.experts or 0, mesh_shape["expert"]
+    if experts % shares:
+        raise JaxtuneError(
+            f"mesh.expert={shares} does not divide the {experts} experts of a layer "
+            f"(n_routed_experts): take {_divisors(experts)}"
+        )
+
+
+def _divisors(number: int) -> str:
+    found = [str(n) for n in range(1, min(number, 1024) + 1) if number % n == 0]
+    return ", ".join(found[:8]) + (", …" if len(found) > 8 else "")
+
+
+def undivided(definition: Definition, mesh_shape: Mapping[str, int]) -> list[str]:
+    """Returns a line for each size of weights that a mesh axis does not divide.
+
+    Each device holds such a weight whole along that axis, which changes no result and takes memory.
+
+    Args:
+      definition: of the model.
+      mesh_shape: devices along each mesh axis.
+    """
+    found: dict[tuple[str, str, int], list[str]] = {}
+    for path, leaf in definition.in_checkpoint().items():
+        declaration = leaf.declaration
+        for axis, size in zip(declaration.axes, declaration.shape, strict=True):
+            for name in RULES[axis] if axis else ():
+                if size % mesh_shape[name]:
+                    found.setdefault((name, axis or "", size), []).append(path[-2])
+    lines = []
+    for (name, axis, size), modules in found.items():
+        shares = mesh_shape[name]
+        line = (
+            f"mesh.{name}={shares} does not divide {size}: each device holds "
+            f"{', '.join(dict.fromkeys(modules))} whole along this axis"
+        )
+        if axis == "vocab":
+            line += f" (`jaxtune convert --vocab-size {size + -size % shares}` makes it divisible)"
+        else:
+            line += f" ({_divisors(size)} divide it)"
+        lines.append(line)
+    return lines
 
 
 def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -140,6 +197,11 @@ class Definition:
             form = formats(path) if kind == "base" and in_checkpoint else None
             self.leaves[path] = Leaf(kind, declaration, jnp.dtype(held), in_checkpoint, form)
         self._graphdef = nnx.graphdef(model)
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens the model has: the rows of its embedding."""
+        return self.leaves[("model", "embed_tokens", "weight")].declaration.shape[0]
 
     def of_kind(self, *kinds: Kind) -> dict[Path, Leaf]:
         """Returns the leaves of these trees."""

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from jaxtune.errors import JaxtuneError
-from jaxtune.parallel.rules import MESH_AXES, partition_spec
+from jaxtune.parallel.rules import MESH_AXES, even_spec
 
 
 def mesh_shape(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:
@@ -70,6 +70,6 @@ def single_device_mesh() -> Mesh:
     return make_mesh(dict.fromkeys(MESH_AXES, 1), jax.devices()[:1])
 
 
-def named_sharding(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:
-    """Returns the sharding on `mesh` of an array with these logical axes."""
-    return NamedSharding(mesh, partition_spec(axes))
+def named_sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
+    """Returns the sharding on `mesh` of an array with these logical axes; see `even_spec`."""
+    return NamedSharding(mesh, even_spec(axes, shape, mesh.shape))

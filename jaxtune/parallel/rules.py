@@ -55,11 +55,13 @@ def _partitioned() -> bool:
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pins the sharding of an activation of any shape, one axis name for each of its dimensions.
 
-    Without a mesh in context, or where a function is mapped over devices, it does nothing.
+    Dimensions that the mesh does not divide stay whole. Without a mesh in context, or where a
+    function is mapped over devices, it does nothing.
     """
     if not _partitioned():
         return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.lax.with_sharding_constraint(x, even_spec(axes, x.shape, mesh.shape))
 
 
 def even_spec(
@@ -67,7 +69,7 @@ def even_spec(
 ) -> PartitionSpec:
     """Returns the PartitionSpec of an array, leaving out what does not divide a dimension evenly.
 
-    For small arrays that accompany a weight, such as its scales: whole copies do no harm.
+    XLA splits arrays into equal parts only; what it cannot split, each device holds whole.
 
     Args:
       axes: logical, one for each dimension.
@@ -86,11 +88,3 @@ def even_spec(
 def _devices_along(entry: object, mesh_shape: Mapping[str, int]) -> int:
     names = (entry,) if isinstance(entry, str) else entry if isinstance(entry, tuple) else ()
     return math.prod(mesh_shape[name] for name in names)
-
-
-def constrain_where_even(x: jax.Array, *axes: str | None) -> jax.Array:
-    """As `constrain`, of any shape, but leaves whole what does not divide a dimension evenly."""
-    if not _partitioned():
-        return x
-    mesh = jax.sharding.get_abstract_mesh()
-    return jax.lax.with_sharding_constraint(x, even_spec(axes, x.shape, mesh.shape))

@@ -42,7 +42,8 @@ def temporaries(setup: Setup, mesh: Mapping[str, int]) -> int:
     arguments = by_kind(step_arguments(setup))
     vocabulary = decoder.embed_tokens.weight.get_value().shape[0]
     chunk = min(tokens, setup.options.tokens_per_chunk)
-    logits = 3 * 4 * chunk * vocabulary // tensor  # float32: logits, probabilities, cotangents
+    columns = vocabulary // tensor if vocabulary % tensor == 0 else vocabulary
+    logits = 3 * 4 * chunk * columns  # float32: logits, probabilities, cotangents
     matrix = max(math.prod(leaf.declaration.shape) for leaf in setup.definition.leaves.values())
     gradients = 2 * bytes_per_device(arguments["trainable"], mesh)
     return tokens * width * (saved + working) + logits + 2 * width * matrix // tensor + gradients

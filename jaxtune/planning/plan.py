@@ -18,6 +18,7 @@ import jax
 from jaxtune.checkpoints import huggingface
 from jaxtune.config import resolve
 from jaxtune.errors import JaxtuneError
+from jaxtune.models.definition import check_experts, undivided
 from jaxtune.parallel.mesh import mesh_shape
 from jaxtune.parallel.rules import MESH_AXES
 from jaxtune.planning import estimate, roofline
@@ -171,7 +172,8 @@ def compile_plan(setup: Setup, hardware: Topology) -> Plan:
     """Compiles the training step of `setup` and reads its memory off the compiler."""
     arguments = step_arguments(setup)
     kinds = {kind: bytes_per_device(tree) for kind, tree in by_kind(arguments).items()}
-    flops, found, notes = step_flops(setup), None, [hardware.note]
+    flops, found = step_flops(setup), None
+    notes = [hardware.note, *undivided(setup.definition, setup.mesh.shape)]
     start = time.perf_counter()
     with jax.set_mesh(setup.mesh):
         lowered = setup.train_step().lower(*arguments)
@@ -224,11 +226,14 @@ def _estimated(config: Any, model: Mapping[str, Any], method: Any, hardware: Top
     mesh: dict[str, int] = dict(zip(MESH_AXES, sizes, strict=True))
     alone = resolve({**config.to_dict(), "mesh": dict.fromkeys(MESH_AXES, 1)})
     setup = set_up(alone, model, method, jax.devices("cpu")[:1])
+    for leaf in setup.definition.leaves.values():
+        check_experts(leaf.declaration, mesh)
     options = setup.options._replace(attention="cudnn", platform="gpu")
     setup = dataclasses.replace(setup, options=options)
     arguments, flops = step_arguments(setup), step_flops(setup)
     found: list[Collective] | None = [] if hardware.count == 1 else None
     notes = [hardware.note, "an estimate by formula, not the compiler's count"]
+    notes += undivided(setup.definition, mesh)
     if found is None:
         notes.append("collectives and time are known only to a compiler")
     return Plan(

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxtune.parallel.rules import constrain_where_even
+from jaxtune.parallel.rules import constrain
 
 Parts = dict[str, Any]
 
@@ -119,7 +119,7 @@ class QuantizedWeight:
         axes = tuple(None if axis == "embed" else axis for axis in self.axes)
         specified = self.format.parts(self.matrix)
         parts = {
-            name: constrain_where_even(value, *_along(specified[name], axes))
+            name: constrain(value, *_along(specified[name], axes))
             for name, value in self.parts.items()
         }
         return dataclasses.replace(self, parts=parts)

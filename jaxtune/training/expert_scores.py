@@ -62,7 +62,7 @@ def score_experts(config: Any, source: TensorSource, examples: Examples) -> Expe
     backend = choose_backend(config.model.attention, platform, False)
     options = ForwardOptions(jnp.dtype(training.dtype), backend, "none", platform)
     step, base = _make_step(parts.definition, options), as_bits(parts.base, platform)
-    sharding, total = named_sharding(mesh, ("batch", "sequence")), _Sums(0.0, 0.0, 0.0)
+    total = _Sums(0.0, 0.0, 0.0)
     rows = eval_batches(
         sample,
         batch_size=training.batch_size // training.accumulation,
@@ -71,7 +71,11 @@ def score_experts(config: Any, source: TensorSource, examples: Examples) -> Expe
     )
     with jax.set_mesh(mesh):
         for row in rows:
-            batch = {name: put(value, sharding) for name, value in row.items()}
+            shardings = {
+                name: named_sharding(mesh, ("batch", "sequence"), value.shape)
+                for name, value in row.items()
+            }
+            batch = {name: put(value, shardings[name]) for name, value in row.items()}
             sums = jax.tree.map(np.float64, jax.device_get(fetch(step(base, batch))))
             total = _Sums(*(a + b for a, b in zip(total, sums, strict=True)))
     chosen = total.load.sum(axis=1, keepdims=True)

@@ -115,14 +115,15 @@ class Setup:
 
     def put_batch(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         """Places a batch of NumPy arrays int[rows, T] on the mesh."""
-        sharding = named_sharding(self.mesh, ("batch", "sequence"))
+        shape = batch[BATCH_ARRAYS[0]].shape
+        sharding = named_sharding(self.mesh, ("batch", "sequence"), shape)
         return {name: put(batch[name], sharding) for name in BATCH_ARRAYS}
 
     def batch_like(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Describes a training batch."""
         length = self.config.data.max_length + self.reserved
         shape = (self.config.training.batch_size, length)
-        sharding = named_sharding(self.mesh, ("batch", "sequence"))
+        sharding = named_sharding(self.mesh, ("batch", "sequence"), shape)
         return {
             name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for name in BATCH_ARRAYS
         }

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
 from oracles import LOSS, make_examples, relative
 from parts import as_batch
 from test_training import keep_gradient
@@ -25,7 +26,8 @@ from jaxtune.layers.decoder import ForwardOptions
 from jaxtune.layers.tree import flatten
 from jaxtune.objectives.cross_entropy import LossTerms
 from jaxtune.objectives.sft import sft_loss
-from jaxtune.parallel.mesh import make_mesh, named_sharding
+from jaxtune.parallel.mesh import make_mesh
+from jaxtune.parallel.rules import partition_spec
 from jaxtune.training.state import initial_state, state_like
 from jaxtune.training.step import StepSettings, make_train_step
 
@@ -52,7 +54,7 @@ def compute(directory):
         )
         optimizer = keep_gradient()
         like = state_like(parts.definition, optimizer, mesh)
-        sharding = named_sharding(mesh, ("batch", "sequence"))
+        sharding = NamedSharding(mesh, partition_spec(("batch", "sequence")))
         splits = [count for size, count in SPLITS if size == devices]
         for count, (layout, options) in itertools.product(splits, LAYOUTS.items()):
             step = make_train_step(
