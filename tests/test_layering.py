@@ -9,6 +9,7 @@ import jaxtune
 
 ORDER = (
     "errors",
+    "vocabulary",
     "intervals",
     "knobs",
     "config",

@@ -31,6 +31,7 @@ from jaxtune.errors import JaxtuneError
 from jaxtune.layers.decoder import CausalLM
 from jaxtune.layers.tree import Trainable, Tree, parameter
 from jaxtune.models.definition import Definition
+from jaxtune.vocabulary import check_token_ids
 
 
 class VirtualTokens(nnx.Module):
@@ -75,7 +76,9 @@ class Prompt(Method):
         if not ids:
             raise JaxtuneError(f'adapter.prompt_init_text="{self.init_text}" has no tokens')
         ids = (ids * math.ceil(self.virtual_tokens / len(ids)))[: self.virtual_tokens]
-        rows = np.asarray(embeddings()[np.asarray(ids)], np.float32)
+        table = embeddings()
+        check_token_ids(ids, table.shape[0], "adapter.prompt_init_text")
+        rows = np.asarray(table[np.asarray(ids)], np.float32)
         return Stored({"token_dim": rows.shape[1]}, {EMBEDDINGS: rows})
 
     def init(self, definition: Definition, seed: int) -> tuple[Tree, Tree]:

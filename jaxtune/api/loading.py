@@ -13,6 +13,7 @@ from jaxtune.adapters.define import define
 from jaxtune.api.model import DTYPES, Model, extra_files
 from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.assemble import assemble
+from jaxtune.checkpoints.embeddings import untied, with_vocabulary
 from jaxtune.checkpoints.named import NamedAdapters
 from jaxtune.checkpoints.peft import read_adapter
 from jaxtune.checkpoints.source import TensorSource
@@ -73,6 +74,8 @@ def convert(
     dtype: str = "bfloat16",
     *,
     revision: str = "",
+    untie: bool = False,
+    vocab_size: int | None = None,
     progress: bool = True,
 ) -> Path:
     """Writes a checkpoint anew as a Hugging Face directory, one tensor at a time.
@@ -85,6 +88,10 @@ def convert(
       quantize: format of the weights, or settings, as of `load`; None dequantizes.
       dtype: "bfloat16", "float16" or "float32", of the weights that are not quantized.
       revision: of a hub id.
+      untie: writes a head of its own where it is tied to the embedding.
+      vocab_size: rows of embedding and head, for tokens that have been added to the tokenizer or
+        for a size that a mesh divides; new rows are the mean of those that are there. None keeps
+        them.
       progress: shows a bar when it takes long.
 
     Returns:
@@ -94,6 +101,8 @@ def convert(
       JaxtuneError: the checkpoint or a setting is not usable, or the directory is taken.
     """
     location, source, quantization = _open(path, quantize, dtype, revision)
+    source = untied(source) if untie else source
+    source = source if vocab_size is None else with_vocabulary(source, vocab_size)
     return huggingface.convert(
         directory,
         define(source.config, dtype, quantization=quantization),

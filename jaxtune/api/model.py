@@ -29,6 +29,7 @@ from jaxtune.layers.bits import as_bits
 from jaxtune.layers.decoder import ForwardOptions
 from jaxtune.layers.tree import Tree, merge
 from jaxtune.models.definition import Definition
+from jaxtune.vocabulary import check_token_ids
 
 DTYPES = ("bfloat16", "float16", "float32")
 # What `Model.generate` takes as a prompt: text, token ids, or chat messages.
@@ -133,7 +134,11 @@ class Model:
 
         Returns:
           float32[B, T, vocabulary].
+
+        Raises:
+          JaxtuneError: tokens of another shape, or ids that the model does not have.
         """
+        check_token_ids(np.asarray(tokens), self.definition.vocab_size, "tokens")
         tokens = jnp.asarray(tokens, jnp.int32)
         if tokens.ndim != 2:
             raise JaxtuneError(f"tokens are int[batch, time], not of shape {list(tokens.shape)}")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxtune.checkpoints.embeddings import TIED, with_stored_head
 from jaxtune.checkpoints.gguf import GGUFSource
 from jaxtune.checkpoints.loading import load
 from jaxtune.checkpoints.safetensors import SafetensorsFile
@@ -28,6 +29,7 @@ __all__ = [
     "load",
     "merged_source",
     "open_source",
+    "read_config",
     "read_json",
     "resolve_path",
     "save",
@@ -161,16 +163,26 @@ def open_source(path: Path) -> TensorSource:
       JaxtuneError: neither of these, or a quantization that is not known.
     """
     if path.is_dir():
-        source = HuggingFaceSource(path)
+        source: TensorSource = HuggingFaceSource(path)
         settings = source.config.get("quantization_config")
-        if settings is None:
-            return source
-        kind = str(settings.get("quant_method") if isinstance(settings, Mapping) else settings)
-        where = f"{path}: quantization_config.quant_method"
-        return lookup(READERS, kind, where).open(source)
+        if settings is not None:
+            kind = str(settings.get("quant_method") if isinstance(settings, Mapping) else settings)
+            where = f"{path}: quantization_config.quant_method"
+            source = lookup(READERS, kind, where).open(source)
+        return with_stored_head(source)
     if path.suffix == ".gguf":
         return GGUFSource(path)
     raise JaxtuneError(f"{path}: neither a Hugging Face directory nor a .gguf file")
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Returns the content of config.json, whether the weights lie beside it or not.
+
+    Where they do and config.json ties embedding and head, they say whether that is so.
+    """
+    config = read_json(directory / "config.json")
+    weights = any((directory / name).is_file() for name in (INDEX, "model.safetensors"))
+    return open_source(directory).config if config.get(TIED) and weights else config
 
 
 def choose_quantization(section: Any, model_config: Mapping[str, Any]) -> Quantization | None:

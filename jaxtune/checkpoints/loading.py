@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxtune.checkpoints.embeddings import HEAD, TIED
 from jaxtune.checkpoints.placement import (
     Fetch,
     Range,
@@ -39,7 +40,7 @@ def _ignored(name: str, config: Mapping[str, Any]) -> str | None:
     """Says why a checkpoint tensor is not needed, or returns None when it should be."""
     if name.endswith("rotary_emb.inv_freq"):
         return "computed from config.json"
-    if name == "lm_head.weight" and config.get("tie_word_embeddings"):
+    if name == HEAD and config.get(TIED):
         return "tied to the embedding"
     layer = _LAYER.match(name)
     if layer and int(layer[1]) >= config["num_hidden_layers"]:
@@ -74,7 +75,7 @@ def check_names(definition: Definition, source: TensorSource) -> dict[str, str]:
     problems = [
         f"{len(names)} tensor(s) {what}: {_some(names)}{hint}"
         for what, names, hint in (
-            ("missing", missing, closest(missing[0], extra) if missing else ""),
+            ("missing", missing, _hint(missing, extra)),
             ("not in the architecture", extra, ""),
             ("of the wrong shape", shapes, ""),
             ("of a dtype that is no weight's", dtypes, ""),
@@ -84,6 +85,12 @@ def check_names(definition: Definition, source: TensorSource) -> dict[str, str]:
     if problems:
         raise JaxtuneError(f"{source.path}: does not fit its config: " + "; ".join(problems))
     return ignored
+
+
+def _hint(missing: list[str], extra: list[str]) -> str:
+    if missing == [HEAD]:
+        return f'; if the head is the embedding, "{TIED}" has to be true in config.json'
+    return closest(missing[0], extra) if missing else ""
 
 
 def _some(names: list[str], most: int = 5) -> str:

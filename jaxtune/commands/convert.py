@@ -28,6 +28,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=choice("nf4", "int4", "int8", "fp8"),
         help="write the linear weights in nf4, int4, int8 or fp8",
     )
+    parser.add_argument(
+        "--untie",
+        action="store_true",
+        help="write a head of its own where it is tied to the embedding",
+    )
+    parser.add_argument(
+        "--vocab-size",
+        metavar="N",
+        type=int,
+        help="room for N tokens: new rows of embedding and head are the mean of the others",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -35,6 +46,12 @@ def run(arguments: argparse.Namespace) -> None:
     import jaxtune
 
     check_free(arguments.to)
-    quantize = arguments.quantize or None
-    written = jaxtune.convert(arguments.source, arguments.to, quantize, arguments.dtype)
+    written = jaxtune.convert(
+        arguments.source,
+        arguments.to,
+        arguments.quantize or None,
+        arguments.dtype,
+        untie=arguments.untie,
+        vocab_size=arguments.vocab_size,
+    )
     print(f"written: {written}")

@@ -18,6 +18,7 @@ from jaxtune.data.read import Row, parse
 from jaxtune.data.template import ChatTemplate, read_template
 from jaxtune.data.tokens import IGNORE, Tokens, tokenize_batch
 from jaxtune.errors import JaxtuneError
+from jaxtune.vocabulary import ROOM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -281,17 +282,17 @@ class Encoder:
             if not outside.any():
                 continue
             wrong = ids[outside][0]
+            advice = f"; {ROOM}" if wrong >= limit else ""
             if not encoded.text:
                 raise JaxtuneError(
                     f"{place}: {name} holds {wrong}, and the vocabulary has ids 0 to {limit - 1}"
+                    f"{advice}"
                 )
             assert self.tokenizer is not None  # it has made the ids
             token = self.tokenizer.convert_ids_to_tokens(int(wrong))
             raise JaxtuneError(
                 f'{place}: "{token}" is token {wrong} of the tokenizer, and the model has ids 0 to '
-                f"{limit - 1} (vocab_size): save the model with more rows first, by transformers' "
-                "model.resize_token_embeddings(len(tokenizer)), or use the tokenizer it was "
-                "trained with"
+                f"{limit - 1} (vocab_size){advice}, or use the tokenizer that it was trained with"
             )
 
     def _fit(

@@ -19,6 +19,7 @@ from jaxtune.layers.decoder import CausalLM, ForwardOptions
 from jaxtune.layers.tree import Tree
 from jaxtune.models.definition import Definition
 from jaxtune.parallel.rules import constrain
+from jaxtune.vocabulary import check_token_ids
 
 # Prompt lengths are rounded up to a multiple of this, so that similar batches share a compilation.
 PROMPT_MULTIPLE = 32
@@ -146,7 +147,7 @@ def generate_tokens(
       The new tokens of each prompt, without the one that stopped it.
 
     Raises:
-      JaxtuneError: an empty prompt, or settings out of range.
+      JaxtuneError: an empty prompt, ids that the model does not have, or settings out of range.
     """
     if not prompts:
         return []
@@ -154,6 +155,9 @@ def generate_tokens(
         raise JaxtuneError("a prompt has no tokens")
     if max_new_tokens < 1 or sampling.temperature < 0 or not 0 < sampling.top_p <= 1:
         raise JaxtuneError("max_new_tokens ≥ 1, temperature ≥ 0 and 0 < top_p ≤ 1 are needed")
+    for index, prompt in enumerate(prompts):
+        check_token_ids(prompt, definition.vocab_size, f"prompt {index + 1}")
+    check_token_ids(stop, definition.vocab_size, "the tokens that end an answer (eos_token_id)")
     reserved = [0] * definition.module.model.reserved
     prompts = [[*reserved, *prompt] for prompt in prompts]
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxtune.errors import JaxtuneError
+from jaxtune.vocabulary import ROOM
 
 _MISSING = object()
 
@@ -120,6 +121,13 @@ def check_supported(config: Mapping[str, Any]) -> None:
         require(config, key, values)
     require(config, "hidden_act", ("silu", "swish"))
     _check_windows(config)
+    pad, vocabulary = config.get("pad_token_id"), size(config, "vocab_size")
+    # transformers counts a negative one from the end, and opens no model with one beyond.
+    if isinstance(pad, int) and not -vocabulary <= pad < vocabulary:
+        raise JaxtuneError(
+            f'config.json: "pad_token_id" is {pad}, and the vocabulary has ids 0 to '
+            f"{vocabulary - 1}; {ROOM}"
+        )
 
 
 def _check_windows(config: Mapping[str, Any]) -> None:

@@ -164,7 +164,7 @@ def model_config(config: Any) -> dict[str, Any]:
     path, revision = config.model.path, config.model.revision
     location = huggingface.resolve_path(path, revision, files=("config.json",))
     if location.is_dir():
-        return huggingface.read_json(location / "config.json")
+        return huggingface.read_config(location)
     return huggingface.open_source(location).config
 
 
