@@ -109,6 +109,7 @@ def convert(
         source,
         tokenizer=load_tokenizer(location),
         extra_files=extra_files(location),
+        code_from=location if location.is_dir() else None,
         progress=progress,
     )
 

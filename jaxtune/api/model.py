@@ -255,6 +255,7 @@ class Model:
             merge(self.base, self.trainable, self.constants),
             tokenizer=self._tokenizer,
             extra_files=extra_files(self.source),
+            code_from=self.source if self.source.is_dir() else None,
             dtype=None if dtype is None else jnp.dtype(dtype),
             edits=edits(model),
             quantized=quantized,

@@ -120,7 +120,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
+# Python files are what auto_map may name: exports copy them, and nothing runs them.
+FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.py")
 
 
 def resolve_path(path: str, revision: str = "", files: Sequence[str] = FILES) -> Path:

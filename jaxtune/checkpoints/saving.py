@@ -19,6 +19,7 @@ from jaxtune.checkpoints.atomic import new_directory
 from jaxtune.checkpoints.loading import check_names
 from jaxtune.checkpoints.progress import track
 from jaxtune.checkpoints.quantize import read_quantized
+from jaxtune.checkpoints.remote_code import keep_named_code
 from jaxtune.checkpoints.replaced import ReplacedSource
 from jaxtune.checkpoints.requantize import Requantizer, warn_of_loss, write_report
 from jaxtune.checkpoints.safetensors import Pending, write_sharded
@@ -200,6 +201,7 @@ def save(
     *,
     tokenizer: Any = None,
     extra_files: Mapping[str, Path] | None = None,
+    code_from: Path | None = None,
     dtype: Any = None,
     edits: Mapping[TreePath, Edit] | None = None,
     quantized: bool = False,
@@ -219,6 +221,7 @@ def save(
       tree: every weight of the base model.
       tokenizer: saved beside the weights, if given.
       extra_files: further files to copy, by name.
+      code_from: directory of the source, whose ``auto_map`` may name Python files to copy.
       dtype: of the plain weights on disk; None keeps each leaf's own.
       edits: see `checkpoint_tensors`.
       quantized: writes quantized weights as they are, and not dequantized.
@@ -241,6 +244,7 @@ def save(
             warn_of_loss(report)
             write_report(scratch, report)
         _write_beside(scratch, _config(definition, dtype, quantized), extra_files, tokenizer)
+        keep_named_code(scratch, code_from)
     return Path(directory)
 
 
@@ -251,6 +255,7 @@ def convert(
     *,
     tokenizer: Any = None,
     extra_files: Mapping[str, Path] | None = None,
+    code_from: Path | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
 ) -> Path:
@@ -264,6 +269,7 @@ def convert(
       source: the checkpoint to read.
       tokenizer: saved beside the weights, if given.
       extra_files: further files to copy, by name.
+      code_from: directory of the source, whose ``auto_map`` may name Python files to copy.
       shard_bytes: the most that one file holds.
       progress: shows a bar when it takes more than two seconds.
 
@@ -279,6 +285,7 @@ def convert(
         with track(len(tensors), "writing weights", progress) as advance:
             write_sharded(scratch, tensors, shard_bytes, advance)
         _write_beside(scratch, _config(definition, None, True), extra_files, tokenizer)
+        keep_named_code(scratch, code_from)
     return Path(directory)
 
 
