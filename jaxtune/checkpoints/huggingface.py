@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,10 +13,10 @@ import numpy as np
 from jaxtune.checkpoints.embeddings import TIED, with_stored_head
 from jaxtune.checkpoints.gguf import GGUFSource
 from jaxtune.checkpoints.loading import load
-from jaxtune.checkpoints.safetensors import SafetensorsFile
 from jaxtune.checkpoints.saving import checkpoint_tensors, convert, merged_source, save
 from jaxtune.checkpoints.source import ALL, TensorSource
 from jaxtune.checkpoints.stored import READERS
+from jaxtune.checkpoints.weights import has_weights, open_weights, read_json
 from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.quant import Format, Quantization, quantization_from_config
 
@@ -35,45 +34,25 @@ __all__ = [
     "save",
 ]
 
-INDEX = "model.safetensors.index.json"
 _logger = logging.getLogger(__name__)
 
 
 class HuggingFaceSource:
-    """A directory with config.json and model.safetensors, whole or sharded with an index."""
+    """A directory with config.json and weights, in one file or in several with an index.
+
+    They are safetensors, or PyTorch's own files where there are none.
+    """
 
     def __init__(self, directory: Path):
         """Opens every file of a checkpoint and reads their headers.
 
         Raises:
-          JaxtuneError: a file is missing, broken, or named outside the directory.
+          JaxtuneError: a file is missing, broken, or named outside the directory, or two of them
+            do not agree.
         """
         self.path = directory
         self.config = read_json(directory / "config.json")
-        if (directory / INDEX).is_file():
-            names = self._indexed_files()
-        elif (directory / "model.safetensors").is_file():
-            names = ["model.safetensors"]
-        else:
-            raise JaxtuneError(f"{directory}: holds neither model.safetensors nor {INDEX}")
-        self._files = [SafetensorsFile(directory / name) for name in names]
-        self._by_name: dict[str, SafetensorsFile] = {}
-        for file in self._files:
-            for name in file.names():
-                if name in self._by_name:
-                    raise JaxtuneError(f'{file.path}: tensor "{name}" is in another file as well')
-                self._by_name[name] = file
-
-    def _indexed_files(self) -> list[str]:
-        weight_map = read_json(self.path / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise JaxtuneError(f'{self.path / INDEX}: has no "weight_map"')
-        names = sorted({str(name) for name in weight_map.values()})
-        for name in names:
-            # An index is data from elsewhere: it may name files beside it and nothing else.
-            if name != Path(name).name or not name.endswith(".safetensors"):
-                raise JaxtuneError(f"{self.path / INDEX}: refuses the file name {name!r}")
-        return names
+        self._by_name = open_weights(directory)
 
     def names(self) -> list[str]:
         """Returns the names of all tensors."""
@@ -88,9 +67,8 @@ class HuggingFaceSource:
         return self._by_name[name].dtype(name)
 
     def read(self, name: str, rows: slice = ALL) -> np.ndarray:
-        """Returns a tensor of the shape `shape(name)`, or rows of it, as a view of the file."""
-        value = self._by_name[name].read(name)
-        return value[rows] if value.ndim else value
+        """Returns a tensor of the shape `shape(name)`, or rows of it, mapped where possible."""
+        return self._by_name[name].read(name, rows)
 
     def read_parts(self, name: str, form: Format) -> None:
         """Returns None: the tensors are plain."""
@@ -101,31 +79,15 @@ class HuggingFaceSource:
         return str(self._by_name[name].path)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-      JaxtuneError: no such file, or not a JSON object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise JaxtuneError(f"{path}: no such file") from None
-    except OSError as error:
-        raise JaxtuneError(f"{path}: cannot read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise JaxtuneError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise JaxtuneError(f"{path}: not a JSON object")
-    return content
-
-
 # Python files are what auto_map may name: exports copy them, and nothing runs them.
 FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.py")
+TORCH_FILES = ("pytorch_model*.bin",)
 
 
 def resolve_path(path: str, revision: str = "", files: Sequence[str] = FILES) -> Path:
     """Returns the local directory or .gguf file of a model, fetching a hub id if need be.
+
+    PyTorch's own weight files are fetched where there are no safetensors.
 
     Args:
       path: of a directory or a .gguf file, or a hub id.
@@ -145,8 +107,15 @@ def resolve_path(path: str, revision: str = "", files: Sequence[str] = FILES) ->
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
+    def fetch(patterns: Sequence[str]) -> Path:
+        options = {"revision": revision or None, "allow_patterns": list(patterns)}
+        return Path(snapshot_download(path, **options))
+
     try:
-        return Path(snapshot_download(path, revision=revision or None, allow_patterns=list(files)))
+        found = fetch(files)
+        if "*.safetensors" in files and not has_weights(found, 0):
+            found = fetch((*files, *TORCH_FILES))
+        return found
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise JaxtuneError(
             f"{path}: no such directory here, not in the hub's cache, and the hub is out of reach "

@@ -1,4 +1,6 @@
-"""Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors; or AdapterHub's.
+"""Adapters in PEFT's format, adapter_config.json and adapter_model.safetensors; or AdapterHub's.
+
+Their weights may be in PyTorch's own files, adapter_model.bin, where there are no safetensors.
 
 A network that made an adapter's tensors lies beside them, in encoder.safetensors: PEFT, which keeps
 none, does not look at it, and training goes on from it.
@@ -19,11 +21,12 @@ from jaxtune.adapters.method import Stored, is_adapterhub
 from jaxtune.checkpoints.atomic import new_directory
 from jaxtune.checkpoints.huggingface import read_json
 from jaxtune.checkpoints.safetensors import read_all, write_file
-from jaxtune.errors import JaxtuneError
+from jaxtune.checkpoints.weights import read_weights
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 ADAPTERHUB = "adapter.safetensors"
+TORCH_WEIGHTS = {WEIGHTS: "adapter_model.bin", ADAPTERHUB: "pytorch_adapter.bin"}
 ENCODER = "encoder.safetensors"
 # What ESFT's programs read and write in place of adapter_config.json; any file of tensors counts.
 EXPERTS = "expert_cfg.json"
@@ -43,15 +46,11 @@ def read_adapter(directory: str | Path, *, encoder: bool = False) -> Stored:
     if (directory / EXPERTS).is_file() and not (directory / CONFIG).is_file():
         return _read_experts(directory)
     config = read_json(directory / CONFIG)
-    if (directory / "pytorch_adapter.bin").is_file() and not (directory / ADAPTERHUB).is_file():
-        raise JaxtuneError(
-            f"{directory / 'pytorch_adapter.bin'} is a pickle, which may run anything: "
-            "save the adapter with use_safetensors=True"
-        )
+    weights = _weights_file(config)
     made = encoder and (directory / ENCODER).is_file()
     stored = Stored(
         config,
-        read_all(directory / _weights_file(config)),
+        read_weights(directory, (weights, TORCH_WEIGHTS[weights])),
         read_all(directory / ENCODER) if made else None,
     )
     return split(stored)

@@ -18,6 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from jaxtune.checkpoints.source import ALL, refuse_pointer
 from jaxtune.errors import JaxtuneError
 
 DTYPES: dict[str, np.dtype] = {
@@ -51,6 +52,7 @@ class SafetensorsFile:
         self.path = path
         if not path.is_file():
             raise JaxtuneError(f"{path}: no such file")
+        refuse_pointer(path)
         try:
             with safe_open(path, framework="numpy"):
                 pass
@@ -83,14 +85,18 @@ class SafetensorsFile:
             raise JaxtuneError(f'{self.path}: tensor "{name}" has dtype {kind}, which is not read')
         return DTYPES[kind]
 
-    def read(self, name: str) -> np.ndarray:
-        """Returns a tensor of the shape `shape(name)` as a read-only view of the file."""
+    def read(self, name: str, rows: slice = ALL) -> np.ndarray:
+        """Returns a tensor of the shape `shape(name)`, or some rows of one that has dimensions.
+
+        It is a read-only view of the file.
+        """
         start, stop = self._entries[name]["data_offsets"]
         dtype = self.dtype(name)
         flat = np.frombuffer(
             self._map, dtype, (stop - start) // dtype.itemsize, self._start + start
         )
-        return flat.reshape(self.shape(name))
+        value = flat.reshape(self.shape(name))
+        return value[rows] if value.ndim else value
 
 
 def read_all(path: Path) -> dict[str, np.ndarray]:

@@ -7,9 +7,39 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from jaxtune.errors import JaxtuneError
 from jaxtune.quant import Format
 
 ALL = slice(None)  # of a tensor's rows
+
+
+class TensorFile(Protocol):
+    """One file of tensors.
+
+    Attributes:
+      path: of the file.
+    """
+
+    path: Path
+
+    def names(self) -> list[str]:
+        """Returns the names of the tensors in the file."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns a tensor's shape."""
+        ...
+
+    def dtype(self, name: str) -> np.dtype:
+        """Returns a tensor's dtype."""
+        ...
+
+    def read(self, name: str, rows: slice = ALL) -> np.ndarray:
+        """Returns a tensor of the shape `shape(name)`, or some rows of one that has dimensions.
+
+        It is read-only and in C order.
+        """
+        ...
 
 
 class TensorSource(Protocol):
@@ -52,3 +82,14 @@ class TensorSource(Protocol):
     def where(self, name: str) -> str:
         """Returns the file that holds a tensor, for error messages."""
         ...
+
+
+def refuse_pointer(path: Path) -> None:
+    """Refuses the few lines of text that Git leaves in place of a large file.
+
+    Raises:
+      JaxtuneError: a pointer of Git LFS.
+    """
+    with path.open("rb") as file:
+        if file.read(32).startswith(b"version https://git-lfs"):
+            raise JaxtuneError(f"{path}: is a Git LFS pointer, not the file: run git lfs pull")

@@ -303,11 +303,6 @@ class TestFiles:
         (directory / "model.safetensors").unlink()
         assert "holds neither model.safetensors nor" in refusal(directory)
 
-    def test_pickled_weights_are_not_touched(self, copy):
-        directory = copy()
-        (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
-        assert "holds neither model.safetensors nor" in refusal(directory)
-
     @pytest.mark.parametrize(
         ("content", "message"),
         [

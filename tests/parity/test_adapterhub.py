@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import torch
 from families import Families
 from oracles import Recipe, assert_same_logits, make_examples, random_tokens, relative
 from parts import load_parts
@@ -74,7 +75,6 @@ def test_an_adapter_of_adapterhub_gives_its_logits_and_is_written_as_it_was(name
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_are_those_of_torch(activation):
-    import torch
     from transformers.activations import get_activation
 
     x = np.linspace(-4, 4, 101, dtype=np.float32)
@@ -166,11 +166,15 @@ def test_what_would_be_dropped_is_refused_by_name(changes, message, tmp_path):
         opened(THEIRS / "model", edited(tmp_path, **changes))
 
 
-def test_a_pickle_is_not_opened(tmp_path):
+def test_weights_in_a_file_of_torch_are_the_same(tmp_path):
     adapter = edited(tmp_path)
-    (adapter / "adapter.safetensors").rename(adapter / "pytorch_adapter.bin")
-    with pytest.raises(jaxtune.JaxtuneError, match=r"pytorch_adapter\.bin is a pickle"):
-        opened(THEIRS / "model", adapter)
+    tensors = load_file(adapter / "adapter.safetensors")
+    (adapter / "adapter.safetensors").unlink()
+    theirs = {name: torch.from_numpy(value) for name, value in tensors.items()}
+    torch.save(theirs, adapter / "pytorch_adapter.bin")
+    stored = read_adapter(adapter).tensors
+    assert set(stored) == set(tensors)
+    assert all(np.array_equal(stored[name], value) for name, value in tensors.items())
 
 
 def test_bottlenecks_cannot_be_merged(tmp_path):

@@ -1,0 +1,227 @@
+"""The weight files of a directory: in which form they are, and whether they agree.
+
+A directory may say the same thing twice: weights in one file beside an index of several, or
+PyTorch's own files beside safetensors. transformers and PEFT take the first form that they find,
+and an old file beside a new one is then read without a word.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxtune.checkpoints.safetensors import SafetensorsFile
+from jaxtune.checkpoints.source import TensorFile
+from jaxtune.checkpoints.torch_file import TorchFile
+from jaxtune.errors import JaxtuneError
+
+_logger = logging.getLogger(__name__)
+_COMPARED_BYTES = 2**24  # at one time
+
+
+class _Form(NamedTuple):
+    """How a model's weights may be stored.
+
+    Attributes:
+      whole: the name of the file where there is one.
+      index: the name of the index where there are several.
+      ending: of their names.
+      open: opens one.
+    """
+
+    whole: str
+    index: str
+    ending: str
+    open: Callable[[Path], TensorFile]
+
+
+# transformers' order.
+FORMS = (
+    _Form("model.safetensors", "model.safetensors.index.json", ".safetensors", SafetensorsFile),
+    _Form("pytorch_model.bin", "pytorch_model.bin.index.json", ".bin", TorchFile),
+)
+
+
+def has_weights(directory: Path, form: int) -> bool:
+    """Returns whether a directory has weights in the form of this number in `FORMS`."""
+    return any((directory / name).is_file() for name in FORMS[form][:2])
+
+
+def open_weights(directory: Path) -> dict[str, TensorFile]:
+    """Opens the weights of a model: safetensors, or PyTorch's files where there are none.
+
+    Returns:
+      The file of each tensor.
+
+    Raises:
+      JaxtuneError: a file is missing, broken, or named outside the directory, or two of them do not
+        agree.
+    """
+    present = [form for number, form in enumerate(FORMS) if has_weights(directory, number)]
+    if not present:
+        whole = " nor ".join(form.whole for form in FORMS)
+        indexes = " or ".join(form.index for form in FORMS)
+        raise JaxtuneError(f"{directory}: holds neither {whole}, nor {indexes}")
+    form, *others = present
+    for other in others:
+        _logger.info(
+            "%s: reads the %s files, as transformers does, and not the %s files beside them",
+            *(directory, form.ending, other.ending),
+        )
+    whole, index = directory / form.whole, directory / form.index
+    if not whole.is_file():
+        return _open_indexed(index, form)
+    tensors = _open_all([whole], form)
+    if index.is_file():
+        _check_agreement(whole, tensors, index, form)
+    return tensors
+
+
+def _open_all(paths: Sequence[Path], form: _Form) -> dict[str, TensorFile]:
+    tensors: dict[str, TensorFile] = {}
+    for path in paths:
+        file = form.open(path)
+        for name in file.names():
+            if name in tensors:
+                raise JaxtuneError(
+                    f'{path}: tensor "{name}" is in another file as well '
+                    f"({tensors[name].path.name})"
+                )
+            tensors[name] = file
+    return tensors
+
+
+def _open_indexed(index: Path, form: _Form) -> dict[str, TensorFile]:
+    weight_map = _weight_map(index, form)
+    files = sorted(set(weight_map.values()))
+    tensors = _open_all([index.parent / name for name in files], form)
+    elsewhere = sorted(
+        name
+        for name, file in weight_map.items()
+        if name not in tensors or tensors[name].path.name != file
+    )
+    if elsewhere:
+        # transformers too goes by what the files hold; what is missing is an error later.
+        _logger.warning(
+            "%s: names %s for %d tensor(s) that it does not hold, such as %s: the files count",
+            *(index, weight_map[elsewhere[0]], len(elsewhere), elsewhere[0]),
+        )
+    pattern = f"{form.whole.removesuffix(form.ending)}-*{form.ending}"
+    unnamed = sorted({path.name for path in index.parent.glob(pattern)} - set(files))
+    if unnamed:
+        _logger.warning(
+            "%s: does not name %s, so %s not read",
+            *(index, ", ".join(unnamed), "they are" if len(unnamed) > 1 else "it is"),
+        )
+    return tensors
+
+
+def _weight_map(index: Path, form: _Form) -> dict[str, str]:
+    """Returns the file of each tensor as an index has it."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise JaxtuneError(f'{index}: has no "weight_map"')
+    for name in map(str, weight_map.values()):
+        # An index is data from elsewhere: it may name files beside it and nothing else.
+        if name != Path(name).name or not name.endswith(form.ending):
+            raise JaxtuneError(f"{index}: refuses the file name {name!r}")
+    return {name: str(file) for name, file in weight_map.items()}
+
+
+def _check_agreement(
+    whole: Path, tensors: Mapping[str, TensorFile], index: Path, form: _Form
+) -> None:
+    """Refuses weights in one file beside an index of files with other weights."""
+    both = f"{whole.parent}: holds {whole.name} and {index.name}"
+    advice = "remove the one that is out of date"
+    weight_map = _weight_map(index, form)
+    files = sorted(set(weight_map.values()))
+    missing = [name for name in files if not (whole.parent / name).is_file()]
+    if missing:
+        raise JaxtuneError(f"{both}, which names {missing[0]}, and that is not there: {advice}")
+    if files == [whole.name]:
+        differs = sorted(set(weight_map) ^ set(tensors))
+    else:
+        _logger.info("%s: compares them", both)
+        differs = _differences(tensors, _open_indexed(index, form))
+    if differs:
+        raise JaxtuneError(f'{both}, which differ in "{_shown(differs[0])}": {advice}')
+
+
+def _differences(one: Mapping[str, TensorFile], other: Mapping[str, TensorFile]) -> list[str]:
+    """Returns the names of tensors in one place only, or else of the first that differs."""
+    if set(one) != set(other):
+        return sorted(set(one) ^ set(other))
+    return next(([name] for name in one if not _same(name, one[name], other[name])), [])
+
+
+def _same(name: str, one: TensorFile, other: TensorFile) -> bool:
+    if one.shape(name) != other.shape(name) or one.dtype(name) != other.dtype(name):
+        return False
+    a, b = (file.read(name).reshape(-1).view(np.uint8) for file in (one, other))
+    return all(
+        np.array_equal(a[start : start + _COMPARED_BYTES], b[start : start + _COMPARED_BYTES])
+        for start in range(0, len(a), _COMPARED_BYTES)
+    )
+
+
+def _shown(name: str) -> str:
+    return name if name.isprintable() and len(name) < 400 else ascii(name[:100])
+
+
+def read_weights(directory: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Reads a small file of tensors of any shape whole, as views of its memory map.
+
+    Args:
+      directory: that holds it.
+      names: that it may have, the preferred one first: safetensors or PyTorch's.
+
+    Raises:
+      JaxtuneError: there is none, it is broken, or there are two that do not agree.
+    """
+    files = [open_file(directory / name) for name in names if (directory / name).is_file()]
+    if not files:
+        others = "".join(f", nor {name}" for name in names[1:])
+        raise JaxtuneError(f"{directory / names[0]}: no such file{others}")
+    first, *others = files
+    for other in others:
+        one, two = (dict.fromkeys(file.names(), file) for file in (first, other))
+        if differs := _differences(one, two):
+            raise JaxtuneError(
+                f"{directory}: holds {first.path.name} and {other.path.name}, which differ in "
+                f'"{_shown(differs[0])}": remove the one that is out of date'
+            )
+    return {name: first.read(name) for name in first.names()}
+
+
+def open_file(path: Path) -> TensorFile:
+    """Opens a file of tensors, as its name ends.
+
+    Raises:
+      JaxtuneError: it is missing or broken.
+    """
+    return TorchFile(path) if path.suffix == ".bin" else SafetensorsFile(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+      JaxtuneError: no such file, or not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise JaxtuneError(f"{path}: no such file") from None
+    except OSError as error:
+        raise JaxtuneError(f"{path}: cannot read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise JaxtuneError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise JaxtuneError(f"{path}: not a JSON object")
+    return content
