@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxtune.checkpoints.source import ALL, refuse_pointer
-from jaxtune.checkpoints.torch_names import DTYPES, TensorRecord
+from jaxtune.checkpoints.torch_names import STORAGES, TensorRecord
 from jaxtune.checkpoints.torch_pickle import ANOTHER_WAY, printable, read_state_dict
 from jaxtune.checkpoints.zip_directory import Member, read_directory
 from jaxtune.errors import JaxtuneError
@@ -27,7 +27,9 @@ from jaxtune.errors import JaxtuneError
 PICKLE_BYTES = 128 * 2**20
 COPIED_BYTES = 16 * 2**20  # of expanded tensors, in a file that is smaller
 
-_NUMPY = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in DTYPES}
+_PLAIN = set(STORAGES.values()) - {"bfloat16"}
+_NARROW = (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)
+_NUMPY = {dtype.name: dtype for dtype in map(np.dtype, (*_PLAIN, *_NARROW))}
 _WRITE_AGAIN = "write it again with torch.save(torch.load(..., weights_only=True), ...)"
 _TAR_MAGIC, _TAR_MAGIC_AT = b"ustar", 257
 

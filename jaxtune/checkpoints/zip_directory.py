@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from jaxtune.errors import JaxtuneError
 
-MEMBERS = 2**18
+MEMBERS = 2**17 + 2**10  # a file for each tensor, and the others
 DIRECTORY_BYTES = 64 * 2**20
 
 _END = struct.Struct("<4s4H2LH")
