@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from jaxtune.checkpoints.gguf_header import read_header
 from jaxtune.checkpoints.huggingface import resolve_path
 from jaxtune.errors import JaxtuneError, lookup
 
+_logger = logging.getLogger(__name__)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _PROBE = 'def add(a, b):\n    return a + 12345  # two  spaces, "it\'s", 你好，世界 café\n'
 
@@ -158,6 +160,7 @@ def _from_directory(directory: Path) -> PreTrainedTokenizerFast:
     settings = {}
     if (directory / "tokenizer_config.json").is_file():
         settings = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+        _compare_templates(directory, settings)
     # transformers drops both settings where tokenizer.json brings a post-processor of its own.
     ids = tokenizer.encode("a")
     has = (ids[:1] == [tokenizer.bos_token_id], ids[-1:] == [tokenizer.eos_token_id])
@@ -168,6 +171,22 @@ def _from_directory(directory: Path) -> PreTrainedTokenizerFast:
     if wanted != has:
         tokenizer.add_bos_token, tokenizer.add_eos_token = wanted
     return tokenizer
+
+
+def _compare_templates(directory: Path, settings: Mapping[str, Any]) -> None:
+    """Warns where a directory has two chat templates: transformers takes that of the file."""
+    file, stored = directory / "chat_template.jinja", settings.get("chat_template")
+    if isinstance(stored, list):  # several, by name
+        named = [each for each in stored if isinstance(each, Mapping)]
+        stored = next((each.get("template") for each in named if each.get("name") == "default"), "")
+    if not stored or not file.is_file():
+        return
+    if file.read_text(encoding="utf-8").strip() != str(stored).strip():
+        _logger.warning(
+            "%s: chat_template.jinja and tokenizer_config.json have different chat templates: that "
+            "of chat_template.jinja is used, as in transformers",
+            directory,
+        )
 
 
 def _from_gguf(path: Path, metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:

@@ -29,7 +29,7 @@ COPIED_BYTES = 16 * 2**20  # of expanded tensors, in a file that is smaller
 
 _PLAIN = set(STORAGES.values()) - {"bfloat16"}
 _NARROW = (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)
-_NUMPY = {dtype.name: dtype for dtype in map(np.dtype, (*_PLAIN, *_NARROW))}
+_NUMPY = {dtype.name: dtype for dtype in [np.dtype(each) for each in (*_PLAIN, *_NARROW)]}
 _WRITE_AGAIN = "write it again with torch.save(torch.load(..., weights_only=True), ...)"
 _TAR_MAGIC, _TAR_MAGIC_AT = b"ustar", 257
 
