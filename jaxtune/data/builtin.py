@@ -30,11 +30,12 @@ def built_in_templates() -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def read_template(path: str | Path) -> str:
+def read_template(path: str | Path, key: str = "data.chat_template") -> str:
     """Returns the Jinja source that data.chat_template names; an empty path gives ``""``.
 
     Args:
       path: the name of a built-in template, or a file.
+      key: what to call the setting in an error.
 
     Raises:
       JaxtuneError: neither of these, or a file that cannot be read.
@@ -46,14 +47,14 @@ def read_template(path: str | Path) -> str:
         return known.get(str(path), Path(path).expanduser()).read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise JaxtuneError(
-            f"data.chat_template={path}: No such file or built-in template"
+            f"{key}={path}: No such file or built-in template"
             f"{closest(str(path), known)} (built in: {', '.join(known)})"
         ) from error
     # No home directory of that name; a zero byte in the path.
     except (RuntimeError, ValueError, OSError) as error:
         reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
         reason = getattr(error, "strerror", None) or reason
-        raise JaxtuneError(f"data.chat_template={path}: {reason}") from error
+        raise JaxtuneError(f"{key}={path}: {reason}") from error
 
 
 @functools.cache

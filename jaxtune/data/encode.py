@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import datetime
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -49,6 +50,7 @@ class Settings:
       seed: of the choice among wordings.
       bad_rows: ``error`` or ``skip``.
       bad_rows_limit: most rows that may be skipped.
+      clock: the time that a template prints; None: that of each rendering.
     """
 
     max_length: int
@@ -64,6 +66,7 @@ class Settings:
     seed: int = 0
     bad_rows: str = "error"
     bad_rows_limit: int = 100
+    clock: datetime.datetime | None = None
 
     def __post_init__(self) -> None:
         """Refuses what none of the choices is."""
@@ -84,7 +87,8 @@ class Settings:
         template = None
         if tokenizer is not None:
             arguments = read_arguments(self.chat_template_kwargs, "data", "chat_template_kwargs")
-            template = ChatTemplate(tokenizer, read_template(self.chat_template), arguments)
+            source = read_template(self.chat_template)
+            template = ChatTemplate(tokenizer, source, arguments, self.clock)
         wordings = read_wordings(self.prompt_templates)
         how = (self.targets, self.reasoning, self.empty_reasoning)
         return Reading(template, *how, wordings, self.seed)
@@ -155,6 +159,7 @@ class Chunk(NamedTuple):
       merged: places of rows in which a token joins the prompt's end and the answer's beginning.
       read: how many rows the chunk has.
       turns: how many turns were changed or left out, by what was done to them.
+      ends: how many learned spans end in a token, by its id.
     """
 
     tokens: np.ndarray
@@ -170,6 +175,7 @@ class Chunk(NamedTuple):
     merged: list[str]
     read: int
     turns: collections.Counter[str]
+    ends: collections.Counter[int]
 
 
 class _Encoded(NamedTuple):
@@ -205,8 +211,10 @@ class Encoder:
           first: the place of a row of that form.
         """
         empty = np.zeros(0)
-        turns = collections.Counter[str]()
-        chunk = Chunk(empty, empty, [], [], [], [], [], [], set(), {}, [], len(records), turns)
+        turns, ends = collections.Counter[str](), collections.Counter[int]()
+        chunk = Chunk(
+            empty, empty, [], [], [], [], [], [], set(), {}, [], len(records), turns, ends
+        )
         kept: list[tuple[int, Record, Sample]] = []
         for index, record in enumerate(records):
             try:
@@ -236,6 +244,8 @@ class Encoder:
             )
             if encoded.merged and pieces:
                 chunk.merged.append(place)
+            if pieces:
+                chunk.ends.update(span_ends(encoded.labels))
             for piece_tokens, piece_targets in pieces:
                 tokens.append(piece_tokens)
                 targets.append(piece_targets)
@@ -320,6 +330,13 @@ class Encoder:
         return kept
 
 
+def span_ends(labels: np.ndarray) -> list[int]:
+    """Returns the last token of each learned span of a whole row: labels int[n] → ids."""
+    learned = labels != IGNORE
+    last = learned & ~np.append(learned[1:], False)
+    return labels[last].tolist()
+
+
 def _cut(
     tokens: np.ndarray, targets: np.ndarray, limit: int, too_long: str
 ) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -354,6 +371,6 @@ def _joined(arrays: list[np.ndarray]) -> np.ndarray:
 
 def settings_from(section: Any, *, seed: int, vocab_size: int | None) -> Settings:
     """Returns the settings that the ``data`` section of a config makes."""
-    fields = {field.name for field in dataclasses.fields(Settings)} - {"seed", "vocab_size"}
-    values = {name: section[name] for name in fields}
+    fields = {field.name for field in dataclasses.fields(Settings)}
+    values = {name: section[name] for name in fields - {"seed", "vocab_size", "clock"}}
     return Settings(**values, seed=seed, vocab_size=vocab_size)

@@ -122,6 +122,7 @@ class Examples:
       rows: int64[examples], the row that each one comes from: its place, from 0, among all rows of
         all sources, those included that gave no example. None: each example is a row.
       turns: how many turns of conversations were changed or left out, by what was done to them.
+      ends: how many learned spans of the rows, before anything was cut, end in a token, by its id.
     """
 
     tokens: Sequence[np.ndarray]
@@ -141,6 +142,7 @@ class Examples:
     merged_place: str = ""
     rows: np.ndarray | None = None
     turns: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    ends: Mapping[int, int] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -240,6 +242,7 @@ def join(sets: Sequence[Examples]) -> Examples:
         merged_place=next((each.merged_place for each in sets if each.merged), ""),
         rows=np.concatenate(rows),
         turns=_summed(each.turns for each in sets),
+        ends=sum((collections.Counter(each.ends) for each in sets), collections.Counter()),
     )
 
 
@@ -319,4 +322,5 @@ def open_examples(directory: Path, weights: Sequence[float]) -> Examples:
         **{name: meta[name] for name in ("rows_read", "windowed", "merged", "merged_place")},
         rows=rows,
         turns=meta["turns"],
+        ends=dict(map(tuple, meta["ends"])),
     )

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxtune.data.clock import printed
 from jaxtune.data.encode import Chunk, Encoder, Problem, Settings
 from jaxtune.data.examples import META, Examples, Writer, open_examples
 from jaxtune.data.files import Record
@@ -117,12 +118,18 @@ def cache_key(
         "sources": [(source.name, source.digest()) for source in sources],
         "wordings": reading.wordings,
     }
+    # Files are known by their content, wherever they are; the clock by what of it is printed.
+    for name in ("chat_template", "prompt_templates", "clock"):
+        del described[name]
     if tokenizer is not None and reading.template is not None:
         backend: Any = tokenizer.backend_tokenizer
+        template = reading.template.source or tokenizer.chat_template
         described |= {
             "tokenizer": backend.to_str(),
-            "special": [tokenizer.bos_token_id, tokenizer.eos_token_id],
-            "template": reading.template.source or tokenizer.chat_template,
+            "special": tokenizer.special_tokens_map,
+            "template": template,
+            # Not the clock itself, or what was prepared would serve one second.
+            "clock": printed(str(template), clock) if (clock := settings.clock) else {},
         }
     text = json.dumps(described, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -144,6 +151,7 @@ class _Build:
         self._rejected: collections.Counter[str] = collections.Counter()
         self._counts: collections.Counter[str] = collections.Counter()
         self._turns: collections.Counter[str] = collections.Counter()
+        self._ends: collections.Counter[int] = collections.Counter()
         self._unread: set[str] = set()
         self._merged_place = ""
         self._files: dict[str, int] = {}
@@ -181,6 +189,7 @@ class _Build:
                 "turns": self._turns,
                 "rejected": self._rejected,
                 "special": special,
+                "ends": sorted(self._ends.items()),
             }
         )
 
@@ -192,6 +201,7 @@ class _Build:
         self._counts["merged"] += len(chunk.merged)
         self._merged_place = self._merged_place or next(iter(chunk.merged), "")
         self._turns.update(chunk.turns)
+        self._ends.update(chunk.ends)
         self._unread |= chunk.unread
         ids = [self._files.setdefault(file, len(self._files)) for file in chunk.files]
         writer.add(

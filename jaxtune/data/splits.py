@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import logging
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from jaxtune.data.clock import now
 from jaxtune.data.encode import Problem, settings_from
 from jaxtune.data.examples import Examples, join
 from jaxtune.data.load import default_cache, load_examples
@@ -50,6 +53,8 @@ class DataReader:
         keep: bool = False,
         workers: int = 1,
         problems: list[Problem] | None = None,
+        chat_template: str | None = None,
+        clock: datetime.datetime | None = None,
     ):
         """Takes a resolved config and what reads its rows.
 
@@ -61,12 +66,15 @@ class DataReader:
           keep: whether to leave what is tokenized in the cache.
           workers: processes that tokenize.
           problems: takes rows that give no example, none of which is an error then.
+          chat_template: in place of the one that the config names; empty: the tokenizer's own.
+          clock: the time that a template prints, in all rows; now by default.
         """
         self._section, self._max_positions = config.data, max_positions
         self.cache = config.data.cache or default_cache()
-        self._settings = settings_from(
-            config.data, seed=config.training.seed, vocab_size=vocab_size
-        )
+        settings = settings_from(config.data, seed=config.training.seed, vocab_size=vocab_size)
+        if chat_template is not None:
+            settings = dataclasses.replace(settings, chat_template=chat_template)
+        self._settings = dataclasses.replace(settings, clock=clock or now())
         self._options: dict[str, Any] = {
             "tokenizer": tokenizer,
             "revision": config.data.revision or None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from jaxtune.data.builtin import (
     read_template,
     warn_of_missing,
 )
+from jaxtune.data.clock import fix_clock
 from jaxtune.data.messages import Conversation, Message, check_messages, choose_targets, tool_name
 from jaxtune.data.rendering import Rendering, choose_rendering
 from jaxtune.data.spans import Rewritten, Span, skip_empty_block, turn_span
@@ -38,6 +40,7 @@ class ChatTemplate:
         tokenizer: PreTrainedTokenizerBase,
         source: str = "",
         arguments: Mapping[str, Any] | None = None,
+        clock: datetime.datetime | None = None,
     ):
         """Checks that tokenizer and template can be used.
 
@@ -45,6 +48,7 @@ class ChatTemplate:
           tokenizer: a fast tokenizer of `transformers`.
           source: Jinja source used in place of the tokenizer's own template; empty: its own.
           arguments: of the template, such as ``{"enable_thinking": False}``.
+          clock: the time that the template prints; None: that of each rendering.
 
         Raises:
           JaxtuneError: the tokenizer has no offsets or loses spaces, or the source has an error.
@@ -52,6 +56,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.source = source
         self.arguments = arguments or {}
+        self.clock: datetime.datetime | None = None
         if not tokenizer.is_fast:
             raise JaxtuneError(
                 f"{type(tokenizer).__name__} gives no offsets: save it with a tokenizer.json"
@@ -68,7 +73,8 @@ class ChatTemplate:
         self._added = tuple(str(token) for token in tokenizer.added_tokens_decoder.values())
         self._missing = missing_tokens(self.source, tokenizer)
         if self.exists():
-            self._check_syntax()
+            self._check_syntax()  # whose line numbers are those without a fixed clock
+        self.clock = clock
 
     def exists(self) -> bool:
         """Returns whether there is a template, given or the tokenizer's own."""
@@ -90,9 +96,10 @@ class ChatTemplate:
         tools: list[Any] | None = None,
         arguments: Mapping[str, Any] | None = None,
     ) -> str:
+        source = self.source or self.tokenizer.get_chat_template(tools=tools)
         text = self.tokenizer.apply_chat_template(
             [dict(message) for message in messages],
-            chat_template=self.source or None,
+            chat_template=source if self.clock is None else fix_clock(source, self.clock),
             tokenize=False,
             add_generation_prompt=generation_prompt,
             tools=tools,
@@ -118,7 +125,8 @@ class ChatTemplate:
         if not self.exists():
             raise JaxtuneError(
                 f"{place}: messages need a chat template and the tokenizer has none: "
-                "set data.chat_template to a Jinja file or a built-in template "
+                "set data.chat_template (chat_template= of jaxtune.load, --chat-template of "
+                "jaxtune generate) to a Jinja file or a built-in template "
                 f"({', '.join(built_in_templates())})"
             )
         turns = [dict(message) for message in messages]
@@ -279,6 +287,7 @@ def encode_prompt(
     messages: Sequence[Message],
     chat_template: str = "",
     arguments: Mapping[str, Any] | None = None,
+    clock: datetime.datetime | None = None,
 ) -> list[int]:
     """Returns the token ids of a conversation that the assistant is to go on with, int[n].
 
@@ -288,8 +297,9 @@ def encode_prompt(
       chat_template: a Jinja file or the name of a built-in template, used in place of the
         tokenizer's own; empty: its own.
       arguments: of the template, such as ``{"enable_thinking": False}``.
+      clock: the time that the template prints; None: now.
     """
-    template = ChatTemplate(tokenizer, read_template(chat_template), arguments)
+    template = ChatTemplate(tokenizer, read_template(chat_template), arguments, clock)
     turns = check_messages(messages, "prompt")
     text = template.render(turns, generation_prompt=True, place="prompt")
     return tokenize_prompt(tokenizer, text, complete=False)
