@@ -14,7 +14,7 @@ from rich.table import Table
 from jaxtune.api import Model, Run, train
 from jaxtune.checkpoints.orbax import write_atomically
 from jaxtune.checkpoints.progress import track
-from jaxtune.data import encode_prompt, read_rows
+from jaxtune.data import read_rows
 from jaxtune.errors import JaxtuneError
 from jaxtune.training.evaluate import evaluate
 from jaxtune.training.run import RunDirectory
@@ -100,7 +100,7 @@ def read_questions(path: str) -> list[Question]:
 
 def answer(model: Model, questions: Sequence[Question]) -> list[str]:
     """Answers every question greedily, in batches; returns the texts in order."""
-    prompts = [encode_prompt(model.tokenizer, question.turns) for question in questions]
+    prompts = [model.encode(question.turns) for question in questions]
     # An answer that is longer than the longest right one is wrong, however it goes on.
     ends = [model.tokenizer(question.answer)["input_ids"] for question in questions]
     longest = max(map(len, ends)) + 1

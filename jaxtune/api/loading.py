@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,15 @@ from jax.sharding import Mesh
 
 from jaxtune import config as config_module
 from jaxtune.adapters.define import define
-from jaxtune.api.model import DTYPES, Model, extra_files
+from jaxtune.api.model import DTYPES, Choice, Model
 from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.assemble import assemble
+from jaxtune.checkpoints.chat import Chat, adapter_chat, base_chat, combined_chat
 from jaxtune.checkpoints.embeddings import untied, with_vocabulary
 from jaxtune.checkpoints.named import NamedAdapters
 from jaxtune.checkpoints.peft import read_adapter
 from jaxtune.checkpoints.source import TensorSource
-from jaxtune.checkpoints.tokenizer import load_tokenizer
+from jaxtune.data.template import read_template
 from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.parallel.mesh import single_device_mesh
 from jaxtune.quant import Quantization
@@ -36,6 +38,7 @@ def load(
     revision: str = "",
     mesh: Mesh | None = None,
     attention: str = "auto",
+    chat_template: str | Path = "",
     progress: bool = True,
 ) -> Model:
     """Loads a model, and the adapters that are given.
@@ -50,6 +53,8 @@ def load(
       revision: of a hub id.
       mesh: where the weights go; one device by default.
       attention: attention backend; by platform by default.
+      chat_template: a Jinja file or the name of a built-in template, used whatever the checkpoint
+        and the adapter bring; by default that of the adapter in use, or of the checkpoint.
       progress: shows a bar when loading takes long.
 
     Raises:
@@ -57,14 +62,91 @@ def load(
     """
     if adapter is not None and adapters:
         raise JaxtuneError("adapter and adapters are both given: name them all in adapters")
+    template = read_template(chat_template, "chat_template")
     directories = dict(adapters or {}) if adapter is None else {ONLY: adapter}
+    model = load_model(
+        path,
+        quantize,
+        dtype,
+        adapters=directories,
+        revision=revision,
+        mesh=mesh,
+        attention=attention,
+        chat_template=template,
+        progress=progress,
+    )
+    return model if adapter is None else model.use(ONLY)
+
+
+def load_model(
+    path: str | Path,
+    quantize: str | Mapping[str, Any] | None,
+    dtype: str,
+    *,
+    adapters: Mapping[str, str | Path] | None = None,
+    revision: str = "",
+    mesh: Mesh | None = None,
+    attention: str = "auto",
+    chat_template: str = "",
+    chats: Callable[[Choice], Chat] | None = None,
+    progress: bool = True,
+) -> Model:
+    """Loads a model as `load` does, with the base in use.
+
+    Args:
+      path: as of `load`, and so are the others.
+      quantize: format of the weights.
+      dtype: of the weights.
+      adapters: directories by name.
+      revision: of a hub id.
+      mesh: where the weights go.
+      attention: attention backend.
+      chat_template: Jinja source; empty: what the adapters or the checkpoint bring.
+      chats: how the model is talked to with an adapter, several or none; by default as they say.
+      progress: shows a bar when loading takes long.
+
+    Raises:
+      JaxtuneError: the checkpoint, an adapter or a setting is not usable.
+    """
+    directories = dict(adapters or {})
     stored = {name: read_adapter(directory) for name, directory in directories.items()}
     mesh = single_device_mesh() if mesh is None else mesh
     location, source, quantization = _open(path, quantize, dtype, revision)
     bare = assemble(source, dtype, mesh, quantization=quantization, progress=progress)
-    named = NamedAdapters(bare, source, dtype, stored, quantization)
-    model = Model(bare, location, mesh, dtype=dtype, attention=attention, adapters=named)
-    return model if adapter is None else model.use(ONLY)
+    return Model(
+        bare,
+        location,
+        mesh,
+        dtype=dtype,
+        attention=attention,
+        adapters=NamedAdapters(bare, source, dtype, stored, quantization),
+        chats=chats or _Chats(location, source.config, directories, chat_template),
+    )
+
+
+class _Chats:
+    """How a checkpoint is talked to with each of its adapters."""
+
+    def __init__(
+        self,
+        location: Path,
+        config: Mapping[str, Any],
+        directories: Mapping[str, str | Path],
+        template: str,
+    ):
+        self._base = functools.cache(lambda: base_chat(location, config).with_template(template))
+        self._directories, self._template = directories, template
+
+    def __call__(self, choice: Choice) -> Chat:
+        if choice is None:
+            return self._base()
+        names = [choice] if isinstance(choice, str) else list(choice)
+        brought = {name: self._brought(name) for name in names}
+        return combined_chat(brought) or self._base()
+
+    def _brought(self, name: str) -> Chat | None:
+        chat = adapter_chat(Path(self._directories[name]), self._base())
+        return chat.with_template(self._template) if chat is not None else None
 
 
 def convert(
@@ -103,13 +185,14 @@ def convert(
     location, source, quantization = _open(path, quantize, dtype, revision)
     source = untied(source) if untie else source
     source = source if vocab_size is None else with_vocabulary(source, vocab_size)
+    chat = base_chat(location, source.config)
     return huggingface.convert(
         directory,
         define(source.config, dtype, quantization=quantization),
         source,
-        tokenizer=load_tokenizer(location),
-        extra_files=extra_files(location),
         code_from=location if location.is_dir() else None,
+        tokenizer=chat.tokenizer,
+        extra_files=chat.generation_files(),
         progress=progress,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from jaxtune.adapters.combine import Options
 from jaxtune.adapters.merge import check_merges, edits
 from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.assemble import Assembled
+from jaxtune.checkpoints.chat import Chat, base_chat
 from jaxtune.checkpoints.named import NamedAdapters
-from jaxtune.checkpoints.tokenizer import load_tokenizer
 from jaxtune.data.template import encode_prompt
 from jaxtune.data.tokens import tokenize_prompt
 from jaxtune.errors import JaxtuneError, lookup
@@ -34,6 +34,8 @@ from jaxtune.vocabulary import check_token_ids
 DTYPES = ("bfloat16", "float16", "float32")
 # What `Model.generate` takes as a prompt: text, token ids, or chat messages.
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+# What `Model.use` takes: an adapter, several by weight, or none.
+Choice = str | Mapping[str, float] | None
 
 
 class Model:
@@ -48,9 +50,12 @@ class Model:
         dtype: Any,
         attention: str = "auto",
         adapters: NamedAdapters | None = None,
+        chats: Callable[[Choice], Chat] | None = None,
     ):
         self.source, self.mesh = source, mesh
         self._dtype, self._attention, self._adapters = jnp.dtype(dtype), attention, adapters
+        self._chats = chats
+        self._choice: Choice = None
         self._hold(parts)
 
     def _hold(self, parts: Assembled) -> None:
@@ -68,7 +73,7 @@ class Model:
 
     def use(
         self,
-        adapter: str | Mapping[str, float] | None,
+        adapter: Choice,
         combine: str = "cat",
         **options: Any,
     ) -> Model:
@@ -97,22 +102,31 @@ class Model:
         for name in options:
             lookup(dict.fromkeys(known), name, "option")
         self._hold(self._adapters.select(adapter, combine, Options(**options)))
+        self._choice = adapter
+        for name in ("chat", "stop_ids"):  # as they are for this choice
+            self.__dict__.pop(name, None)
         return self
+
+    @functools.cached_property
+    def chat(self) -> Chat:
+        """The tokenizer with its chat template, the tokens that end an answer, and the clock.
+
+        An adapter brings them along; so does a run.
+        """
+        if self._chats is None:
+            return base_chat(self.source, self.definition.config)
+        return self._chats(self._choice)
 
     @property
     def tokenizer(self) -> Any:
-        """The checkpoint's tokenizer.
+        """The model's tokenizer, with the chat template that is in use.
 
         Raises:
           JaxtuneError: the checkpoint has no tokenizer files.
         """
-        if self._tokenizer is None:
+        if self.chat.tokenizer is None:
             raise JaxtuneError(f"{self.source}: has no tokenizer files, and text needs one")
-        return self._tokenizer
-
-    @functools.cached_property
-    def _tokenizer(self) -> Any:
-        return load_tokenizer(self.source)
+        return self.chat.tokenizer
 
     @property
     def _trees(self) -> tuple[Tree, Tree, Tree]:
@@ -159,28 +173,36 @@ class Model:
         *,
         top_p: float = 1.0,
         seed: int = 0,
+        skip_special_tokens: bool = True,
     ) -> list[str]:
         """Continues each prompt, in one batch.
 
         Args:
-          prompts: each is text (continued as it stands), token ids, or chat messages (rendered
-            with the checkpoint's chat template).
+          prompts: what `encode` takes, each.
           max_new_tokens: the most to add to each.
           temperature: 0 is greedy.
           top_p: samples from the smallest set of tokens with at least this probability.
           seed: of the samples.
+          skip_special_tokens: leaves special tokens out of the text, as `transformers` does; the
+            token that ended the answer is never in it.
 
         Returns:
-          The new text of each prompt, without special tokens.
+          The new text of each prompt.
+
+        Raises:
+          JaxtuneError: one prompt in place of a list of them, or what `encode` raises.
         """
+        if isinstance(prompts, str) or any(isinstance(each, (Mapping, int)) for each in prompts):
+            raise JaxtuneError("generate takes a list of prompts: put the one prompt into a list")
         new = self.generate_tokens(
-            [self._encode(prompt) for prompt in prompts],
+            [self.encode(prompt) for prompt in prompts],
             max_new_tokens,
             Sampling(temperature, top_p, seed),
         )
-        # A clean-up of spaces would change what was generated.
         decode = functools.partial(
-            self.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            self.tokenizer.decode,
+            skip_special_tokens=skip_special_tokens,
+            clean_up_tokenization_spaces=False,  # it would change what was generated
         )
         return [decode(tokens) for tokens in new]
 
@@ -199,27 +221,27 @@ class Model:
                 stop=self.stop_ids,
             )
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Returns the token ids of a prompt, int[n].
+
+        Args:
+          prompt: text, continued as it stands, with the special tokens that the tokenizer adds;
+            token ids; or chat messages, rendered with the chat template.
+
+        Raises:
+          JaxtuneError: the template refuses the messages, or there is none.
+        """
         if isinstance(prompt, str):
             return tokenize_prompt(self.tokenizer, prompt)
         messages = [message for message in prompt if isinstance(message, Mapping)]
         if messages:
-            return encode_prompt(self.tokenizer, messages)
+            return encode_prompt(self.tokenizer, messages, clock=self.chat.clock)
         return [token for token in prompt if not isinstance(token, Mapping)]
 
     @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """The ids that end an answer: of generation_config.json, config.json and the tokenizer."""
-        configs: list[Mapping[str, Any]] = [self.definition.config]
-        for path in extra_files(self.source).values():
-            configs.append(huggingface.read_json(path))
-        found: set[int] = set()
-        for config in configs:
-            ids = config.get("eos_token_id")
-            found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
-        if self._tokenizer is not None and self._tokenizer.eos_token_id is not None:
-            found.add(self._tokenizer.eos_token_id)
-        return tuple(sorted(found))
+        """The ids that end an answer: the base's, and those of what was trained."""
+        return self.chat.eos_token_ids
 
     def save_pretrained(
         self, directory: str | Path, dtype: str | None = None, *, quantized: bool = False
@@ -253,9 +275,9 @@ class Model:
             directory,
             self.definition,
             merge(self.base, self.trainable, self.constants),
-            tokenizer=self._tokenizer,
-            extra_files=extra_files(self.source),
             code_from=self.source if self.source.is_dir() else None,
+            tokenizer=self.chat.tokenizer,
+            extra_files=self.chat.generation_files(),
             dtype=None if dtype is None else jnp.dtype(dtype),
             edits=edits(model),
             quantized=quantized,
@@ -313,9 +335,3 @@ def make_room(
     for wide, value in zip(moved, (np.asarray(tokens), segments, shifted), strict=True):
         np.put_along_axis(wide, text, value, axis=1)
     return moved[0], moved[1], moved[2], text
-
-
-def extra_files(source: Path) -> Mapping[str, Path]:
-    """Returns the files of a checkpoint that are copied as they are, by name."""
-    name = "generation_config.json"
-    return {name: source / name} if source.is_dir() and (source / name).is_file() else {}

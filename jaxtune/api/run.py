@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,22 @@ from jaxtune import config as config_module
 from jaxtune.adapters import EXPORTS, Method, Stored
 from jaxtune.adapters.define import define
 from jaxtune.adapters.merge import check_merges
-from jaxtune.api.loading import load
-from jaxtune.api.model import Model
+from jaxtune.api.loading import ONLY, load_model
+from jaxtune.api.model import Choice, Model
 from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.assemble import assemble
-from jaxtune.checkpoints.peft import read_adapter
+from jaxtune.checkpoints.chat import Chat
+from jaxtune.checkpoints.peft import read_adapter, write_adapter
 from jaxtune.checkpoints.replaced import trained
 from jaxtune.checkpoints.requantize import REPORT, read_report, write_report
 from jaxtune.checkpoints.source import TensorSource
+from jaxtune.data.template import read_template
 from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.parallel.mesh import single_device_mesh
 from jaxtune.parallel.rules import MESH_AXES
 from jaxtune.planning.plan import model_config
 from jaxtune.training import train as training
+from jaxtune.training.chat import run_chat
 from jaxtune.training.evaluate import merge_losses
 from jaxtune.training.run import RunDirectory
 from jaxtune.training.setup import set_up
@@ -60,33 +64,37 @@ class Run:
         """Returns the lines of evaluations.jsonl: step, loss, token_accuracy, tokens."""
         return _json_lines(self.directory.evaluations)
 
-    def model(self, adapter: str = "best") -> Model:
-        """Loads the model that the run trained.
+    def model(self, adapter: str = "best", *, chat_template: str | Path = "") -> Model:
+        """Loads the model that the run trained, with the run's chat template, end tokens and clock.
 
         Args:
           adapter: "best" (by evaluation.stop_metric; the last where nothing was held out), "last",
             or "none" for the base model alone.
+          chat_template: a Jinja file or the name of a built-in template, in place of the run's.
 
         Raises:
           JaxtuneError: nothing has been saved yet.
         """
         lookup(dict.fromkeys(("best", "last", "none")), adapter, "adapter")
-        settings = self.config
+        settings, path = self.config, self.config.model.path
         options: dict[str, Any] = {
             "dtype": settings.training.dtype,
             "revision": settings.model.revision,
             "attention": settings.model.attention,
             "quantize": settings.quantize.to_dict(),
         }
+        chats = self._chats(read_template(chat_template, "chat_template"))
         if adapter == "none":
-            return load(settings.model.path, **options)
+            return load_model(path, chats=chats, **options)
         method, _ = training.choose_method(settings)
         quantized = bool(settings.quantize.format)
         if method.edits_base or (quantized and not method.has_adapter):
-            return self._as_trained(adapter)
+            return self._as_trained(adapter, chats)
         if not method.has_adapter:
-            return self._fully_trained(method, options, adapter)
-        return load(settings.model.path, adapter=self.adapter_directory(adapter), **options)
+            return self._fully_trained(method, options, adapter, chats)
+        directories = {ONLY: self.adapter_directory(adapter)}
+        model = load_model(path, adapters=directories, chats=chats, **options)
+        return model.use(ONLY)
 
     def save_merged(
         self, directory: str | Path, adapter: str = "best", *, quantized: bool = False
@@ -144,6 +152,25 @@ class Run:
         definition = define(model_config(self.config), "float32")
         return export(read_adapter(self.adapter_directory(which), encoder=True), definition)
 
+    def save_adapter(
+        self, directory: str | Path, adapter: str = "best", *, target: str = "peft"
+    ) -> Path:
+        """Writes the adapter as another program loads it, with tokenizer and generation_config.
+
+        Args:
+          directory: to create.
+          adapter: "best" or "last".
+          target: "peft" or "vllm".
+
+        Returns:
+          The directory.
+
+        Raises:
+          JaxtuneError: as of `adapter`, or the directory is taken.
+        """
+        stored = self.adapter(adapter, target)
+        return write_adapter(directory, stored, self._chats("")(None).files())
+
     def _source(self) -> tuple[Any, Path, TensorSource]:
         """Returns the config on a mesh of one device, whatever the run had, and the checkpoint."""
         alone = [f"mesh.{axis}=1" for axis in MESH_AXES]
@@ -151,22 +178,40 @@ class Run:
         location = huggingface.resolve_path(config.model.path, config.model.revision)
         return config, location, huggingface.open_source(location)
 
-    def _as_trained(self, adapter: str) -> Model:
+    def _chats(self, template: str) -> Callable[[Choice], Chat]:
+        """Returns how the model is talked to: as the run was trained, whatever is in use."""
+        config = self.config
+
+        @functools.cache
+        def chat() -> Chat:
+            location = huggingface.resolve_path(config.model.path, config.model.revision)
+            model = huggingface.open_source(location).config
+            return run_chat(self.directory, config, location, model).with_template(template)
+
+        return lambda choice: chat()
+
+    def _as_trained(self, adapter: str, chats: Callable[[Choice], Chat]) -> Model:
         config, location, source = self._source()
         setup, parts = load_trained(self.directory, config, source, adapter, jax.devices()[:1])
         attention, dtype = config.model.attention, config.training.dtype
-        return Model(parts, location, setup.mesh, dtype=dtype, attention=attention)
+        return Model(parts, location, setup.mesh, dtype=dtype, attention=attention, chats=chats)
 
-    def _fully_trained(self, method: Method, options: Mapping[str, Any], which: str) -> Model:
+    def _fully_trained(
+        self,
+        method: Method,
+        options: Mapping[str, Any],
+        which: str,
+        chats: Callable[[Choice], Chat],
+    ) -> Model:
         # Rounded to the dtype of the run, as it is exported, and not as the masters are.
         config, location, source = self._source()
         setup = set_up(config, source.config, method, jax.devices()[:1])
         arrays = training.trained_arrays(self.directory, setup, which)
         # What is not trained, such as a router's correction bias, stays as it is in the checkpoint.
         source = trained(source, setup.definition, arrays)
-        mesh, dtype = single_device_mesh(), options["dtype"]
+        mesh, dtype, attention = single_device_mesh(), options["dtype"], options["attention"]
         parts = assemble(source, dtype, mesh)
-        return Model(parts, location, mesh, dtype=dtype, attention=options["attention"])
+        return Model(parts, location, mesh, dtype=dtype, attention=attention, chats=chats)
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from jaxtune.errors import JaxtuneError
@@ -42,6 +42,14 @@ def new_directory(directory: str | Path, *, replace: bool = False) -> Iterator[P
         raise JaxtuneError(f"{final}: cannot write: {error.strerror or error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Writes files, by their path in it, into an existing directory."""
+    for name, content in files.items():
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
 
 
 def _scratch(final: Path, replace: bool) -> Path:

@@ -16,7 +16,7 @@ from jaxtune.checkpoints.loading import load
 from jaxtune.checkpoints.saving import checkpoint_tensors, convert, merged_source, save
 from jaxtune.checkpoints.source import ALL, TensorSource
 from jaxtune.checkpoints.stored import READERS
-from jaxtune.checkpoints.weights import has_weights, open_weights, read_json
+from jaxtune.checkpoints.weights import FORMS, has_weights, open_weights, read_json
 from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.quant import Format, Quantization, quantization_from_config
 
@@ -151,7 +151,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     Where they do and config.json ties embedding and head, they say whether that is so.
     """
     config = read_json(directory / "config.json")
-    weights = any((directory / name).is_file() for name in (INDEX, "model.safetensors"))
+    weights = any(has_weights(directory, form) for form in range(len(FORMS)))
     return open_source(directory).config if config.get(TIED) and weights else config
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtune.adapters import esft
 from jaxtune.adapters.fused import split
 from jaxtune.adapters.method import Stored, is_adapterhub
-from jaxtune.checkpoints.atomic import new_directory
+from jaxtune.checkpoints.atomic import new_directory, write_files
 from jaxtune.checkpoints.huggingface import read_json
 from jaxtune.checkpoints.safetensors import read_all, write_file
 from jaxtune.checkpoints.weights import read_weights
@@ -71,15 +71,19 @@ def _weights_file(config: Mapping[str, Any]) -> str:
     return ADAPTERHUB if is_adapterhub(config) else WEIGHTS
 
 
-def write_adapter(directory: str | Path, stored: Stored) -> Path:
+def write_adapter(
+    directory: str | Path, stored: Stored, files: Mapping[str, bytes] | None = None
+) -> Path:
     """Writes a new adapter directory that PEFT loads, whole or not at all.
 
     Args:
       directory: to create.
       stored: what a method's `store` returned.
+      files: that lie beside the adapter, such as its tokenizer's, by their path in the directory.
     """
     with new_directory(directory) as scratch:
         write_adapter_files(scratch, stored)
+        write_files(scratch, files or {})
     return Path(directory)
 
 

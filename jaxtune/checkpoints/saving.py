@@ -200,7 +200,7 @@ def save(
     tree: Tree,
     *,
     tokenizer: Any = None,
-    extra_files: Mapping[str, Path] | None = None,
+    extra_files: Mapping[str, Path | bytes] | None = None,
     code_from: Path | None = None,
     dtype: Any = None,
     edits: Mapping[TreePath, Edit] | None = None,
@@ -220,7 +220,7 @@ def save(
       definition: of the model.
       tree: every weight of the base model.
       tokenizer: saved beside the weights, if given.
-      extra_files: further files to copy, by name.
+      extra_files: further files, by name: what to write, or a file to copy.
       code_from: directory of the source, whose ``auto_map`` may name Python files to copy.
       dtype: of the plain weights on disk; None keeps each leaf's own.
       edits: see `checkpoint_tensors`.
@@ -254,7 +254,7 @@ def convert(
     source: TensorSource,
     *,
     tokenizer: Any = None,
-    extra_files: Mapping[str, Path] | None = None,
+    extra_files: Mapping[str, Path | bytes] | None = None,
     code_from: Path | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
@@ -268,7 +268,7 @@ def convert(
       definition: of the model to write.
       source: the checkpoint to read.
       tokenizer: saved beside the weights, if given.
-      extra_files: further files to copy, by name.
+      extra_files: further files, by name: what to write, or a file to copy.
       code_from: directory of the source, whose ``auto_map`` may name Python files to copy.
       shard_bytes: the most that one file holds.
       progress: shows a bar when it takes more than two seconds.
@@ -292,14 +292,17 @@ def convert(
 def _write_beside(
     directory: Path,
     config: Mapping[str, Any],
-    extra_files: Mapping[str, Path] | None,
+    extra_files: Mapping[str, Path | bytes] | None,
     tokenizer: Any,
 ) -> None:
     """Writes what a checkpoint has beside its weights."""
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (directory / "config.json").write_text(text, encoding="utf-8")
-    for name, path in (extra_files or {}).items():
-        shutil.copyfile(path, directory / name)
+    for name, content in (extra_files or {}).items():
+        if isinstance(content, bytes):
+            (directory / name).write_bytes(content)
+        else:
+            shutil.copyfile(content, directory / name)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from jaxtune.commands.arguments import check_free
 from jaxtune.commands.combination import (
@@ -35,9 +36,14 @@ def run(arguments: argparse.Namespace) -> None:
     check_free(arguments.to)
 
     from jaxtune.adapters.combine import combine
+    from jaxtune.checkpoints.chat import Chat, adapter_chat, combined_chat
     from jaxtune.checkpoints.peft import read_adapter, write_adapter
 
     method, options = read_method(arguments)
     stored = {name: read_adapter(directories[name]) for name in weights}
-    written = write_adapter(arguments.to, combine(stored, weights, method, options))
+    chats = {name: adapter_chat(Path(directories[name]), Chat(None, {}, ())) for name in weights}
+    chat = combined_chat(chats)
+    written = write_adapter(
+        arguments.to, combine(stored, weights, method, options), chat.files() if chat else None
+    )
     print(f"written: {written}")

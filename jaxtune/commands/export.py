@@ -33,7 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
     import jaxtune
-    from jaxtune.checkpoints.peft import write_adapter
     from jaxtune.checkpoints.requantize import print_report
 
     if arguments.quantized and arguments.format != "merged":
@@ -44,5 +43,5 @@ def run(arguments: argparse.Namespace) -> None:
         written = run.save_merged(arguments.to, arguments.adapter, quantized=arguments.quantized)
         print_report(written)
     else:
-        written = write_adapter(arguments.to, run.adapter(arguments.adapter, arguments.format))
+        written = run.save_adapter(arguments.to, arguments.adapter, target=arguments.format)
     print(f"written: {written}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jaxtune.commands.arguments import ADAPTER_HELP
 from jaxtune.commands.combination import (
@@ -39,28 +39,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt", metavar="TEXT", action="append", required=True, help="repeat it for several"
     )
+    parser.add_argument("--system", metavar="TEXT", help="the system turn before each prompt")
+    parser.add_argument(
+        "--chat-template",
+        metavar="TEMPLATE",
+        default="",
+        help="a Jinja file or the name of a built-in template, in place of that of the run, the "
+        "adapter or the checkpoint",
+    )
     parser.add_argument("--raw", action="store_true", help="no chat template: continue the text")
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=128)
     parser.add_argument("--temperature", metavar="T", type=float, default=0.0, help="0: greedy")
     parser.add_argument("--top-p", metavar="P", type=float, default=1.0)
     parser.add_argument("--seed", metavar="N", type=int, default=0)
+    parser.add_argument(
+        "--special-tokens", action="store_true", help="show the special tokens of the answers"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
-    from jaxtune.data import encode_prompt
-
-    model, template = _load(arguments)
-    prompts: list[Any] = arguments.prompt
-    if not arguments.raw:
-        chats = [[{"role": "user", "content": prompt}] for prompt in arguments.prompt]
-        prompts = [encode_prompt(model.tokenizer, chat, template) for chat in chats]
+    for flag in ("system", "chat_template"):
+        if arguments.raw and getattr(arguments, flag):
+            name = flag.replace("_", "-")
+            raise JaxtuneError(f"jaxtune generate: --raw uses no chat template: leave --{name} out")
+    model = _load(arguments)
+    system = [{"role": "system", "content": arguments.system}] if arguments.system else []
     answers = model.generate(
-        prompts,
+        [
+            prompt if arguments.raw else [*system, {"role": "user", "content": prompt}]
+            for prompt in arguments.prompt
+        ],
         arguments.max_new_tokens,
         arguments.temperature,
         top_p=arguments.top_p,
         seed=arguments.seed,
+        skip_special_tokens=not arguments.special_tokens,
     )
     for prompt, answer in zip(arguments.prompt, answers, strict=True):
         if len(answers) > 1:
@@ -68,10 +82,11 @@ def run(arguments: argparse.Namespace) -> None:
         print(answer)
 
 
-def _load(arguments: argparse.Namespace) -> tuple[jaxtune.Model, str]:
-    """Returns the model with the adapter that is asked for, and the chat template of its run."""
+def _load(arguments: argparse.Namespace) -> jaxtune.Model:
+    """Returns the model with the adapter and the chat template that are asked for."""
     import jaxtune
 
+    template = arguments.chat_template
     entries: list[str] = [] if arguments.base_only else arguments.adapter or []
     names = [entry for entry in entries if is_named(entry)]
     if combines(arguments) and (arguments.workdir or not names):
@@ -83,15 +98,16 @@ def _load(arguments: argparse.Namespace) -> tuple[jaxtune.Model, str]:
             raise JaxtuneError("jaxtune generate: --workdir takes one --adapter")
         run = jaxtune.Run(arguments.workdir)
         which = "none" if arguments.base_only else (entries or ["best"])[0]
-        return run.model(which), run.config.data.chat_template
+        return run.model(which, chat_template=template)
     if len(entries) <= 1 and not names:
-        return jaxtune.load(arguments.model, adapter=entries[0] if entries else None), ""
+        adapter = entries[0] if entries else None
+        return jaxtune.load(arguments.model, adapter=adapter, chat_template=template)
     directories = named_adapters(entries)
     weights = read_weights(arguments.weights, list(directories))
     method, options = read_method(arguments)
     chosen = {name: directories[name] for name in weights}
-    model = jaxtune.load(arguments.model, adapters=chosen)
+    model = jaxtune.load(arguments.model, adapters=chosen, chat_template=template)
     # One adapter that is not weighted may be of any method, for nothing is done to it.
     alone = len(chosen) == 1 and not combines(arguments)
     choice = next(iter(chosen)) if alone else weights
-    return model.use(choice, method, **dataclasses.asdict(options)), ""
+    return model.use(choice, method, **dataclasses.asdict(options))

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxtune.checkpoints.chat import Chat
 from jaxtune.data import Examples
 from jaxtune.generation.generate import Sampling, generate_tokens
 from jaxtune.objectives.cross_entropy import IGNORE
@@ -40,7 +41,7 @@ def read_questions(examples: Examples, count: int) -> list[Question]:
 
 
 def answer_questions(
-    setup: Setup, trees: Any, questions: Mapping[str, Sequence[Question]], tokenizer: Any
+    setup: Setup, trees: Any, questions: Mapping[str, Sequence[Question]], chat: Chat
 ) -> list[dict[str, Any]]:
     """Answers greedily, in batches of ``evaluation.batch_size`` rows.
 
@@ -48,7 +49,7 @@ def answer_questions(
       setup: of the run.
       trees: base, trainable and constants.
       questions: by the name of their set.
-      tokenizer: of the model.
+      chat: the model's tokenizer, and the tokens that end an answer.
 
     Returns:
       What ``samples.jsonl`` holds, in order: ``set`` (if it has a name), ``prompt``, ``expected``,
@@ -59,7 +60,6 @@ def answer_questions(
     longest = max(len(question.answer) for _, question in flat) + 1
     order = sorted(range(len(flat)), key=lambda index: len(flat[index][1].prompt))
     rows, answers = setup.config.evaluation.batch_size, {}
-    stop = _stop_ids(setup, tokenizer, [question for _, question in flat])
     for start in range(0, len(order), rows):
         chosen = order[start : start + rows]
         filled = chosen + chosen[-1:] * (rows - len(chosen))
@@ -70,24 +70,28 @@ def answer_questions(
             setup.options._replace(remat="none"),
             max_new_tokens=longest,
             sampling=Sampling(),
-            stop=stop,
+            stop=chat.eos_token_ids,
         )
         answers |= dict(zip(chosen, new, strict=False))  # what fills a batch up comes last
     return [
-        ({"set": name} if name else {}) | _sample(tokenizer, question, answers[index])
+        ({"set": name} if name else {}) | _sample(chat, question, answers[index])
         for index, (name, question) in enumerate(flat)
     ]
 
 
-def _sample(tokenizer: Any, question: Question, answer: Sequence[int]) -> dict[str, Any]:
-    def text(tokens: Sequence[int], special: bool = False) -> str:
-        # A clean-up of spaces would change what was generated.
-        return tokenizer.decode(
-            tokens, skip_special_tokens=not special, clean_up_tokenization_spaces=False
+def _sample(chat: Chat, question: Question, answer: Sequence[int]) -> dict[str, Any]:
+    def text(tokens: Sequence[int]) -> str:
+        # With special tokens, which an answer may consist of; a clean-up of spaces would change
+        # what was generated.
+        return chat.tokenizer.decode(
+            tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
 
-    given, expected = text(answer).strip(), text(question.answer).strip()
-    shown = {"prompt": text(question.prompt, special=True), "expected": expected, "answer": given}
+    right = question.answer
+    while right and right[-1] in chat.eos_token_ids:
+        right = right[:-1]  # as `generate_tokens` leaves out what ended the answer
+    given, expected = text(answer).strip(), text(right).strip()
+    shown = {"prompt": text(question.prompt), "expected": expected, "answer": given}
     return shown | {score: rate(given, expected) for score, rate in ANSWER_SCORES.items()}
 
 
@@ -100,14 +104,3 @@ def average(samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         for score in ANSWER_SCORES:
             scores[f"{prefix}{score}"] = sum(sample[score] for sample in own) / len(own)
     return scores
-
-
-def _stop_ids(setup: Setup, tokenizer: Any, questions: Sequence[Question]) -> list[int]:
-    """Returns the ids that end an answer: of model and tokenizer, and those that answers end in."""
-    ids = setup.definition.config.get("eos_token_id")
-    found = set(ids if isinstance(ids, list) else [] if ids is None else [ids])
-    if tokenizer.eos_token_id is not None:
-        found.add(tokenizer.eos_token_id)
-    special = set(tokenizer.all_special_ids)
-    found |= {token for question in questions for token in question.answer if token in special}
-    return sorted(found)

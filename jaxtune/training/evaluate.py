@@ -11,11 +11,12 @@ import jax
 from jaxtune import config as config_module
 from jaxtune.adapters.merge import edits
 from jaxtune.checkpoints import huggingface
+from jaxtune.checkpoints.chat import Chat
 from jaxtune.checkpoints.source import TensorSource
-from jaxtune.checkpoints.tokenizer import load_tokenizer
 from jaxtune.data import Examples
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.tree import merge
+from jaxtune.training.chat import run_chat
 from jaxtune.training.evaluation import bind_evaluation
 from jaxtune.training.run import RunDirectory
 from jaxtune.training.train import data_reader
@@ -26,7 +27,7 @@ class _HeldOut(NamedTuple):
     """Examples by the name of their set, and what turns answers into text."""
 
     sets: Mapping[str, Examples]
-    tokenizer: Any
+    chat: Chat
 
 
 def evaluate(run: RunDirectory, adapter: str = "best", data: str = "") -> dict[str, Any]:
@@ -85,13 +86,13 @@ def _open(run: RunDirectory, config: Any, data: str = "") -> tuple[TensorSource,
     """Returns the checkpoint of a run and the examples of `data`, or those that it held out."""
     location = huggingface.resolve_path(config.model.path, config.model.revision)
     source = huggingface.open_source(location)
-    tokenizer = load_tokenizer(location)
-    reader = data_reader(config, source, tokenizer)
+    chat = run_chat(run, config, location, source.config)
+    reader = data_reader(config, source, chat.tokenizer, chat_template="", clock=chat.clock)
     data = data or config.data.eval
     sets = reader.read_sets(data) if data else reader.splits().sets
     if not sets:
         raise JaxtuneError(f"{run.path}: data.eval is empty: name the examples with --data FILE")
-    return source, _HeldOut(sets, tokenizer)
+    return source, _HeldOut(sets, chat)
 
 
 def _score(trained: Trained, held_out: _HeldOut) -> dict[str, Any]:

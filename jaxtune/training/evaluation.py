@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxtune.checkpoints.chat import Chat
 from jaxtune.data import DataOrder, Examples, eval_batches, eval_order
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.bits import as_bits
@@ -44,7 +45,7 @@ def bind_evaluation(
     base: Tree,
     constants: Tree,
     sets: Mapping[str, Examples],
-    tokenizer: Any = None,
+    chat: Chat | None = None,
 ) -> Callable[[Tree], dict[str, Any]] | None:
     """Returns the evaluation as the loop calls it, or None without a held-out set.
 
@@ -59,7 +60,7 @@ def bind_evaluation(
       base: frozen tree.
       constants: of the method.
       sets: held-out examples by name; a single set may have an empty one.
-      tokenizer: turns answers into text.
+      chat: its tokenizer turns answers into text, and its tokens end them.
 
     Raises:
       JaxtuneError: answers are asked for, and there is no tokenizer, or more than one process.
@@ -70,7 +71,7 @@ def bind_evaluation(
     count = setup.config.evaluation.generate
     if count and jax.process_count() > 1:
         raise JaxtuneError("evaluation.generate is for runs of one process: set it to 0")
-    if count and tokenizer is None:
+    if count and (chat is None or chat.tokenizer is None):
         raise JaxtuneError("evaluation.generate needs a tokenizer, and the model has none")
     questions = {name: read_questions(examples, count) for name, examples in sets.items() if count}
 
@@ -92,7 +93,8 @@ def bind_evaluation(
         for name in filter(None, sums):
             scores |= {f"{name}/{score}": value for score, value in _scores(sums[name]).items()}
         if questions:
-            samples = answer_questions(setup, (base, trainable, constants), questions, tokenizer)
+            assert chat is not None
+            samples = answer_questions(setup, (base, trainable, constants), questions, chat)
             scores |= average(samples) | {"samples": samples}
         if total.experts is None:
             return scores

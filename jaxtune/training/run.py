@@ -36,6 +36,7 @@ class RunDirectory:
         self.path = Path(path)
         self.config = self.path / "config.json"
         self.fingerprint = self.path / "fingerprint.json"
+        self.chat = self.path / "chat.json"
         self.metrics = self.path / METRICS
         self.evaluations = self.path / EVALUATIONS
         self.checkpoints = self.path / "checkpoints"
@@ -108,6 +109,7 @@ class RunDirectory:
         """Removes a run that failed before it began, so that a mended config may take its place."""
         self.config.unlink()
         self.expert_scores.unlink(missing_ok=True)
+        self.chat.unlink(missing_ok=True)
         (self.path / LOCK).unlink()
         with contextlib.suppress(OSError):  # something of the user's is in it
             self.path.rmdir()
@@ -189,6 +191,10 @@ class RunDirectory:
     def write_description(self, description: Mapping[str, Any]) -> None:
         """Writes ``description.json``: what the run is going to do, to compare it with others."""
         self._write_json(self.description, description)
+
+    def write_chat(self, content: Mapping[str, Any]) -> None:
+        """Writes ``chat.json``: the chat template, the end tokens and the clock of the run."""
+        self._write_json(self.chat, content)
 
     def write_expert_load(self, content: Mapping[str, Any]) -> None:
         """Writes ``expert_load.json``: who was chosen at the last evaluation, expert by expert."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import functools
 import hashlib
 import json
@@ -20,6 +21,8 @@ from jaxtune.adapters.method import is_adapterhub
 from jaxtune.adapters.scores import ExpertScores
 from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.assemble import assemble
+from jaxtune.checkpoints.atomic import write_files
+from jaxtune.checkpoints.chat import Chat, base_chat
 from jaxtune.checkpoints.orbax import Checkpoints
 from jaxtune.checkpoints.peft import read_adapter, write_adapter_files
 from jaxtune.checkpoints.source import TensorSource
@@ -30,6 +33,7 @@ from jaxtune.intervals import parse_interval
 from jaxtune.layers.tree import Tree
 from jaxtune.models.definition import undivided
 from jaxtune.parallel.processes import fetch, leads, put
+from jaxtune.training.chat import begin_chat, keep_end_tokens
 from jaxtune.training.describe import Split, describe
 from jaxtune.training.evaluation import (
     bind_evaluation,
@@ -51,12 +55,15 @@ from jaxtune.training.update import Update
 logger = logging.getLogger(__name__)
 
 
-def train(config: Any, workdir: str | Path) -> RunDirectory:
+def train(
+    config: Any, workdir: str | Path, *, clock: datetime.datetime | None = None
+) -> RunDirectory:
     """Trains, or goes on with the run that is in `workdir`.
 
     Args:
       config: resolved config of a new run; None goes on with the one that is there.
       workdir: the run's directory.
+      clock: the time that the chat template of a new run prints; now by default.
 
     Returns:
       The run's directory, with everything in it.
@@ -70,14 +77,16 @@ def train(config: Any, workdir: str | Path) -> RunDirectory:
         profile_window(config.profile.steps)
         location = huggingface.resolve_path(config.model.path, config.model.revision)
         source = huggingface.open_source(location)
-        tokenizer = load_tokenizer(location)
-        read = functools.cache(lambda: data_reader(config, source, tokenizer).splits())
+        chat = begin_chat(run, config, base_chat(location, source.config), clock)
+        tokenizer, kept = chat.tokenizer, {"chat_template": "", "clock": chat.clock}
+        read = functools.cache(lambda: data_reader(config, source, tokenizer, **kept).splits())
         method, stored = choose_method(config)
         method = method.with_scores(lambda: _expert_scores(run, config, source, read))
         setup = set_up(config, source.config, method)
         _log_setup(setup)
         splits = read()
         examples, sets, held_out = splits.train, splits.sets, splits.held_out
+        chat = keep_end_tokens(run, chat, examples)
         _check_stopping(config, sets, setup)
         loader = make_loader(config, examples, setup.reserved)
         timeline = Timeline(loader.order)
@@ -115,8 +124,8 @@ def train(config: Any, workdir: str | Path) -> RunDirectory:
                 state=setup.initial_state(parts.trainable),
                 step=Update(setup, base, constants),
                 loader=loader,
-                evaluate=bind_evaluation(setup, base, constants, sets, tokenizer),
-                save_adapter=_adapter_writer(setup, constants),
+                evaluate=bind_evaluation(setup, base, constants, sets, chat),
+                save_adapter=_adapter_writer(setup, constants, chat),
                 run=run,
                 config=config,
                 steps=setup.steps,
@@ -220,10 +229,13 @@ def reserved_tokens(config: Any, model_config: Mapping[str, Any]) -> int:
     return define(model_config, config.training.dtype, method).module.model.reserved
 
 
-def _adapter_writer(setup: Setup, constants: Tree) -> Callable[[Tree, Path], Any] | None:
+def _adapter_writer(
+    setup: Setup, constants: Tree, chat: Chat
+) -> Callable[[Tree, Path], Any] | None:
     """Returns what writes the adapter, or None where the whole model is trained."""
     if not setup.method.has_adapter:
         return None
+    files = functools.cache(chat.files)  # a tokenizer takes far longer to save than to copy
 
     def write(trainable: Tree, directory: Path) -> None:
         trainable, whole = fetch(trainable), fetch(constants)
@@ -233,6 +245,7 @@ def _adapter_writer(setup: Setup, constants: Tree) -> Callable[[Tree, Path], Any
         base = "model_name" if is_adapterhub(stored.config) else "base_model_name_or_path"
         stored.config[base] = setup.config.model.path
         write_adapter_files(directory, stored)
+        write_files(directory, files())
 
     return write
 

@@ -1,0 +1,226 @@
+"""How a model is talked to: tokenizer, chat template, and the tokens that end an answer.
+
+These lie beside the weights of a checkpoint or an adapter, as `transformers` has them:
+tokenizer.json and tokenizer_config.json, chat_template.jinja, and generation_config.json.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import datetime
+import json
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxtune.checkpoints.gguf_header import read_header
+from jaxtune.checkpoints.huggingface import read_json
+from jaxtune.checkpoints.tokenizer import load_tokenizer
+from jaxtune.errors import JaxtuneError
+
+GENERATION_CONFIG = "generation_config.json"
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+_logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """How a model is talked to.
+
+    Attributes:
+      tokenizer: its ``chat_template`` is the one in use; None where there is no tokenizer.
+      generation_config: the content of generation_config.json.
+      eos_token_ids: the tokens that end an answer, the base's own first.
+      clock: the time that the template prints; None: that of each call.
+    """
+
+    tokenizer: Any
+    generation_config: Mapping[str, Any]
+    eos_token_ids: tuple[int, ...]
+    clock: datetime.datetime | None = None
+
+    def with_template(self, template: str | Mapping[str, str] | None) -> Chat:
+        """Returns the same with another chat template: Jinja source, or sources by name."""
+        if self.tokenizer is None or not template or template == self.tokenizer.chat_template:
+            return self
+        tokenizer = copy.copy(self.tokenizer)
+        tokenizer.chat_template = template if isinstance(template, str) else dict(template)
+        return dataclasses.replace(self, tokenizer=tokenizer)
+
+    def ending_with(self, ids: Sequence[int]) -> Chat:
+        """Returns the same with more tokens that end an answer, listed in generation_config."""
+        together = tuple(dict.fromkeys([*self.eos_token_ids, *ids]))
+        content = dict(self.generation_config)
+        if not set(ids) <= set(_eos_ids(content, GENERATION_CONFIG)):
+            content["eos_token_id"] = list(together) if len(together) > 1 else ids[0]
+        return dataclasses.replace(self, generation_config=content, eos_token_ids=together)
+
+    def files(self) -> dict[str, bytes]:
+        """Returns all files that lie beside weights, by their path in the directory."""
+        with tempfile.TemporaryDirectory(prefix="jaxtune-") as temporary:
+            root = Path(temporary)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(root)
+            written = {
+                path.relative_to(root).as_posix(): path.read_bytes()
+                for path in sorted(root.rglob("*"))
+                if path.is_file()
+            }
+        return written | self.generation_files()
+
+    def generation_files(self) -> dict[str, bytes]:
+        """Returns generation_config.json, by its name; nothing where nothing is known of it."""
+        if not self.generation_config:
+            return {}
+        text = json.dumps(dict(self.generation_config), indent=2, ensure_ascii=False) + "\n"
+        return {GENERATION_CONFIG: text.encode()}
+
+
+def base_chat(location: Path, config: Mapping[str, Any]) -> Chat:
+    """Returns the chat of a checkpoint, with the end tokens that any of its files names.
+
+    Args:
+      location: a Hugging Face directory or a ``.gguf`` file.
+      config: the content of its config.json, or what stands for it.
+
+    Raises:
+      JaxtuneError: files that cannot be read.
+    """
+    tokenizer = load_tokenizer(location)
+    own = _read_generation_config(location)
+    ids = [*_eos_ids(own, location / GENERATION_CONFIG), *_eos_ids(config, location)]
+    ids += _eos_of(tokenizer)
+    # What transformers makes of a config.json without a generation_config.json.
+    content = own or {key: config[key] for key in _SPECIAL if config.get(key) is not None}
+    chat = Chat(tokenizer, content, tuple(dict.fromkeys(ids)))
+    return chat if location.is_dir() else chat.ending_with(_gguf_ends(location))
+
+
+def _gguf_ends(path: Path) -> list[int]:
+    """Returns the tokens that end a turn or a message in the metadata of a GGUF, beside EOS."""
+    metadata = read_header(path).metadata
+    found = (metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eot", "eom"))
+    return [id_ for id_ in found if isinstance(id_, int)]
+
+
+def adapter_chat(directory: Path, base: Chat) -> Chat | None:
+    """Returns the chat that an adapter brings; None where it brings nothing of it.
+
+    Its tokenizer is used in place of the base's where the two give every common token one id, and
+    otherwise only its template.
+
+    Args:
+      directory: of the adapter, written by whichever program.
+      base: of the checkpoint that it is for.
+
+    Raises:
+      JaxtuneError: files that cannot be read.
+    """
+    generation_config = _read_generation_config(directory)
+    tokenizer = load_tokenizer(directory)
+    template = _lone_template(directory) if tokenizer is None else None
+    if not generation_config and tokenizer is None and template is None:
+        return None
+    if tokenizer is None:
+        chat = base.with_template(template)
+    else:
+        chat = _joined(base, tokenizer, directory)
+    if generation_config:
+        chat = dataclasses.replace(chat, generation_config=generation_config)
+    return chat.ending_with(
+        [*_eos_ids(generation_config, directory / GENERATION_CONFIG), *chat.eos_token_ids]
+    )
+
+
+def _joined(base: Chat, tokenizer: Any, directory: Path) -> Chat:
+    """Returns the chat of a base with the tokenizer of an adapter, or with what of it fits."""
+    end = _eos_of(tokenizer)
+    if base.tokenizer is None:
+        return dataclasses.replace(base, tokenizer=tokenizer).ending_with(end)
+    known, brought = base.tokenizer.get_vocab(), tokenizer.get_vocab()
+    other = next((token for token, id_ in known.items() if brought.get(token) != id_), None)
+    if other is None:
+        template = tokenizer.chat_template or base.tokenizer.chat_template
+        chat = dataclasses.replace(base, tokenizer=tokenizer).with_template(template)
+        return chat.ending_with(end)
+    _logger.warning(
+        "%s: its tokenizer has another id for %r than the base's, or none: the base's tokenizer is "
+        "used, with the chat template of the adapter",
+        directory,
+        other,
+    )
+    id_ = known.get(str(tokenizer.eos_token))
+    return base.with_template(tokenizer.chat_template).ending_with([] if id_ is None else [id_])
+
+
+def _eos_of(tokenizer: Any) -> list[int]:
+    return [] if tokenizer is None or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def _lone_template(directory: Path) -> str | None:
+    """Returns the template of an adapter that comes without a tokenizer."""
+    path = directory / "chat_template.jinja"
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+    except ValueError as error:
+        raise JaxtuneError(f"{path}: not UTF-8") from error
+
+
+def combined_chat(chats: Mapping[str, Chat | None]) -> Chat | None:
+    """Returns the chat of adapters that are combined; where theirs differ, a warning says so.
+
+    Args:
+      chats: what each adapter brings, by name.
+
+    Returns:
+      That of the first, with the end tokens of all; None where none brings any or they differ.
+    """
+    known = {name: chat for name, chat in chats.items() if chat is not None}
+    if not known:
+        return None
+    (first, chat), *others = known.items()
+    for name, other in others:
+        if what := _difference(chat, other):
+            _logger.warning(
+                "the adapters %s and %s have different %s: the combination has neither; name a "
+                "chat template yourself",
+                first,
+                name,
+                what,
+            )
+            return None
+        chat = chat.ending_with(other.eos_token_ids)
+    if missing := [name for name, one in chats.items() if one is None]:
+        _logger.warning(
+            "the chat template is that of %s: %s brings none", first, ", ".join(missing)
+        )
+    return chat
+
+
+def _difference(one: Chat, other: Chat) -> str:
+    if (one.tokenizer is None) != (other.tokenizer is None):
+        return "tokenizers"
+    if one.tokenizer is None or one.tokenizer is other.tokenizer:
+        return ""
+    if one.tokenizer.get_vocab() != other.tokenizer.get_vocab():
+        return "tokenizers"
+    same = one.tokenizer.chat_template == other.tokenizer.chat_template
+    return "" if same else "chat templates"
+
+
+def _read_generation_config(location: Path) -> dict[str, Any]:
+    path = location / GENERATION_CONFIG
+    return read_json(path) if location.is_dir() and path.is_file() else {}
+
+
+def _eos_ids(content: Mapping[str, Any], place: Path | str) -> list[int]:
+    """Returns the ids of ``eos_token_id``, which holds one, a list of them, or null."""
+    value = content.get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for id_ in ids:
+        if isinstance(id_, bool) or not isinstance(id_, int):
+            raise JaxtuneError(f"{place}: eos_token_id={id_!r} is not a token id")
+    return ids

@@ -1,0 +1,105 @@
+"""What a run knows of conversations, kept in chat.json: its template, its end tokens, its clock.
+
+The template is kept as text, so that neither a changed file nor another version of a built-in one
+changes what the run's model is asked. The clock is that of the start: a template that prints the
+date gives the same tokens whenever the run is resumed, evaluated or asked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxtune.checkpoints.chat import Chat, base_chat
+from jaxtune.checkpoints.huggingface import read_json
+from jaxtune.data import Examples
+from jaxtune.data.clock import now, read_clock
+from jaxtune.data.template import read_template
+from jaxtune.parallel.processes import barrier, leads
+from jaxtune.training.run import RunDirectory
+
+_logger = logging.getLogger(__name__)
+
+
+def begin_chat(
+    run: RunDirectory, config: Any, base: Chat, clock: datetime.datetime | None = None
+) -> Chat:
+    """Returns the chat of a run, which a new run keeps from now on.
+
+    Args:
+      run: the run.
+      config: its config.
+      base: the chat of the checkpoint that it starts from.
+      clock: the time of a new run, by default now.
+
+    Raises:
+      JaxtuneError: ``data.chat_template`` cannot be read.
+    """
+    if leads() and not run.chat.is_file():
+        template = read_template(config.data.chat_template)
+        _write(run, base.with_template(template), (), clock or now())
+    barrier("the chat template is kept")
+    return _kept(run, base)
+
+
+def keep_end_tokens(run: RunDirectory, chat: Chat, examples: Examples) -> Chat:
+    """Returns the chat with the tokens that end what is learned, which the run keeps as well.
+
+    Warns where nothing that is learned ends in a token that can end an answer.
+    """
+    ends = end_tokens(examples.ends, chat)
+    if examples.ends and not ends:
+        _logger.warning(
+            "no learned span ends in an end token (EOS, or another token that the tokenizer adds), "
+            "so answers will not end by themselves: use a chat template that writes one"
+        )
+    if leads():
+        _write(run, chat, ends, chat.clock)
+    barrier("the end tokens are kept")
+    return chat.ending_with(ends)
+
+
+def end_tokens(ends: Mapping[int, int], chat: Chat) -> list[int]:
+    """Returns which of the last tokens of learned spans are there to end something, in order.
+
+    Args:
+      ends: how many spans end in a token, by its id.
+      chat: its tokenizer knows the added tokens, such as ``<|im_end|>``. Others are text.
+    """
+    added = set() if chat.tokenizer is None else set(chat.tokenizer.added_tokens_decoder)
+    return sorted(ends.keys() & {*added, *chat.eos_token_ids})
+
+
+def run_chat(run: RunDirectory, config: Any, location: Path, model: Mapping[str, Any]) -> Chat:
+    """Returns how the model of a run is talked to, after the fact.
+
+    Args:
+      run: a run that has begun.
+      config: its config.
+      location: of the checkpoint that it started from.
+      model: the content of the checkpoint's config.json.
+
+    Raises:
+      JaxtuneError: a file that cannot be read.
+    """
+    base = base_chat(location, model)
+    if not run.chat.is_file():  # of an earlier version
+        return base.with_template(read_template(config.data.chat_template))
+    return _kept(run, base)
+
+
+def _write(run: RunDirectory, chat: Chat, ends: tuple[int, ...] | list[int], clock: Any) -> None:
+    template = None if chat.tokenizer is None else chat.tokenizer.chat_template
+    content = {"chat_template": template, "eos_token_id": list(ends), "clock": clock.isoformat()}
+    run.write_chat(content)
+
+
+def _kept(run: RunDirectory, base: Chat) -> Chat:
+    content = read_json(run.chat)
+    chat = base.with_template(content.get("chat_template"))
+    clock = read_clock(content.get("clock", ""), f"{run.chat}: clock")
+    return dataclasses.replace(chat.ending_with(content.get("eos_token_id", ())), clock=clock)

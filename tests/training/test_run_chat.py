@@ -1,0 +1,111 @@
+"""What a run keeps of its chats: which tokens end what it learns, and the template as text."""
+
+import json
+
+import pytest
+
+from jaxtune.checkpoints.chat import Chat, base_chat
+from jaxtune.config import resolve
+from jaxtune.data import load_examples
+from jaxtune.training.chat import begin_chat, end_tokens, keep_end_tokens
+from jaxtune.training.run import RunDirectory
+
+EOS, IM_END, START = 2, 259, 258
+ENDLESS = "{% for m in messages %}\n{{ m.role }}: {{ m.content }}{% endfor %}"
+# The assistant's turns end in another token than those that call a tool.
+TWO_ENDS = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}"
+    "{{ '<|im_start|>' if m.content == 'call' else '<|im_end|>' }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+ASKED = {"role": "user", "content": "hi"}
+
+
+def row(*contents):
+    turns = [turn for text in contents for turn in (ASKED, {"role": "assistant", "content": text})]
+    return {"messages": turns}
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    return path
+
+
+@pytest.fixture
+def chat(tiny_chat):
+    return base_chat(tiny_chat, json.loads((tiny_chat / "config.json").read_text()))
+
+
+@pytest.mark.parametrize(
+    ("rows", "template", "options", "expected"),
+    [
+        ([row("a", "b"), row("c<|im_start|>")], None, {}, ["<|im_end|>"]),
+        ([row("a"), row("call", "b")], TWO_ENDS, {}, ["<|im_end|>", "<|im_start|>"]),
+        ([{"text": "some text"}], None, {}, ["<|im_end|>"]),
+        ([{"prompt": "a", "completion": "b"}], None, {}, ["<|im_end|>"]),
+        # A row that is cut short ends nowhere in particular: what it was before counts.
+        (
+            [row("a" * 40 + "<|im_start|>" + "a" * 40)],
+            None,
+            {"max_length": 72, "too_long": "truncate"},
+            ["<|im_end|>"],
+        ),
+        ([{"input_ids": [3, 4, 5, 256], "labels": [-100, 4, -100, 256]}], None, {}, "token 256"),
+        ([row("a", "b")], ENDLESS, {}, []),
+    ],
+    ids=["chat", "two ends", "text", "completion", "truncated", "ids", "endless"],
+)
+def test_the_tokens_that_end_what_is_learned(
+    rows, template, options, expected, chat, tmp_path, caplog
+):
+    chat = chat.with_template(template)
+    path = write(tmp_path / "rows.jsonl", rows)
+    examples = load_examples(path, tokenizer=chat.tokenizer, **({"max_length": 128} | options))
+    ids = chat.tokenizer.convert_tokens_to_ids(expected) if expected != "token 256" else [256]
+    assert end_tokens(examples.ends, chat) == sorted(ids)
+    run = RunDirectory(tmp_path / "run")
+    with run.start(resolve({})) as config:
+        kept = keep_end_tokens(run, begin_chat(run, config, chat), examples)
+    assert set(kept.eos_token_ids) == {chat.tokenizer.eos_token_id, *ids}
+    assert ("no learned span ends in an end token" in caplog.text) == (not expected)
+
+
+def test_a_template_is_kept_as_text(chat, tmp_path):
+    run, path = RunDirectory(tmp_path / "run"), tmp_path / "mine.jinja"
+    path.write_text(ENDLESS)
+    with run.start(resolve({"data": {"chat_template": str(path)}})) as config:
+        first = begin_chat(run, config, chat)
+    assert first.tokenizer.chat_template == ENDLESS != chat.tokenizer.chat_template
+    path.write_text("{{ something else }}")
+    with run.start() as config:
+        again = begin_chat(run, config, chat)
+    assert again.tokenizer.chat_template == ENDLESS and again.clock == first.clock
+
+
+def test_templates_by_name_are_kept(chat, tmp_path):
+    chat = chat.with_template({"default": ENDLESS, "tool_use": TWO_ENDS})
+    run = RunDirectory(tmp_path / "run")
+    with run.start(resolve({})) as config:
+        kept = begin_chat(run, config, chat)
+    assert kept.tokenizer.chat_template == {"default": ENDLESS, "tool_use": TWO_ENDS}
+    assert {"chat_template.jinja", "additional_chat_templates/tool_use.jinja"} <= set(kept.files())
+
+
+def test_a_run_that_never_began_leaves_nothing(tmp_path, chat):
+    run = RunDirectory(tmp_path / "run")
+    with pytest.raises(ZeroDivisionError), run.start(resolve({})) as config:
+        begin_chat(run, config, chat)
+        raise ZeroDivisionError
+    assert not run.path.exists()
+
+
+def test_end_tokens_without_a_tokenizer_are_those_of_the_config():
+    assert end_tokens({2: 4, 7: 1}, Chat(None, {}, (2, 3))) == [2]
+
+
+def test_a_gguf_names_its_end_tokens(smollm2_gguf):
+    chat = base_chat(smollm2_gguf, {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None})
+    content = json.loads(chat.files()["generation_config.json"])
+    assert content == {"bos_token_id": 1, "eos_token_id": 2}
+    trained = json.loads(chat.ending_with([0]).files()["generation_config.json"])
+    assert trained["eos_token_id"] == [2, 0]
