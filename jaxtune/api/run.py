@@ -185,8 +185,8 @@ class Run:
         @functools.cache
         def chat() -> Chat:
             location = huggingface.resolve_path(config.model.path, config.model.revision)
-            model = huggingface.open_source(location).config
-            return run_chat(self.directory, config, location, model).with_template(template)
+            source = huggingface.open_source(location)
+            return run_chat(self.directory, config, source).with_template(template)
 
         return lambda choice: chat()
 

@@ -126,6 +126,8 @@ def adapter_chat(directory: Path, base: Chat) -> Chat | None:
         return None
     if tokenizer is None:
         chat = base.with_template(template)
+        if template and base.tokenizer is None:
+            _logger.warning("%s: a chat template without a tokenizer is left out", directory)
     else:
         chat = _joined(base, tokenizer, directory)
     if generation_config:
@@ -162,11 +164,14 @@ def _eos_of(tokenizer: Any) -> list[int]:
 
 def _lone_template(directory: Path) -> str | None:
     """Returns the template of an adapter that comes without a tokenizer."""
-    path = directory / "chat_template.jinja"
+    path, settings = directory / "chat_template.jinja", directory / "tokenizer_config.json"
     try:
-        return path.read_text(encoding="utf-8") if path.is_file() else None
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
     except ValueError as error:
         raise JaxtuneError(f"{path}: not UTF-8") from error
+    template = read_json(settings).get("chat_template") if settings.is_file() else None
+    return template if isinstance(template, str) else None
 
 
 def combined_chat(chats: Mapping[str, Chat | None]) -> Chat | None:

@@ -61,10 +61,11 @@ def run(arguments: argparse.Namespace) -> None:
 def _source(config: Any) -> tuple[TensorSource, Any]:
     """Returns the model's checkpoint and its tokenizer."""
     from jaxtune.checkpoints import huggingface
-    from jaxtune.checkpoints.tokenizer import load_tokenizer
+    from jaxtune.training.chat import start_chat
 
     location = huggingface.resolve_path(config.model.path, config.model.revision)
-    return huggingface.open_source(location), load_tokenizer(location)
+    source = huggingface.open_source(location)
+    return source, start_chat(config, source).tokenizer
 
 
 def _reader(config: Any, **options: Any) -> tuple[DataReader, Any]:

@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxtune.checkpoints.chat import Chat, base_chat
+from jaxtune.checkpoints.chat import Chat, adapter_chat, base_chat
 from jaxtune.checkpoints.huggingface import read_json
+from jaxtune.checkpoints.source import TensorSource
 from jaxtune.data import Examples
 from jaxtune.data.clock import now, read_clock
 from jaxtune.data.template import read_template
@@ -23,6 +24,23 @@ from jaxtune.parallel.processes import barrier, leads
 from jaxtune.training.run import RunDirectory
 
 _logger = logging.getLogger(__name__)
+
+
+def start_chat(config: Any, source: TensorSource) -> Chat:
+    """Returns how the model that training starts from is talked to.
+
+    An adapter that it starts from (``adapter.init_from``) brings its template along, as anywhere.
+
+    Args:
+      config: resolved.
+      source: the checkpoint of ``model.path``.
+
+    Raises:
+      JaxtuneError: a file that cannot be read.
+    """
+    base = base_chat(source.path, source.config)
+    start = config.adapter.init_from
+    return (adapter_chat(Path(start), base) if start else None) or base
 
 
 def begin_chat(
@@ -33,7 +51,7 @@ def begin_chat(
     Args:
       run: the run.
       config: its config.
-      base: the chat of the checkpoint that it starts from.
+      base: the chat of what it starts from.
       clock: the time of a new run, by default now.
 
     Raises:
@@ -74,19 +92,18 @@ def end_tokens(ends: Mapping[int, int], chat: Chat) -> list[int]:
     return sorted(ends.keys() & {*added, *chat.eos_token_ids})
 
 
-def run_chat(run: RunDirectory, config: Any, location: Path, model: Mapping[str, Any]) -> Chat:
+def run_chat(run: RunDirectory, config: Any, source: TensorSource) -> Chat:
     """Returns how the model of a run is talked to, after the fact.
 
     Args:
       run: a run that has begun.
       config: its config.
-      location: of the checkpoint that it started from.
-      model: the content of the checkpoint's config.json.
+      source: the checkpoint that it started from.
 
     Raises:
       JaxtuneError: a file that cannot be read.
     """
-    base = base_chat(location, model)
+    base = start_chat(config, source)
     if not run.chat.is_file():  # of an earlier version
         return base.with_template(read_template(config.data.chat_template))
     return _kept(run, base)

@@ -86,7 +86,7 @@ def _open(run: RunDirectory, config: Any, data: str = "") -> tuple[TensorSource,
     """Returns the checkpoint of a run and the examples of `data`, or those that it held out."""
     location = huggingface.resolve_path(config.model.path, config.model.revision)
     source = huggingface.open_source(location)
-    chat = run_chat(run, config, location, source.config)
+    chat = run_chat(run, config, source)
     reader = data_reader(config, source, chat.tokenizer, chat_template="", clock=chat.clock)
     data = data or config.data.eval
     sets = reader.read_sets(data) if data else reader.splits().sets

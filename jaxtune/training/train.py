@@ -22,18 +22,17 @@ from jaxtune.adapters.scores import ExpertScores
 from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.assemble import assemble
 from jaxtune.checkpoints.atomic import write_files
-from jaxtune.checkpoints.chat import Chat, base_chat
+from jaxtune.checkpoints.chat import Chat
 from jaxtune.checkpoints.orbax import Checkpoints
 from jaxtune.checkpoints.peft import read_adapter, write_adapter_files
 from jaxtune.checkpoints.source import TensorSource
-from jaxtune.checkpoints.tokenizer import load_tokenizer
 from jaxtune.data import DataOrder, DataReader, Examples, Loader, Splits
 from jaxtune.errors import JaxtuneError
 from jaxtune.intervals import parse_interval
 from jaxtune.layers.tree import Tree
 from jaxtune.models.definition import undivided
 from jaxtune.parallel.processes import fetch, leads, put
-from jaxtune.training.chat import begin_chat, keep_end_tokens
+from jaxtune.training.chat import begin_chat, keep_end_tokens, start_chat
 from jaxtune.training.describe import Split, describe
 from jaxtune.training.evaluation import (
     bind_evaluation,
@@ -77,7 +76,7 @@ def train(
         profile_window(config.profile.steps)
         location = huggingface.resolve_path(config.model.path, config.model.revision)
         source = huggingface.open_source(location)
-        chat = begin_chat(run, config, base_chat(location, source.config), clock)
+        chat = begin_chat(run, config, start_chat(config, source), clock)
         tokenizer, kept = chat.tokenizer, {"chat_template": "", "clock": chat.clock}
         read = functools.cache(lambda: data_reader(config, source, tokenizer, **kept).splits())
         method, stored = choose_method(config)
@@ -164,7 +163,7 @@ def score_training_data(config: Any) -> ExpertScores:
     """Scores the experts of a config's model on its training data; see `score_experts`."""
     location = huggingface.resolve_path(config.model.path, config.model.revision)
     source = huggingface.open_source(location)
-    splits = data_reader(config, source, load_tokenizer(location)).splits()
+    splits = data_reader(config, source, start_chat(config, source).tokenizer).splits()
     return score_experts(config, source, splits.train)
 
 

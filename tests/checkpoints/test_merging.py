@@ -267,6 +267,8 @@ def test_a_run_is_exported_quantized_with_its_losses(form, tiny_chat, tmp_path, 
     command = ["export", "--workdir", str(run.path), "--format", "merged", "--quantized"]
     main([*command, "--to", str(target)])
     report, printed = json.loads((target / REPORT).read_text()), capsys.readouterr().out
+    beside = ("tokenizer.json", "chat_template.jinja", "generation_config.json")
+    assert all((target / name).is_file() for name in beside)
     losses = report["loss"]
     assert losses["with_adapter"] == pytest.approx(run.evaluations()[-1]["loss"], rel=1e-6)
     # The same weights, but for the order of a sum.

@@ -129,7 +129,7 @@ def trained_ids(run, rows):
     """The ids that a run with these rows trains on, by row, through what reads its data."""
     location = huggingface.resolve_path(run.config.model.path)
     source = huggingface.open_source(location)
-    kept = run_chat(run.directory, run.config, location, source.config)
+    kept = run_chat(run.directory, run.config, source)
     path = run.path / "rows-asked.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = resolve(run.config.to_dict(), ["data.max_length=1024"])
@@ -255,6 +255,12 @@ def test_an_adapter_made_elsewhere_brings_its_template(coder, exports, tmp_path,
     assert model.stop_ids == (257, tokenizer.convert_tokens_to_ids("</sql>"))
     assert model.use("bare").encode(asked) == rendered(base, {"messages": asked})
     assert model.stop_ids == (257,)
+    # Only the settings of a tokenizer, without its file.
+    settings = {"chat_template": tokenizer.chat_template}
+    (other / "tokenizer_config.json").write_text(json.dumps(settings))
+    alone = jaxtune.load(base, adapter=other)
+    assert alone.encode(asked) == rendered(elsewhere, {"messages": asked})
+    (other / "tokenizer_config.json").unlink()
     caplog.clear()
     assert model.use({"x": 1.0, "ours": 1.0}).encode(asked) == rendered(base, {"messages": asked})
     assert "the adapters x and ours have different chat templates" in caplog.text

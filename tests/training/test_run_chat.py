@@ -5,9 +5,16 @@ import json
 import pytest
 
 from jaxtune.checkpoints.chat import Chat, base_chat
+from jaxtune.checkpoints.huggingface import open_source
 from jaxtune.config import resolve
 from jaxtune.data import load_examples
-from jaxtune.training.chat import begin_chat, end_tokens, keep_end_tokens
+from jaxtune.training.chat import (
+    begin_chat,
+    end_tokens,
+    keep_end_tokens,
+    run_chat,
+    start_chat,
+)
 from jaxtune.training.run import RunDirectory
 
 EOS, IM_END, START = 2, 259, 258
@@ -97,6 +104,19 @@ def test_a_run_that_never_began_leaves_nothing(tmp_path, chat):
         begin_chat(run, config, chat)
         raise ZeroDivisionError
     assert not run.path.exists()
+
+
+def test_an_adapter_to_start_from_brings_its_template(chat, tiny_chat, tmp_path):
+    source = open_source(tiny_chat)
+    chat.with_template(TWO_ENDS).tokenizer.save_pretrained(tmp_path / "adapter")
+    for adapter, expected in (("", chat.tokenizer.chat_template), ("adapter", TWO_ENDS)):
+        start = {"init_from": str(tmp_path / adapter)} if adapter else {}
+        config = resolve({"adapter": start})
+        run = RunDirectory(tmp_path / f"run {adapter}")
+        with run.start(config):
+            begun = begin_chat(run, config, start_chat(config, source))
+        assert begun.tokenizer.chat_template == expected
+        assert run_chat(run, config, source).tokenizer.chat_template == expected
 
 
 def test_end_tokens_without_a_tokenizer_are_those_of_the_config():
