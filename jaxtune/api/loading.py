@@ -19,6 +19,7 @@ from jaxtune.checkpoints.embeddings import untied, with_vocabulary
 from jaxtune.checkpoints.named import NamedAdapters
 from jaxtune.checkpoints.peft import read_adapter
 from jaxtune.checkpoints.source import TensorSource
+from jaxtune.data.ends import turn_ends
 from jaxtune.data.template import read_template
 from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.parallel.mesh import single_device_mesh
@@ -124,6 +125,14 @@ def load_model(
     )
 
 
+def choose_template(chat: Chat, template: str | Mapping[str, str] | None) -> Chat:
+    """Returns a chat with another template, and with the token that it ends an answer with."""
+    if not template or chat.tokenizer is None:
+        return chat
+    chat = chat.with_template(template)
+    return chat.ending_with(turn_ends(chat.tokenizer))
+
+
 class _Chats:
     """How a checkpoint is talked to with each of its adapters."""
 
@@ -134,7 +143,7 @@ class _Chats:
         directories: Mapping[str, str | Path],
         template: str,
     ):
-        self._base = functools.cache(lambda: base_chat(location, config).with_template(template))
+        self._base = functools.cache(lambda: choose_template(base_chat(location, config), template))
         self._directories, self._template = directories, template
 
     def __call__(self, choice: Choice) -> Chat:
@@ -146,7 +155,9 @@ class _Chats:
 
     def _brought(self, name: str) -> Chat | None:
         chat = adapter_chat(Path(self._directories[name]), self._base())
-        return chat.with_template(self._template) if chat is not None else None
+        if chat is None or chat.tokenizer is None:
+            return chat
+        return choose_template(chat, self._template or chat.tokenizer.chat_template)
 
 
 def convert(

@@ -15,7 +15,7 @@ from jaxtune import config as config_module
 from jaxtune.adapters import EXPORTS, Method, Stored
 from jaxtune.adapters.define import define
 from jaxtune.adapters.merge import check_merges
-from jaxtune.api.loading import ONLY, load_model
+from jaxtune.api.loading import ONLY, choose_template, load_model
 from jaxtune.api.model import Choice, Model
 from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.assemble import assemble
@@ -186,7 +186,7 @@ class Run:
         def chat() -> Chat:
             location = huggingface.resolve_path(config.model.path, config.model.revision)
             source = huggingface.open_source(location)
-            return run_chat(self.directory, config, source).with_template(template)
+            return choose_template(run_chat(self.directory, config, source), template)
 
         return lambda choice: chat()
 

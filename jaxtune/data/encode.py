@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from jaxtune.data.ends import span_ends
 from jaxtune.data.files import Record
 from jaxtune.data.formats import FORMATS, Reading, Sample, detect, unread_keys
 from jaxtune.data.messages import read_arguments
@@ -328,13 +329,6 @@ class Encoder:
             counts[kind] = counts.get(kind, 0) + (len(kept) if kind == "windows" else 1)
             counts["windowed"] = counts.get("windowed", 0) + (kind == "windows")
         return kept
-
-
-def span_ends(labels: np.ndarray) -> list[int]:
-    """Returns the last token of each learned span of a whole row: labels int[n] → ids."""
-    learned = labels != IGNORE
-    last = learned & ~np.append(learned[1:], False)
-    return labels[last].tolist()
 
 
 def _cut(

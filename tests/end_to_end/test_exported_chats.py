@@ -164,6 +164,7 @@ def test_jaxtune_asks_what_was_trained_wherever_the_model_is(coder, exports):
         "other": jaxtune.load(base, chat_template="deepseek-v3", dtype="float32"),
     }
     plain, adapters = models["other"], models.pop("adapters")
+    models["template"] = jaxtune.load(base, chat_template="deepseek-coder", dtype="float32")
     for row in ROWS.values():
         asked = row["messages"][:-1]
         expected = rendered(exports["peft"], {"messages": asked}, add_generation_prompt=True)
