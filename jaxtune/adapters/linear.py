@@ -20,7 +20,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxtune.adapters.method import BASE_COPY, Method, Stored
-from jaxtune.adapters.saved import TIED_HEAD, check_saved, saved_arrays, saved_modules
+from jaxtune.adapters.saved import check_saved, saved_arrays, saved_modules
 from jaxtune.adapters.targets import (
     Projection,
     in_layers,
@@ -245,8 +245,7 @@ def from_disk(given: Iterable[tuple[str, Any]], names: Collection[str]) -> dict[
     settings = dict(given)
     for name in settings:
         if name not in names:
-            tied = f": {TIED_HEAD}" if name == "lm_head" else ""
-            raise JaxtuneError(f"the adapter edits {name}, which the model does not have{tied}")
+            raise JaxtuneError(f"the adapter edits {name}, which the model does not have")
     return settings
 
 

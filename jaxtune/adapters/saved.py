@@ -10,11 +10,6 @@ from jaxtune.layers.decoder import CausalLM
 from jaxtune.layers.tree import Declaration, Path, layer_names, variables
 from jaxtune.models.definition import Definition
 
-TIED_HEAD = (
-    "the head is tied to the embedding (tie_word_embeddings); `jaxtune convert --untie` writes a "
-    "checkpoint with a head of its own"
-)
-
 
 def saved_modules(stored: Stored) -> tuple[str, ...]:
     """Returns the modules that an adapter on disk stores whole."""
@@ -35,8 +30,8 @@ def check_saved(model: CausalLM, saved: Sequence[str]) -> None:
             )
         if model.lm_head is None and name.split(".")[-1] in ("lm_head", "embed_tokens"):
             raise JaxtuneError(
-                f"adapter.modules_to_save: {name} is embedding and head at once in this model: "
-                f"{TIED_HEAD}"
+                f"adapter.modules_to_save: {name} is embedding and head at once in this model "
+                "(tie_word_embeddings): untie the checkpoint first"
             )
         if not any(".".join(path).endswith(name) for path in modules):  # as PEFT compares
             known = sorted({path[-1] for path in modules})

@@ -8,7 +8,6 @@ from typing import Any
 
 from flax import nnx
 
-from jaxtune.adapters.saved import TIED_HEAD
 from jaxtune.errors import JaxtuneError, closest
 from jaxtune.layers.decoder import CausalLM
 from jaxtune.layers.linear import Linear
@@ -58,8 +57,6 @@ def match_targets(
         found = {name for name in names if _matches(target, name, key)}
         if not found:
             known = sorted({name.rsplit(".", 1)[-1] for name in names})
-            if target == "lm_head":
-                raise JaxtuneError(f'{key}: "{target}" matches no module: {TIED_HEAD}')
             raise JaxtuneError(
                 f'{key}: "{target}" matches no module{closest(target, known)} '
                 f"(there are: {', '.join(known)})"

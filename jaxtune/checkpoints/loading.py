@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -29,22 +29,32 @@ from jaxtune.checkpoints.quantize import read_quantized
 from jaxtune.checkpoints.source import ALL, TensorSource
 from jaxtune.errors import JaxtuneError, closest
 from jaxtune.layers.tree import Path, Tree, layer_names, unflatten
-from jaxtune.models.definition import Definition, Leaf, as_matrix
+from jaxtune.models.definition import Definition, Leaf, as_matrix, check_experts, undivided
 
 logger = logging.getLogger(__name__)
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
-def _ignored(name: str, config: Mapping[str, Any]) -> str | None:
-    """Says why a checkpoint tensor is not needed, or returns None when it should be."""
+_BEYOND = "of a layer beyond the num_hidden_layers of config.json"
+
+
+def _ignored(name: str, config: Mapping[str, Any], predicting: Collection[str]) -> str | None:
+    """Says why a checkpoint tensor is not needed, or returns None when it should be.
+
+    Args:
+      name: of the tensor.
+      config: the content of config.json.
+      predicting: the layers that predict tokens further ahead.
+    """
     if name.endswith("rotary_emb.inv_freq"):
         return "computed from config.json"
     if name == HEAD and config.get(TIED):
         return "tied to the embedding"
     layer = _LAYER.match(name)
     if layer and int(layer[1]) >= config["num_hidden_layers"]:
-        return "a multi-token-prediction layer, which fine-tuning does not use"
+        mtp = "a multi-token-prediction layer, which fine-tuning does not use"
+        return mtp if layer[1] in predicting else _BEYOND
     return None
 
 
@@ -55,11 +65,23 @@ def check_names(definition: Definition, source: TensorSource) -> dict[str, str]:
         for name in layer_names(path, leaf.declaration):
             needed[name] = leaf.declaration.shape
     present = set(source.names())
+    predicting = {
+        layer[1] for name in present if (layer := _LAYER.match(name)) and ".eh_proj." in name
+    }
     ignored = {
         name: reason
         for name in sorted(present - set(needed))
-        if (reason := _ignored(name, definition.config))
+        if (reason := _ignored(name, definition.config, predicting))
     }
+    if beyond := [name for name, reason in ignored.items() if reason == _BEYOND]:
+        logger.warning(
+            "%s: %d tensor(s) are %s (%d) and are not used: %s",
+            source.path,
+            len(beyond),
+            _BEYOND,
+            definition.config["num_hidden_layers"],
+            _some(beyond, 2),
+        )
     missing = sorted(set(needed) - present)
     extra = sorted(present - set(needed) - set(ignored))
     dtypes = [
@@ -126,6 +148,9 @@ def load(
       JaxtuneError: tensors that are missing, unknown or of the wrong shape.
     """
     ignored = check_names(definition, source)
+    check_experts(definition, mesh.shape)
+    for line in undivided(definition, mesh.shape):
+        logger.warning("%s", line)
     leaves = definition.in_checkpoint()
     stacks = {path: _Stack(leaf, path, source, mesh) for path, leaf in leaves.items()}
     staging = Staging(max(stack.staged() for stack in stacks.values()))

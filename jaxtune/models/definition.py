@@ -77,8 +77,6 @@ class Leaf:
     def abstract(self, mesh: Mesh | None = None) -> Any:
         """Returns a ShapeDtypeStruct, or a `QuantizedWeight` of them; sharded if on a mesh."""
         declaration, shape = self.declaration, self.declaration.stacked_shape
-        if mesh is not None:
-            check_experts(declaration, mesh.shape)
         if self.format is None:
             sharding = named_sharding(mesh, declaration.stacked_axes, shape) if mesh else None
             return jax.ShapeDtypeStruct(shape, self.dtype, sharding=sharding)
@@ -93,22 +91,23 @@ class Leaf:
         return dataclasses.replace(weight, parts=parts)
 
 
-def check_experts(declaration: Declaration, mesh_shape: Mapping[str, int]) -> None:
-    """Refuses a mesh that does not share out the experts of a stack evenly.
+def check_experts(definition: Definition, mesh_shape: Mapping[str, int]) -> None:
+    """Refuses a mesh that does not share out the experts of a layer evenly.
 
     Args:
-      declaration: of any parameter.
+      definition: of the model.
       mesh_shape: devices along each mesh axis.
 
     Raises:
       JaxtuneError: it does not; the message says which sizes do.
     """
-    experts, shares = declaration.experts or 0, mesh_shape["expert"]
-    if experts % shares:
-        raise JaxtuneError(
-            f"mesh.expert={shares} does not divide the {experts} experts of a layer "
-            f"(n_routed_experts): take {_divisors(experts)}"
-        )
+    shares = mesh_shape["expert"]
+    for experts in {leaf.declaration.experts or 0 for leaf in definition.leaves.values()}:
+        if experts % shares:
+            raise JaxtuneError(
+                f"mesh.expert={shares} does not divide the {experts} experts of a layer "
+                f"(n_routed_experts): take {_divisors(experts)}"
+            )
 
 
 def _divisors(number: int) -> str:

@@ -226,8 +226,7 @@ def _estimated(config: Any, model: Mapping[str, Any], method: Any, hardware: Top
     mesh: dict[str, int] = dict(zip(MESH_AXES, sizes, strict=True))
     alone = resolve({**config.to_dict(), "mesh": dict.fromkeys(MESH_AXES, 1)})
     setup = set_up(alone, model, method, jax.devices("cpu")[:1])
-    for leaf in setup.definition.leaves.values():
-        check_experts(leaf.declaration, mesh)
+    check_experts(setup.definition, mesh)
     options = setup.options._replace(attention="cudnn", platform="gpu")
     setup = dataclasses.replace(setup, options=options)
     arguments, flops = step_arguments(setup), step_flops(setup)

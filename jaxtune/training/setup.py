@@ -22,7 +22,7 @@ from jaxtune.layers.attention import choose_backend
 from jaxtune.layers.decoder import ForwardOptions
 from jaxtune.layers.remat import POLICIES
 from jaxtune.layers.tree import Tree
-from jaxtune.models.definition import Definition
+from jaxtune.models.definition import Definition, check_experts
 from jaxtune.objectives.cross_entropy import LossTerms
 from jaxtune.objectives.sft import sft_loss
 from jaxtune.parallel.mesh import make_mesh, named_sharding
@@ -161,6 +161,7 @@ def set_up(
             f"{model_config.get('model_type')} has no routed experts"
         )
     mesh = make_mesh(config.mesh, devices)
+    check_experts(definition, mesh.shape)
     _check_batches(config, definition, mesh)
     platform = mesh.devices.flat[0].platform
     prefix = definition.module.model.prefix is not None

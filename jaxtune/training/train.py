@@ -30,7 +30,6 @@ from jaxtune.data import DataOrder, DataReader, Examples, Loader, Splits
 from jaxtune.errors import JaxtuneError
 from jaxtune.intervals import parse_interval
 from jaxtune.layers.tree import Tree
-from jaxtune.models.definition import undivided
 from jaxtune.parallel.processes import fetch, leads, put
 from jaxtune.training.chat import begin_chat, keep_end_tokens, start_chat
 from jaxtune.training.describe import Split, describe
@@ -170,8 +169,6 @@ def score_training_data(config: Any) -> ExpertScores:
 def _log_setup(setup: Setup) -> None:
     mesh = {axis: size for axis, size in setup.mesh.shape.items() if size > 1} or "one device"
     logger.info("mesh: %s, attention: %s", mesh, setup.options.attention)
-    for line in undivided(setup.definition, setup.mesh.shape):
-        logger.warning("%s", line)
     logger.info("\n%s", render(census(setup.definition)))
 
 
