@@ -7,14 +7,14 @@ FULL := .venv/installed-for-tests
 # A file stays on one worker, which makes its fixtures once. tests/conftest.py orders the files.
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: install quickstart test test-slow test-all test-slurm lint gpu-plan clean
+.PHONY: install quickstart test test-slow test-all test-large test-slurm lint gpu-plan clean
 
 install: $(FULL)
 
 quickstart: $(LIGHT)
 	$(BIN)/jaxtune quickstart
 
-test test-slow test-all: export JAX_PLATFORMS := cpu
+test test-slow test-all test-large: export JAX_PLATFORMS := cpu
 
 test: $(FULL)
 	$(PYTEST) -m "not slow"
@@ -25,6 +25,11 @@ test-slow: $(FULL)
 # Both in one session, which shares fixtures and compiled functions.
 test-all: $(FULL)
 	$(PYTEST) --durations 25
+
+# Converts a checkpoint whose largest tensor has 2 GiB: 8 GiB of disk and of memory, some minutes.
+test-large: export JAXTUNE_TEST_VOCABULARY := 349525
+test-large: $(FULL)
+	$(BIN)/pytest -s tests/checkpoints/test_torch_memory.py
 
 # Two nodes of a real SLURM on this machine. Needs root on Debian or Ubuntu; installs packages.
 test-slurm: $(FULL)

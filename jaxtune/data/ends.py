@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxtune.data.template import IGNORE, ChatTemplate
+from jaxtune.data.template import ChatTemplate
+from jaxtune.data.tokens import IGNORE
 from jaxtune.errors import JaxtuneError
 
 if TYPE_CHECKING:

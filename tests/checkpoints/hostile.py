@@ -195,4 +195,4 @@ def mutations(seed, count):
                 if not order:
                     order = list(codes)
             content = b"".join(order)
-        yield archive(content, storages)
+        yield archive(content, storages, version=b"3\n", byteorder=b"little")
