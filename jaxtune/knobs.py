@@ -148,7 +148,13 @@ KNOBS: dict[str, dict[str, Knob]] = {
             choices=("none", "all", "lora_only"),
         ),
         "new_tokens": Knob(
-            0, "how many of the last tokens have their embedding trained", minimum=0
+            0,
+            "how many of the tokenizer's last tokens have their rows of the embedding, and of a "
+            "head of its own, trained",
+            minimum=0,
+        ),
+        "train_tokens": Knob(
+            (), "tokens by name whose rows are trained as well, such as <sql>,</sql>", names=True
         ),
         "freeze": Knob(
             (),
@@ -203,7 +209,7 @@ KNOBS: dict[str, dict[str, Knob]] = {
         "activation": Knob("relu", "of a bottleneck: relu, silu, gelu, tanh, …"),
         "scaling": Knob(1.0, "factor on what a bottleneck adds"),
         "init_from": Knob(
-            "", "a PEFT adapter to go on from; it brings its own rank, alpha and targets"
+            "", "a PEFT adapter to go on from; it brings its own settings, but for adapter.dropout"
         ),
     },
     "quantize": {

@@ -218,6 +218,7 @@ PERTURBED = {
     "adapter.bias": ("all", "model.path={biased}"),
     "adapter.freeze": ("model.layers.0", "adapter.method=full"),
     "adapter.new_tokens": (3,),
+    "adapter.train_tokens": ("!",),
     "adapter.expert_scores": ("{other_scores}", *ESFT),
     "adapter.expert_score": ("gate", *ESFT),
     "adapter.expert_threshold": (0.9, *ESFT),

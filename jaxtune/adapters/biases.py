@@ -20,6 +20,9 @@ from jaxtune.layers.tree import declaration_of, layer_names, variables
 CHOICES = ("none", "all", "lora_only")
 END = ".bias"
 _WRAPPED = ".base_layer.bias"
+# With "all", PEFT stores the bias of a module that is saved whole twice more: under these, the one
+# that is in use, and that of the base.
+_REPEATED = (".modules_to_save.bias", ".original_module.bias")
 
 
 def is_bias(name: str) -> bool:
@@ -27,8 +30,13 @@ def is_bias(name: str) -> bool:
     return name.endswith(END)
 
 
-def check(model: CausalLM, trains: Callable[[str], bool]) -> bool:
-    """Says whether any bias of an abstract model is trained; `trains` says which, by name.
+def check(model: CausalLM, trains: Callable[[str], bool], key: str) -> bool:
+    """Says whether any bias of an abstract model is trained.
+
+    Args:
+      model: abstract.
+      trains: says which are trained, by name.
+      key: of the setting that asks for it, for messages.
 
     Raises:
       JaxtuneError: one is trained in some layers of a run, which has one stack of them, alone.
@@ -40,8 +48,8 @@ def check(model: CausalLM, trains: Callable[[str], bool]) -> bool:
         if trained and len(trained) < len(names):
             other = next(name for name in names if name not in trained)
             raise JaxtuneError(
-                f"adapter.bias=lora_only: {trained[0]} is trained and {other} is not, but biases "
-                "are trained in all layers or in none: adapt all layers, or set it to all or none"
+                f"{key}=lora_only: {trained[0]} is trained and {other} is not, which is not "
+                "supported: biases are trained in all layers that are alike, or in none of them"
             )
         found = found or bool(trained)
     return found
@@ -63,6 +71,7 @@ def unwrapped(stored: Stored) -> Stored:
     tensors = {
         f"{name.removesuffix(_WRAPPED)}{END}" if name.endswith(_WRAPPED) else name: value
         for name, value in stored.tensors.items()
+        if not name.endswith(_REPEATED)
     }
     return stored._replace(tensors=tensors)
 

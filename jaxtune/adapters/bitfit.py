@@ -23,7 +23,6 @@ from jaxtune.adapters.linear import (
     edit_tensors,
     from_disk,
     peft_config,
-    refuse,
     shared_settings,
 )
 from jaxtune.adapters.method import Start, Stored
@@ -133,7 +132,6 @@ def from_peft(stored: Stored) -> BitFit:
     Raises:
       JaxtuneError: a setting or a tensor that jaxtune would have to drop.
     """
-    refuse(stored.config, {"fan_in_fan_out": False})
     modules: list[str] = []
     for key, value in edit_tensors(stored, "a bias"):
         name, _, kind = key.rpartition(".")
@@ -143,4 +141,4 @@ def from_peft(stored: Stored) -> BitFit:
     if not modules:
         raise JaxtuneError("adapter_model.safetensors holds no biases")
     saved = saved_modules(stored)
-    return BitFit(modules=tuple(sorted(modules)), modules_to_save=saved)
+    return BitFit(modules=tuple(sorted(modules)), modules_to_save=saved, from_file=True)

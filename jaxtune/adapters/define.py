@@ -11,6 +11,7 @@ from jaxtune.adapters.method import Method
 from jaxtune.adapters.targets import linears, match_targets, module_names
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.decoder import CausalLM
+from jaxtune.layers.moe import Router
 from jaxtune.layers.tree import Path
 from jaxtune.models import build_model
 from jaxtune.models.definition import Definition
@@ -47,7 +48,7 @@ def _formats(model: CausalLM, quantization: Quantization | None) -> dict[Path, F
     """Returns the format of each quantized weight by path."""
     if quantization is None:
         return {}
-    modules = linears(model)
+    modules = {p: m for p, m in linears(model).items() if not isinstance(m, Router)}
     names = {path: module_names(path, module) for path, module in modules.items()}
     every = [name for layers in names.values() for name in layers]
     chosen = match_targets(quantization.modules, every, key="quantize.modules")

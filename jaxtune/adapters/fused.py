@@ -22,7 +22,7 @@ from jaxtune.adapters.experts import EXPERT, PROJECTIONS, Experts, experts_of
 from jaxtune.adapters.linear import PREFIX, target_modules
 from jaxtune.adapters.method import Stored
 from jaxtune.adapters.pairs import Pair, kind_of, pairs_of
-from jaxtune.adapters.targets import find_pattern
+from jaxtune.adapters.targets import ROUTER, find_pattern
 from jaxtune.errors import JaxtuneError
 from jaxtune.models.definition import Definition
 
@@ -33,6 +33,8 @@ GATE_UP, DOWN = "gate_up_proj", "down_proj"
 # expert's projections for the fused parameter, in dense layers and shared experts as well: there
 # the weight is named as a parameter.
 _FAMILIES = ("deepseek_v2", "deepseek_v3")
+# Ends of modules that PEFT edits as parameters there: a router is no linear layer.
+_PARAMETERS = (*PROJECTIONS, ROUTER)
 # Since then, the rows of A are inputs; before, they were outputs.
 _SINCE = (0, 19)
 _FACTORS = re.compile(r"(.+\.experts)(\.base_layer)?\.lora_A\.weight")
@@ -72,7 +74,7 @@ def fuse(stored: Stored, definition: Definition) -> Stored:
             )
         return stored
     pairs = pairs_of(stored)
-    if not any(name.endswith(PROJECTIONS) for name in pairs):
+    if not any(name.endswith(_PARAMETERS) for name in pairs):
         return stored
     if stored.config.get("lora_dropout"):
         _log.info("lora_dropout is 0 in the exported adapter: PEFT takes none on parameters")
@@ -112,7 +114,7 @@ def _unfused(pairs: Mapping[str, Pair], rslora: bool) -> tuple[dict[str, Slot], 
         slot = Slot(rank, _alpha(pair.scale, rank, rslora))
         if EXPERT.fullmatch(name):
             continue
-        if name.endswith(PROJECTIONS):
+        if name.endswith(_PARAMETERS):
             parameters[f"{name}.weight"] = slot
         else:
             modules[name] = slot

@@ -22,7 +22,6 @@ from jaxtune.adapters.linear import (
     edit_tensors,
     from_disk,
     peft_config,
-    refuse,
     shared_settings,
 )
 from jaxtune.adapters.method import Stored
@@ -111,9 +110,14 @@ class IA3(LinearMethod):
           JaxtuneError: layers of one run would have to be scaled at different ends.
         """
         if {OUTPUTS, INPUTS} <= set(settings):
+            what = "scales the inputs of a projection in some layers and its outputs in others"
+            if self.from_file:
+                raise JaxtuneError(
+                    f'adapter_config.json: "feedforward_modules": the adapter {what}, which is not '
+                    "supported"
+                )
             raise JaxtuneError(
-                "(IA)³ scales the inputs of a projection in some layers and its outputs in others; "
-                "name it either in adapter.targets or in adapter.feedforward"
+                f"(IA)³ {what}; name it either in adapter.targets or in adapter.feedforward"
             )
         return IA3Adapter(linear, settings)
 
@@ -147,7 +151,6 @@ def from_peft(stored: Stored) -> IA3:
     Raises:
       JaxtuneError: a setting or a tensor that jaxtune would have to drop.
     """
-    refuse(stored.config, {"fan_in_fan_out": False})
     ends: dict[str, str] = {}
     for key, value in edit_tensors(stored, "a scale of (IA)³"):
         name, _, kind = key.rpartition(".")
@@ -158,4 +161,5 @@ def from_peft(stored: Stored) -> IA3:
         ends[name] = OUTPUTS if value.shape[1] == 1 else INPUTS
     if not ends:
         raise JaxtuneError("adapter_model.safetensors holds no scales of (IA)³")
-    return IA3(ends=tuple(sorted(ends.items())), modules_to_save=saved_modules(stored))
+    saved = saved_modules(stored)
+    return IA3(ends=tuple(sorted(ends.items())), modules_to_save=saved, from_file=True)

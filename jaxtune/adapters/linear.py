@@ -20,8 +20,16 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxtune.adapters.method import BASE_COPY, Method, Stored
-from jaxtune.adapters.saved import check_saved, saved_arrays, saved_modules
+from jaxtune.adapters.saved import (
+    check_saved,
+    is_saved,
+    is_whole,
+    read_saved,
+    saved_arrays,
+    saved_modules,
+)
 from jaxtune.adapters.targets import (
+    TIED_HEAD,
     Projection,
     in_layers,
     linears,
@@ -32,6 +40,7 @@ from jaxtune.adapters.targets import (
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.decoder import CausalLM
 from jaxtune.layers.linear import Edit
+from jaxtune.layers.moe import Router
 from jaxtune.layers.tree import (
     Declaration,
     Path,
@@ -117,11 +126,22 @@ class LinearMethod(Method):
     Attributes:
       layers: the only ones to edit; empty for all.
       modules_to_save: modules without an adapter, by the ends of their names, that are trained as
-        they are and stored whole.
+        they are and stored whole, with all that is in them.
+      from_file: whether the settings are those of an adapter on disk, and not of a config.
     """
 
     layers: tuple[int, ...] = ()
     modules_to_save: tuple[str, ...] = ()
+    from_file: bool = False
+
+    def key(self, knob: str, setting: str = "") -> str:
+        """Returns what messages call a setting.
+
+        Args:
+          knob: its name in the ``adapter`` section of a config.
+          setting: its name in adapter_config.json, where that is another.
+        """
+        return f'adapter_config.json: "{setting or knob}"' if self.from_file else f"adapter.{knob}"
 
     @abc.abstractmethod
     def choose(self, modules: Mapping[str, Projection]) -> dict[str, Any]:
@@ -145,25 +165,27 @@ class LinearMethod(Method):
 
     def trains(self, name: str) -> bool:
         """Says yes to the arrays of modules that are stored whole."""
-        module = name.rpartition(".")[0]
-        return any(module.endswith(saved) for saved in self.modules_to_save)
+        return is_saved(name.rpartition(".")[0], self.modules_to_save)
 
     def attach(self, model: CausalLM) -> None:
         """Fills the adapter slot of every chosen projection."""
-        check_saved(model, self.modules_to_save)
+        check_saved(model, self.modules_to_save, self.key("modules_to_save"))
         modules = linears(model)
         chosen = self.choose({n: m for path, m in modules.items() for n in module_names(path, m)})
         for path, linear in modules.items():
             settings = tuple(chosen.get(name) for name in module_names(path, linear))
             if all(setting is None for setting in settings):
                 continue
-            if path == ("lm_head",) and self.dropout:
-                raise JaxtuneError("adapter.dropout must be 0 where adapter.targets has lm_head")
+            if self.dropout and (path == ("lm_head",) or isinstance(linear, Router)):
+                name = "lm_head" if path == ("lm_head",) else "a router (mlp.gate)"
+                raise JaxtuneError(f"adapter.dropout must be 0 where {name} is adapted")
             adapter = self.adapter(linear, settings)
+            if isinstance(linear, Router) and adapter.edits_bias(linear):
+                raise JaxtuneError(f"{'.'.join(path)} is a router, which has no bias to train")
             if self.trains(".".join((*path, "weight"))):
                 raise JaxtuneError(
-                    f"{'.'.join(path)} is in adapter.modules_to_save, which trains it whole, and "
-                    "in adapter.targets"
+                    f"{'.'.join(path)} is in {self.key('modules_to_save')}, which trains it whole, "
+                    f"and in {self.key('targets', 'target_modules')}"
                 )
             layers = declaration_of(linear.weight).layers
             linear.adapter = stack(adapter, *layers) if layers else adapter
@@ -206,11 +228,9 @@ class LinearMethod(Method):
     def restore(self, definition: Definition, stored: Stored) -> tuple[Tree, Tree]:
         """Packs PEFT's tensors into stacked arrays, and takes modules over that are whole."""
         trainable, constants = pack(definition, stored)
-        whole: dict[Path, jax.Array] = {}
-        for path, names, declared in saved_arrays(definition):
-            values = [_tensor(stored, name, Part("", declared.shape)) for name in names]
-            whole[path] = jnp.asarray(np.stack(values).reshape(declared.stacked_shape))
-        return merge(trainable, unflatten(whole)), constants
+        whole = read_saved(definition, stored, PREFIX)
+        arrays = {path: jnp.asarray(value) for path, value in whole.items()}
+        return merge(trainable, unflatten(arrays)), constants
 
 
 def pack(definition: Definition, stored: Stored) -> tuple[Tree, Tree]:
@@ -244,6 +264,8 @@ def from_disk(given: Iterable[tuple[str, Any]], names: Collection[str]) -> dict[
     """
     settings = dict(given)
     for name in settings:
+        if name == "lm_head" and name not in names:
+            raise JaxtuneError(f"the adapter edits lm_head, and {TIED_HEAD}")
         if name not in names:
             raise JaxtuneError(f"the adapter edits {name}, which the model does not have")
     return settings
@@ -277,13 +299,6 @@ def peft_config(kind: str, definition: Definition, names: Collection[str]) -> di
     }
 
 
-def refuse(config: Mapping[str, Any], plain: Mapping[str, Any]) -> None:
-    """Raises a JaxtuneError for a setting of adapter_config.json that is not its plain value."""
-    for key, value in plain.items():
-        if config.get(key) not in (value, None, [], {}):
-            raise JaxtuneError(f'adapter_config.json: "{key}"={config[key]!r} is not supported')
-
-
 def edit_tensors(stored: Stored, what: str) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the tensors of a file that are edits, of any shape, by key without PEFT's prefix.
 
@@ -296,13 +311,20 @@ def edit_tensors(stored: Stored, what: str) -> Iterator[tuple[str, np.ndarray]]:
     Raises:
       JaxtuneError: a key that does not begin as PEFT's do, or a dtype that no edit has.
     """
+    saved = saved_modules(stored)
     for key, value in stored.tensors.items():
         if key.endswith(BASE_COPY):
             continue  # who loads the base compares the two
         if not key.startswith(PREFIX) or not jnp.issubdtype(value.dtype, jnp.floating):
             raise JaxtuneError(f'adapter_model.safetensors: "{key}" is not {what}')
         name = key.removeprefix(PREFIX)
-        if not name.rpartition(".")[0].endswith(saved_modules(stored)):
+        if ".lora_embedding_" in name:
+            raise JaxtuneError(
+                f'adapter_model.safetensors: "{key}": an adapter that edits embed_tokens by LoRA '
+                "is not supported; merge it with PEFT, or train embed_tokens whole "
+                "(modules_to_save) or some of its tokens (trainable_token_indices)"
+            )
+        if not is_whole(name, saved):
             yield name, value
 
 

@@ -27,7 +27,6 @@ from jaxtune.adapters.linear import (
     edit_tensors,
     from_disk,
     peft_config,
-    refuse,
     shared_settings,
 )
 from jaxtune.adapters.method import Start, Stored
@@ -128,7 +127,12 @@ class Lora(LinearMethod):
       rslora: the scale is alpha / √r.
       rank_pattern: ranks of modules whose path ends with a pattern, in place of `rank`.
       alpha_pattern: alphas of modules whose path ends with a pattern.
-      new_tokens: how many of the last tokens have their embedding trained.
+      new_tokens: how many of the tokenizer's last tokens have their rows of the embedding trained,
+        and those of an untied head that nothing else trains.
+      train_tokens: names of more such tokens.
+      token_ids: of all these; None until a tokenizer says which they are.
+      token_rows: ids by module, in place of the three above; how an adapter that was read from
+        disk says what it has.
       bias: which biases of the base are trained: "none", "all", or "lora_only" for the targets'.
     """
 
@@ -143,6 +147,9 @@ class Lora(LinearMethod):
     rank_pattern: tuple[tuple[str, int], ...] = ()
     alpha_pattern: tuple[tuple[str, float], ...] = ()
     new_tokens: int = 0
+    train_tokens: tuple[str, ...] = ()
+    token_ids: tuple[int, ...] | None = None
+    token_rows: tokens.TokenIds = ()
     bias: str = "none"
 
     def choose(self, modules: Mapping[str, Projection]) -> dict[str, Factor]:
@@ -172,35 +179,83 @@ class Lora(LinearMethod):
         Raises:
           JaxtuneError: the embedding would be trained twice, or there is no bias to train.
         """
-        if self.bias != "none" and not biases.check(model, self._trains_bias) and not self.factors:
+        trained = self.bias != "none" and biases.check(model, self._trains_bias, self.key("bias"))
+        if self.bias != "none" and not trained and not self.from_file:
             raise JaxtuneError(
                 f"adapter.bias={self.bias}: there is no bias to train in this model; set it to none"
             )
         super().attach(model)
-        if not self.new_tokens:
-            return
-        if self.trains("model.embed_tokens.weight"):
+        rows = self._rows_of_disk(model) if self.from_file else self._rows_to_train(model)
+        for module, name in ((tokens.EMBEDDING, "model.embed_tokens"), (tokens.HEAD, "lm_head")):
+            if module in rows and self.trains(f"{name}.weight"):
+                key, saved = self._tokens_key, self.key("modules_to_save")
+                raise JaxtuneError(f"{key} and {saved} both train {module}")
+        tokens.attach(model, rows, self._tokens_key)
+
+    @property
+    def _tokens_key(self) -> str:
+        return self.key("new_tokens" if self.new_tokens else "train_tokens", tokens.SETTING)
+
+    def _rows_of_disk(self, model: CausalLM) -> dict[str, tuple[int, ...]]:
+        """Returns the token ids of an adapter on disk by module."""
+        rows = dict(self.token_rows)
+        if model.lm_head is not None or tokens.HEAD not in rows:
+            return rows
+        # PEFT makes the rows of both one where they are of the same tokens.
+        if rows.pop(tokens.HEAD) != rows.get(tokens.EMBEDDING):
             raise JaxtuneError(
-                "adapter.new_tokens and adapter.modules_to_save both train embed_tokens"
+                f"{self._tokens_key} has other tokens for {tokens.HEAD} than for "
+                f"{tokens.EMBEDDING}, but the two are tied in this model (tie_word_embeddings)"
             )
-        tokens.attach(model, self.new_tokens)
+        return rows
+
+    def _rows_to_train(self, model: CausalLM) -> dict[str, tuple[int, ...]]:
+        """Returns the token ids to train by module."""
+        wanted = self.new_tokens + len(self.train_tokens)
+        if not wanted:
+            return {}
+        vocab_size = declaration_of(model.model.embed_tokens.weight).shape[0]
+        if wanted >= vocab_size:
+            raise JaxtuneError(
+                f"{self._tokens_key}={wanted} is not less than all {vocab_size} tokens"
+            )
+        # Before the tokenizer is there, as in a plan, it matters only how many they are.
+        ids = self.token_ids or tuple(range(wanted))
+        head = model.lm_head
+        with_head = head is not None and head.adapter is None and not self.trains("lm_head.weight")
+        return {tokens.EMBEDDING: ids} | ({tokens.HEAD: ids} if with_head else {})
+
+    def with_tokenizer(self, tokenizer: Any) -> Lora:
+        """Looks up the tokens to train."""
+        if not self.new_tokens and not self.train_tokens:
+            return self
+        ids = tokens.look_up(self.new_tokens, self.train_tokens, tokenizer)
+        return dataclasses.replace(self, token_ids=ids)
+
+    def with_stored(self, stored: Stored) -> Lora:
+        """Takes the tokens over that were trained."""
+        ids = dict(tokens.on_disk(stored)).get(tokens.EMBEDDING)
+        return dataclasses.replace(self, token_ids=ids) if ids else self
 
     def complete(
         self, definition: Definition, weights: Tree, trees: tuple[Tree, Tree], start: Start | None
     ) -> tuple[Tree, Tree]:
-        """Starts new tokens at their rows of the base."""
-        if not self.new_tokens or start is None:
+        """Starts trained tokens at their rows of the base.
+
+        Raises:
+          JaxtuneError: no tokenizer has said which tokens they are.
+        """
+        if start is None:
             return trees
-        rows = tokens.start(self.new_tokens, dict(flatten(weights)))
-        return merge(trees[0], unflatten({tokens.PATH: rows})), trees[1]
+        if (self.new_tokens or self.train_tokens) and self.token_ids is None:
+            raise JaxtuneError(f"{self._tokens_key}: the tokens have to be looked up first")
+        rows = tokens.start(definition, dict(flatten(weights)))
+        return merge(trees[0], unflatten(rows)), trees[1]
 
     def store(self, definition: Definition, trainable: Tree, constants: Tree) -> Stored:
         """Returns adapter_config.json, the factors, and the rows of new tokens."""
         stored = super().store(definition, trainable, constants)
-        if self.new_tokens:
-            rows = dict(flatten(trainable))[tokens.PATH]
-            stored.tensors[tokens.KEY] = np.asarray(rows, np.float32)
-            stored.config[tokens.SETTING] = tokens.indices(definition)
+        tokens.write(definition, dict(flatten(trainable)), stored)
         if self.bias == "none":
             return stored
         edited = [n for _, names, one in adapters(definition) for n in _edited(names, one)]
@@ -213,10 +268,7 @@ class Lora(LinearMethod):
             known = {name for _, names, _ in saved_arrays(definition) for name in names}
             biases.check_known(stored, known)
         trainable, constants = super().restore(definition, stored)
-        if self.new_tokens:
-            rows = unflatten({tokens.PATH: tokens.read(definition, stored)})
-            trainable = merge(trainable, rows)
-        return trainable, constants
+        return merge(trainable, unflatten(tokens.read(definition, stored))), constants
 
     def adapter(self, linear: Projection, settings: tuple[Factor | None, ...]) -> LoraAdapter:
         """Makes the two factors."""
@@ -259,15 +311,9 @@ def _by_pattern(
     return {name: default if p is None else values[p] for name, p in found.items()}
 
 
-# Settings of adapter_config.json under which the factors would mean something else.
-_UNSUPPORTED = {
-    "lora_bias": False,
-    "fan_in_fan_out": False,
-    "target_parameters": None,
-}
-
-# Starts of PEFT after which the factors belong to another base than the checkpoint.
-_EDIT_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Starts of PEFT that leave the base as it is. Others edit it, and after them the factors belong to
+# another base than the checkpoint.
+_STARTS = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
 
 
 def read_settings(stored: Stored) -> dict[str, Any]:
@@ -277,8 +323,7 @@ def read_settings(stored: Stored) -> dict[str, Any]:
       JaxtuneError: a setting or a tensor that jaxtune would have to drop.
     """
     config = stored.config
-    refuse(config, _UNSUPPORTED)
-    if str(config.get("init_lora_weights")).lower().startswith(_EDIT_THE_BASE):
+    if str(config.get("init_lora_weights")).lower() not in _STARTS:
         raise JaxtuneError(
             f'adapter_config.json: "init_lora_weights"={config["init_lora_weights"]!r} stands for '
             "factors beside an edited base; let PEFT convert the adapter to plain LoRA"
@@ -293,8 +338,9 @@ def read_settings(stored: Stored) -> dict[str, Any]:
         "dropout": dropout,
         "factors": tuple(sorted(factors.items())),
         "modules_to_save": saved_modules(stored),
-        "new_tokens": tokens.count_on_disk(stored),
+        "token_rows": tokens.on_disk(stored),
         "bias": biases.setting(config),
+        "from_file": True,
     }
 
 
@@ -303,7 +349,7 @@ def _read_factors(stored: Stored) -> dict[str, Factor]:
     config, factors = stored.config, {}
     needed = ["lora_A.weight", "lora_B.weight"]
     needed += ["lora_magnitude_vector"] if config.get("use_dora") else []
-    others = {key: value for key, value in biases.without(stored).items() if key != tokens.KEY}
+    others = tokens.without(stored._replace(tensors=biases.without(stored)))
     for key, value in edit_tensors(Stored(config, others), "a LoRA factor"):
         match = _KEY.fullmatch(key)
         dimensions = 2 if key.endswith(".weight") else 1
@@ -364,6 +410,7 @@ def settings_from_config(section: Any) -> dict[str, Any]:
         "targets": tuple(section.targets),
         "rslora": section.rslora,
         "new_tokens": section.new_tokens,
+        "train_tokens": tuple(section.train_tokens),
         "bias": section.bias,
         "rank_pattern": tuple((pattern, int(rank)) for pattern, rank in ranks.items()),
         "alpha_pattern": tuple(alphas.items()),

@@ -77,6 +77,9 @@ def edits(model: CausalLM) -> dict[Path, Edit]:
     if embedding.adapter is not None:
         weight, merged = embedding.weight.get_value(), embedding.adapter.merged
         found[("model", "embed_tokens", "weight")] = lambda part, dtype: merged(weight, dtype)
+    if model.lm_head is not None and model.lm_head_rows is not None:
+        head, rows = model.lm_head.frozen[0], model.lm_head_rows
+        found[("lm_head", "weight")] = lambda part, dtype: rows.merged(head, dtype)
     for path, linear in linears(model).items():
         if isinstance(linear, ExpertLinear) and linear.chosen is not None:
             found[(*path, "weight")] = functools.partial(_chosen_weight, linear)

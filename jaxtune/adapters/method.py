@@ -111,6 +111,27 @@ class Method(abc.ABC):
         """
         del tokenizer, embeddings
 
+    def with_tokenizer(self, tokenizer: Any) -> Method:
+        """Returns the method with what depends on the tokenizer, where anything does.
+
+        Args:
+          tokenizer: of the base model; None where it has none.
+
+        Raises:
+          JaxtuneError: the method asks for tokens that the tokenizer does not have.
+        """
+        del tokenizer
+        return self
+
+    def with_stored(self, stored: Stored) -> Method:
+        """Returns the method with what a stored adapter of its own says that a config cannot.
+
+        Args:
+          stored: what `store` gave, and what is to be restored.
+        """
+        del stored
+        return self
+
     def with_scores(self, measure: Callable[[], ExpertScores]) -> Method:
         """Returns the method with what depends on how the data is routed, where anything does.
 

@@ -11,15 +11,20 @@ from flax import nnx
 from jaxtune.errors import JaxtuneError, closest
 from jaxtune.layers.decoder import CausalLM
 from jaxtune.layers.linear import Linear
-from jaxtune.layers.moe import ExpertLinear
+from jaxtune.layers.moe import ExpertLinear, Router
 from jaxtune.layers.tree import Path, declaration_of, layer_names
 
 ALL_LINEAR = "all-linear"
+# What to do with a model whose head is its embedding.
+UNTIE = "jaxtune convert --untie makes a checkpoint whose head is a weight of its own"
+TIED_HEAD = f"lm_head is tied to embed_tokens in this model (tie_word_embeddings): {UNTIE}"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _REGEX = re.compile(r"[*+?\[\](){}|^$\\]")
 
 
-Projection = Linear | ExpertLinear
+Projection = Linear | ExpertLinear | Router
+# How the name of a router ends, in every family that has any.
+ROUTER = ".mlp.gate"
 
 
 def linears(model: CausalLM) -> dict[Path, Projection]:
@@ -27,7 +32,7 @@ def linears(model: CausalLM) -> dict[Path, Projection]:
     return {
         tuple(str(part) for part in path): module
         for path, module in nnx.iter_modules(model)
-        if isinstance(module, (Linear, ExpertLinear))
+        if isinstance(module, Projection)
     }
 
 
@@ -43,7 +48,8 @@ def match_targets(
 
     Args:
       targets: each is the end of a module's path (``q_proj``, ``mlp.up_proj``), ``all-linear``
-        (every projection but the head), or a regular expression of the whole path.
+        (every projection but the head and routers), or a regular expression of the whole path,
+        which matches no router either.
       names: the Hugging Face names of all projections.
       key: of the setting that has the targets, for messages.
 
@@ -56,6 +62,8 @@ def match_targets(
     for target in targets:
         found = {name for name in names if _matches(target, name, key)}
         if not found:
+            if target == "lm_head":
+                raise JaxtuneError(f"{key}: {TIED_HEAD}")
             known = sorted({name.rsplit(".", 1)[-1] for name in names})
             raise JaxtuneError(
                 f'{key}: "{target}" matches no module{closest(target, known)} '
@@ -67,10 +75,11 @@ def match_targets(
 
 def _matches(target: str, name: str, key: str) -> bool:
     if target == ALL_LINEAR:
-        return name != "lm_head"
+        return name != "lm_head" and not name.endswith(ROUTER)
     if _REGEX.search(target):
         try:
-            return re.fullmatch(target, name) is not None
+            # Patterns that mean projections often match whole blocks. A router has to be named.
+            return re.fullmatch(target, name) is not None and not name.endswith(ROUTER)
         except re.error as error:
             raise JaxtuneError(f'{key}: "{target}" is no valid expression: {error}') from None
     return name == target or name.endswith("." + target)

@@ -1,8 +1,9 @@
-"""New tokens: only the last rows of the embedding are trained, and stored as PEFT stores them."""
+"""Trained tokens: chosen rows of the embedding and the head, stored as PEFT stores them."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,92 +12,199 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxtune.adapters.method import Stored
-from jaxtune.errors import JaxtuneError
+from jaxtune.errors import JaxtuneError, closest
 from jaxtune.layers.decoder import CausalLM
+from jaxtune.layers.head import Rows
 from jaxtune.layers.tree import Path, Trainable, parameter
 from jaxtune.models.definition import Definition
+from jaxtune.quant import is_quantized, materialize
 
-_EMBEDDING: Path = ("model", "embed_tokens")
-PATH: Path = (*_EMBEDDING, "adapter", "trainable_tokens_delta")
-KEY = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
 SETTING = "trainable_token_indices"
+EMBEDDING, HEAD = "embed_tokens", "lm_head"
+# Token ids by module, EMBEDDING or HEAD.
+TokenIds = tuple[tuple[str, tuple[int, ...]], ...]
+_DELTA = "trainable_tokens_delta"
 
 
-class NewTokens(nnx.Module):
-    """The rows [n, hidden] that take the place of an embedding's last ones."""
+class _Place(NamedTuple):
+    """Where the rows of a module are: in the base's tree, in a method's, and in PEFT's file."""
 
-    def __init__(self, count: int, vocab_size: int, hidden_size: int):
-        self.first = vocab_size - count
-        shape = (count, hidden_size)
+    weight: Path
+    rows: Path
+    key: str
+
+
+_PLACES = {
+    EMBEDDING: _Place(
+        ("model", EMBEDDING, "weight"),
+        ("model", EMBEDDING, "adapter", _DELTA),
+        f"base_model.model.model.{EMBEDDING}.token_adapter.{_DELTA}",
+    ),
+    HEAD: _Place(
+        (HEAD, "weight"),
+        ("lm_head_rows", _DELTA),
+        f"base_model.model.{HEAD}.token_adapter.{_DELTA}",
+    ),
+}
+
+
+class TokenRows(nnx.Module):
+    """The rows [n, hidden] that take the place of those of the tokens `ids` in a weight."""
+
+    def __init__(self, ids: tuple[int, ...], hidden_size: int):
+        self.ids = ids
+        shape = (len(ids), hidden_size)
         self.trainable_tokens_delta = parameter(shape, (None, "embed"), kind=Trainable)
 
-    def rows(self) -> jax.Array:
-        """Returns the trained rows, float32 [n, hidden]."""
-        return self.trainable_tokens_delta.get_value()
+    def rows(self) -> Rows:
+        """Returns the ids and the trained rows, float32 [n, hidden]."""
+        return Rows(jnp.asarray(self.ids, jnp.int32), self.trainable_tokens_delta.get_value())
 
     def replace(self, tokens: jax.Array, embedded: jax.Array) -> jax.Array:
-        """Puts the trained rows where tokens int[B, T] are new, in their embeddings [B, T, H]."""
-        index = tokens - self.first
-        trained = jnp.take(self.rows(), jnp.maximum(index, 0), axis=0, mode="clip")
-        return jnp.where((index >= 0)[..., None], trained.astype(embedded.dtype), embedded)
+        """Puts the trained rows where tokens int[B, T] have any, in their embeddings [B, T, H]."""
+        order = np.argsort(self.ids)
+        ids = jnp.asarray(np.asarray(self.ids)[order], jnp.int32)
+        place = jnp.minimum(jnp.searchsorted(ids, tokens), len(ids) - 1)
+        found = ids[place] == tokens
+        trained = jnp.take(self.rows().values, jnp.asarray(order)[place], axis=0, mode="clip")
+        return jnp.where(found[..., None], trained.astype(embedded.dtype), embedded)
 
-    def merged(self, weight: jax.Array, dtype: DTypeLike) -> jax.Array:
-        """Returns the whole embedding [vocabulary, hidden]."""
-        return jnp.concatenate([weight[: self.first].astype(dtype), self.rows().astype(dtype)])
-
-
-def attach(model: CausalLM, count: int) -> None:
-    """Fills the embedding's slot.
-
-    Raises:
-      JaxtuneError: more tokens than there are.
-    """
-    embedding = model.model.embed_tokens
-    vocab_size, hidden_size = embedding.weight.get_value().shape
-    if count >= vocab_size:
-        raise JaxtuneError(f"adapter.new_tokens={count} is not less than all {vocab_size} tokens")
-    embedding.adapter = NewTokens(count, vocab_size, hidden_size)
+    def merged(self, weight: Any, dtype: DTypeLike) -> jax.Array:
+        """Returns the whole weight [vocabulary, hidden] of a plain or quantized one."""
+        ids, values = self.rows()
+        return materialize(weight, dtype).astype(dtype).at[ids].set(values.astype(dtype))
 
 
-def start(count: int, weights: dict[Path, Any]) -> jax.Array:
-    """Returns the last rows [n, hidden] of the base's embedding, where training starts."""
-    return jnp.copy(weights[(*_EMBEDDING, "weight")][-count:].astype(jnp.float32))
+def look_up(last: int, names: Sequence[str], tokenizer: Any) -> tuple[int, ...]:
+    """Returns the ids of the tokenizer's last tokens, and of those with a name.
 
-
-def read(definition: Definition, stored: Stored) -> jax.Array:
-    """Returns the rows [n, hidden] of an adapter on disk.
+    Args:
+      last: how many of the highest ids to return.
+      names: of more tokens, as the vocabulary has them.
+      tokenizer: of the base model; None where it has none.
 
     Raises:
-      JaxtuneError: they do not fit the model, or are not its last ones.
+      JaxtuneError: the tokenizer has no such tokens.
     """
-    shape = definition.leaves[PATH].declaration.shape
-    value = stored.tensors.get(KEY, np.zeros(0))
-    if value.shape != shape:
+    if tokenizer is None:
         raise JaxtuneError(
-            f"adapter_model.safetensors: trainable_tokens_delta has shape {list(value.shape)}, "
-            f"the model needs {list(shape)}"
+            "adapter.new_tokens and adapter.train_tokens need the tokenizer, and the model has none"
         )
-    if stored.config[SETTING] != indices(definition):
-        raise JaxtuneError(
-            f'adapter_config.json: "{SETTING}" are not the last {shape[0]} tokens of the model, '
-            "and others are not supported"
-        )
-    return jnp.asarray(value, jnp.float32)
+    vocabulary = tokenizer.get_vocab()
+    # Not every number below the highest has to be that of a token.
+    every = sorted(set(vocabulary.values()))
+    if last > len(every):
+        raise JaxtuneError(f"adapter.new_tokens={last}: the tokenizer has {len(every)} tokens")
+    ids = every[len(every) - last :]
+    for name in names:
+        if name not in vocabulary:
+            near = closest(name, tokenizer.get_added_vocab())
+            raise JaxtuneError(
+                f'adapter.train_tokens: the tokenizer has no token "{name}"{near}; a new one '
+                "has to be added to it first (tokenizer.add_tokens of transformers)"
+            )
+        ids.append(vocabulary[name])
+    return tuple(dict.fromkeys(ids))
 
 
-def indices(definition: Definition) -> list[int]:
-    """Returns the ids of the new tokens."""
-    last = definition.leaves[(*_EMBEDDING, "weight")].declaration.shape[0]
-    return list(range(last - definition.leaves[PATH].declaration.shape[0], last))
+def attach(model: CausalLM, rows: Mapping[str, Sequence[int]], key: str) -> None:
+    """Fills the slots of the embedding and the head.
 
-
-def count_on_disk(stored: Stored) -> int:
-    """Returns how many tokens an adapter on disk has trained.
+    Args:
+      model: abstract.
+      rows: token ids by module.
+      key: of the setting that asks for them, for messages.
 
     Raises:
-      JaxtuneError: rows of anything but the embedding.
+      JaxtuneError: a token that the model has no row for.
     """
-    found = stored.config.get(SETTING) or []
-    if not isinstance(found, list):
-        raise JaxtuneError(f'adapter_config.json: "{SETTING}"={found!r} is not a list of tokens')
-    return len(found)
+    vocab_size, hidden_size = model.model.embed_tokens.weight.get_value().shape
+    for module, ids in rows.items():
+        if max(ids) >= vocab_size:
+            raise JaxtuneError(
+                f"{key}: token {max(ids)} has no row in the model, which has {vocab_size}: enlarge "
+                f"the base first (model.resize_token_embeddings({max(ids) + 1}) of transformers)"
+            )
+        filled = TokenRows(tuple(ids), hidden_size)
+        if module == EMBEDDING:
+            model.model.embed_tokens.adapter = filled
+        else:
+            model.lm_head_rows = filled
+
+
+def start(definition: Definition, weights: Mapping[Path, Any]) -> dict[Path, jax.Array]:
+    """Returns the rows [n, hidden] of the base, where training starts, by path."""
+
+    def rows(weight: Any, ids: Sequence[int]) -> jax.Array:
+        plain = materialize(weight, jnp.float32) if is_quantized(weight) else weight
+        return plain[jnp.asarray(ids)].astype(jnp.float32)
+
+    return {place.rows: rows(weights[place.weight], ids) for place, ids in _attached(definition)}
+
+
+def read(definition: Definition, stored: Stored) -> dict[Path, jax.Array]:
+    """Returns the rows [n, hidden] of an adapter on disk, by path.
+
+    Raises:
+      JaxtuneError: they do not fit the model.
+    """
+    found: dict[Path, jax.Array] = {}
+    for place, _ in _attached(definition):
+        shape = definition.leaves[place.rows].declaration.shape
+        value = stored.tensors.get(place.key, np.zeros(0))
+        if value.shape != shape:
+            raise JaxtuneError(
+                f'adapter_model.safetensors: "{place.key}" has shape {list(value.shape)}, the '
+                f"model needs {list(shape)}"
+            )
+        found[place.rows] = jnp.asarray(value, jnp.float32)
+    return found
+
+
+def write(definition: Definition, trainable: Mapping[Path, Any], stored: Stored) -> None:
+    """Adds trained rows and their ids to what is stored; PEFT ties those of a tied head itself."""
+    setting = {}
+    for place, ids in _attached(definition):
+        stored.tensors[place.key] = np.asarray(trainable[place.rows], np.float32)
+        setting[place.weight[-2]] = list(ids)
+    if setting:
+        stored.config[SETTING] = setting[EMBEDDING] if list(setting) == [EMBEDDING] else setting
+
+
+def _attached(definition: Definition) -> list[tuple[_Place, tuple[int, ...]]]:
+    model = definition.module
+    slots = {EMBEDDING: model.model.embed_tokens.adapter, HEAD: model.lm_head_rows}
+    return [(_PLACES[name], rows.ids) for name, rows in slots.items() if rows is not None]
+
+
+def on_disk(stored: Stored) -> TokenIds:
+    """Returns the tokens that an adapter on disk has trained.
+
+    Raises:
+      JaxtuneError: other modules than the embedding and the head, or what are no tokens.
+    """
+    found = stored.config.get(SETTING) or {}
+    rows: dict[str, tuple[int, ...]] = {}
+    for name, ids in (found if isinstance(found, Mapping) else {EMBEDDING: found}).items():
+        module = str(name).rpartition(".")[-1]
+        if module not in _PLACES:
+            raise JaxtuneError(
+                f'adapter_config.json: "{SETTING}" has tokens of "{name}"; only {EMBEDDING} and '
+                f"{HEAD} have a row for each token"
+            )
+        whole = isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)
+        if not whole or len(set(ids)) < len(ids):
+            raise JaxtuneError(
+                f'adapter_config.json: "{SETTING}" has {ids!r} for {module}, which is not a list '
+                "of different token ids"
+            )
+        if ids:
+            rows[module] = tuple(ids)
+    return tuple(rows.items())
+
+
+def without(stored: Stored) -> dict[str, np.ndarray]:
+    """Returns the tensors, of any shape, of an adapter on disk that are no rows of its tokens."""
+    keys = {_PLACES[module].key for module, _ in on_disk(stored)}
+    # PEFT writes no rows for an empty list of tokens.
+    return {k: v for k, v in stored.tensors.items() if k not in keys and v.shape[:1] != (0,)}

@@ -23,7 +23,6 @@ from jaxtune.adapters.linear import (
     edit_tensors,
     from_disk,
     peft_config,
-    refuse,
     shared_settings,
 )
 from jaxtune.adapters.method import Stored
@@ -209,7 +208,6 @@ def from_peft(stored: Stored) -> Vera:
       JaxtuneError: a setting or a tensor that jaxtune would have to drop, or no matrices.
     """
     config = stored.config
-    refuse(config, {"fan_in_fan_out": False, "bias": "none"})
     for name in MATRICES:
         if f"base_model.{name}" not in stored.tensors:
             raise JaxtuneError(
@@ -235,4 +233,5 @@ def from_peft(stored: Stored) -> Vera:
         float(config.get("vera_dropout") or 0.0),
         modules=tuple(sorted(modules)),
         modules_to_save=saved_modules(stored),
+        from_file=True,
     )

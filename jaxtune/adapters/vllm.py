@@ -15,6 +15,7 @@ from jaxtune.adapters.experts import EXPERT, PROJECTIONS, experts_of
 from jaxtune.adapters.linear import PREFIX, target_modules
 from jaxtune.adapters.method import Stored
 from jaxtune.adapters.pairs import Pair, kind_of, pairs_of, plain_config
+from jaxtune.adapters.targets import ROUTER
 from jaxtune.errors import JaxtuneError
 from jaxtune.models.definition import Definition
 
@@ -69,6 +70,8 @@ def _refuse(stored: Stored) -> None:
     if config.get("bias", "none") != "none":
         raise JaxtuneError(f'vLLM refuses trained biases, here bias="{config["bias"]}": {_MERGE}')
     for key in stored.tensors:
+        if f"{ROUTER}." in key:
+            raise JaxtuneError(f"vLLM edits no routers, here {ROUTER.removeprefix('.')}: {_MERGE}")
         if f".{_ABSORBED}." in key:
             raise JaxtuneError(
                 f"vLLM multiplies {_ABSORBED} into other weights before it loads an adapter, whose "

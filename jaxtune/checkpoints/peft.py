@@ -18,6 +18,7 @@ import numpy as np
 from jaxtune.adapters import esft
 from jaxtune.adapters.fused import split
 from jaxtune.adapters.method import Stored, is_adapterhub
+from jaxtune.adapters.settings import check_settings
 from jaxtune.checkpoints.atomic import new_directory, write_files
 from jaxtune.checkpoints.huggingface import read_json
 from jaxtune.checkpoints.safetensors import read_all, write_file
@@ -46,6 +47,7 @@ def read_adapter(directory: str | Path, *, encoder: bool = False) -> Stored:
     if (directory / EXPERTS).is_file() and not (directory / CONFIG).is_file():
         return _read_experts(directory)
     config = read_json(directory / CONFIG)
+    check_settings(config)
     weights = _weights_file(config)
     made = encoder and (directory / ENCODER).is_file()
     stored = Stored(

@@ -21,7 +21,7 @@ from jaxtune.layers.bits import from_bits
 from jaxtune.layers.context import Cache, Context
 from jaxtune.layers.embedding import Embedding
 from jaxtune.layers.head import Head
-from jaxtune.layers.linear import Linear
+from jaxtune.layers.linear import Edit, Linear
 from jaxtune.layers.moe import MoE
 from jaxtune.layers.norm import RMSNorm
 from jaxtune.layers.remat import remat as remat_body
@@ -262,12 +262,17 @@ def _scan(
 
 
 class CausalLM(nnx.Module):
-    """A decoder with a head that gives the next token's logits."""
+    """A decoder with a head that gives the next token's logits.
+
+    Attributes:
+      lm_head_rows: slot of a method that trains some rows of an untied head.
+    """
 
     def __init__(self, model: Decoder, vocab_size: int, hidden_size: int, tied: bool):
         self.model = model
         head = None if tied else Linear(hidden_size, vocab_size, axes=("vocab", "embed"))
         self.lm_head = nnx.data(head)
+        self.lm_head_rows: Any = nnx.data(None)
 
     def hidden(
         self,
@@ -322,11 +327,12 @@ class CausalLM(nnx.Module):
 
     def head(self) -> Head:
         """Returns what turns hidden states into logits: the embedding where it is tied."""
+        trained = self.model.embed_tokens.adapter if self.lm_head is None else self.lm_head_rows
+        rows = None if trained is None else trained.rows()
         if self.lm_head is None:
-            rows = self.model.embed_tokens
-            last = None if rows.adapter is None else rows.adapter.rows()
-            return Head(rows.weight.get_value(), last_rows=last)
+            return Head(self.model.embed_tokens.weight.get_value(), rows=rows)
         weight, bias = self.lm_head.frozen
         adapter = self.lm_head.adapter
         dtype = getattr(weight, "dtype", jnp.float32)
-        return Head(weight) if adapter is None else Head(weight, adapter.edit(weight, bias, dtype))
+        edit = Edit() if adapter is None else adapter.edit(weight, bias, dtype)
+        return Head(weight, edit, rows)

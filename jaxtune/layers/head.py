@@ -5,19 +5,30 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from jaxtune.layers.linear import Edit, linear_float32, rescale
 from jaxtune.parallel.rules import constrain
 from jaxtune.quant import QuantizedWeight, is_quantized
 
 
+class Rows(NamedTuple):
+    """Rows in place of some of a weight.
+
+    Attributes:
+      ids: which, int32 [n], each once.
+      values: float32 [n, hidden].
+    """
+
+    ids: jax.Array
+    values: jax.Array
+
+
 class Head(NamedTuple):
-    """The weight [vocabulary, hidden] of the head, its edit, and rows in place of its last ones."""
+    """The weight [vocabulary, hidden] of the head, its edit, and rows in place of some of both."""
 
     weight: Any
     edit: Edit = Edit()
-    last_rows: jax.Array | None = None
+    rows: Rows | None = None
 
     def gathered(self) -> Head:
         """Returns the head with a weight of which each device has its whole rows.
@@ -41,7 +52,7 @@ class Head(NamedTuple):
             xa = rescale(xa, term.rank_scale)
             logits = logits + term.scale * linear_float32(xa, term.lora_B)
         logits = rescale(logits, out_scale)
-        if self.last_rows is not None:
-            last = linear_float32(hidden, self.last_rows)
-            logits = jnp.concatenate([logits[..., : -last.shape[-1]], last], axis=-1)
+        if self.rows is not None:
+            replaced = linear_float32(hidden, self.rows.values)
+            logits = logits.at[..., self.rows.ids].set(replaced, unique_indices=True)
         return logits if bias is None else logits + bias

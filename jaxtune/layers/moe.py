@@ -17,7 +17,7 @@ from jaxtune.layers.balance import Routed, routed
 from jaxtune.layers.context import Context
 from jaxtune.layers.expert_parallel import spread, token_spec
 from jaxtune.layers.grouped import Groups, choose_kernel, group, grouped_linear
-from jaxtune.layers.linear import LowRank, linear_float32, rescale
+from jaxtune.layers.linear import LowRank, edited_weight, linear_float32, rescale
 from jaxtune.layers.mlp import MLP
 from jaxtune.layers.tree import Buffer, parameter
 
@@ -54,10 +54,12 @@ class Routing:
 
 
 class Router(nnx.Module):
-    """Chooses the experts of each token."""
+    """Chooses the experts of each token; its weight has a slot for a method's edit."""
 
     def __init__(self, hidden_size: int, routing: Routing):
         self.routing = routing
+        self.in_features, self.out_features = hidden_size, routing.experts
+        self.adapter: Any = nnx.data(None)
         self.weight = parameter((routing.experts, hidden_size), (None, "embed"))
         bias = None
         if routing.correction_bias:
@@ -71,13 +73,22 @@ class Router(nnx.Module):
     def scores(self, x: jax.Array) -> jax.Array:
         """Returns the score of every expert, float32 [N, E], of x [N, H]."""
         routing, dtype = self.routing, jnp.float32 if self.routing.float32 else x.dtype
+        weight = self.weight.get_value()
+        if self.adapter is not None:
+            edit = self.adapter.edit(weight, None, jnp.float32)
+            weight = edited_weight(weight, edit, jnp.float32)
         logits = lax.dot_general(
             x.astype(dtype),
-            self.weight.get_value().astype(dtype),
+            weight.astype(dtype),
             (((1,), (1,)), ((), ())),
             lax.Precision.HIGHEST,
         ).astype(jnp.float32)
         return jax.nn.softmax(logits) if routing.scores == "softmax" else jax.nn.sigmoid(logits)
+
+    @property
+    def frozen(self) -> tuple[jax.Array, None]:
+        """The weight [E, H] and no bias, as an adapter's `edit` takes them."""
+        return self.weight.get_value(), None
 
     def choose(self, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns (weights float32 [N, k], experts int32 [N, k]) by scores [N, E]."""

@@ -16,6 +16,7 @@ import jax
 
 from jaxtune.adapters import Method, Stored, method_from_config, method_from_peft
 from jaxtune.adapters.census import census, render
+from jaxtune.adapters.continued import continued
 from jaxtune.adapters.define import define
 from jaxtune.adapters.method import is_adapterhub
 from jaxtune.adapters.scores import ExpertScores
@@ -79,6 +80,7 @@ def train(
         tokenizer, kept = chat.tokenizer, {"chat_template": "", "clock": chat.clock}
         read = functools.cache(lambda: data_reader(config, source, tokenizer, **kept).splits())
         method, stored = choose_method(config)
+        method = method.with_tokenizer(tokenizer)
         method = method.with_scores(lambda: _expert_scores(run, config, source, read))
         setup = set_up(config, source.config, method)
         _log_setup(setup)
@@ -143,10 +145,7 @@ def choose_method(config: Any) -> tuple[Method, Stored | None]:
             f"adapter.init_from holds a {method.name} adapter, not adapter.method="
             f"{config.adapter.method}"
         )
-    logger.info(
-        "going on from %s, which brings its own settings: %s", config.adapter.init_from, method
-    )
-    return method, stored
+    return continued(method, stored, config.adapter), stored
 
 
 def _expert_scores(

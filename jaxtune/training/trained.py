@@ -68,4 +68,5 @@ def _choose(run: RunDirectory, config: Any, adapter: str) -> tuple[Method, Store
     if not method.has_adapter:
         return method, None
     stored = read_adapter(run.adapter(adapter))
-    return method if method.edits_base else method_from_peft(stored), stored
+    trained = method.with_stored(stored) if method.edits_base else method_from_peft(stored)
+    return trained, stored

@@ -102,7 +102,8 @@ def test_weights_that_are_not_there_or_cut(tiny, adapter):
         ),
         (
             {"modules_to_save": ["lm_heads"]},
-            'adapter.modules_to_save: "lm_heads" matches no module; did you mean "lm_head"?',
+            'adapter_config.json: "modules_to_save": "lm_heads" matches no module; did you mean '
+            '"lm_head"?',
         ),
         (
             {"init_lora_weights": "pissa"},

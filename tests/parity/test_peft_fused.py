@@ -41,6 +41,7 @@ OURS = {
 THEIRS = {
     "both": {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
     "gate-up": {"target_parameters": ["mlp.experts.gate_up_proj"], "use_rslora": True},
+    "all-linear": {"target_modules": "all-linear"},
     "patterns": {
         "target_modules": ["o_proj"],
         "target_parameters": [

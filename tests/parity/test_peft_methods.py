@@ -283,12 +283,10 @@ def test_new_tokens_start_as_the_base_and_count_in_a_tied_head(tied, tiny, tmp_p
     directory = tiny("llama", tie_word_embeddings=tied)
     tokens = np.concatenate([TOKENS, TOKENS % 3 + 157], axis=1)
     base = jaxtune.load(directory, dtype="float32", progress=False).logits(tokens)
-    parts = load_parts(directory, Lora(4, 8.0, new_tokens=3))
+    parts = load_parts(directory, Lora(4, 8.0, new_tokens=3, token_ids=(157, 158, 159)))
     model = Model(parts, directory, single_device_mesh(), dtype="float32")
-    if tied:  # a few columns of the head are a product of their own, summed in another order
-        assert_same_logits(model.logits(tokens), base)
-    else:
-        assert np.array_equal(model.logits(tokens), base)
+    # A few columns of the head are a product of their own, summed in another order.
+    assert_same_logits(model.logits(tokens), base)
     peft = LoraConfig(
         r=4,
         target_modules=["q_proj"],
@@ -302,11 +300,3 @@ def test_new_tokens_start_as_the_base_and_count_in_a_tied_head(tied, tiny, tmp_p
     assert_same_logits(ours.logits(tokens), expected)
     merged = ours.save_pretrained(tmp_path / "merged", dtype="float32")
     assert_same_logits(torch_logits(reference(merged), tokens), expected)
-
-
-def test_other_rows_than_the_last_are_refused(tiny, tmp_path):
-    directory = tiny("llama")
-    peft = LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[3, 4])
-    get_peft_model(reference(directory), peft).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(jaxtune.JaxtuneError, match="are not the last 2 tokens of the model"):
-        jaxtune.load(directory, adapter=tmp_path / "adapter", progress=False)

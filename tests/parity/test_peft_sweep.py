@@ -1,0 +1,172 @@
+"""Configurations that PEFT's own tests try: each adapter has PEFT's logits or is refused by name.
+
+What an adapter makes of the weights is folded into them and runs through one compiled function for
+each architecture, so that a case costs no compilation.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+from oracles import LOGITS, load_torch, random_tokens, relative, torch_logits
+from peft import LoraConfig, get_peft_model
+from peft_cases import CASES, settings_for
+
+import jaxtune
+from jaxtune.adapters.merge import edits
+from jaxtune.adapters.settings import ALWAYS, KINDS, TARGETS, check_settings
+from jaxtune.api import Model
+from jaxtune.checkpoints.assemble import assemble, attach
+from jaxtune.checkpoints.huggingface import open_source
+from jaxtune.checkpoints.peft import read_adapter
+from jaxtune.errors import JaxtuneError
+from jaxtune.layers.tree import flatten, unflatten
+from jaxtune.parallel.mesh import single_device_mesh
+
+pytestmark = pytest.mark.usefixtures("compiled_lightly")
+
+TOKENS = random_tokens(1, 2, 24)
+BASES = ("llama", "qwen2", "deepseek_v3", "tied")
+
+
+class Base:
+    """A tiny model, loaded once by both programs."""
+
+    def __init__(self, directory):
+        self.directory, self.source = directory, open_source(directory)
+        self.torch = load_torch(directory)
+        mesh = single_device_mesh()
+        self.bare = assemble(self.source, "float32", mesh, progress=False)
+        self.plain = torch_logits(self.torch, TOKENS)
+
+    def theirs(self, config, target):
+        """Makes an adapter with PEFT in which nothing is the identity; returns PEFT's logits."""
+        torch.manual_seed(0)
+        model = get_peft_model(copy.deepcopy(self.torch), config).eval()
+        with torch.no_grad():
+            for value in (v for v in model.parameters() if v.requires_grad):
+                value.add_(0.2 * torch.randn_like(value))
+        model.save_pretrained(target)
+        return torch_logits(model, TOKENS)[:, -TOKENS.shape[1] :]
+
+    def ours(self, directory):
+        """Returns jaxtune's logits of an adapter, folded into the weights where it has a place."""
+        parts = attach(self.bare, self.source, "float32", read_adapter(directory))
+        if not parts.method.can_merge:
+            return self._logits(parts)
+        trees = parts.base, parts.trainable, parts.constants
+        with jax.disable_jit():  # of many shapes, each but once
+            found = edits(parts.definition.bind(*trees))
+            values = {path: value for tree in trees[:2] for path, value in flatten(tree)}
+            merged = {
+                path: self._stacked(path, found[path]) if path in found else values[path]
+                for path in self.bare.definition.leaves
+            }
+        return self._logits(self.bare._replace(base=unflatten(merged)))
+
+    def _stacked(self, path, edit):
+        declared = self.bare.definition.leaves[path].declaration
+        count = int(np.prod(declared.stack_shape, dtype=int))
+        values = [edit(part, jnp.float32) for part in range(count)]
+        return jnp.stack(values).reshape(declared.stacked_shape)
+
+    def _logits(self, parts):
+        mesh = single_device_mesh()
+        return Model(parts, self.directory, mesh, dtype="float32").logits(TOKENS)
+
+
+@pytest.fixture(scope="module")
+def base(request, tiny, families):
+    """A base by name."""
+    if request.param == "tied":
+        return Base(tiny("llama", tie_word_embeddings=True))
+    return Base(families("deepseek_v3") if request.param == "deepseek_v3" else tiny(request.param))
+
+
+def outcome(base, config, case, tmp_path):
+    """Tries a case; returns what is wrong with it, or None."""
+    try:
+        theirs = base.theirs(config, tmp_path)
+    except Exception as error:
+        return f"PEFT: {error}"
+    try:
+        ours = base.ours(tmp_path)
+    except JaxtuneError as error:
+        expected = case.refused and re.search(case.refused, str(error)) and "\n" not in str(error)
+        return None if expected else f"refused: {error}"
+    if case.refused:
+        return "not refused"
+    error, shows = relative(ours, theirs), relative(theirs, base.plain)
+    return None if error <= LOGITS < shows else f"error {error:.1e}, change {shows:.1e}"
+
+
+def test_an_adapter_of_a_resized_model_needs_a_base_of_that_size(tiny, tmp_path):
+    small, grown = Base(tiny("llama")), tmp_path / "grown"
+    model = load_torch(small.directory)
+    model.resize_token_embeddings(164, mean_resizing=False)
+    with torch.no_grad():  # the adapter has rows of its own, as after training
+        model.get_input_embeddings().weight[160:] = 0.5
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+    adapted = get_peft_model(model, config).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    message = (
+        "(embed_tokens|lm_head) has 164 rows and that of the base 160.*resize_token_embeddings"
+    )
+    with pytest.raises(JaxtuneError, match=message):
+        small.ours(tmp_path / "adapter")
+    other = load_torch(small.directory)
+    other.resize_token_embeddings(164)
+    other.save_pretrained(grown)
+    tokens = np.concatenate([TOKENS, np.full((2, 1), 163)], axis=1)
+    ours = jaxtune.load(grown, adapter=tmp_path / "adapter", dtype="float32", progress=False)
+    assert relative(ours.logits(tokens), torch_logits(adapted, tokens)) <= LOGITS
+
+
+CONFIGS = {
+    peft.LoraConfig: {},
+    peft.IA3Config: {},
+    peft.VeraConfig: {},
+    peft.PromptTuningConfig: {"num_virtual_tokens": 4},
+    peft.PrefixTuningConfig: {"num_virtual_tokens": 4},
+    peft.PromptEncoderConfig: {"num_virtual_tokens": 4},
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_every_setting_of_peft_is_read_or_refused(kind, tmp_path):
+    kind(**CONFIGS[kind]).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    check_settings(config)  # PEFT's defaults are fine
+    known = KINDS[config["peft_type"]]
+    # No name that PEFT has given up or that is misspelt.
+    assert (known.read | known.inert) - TARGETS <= config.keys()
+    # Whatever else PEFT has, or will have, is refused once it is in use.
+    for name in [*config, "new_setting"]:
+        for value in (True, 3, "other", {"top_k": 2}, [[0, 2]]):
+            if name in known.read | known.inert | ALWAYS:
+                check_settings(config | {name: value})
+            else:
+                with pytest.raises(JaxtuneError, match=f'"{name}"='):
+                    check_settings(config | {name: value})
+
+
+@pytest.mark.parametrize("base", BASES, indirect=True, ids=BASES)
+def test_every_configuration_is_equal_or_refused_by_name(base, request, tmp_path):
+    name = request.node.callspec.id
+    wrong = {}
+    for key, case in CASES.items():
+        if name not in (case.bases or BASES[:3]):
+            continue
+        settings = {"task_type": "CAUSAL_LM"} | settings_for(name, case.settings)
+        found = outcome(base, case.config(**settings), case, tmp_path / key)
+        if found is not None:
+            wrong[key] = found
+    assert not wrong, json.dumps(wrong, indent=1)
