@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxtune.checkpoints.source import ALL, refuse_pointer
-from jaxtune.checkpoints.torch_names import STORAGES, TensorRecord
+from jaxtune.checkpoints.torch_names import STORAGES, Storage, TensorRecord
 from jaxtune.checkpoints.torch_pickle import ANOTHER_WAY, printable, read_state_dict
 from jaxtune.checkpoints.zip_directory import Member, read_directory
 from jaxtune.errors import JaxtuneError
@@ -80,10 +80,14 @@ class TorchFile:
         members = read_directory(self._map, path)
         prefix = self._prefix(members)
         pickle = self._pickle(members[f"{prefix}data.pkl"])
-        self._entries = {
-            name: self._entry(name, record, members.get(f"{prefix}data/{record.storage.key}"))
-            for name, record in read_state_dict(self._map, pickle.start, pickle.size, path).items()
-        }
+        records = read_state_dict(self._map, pickle.start, pickle.size, path)
+        storages: dict[str, Storage] = {}
+        self._entries: dict[str, _Entry] = {}
+        for name, record in records.items():
+            key = record.storage.key
+            if storages.setdefault(key, record.storage) != record.storage:
+                self._refuse(f'tensor "{name}": its storage has another dtype or size elsewhere')
+            self._entries[name] = self._entry(name, record, members.get(f"{prefix}data/{key}"))
         copied = sum(entry.nbytes for entry in self._entries.values() if not entry.contiguous)
         if copied > max(len(self._map), COPIED_BYTES):
             self._refuse("has tensors of more values than the file, from overlapping views")

@@ -157,6 +157,13 @@ def test_lying_sizes(tmp_path, lie):
     assert refusal(tmp_path, archive(state(("a", SIZES[lie]))))
 
 
+def test_a_storage_of_two_dtypes(tmp_path):
+    """torch takes the first and misreads the second."""
+    halves = tensor((4,), (1,), values=storage("torch.HalfStorage", count=32))
+    message = refusal(tmp_path, archive(state(("a", tensor()), ("b", halves))))
+    assert message == 'tensor "b": its storage has another dtype or size elsewhere'
+
+
 DEEP = 10**6
 COUNT = range(10**6)
 INNER = [b"}%sh%csq%c" % (text("a"), i, i + 1) for i in range(200)]

@@ -66,7 +66,7 @@ def test_a_syntax_error_is_at_the_line_of_the_file(deepseek):
 def test_a_prompt_is_asked_on_the_day_of_the_clock(deepseek, tmp_path):
     path = tmp_path / "dated.jinja"
     path.write_text(DATED["llama"])
-    ids = encode_prompt(deepseek, CHAT, str(path), DAY)
+    ids = encode_prompt(deepseek, CHAT, str(path), clock=DAY)
     assert deepseek.decode(ids) == EXPECTED["llama"]
 
 
