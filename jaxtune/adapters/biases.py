@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxtune.adapters.linear import PREFIX
 from jaxtune.adapters.method import Stored
+from jaxtune.adapters.peft_files import PREFIX
 from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.layers.decoder import CausalLM
 from jaxtune.layers.tree import declaration_of, layer_names, variables

@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtune.adapters.linear import PREFIX
 from jaxtune.adapters.method import BASE_COPY, Stored
 from jaxtune.adapters.pairs import Pair, kind_of, pairs_of, plain_config
+from jaxtune.adapters.peft_files import PREFIX
+from jaxtune.adapters.saved import whole_weights
 from jaxtune.errors import JaxtuneError, lookup
 
 MAJORITIES = ("total", "frequency")
@@ -216,12 +217,12 @@ def read_pairs(name: str, stored: Stored) -> dict[str, Pair]:
     kind = kind_of(stored)
     if kind != "LoRA":
         raise JaxtuneError(f'adapter "{name}" is {kind}: only LoRA adapters can be combined')
-    for key in ("modules_to_save", "trainable_token_indices"):
-        if config.get(key):
-            raise JaxtuneError(
-                f'adapter "{name}" has {key}={config[key]!r}, which are whole weights: they cannot '
-                "be combined"
-            )
+    whole = whole_weights(stored)
+    if whole:
+        raise JaxtuneError(
+            f'adapter "{name}" has {whole[0]}={whole[1]!r}, which are whole weights: they cannot '
+            "be combined"
+        )
     if config.get("bias", "none") != "none":
         raise JaxtuneError(
             f'adapter "{name}" has bias={config["bias"]!r}: trained biases cannot be combined'

@@ -16,8 +16,9 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
+from jaxtune.adapters.factors import Factor, read_settings
 from jaxtune.adapters.linear import Part, adapters
-from jaxtune.adapters.lora import Factor, Lora, LoraAdapter, read_settings, settings_from_config
+from jaxtune.adapters.lora import Lora, LoraAdapter, settings_from_config
 from jaxtune.adapters.method import Start, Stored
 from jaxtune.adapters.targets import Projection
 from jaxtune.layers.linear import Edit, LowRank, product

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxtune.adapters.experts import EXPERT, PROJECTIONS, Experts, experts_of
-from jaxtune.adapters.linear import PREFIX, target_modules
 from jaxtune.adapters.method import Stored
 from jaxtune.adapters.pairs import Pair, kind_of, pairs_of
+from jaxtune.adapters.peft_files import PREFIX, target_modules
 from jaxtune.adapters.targets import ROUTER, find_pattern
 from jaxtune.errors import JaxtuneError
 from jaxtune.models.definition import Definition

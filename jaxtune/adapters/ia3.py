@@ -14,17 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxtune.adapters.linear import (
-    PREFIX,
-    LinearMethod,
-    Part,
-    SlotAdapter,
-    edit_tensors,
-    from_disk,
-    peft_config,
-    shared_settings,
-)
+from jaxtune.adapters.linear import LinearMethod, Part, SlotAdapter, shared_settings
 from jaxtune.adapters.method import Stored
+from jaxtune.adapters.peft_files import PREFIX, edit_tensors, from_disk, peft_config
 from jaxtune.adapters.saved import saved_modules
 from jaxtune.adapters.targets import Projection
 from jaxtune.errors import JaxtuneError

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtune.adapters.linear import PREFIX
-from jaxtune.adapters.lora import Factor, read_settings
+from jaxtune.adapters.factors import Factor, read_settings
 from jaxtune.adapters.method import Stored
+from jaxtune.adapters.peft_files import PREFIX
 
 
 class Pair(NamedTuple):
@@ -44,7 +44,7 @@ def pairs_of(stored: Stored) -> dict[str, Pair]:
     """Returns the factors of a LoRA adapter on disk by Hugging Face module name.
 
     Raises:
-      JaxtuneError: see `jaxtune.adapters.lora.read_settings`.
+      JaxtuneError: see `jaxtune.adapters.factors.read_settings`.
     """
     settings: dict[str, Factor] = dict(read_settings(stored)["factors"])
     factors = {

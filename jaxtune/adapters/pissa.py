@@ -19,9 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.sparse.linalg import svds
 
-from jaxtune.adapters.linear import PREFIX, adapters, pack
-from jaxtune.adapters.lora import Factor, Lora, LoraAdapter, settings_from_config
+from jaxtune.adapters.factors import Factor
+from jaxtune.adapters.linear import adapters, pack
+from jaxtune.adapters.lora import Lora, LoraAdapter, settings_from_config
 from jaxtune.adapters.method import BaseEdit, Start, Stored
+from jaxtune.adapters.peft_files import PREFIX
 from jaxtune.adapters.targets import Projection
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.tree import (

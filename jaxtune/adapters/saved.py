@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -36,6 +37,14 @@ def saved_modules(stored: Stored) -> tuple[str, ...]:
         )
     whole = (name for name, key in _EMBEDDINGS.items() if key in stored.tensors)
     return tuple(saved) + tuple(name for name in whole if not is_saved(name, saved))
+
+
+def whole_weights(stored: Stored) -> tuple[str, Any] | None:
+    """Returns the setting of an adapter on disk that stands for whole weights, and its value."""
+    saved, tokens = saved_modules(stored), stored.config.get("trainable_token_indices")
+    if saved:
+        return "modules_to_save", list(saved)
+    return ("trainable_token_indices", tokens) if tokens else None
 
 
 def is_whole(name: str, saved: Sequence[str]) -> bool:

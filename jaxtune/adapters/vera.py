@@ -16,16 +16,9 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jaxtune.adapters.linear import (
-    LinearMethod,
-    Part,
-    SlotAdapter,
-    edit_tensors,
-    from_disk,
-    peft_config,
-    shared_settings,
-)
+from jaxtune.adapters.linear import LinearMethod, Part, SlotAdapter, shared_settings
 from jaxtune.adapters.method import Stored
+from jaxtune.adapters.peft_files import edit_tensors, from_disk, peft_config
 from jaxtune.adapters.saved import saved_modules
 from jaxtune.adapters.targets import Projection, linears
 from jaxtune.errors import JaxtuneError

@@ -12,9 +12,10 @@ from __future__ import annotations
 import numpy as np
 
 from jaxtune.adapters.experts import EXPERT, PROJECTIONS, experts_of
-from jaxtune.adapters.linear import PREFIX, target_modules
 from jaxtune.adapters.method import Stored
 from jaxtune.adapters.pairs import Pair, kind_of, pairs_of, plain_config
+from jaxtune.adapters.peft_files import PREFIX, target_modules
+from jaxtune.adapters.saved import whole_weights
 from jaxtune.adapters.targets import ROUTER
 from jaxtune.errors import JaxtuneError
 from jaxtune.models.definition import Definition
@@ -64,9 +65,9 @@ def _refuse(stored: Stored) -> None:
         )
     if kind != "LoRA":
         raise JaxtuneError(f"vLLM loads LoRA adapters alone, and this one is {kind}: {_MERGE}")
-    for key in ("modules_to_save", "trainable_token_indices"):
-        if config.get(key):
-            raise JaxtuneError(f"vLLM refuses {key}, here {config[key]!r}: {_MERGE}")
+    whole = whole_weights(stored)
+    if whole:
+        raise JaxtuneError(f"vLLM refuses {whole[0]}, here {whole[1]!r}: {_MERGE}")
     if config.get("bias", "none") != "none":
         raise JaxtuneError(f'vLLM refuses trained biases, here bias="{config["bias"]}": {_MERGE}')
     for key in stored.tensors:

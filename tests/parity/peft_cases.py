@@ -185,6 +185,27 @@ CASES: dict[str, Case] = {
         TrainableTokensConfig, {"token_indices": [3, 9]}, "TRAINABLE_TOKENS", ("llama",)
     ),
 }
+# Those that depend on the architecture; the others are quickly tried on LLaMA alone.
+EVERYWHERE = {
+    "targets-default",
+    "all-linear",
+    "mlp",
+    "alpha-dropout",
+    "patterns",
+    "head",
+    "dora",
+    "saved",
+    "saved-container",
+    "saved-attention",
+    "bias-all",
+    "bias-lora-only",
+    "tokens-both",
+    "ia3",
+    "ia3-both",
+    "ia3-default",
+    "vera",
+    "prefix",
+}
 # What DeepSeek-V3 has in place of LLaMA's projections.
 _LATENT = {"q_proj": "q_b_proj", "k_proj": "kv_a_proj_with_mqa", "v_proj": "kv_b_proj"}
 

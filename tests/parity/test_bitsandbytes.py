@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import jaxtune
 from jaxtune.adapters.combine import plain_config
-from jaxtune.adapters.linear import PREFIX
 from jaxtune.adapters.method import Stored
+from jaxtune.adapters.peft_files import PREFIX
 from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.peft import write_adapter
 from jaxtune.layers.tree import flatten, layer_names

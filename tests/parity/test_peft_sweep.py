@@ -18,7 +18,7 @@ import pytest
 import torch
 from oracles import LOGITS, load_torch, random_tokens, relative, torch_logits
 from peft import LoraConfig, get_peft_model
-from peft_cases import CASES, settings_for
+from peft_cases import CASES, EVERYWHERE, settings_for
 
 import jaxtune
 from jaxtune.adapters.merge import edits
@@ -35,13 +35,16 @@ pytestmark = pytest.mark.usefixtures("compiled_lightly")
 
 TOKENS = random_tokens(1, 2, 24)
 BASES = ("llama", "qwen2", "deepseek_v3", "tied")
+# Tried on a part of the configurations where time is short.
+SPARSE = ("qwen2", "deepseek_v3")
 
 
 class Base:
     """A tiny model, loaded once by both programs."""
 
-    def __init__(self, directory):
-        self.directory, self.source = directory, open_source(directory)
+    def __init__(self, directory, name=""):
+        self.directory, self.name = directory, name
+        self.source = open_source(directory)
         self.torch = load_torch(directory)
         mesh = single_device_mesh()
         self.bare = assemble(self.source, "float32", mesh, progress=False)
@@ -86,9 +89,10 @@ class Base:
 @pytest.fixture(scope="module")
 def base(request, tiny, families):
     """A base by name."""
-    if request.param == "tied":
-        return Base(tiny("llama", tie_word_embeddings=True))
-    return Base(families("deepseek_v3") if request.param == "deepseek_v3" else tiny(request.param))
+    name = request.param
+    if name == "tied":
+        return Base(tiny("llama", tie_word_embeddings=True), name)
+    return Base(families(name) if name == "deepseek_v3" else tiny(name), name)
 
 
 def outcome(base, config, case, tmp_path):
@@ -158,15 +162,31 @@ def test_every_setting_of_peft_is_read_or_refused(kind, tmp_path):
                     check_settings(config | {name: value})
 
 
-@pytest.mark.parametrize("base", BASES, indirect=True, ids=BASES)
-def test_every_configuration_is_equal_or_refused_by_name(base, request, tmp_path):
-    name = request.node.callspec.id
-    wrong = {}
+def cases_of(name):
+    """Yields the cases of an architecture, and whether each is among the quick ones."""
     for key, case in CASES.items():
-        if name not in (case.bases or BASES[:3]):
+        if name in (case.bases or BASES[:3]):
+            quick = name not in SPARSE or key in EVERYWHERE or case.bases == (name,)
+            yield key, case, quick
+
+
+SLOW = [pytest.param(name, False, marks=pytest.mark.slow, id=f"{name}-others") for name in SPARSE]
+
+
+@pytest.mark.parametrize(
+    ("base", "quick"),
+    [*(pytest.param(name, True, id=name) for name in BASES), *SLOW],
+    indirect=["base"],
+)
+def test_every_configuration_is_equal_or_refused_by_name(base, quick, tmp_path):
+    tried, wrong = 0, {}
+    name = base.name
+    for key, case, is_quick in cases_of(name):
+        if is_quick != quick:
             continue
+        tried += 1
         settings = {"task_type": "CAUSAL_LM"} | settings_for(name, case.settings)
         found = outcome(base, case.config(**settings), case, tmp_path / key)
         if found is not None:
             wrong[key] = found
-    assert not wrong, json.dumps(wrong, indent=1)
+    assert tried and not wrong, json.dumps(wrong, indent=1)
