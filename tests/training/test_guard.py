@@ -122,7 +122,9 @@ def test_a_run_stops_after_bad_updates_in_a_row_and_its_checkpoints_are_sound(ti
 def test_float16_finds_its_scale_and_trains_as_float32_does(tiny, rows, tmp_path):
     runs = {}
     for dtype in ("float16", "float32"):
-        config = sections(tiny("llama"), rows, training={"dtype": dtype, "steps": 25})
+        # Every step is on all rows: one scale fits them all, and losses can be compared.
+        training = {"dtype": dtype, "steps": 25, "batch_size": 16}
+        config = sections(tiny("llama"), rows, training=training)
         config["optimizer"]["schedule"] = "constant"
         runs[dtype] = jaxtune.train(config, tmp_path / dtype).metrics()
     scales = [line["loss_scale"] for line in runs["float16"]]
