@@ -177,6 +177,17 @@ def test_a_call_without_arguments_has_an_empty_object(chatml, jsonl, files, name
     assert text.count("{}") == 1
 
 
+@pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-r1", "deepseek-v3.1", "qwen3"])
+def test_a_call_may_lack_its_type_and_its_wrapper(chatml, jsonl, name):
+    bare, rows = {"name": "f", "arguments": {"a": 1.5}}, []
+    for made in (call(bare["arguments"]), {"function": bare}, bare):
+        rows.append({"messages": [user(), assistant("", tool_calls=[made])]})
+    examples = load(jsonl, chatml, *rows, chat_template=name)
+    for row, tokens in zip(rows, examples.tokens, strict=True):
+        assert theirs(chatml, read_template(name), row["messages"]) == tokens.tolist()
+        assert tokens.tolist() == examples.tokens[0].tolist()
+
+
 DROPPED = [
     ("deepseek-v3", "<think>a</think>x<think>b</think>y", "y", 1),
     ("deepseek-v3", "<think>\nhm\n</think>\n\n    code", "    code", 1),
@@ -228,9 +239,10 @@ OWN = {
         [user(), assistant("A"), user("R"), assistant("B", reasoning_content="so")],
         *({}, [f"A{END}", f"<think>\nso\n</think>\n\nB{END}"]),
     ),
-    "called": (
-        *(CALLED, {}),
-        [f'<tool_call>\n{{"name": "f", "arguments": {{"a": 1}}}}\n</tool_call>{END}', None],
+    "called": (*(CALLED, {}, [None, f"{NO}nine{END}"]),),
+    "steps": (
+        [*CALLED, user("R"), assistant("B")],
+        *({}, [None, f"nine{END}", f"{NO}B{END}"]),
     ),
     "fast": (
         [user(), assistant("A"), user("R"), assistant("B")],
@@ -247,7 +259,8 @@ def test_qwen3s_own_template_is_learnt_as_the_whole_conversation_shows_it(chatml
     assert chatml(text, add_special_tokens=False)["input_ids"] == theirs(
         chatml, QWEN, messages, tools=TOOLS if chat == "called" else None, **arguments
     )
-    wanted = [f"{NO}nine{END}" if part is None else part for part in expected]
+    called = f'<tool_call>\n{{"name": "f", "arguments": {{"a": 1}}}}\n</tool_call>{END}'
+    wanted = [called if part is None else part for part in expected]
     assert [text[start:stop] for start, stop in spans] == wanted
 
 
