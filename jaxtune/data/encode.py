@@ -14,9 +14,10 @@ import numpy as np
 
 from jaxtune.data.ends import span_ends
 from jaxtune.data.files import Record
-from jaxtune.data.formats import FORMATS, Reading, Sample, detect, unread_keys
+from jaxtune.data.formats import FORMATS, detect, unread_keys
 from jaxtune.data.messages import read_arguments
 from jaxtune.data.read import Row, parse
+from jaxtune.data.samples import Reading, Sample
 from jaxtune.data.template import ChatTemplate, read_template
 from jaxtune.data.tokens import IGNORE, Tokens, tokenize_batch
 from jaxtune.errors import JaxtuneError

@@ -1,0 +1,157 @@
+"""What a row teaches: text and what of it is learnt, as the ``data`` section asks for it."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxtune.data.messages import Conversation, choose_targets, what_is_said
+from jaxtune.data.reasoning import (
+    END_THINK,
+    REASONING_KEYS,
+    opens_reasoning,
+    separate_reasoning,
+    split_content,
+)
+from jaxtune.data.template import ChatTemplate
+from jaxtune.data.tokens import Tokenized
+from jaxtune.errors import JaxtuneError
+
+# What may be done to turns, as reports name it.
+DROPPED, FIRST_TURN = "reasoning dropped", "first turn not learnt"
+
+
+class Sample(NamedTuple):
+    """What a row teaches.
+
+    Attributes:
+      content: equal for rows that say the same; what tells duplicates.
+      text: to be tokenized as a whole.
+      spans: ``(start, end)`` in characters of what is learnt.
+      ends: whether the tokenizer adds its special tokens, and EOS ends the text and is learnt;
+        otherwise the text has its own.
+      tokens: ids and labels of a row that is tokenized already, in place of the text.
+      unread: keys of its turns that neither jaxtune nor the chat template reads.
+      turns: how many of its turns were changed or left out, by what was done to them.
+    """
+
+    content: bytes
+    text: str = ""
+    spans: Sequence[tuple[int, int]] = ()
+    ends: bool = False
+    tokens: Tokenized | None = None
+    unread: frozenset[str] = frozenset()
+    turns: Mapping[str, int] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How rows are read: what of the ``data`` section they depend on.
+
+    Attributes:
+      template: None without a tokenizer.
+      targets: which turns are learnt; see `choose_targets`.
+      reasoning: ``keep`` or ``drop`` what comes before ``</think>``.
+      empty_reasoning: ``learn`` or ``mask`` the empty think block that a template adds.
+      wordings: texts with ``{prompt}`` in them, one of which each prompt is put into.
+      seed: that which of them is drawn depends on, beside the row.
+    """
+
+    template: ChatTemplate | None
+    targets: str = "all"
+    reasoning: str = "keep"
+    empty_reasoning: str = "learn"
+    wordings: tuple[str, ...] = ()
+    seed: int = 0
+
+    def needed(self, place: str, *, ends: bool = False) -> ChatTemplate:
+        """Returns the template; raises naming the row where there is none.
+
+        Args:
+          place: of the row.
+          ends: whether the tokenizer has to have an EOS token.
+        """
+        if self.template is None:
+            raise JaxtuneError(
+                f"{place}: text needs a tokenizer and the checkpoint has none; "
+                "without one, rows are input_ids + labels"
+            )
+        if ends and not isinstance(self.template.tokenizer.eos_token_id, int):
+            raise JaxtuneError(f"{place}: the tokenizer has no EOS token to end a text with")
+        return self.template
+
+    def worded(self, prompt: str, content: bytes) -> str:
+        """Returns the prompt in the wording that the seed and the row's content draw."""
+        if not self.wordings:
+            return prompt
+        drawn = int.from_bytes(hashlib.sha256(b"%d " % self.seed + content).digest()[:8], "little")
+        return self.wordings[drawn % len(self.wordings)].replace("{prompt}", prompt)
+
+
+def sample_of(conversation: Conversation, reading: Reading, place: str) -> Sample:
+    """Returns what a conversation teaches.
+
+    Args:
+      conversation: of a row.
+      reading: how it is read.
+      place: of the row.
+
+    Raises:
+      JaxtuneError: nothing is learnt, or the template refuses or rewrites the conversation.
+    """
+    template = reading.needed(place)
+    learnt = choose_targets(conversation, reading.targets, place)
+    content, counts = what_is_said(conversation), collections.Counter[str]()
+    if conversation.turns[0]["role"] == "assistant" and reading.targets == "all":
+        counts[FIRST_TURN] += conversation.marks[0] is None
+    if reading.reasoning == "drop":
+        conversation = _without_reasoning(conversation, template, counts, place)
+        for index in learnt:
+            turn = conversation.turns[index]
+            if not (turn["content"] or "").strip() and "tool_calls" not in turn:
+                raise JaxtuneError(f"{place}: messages[{index}] is nothing but reasoning")
+    turns = conversation.turns
+    if reading.wordings:
+        first = next((i for i, turn in enumerate(turns) if turn["role"] == "user"), None)
+        if first is not None:
+            worded = {**turns[first], "content": reading.worded(turns[first]["content"], content)}
+            turns = [*turns[:first], worded, *turns[first + 1 :]]
+    context = (conversation.tools, conversation.arguments)
+    learn_empty = reading.empty_reasoning == "learn"
+    text, spans = template.spans(turns, place, learnt, *context, empty_reasoning=learn_empty)
+    unread = template.unread_keys(turns, conversation.extra, *context)
+    named = frozenset(f"messages[].{key}" for key in unread)
+    return Sample(content, text, spans, unread=named, turns={k: n for k, n in counts.items() if n})
+
+
+def _without_reasoning(
+    conversation: Conversation,
+    template: ChatTemplate,
+    counts: collections.Counter[str],
+    place: str,
+) -> Conversation:
+    """Takes the reasoning out of the assistant's turns, and counts those that had some."""
+    turns: list[dict[str, Any]] = []
+    for index, turn in enumerate(conversation.turns):
+        if turn["role"] == "assistant":
+            reasoning, answer = separate_reasoning(turn), turn["content"]
+            if END_THINK in (answer or ""):
+                opened = index > 0 and opens_reasoning(
+                    template.render(
+                        turns,
+                        generation_prompt=True,
+                        tools=conversation.tools,
+                        arguments=conversation.arguments,
+                        place=place,
+                    )
+                )
+                within, answer = split_content(answer, opened)
+                reasoning += within
+            counts[DROPPED] += bool(reasoning.strip())
+            kept = {key: value for key, value in turn.items() if key not in REASONING_KEYS}
+            turn = {**kept, "content": answer}
+        turns.append(turn)
+    return conversation._replace(turns=turns)
