@@ -74,7 +74,9 @@ def _read_completion(row: Row, reading: Reading) -> Sample:
     content = _identity(prompt, completion)
     prompt = reading.worded(prompt, content)
     text = prompt + completion
-    return Sample(content, text, [(len(prompt), len(text))], ends=True)
+    # No template renders two strings.
+    unread = frozenset(key for key in ("tools", _ARGUMENTS) if row.values.get(key))
+    return Sample(content, text, [(len(prompt), len(text))], ends=True, unread=unread)
 
 
 def _read_alpaca(row: Row, reading: Reading) -> Sample:

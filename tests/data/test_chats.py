@@ -337,6 +337,8 @@ def test_arguments_of_the_template_come_from_the_config_and_from_rows(chatml, js
     finally:
         chatml.chat_template = chatml_template
     assert examples.unread == ()
+    strings = {"prompt": "Q", "completion": "A", "chat_template_kwargs": fast}
+    assert load(jsonl, chatml, strings).unread == ("chat_template_kwargs",)
 
 
 def test_a_template_can_carry_its_arguments(chatml):
