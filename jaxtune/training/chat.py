@@ -18,8 +18,9 @@ from jaxtune.checkpoints.chat import Chat, adapter_chat, base_chat
 from jaxtune.checkpoints.huggingface import read_json
 from jaxtune.checkpoints.source import TensorSource
 from jaxtune.data import Examples
+from jaxtune.data.builtin import read_template, with_arguments
 from jaxtune.data.clock import now, read_clock
-from jaxtune.data.template import read_template
+from jaxtune.data.messages import read_arguments
 from jaxtune.parallel.processes import barrier, leads
 from jaxtune.training.run import RunDirectory
 
@@ -58,8 +59,7 @@ def begin_chat(
       JaxtuneError: ``data.chat_template`` cannot be read.
     """
     if leads() and not run.chat.is_file():
-        template = read_template(config.data.chat_template)
-        _write(run, base.with_template(template), (), clock or now())
+        _write(run, _templated(base, config), (), clock or now())
     barrier("the chat template is kept")
     return _kept(run, base)
 
@@ -105,8 +105,21 @@ def run_chat(run: RunDirectory, config: Any, source: TensorSource) -> Chat:
     """
     base = start_chat(config, source)
     if not run.chat.is_file():  # of an earlier version
-        return base.with_template(read_template(config.data.chat_template))
+        return _templated(base, config)
     return _kept(run, base)
+
+
+def _templated(base: Chat, config: Any) -> Chat:
+    """Returns the chat with the template of a config and its arguments, which travel with it."""
+    chat = base.with_template(read_template(config.data.chat_template))
+    arguments = read_arguments(config.data.chat_template_kwargs, "data")
+    template = None if chat.tokenizer is None else chat.tokenizer.chat_template
+    if not template or not arguments:
+        return chat
+    if isinstance(template, str):
+        return chat.with_template(with_arguments(template, arguments))
+    named = {name: with_arguments(source, arguments) for name, source in template.items()}
+    return chat.with_template(named)
 
 
 def _write(run: RunDirectory, chat: Chat, ends: tuple[int, ...] | list[int], clock: Any) -> None:

@@ -165,7 +165,8 @@ class TestRoundTrip:
         for name in ("config.json", "model.safetensors"):
             shutil.copy(tiny("llama") / name, tmp_path / "in")
         ours = jaxtune.load(tmp_path / "in", progress=False).save_pretrained(tmp_path / "out")
-        assert {path.name for path in ours.iterdir()} == {"config.json", "model.safetensors"}
+        written = {"config.json", "generation_config.json", "model.safetensors"}
+        assert {path.name for path in ours.iterdir()} == written
 
     def test_tensors_that_are_not_needed_are_named_with_a_reason(self, tiny, tmp_path):
         directory = tmp_path / "in"

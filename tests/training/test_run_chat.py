@@ -22,7 +22,7 @@ ENDLESS = "{% for m in messages %}\n{{ m.role }}: {{ m.content }}{% endfor %}"
 # The assistant's turns end in another token than those that call a tool.
 TWO_ENDS = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}"
-    "{{ '<|im_start|>' if m.content == 'call' else '<|im_end|>' }}\n{% endfor %}"
+    "{{ '<|call|>' if m.content == 'call' else '<|im_end|>' }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 ASKED = {"role": "user", "content": "hi"}
@@ -40,14 +40,16 @@ def write(path, rows):
 
 @pytest.fixture
 def chat(tiny_chat):
-    return base_chat(tiny_chat, json.loads((tiny_chat / "config.json").read_text()))
+    found = base_chat(tiny_chat, json.loads((tiny_chat / "config.json").read_text()))
+    found.tokenizer.add_tokens(["<|call|>"], special_tokens=True)
+    return found
 
 
 @pytest.mark.parametrize(
     ("rows", "template", "options", "expected"),
     [
         ([row("a", "b"), row("c<|im_start|>")], None, {}, ["<|im_end|>"]),
-        ([row("a"), row("call", "b")], TWO_ENDS, {}, ["<|im_end|>", "<|im_start|>"]),
+        ([row("a"), row("call", "b")], TWO_ENDS, {}, ["<|im_end|>", "<|call|>"]),
         ([{"text": "some text"}], None, {}, ["<|im_end|>"]),
         ([{"prompt": "a", "completion": "b"}], None, {}, ["<|im_end|>"]),
         # A row that is cut short ends nowhere in particular: what it was before counts.
@@ -129,3 +131,15 @@ def test_a_gguf_names_its_end_tokens(smollm2_gguf):
     assert content == {"bos_token_id": 1, "eos_token_id": 2}
     trained = json.loads(chat.ending_with([0]).files()["generation_config.json"])
     assert trained["eos_token_id"] == [2, 0]
+
+
+def test_the_arguments_of_a_template_travel_with_it(chat, tmp_path):
+    template = "{{ style or 'plain' }} {% for m in messages %}{{ m.content }}{% endfor %}"
+    chat = chat.with_template({"default": template, "tool_use": template})
+    run = RunDirectory(tmp_path / "run")
+    with run.start(resolve({"data": {"chat_template_kwargs": '{"style": "brief"}'}})) as config:
+        kept = begin_chat(run, config, chat)
+    for name in ("default", "tool_use"):
+        ask = {"chat_template": kept.tokenizer.chat_template[name], "tokenize": False}
+        assert kept.tokenizer.apply_chat_template([ASKED], **ask) == "brief hi"
+        assert kept.tokenizer.apply_chat_template([ASKED], **ask, style="long") == "long hi"
