@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import jaxtune
+import jaxtune.config
 from jaxtune.adapters.define import define
 from jaxtune.checkpoints import companions, huggingface
 from jaxtune.checkpoints import quantize as quantizing
