@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -103,6 +104,8 @@ def attach(
       JaxtuneError: model and adapter do not fit one another.
     """
     method = method_from_peft(stored)
+    if method.dropout:  # of training alone, which not every module can have
+        method = dataclasses.replace(method, dropout=0.0)  # type: ignore[type-var]
     definition = define(bare.definition.config, dtype, method, quantization)
     _check_copies(source, stored)
     added = method.restore(definition, stored)

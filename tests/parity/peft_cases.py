@@ -80,6 +80,7 @@ CASES: dict[str, Case] = {
         target_modules=["q_proj"], rank_pattern={"q_proj": 2}, use_rslora=True, lora_alpha=5
     ),
     "head": _lora(target_modules=["q_proj", "lm_head"]),
+    "head-dropout": _lora(bases=("llama",), target_modules=["q_proj", "lm_head"], lora_dropout=0.1),
     "dora": _lora(**ALPHA, use_dora=True),
     "dora-head": _lora(bases=("llama",), target_modules=["q_proj", "lm_head"], use_dora=True),
     "gaussian": _lora(**Q, init_lora_weights="gaussian"),
