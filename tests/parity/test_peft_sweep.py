@@ -134,6 +134,17 @@ def test_an_adapter_of_a_resized_model_needs_a_base_of_that_size(tiny, tmp_path)
     assert relative(ours.logits(tokens), torch_logits(adapted, tokens)) <= LOGITS
 
 
+def test_an_untied_checkpoint_takes_edits_of_the_head(tiny, tmp_path):
+    tied = Base(tiny("llama", tie_word_embeddings=True))
+    settings = {"target_modules": ["lm_head", "q_proj"], "init_lora_weights": False}
+    theirs = tied.theirs(LoraConfig(task_type="CAUSAL_LM", r=2, **settings), tmp_path / "adapter")
+    untied = jaxtune.convert(
+        tied.directory, tmp_path / "untied", dtype="float32", untie=True, progress=False
+    )
+    assert relative(torch_logits(load_torch(untied), TOKENS), tied.plain) == 0
+    assert relative(Base(untied).ours(tmp_path / "adapter"), theirs) <= LOGITS
+
+
 CONFIGS = {
     peft.LoraConfig: {},
     peft.IA3Config: {},
