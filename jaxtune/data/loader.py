@@ -185,14 +185,14 @@ class Loader:
         ]
         if changed:
             raise JaxtuneError(
-                f"cannot go on in the order of the data: {'; '.join(changed)}: "
-                "put that back, or start a new run"
+                f"cannot resume the order of the data: {'; '.join(changed)}: restore that, or "
+                "start a new run"
             )
         if state.get("order") != ORDER_VERSION:
             raise JaxtuneError(
                 "the checkpoint was written by another version of jaxtune, which orders the data "
-                "differently: resume it with that version, or start a new run with "
-                "adapter.init_from=RUN/adapter/last"
+                "differently: resume it with that version, or start a new run (from its adapter: "
+                "adapter.init_from=RUN/adapter/last)"
             )
         number, step = state.get("pass"), state.get("step")
         if not (_counts(number) and _counts(step) and step < self.order.plan(number).steps):

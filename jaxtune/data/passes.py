@@ -100,7 +100,10 @@ class DataOrder:
           number: of the pass.
           advance: is told of examples that are packed, now and then.
         """
-        if number not in self._recent:
+        if number in self._recent:
+            if advance is not None:
+                advance(self.rows_per_pass)
+        else:
             # Two, for a step may be the last of one and the next the first of another.
             for other in list(self._recent)[:-1]:
                 del self._recent[other]

@@ -6,13 +6,14 @@ import collections
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from jaxtune.cli import main
 from jaxtune.config import load_file, resolve
-from jaxtune.data import DataOrder, Examples, Loader, Part, load_examples
+from jaxtune.data import DataOrder, Examples, Loader, Part, load_examples, progress
 from jaxtune.data.packing import pack
 from jaxtune.training.length import Timeline
 from jaxtune.training.train import make_loader
@@ -237,3 +238,14 @@ def test_statistics_say_what_a_pass_and_the_run_are(command, tmp_path):
     assert numbers["run"]["text"] == text
     output, _ = command("stats", twice, "training.epochs=1.25")
     assert text in output and "40 in 5 batches" in output
+
+
+def test_a_bar_appears_once_planning_takes_over_two_seconds(monkeypatch, capsys):
+    clock = iter(range(100))
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    order = DataOrder(make(20), **settings())
+    for passes, shown in ((1, False), (3, True)):
+        section = resolve({"training": {"epochs": float(passes)}}).training
+        Timeline(order).total_steps(section)
+        assert ("planning passes" in capsys.readouterr().err) == shown
