@@ -184,12 +184,19 @@ def read_weights(directory: Path, names: Sequence[str]) -> dict[str, np.ndarray]
     Raises:
       JaxtuneError: there is none, it is broken, or there are two that do not agree.
     """
-    files = [open_file(directory / name) for name in names if (directory / name).is_file()]
-    if not files:
+    paths = [directory / name for name in names if (directory / name).is_file()]
+    if not paths:
         others = "".join(f", nor {name}" for name in names[1:])
         raise JaxtuneError(f"{directory / names[0]}: no such file{others}")
-    first, *others = files
-    for other in others:
+    first = open_file(paths[0])
+    for path in paths[1:]:
+        try:
+            other = open_file(path)
+        except JaxtuneError as error:
+            raise JaxtuneError(
+                f"{directory}: holds {first.path.name} and {path.name}, and the second cannot be "
+                f"compared: remove the one that is out of date ({error})"
+            ) from error
         one, two = (dict.fromkeys(file.names(), file) for file in (first, other))
         if differs := _differences(one, two):
             raise JaxtuneError(

@@ -163,6 +163,9 @@ def test_an_adapter_in_two_forms(tmp_path):
             f"{tmp_path}: holds adapter_model.safetensors and adapter_model.bin, which differ in "
             '"b": remove the one that is out of date'
         )
+    (tmp_path / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(JaxtuneError, match="and the second cannot be compared: remove the one"):
+        read_adapter(tmp_path)
 
 
 @pytest.mark.parametrize("several", [False, True])
