@@ -19,10 +19,12 @@ from jaxtune.adapters import (
     ptuning,
     vera,
 )
+from jaxtune.adapters.full import Full
 from jaxtune.adapters.fused import fuse
+from jaxtune.adapters.lora import Lora
 from jaxtune.adapters.method import Method, Stored, is_adapterhub
 from jaxtune.adapters.vllm import for_vllm
-from jaxtune.errors import lookup
+from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.models.definition import Definition
 
 METHODS: dict[str, Callable[[Any], Method]] = {
@@ -62,8 +64,20 @@ EXPORTS: dict[str, Callable[[Stored, Definition], Stored]] = {"peft": fuse, "vll
 
 
 def method_from_config(section: Any) -> Method:
-    """Returns the method that the ``adapter`` section of a config asks for."""
-    return lookup(METHODS, section.method, "adapter.method")(section)
+    """Returns the method that the ``adapter`` section of a config asks for.
+
+    Raises:
+      JaxtuneError: no such method, or tokens to train with one that does not train tokens.
+    """
+    method = lookup(METHODS, section.method, "adapter.method")(section)
+    # Full fine-tuning trains the rows of all tokens.
+    if (section.new_tokens or section.train_tokens) and not isinstance(method, (Lora, Full)):
+        knob = "new_tokens" if section.new_tokens else "train_tokens"
+        raise JaxtuneError(
+            f"adapter.{knob} has no effect with adapter.method={section.method}: lora, dora and "
+            "pissa train the rows of tokens"
+        )
+    return method
 
 
 def method_from_peft(stored: Stored) -> Method:

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 import jaxtune
 from jaxtune.adapters import method_from_config
+from jaxtune.adapters.define import define
 from jaxtune.adapters.lora import Lora
 from jaxtune.config import resolve
 
@@ -82,6 +83,7 @@ def test_rows_of_real_tokens_are_trained_in_embedding_and_head(tied, padded, cha
     [
         ({"new_tokens": 259}, r"adapter\.new_tokens=259: the tokenizer has 258 tokens"),
         ({"train_tokens": "<|im_edn|>"}, r'no token "<\|im_edn\|>"; did you mean "<\|im_end\|>"'),
+        ({"new_tokens": 2, "method": "ia3"}, r"new_tokens has no effect with adapter\.method=ia3"),
         (
             {"new_tokens": 2},
             r"adapter\.new_tokens: token 257 has no row in the model, which has 160",
@@ -91,10 +93,8 @@ def test_rows_of_real_tokens_are_trained_in_embedding_and_head(tied, padded, cha
 def test_rows_that_no_token_has_are_refused(settings, message, tiny, tiny_chat):
     tokenizer = AutoTokenizer.from_pretrained(tiny_chat)
     config = json.loads((tiny("llama") / "config.json").read_text())
-    from jaxtune.adapters.define import define
-
-    method = method_from_config(resolve({"adapter": settings}).adapter)
     with pytest.raises(jaxtune.JaxtuneError, match=message):
+        method = method_from_config(resolve({"adapter": settings}).adapter)
         define(config, "float32", method.with_tokenizer(tokenizer))
 
 
