@@ -1,6 +1,7 @@
 """From a checkpoint on disk to files that other tools load, through what users type."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -152,3 +153,43 @@ def test_plan_tells_what_the_run_needs(small_config, capsys):
         main(["plan", "--config", str(small_config), "--topology", "v5x:1x1"])
     assert exit_.value.code == 65
     assert 'did you mean "v5' in capsys.readouterr().err
+
+
+def in_pytorchs_files(source, directory):
+    """Copies a model or an adapter with torch.save's files in place of safetensors."""
+    import torch
+    from safetensors.torch import load_file
+
+    shutil.copytree(source, directory)
+    names = {"model": "pytorch_model.bin", "adapter_model": "adapter_model.bin"}
+    (weights,) = directory.glob("*.safetensors")
+    torch.save(load_file(weights), directory / names[weights.stem])
+    weights.unlink()
+    return directory
+
+
+def test_files_of_pytorch_go_the_same_way(workdir, small_config, tiny_chat, tmp_path):
+    """Training from an adapter over a base, merging and combining give the same bytes."""
+    adapter = workdir / "adapter" / "best"
+    forms = {
+        "safetensors": (tiny_chat, adapter),
+        "pytorch": (
+            in_pytorchs_files(tiny_chat, tmp_path / "base"),
+            in_pytorchs_files(adapter, tmp_path / "adapter"),
+        ),
+    }
+    lines, written = {}, {}
+    for form, (base, start) in forms.items():
+        run, out = str(tmp_path / f"run-{form}"), tmp_path / form
+        flags = [f"--config.model.path={base}", f"--config.adapter.init_from={start}"]
+        short = ["--config.training.steps=2", "--config.evaluation.every=2"]
+        main(["train", "--config", str(small_config), *flags, *short, "--workdir", run])
+        main(["export", "--workdir", run, "--format", "merged", "--to", str(out / "merged")])
+        named = [f"--adapter=a={start}", f"--adapter=b={tmp_path / f'run-{form}' / 'adapter/last'}"]
+        main(["combine", *named, "--to", str(out / "both")])
+        main(["convert", "--from", str(base), "--to", str(out / "converted")])
+        lines[form] = [line["loss"] for line in jaxtune.Run(run).metrics()]
+        files = sorted(out.rglob("*.safetensors"))
+        written[form] = {path.relative_to(out): path.read_bytes() for path in files}
+    assert len(written["pytorch"]) == 3 and written["pytorch"] == written["safetensors"]
+    assert lines["pytorch"] == lines["safetensors"]
