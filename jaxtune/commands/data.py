@@ -58,22 +58,17 @@ def run(arguments: argparse.Namespace) -> None:
     actions[arguments.action](config, arguments)
 
 
-def _source(config: Any) -> tuple[TensorSource, Any]:
-    """Returns the model's checkpoint and its tokenizer."""
+def _reader(config: Any, **options: Any) -> tuple[DataReader, TensorSource, Any]:
+    """Returns what reads the data as a run does, the model's checkpoint and its tokenizer."""
     from jaxtune.checkpoints import huggingface
-    from jaxtune.training.chat import start_chat
+    from jaxtune.training.chat import configured_chat, reading
+    from jaxtune.training.train import data_reader
 
     location = huggingface.resolve_path(config.model.path, config.model.revision)
     source = huggingface.open_source(location)
-    return source, start_chat(config, source).tokenizer
-
-
-def _reader(config: Any, **options: Any) -> tuple[DataReader, Any]:
-    """Returns what reads the data, and the tokenizer."""
-    from jaxtune.training.train import data_reader
-
-    source, tokenizer = _source(config)
-    return data_reader(config, source, tokenizer, **options), tokenizer
+    chat = configured_chat(config, source)
+    options |= reading(config, chat)
+    return data_reader(config, source, chat.tokenizer, **options), source, chat.tokenizer
 
 
 def _inspect(config: Any, arguments: argparse.Namespace) -> None:
@@ -81,7 +76,7 @@ def _inspect(config: Any, arguments: argparse.Namespace) -> None:
 
     from jaxtune.data.report import show_example
 
-    reader, tokenizer = _reader(config)
+    reader, _, tokenizer = _reader(config)
     splits = reader.splits()
     examples = splits.train if arguments.split == "train" else splits.held_out
     if examples is None:
@@ -97,11 +92,9 @@ def _stats(config: Any, arguments: argparse.Namespace) -> None:
     from jaxtune.data.report import count_overlap, render_statistics, statistics
     from jaxtune.data.splits import Splits, hold_out, without_overlap
     from jaxtune.training.evaluation import held_out_order
-    from jaxtune.training.train import data_reader
 
     problems: list[Any] = []
-    source, tokenizer = _source(config)
-    reader = data_reader(config, source, tokenizer, problems=problems)
+    reader, source, _ = _reader(config, problems=problems)
     # Not `splits`, which refuses rows that are on both sides: they are counted here.
     train, bad = reader.read(config.data.train, training=True), len(problems)
     if config.data.eval_split:
@@ -135,11 +128,9 @@ def _timeline(config: Any, train: Examples, source: TensorSource) -> Timeline:
 
 def _order(config: Any, arguments: argparse.Namespace) -> None:
     """Prints the rows of each step of the run."""
-    from jaxtune.training.train import data_reader
-
     del arguments
-    source, tokenizer = _source(config)
-    train = data_reader(config, source, tokenizer).splits().train
+    reader, source, _ = _reader(config)
+    train = reader.splits().train
     timeline = _timeline(config, train, source)
     steps, number, within = timeline.total_steps(config.training), 0, 0
     for step in range(1, steps + 1):
@@ -154,7 +145,7 @@ def _order(config: Any, arguments: argparse.Namespace) -> None:
 
 def _prepare(config: Any, arguments: argparse.Namespace) -> None:
     begin = time.monotonic()
-    reader, _ = _reader(config, keep=True, workers=max(arguments.workers, 1))
+    reader, *_ = _reader(config, keep=True, workers=max(arguments.workers, 1))
     splits = reader.splits()
     tokens = splits.train.token_count + sum(each.token_count for each in splits.sets.values())
     print(

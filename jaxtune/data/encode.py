@@ -53,6 +53,7 @@ class Settings:
       bad_rows: ``error`` or ``skip``.
       bad_rows_limit: most rows that may be skipped.
       clock: the time that a template prints; None: that of each rendering.
+      template_text: Jinja source in place of ``chat_template``; empty: none.
     """
 
     max_length: int
@@ -69,6 +70,7 @@ class Settings:
     bad_rows: str = "error"
     bad_rows_limit: int = 100
     clock: datetime.datetime | None = None
+    template_text: str = ""
 
     def __post_init__(self) -> None:
         """Refuses what none of the choices is."""
@@ -89,7 +91,7 @@ class Settings:
         template = None
         if tokenizer is not None:
             arguments = read_arguments(self.chat_template_kwargs, "data", "chat_template_kwargs")
-            source = read_template(self.chat_template)
+            source = self.template_text or read_template(self.chat_template)
             template = ChatTemplate(tokenizer, source, arguments, self.clock)
         wordings = read_wordings(self.prompt_templates)
         how = (self.targets, self.reasoning, self.empty_reasoning)
@@ -367,5 +369,6 @@ def _joined(arrays: list[np.ndarray]) -> np.ndarray:
 def settings_from(section: Any, *, seed: int, vocab_size: int | None) -> Settings:
     """Returns the settings that the ``data`` section of a config makes."""
     fields = {field.name for field in dataclasses.fields(Settings)}
-    values = {name: section[name] for name in fields - {"seed", "vocab_size", "clock"}}
+    others = {"seed", "vocab_size", "clock", "template_text"}
+    values = {name: section[name] for name in fields - others}
     return Settings(**values, seed=seed, vocab_size=vocab_size)

@@ -119,7 +119,7 @@ def cache_key(
         "wordings": reading.wordings,
     }
     # Files are known by their content, wherever they are; the clock by what of it is printed.
-    for name in ("chat_template", "prompt_templates", "clock"):
+    for name in ("chat_template", "template_text", "prompt_templates", "clock"):
         del described[name]
     if tokenizer is not None and reading.template is not None:
         backend: Any = tokenizer.backend_tokenizer

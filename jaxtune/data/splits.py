@@ -66,14 +66,15 @@ class DataReader:
           keep: whether to leave what is tokenized in the cache.
           workers: processes that tokenize.
           problems: takes rows that give no example, none of which is an error then.
-          chat_template: in place of the one that the config names; empty: the tokenizer's own.
+          chat_template: Jinja source in place of what the config names; empty: the tokenizer's
+            own.
           clock: the time that a template prints, in all rows; now by default.
         """
         self._section, self._max_positions = config.data, max_positions
         self.cache = config.data.cache or default_cache()
         settings = settings_from(config.data, seed=config.training.seed, vocab_size=vocab_size)
         if chat_template is not None:
-            settings = dataclasses.replace(settings, chat_template=chat_template)
+            settings = dataclasses.replace(settings, chat_template="", template_text=chat_template)
         self._settings = dataclasses.replace(settings, clock=clock or now())
         self._options: dict[str, Any] = {
             "tokenizer": tokenizer,

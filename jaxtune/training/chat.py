@@ -44,6 +44,24 @@ def start_chat(config: Any, source: TensorSource) -> Chat:
     return (adapter_chat(Path(start), base) if start else None) or base
 
 
+def configured_chat(config: Any, source: TensorSource) -> Chat:
+    """Returns what a run of a config begins with: `start_chat` with the template it chooses."""
+    return _templated(start_chat(config, source), config)
+
+
+def reading(config: Any, chat: Chat) -> dict[str, Any]:
+    """Returns how data is read with a chat: options of `DataReader`.
+
+    Args:
+      config: resolved.
+      chat: of a run, or what `configured_chat` returns.
+    """
+    own = None if chat.tokenizer is None else chat.tokenizer.chat_template
+    # A template that was chosen is compared with the tokenizer; what a checkpoint brings is not.
+    chosen = own if config.data.chat_template and isinstance(own, str) else ""
+    return {"chat_template": chosen, "clock": chat.clock}
+
+
 def begin_chat(
     run: RunDirectory, config: Any, base: Chat, clock: datetime.datetime | None = None
 ) -> Chat:

@@ -16,7 +16,7 @@ from jaxtune.checkpoints.source import TensorSource
 from jaxtune.data import Examples
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.tree import merge
-from jaxtune.training.chat import run_chat
+from jaxtune.training.chat import reading, run_chat
 from jaxtune.training.evaluation import bind_evaluation
 from jaxtune.training.run import RunDirectory
 from jaxtune.training.train import data_reader
@@ -87,7 +87,7 @@ def _open(run: RunDirectory, config: Any, data: str = "") -> tuple[TensorSource,
     location = huggingface.resolve_path(config.model.path, config.model.revision)
     source = huggingface.open_source(location)
     chat = run_chat(run, config, source)
-    reader = data_reader(config, source, chat.tokenizer, chat_template="", clock=chat.clock)
+    reader = data_reader(config, source, chat.tokenizer, **reading(config, chat))
     data = data or config.data.eval
     sets = reader.read_sets(data) if data else reader.splits().sets
     if not sets:

@@ -32,7 +32,13 @@ from jaxtune.errors import JaxtuneError
 from jaxtune.intervals import parse_interval
 from jaxtune.layers.tree import Tree
 from jaxtune.parallel.processes import fetch, leads, put
-from jaxtune.training.chat import begin_chat, keep_end_tokens, start_chat
+from jaxtune.training.chat import (
+    begin_chat,
+    configured_chat,
+    keep_end_tokens,
+    reading,
+    start_chat,
+)
 from jaxtune.training.describe import Split, describe
 from jaxtune.training.evaluation import (
     bind_evaluation,
@@ -77,7 +83,7 @@ def train(
         location = huggingface.resolve_path(config.model.path, config.model.revision)
         source = huggingface.open_source(location)
         chat = begin_chat(run, config, start_chat(config, source), clock)
-        tokenizer, kept = chat.tokenizer, {"chat_template": "", "clock": chat.clock}
+        tokenizer, kept = chat.tokenizer, reading(config, chat)
         read = functools.cache(lambda: data_reader(config, source, tokenizer, **kept).splits())
         method, stored = choose_method(config)
         method = method.with_tokenizer(tokenizer)
@@ -161,7 +167,8 @@ def score_training_data(config: Any) -> ExpertScores:
     """Scores the experts of a config's model on its training data; see `score_experts`."""
     location = huggingface.resolve_path(config.model.path, config.model.revision)
     source = huggingface.open_source(location)
-    splits = data_reader(config, source, start_chat(config, source).tokenizer).splits()
+    chat = configured_chat(config, source)
+    splits = data_reader(config, source, chat.tokenizer, **reading(config, chat)).splits()
     return score_experts(config, source, splits.train)
 
 

@@ -10,12 +10,15 @@ from jaxtune.config import resolve
 from jaxtune.data import load_examples
 from jaxtune.training.chat import (
     begin_chat,
+    configured_chat,
     end_tokens,
     keep_end_tokens,
+    reading,
     run_chat,
     start_chat,
 )
 from jaxtune.training.run import RunDirectory
+from jaxtune.training.train import data_reader
 
 EOS, IM_END, START = 2, 259, 258
 ENDLESS = "{% for m in messages %}\n{{ m.role }}: {{ m.content }}{% endfor %}"
@@ -143,3 +146,25 @@ def test_the_arguments_of_a_template_travel_with_it(chat, tmp_path):
         ask = {"chat_template": kept.tokenizer.chat_template[name], "tokenize": False}
         assert kept.tokenizer.apply_chat_template([ASKED], **ask) == "brief hi"
         assert kept.tokenizer.apply_chat_template([ASKED], **ask, style="long") == "long hi"
+
+
+@pytest.mark.parametrize("command", ["prepare", "train"])
+def test_a_template_that_is_not_of_the_model_is_told(command, tiny_chat, tmp_path, caplog):
+    """In a run, which keeps the template as text, as well as before it."""
+    config = resolve(
+        {
+            "model": {"path": str(tiny_chat)},
+            "data": {
+                "train": str(write(tmp_path / "rows.jsonl", [row("a")])),
+                "chat_template": "deepseek-v3",
+                "chat_template_kwargs": '{"anything": true}',
+            },
+        }
+    )
+    source, run = open_source(tiny_chat), RunDirectory(tmp_path / "run")
+    chat = configured_chat(config, source)
+    if command == "train":
+        with run.start(config):
+            chat = begin_chat(run, config, start_chat(config, source))
+    data_reader(config, source, chat.tokenizer, **reading(config, chat)).splits()
+    assert "writes what is not a token of this tokenizer: <｜User｜>" in caplog.text
