@@ -8,12 +8,14 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 
 import jaxtune
 from jaxtune.checkpoints import huggingface
 from jaxtune.cli import main
 from jaxtune.config import resolve
+from jaxtune.data.builtin import built_in_templates
 from jaxtune.training.chat import run_chat
 from jaxtune.training.evaluate import evaluate
 from jaxtune.training.train import data_reader, train
@@ -122,7 +124,8 @@ def rendered(directory, row, **options):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    return tokenizer.apply_chat_template(row["messages"], **options)["input_ids"]
+    ask = {"tools": row.get("tools"), **options}
+    return tokenizer.apply_chat_template(row["messages"], **ask)["input_ids"]
 
 
 def trained_ids(run, rows):
@@ -135,6 +138,68 @@ def trained_ids(run, rows):
     config = resolve(run.config.to_dict(), ["data.max_length=1024"])
     reader = data_reader(config, source, kept.tokenizer, chat_template="", clock=kept.clock)
     return [tokens.tolist() for tokens in reader.read(str(path)).tokens]
+
+
+def called(*contents):
+    """A question that is answered after a call of a function."""
+    function = {"name": "look_up", "arguments": '{"word": "é", "share": 1.10}'}
+    call = {"id": "c1", "type": "function", "function": function}
+    asked, found, answer = contents
+    return [
+        {"role": "user", "content": asked},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": found},
+        {"role": "assistant", "content": answer},
+    ]
+
+
+TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}
+REASONED = [*chat("a", "b", "c"), {"role": "assistant", "reasoning_content": "d", "content": "e"}]
+# Beside ROWS, where a template has a form for them.
+MORE_ROWS = {
+    "reasoning": {"messages": REASONED},
+    "call": {"messages": called("?", "42", "It is 42.")},
+    "tools": {"messages": called("?", "42", "It is 42."), "tools": [TOOL]},
+}
+REFUSED = {
+    "deepseek-coder": {"call", "tools"},
+    "deepseek-llm": {"call", "tools"},
+    "deepseek-r1": {"tools"},
+    "deepseek-v3": {"tools"},
+    "deepseek-v3.1": {"reasoning"},
+    "deepseek-v3.1-thinking": set(),
+    "qwen3": set(),
+}
+
+
+@pytest.mark.slow
+def test_every_built_in_template_leaves_with_its_model(make_base, tmp_path):
+    """Over a base with a template of another form and end token, and over one without."""
+    assert set(REFUSED) == set(built_in_templates())
+    bases = [make_base(PLAIN), make_base(None)]
+    for number, (name, refused) in enumerate(REFUSED.items()):
+        place = tmp_path / name
+        place.mkdir()
+        run = jaxtune.train(settings(bases[number % 2], LEARNED, place, name), place / "run")
+        for form in ("peft", "vllm", "merged"):
+            main(
+                ["export", "--workdir", str(run.path), "--format", form, "--to", str(place / form)]
+            )
+        model = run.model()
+        for what, row in (ROWS | MORE_ROWS).items():
+            if what in refused:
+                with pytest.raises(jaxtune.JaxtuneError):
+                    trained_ids(run, [row])
+                continue
+            (ids,) = trained_ids(run, [row])
+            for form in ("peft", "vllm", "merged"):
+                assert rendered(place / form, row) == ids, (name, what, form)
+            asked = {**row, "messages": row["messages"][:-1]}
+            if "tools" not in row:
+                prompt = rendered(place / "merged", asked, add_generation_prompt=True)
+                assert model.encode(asked["messages"]) == prompt, (name, what)
+        generation = json.loads((place / "merged" / "generation_config.json").read_text())
+        assert set(model.stop_ids) == set(np.atleast_1d(generation["eos_token_id"]).tolist())
 
 
 FORMS = ("peft", "vllm", "merged", "combined", "saved", "best", "last")
