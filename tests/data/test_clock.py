@@ -47,6 +47,13 @@ def test_a_fixed_clock_renders_as_transformers_does_at_that_time(name, deepseek)
     assert ChatTemplate(deepseek, source, clock=DAY).render(CHAT) == EXPECTED[name]
 
 
+def test_any_format_in_a_template_is_what_strftime_makes_of_it(deepseek):
+    formats = ["100% sure, %Y", "%Y%", "%:z", "%10Y", "%Ey %Od", "%c|%x|%X", "%Y年%-m月\n", "%"]
+    for format_ in formats:
+        source = f"{{% set f = {format_!r} %}}{{{{ strftime_now(f) }}}}"
+        assert ChatTemplate(deepseek, source, clock=DAY).render(CHAT) == DAY.strftime(format_)
+
+
 def test_a_template_without_a_date_stays_as_it_is(deepseek, templates):
     assert all(fix_clock(source, clock=DAY) is source for source in templates.values())
 
@@ -54,6 +61,8 @@ def test_a_template_without_a_date_stays_as_it_is(deepseek, templates):
 def test_a_format_that_is_put_together_is_known_or_refused(deepseek):
     joined = ChatTemplate(deepseek, "{{ strftime_now('%d' ~ '/%m') }}", clock=DAY)
     assert joined.render(CHAT) == "03/02"
+    unfinished = ChatTemplate(deepseek, "{{ strftime_now('%Ey, 5' ~ ' %') }}", clock=DAY)
+    assert unfinished.render(CHAT) == "24, 5 %"
     with pytest.raises(JaxtuneError, match=r"f:3: .*strftime_now: the template itself has no %d"):
         ChatTemplate(deepseek, "{{ strftime_now('%' ~ 'd') }}", clock=DAY).render(CHAT, place="f:3")
 
