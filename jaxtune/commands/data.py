@@ -97,8 +97,10 @@ def _stats(config: Any, arguments: argparse.Namespace) -> None:
     reader, source, _ = _reader(config, problems=problems)
     # Not `splits`, which refuses rows that are on both sides: they are counted here.
     train, bad = reader.read(config.data.train, training=True), len(problems)
+    other_sides: tuple[int | None, int | None] = (None, None)
     if config.data.eval_split:
         splits = hold_out(train, config.data.eval_split)
+        other_sides = (splits.sets[""].row_count, splits.train.row_count)
     else:
         splits = Splits(train, reader.read_sets(config.data.eval))
     train, held_out = splits.train, splits.held_out
@@ -106,13 +108,14 @@ def _stats(config: Any, arguments: argparse.Namespace) -> None:
     if held_out is not None and config.data.overlap == "drop":
         shown = without_overlap(train, held_out, config.data.overlap)
     timeline = _timeline(config, shown, source)
-    numbers = {"train": statistics(train, problems[:bad], timeline.order)}
+    numbers = {"train": statistics(train, problems[:bad], timeline.order, other_sides[0])}
     steps = timeline.total_steps(config.training)
     numbers["train"]["run"] = {"steps": steps, "text": timeline.describe(steps)}
     if held_out is not None:
         numbers["train"]["held_out_too"] = count_overlap(train, held_out)
         order = held_out_order(config, held_out)
-        numbers["eval"] = statistics(held_out, problems[bad:], order)
+        # The problems of a source that is split are listed once, with the training side.
+        numbers["eval"] = statistics(held_out, problems[bad:], order, other_sides[1])
     if arguments.json:
         print(json.dumps(numbers, indent=2, ensure_ascii=False))
     else:

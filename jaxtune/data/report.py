@@ -24,14 +24,21 @@ LEARNT, GIVEN = "bold green", "dim"
 
 
 def statistics(
-    examples: Examples, problems: Sequence[Problem] = (), order: DataOrder | None = None
+    examples: Examples,
+    problems: Sequence[Problem] = (),
+    order: DataOrder | None = None,
+    other_side: int | None = None,
 ) -> dict[str, Any]:
     """Returns the numbers of a data set, fit for JSON.
+
+    Rows read = rows + other side + dropped + rejected. What was done to rows before a split
+    (``dropped`` to ``windowed``, ``merged``, ``turns``) is counted for both sides together.
 
     Args:
       examples: one or more.
       problems: its rows that give no example.
       order: in which they are shown, for what a pass is and how full its rows are.
+      other_side: rows of the same source on the other side of a split; None: it was not split.
     """
     lengths = examples.lengths
     low, middle, high = np.percentile(lengths, [5, 50, 95])
@@ -46,6 +53,7 @@ def statistics(
         "sources": [part._asdict() for part in examples.parts],
         "rows_read": examples.rows_read,
         "rows": examples.row_count,
+        **({} if other_side is None else {"other_side": other_side}),
         "examples": len(examples),
         "tokens": examples.token_count,
         "targets": examples.target_count,
@@ -95,6 +103,10 @@ def render_statistics(name: str, numbers: Mapping[str, Any]) -> str:
     share = numbers["targets"] / numbers["tokens"]
     lines.append(f"  rows read     {numbers['rows_read']:>12,}")
     lines.append(f"  rows          {numbers['rows']:>12,}")
+    both = ""
+    if "other_side" in numbers:
+        both = "  (of all rows read)"
+        lines.append(f"  other side    {numbers['other_side']:>12,}  (data.eval_split)")
     lines.append(f"  examples      {numbers['examples']:>12,}")
     lines.append(f"  tokens        {numbers['tokens']:>12,}")
     lines.append(f"  targets       {numbers['targets']:>12,}  ({share:.1%} of the tokens)")
@@ -104,9 +116,10 @@ def render_statistics(name: str, numbers: Mapping[str, Any]) -> str:
         lines.append(f"  batches filled{numbers['packing_efficiency']:>12.1%}")
     if "run" in numbers:
         lines.append(f"  the run       {numbers['run']['text']}")
-    for key in ("duplicates", "dropped", "truncated", "windows", "windowed", "merged"):
-        lines.append(f"  {key:<14}{numbers[key]:>12,}")
-    lines += [f"  turns: {what} {count:>12,}" for what, count in numbers["turns"].items()]
+    lines.append(f"  duplicates    {numbers['duplicates']:>12,}")
+    for key in ("dropped", "truncated", "windows", "windowed", "merged"):
+        lines.append(f"  {key:<14}{numbers[key]:>12,}{both}")
+    lines += [f"  turns: {what} {count:>12,}{both}" for what, count in numbers["turns"].items()]
     if "held_out_too" in numbers:
         lines.append(f"  held out too  {numbers['held_out_too']:>12,}")
     if numbers["unread"]:

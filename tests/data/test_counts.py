@@ -9,7 +9,7 @@ import pytest
 
 from jaxtune.config import resolve
 from jaxtune.data import IGNORE, DataReader, load_examples
-from jaxtune.data.report import count_overlap
+from jaxtune.data.report import count_overlap, render_statistics, statistics
 from jaxtune.errors import JaxtuneError
 
 LIMIT = 4
@@ -114,8 +114,13 @@ def test_both_sides_of_a_split_are_the_whole(jsonl, too_long):
     path = jsonl(*lines)
     data = reader(train=path, eval_split=5, too_long=too_long)
     whole, splits = data.read(str(path), training=True), data.splits()
-    both = [*splits.train.places, *splits.sets[""].places]
+    held_out = splits.sets[""]
+    both = [*splits.train.places, *held_out.places]
     assert sorted(both) == sorted(whole.places)
+    numbers = statistics(held_out, other_side=splits.train.row_count)
+    rows = numbers["rows"] + numbers["other_side"] + numbers["dropped"]
+    assert rows == numbers["rows_read"] == len(lines)
+    assert "(of all rows read)" in render_statistics("eval", numbers)
 
 
 def test_rows_of_every_kind_of_file_are_counted(tmp_path, deepseek):
