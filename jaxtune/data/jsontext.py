@@ -45,15 +45,20 @@ def with_stand_ins(text: str, taken: str, numbers: dict[str, str]) -> Any:
 
     def read(written: str) -> float:
         value = float(written)
-        if repr(value) == written:
-            return value
+        return value if repr(value) == written else stand_in(written)
+
+    def read_integer(written: str) -> float:
+        value = int(written)
+        return value if str(value) == written else stand_in(written)  # -0
+
+    def stand_in(written: str) -> float:
         value = _FIRST_STAND_IN + len(numbers)
         while repr(value) in taken or repr(value) in numbers:
             value += 1
         numbers[repr(value)] = written
         return value
 
-    return json.loads(text, parse_float=read)
+    return json.loads(text, parse_float=read, parse_int=read_integer)
 
 
 def restore(text: str, numbers: dict[str, str]) -> str:

@@ -129,9 +129,12 @@ def _read_turn(given: Message, name: str, place: str) -> tuple[dict[str, Any], s
     """Returns a turn, and those of its keys that are not known here."""
     role = given.get("role")
     calls = role == "assistant" and bool(given.get("tool_calls"))
-    for key in ("role",) if calls else ("role", "content"):
+    # The same as content of nothing but a think block.
+    reasons = role == "assistant" and any(str(given.get(key, "")).strip() for key in REASONING_KEYS)
+    for key in ("role",) if calls or reasons else ("role", "content"):
         if key not in given:
-            raise JaxtuneError(f"{place}: {name} has no {key}")
+            hint = ": write its function_call as tool_calls" if "function_call" in given else ""
+            raise JaxtuneError(f"{place}: {name} has no {key}{hint}")
     if role not in ROLES:
         raise JaxtuneError(
             f'{place}: {name}.role="{role}" is unknown{closest(str(role), ROLES)} '
@@ -149,9 +152,9 @@ def _read_turn(given: Message, name: str, place: str) -> tuple[dict[str, Any], s
     others |= {key for key in (*_OF_ASSISTANT, *_OF_TOOL) if key in given and key not in known}
     turn: dict[str, Any] = {"role": role, "content": None}
     if "content" in given:
-        turn["content"] = _content(given["content"], name, place)
+        turn["content"] = _content(given["content"], name, place, result=role == "tool")
     if role == "assistant":
-        if not calls and not (turn["content"] or "").strip():
+        if not (calls or reasons or (turn["content"] or "").strip()):
             raise JaxtuneError(f"{place}: {name} is an empty assistant turn")
         turn |= _read_reasoning(given, turn["content"], name, place)
     if calls:
@@ -175,8 +178,15 @@ def _meant(key: str, known: Sequence[str], given: Message) -> str:
     return near[0] if near else ""
 
 
-def _content(value: Any, name: str, place: str) -> str:
-    if not isinstance(value, list):
+def _content(value: Any, name: str, place: str, *, result: bool = False) -> str:
+    parts = isinstance(value, list)
+    if result and not isinstance(value, str) and not (parts and all(map(_has_type, value))):
+        kind = type(value).__name__
+        raise JaxtuneError(
+            f"{place}: {name}.content must be a string, not {kind}: write the tool's result as "
+            "JSON text"
+        )
+    if not parts:
         return check_text(value, f"{name}.content", place)
     texts = []
     for index, part in enumerate(value):
@@ -187,6 +197,10 @@ def _content(value: Any, name: str, place: str) -> str:
             )
         texts.append(check_text(part.get("text"), f"{name}.content[{index}].text", place))
     return "".join(texts)
+
+
+def _has_type(part: Any) -> bool:
+    return isinstance(part, Mapping) and "type" in part
 
 
 def _read_reasoning(given: Message, content: str | None, name: str, place: str) -> dict[str, str]:

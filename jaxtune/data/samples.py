@@ -12,6 +12,7 @@ from jaxtune.data.messages import Conversation, choose_targets, what_is_said
 from jaxtune.data.reasoning import (
     END_THINK,
     REASONING_KEYS,
+    THINK,
     opens_reasoning,
     separate_reasoning,
     split_content,
@@ -138,7 +139,13 @@ def _without_reasoning(
     for index, turn in enumerate(conversation.turns):
         if turn["role"] == "assistant":
             reasoning, answer = separate_reasoning(turn), turn["content"]
-            if END_THINK in (answer or ""):
+            if END_THINK not in (answer or ""):
+                if (answer or "").lstrip().startswith(THINK):
+                    raise JaxtuneError(
+                        f"{place}: messages[{index}] opens <think> and does not close it, so its "
+                        "reasoning cannot be dropped"
+                    )
+            else:
                 opened = index > 0 and opens_reasoning(
                     template.render(
                         turns,

@@ -57,7 +57,7 @@ def spellings(turns: Sequence[Turn]) -> Iterator[Spelling]:
         arguments += [_with_objects, lambda given: _with_objects(given, exact=False)]
     if any(not isinstance(function["arguments"], str) for function in functions):
         arguments.append(_with_texts)
-    if functions and any(turn.get("content") is None for turn in turns):
+    if any(turn.get("content") is None for turn in turns):
         content.append(lambda turn: {**turn, "content": turn.get("content") or ""})
     for spell_reasoning, fill, spell_arguments in itertools.product(reasoning, content, arguments):
         yield spell_arguments([fill(spell_reasoning(turn)) for turn in turns])

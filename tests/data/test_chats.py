@@ -141,7 +141,7 @@ def test_reasoning_that_a_template_cannot_show_is_refused(chatml, jsonl, files):
         load(jsonl, chatml, open_ended, chat_template="deepseek-r1")
 
 
-WRITTEN = '{"q":"é","lr":0.00001,"p":1.10,"id":12345678901234567.89,"n":7}'
+WRITTEN = '{"q":"é","lr":0.00001,"p":1.10,"id":12345678901234567.89,"n":7,"z":-0}'
 
 
 @pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-r1", "deepseek-v3.1", "v3", "qwen3"])
@@ -208,6 +208,50 @@ def test_drop_keeps_the_answer_and_counts(chatml, jsonl, name, content, answer, 
     examples = load(jsonl, chatml, row, chat_template=name, reasoning="drop")
     assert shown(chatml, examples).endswith(f"⟦{content if answer is None else answer}{EOS}⟧")
     assert examples.turns == ({"reasoning dropped": 1} if count else {})
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-r1", "deepseek-v3.1-thinking", "qwen3"])
+@pytest.mark.parametrize("content", [None, ""])
+def test_a_turn_of_reasoning_alone_is_one_thing_however_it_is_written(chatml, jsonl, name, content):
+    tag = "<think>\nwhy\n</think>\n\n" if name == "deepseek-v3" else "<think>why</think>"
+    beside = [user(), assistant(content, reasoning_content="why"), user("R"), assistant("S")]
+    within = [user(), assistant(tag), user("R"), assistant("S")]
+    rows = [{"messages": beside}, {"messages": within}]
+    one, other = (shown(chatml, load(jsonl, chatml, row, chat_template=name)) for row in rows)
+    assert one == other and "why" in one
+    with pytest.raises(JaxtuneError, match=r"messages\[1\] is nothing but reasoning"):
+        load(jsonl, chatml, rows[0], chat_template=name, reasoning="drop")
+
+
+def test_reasoning_that_does_not_end_cannot_be_dropped(chatml, jsonl):
+    row = {"messages": [user(), assistant("<think>\nbecause")]}
+    assert "⟦<think>\nbecause" in shown(chatml, load(jsonl, chatml, row))
+    with pytest.raises(JaxtuneError, match=r"messages\[1\] opens <think> and does not close it"):
+        load(jsonl, chatml, row, reasoning="drop")
+
+
+@pytest.mark.parametrize(
+    "turns, reason",
+    [
+        (
+            [assistant(tool_calls=[call({})]), {"role": "tool", "content": {"a": 1}}],
+            "not dict: .*JSON",
+        ),
+        (
+            [assistant(tool_calls=[call({})]), {"role": "tool", "content": [{"a": 1}]}],
+            "not list: .*JSON",
+        ),
+        (
+            [assistant(function_call={"name": "f", "arguments": "{}"})],
+            "function_call as tool_calls",
+        ),
+    ],
+)
+def test_results_that_are_no_text_and_calls_of_the_old_form_name_the_way_out(
+    chatml, jsonl, turns, reason
+):
+    with pytest.raises(JaxtuneError, match=reason):
+        load(jsonl, chatml, {"messages": [user(), *turns, assistant("done")]})
 
 
 def test_drop_takes_what_stands_beside_the_content(chatml, jsonl):
