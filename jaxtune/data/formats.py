@@ -53,6 +53,8 @@ def _read_messages(row: Row, reading: Reading) -> Sample:
 
 def _read_completion(row: Row, reading: Reading) -> Sample:
     prompt, completion = row.values["prompt"], row.values["completion"]
+    if (asked := _turns_in(prompt)) and (answered := _turns_in(completion)):
+        prompt, completion = asked, answered
     if isinstance(prompt, list) and isinstance(completion, list):
         asked = read_conversation(prompt, f"{row.place}: prompt")
         answered = read_conversation(
@@ -72,11 +74,24 @@ def _read_completion(row: Row, reading: Reading) -> Sample:
         raise JaxtuneError(f"{row.place}: empty completion, so nothing to learn")
     reading.needed(row.place, ends=True)
     content = _identity(prompt, completion)
+    completion, turns = reading.answer(prompt, completion, row.place)
     prompt = reading.worded(prompt, content)
     text = prompt + completion
     # No template renders two strings.
     unread = frozenset(key for key in ("tools", _ARGUMENTS) if row.values.get(key))
-    return Sample(content, text, [(len(prompt), len(text))], ends=True, unread=unread)
+    spans = [(len(prompt), len(text))]
+    return Sample(content, text, spans, ends=True, unread=unread, turns=turns)
+
+
+def _turns_in(text: Any) -> list[Any] | None:
+    """Returns the turns that JSON text says, as in a CSV cell; None for any other text."""
+    if not isinstance(text, str) or not text.lstrip().startswith("[") or '"role"' not in text:
+        return None
+    try:
+        turns = read_json(text, "turns")
+    except JaxtuneError:
+        return None
+    return turns if all(isinstance(turn, Mapping) and "role" in turn for turn in turns) else None
 
 
 def _read_alpaca(row: Row, reading: Reading) -> Sample:

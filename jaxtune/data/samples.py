@@ -91,6 +91,30 @@ class Reading:
         drawn = int.from_bytes(hashlib.sha256(b"%d " % self.seed + content).digest()[:8], "little")
         return self.wordings[drawn % len(self.wordings)].replace("{prompt}", prompt)
 
+    def answer(self, prompt: str, completion: str, place: str) -> tuple[str, dict[str, int]]:
+        """Returns a completion without what ``data.reasoning`` drops, and what was done to it.
+
+        Raises:
+          JaxtuneError: nothing else is left, or its reasoning does not end.
+        """
+        opened = opens_reasoning(prompt)
+        if self.reasoning == "keep" or not (opened or THINK in completion):
+            return completion, {}
+        _check_ended(completion, f"{place}: completion")
+        reasoning, answer = split_content(completion, opened)
+        if not reasoning:
+            return completion, {}
+        if not answer.strip():
+            raise JaxtuneError(f"{place}: completion is nothing but reasoning")
+        return f"{END_THINK}\n\n{answer}" if opened else answer, {DROPPED: 1}
+
+
+def _check_ended(content: str, name: str) -> None:
+    if content.lstrip().startswith(THINK) and END_THINK not in content:
+        raise JaxtuneError(
+            f"{name} opens <think> and does not close it, so its reasoning cannot be dropped"
+        )
+
 
 def sample_of(conversation: Conversation, reading: Reading, place: str) -> Sample:
     """Returns what a conversation teaches.
@@ -139,13 +163,8 @@ def _without_reasoning(
     for index, turn in enumerate(conversation.turns):
         if turn["role"] == "assistant":
             reasoning, answer = separate_reasoning(turn), turn["content"]
-            if END_THINK not in (answer or ""):
-                if (answer or "").lstrip().startswith(THINK):
-                    raise JaxtuneError(
-                        f"{place}: messages[{index}] opens <think> and does not close it, so its "
-                        "reasoning cannot be dropped"
-                    )
-            else:
+            _check_ended(answer or "", f"{place}: messages[{index}]")
+            if END_THINK in (answer or ""):
                 opened = index > 0 and opens_reasoning(
                     template.render(
                         turns,

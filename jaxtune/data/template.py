@@ -127,7 +127,7 @@ class ChatTemplate:
                 f"{place}: messages need a chat template and the tokenizer has none: "
                 "set data.chat_template (chat_template= of jaxtune.load, --chat-template of "
                 "jaxtune generate) to a Jinja file or a built-in template "
-                f"({', '.join(built_in_templates())})"
+                f"({', '.join(built_in_templates())}); jaxtune generate --raw needs none"
             )
         turns = [dict(message) for message in messages]
         if "developer" not in self._text:

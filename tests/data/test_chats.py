@@ -231,6 +231,27 @@ def test_reasoning_that_does_not_end_cannot_be_dropped(chatml, jsonl):
 
 
 @pytest.mark.parametrize(
+    "prompt, completion, expected",
+    [
+        ("Q: ", "<think>a</think>x<think>b</think>\n\ny", f"Q:⟦ y{EOS}⟧"),
+        ("Q<think>\n", "a</think>y", f"Q<think>\n⟦</think>\n\ny{EOS}⟧"),
+        ("Q", "\nthe tag <think>", f"Q⟦\nthe tag <think>{EOS}⟧"),
+        ("Q", "\n<think>a", "completion opens <think> and does not close it"),
+        ("Q", "<think>a</think>\n", "completion is nothing but reasoning"),
+    ],
+)
+def test_drop_reaches_completions_that_are_strings(chatml, jsonl, prompt, completion, expected):
+    row = {"prompt": prompt, "completion": completion}
+    if EOS not in expected:
+        with pytest.raises(JaxtuneError, match=expected):
+            load(jsonl, chatml, row, reasoning="drop")
+        return
+    examples = load(jsonl, chatml, row, reasoning="drop")
+    assert shown(chatml, examples) == expected
+    assert examples.turns == ({"reasoning dropped": 1} if "/think>" in completion else {})
+
+
+@pytest.mark.parametrize(
     "turns, reason",
     [
         (
@@ -496,6 +517,17 @@ def test_an_empty_think_block_may_be_masked(chatml, jsonl, name, before, after):
     assert before in shown(chatml, learnt)
     assert after in shown(chatml, masked)
     assert shown(chatml, learnt, 1) == shown(chatml, masked, 1)
+
+
+def test_turns_to_complete_may_be_json_text(chatml, jsonl):
+    """Two strings that are JSON of something else are two strings."""
+    turns = {"prompt": [user()], "completion": [assistant("A")]}
+    written = {key: json.dumps(value) for key, value in turns.items()}
+    one, other = (shown(chatml, load(jsonl, chatml, row)) for row in (turns, written))
+    assert one == other and one.endswith(f"⟦A{EOS}⟧")
+    for completion in ('[{"role": "x"', '[{"name": "role"}]', "[]"):
+        row = written | {"completion": completion}
+        assert completion in shown(chatml, load(jsonl, chatml, row)).replace("⟦", "")
 
 
 def test_chats_and_tools_may_be_json_text(chatml, jsonl, tmp_path):
