@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxtune.checkpoints.source import ALL, TensorSource
 from jaxtune.errors import JaxtuneError
+from jaxtune.models.hf_config import read
 from jaxtune.quant import Format
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -97,9 +98,12 @@ def with_stored_head(source: TensorSource) -> TensorSource:
     A config.json may tie them while the files hold both, as merges of a trained head leave them.
     Equal ones are tied; different ones are not, and the log says so. Where only the head is there,
     it is the embedding as well. transformers does the same.
+
+    Raises:
+      JaxtuneError: config.json has something other than true or false there.
     """
     names = source.names()
-    if not source.config.get(TIED) or HEAD not in names:
+    if not read(source.config, TIED, bool, False) or HEAD not in names:
         return source
     if EMBEDDING not in names:
         return EmbeddingSource(source, {}, {EMBEDDING: HEAD})

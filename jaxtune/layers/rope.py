@@ -137,6 +137,14 @@ ROPE_TYPES: dict[str, Callable[[Mapping[str, Any], int], tuple[np.ndarray, float
 # Their frequencies depend on the length that the model was trained with before it was stretched.
 _STRETCHED = ("llama3", "yarn")
 _ENTRIES = ("rope_scaling", "rope_parameters")
+_POSITIVE = (
+    "rope_theta",
+    "factor",
+    "original_max_position_embeddings",
+    "low_freq_factor",
+    "high_freq_factor",
+)
+_NUMBERS = (*_POSITIVE, "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
 
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,8 +181,11 @@ def _normalized(config: Mapping[str, Any], key: str) -> dict[str, Any]:
             f'config.json: {key} has settings of its own for "{nested[0]}", which is not supported'
         )
     parameters = dict(entry)
-    old_name = parameters.pop("type", None)
-    parameters["rope_type"] = str(parameters.get("rope_type") or old_name or "default")
+    old_name = parameters.pop("type", "default")
+    kind = parameters.setdefault("rope_type", old_name)
+    if not isinstance(kind, str):
+        shown = "null" if kind is None else repr(kind)
+        raise JaxtuneError(f"config.json: {key} has rope_type {shown}, not a name")
     parameters.setdefault("rope_theta", config.get("rope_theta", 10000.0))
     if parameters["rope_theta"] is None:
         raise JaxtuneError("config.json: rope_theta is null")
@@ -187,7 +198,20 @@ def _normalized(config: Mapping[str, Any], key: str) -> dict[str, Any]:
             parameters[name] = config[name]
         elif longest is not None:
             parameters.setdefault(name, longest)
+    _check_numbers(parameters)
     return parameters
+
+
+def _check_numbers(parameters: Mapping[str, Any]) -> None:
+    """Refuses values from which transformers makes no frequencies; a null is looked at in use."""
+    for key in _NUMBERS:
+        value = parameters.get(key)
+        if value is None:
+            continue
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or (key in _POSITIVE and not value > 0):
+            wanted = "a positive number" if key in _POSITIVE else "a number"
+            raise _bad_number(parameters, ValueError(f'"{key}" is {value!r}, not {wanted}'))
 
 
 def rope_from_config(config: Mapping[str, Any], dim: int) -> Rope:

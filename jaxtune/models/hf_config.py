@@ -121,9 +121,11 @@ def check_supported(config: Mapping[str, Any]) -> None:
         require(config, key, values)
     require(config, "hidden_act", ("silu", "swish"))
     _check_windows(config)
-    pad, vocabulary = config.get("pad_token_id"), size(config, "vocab_size")
+    # Nothing here depends on it; training compares it with the lengths of rows.
+    size(config, "max_position_embeddings", 1, null=1, most=2**40)
+    pad, vocabulary = read(config, "pad_token_id", int, None, null=None), size(config, "vocab_size")
     # transformers counts a negative one from the end, and opens no model with one beyond.
-    if isinstance(pad, int) and not -vocabulary <= pad < vocabulary:
+    if pad is not None and not -vocabulary <= pad < vocabulary:
         raise JaxtuneError(
             f'config.json: "pad_token_id" is {pad}, and the vocabulary has ids 0 to '
             f"{vocabulary - 1}; {ROOM}"
@@ -138,6 +140,7 @@ def _check_windows(config: Mapping[str, Any]) -> None:
     """
     types = config.get("layer_types")
     if types is not None:
+        types = read(config, "layer_types", list)
         others = [kind for kind in types if kind != "full_attention"]
         if others:
             raise JaxtuneError(
