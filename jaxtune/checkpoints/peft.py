@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxtune.adapters import esft
+from jaxtune.adapters.agreement import check_agreement
 from jaxtune.adapters.fused import split
 from jaxtune.adapters.method import Stored, is_adapterhub
 from jaxtune.adapters.settings import check_settings
@@ -41,7 +42,7 @@ def read_adapter(directory: str | Path, *, encoder: bool = False) -> Stored:
       encoder: reads what made the adapter as well, where there is something: to train it further.
 
     Raises:
-      JaxtuneError: a file is missing or broken.
+      JaxtuneError: a file is missing or broken, or settings and tensors do not agree.
     """
     directory = Path(directory)
     if (directory / EXPERTS).is_file() and not (directory / CONFIG).is_file():
@@ -50,11 +51,9 @@ def read_adapter(directory: str | Path, *, encoder: bool = False) -> Stored:
     check_settings(config)
     weights = _weights_file(config)
     made = encoder and (directory / ENCODER).is_file()
-    stored = Stored(
-        config,
-        read_weights(directory, (weights, TORCH_WEIGHTS[weights])),
-        read_all(directory / ENCODER) if made else None,
-    )
+    tensors = read_weights(directory, (weights, TORCH_WEIGHTS[weights]))
+    check_agreement(config, tensors)
+    stored = Stored(config, tensors, read_all(directory / ENCODER) if made else None)
     return split(stored)
 
 

@@ -115,6 +115,29 @@ def test_weights_that_are_not_there_or_cut(tiny, adapter):
         ({"alpha_pattern": {"(": 1}}, 'adapter_config.json: "alpha_pattern" has no valid'),
         ({"alpha_pattern": {"q_proj": []}}, 'adapter_config.json: "alpha_pattern" has []'),
         ({"alpha_pattern": [1]}, 'adapter_config.json: "alpha_pattern" is [1], not an object'),
+        # PEFT would leave out what the tensors edit, or refuse their shape.
+        (
+            {"layers_to_transform": [1]},
+            'adapter_config.json: "layers_to_transform"=[1] leaves model.layers.0.mlp.down_proj',
+        ),
+        (
+            {"exclude_modules": ["q_proj"]},
+            "adapter_config.json: \"exclude_modules\"=['q_proj'] leaves model.layers.0.self_attn.q",
+        ),
+        (
+            {"target_modules": ".*q_proj"},
+            "adapter_config.json: \"target_modules\"='.*q_proj' leaves model.layers.0.mlp",
+        ),
+        ({"target_modules": "("}, "adapter_config.json has an expression that is not valid"),
+        ({"target_modules": [1]}, 'adapter_config.json: "target_modules"=[1] is not a list of'),
+        ({"layers_to_transform": True}, 'adapter_config.json: "layers_to_transform"=True is not'),
+        ({"r": 8}, "adapter_config.json gives model.layers.0.mlp.down_proj the rank 8"),
+        ({"r": None}, 'adapter_config.json: "r"=None is not a rank'),
+        (
+            {"rank_pattern": {"q_proj": 2}},
+            "adapter_config.json gives model.layers.0.self_attn.q_proj the rank 2",
+        ),
+        ({"target_parameters": True}, 'adapter_config.json: "target_parameters"=True is not a'),
     ],
 )
 def test_a_setting_that_would_be_dropped_or_is_no_setting(tiny, adapter, changes, message):
