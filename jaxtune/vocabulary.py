@@ -20,9 +20,14 @@ def check_token_ids(ids: ArrayLike, vocab_size: int, what: str) -> None:
 
     Raises:
       JaxtuneError: values that are not integers or not in the vocabulary; the message says how to
-        enlarge it.
+        enlarge it. Rows of different lengths.
     """
-    values = np.asarray(ids)
+    try:
+        values = np.asarray(ids)
+    except ValueError:
+        raise JaxtuneError(
+            f"{what}: token ids are an array, and these rows differ in length"
+        ) from None
     if not values.size:
         return
     if not np.issubdtype(values.dtype, np.integer):

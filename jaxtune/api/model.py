@@ -150,12 +150,16 @@ class Model:
           float32[B, T, vocabulary].
 
         Raises:
-          JaxtuneError: tokens of another shape, or ids that the model does not have.
+          JaxtuneError: arrays of another shape, or ids that the model does not have.
         """
-        check_token_ids(np.asarray(tokens), self.definition.vocab_size, "tokens")
+        check_token_ids(tokens, self.definition.vocab_size, "tokens")
         tokens = jnp.asarray(tokens, jnp.int32)
-        if tokens.ndim != 2:
+        if tokens.ndim != 2 or not tokens.size:
             raise JaxtuneError(f"tokens are int[batch, time], not of shape {list(tokens.shape)}")
+        for name, value in (("segment_ids", segment_ids), ("positions", positions)):
+            if value is not None and np.shape(value) != tokens.shape:
+                shape, needed = list(np.shape(value)), list(tokens.shape)
+                raise JaxtuneError(f"{name} have shape {shape}, and tokens have {needed}")
         segments = jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids)
         place = segment_positions(segments) if positions is None else jnp.asarray(positions)
         reserved = self.definition.module.model.reserved
@@ -192,7 +196,9 @@ class Model:
         Raises:
           JaxtuneError: one prompt in place of a list of them, or what `encode` raises.
         """
-        if isinstance(prompts, str) or any(isinstance(each, (Mapping, int)) for each in prompts):
+        if isinstance(prompts, str) or any(
+            isinstance(each, (Mapping, int, np.integer)) for each in prompts
+        ):
             raise JaxtuneError("generate takes a list of prompts: put the one prompt into a list")
         new = self.generate_tokens(
             [self.encode(prompt) for prompt in prompts],

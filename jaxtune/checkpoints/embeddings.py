@@ -146,9 +146,19 @@ def with_vocabulary(source: TensorSource, size: int) -> TensorSource:
     New rows of embedding and head are the mean of those that are there.
 
     Raises:
-      JaxtuneError: fewer tokens than the checkpoint has.
+      JaxtuneError: fewer tokens than the checkpoint has, or a checkpoint whose embedding, head and
+        config.json do not have the same number of them.
     """
     present = source.shape(EMBEDDING)[0]
+    others = {'"vocab_size" of config.json': source.config.get("vocab_size")}
+    if HEAD in source.names():
+        others[HEAD] = source.shape(HEAD)[0]
+    for name, count in others.items():
+        if count != present:
+            raise JaxtuneError(
+                f"{source.path}: {EMBEDDING} has {present} rows, and {name} is for {count} tokens: "
+                "it cannot be enlarged before they agree"
+            )
     if size < present:
         raise JaxtuneError(
             f"{source.path}: a vocabulary of {size} is smaller than that of the checkpoint, which "

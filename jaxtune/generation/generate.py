@@ -6,6 +6,7 @@ Prompts are padded on the left, so that every row writes its next token at the s
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from jaxtune.vocabulary import check_token_ids
 
 # Prompt lengths are rounded up to a multiple of this, so that similar batches share a compilation.
 PROMPT_MULTIPLE = 32
+_SEEDS = 2**31  # JAX takes a seed as int32
 
 
 class Sampling(NamedTuple):
@@ -149,14 +151,23 @@ def generate_tokens(
     Raises:
       JaxtuneError: an empty prompt, ids that the model does not have, or settings out of range.
     """
-    if not prompts:
+    if not len(prompts):
         return []
-    if not all(len(prompt) for prompt in prompts):
-        raise JaxtuneError("a prompt has no tokens")
-    if max_new_tokens < 1 or sampling.temperature < 0 or not 0 < sampling.top_p <= 1:
-        raise JaxtuneError("max_new_tokens ≥ 1, temperature ≥ 0 and 0 < top_p ≤ 1 are needed")
     for index, prompt in enumerate(prompts):
         check_token_ids(prompt, definition.vocab_size, f"prompt {index + 1}")
+        if np.ndim(prompt) != 1:
+            raise JaxtuneError(f"prompt {index + 1}: is not a list of token ids")
+        if not len(prompt):
+            raise JaxtuneError("a prompt has no tokens")
+    # A NaN is neither less than 0 nor more.
+    if (
+        max_new_tokens < 1
+        or not 0 <= sampling.temperature < math.inf
+        or not 0 < sampling.top_p <= 1
+    ):
+        raise JaxtuneError("max_new_tokens ≥ 1, temperature ≥ 0 and 0 < top_p ≤ 1 are needed")
+    if not -_SEEDS <= sampling.seed < _SEEDS:
+        raise JaxtuneError(f"seed={sampling.seed} is not within {-_SEEDS} and {_SEEDS - 1}")
     check_token_ids(stop, definition.vocab_size, "the tokens that end an answer (eos_token_id)")
     reserved = [0] * definition.module.model.reserved
     prompts = [[*reserved, *prompt] for prompt in prompts]

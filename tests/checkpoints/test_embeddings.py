@@ -16,6 +16,7 @@ from jaxtune.adapters.lora import Lora
 from jaxtune.cli import main
 from jaxtune.config import resolve
 from jaxtune.errors import JaxtuneError
+from jaxtune.generation.generate import Sampling
 from jaxtune.planning.plan import model_config
 
 pytestmark = pytest.mark.usefixtures("compiled_lightly")
@@ -131,6 +132,46 @@ def test_a_vocabulary_only_grows(tiny, tmp_path):
     with pytest.raises(JaxtuneError, match=r"of 100 is smaller .* has 160 tokens"):
         jaxtune.convert(tiny("qwen2"), tmp_path / "out", vocab_size=100)
     assert not (tmp_path / "out").exists()
+
+
+def test_only_a_whole_vocabulary_grows(tied, tmp_path):
+    directory = tied(lambda tensors: tensors.update({HEAD: tensors[EMBEDDING][:50].clone()}))
+    with pytest.raises(JaxtuneError, match=r"has 160 rows, and lm_head.weight is for 50 tokens"):
+        jaxtune.convert(directory, tmp_path / "out", vocab_size=170)
+    tensors = load_file(directory / "model.safetensors")
+    del tensors[HEAD]
+    save_file(tensors, directory / "model.safetensors")
+    config = written_config(directory)
+    (directory / "config.json").write_text(json.dumps(config | {"vocab_size": 150}))
+    with pytest.raises(JaxtuneError, match=r'"vocab_size" of config.json is for 150 tokens'):
+        jaxtune.convert(directory, tmp_path / "out", vocab_size=170)
+
+
+def test_what_is_no_array_of_ids_or_no_way_to_sample_is_refused(tiny):
+    model = jaxtune.load(tiny("llama"), dtype="float32", progress=False)
+    for tokens, options, message in (
+        ([[1, 2], [3]], {}, "tokens: token ids are an array"),
+        ([[]], {}, "not of shape"),
+        ([[1, 2]], {"segment_ids": [[1]]}, "segment_ids have shape"),
+        ([[1, 2]], {"positions": [[0, 1, 2]]}, "positions have shape"),
+    ):
+        with pytest.raises(JaxtuneError, match=message):
+            model.logits(tokens, **options)
+    for prompts, sampling, message in (
+        ([1, 2], Sampling(), "prompt 1: is not a list of token ids"),
+        ([[[1]]], Sampling(), "prompt 1: is not a list of token ids"),
+        ([[]], Sampling(), "a prompt has no tokens"),
+        ([[1]], Sampling(float("nan")), "temperature"),
+        ([[1]], Sampling(float("inf")), "temperature"),
+        ([[1]], Sampling(1.0, seed=2**31), "seed=2147483648 is not within"),
+    ):
+        with pytest.raises(JaxtuneError, match=message):
+            model.generate_tokens(prompts, 1, sampling)
+    with pytest.raises(JaxtuneError, match="put the one prompt into a list"):
+        model.generate(np.array([1, 2]))
+    rows = [[1, 2], [3, 4]]
+    expected = model.generate_tokens(rows, 2, Sampling())
+    assert model.generate_tokens(np.array(rows), 2, Sampling()) == expected
 
 
 def test_ids_that_the_model_does_not_have_are_refused(tiny, tmp_path):
