@@ -109,7 +109,8 @@ def _read_alpaca(row: Row, reading: Reading) -> Sample:
 
 def _history(row: Row) -> list[dict[str, Any]]:
     """Returns the turns of earlier questions and answers, which are learnt as the last is."""
-    rounds, turns = row.values.get("history") or [], []
+    rounds = read_json(row.values.get("history") or [], f"{row.place}: history")
+    turns: list[dict[str, Any]] = []
     for index, pair in enumerate(rounds if isinstance(rounds, list) else [None]):
         if not isinstance(pair, list) or len(pair) != 2:
             raise JaxtuneError(f"{row.place}: history must be a list of [question, answer] pairs")
@@ -259,4 +260,6 @@ def detect(row: Row, chosen: str = "") -> str:
 
 def unread_keys(row: Row, form: str) -> set[str]:
     """Returns the keys of a row that its form does not read."""
-    return set(row.values) - set(FORMATS[form].keys) - set(FORMATS[form].optional)
+    unread = set(row.values) - set(FORMATS[form].keys) - set(FORMATS[form].optional)
+    # As of the index that pandas writes in front of a table.
+    return {key or "(a column without a name)" for key in unread}

@@ -46,7 +46,9 @@ def parse_json(text: bytes, place: str, unit: str = "line") -> Any:
     except RecursionError as error:
         raise JaxtuneError(f"{place}: JSON is nested too deep") from error
     except ValueError as error:
-        raise JaxtuneError(f"{place}: broken JSON: {error}") from error
+        digits = "int_max_str_digits" in str(error)  # Python's limit, and advice on how to raise it
+        reason = "an integer of over 4300 digits" if digits else error
+        raise JaxtuneError(f"{place}: broken JSON: {reason}") from error
 
 
 def _check_depth(value: Any) -> None:

@@ -95,6 +95,12 @@ BROKEN = [
         r"x\.jsonl:1: expected one JSON object a line.*\.json",
     ),
     ("object", "x.json", b'["a"]', r"x\.json row 0: no object but str"),
+    (
+        "digits",
+        "x.jsonl",
+        b'{"text": "a", "n": ' + b"9" * 5000 + b"}",
+        "an integer of over 4300 digi",
+    ),
     ("comma", "x.csv", b"prompt;completion\na;b\n", r"x\.csv: a single column.* separated by ';'"),
     ("comma", "x.tsv", b"prompt,completion\na,b\n", r"x\.tsv: a single column.* separated by ','"),
     ("quotes", "x.csv", b'text\na\n"b"c\n', r"x\.csv:3: "),

@@ -30,6 +30,15 @@ def test_the_history_of_an_alpaca_row_is_learnt_as_its_answer_is(deepseek, jsonl
     assert found.unread == ()
 
 
+def test_a_table_of_a_program_has_history_as_json_and_a_column_without_a_name(deepseek, tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text(',instruction,output,history\n0,Q,A,"[[""q"", ""a""]]"\n1,Q,A,\n')
+    found = load_examples(path, tokenizer=deepseek, max_length=99, chat_template="deepseek-v3")
+    assert found.unread == ("(a column without a name)",)
+    lengths = found.lengths.tolist()
+    assert len(lengths) == 2 and lengths[0] > lengths[1]
+
+
 @pytest.mark.parametrize("history", [None, []])
 def test_an_empty_history_is_none(deepseek, jsonl, history):
     found = load(jsonl, deepseek, {**PAIR, "history": history})
