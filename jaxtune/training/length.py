@@ -104,20 +104,20 @@ class Timeline:
             while self._ends[-1] < steps and (cost <= _AHEAD or len(self._ends) == 1):
                 self.extend(bar)
                 cost += rows + _PASS
-        text = f"{steps} {_plural('step', steps)}"
+        text, shown = f"{steps} {_plural('step', steps)}", f"{rows} {_plural('row', rows)}"
         if self._ends[-1] < steps:
-            return f"{text}: more than {len(self._ends) - 1} passes over {rows} rows"
+            return f"{text}: more than {len(self._ends) - 1} passes over {shown}"
         number = bisect.bisect_left(self._ends, steps)
-        whole = f"{number} {_plural('pass', number)} over {rows} rows"
+        whole = f"{number} {_plural('pass', number)} over {shown}"
         if self._ends[number] == steps:
             return f"{text}: {whole}"
         before, end = self._ends[number - 1 : number + 1]
         within = f"{steps - before} of the {end - before} steps"
         if number == 1:
             return (
-                f"{text}: {within} of a pass over {rows} rows, so it ends in the middle of a pass"
+                f"{text}: {within} of a pass over {shown}, so it ends in the middle of a pass"
             )
-        whole = f"{number - 1} {_plural('pass', number - 1)} over {rows} rows"
+        whole = f"{number - 1} {_plural('pass', number - 1)} over {shown}"
         return f"{text}: {whole} and {within} of the next, so it ends in the middle of a pass"
 
 
