@@ -154,7 +154,7 @@ class Loader:
     def rows(self) -> int:
         """Examples in the batches handed out so far."""
         shown = int(self.order.plan(self._pass).shown[self._step]) if self._step else 0
-        return self._pass * self.order.rows_per_pass + shown
+        return self.order.rows_before(self._pass) + shown
 
     def state(self) -> dict[str, Any]:
         """Returns the position after the batches handed out, fit for JSON."""

@@ -8,7 +8,9 @@ last batch is filled up with empty rows, so that no batch holds examples of two 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -79,15 +81,21 @@ class DataOrder:
         _check_lengths(examples, length)
         self._lengths = examples.lengths + reserved
         self._parts = examples.parts or (Part("", "", len(examples)),)
-        self._taken = [max(1, round(part.weight * part.count)) for part in self._parts]
+        # Exact, so that what passes take adds up to what the weights say.
+        self._taken = [max(Fraction(str(p.weight)) * p.count, Fraction(1)) for p in self._parts]
         self._batch_size, self._capacity = batch_size, length + reserved
         self._packing, self._shuffle, self._seed = packing, shuffle, seed
         self._recent: dict[int, Pass] = {}
 
     @property
-    def rows_per_pass(self) -> int:
-        """Examples that every pass shows; one that is shown twice is counted twice."""
-        return sum(self._taken)
+    def rows_per_pass(self) -> float:
+        """Examples that a pass shows on average; one that is shown twice is counted twice."""
+        total = sum(self._taken, Fraction())
+        return int(total) if total.denominator == 1 else float(total)
+
+    def rows_before(self, number: int) -> int:
+        """Returns how many examples the passes before pass `number` show."""
+        return sum(math.ceil(number * amount) for amount in self._taken)
 
     def filled(self, plan: Pass) -> float:
         """Returns the share of the positions in the batches of a pass that hold a token."""
@@ -102,7 +110,7 @@ class DataOrder:
         """
         if number in self._recent:
             if advance is not None:
-                advance(self.rows_per_pass)
+                advance(len(self._recent[number].examples))
         else:
             # Two, for a step may be the last of one and the next the first of another.
             for other in list(self._recent)[:-1]:
@@ -136,13 +144,13 @@ class DataOrder:
     def _taken_by(self, number: int) -> np.ndarray:
         """Returns the examples that a pass takes, int64[n], part after part.
 
-        It takes ``weight × count`` of each part. A part is an endless series of rounds over its
-        examples, and the next pass continues where this one stops: each example is shown as often
-        as any other of its part.
+        It takes ``weight × count`` of each part, and at least one: n passes take n times that,
+        rounded up. A part is an endless series of rounds over its examples, and the next pass
+        continues where this one stops: each example is shown as often as any other of its part.
         """
         taken, first = [], 0
         for index, (part, amount) in enumerate(zip(self._parts, self._taken, strict=True)):
-            start, stop = number * amount, (number + 1) * amount
+            start, stop = math.ceil(number * amount), math.ceil((number + 1) * amount)
             for turn in range(start // part.count, -(-stop // part.count)):
                 begin = max(start - turn * part.count, 0)
                 end = min(stop - turn * part.count, part.count)

@@ -78,7 +78,7 @@ def statistics(
     if order is not None:
         plan = order.plan(0)
         numbers["pass"] = {
-            "rows": order.rows_per_pass,
+            "rows": int(plan.shown[-1]),
             "steps": plan.steps,
             "tokens": int(plan.tokens[-1]),
         }

@@ -55,14 +55,15 @@ class Timeline:
         while self._ends[-1] < step:
             self.extend()
         number = bisect.bisect_left(self._ends, step)
-        rows = self.order.rows_per_pass
+        rows = self.order.rows_before(number)
         if self._ends[number] == step:
-            return Shown(number, number * rows, self._tokens[number])
+            return Shown(number, rows, self._tokens[number])
         number -= 1
+        rows = self.order.rows_before(number)
         plan, within = self.order.plan(number), step - self._ends[number]
         return Shown(
             number + within / plan.steps,
-            number * rows + int(plan.shown[within]),
+            rows + int(plan.shown[within]),
             self._tokens[number] + int(plan.tokens[within]),
         )
 
@@ -83,7 +84,7 @@ class Timeline:
         whole = math.floor(epochs + 1e-9)
         part = epochs - whole if epochs - whole > 1e-9 else 0.0
         passes = whole + (part > 0)
-        with LateBar("planning passes", total=passes * self.order.rows_per_pass) as bar:
+        with LateBar("planning passes", total=int(passes * self.order.rows_per_pass)) as bar:
             while len(self._ends) <= passes:
                 self.extend(bar)
         last = self._ends[passes] - self._ends[whole]
@@ -104,7 +105,8 @@ class Timeline:
             while self._ends[-1] < steps and (cost <= _AHEAD or len(self._ends) == 1):
                 self.extend(bar)
                 cost += rows + _PASS
-        text, shown = f"{steps} {_plural('step', steps)}", f"{rows} {_plural('row', rows)}"
+        text = f"{steps} {_plural('step', steps)}"
+        shown = f"{round(rows, 2)} {_plural('row', rows)}"
         if self._ends[-1] < steps:
             return f"{text}: more than {len(self._ends) - 1} passes over {shown}"
         number = bisect.bisect_left(self._ends, steps)
@@ -114,14 +116,12 @@ class Timeline:
         before, end = self._ends[number - 1 : number + 1]
         within = f"{steps - before} of the {end - before} steps"
         if number == 1:
-            return (
-                f"{text}: {within} of a pass over {shown}, so it ends in the middle of a pass"
-            )
+            return f"{text}: {within} of a pass over {shown}, so it ends in the middle of a pass"
         whole = f"{number - 1} {_plural('pass', number - 1)} over {shown}"
         return f"{text}: {whole} and {within} of the next, so it ends in the middle of a pass"
 
 
-def _plural(word: str, count: int) -> str:
+def _plural(word: str, count: float) -> str:
     return word if count == 1 else f"{word}es" if word.endswith("s") else f"{word}s"
 
 

@@ -70,6 +70,21 @@ def test_each_pass_gives_each_example_once(packing, shuffle, count, batch_size):
             assert shuffle or found == sorted(found)
 
 
+def test_weights_that_do_not_divide_the_rows_add_up_over_passes():
+    """Half of 25 rows is 12.5: two passes show 25. A part of less than a row shows one."""
+    examples = make(29, weights=((0.5, 25), (2.5, 3), (0.1, 1)))
+    loader = Loader(examples, batch_size=4, length=LENGTH, packing=True, shuffle=True, seed=0)
+    timeline, steps, counts = Timeline(loader.order), 0, collections.Counter()
+    for number in range(1, 5):
+        for _ in range(loader.order.plan(number - 1).steps):
+            counts.update(shown(next(loader)))
+            steps += 1
+            assert timeline.after(steps).rows == loader.rows == counts.total()
+        assert counts.total() == loader.order.rows_before(number) == 21 * number + number % 2
+    assert [counts[i] for i in range(29)] == [2] * 25 + [10] * 3 + [4]
+    assert timeline.describe(steps).endswith("4 passes over 21 rows")
+
+
 def test_weights_show_each_example_of_a_part_as_often_as_any_other():
     examples = make(60, weights=((2.0, 10), (0.25, 40), (1.0, 10)))
     loader = Loader(examples, batch_size=3, length=LENGTH, packing=True, shuffle=True, seed=0)
