@@ -225,7 +225,8 @@ def test_dropout_is_repeatable_and_differs_between_steps(tiny, tmp_path):
     settings = {"target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
     peft_model(directory, tmp_path / "start", lora_dropout=0.3, **settings)
     sections = {
-        "adapter": {"init_from": str(tmp_path / "start")},
+        # Dropout is a setting of training: the config's counts, not the adapter's.
+        "adapter": {"init_from": str(tmp_path / "start"), "dropout": 0.3},
         "evaluation": {"every": 2},
     }
     config = run_config(directory, rows, recipe, **sections)
