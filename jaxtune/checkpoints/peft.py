@@ -23,7 +23,9 @@ from jaxtune.adapters.settings import check_settings
 from jaxtune.checkpoints.atomic import new_directory, write_files
 from jaxtune.checkpoints.huggingface import read_json
 from jaxtune.checkpoints.safetensors import read_all, write_file
-from jaxtune.checkpoints.weights import read_weights
+from jaxtune.checkpoints.torch_pickle import printable
+from jaxtune.checkpoints.weights import open_file, read_weights
+from jaxtune.errors import JaxtuneError
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -32,6 +34,7 @@ TORCH_WEIGHTS = {WEIGHTS: "adapter_model.bin", ADAPTERHUB: "pytorch_adapter.bin"
 ENCODER = "encoder.safetensors"
 # What ESFT's programs read and write in place of adapter_config.json; any file of tensors counts.
 EXPERTS = "expert_cfg.json"
+EXPERT_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 def read_adapter(directory: str | Path, *, encoder: bool = False) -> Stored:
@@ -58,13 +61,22 @@ def read_adapter(directory: str | Path, *, encoder: bool = False) -> Stored:
 
 
 def _read_experts(directory: Path) -> Stored:
-    """Reads what ESFT's programs write."""
+    """Reads what ESFT's programs write: any number of files, safetensors where there are some."""
+    found = (sorted(directory.glob(pattern)) for pattern in EXPERT_WEIGHTS)
+    files = next((paths for paths in found if paths), [])
+    if not files:
+        raise JaxtuneError(f"{directory}: holds {EXPERTS} and no {' or '.join(EXPERT_WEIGHTS)}")
     tensors: dict[str, np.ndarray] = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        tensors |= {
-            f"model.{name}" if name.startswith("layers.") else name: value
-            for name, value in read_all(file).items()
-        }
+    for path in files:
+        file = open_file(path)
+        for name in file.names():
+            key = f"model.{name}" if name.startswith("layers.") else name
+            if key in tensors:
+                raise JaxtuneError(
+                    f'{path}: tensor "{printable(name)}" is in another file of the directory as '
+                    "well: remove the one that is out of date"
+                )
+            tensors[key] = file.read(name)
     return Stored(read_json(directory / EXPERTS) | {"peft_type": esft.PEFT_TYPE}, tensors)
 
 

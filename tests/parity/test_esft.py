@@ -21,7 +21,7 @@ from oracles import (
     torch_logits,
     train_torch,
 )
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from test_training import FACTORS, LENGTH, assert_same_training, run_config, write_rows
 from torch import nn
 from torch.nn.utils import parametrize
@@ -32,6 +32,7 @@ from jaxtune.adapters.census import census, trained_share
 from jaxtune.adapters.scores import ExpertScores
 from jaxtune.checkpoints.peft import read_adapter, write_adapter
 from jaxtune.config import resolve
+from jaxtune.errors import JaxtuneError
 from jaxtune.layers.tree import flatten
 from jaxtune.training.train import score_training_data
 
@@ -193,6 +194,30 @@ def test_an_adapter_comes_back_bit_for_bit_from_either_config(trained, tmp_path)
     after = read_adapter(again)
     assert method_from_peft(after) == method
     assert all(before[name].tobytes() == after.tensors[name].tobytes() for name in NAMES)
+
+
+def test_the_files_of_esfts_programs(tmp_path):
+    names = [f"layers.1.mlp.experts.1.{name}.weight" for name in PROJECTIONS]
+    tensors = {name: torch.randn(24, 64) for name in names}
+    (tmp_path / "expert_cfg.json").write_text(json.dumps({"experts": {"1": [1]}}))
+    with pytest.raises(
+        JaxtuneError, match=r"expert_cfg.json and no \*.safetensors or pytorch_model"
+    ):
+        read_adapter(tmp_path)
+    torch.save(object, tmp_path / "training_args.bin")  # beside the weights, and no state dict
+    for number, name in enumerate(names):
+        torch.save({name: tensors[name]}, tmp_path / f"pytorch_model-{number}.bin")
+    read = read_adapter(tmp_path).tensors
+    assert read.keys() == {f"model.{name}" for name in names}
+    assert all((read[f"model.{name}"] == tensors[name].numpy()).all() for name in names)
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    with pytest.raises(JaxtuneError, match=r'model.bin: tensor "layers.*" is in another file'):
+        read_adapter(tmp_path)
+    save_file(
+        {name: value.numpy() + 1 for name, value in tensors.items()}, tmp_path / "x.safetensors"
+    )
+    value = read_adapter(tmp_path).tensors[f"model.{names[0]}"]
+    assert (value == tensors[names[0]].numpy() + 1).all()
 
 
 @pytest.mark.parametrize(("form", "dtype"), [(None, "bfloat16"), ("int8", "float32")])
