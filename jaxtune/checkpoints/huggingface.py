@@ -136,7 +136,11 @@ def open_source(path: Path) -> TensorSource:
         source: TensorSource = HuggingFaceSource(path)
         settings = source.config.get("quantization_config")
         if settings is not None:
-            kind = str(settings.get("quant_method") if isinstance(settings, Mapping) else settings)
+            if not isinstance(settings, Mapping):
+                raise JaxtuneError(
+                    f"{path}: quantization_config is {settings!r} in config.json, not an object"
+                )
+            kind = str(settings.get("quant_method"))
             where = f"{path}: quantization_config.quant_method"
             source = lookup(READERS, kind, where).open(source)
         return with_stored_head(source)

@@ -29,11 +29,12 @@ def keep_named_code(directory: Path, source: Path | None) -> None:
     """
     for path in (directory / name for name in _FILES):
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if not isinstance(content, dict) or not isinstance(content.get(_KEY), dict):
+        if not isinstance(content, dict) or _KEY not in content:
             continue
-        named = {role: set(_modules(entry)) for role, entry in content[_KEY].items()}
+        entries = content[_KEY] if isinstance(content[_KEY], dict) else {}
+        named = {role: set(_modules(entry)) for role, entry in entries.items()}
         there = {module for modules in named.values() for module in modules if _has(source, module)}
-        kept = {role: content[_KEY][role] for role, modules in named.items() if modules <= there}
+        kept = {role: entries[role] for role, modules in named.items() if modules <= there}
         for role in named.keys() - kept.keys():
             _logger.warning(
                 "%s: %s.%s names Python files that are not in the checkpoint: left out",

@@ -236,13 +236,17 @@ def test_settings_that_are_not_known_are_one_line(checkpoints, tmp_path, changes
 
 @pytest.mark.parametrize(
     ("method", "message"),
-    [("fp9", 'quant_method="fp9" is unknown; did you mean "fp8"?'), ("gptq", '"gptq" is unknown')],
+    [
+        ({"quant_method": "fp9"}, 'quant_method="fp9" is unknown; did you mean "fp8"?'),
+        ({"quant_method": "gptq"}, '"gptq" is unknown'),
+        ("fp8", "quantization_config is 'fp8' in config.json, not an object"),
+    ],
 )
 def test_another_method_is_named_with_what_is_known(checkpoints, tmp_path, method, message):
     shutil.copytree(checkpoints / "fp8", tmp_path / "other")
     path = tmp_path / "other" / "config.json"
     config = json.loads(path.read_text())
-    config["quantization_config"]["quant_method"] = method
+    config["quantization_config"] = method
     path.write_text(json.dumps(config))
     with pytest.raises(JaxtuneError) as raised:
         open_source(tmp_path / "other")

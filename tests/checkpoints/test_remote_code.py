@@ -109,3 +109,6 @@ def test_names_without_a_file_are_left_out(named, tmp_path, caplog):
     written = jaxtune.convert(directory, tmp_path / "none", progress=False)
     assert auto_map(written) is None
     AutoModelForCausalLM.from_pretrained(written, trust_remote_code=True)
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": "a.OwnConfig"}))
+    assert auto_map(jaxtune.convert(directory, tmp_path / "text", progress=False)) is None
