@@ -183,9 +183,9 @@ def _normalized(config: Mapping[str, Any], key: str) -> dict[str, Any]:
     parameters = dict(entry)
     old_name = parameters.pop("type", "default")
     kind = parameters.setdefault("rope_type", old_name)
-    if not isinstance(kind, str):
-        shown = "null" if kind is None else repr(kind)
-        raise JaxtuneError(f"config.json: {key} has rope_type {shown}, not a name")
+    if kind is None:
+        raise JaxtuneError(f"config.json: {key} has rope_type null: name one, or leave it out")
+    parameters["rope_type"] = str(kind)
     parameters.setdefault("rope_theta", config.get("rope_theta", 10000.0))
     if parameters["rope_theta"] is None:
         raise JaxtuneError("config.json: rope_theta is null")

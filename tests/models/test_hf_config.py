@@ -70,7 +70,7 @@ def test_a_size_is_a_positive_whole_number(key, value):
         ({"logits_scaling": 8.0}, '"logits_scaling"=8.0 is not supported (only null, 1)'),
         ({"final_logit_softcapping": 30.0}, '"final_logit_softcapping"=30.0 is not supported'),
         ({"rope_theta": None}, "rope_theta is null"),
-        ({"rope_theta": 0}, "rope_type default has numbers that make no frequencies"),
+        ({"rope_theta": 0}, '"rope_theta" is 0, not a positive number'),
     ],
 )
 def test_a_setting_that_is_not_supported(changes, message):
@@ -92,7 +92,8 @@ def test_a_setting_that_is_not_supported(changes, message):
         ("linear", "is 'linear', not an object"),
         ({"rope_type": "linear"}, "rope_type linear lacks 'factor'"),
         ({"rope_type": "linear", "factor": "two"}, "rope_type linear has"),
-        ({"rope_type": "linear", "factor": 0}, "rope_type linear has numbers that make no freq"),
+        ({"rope_type": "linear", "factor": 0}, '"factor" is 0, not a positive number'),
+        (YARN | {"attention_factor": 1e999}, "rope_type yarn has numbers that make no freq"),
         ({"rope_type": "llama3", "factor": 8.0}, "rope_type llama3 lacks 'low_freq_factor'"),
         (
             {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0},
