@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxtune.data.ends import span_ends
 from jaxtune.data.files import Record
+from jaxtune.data.fitting import TOO_LONG, OverLong, fit
 from jaxtune.data.formats import FORMATS, detect, unread_keys
 from jaxtune.data.messages import read_arguments
 from jaxtune.data.read import Row, parse
@@ -26,7 +27,6 @@ from jaxtune.vocabulary import ROOM
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TOO_LONG = ("error", "drop", "truncate", "truncate_start", "windows")
 TARGETS, REASONING, BAD_ROWS = ("all", "last", "marked"), ("keep", "drop"), ("error", "skip")
 EMPTY_REASONING = ("learn", "mask")
 PROMPT = "{prompt}"
@@ -145,10 +145,16 @@ class Problem(NamedTuple):
         return self.message.removeprefix(f"{self.place}: ")
 
 
-class Chunk(NamedTuple):
+def _none() -> np.ndarray:
+    return np.zeros(0, np.int32)
+
+
+@dataclasses.dataclass
+class Chunk:
     """The examples of some rows.
 
     Attributes:
+      read: how many rows the chunk has.
       tokens: int32[total] of all examples.
       targets: int32[total].
       lengths: int64[examples].
@@ -161,25 +167,24 @@ class Chunk(NamedTuple):
       counts: of ``drop``, ``truncate`` (either end), ``windows`` and ``windowed`` (rows that gave
         windows).
       merged: places of rows in which a token joins the prompt's end and the answer's beginning.
-      read: how many rows the chunk has.
       turns: how many turns were changed or left out, by what was done to them.
       ends: how many learned spans end in a token, by its id.
     """
 
-    tokens: np.ndarray
-    targets: np.ndarray
-    lengths: list[int]
-    contents: list[int]
-    files: list[str]
-    numbers: list[int]
-    rows: list[int]
-    problems: list[Problem]
-    unread: set[str]
-    counts: dict[str, int]
-    merged: list[str]
     read: int
-    turns: collections.Counter[str]
-    ends: collections.Counter[int]
+    tokens: np.ndarray = dataclasses.field(default_factory=_none)
+    targets: np.ndarray = dataclasses.field(default_factory=_none)
+    lengths: list[int] = dataclasses.field(default_factory=list)
+    contents: list[int] = dataclasses.field(default_factory=list)
+    files: list[str] = dataclasses.field(default_factory=list)
+    numbers: list[int] = dataclasses.field(default_factory=list)
+    rows: list[int] = dataclasses.field(default_factory=list)
+    problems: list[Problem] = dataclasses.field(default_factory=list)
+    unread: set[str] = dataclasses.field(default_factory=set)
+    counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    merged: list[str] = dataclasses.field(default_factory=list)
+    turns: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    ends: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
 
 
 class _Encoded(NamedTuple):
@@ -214,11 +219,7 @@ class Encoder:
           form: that of their source; empty: unknown.
           first: the place of a row of that form.
         """
-        empty = np.zeros(0)
-        turns, ends = collections.Counter[str](), collections.Counter[int]()
-        chunk = Chunk(
-            empty, empty, [], [], [], [], [], [], set(), {}, [], len(records), turns, ends
-        )
+        chunk = Chunk(len(records))
         kept: list[tuple[int, Record, Sample]] = []
         for index, record in enumerate(records):
             try:
@@ -235,8 +236,8 @@ class Encoder:
             place = record.place
             try:
                 self._check_ids(encoded, place)
-                pieces = self._fit(encoded.ids, encoded.labels, place, chunk.counts)
-            except _OverLong as error:
+                pieces = fit(encoded.ids, encoded.labels, self.settings, place, chunk.counts)
+            except OverLong as error:
                 chunk.problems.append(Problem.of(record, error)._replace(long=True))
                 continue
             except JaxtuneError as error:
@@ -258,7 +259,8 @@ class Encoder:
                 chunk.files.append(record.file)
                 chunk.numbers.append(record.number)
                 chunk.rows.append(index)
-        return chunk._replace(tokens=_joined(tokens), targets=_joined(targets))
+        chunk.tokens, chunk.targets = _joined(tokens), _joined(targets)
+        return chunk
 
     def _sample(self, row: Row, form: str, first: str) -> Sample:
         found = detect(row, self.settings.format)
@@ -309,50 +311,6 @@ class Encoder:
                 f"{limit - 1} (vocab_size){advice}, or use the tokenizer that it was trained with"
             )
 
-    def _fit(
-        self, tokens: np.ndarray, labels: np.ndarray, place: str, counts: dict[str, int]
-    ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Returns the examples that a row makes: tokens and targets, int32[n], n ≤ max_length."""
-        limit, too_long = self.settings.max_length, self.settings.too_long
-        targets = np.full(len(tokens), IGNORE, np.int32)
-        targets[:-1] = labels[1:]
-        tokens, cut = tokens.astype(np.int32), len(tokens) > limit
-        if cut and too_long == "error":
-            raise _OverLong(
-                f"{place}: {len(tokens)} tokens, and data.max_length is {limit}: raise it, or set "
-                f"data.too_long to {', '.join(TOO_LONG[1:-1])} or {TOO_LONG[-1]}"
-            )
-        pieces = _cut(tokens, targets, limit, too_long) if cut else [(tokens, targets)]
-        kept = [piece for piece in pieces if (piece[1] != IGNORE).any()]
-        if pieces and not kept:
-            where = f" within data.max_length={limit} tokens" if cut else ", so nothing to learn"
-            raise JaxtuneError(f"{place}: no target{where}")
-        if cut:
-            kind = "truncate" if too_long.startswith("truncate") else too_long
-            counts[kind] = counts.get(kind, 0) + (len(kept) if kind == "windows" else 1)
-            counts["windowed"] = counts.get("windowed", 0) + (kind == "windows")
-        return kept
-
-
-def _cut(
-    tokens: np.ndarray, targets: np.ndarray, limit: int, too_long: str
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Returns what of a longer row is left: pieces of at most `limit` tokens, int32[n] each."""
-    if too_long == "drop":
-        return []
-    if too_long == "truncate":
-        # What the last token would predict is cut off.
-        return [(tokens[:limit], np.append(targets[: limit - 1], np.int32(IGNORE)))]
-    if too_long == "truncate_start":
-        return [(tokens[-limit:], targets[-limit:])]
-    # The last token of a window predicts the first of the next: every target is in one of them.
-    starts = range(0, len(tokens), limit)
-    return [(tokens[i : i + limit], targets[i : i + limit]) for i in starts]
-
-
-class _OverLong(JaxtuneError):
-    """An example of more than max_length tokens where that is an error."""
-
 
 def _array(ids: Sequence[int]) -> np.ndarray:
     """Returns int64[n]; or object[n] where an id does not fit, for the check to name."""
@@ -363,7 +321,7 @@ def _array(ids: Sequence[int]) -> np.ndarray:
 
 
 def _joined(arrays: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate(arrays) if arrays else np.zeros(0, np.int32)
+    return np.concatenate(arrays) if arrays else _none()
 
 
 def settings_from(section: Any, *, seed: int, vocab_size: int | None) -> Settings:
