@@ -63,7 +63,19 @@ def _modules(entry: Any) -> Iterable[str]:
 
 def _has(source: Path | None, module: str) -> bool:
     # A name is data from elsewhere: an identifier leads to no other directory.
-    return source is not None and module.isidentifier() and (source / f"{module}.py").is_file()
+    if source is None or not module.isidentifier():
+        return False
+    file = source / f"{module}.py"
+    return file.is_file() and _belongs(file)
+
+
+def _belongs(file: Path) -> bool:
+    """Returns whether a file lies in its checkpoint, and is no link to a file elsewhere.
+
+    The hub's cache links snapshots/COMMIT/NAME to blobs/HASH.
+    """
+    directory, target = file.parent.resolve(), file.resolve()
+    return target.parent in (directory, directory.parent.parent / "blobs")
 
 
 def _copy(modules: Iterable[str], source: Path, directory: Path) -> None:

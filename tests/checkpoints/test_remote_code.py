@@ -112,3 +112,29 @@ def test_names_without_a_file_are_left_out(named, tmp_path, caplog):
     path = directory / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": "a.OwnConfig"}))
     assert auto_map(jaxtune.convert(directory, tmp_path / "text", progress=False)) is None
+
+
+def test_a_link_out_of_the_checkpoint_is_not_copied(named, tmp_path, caplog):
+    directory, _ = named
+    secret = tmp_path / "secret.py"
+    secret.write_text("KEY = 1\n")
+    (directory / "tokenization_own.py").unlink()
+    (directory / "tokenization_own.py").symlink_to(secret)
+    out = jaxtune.convert(directory, tmp_path / "out", progress=False)
+    assert not (out / "tokenization_own.py").exists()
+    assert "AutoTokenizer names Python files that are not in the checkpoint" in caplog.text
+    assert (out / "modeling_own.py").is_file()
+
+
+def test_links_of_the_hubs_cache_are_followed(named, tmp_path):
+    directory, _ = named
+    snapshot, blobs = tmp_path / "hub" / "snapshots" / "c0ffee", tmp_path / "hub" / "blobs"
+    shutil.copytree(directory, snapshot)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(snapshot.iterdir())):
+        file.rename(blobs / str(number))
+        file.symlink_to(f"../../blobs/{number}")
+    out = jaxtune.convert(snapshot, tmp_path / "out", progress=False)
+    assert {file.name for file in directory.glob("*.py")} == {
+        file.name for file in out.glob("*.py")
+    }
