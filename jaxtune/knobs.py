@@ -209,7 +209,7 @@ KNOBS: dict[str, dict[str, Knob]] = {
         "activation": Knob("relu", "of a bottleneck: relu, silu, gelu, tanh, …"),
         "scaling": Knob(1.0, "factor on what a bottleneck adds"),
         "init_from": Knob(
-            "", "a PEFT adapter to go on from; it brings its own settings, but for adapter.dropout"
+            "", "a PEFT adapter to start from; it brings its own settings, but for adapter.dropout"
         ),
     },
     "quantize": {

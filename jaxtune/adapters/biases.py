@@ -31,7 +31,7 @@ def is_bias(name: str) -> bool:
 
 
 def check(model: CausalLM, trains: Callable[[str], bool], key: str) -> bool:
-    """Says whether any bias of an abstract model is trained.
+    """Returns whether any bias of an abstract model is trained.
 
     Args:
       model: abstract.

@@ -48,7 +48,7 @@ def whole_weights(stored: Stored) -> tuple[str, Any] | None:
 
 
 def is_whole(name: str, saved: Sequence[str]) -> bool:
-    """Says whether a tensor, by its name behind PEFT's prefix, is part of a saved module."""
+    """Returns whether a tensor, by its name behind PEFT's prefix, is part of a saved module."""
     module, _, kind = name.rpartition(".")
     # PEFT's experts are parameters of their module.
     part = kind in ("weight", "bias", _BUFFER) or module.endswith(".experts")
@@ -56,7 +56,7 @@ def is_whole(name: str, saved: Sequence[str]) -> bool:
 
 
 def is_saved(module: str, saved: Sequence[str]) -> bool:
-    """Says whether a module, or one that it is in, ends as one of `saved` does, as PEFT compares.
+    """Returns whether a module, or one around it, ends as one of `saved` does, as PEFT compares.
 
     Args:
       module: its whole path.

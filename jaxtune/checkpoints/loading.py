@@ -40,7 +40,7 @@ _BEYOND = "of a layer beyond the num_hidden_layers of config.json"
 
 
 def _ignored(name: str, config: Mapping[str, Any], predicting: Collection[str]) -> str | None:
-    """Says why a checkpoint tensor is not needed, or returns None when it should be.
+    """Returns why a checkpoint tensor is not needed, or None when it should be.
 
     Args:
       name: of the tensor.

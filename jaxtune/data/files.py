@@ -20,7 +20,7 @@ from typing import IO, Any, NamedTuple
 from jaxtune.data.strict_json import decode, parse_json
 from jaxtune.errors import JaxtuneError
 
-# A line that goes on for longer is no row of text to train on, and must not fill the memory.
+# A longer line is not a row of text to train on, and must not fill the memory.
 MAX_LINE = 64 * 2**20
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 _BOM = b"\xef\xbb\xbf"

@@ -15,7 +15,7 @@ from jaxtune.data.spelling import squeeze
 
 Span = tuple[int, int]
 Render = Callable[[int, bool], str]
-"""Renders the first so many turns, with or without the prompt for the next."""
+"""Renders the first turns, as many as it is told, with or without the prompt for the next."""
 
 
 class Rewritten(Exception):

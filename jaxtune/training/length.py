@@ -99,7 +99,7 @@ class Timeline:
         return max(1, self._ends[number] + int(within))
 
     def describe(self, steps: int) -> str:
-        """Says how many passes the steps of a run are, and whether it ends within one."""
+        """Describes how many passes the steps of a run are, and whether it ends within one."""
         rows, cost = self.order.rows_per_pass, 0
         with LateBar("planning passes") as bar:
             while self._ends[-1] < steps and (cost <= _AHEAD or len(self._ends) == 1):
