@@ -72,7 +72,7 @@ KNOBS: dict[str, dict[str, Knob]] = {
             choices=("learn", "mask"),
         ),
         "max_length": Knob(1024, "tokens in a row", minimum=2),
-        "packing": Knob(True, "first-fit packing of several examples into a row"),
+        "packing": Knob(True, "best-fit packing of several examples into a row"),
         "shuffle": Knob(True, "a new order in every epoch, a function of training.seed"),
         "too_long": Knob(
             "error",

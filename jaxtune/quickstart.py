@@ -13,9 +13,9 @@ from rich.table import Table
 
 from jaxtune.api import Model, Run, train
 from jaxtune.checkpoints.orbax import write_atomically
-from jaxtune.checkpoints.progress import track
 from jaxtune.data import read_rows
 from jaxtune.errors import JaxtuneError
+from jaxtune.progress import track
 from jaxtune.training.evaluate import evaluate
 from jaxtune.training.run import RunDirectory
 

@@ -10,6 +10,7 @@ import jaxtune
 ORDER = (
     "errors",
     "vocabulary",
+    "progress",
     "intervals",
     "knobs",
     "config",

@@ -24,12 +24,12 @@ from jaxtune.checkpoints.placement import (
     copy,
     fill,
 )
-from jaxtune.checkpoints.progress import track
 from jaxtune.checkpoints.quantize import read_quantized
 from jaxtune.checkpoints.source import ALL, TensorSource
 from jaxtune.errors import JaxtuneError, closest
 from jaxtune.layers.tree import Path, Tree, layer_names, unflatten
 from jaxtune.models.definition import Definition, Leaf, as_matrix, check_experts, undivided
+from jaxtune.progress import track
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,6 @@ import numpy as np
 from jaxtune.adapters.merge import Edit
 from jaxtune.checkpoints.atomic import new_directory
 from jaxtune.checkpoints.loading import check_names
-from jaxtune.checkpoints.progress import track
 from jaxtune.checkpoints.quantize import read_quantized
 from jaxtune.checkpoints.remote_code import keep_named_code
 from jaxtune.checkpoints.replaced import ReplacedSource
@@ -28,6 +27,7 @@ from jaxtune.checkpoints.stored import WRITERS
 from jaxtune.layers.tree import Path as TreePath
 from jaxtune.layers.tree import Tree, flatten, layer_names
 from jaxtune.models.definition import Definition, as_matrix
+from jaxtune.progress import track
 from jaxtune.quant import Format, QuantizedWeight
 
 SHARD_BYTES = 2 * 2**30

@@ -24,9 +24,9 @@ from jaxtune.data.clock import printed
 from jaxtune.data.encode import Chunk, Encoder, Problem, Settings
 from jaxtune.data.examples import META, Examples, Writer, open_examples
 from jaxtune.data.files import Record
-from jaxtune.data.progress import LateBar
 from jaxtune.data.sources import Source, find_sources
 from jaxtune.errors import JaxtuneError
+from jaxtune.progress import track
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -242,9 +242,9 @@ class _Build:
 
     def _shown(self, records: Iterator[Record], name: str) -> Iterator[Record]:
         """Passes rows on; counts them on a terminal once that takes long."""
-        with LateBar(f"reading {name}", shown=self._progress) as bar:
+        with track(None, f"reading {name}", self._progress) as advance:
             for record in records:
-                bar.advance()
+                advance()
                 yield record
 
 

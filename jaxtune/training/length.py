@@ -5,12 +5,13 @@ from __future__ import annotations
 import bisect
 import math
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jaxtune.data.passes import DataOrder
-from jaxtune.data.progress import LateBar
 from jaxtune.intervals import parse_interval
 from jaxtune.parallel.processes import agree
+from jaxtune.progress import track
 
 # What is planned ahead only to be mentioned: a second or two. A pass costs as much as planning a
 # few hundred of its examples, however short it is.
@@ -43,10 +44,10 @@ class Timeline:
         self.order = order
         self._ends, self._tokens = [0], [0]  # steps and tokens before each pass
 
-    def extend(self, bar: LateBar | None = None) -> None:
+    def extend(self, advance: Callable[[int], None] | None = None) -> None:
         """Plans one more pass."""
         number = len(self._ends) - 1
-        plan = self.order.plan(number, None if bar is None else bar.advance)
+        plan = self.order.plan(number, advance)
         self._ends.append(self._ends[-1] + plan.steps)
         self._tokens.append(self._tokens[-1] + int(plan.tokens[-1]))
 
@@ -84,16 +85,16 @@ class Timeline:
         whole = math.floor(epochs + 1e-9)
         part = epochs - whole if epochs - whole > 1e-9 else 0.0
         passes = whole + (part > 0)
-        with LateBar("planning passes", total=int(passes * self.order.rows_per_pass)) as bar:
+        with track(int(passes * self.order.rows_per_pass), "planning passes") as advance:
             while len(self._ends) <= passes:
-                self.extend(bar)
+                self.extend(advance)
         last = self._ends[passes] - self._ends[whole]
         return max(1, self._ends[whole] + math.ceil(part * last - 1e-6))
 
     def _steps_of_tokens(self, tokens: int) -> int:
-        with LateBar("planning passes") as bar:
+        with track(None, "planning passes") as advance:
             while self._tokens[-1] < tokens:
-                self.extend(bar)
+                self.extend(advance)
         number = bisect.bisect_left(self._tokens, tokens) - 1
         within = self.order.plan(number).tokens.searchsorted(tokens - self._tokens[number])
         return max(1, self._ends[number] + int(within))
@@ -101,9 +102,9 @@ class Timeline:
     def describe(self, steps: int) -> str:
         """Describes how many passes the steps of a run are, and whether it ends within one."""
         rows, cost = self.order.rows_per_pass, 0
-        with LateBar("planning passes") as bar:
+        with track(None, "planning passes") as advance:
             while self._ends[-1] < steps and (cost <= _AHEAD or len(self._ends) == 1):
-                self.extend(bar)
+                self.extend(advance)
                 cost += rows + _PASS
         text = f"{steps} {_plural('step', steps)}"
         shown = f"{round(rows, 2)} {_plural('row', rows)}"

@@ -11,9 +11,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from jaxtune import progress
 from jaxtune.cli import main
 from jaxtune.config import load_file, resolve
-from jaxtune.data import DataOrder, Examples, Loader, Part, load_examples, progress
+from jaxtune.data import DataOrder, Examples, Loader, Part, load_examples
 from jaxtune.data.packing import pack
 from jaxtune.training.length import Timeline
 from jaxtune.training.train import make_loader
