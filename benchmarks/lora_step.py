@@ -57,8 +57,8 @@ def run_jaxtune(checkpoint: str, dtype: str, options: argparse.Namespace) -> dic
 
     from jaxtune import config as config_module
     from jaxtune.adapters import method_from_config
-    from jaxtune.checkpoints.assemble import assemble
     from jaxtune.checkpoints.huggingface import open_source
+    from jaxtune.checkpoints.load_model import assemble
     from jaxtune.training.setup import set_up
     from jaxtune.training.update import Update
 

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxtune.layers.context import Context
-from jaxtune.layers.grouped import MAX_TILE, group
-from jaxtune.layers.moe import MoE, Routing
+from jaxtune.layers.experts.grouped import MAX_TILE, group
+from jaxtune.layers.experts.moe import MoE, Routing
 from jaxtune.layers.tree import bind, flatten, unflatten, variables
 
 FEW, MANY = 8, 64

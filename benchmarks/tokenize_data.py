@@ -61,8 +61,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
 
+    from jaxtune.chats.template import read_template
     from jaxtune.data import ChatTemplate, load_examples, read_rows
-    from jaxtune.data.template import read_template
 
     tokenize = tokenizer()
     template = ChatTemplate(tokenize, read_template(TEMPLATE))

@@ -13,8 +13,8 @@ import json
 from pathlib import Path
 
 from jaxtune.adapters import method_from_config
-from jaxtune.adapters.census import census, trained_share
 from jaxtune.adapters.define import define
+from jaxtune.adapters.parameter_summary import census, trained_share
 from jaxtune.config import load_file, resolve
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -168,7 +168,7 @@ def test_truncated_safetensors_are_named(fails, config, tmp_path, tiny_chat):
 
 def test_a_mended_config_may_take_the_place_of_one_that_failed(fails, config, tmp_path):
     from jaxtune.config import load_file, resolve
-    from jaxtune.training.run import RunDirectory
+    from jaxtune.runs.directory import RunDirectory
 
     workdir = tmp_path / "run"
     fails("train", "--config", config, "--workdir", workdir, "--config.data.train=nowhere.jsonl")

@@ -15,14 +15,14 @@ import pytest
 import jaxtune
 from jaxtune import JaxtuneError, config
 from jaxtune.checkpoints import huggingface
-from jaxtune.checkpoints.assemble import assemble
+from jaxtune.checkpoints.load_model import assemble
 from jaxtune.checkpoints.tokenizer import load_tokenizer
 from jaxtune.config import default, load_file, resolve
 from jaxtune.knobs import knobs
 from jaxtune.training import train as training
-from jaxtune.training.describe import Split, describe
+from jaxtune.training.durations import Timeline
 from jaxtune.training.evaluation import held_out_batches
-from jaxtune.training.length import Timeline
+from jaxtune.training.run_summary import Split, describe
 from jaxtune.training.setup import set_up
 
 # The keys that users' files and scripts rely on.

@@ -5,27 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from jaxtune.adapters import (
-    bitfit,
-    bottleneck,
-    dora,
-    esft,
-    full,
-    ia3,
-    lora,
-    pissa,
-    prefix,
-    prompt,
-    ptuning,
-    vera,
-)
+from jaxtune.adapters import full
+from jaxtune.adapters.esft import esft
 from jaxtune.adapters.full import Full
-from jaxtune.adapters.fused import fuse
-from jaxtune.adapters.lora import Lora
 from jaxtune.adapters.method import Method, Stored, is_adapterhub
-from jaxtune.adapters.vllm import for_vllm
+from jaxtune.adapters.projections import bitfit, dora, ia3, lora, pissa, vera
+from jaxtune.adapters.projections.lora import Lora
+from jaxtune.adapters.virtual import bottleneck, prefix, prompt, ptuning
 from jaxtune.errors import JaxtuneError, lookup
-from jaxtune.models.definition import Definition
 
 METHODS: dict[str, Callable[[Any], Method]] = {
     "lora": lora.from_config,
@@ -58,9 +45,6 @@ PEFT_TYPES: dict[str, Callable[[Stored], Method]] = {
     "PROMPT_TUNING": prompt.from_peft,
     "P_TUNING": ptuning.from_peft,
 }
-
-# How programs load adapters that are not as a run stores them, given the base model.
-EXPORTS: dict[str, Callable[[Stored, Definition], Stored]] = {"peft": fuse, "vllm": for_vllm}
 
 
 def method_from_config(section: Any) -> Method:

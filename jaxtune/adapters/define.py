@@ -11,7 +11,7 @@ from jaxtune.adapters.method import Method
 from jaxtune.adapters.targets import linears, match_targets, module_names
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.decoder import CausalLM
-from jaxtune.layers.moe import Router
+from jaxtune.layers.experts.moe import Router
 from jaxtune.layers.tree import Path
 from jaxtune.models import build_model
 from jaxtune.models.definition import Definition

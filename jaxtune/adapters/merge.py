@@ -16,8 +16,8 @@ from jaxtune.adapters.method import Method
 from jaxtune.adapters.targets import linears, module_names
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.decoder import CausalLM
+from jaxtune.layers.experts.moe import ExpertLinear
 from jaxtune.layers.linear import edited_weight
-from jaxtune.layers.moe import ExpertLinear
 from jaxtune.layers.tree import Path, Shared, declaration_of
 
 # Computes the merged array of one layer (and expert) in a dtype: a weight [out, in] or bias [out].

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from jaxtune.adapters.scores import ExpertScores
+from jaxtune.adapters.esft.expert_scores import ExpertScores
+from jaxtune.errors import JaxtuneError
 from jaxtune.layers.decoder import CausalLM
 from jaxtune.layers.tree import Tree
 from jaxtune.models.definition import Definition
@@ -187,3 +189,27 @@ class Method(abc.ABC):
     @abc.abstractmethod
     def restore(self, definition: Definition, stored: Stored) -> tuple[Tree, Tree]:
         """Returns (trainable, constants) of an adapter that `store` or PEFT wrote."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NoMethod(Method):
+    """The base model alone, where a method is asked for."""
+
+    name: ClassVar[str] = "none"
+    has_adapter: ClassVar[bool] = False
+
+    def attach(self, model: CausalLM) -> None:
+        """Leaves the model as it is."""
+
+    def init(self, definition: Definition, seed: int) -> tuple[Tree, Tree]:
+        """Adds no arrays."""
+        del definition, seed
+        return {}, {}
+
+    def store(self, definition: Definition, trainable: Tree, constants: Tree) -> Stored:
+        """Refuses: nothing is trained."""
+        raise JaxtuneError("a model without a method has no adapter to store")
+
+    def restore(self, definition: Definition, stored: Stored) -> tuple[Tree, Tree]:
+        """Refuses: there is no such adapter."""
+        raise JaxtuneError("a model without a method has no adapter to restore")

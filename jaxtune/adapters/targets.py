@@ -10,8 +10,8 @@ from flax import nnx
 
 from jaxtune.errors import JaxtuneError, closest
 from jaxtune.layers.decoder import CausalLM
+from jaxtune.layers.experts.moe import ExpertLinear, Router
 from jaxtune.layers.linear import Linear
-from jaxtune.layers.moe import ExpertLinear, Router
 from jaxtune.layers.tree import Path, declaration_of, layer_names
 
 ALL_LINEAR = "all-linear"

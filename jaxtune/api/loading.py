@@ -10,17 +10,17 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jaxtune import config as config_module
+from jaxtune.adapter_files.peft import read_adapter
 from jaxtune.adapters.define import define
+from jaxtune.api.adapter_set import NamedAdapters
 from jaxtune.api.model import DTYPES, Choice, Model
+from jaxtune.chats.ends import turn_ends
+from jaxtune.chats.template import read_template
 from jaxtune.checkpoints import huggingface
-from jaxtune.checkpoints.assemble import assemble
 from jaxtune.checkpoints.chat import Chat, adapter_chat, base_chat, combined_chat
 from jaxtune.checkpoints.embeddings import untied, with_vocabulary
-from jaxtune.checkpoints.named import NamedAdapters
-from jaxtune.checkpoints.peft import read_adapter
+from jaxtune.checkpoints.load_model import assemble
 from jaxtune.checkpoints.source import TensorSource
-from jaxtune.data.ends import turn_ends
-from jaxtune.data.template import read_template
 from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.parallel.mesh import single_device_mesh
 from jaxtune.quant import Quantization

@@ -14,18 +14,18 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from jaxtune.adapters.combine import Options
+from jaxtune.adapter_files.combine import Options
 from jaxtune.adapters.merge import check_merges, edits
+from jaxtune.api.adapter_set import NamedAdapters
+from jaxtune.chats.template import encode_prompt
+from jaxtune.chats.tokens import tokenize_prompt
 from jaxtune.checkpoints import huggingface
-from jaxtune.checkpoints.assemble import Assembled
 from jaxtune.checkpoints.chat import Chat, base_chat
-from jaxtune.checkpoints.named import NamedAdapters
-from jaxtune.data.template import encode_prompt
-from jaxtune.data.tokens import tokenize_prompt
+from jaxtune.checkpoints.load_model import Assembled
 from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.generation.generate import Sampling, generate_tokens
 from jaxtune.layers.attention import choose_backend
-from jaxtune.layers.bits import as_bits
+from jaxtune.layers.cpu_bfloat16 import as_bits
 from jaxtune.layers.decoder import ForwardOptions
 from jaxtune.layers.tree import Tree, merge
 from jaxtune.models.definition import Definition
@@ -82,8 +82,8 @@ class Model:
         Args:
           adapter: its name; weights of several by name; or None for the base model as it was.
           combine: how LoRA adapters are combined: "cat" and "svd" are the weighted sum of their
-            edits; see `jaxtune.adapters.combine` for the others.
-          **options: of that, see `jaxtune.adapters.combine.Options`: rank, density, majority, seed.
+            edits; see `jaxtune.adapter_files.combine` for the others.
+          **options: rank, density, majority and seed; see `jaxtune.adapter_files.combine.Options`.
 
         Returns:
           The model itself.

@@ -12,29 +12,30 @@ from typing import Any
 import jax
 
 from jaxtune import config as config_module
-from jaxtune.adapters import EXPORTS, Method, Stored
+from jaxtune.adapter_files import EXPORTS
+from jaxtune.adapter_files.peft import read_adapter, write_adapter
+from jaxtune.adapters import Method, Stored
 from jaxtune.adapters.define import define
 from jaxtune.adapters.merge import check_merges
+from jaxtune.api.evaluate_run import merge_losses
+from jaxtune.api.load_run import load_trained
 from jaxtune.api.loading import ONLY, choose_template, load_model
 from jaxtune.api.model import Choice, Model
+from jaxtune.chats.template import read_template
 from jaxtune.checkpoints import huggingface
-from jaxtune.checkpoints.assemble import assemble
 from jaxtune.checkpoints.chat import Chat
-from jaxtune.checkpoints.peft import read_adapter, write_adapter
-from jaxtune.checkpoints.replaced import trained
+from jaxtune.checkpoints.load_model import assemble
+from jaxtune.checkpoints.overlay import trained
 from jaxtune.checkpoints.requantize import REPORT, read_report, write_report
 from jaxtune.checkpoints.source import TensorSource
-from jaxtune.data.template import read_template
 from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.parallel.mesh import single_device_mesh
 from jaxtune.parallel.rules import MESH_AXES
 from jaxtune.planning.plan import model_config
+from jaxtune.runs.chat import run_chat
+from jaxtune.runs.directory import RunDirectory
 from jaxtune.training import train as training
-from jaxtune.training.chat import run_chat
-from jaxtune.training.evaluate import merge_losses
-from jaxtune.training.run import RunDirectory
 from jaxtune.training.setup import set_up
-from jaxtune.training.trained import load_trained
 
 _logger = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ class Run:
           adapter: "best" or "last".
           quantized: writes it in the format of the run's base, with ``merge_report.json`` beside
             the weights (see `Model.save_pretrained`); where the run held data out the report
-            also has ``loss``, as `jaxtune.training.evaluate.merge_losses` measures it.
+            also has ``loss``, as `jaxtune.api.evaluate_run.merge_losses` measures it.
 
         Returns:
           The directory.

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxtune.checkpoints.gguf_header import read_header
+from jaxtune.checkpoints.formats.gguf_header import read_header
 from jaxtune.checkpoints.huggingface import read_json
 from jaxtune.checkpoints.tokenizer import load_tokenizer
 from jaxtune.errors import JaxtuneError

@@ -15,7 +15,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxtune.checkpoints.embeddings import HEAD, TIED
-from jaxtune.checkpoints.placement import (
+from jaxtune.checkpoints.quantize import read_quantized
+from jaxtune.checkpoints.source import ALL, TensorSource
+from jaxtune.checkpoints.staging import (
     Fetch,
     Range,
     Rounds,
@@ -24,8 +26,6 @@ from jaxtune.checkpoints.placement import (
     copy,
     fill,
 )
-from jaxtune.checkpoints.quantize import read_quantized
-from jaxtune.checkpoints.source import ALL, TensorSource
 from jaxtune.errors import JaxtuneError, closest
 from jaxtune.layers.tree import Path, Tree, layer_names, unflatten
 from jaxtune.models.definition import Definition, Leaf, as_matrix, check_experts, undivided

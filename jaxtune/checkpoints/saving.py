@@ -15,15 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune.adapters.merge import Edit
-from jaxtune.checkpoints.atomic import new_directory
+from jaxtune.atomic_files import new_directory
+from jaxtune.checkpoints.formats.registry import WRITERS
+from jaxtune.checkpoints.formats.safetensors import Pending, write_sharded
 from jaxtune.checkpoints.loading import check_names
+from jaxtune.checkpoints.overlay import ReplacedSource
 from jaxtune.checkpoints.quantize import read_quantized
 from jaxtune.checkpoints.remote_code import keep_named_code
-from jaxtune.checkpoints.replaced import ReplacedSource
 from jaxtune.checkpoints.requantize import Requantizer, warn_of_loss, write_report
-from jaxtune.checkpoints.safetensors import Pending, write_sharded
 from jaxtune.checkpoints.source import TensorSource
-from jaxtune.checkpoints.stored import WRITERS
 from jaxtune.layers.tree import Path as TreePath
 from jaxtune.layers.tree import Tree, flatten, layer_names
 from jaxtune.models.definition import Definition, as_matrix

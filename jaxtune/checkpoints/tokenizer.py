@@ -12,7 +12,7 @@ from gguf.constants import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from jaxtune.checkpoints.gguf_header import read_header
+from jaxtune.checkpoints.formats.gguf_header import read_header
 from jaxtune.checkpoints.huggingface import resolve_path
 from jaxtune.errors import JaxtuneError, lookup
 

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtune.checkpoints.safetensors import SafetensorsFile
+from jaxtune.checkpoints.formats.safetensors import SafetensorsFile
+from jaxtune.checkpoints.formats.torch_file import TorchFile
 from jaxtune.checkpoints.source import TensorFile
-from jaxtune.checkpoints.torch_file import TorchFile
 from jaxtune.errors import JaxtuneError
 
 _logger = logging.getLogger(__name__)

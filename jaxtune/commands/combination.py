@@ -11,7 +11,7 @@ from jaxtune.commands.arguments import choice
 from jaxtune.errors import JaxtuneError, lookup
 
 if TYPE_CHECKING:
-    from jaxtune.adapters.combine import Options
+    from jaxtune.adapter_files.combine import Options
 
 # A name has no slash, so that a directory with an equals sign can be written as ./DIR.
 _NAMED = re.compile(r"([\w.+-]+)=(.+)", re.DOTALL)
@@ -94,12 +94,12 @@ def read_weights(text: str | None, names: Sequence[str]) -> dict[str, float]:
 
 
 def read_method(arguments: argparse.Namespace) -> tuple[str, Options]:
-    """Returns the way of `jaxtune.adapters.combine` to combine adapters, and its options.
+    """Returns the way of `jaxtune.adapter_files.combine` to combine adapters, and its options.
 
     Raises:
       JaxtuneError: an unknown way, or an option that makes no difference to it.
     """
-    from jaxtune.adapters.combine import COMBINATIONS, Options
+    from jaxtune.adapter_files.combine import COMBINATIONS, Options
 
     method = _DEFAULT if arguments.combine is None else arguments.combine
     reads = lookup(COMBINATIONS, method, "--combine").reads

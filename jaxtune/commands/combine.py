@@ -35,9 +35,9 @@ def run(arguments: argparse.Namespace) -> None:
     weights = read_weights(arguments.weights, list(directories))
     check_free(arguments.to)
 
-    from jaxtune.adapters.combine import combine
+    from jaxtune.adapter_files.combine import combine
+    from jaxtune.adapter_files.peft import read_adapter, write_adapter
     from jaxtune.checkpoints.chat import Chat, adapter_chat, combined_chat
-    from jaxtune.checkpoints.peft import read_adapter, write_adapter
 
     method, options = read_method(arguments)
     stored = {name: read_adapter(directories[name]) for name in weights}

@@ -14,7 +14,7 @@ from jaxtune.errors import JaxtuneError
 if TYPE_CHECKING:
     from jaxtune.checkpoints.source import TensorSource
     from jaxtune.data import DataReader, Examples
-    from jaxtune.training.length import Timeline
+    from jaxtune.training.durations import Timeline
 
 SUMMARY = "Look at a run's data and its order, or tokenize it ahead."
 _ACTIONS = ("inspect", "stats", "order", "prepare")
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _reader(config: Any, **options: Any) -> tuple[DataReader, TensorSource, Any]:
     """Returns what reads the data as a run does, the model's checkpoint and its tokenizer."""
     from jaxtune.checkpoints import huggingface
-    from jaxtune.training.chat import configured_chat, reading
+    from jaxtune.runs.chat import configured_chat, reading
     from jaxtune.training.train import data_reader
 
     location = huggingface.resolve_path(config.model.path, config.model.revision)
@@ -123,7 +123,7 @@ def _stats(config: Any, arguments: argparse.Namespace) -> None:
 
 
 def _timeline(config: Any, train: Examples, source: TensorSource) -> Timeline:
-    from jaxtune.training.length import Timeline
+    from jaxtune.training.durations import Timeline
     from jaxtune.training.train import make_order, reserved_tokens
 
     return Timeline(make_order(config, train, reserved_tokens(config, source.config)))

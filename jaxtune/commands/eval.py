@@ -21,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
-    from jaxtune.training.evaluate import evaluate
-    from jaxtune.training.run import RunDirectory
+    from jaxtune.api.evaluate_run import evaluate
+    from jaxtune.runs.directory import RunDirectory
 
     adapter = "none" if arguments.base_only else arguments.adapter
     scores = evaluate(RunDirectory(arguments.workdir), adapter, arguments.data)

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
     from jaxtune.config import load_file, resolve
-    from jaxtune.training.expert_scores import summarize
+    from jaxtune.training.score_experts import summarize
     from jaxtune.training.train import score_training_data
 
     path = Path(arguments.to)

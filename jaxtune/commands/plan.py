@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
     from jaxtune.errors import JaxtuneError
 
     if arguments.table:
-        from jaxtune.planning.table import table
+        from jaxtune.demos.memory_table import table
 
         print(table())
         return

@@ -18,6 +18,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
     from jaxtune.config import load_file, resolve
-    from jaxtune.quickstart import quickstart
+    from jaxtune.demos.quickstart import quickstart
 
     quickstart(resolve(load_file(arguments.config), arguments.overrides), arguments.workdir)

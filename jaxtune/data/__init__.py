@@ -1,5 +1,7 @@
 """Data: read rows, render and tokenize them, mark their targets, pack them into batches."""
 
+from jaxtune.chats.template import ChatTemplate, encode_prompt
+from jaxtune.chats.tokens import IGNORE, Tokenized, tokenize_prompt
 from jaxtune.data.encode import Settings, settings_from
 from jaxtune.data.examples import Examples, Part
 from jaxtune.data.formats import FORMATS, DataFormat
@@ -8,8 +10,6 @@ from jaxtune.data.loader import Batch, Loader, eval_batches, eval_order
 from jaxtune.data.passes import DataOrder
 from jaxtune.data.read import Row, read_rows
 from jaxtune.data.splits import DataReader, Splits
-from jaxtune.data.template import ChatTemplate, encode_prompt
-from jaxtune.data.tokens import IGNORE, Tokenized, tokenize_prompt
 
 __all__ = [
     "FORMATS",

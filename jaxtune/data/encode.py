@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jaxtune.data.ends import span_ends
+from jaxtune.chats.ends import span_ends
+from jaxtune.chats.messages import read_arguments
+from jaxtune.chats.template import ChatTemplate, read_template
+from jaxtune.chats.tokens import IGNORE, Tokens, tokenize_batch
 from jaxtune.data.files import Record
 from jaxtune.data.fitting import TOO_LONG, OverLong, fit
 from jaxtune.data.formats import FORMATS, detect, unread_keys
-from jaxtune.data.messages import read_arguments
 from jaxtune.data.read import Row, parse
 from jaxtune.data.samples import Reading, Sample
-from jaxtune.data.template import ChatTemplate, read_template
-from jaxtune.data.tokens import IGNORE, Tokens, tokenize_batch
 from jaxtune.errors import JaxtuneError
 from jaxtune.vocabulary import ROOM
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, overload
 
 import numpy as np
 
-from jaxtune.data.tokens import IGNORE
+from jaxtune.chats.tokens import IGNORE
 from jaxtune.errors import JaxtuneError
 
 TOKENS, TARGETS, INDEX, META = "tokens.int32", "targets.int32", "index.npz", "meta.json"

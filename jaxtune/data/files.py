@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from jaxtune.data.strict_json import decode, parse_json
 from jaxtune.errors import JaxtuneError
+from jaxtune.strict_json import decode, parse_json
 
 # A longer line is not a row of text to train on, and must not fill the memory.
 MAX_LINE = 64 * 2**20

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from jaxtune.data.tokens import IGNORE
+from jaxtune.chats.tokens import IGNORE
 from jaxtune.errors import JaxtuneError
 
 TOO_LONG = ("error", "drop", "truncate", "truncate_start", "windows")

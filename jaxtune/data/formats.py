@@ -7,11 +7,11 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxtune.data.jsontext import read_json
-from jaxtune.data.messages import Conversation, check_text, read_calls, read_conversation
+from jaxtune.chats.jsontext import read_json
+from jaxtune.chats.messages import Conversation, check_text, read_calls, read_conversation
+from jaxtune.chats.tokens import Tokenized
 from jaxtune.data.read import Row
 from jaxtune.data.samples import Reading, Sample, sample_of
-from jaxtune.data.tokens import Tokenized
 from jaxtune.data.unsupported import description_of, judgement_in, media_in
 from jaxtune.errors import JaxtuneError, closest, lookup
 

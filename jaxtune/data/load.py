@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxtune.data.clock import printed
+from jaxtune.chats.clock import printed
 from jaxtune.data.encode import Chunk, Encoder, Problem, Settings
 from jaxtune.data.examples import META, Examples, Writer, open_examples
 from jaxtune.data.files import Record

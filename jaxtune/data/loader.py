@@ -10,9 +10,9 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
+from jaxtune.chats.tokens import IGNORE
 from jaxtune.data.examples import Examples
 from jaxtune.data.passes import OF_NOISE, DataOrder, Pass
-from jaxtune.data.tokens import IGNORE
 from jaxtune.errors import JaxtuneError
 
 Batch = dict[str, np.ndarray]

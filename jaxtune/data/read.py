@@ -9,8 +9,8 @@ from typing import Any
 
 from jaxtune.data.files import Record
 from jaxtune.data.sources import find_sources
-from jaxtune.data.strict_json import parse_json
 from jaxtune.errors import JaxtuneError
+from jaxtune.strict_json import parse_json
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.text import Text
 
+from jaxtune.chats.tokens import IGNORE
 from jaxtune.data.encode import Problem
 from jaxtune.data.examples import Examples
 from jaxtune.data.passes import DataOrder
-from jaxtune.data.tokens import IGNORE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,8 +8,8 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxtune.data.messages import Conversation, choose_targets, what_is_said
-from jaxtune.data.reasoning import (
+from jaxtune.chats.messages import Conversation, choose_targets, what_is_said
+from jaxtune.chats.reasoning import (
     END_THINK,
     REASONING_KEYS,
     THINK,
@@ -17,8 +17,8 @@ from jaxtune.data.reasoning import (
     separate_reasoning,
     split_content,
 )
-from jaxtune.data.template import ChatTemplate
-from jaxtune.data.tokens import Tokenized
+from jaxtune.chats.template import ChatTemplate
+from jaxtune.chats.tokens import Tokenized
 from jaxtune.errors import JaxtuneError
 
 # What may be done to turns, as reports name it.

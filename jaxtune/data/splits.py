@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jaxtune.data.clock import now
+from jaxtune.chats.clock import now
 from jaxtune.data.encode import Problem, settings_from
 from jaxtune.data.examples import Examples, join
 from jaxtune.data.load import default_cache, load_examples

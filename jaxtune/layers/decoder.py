@@ -16,13 +16,13 @@ from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 
-from jaxtune.layers.balance import Routed
-from jaxtune.layers.bits import from_bits
 from jaxtune.layers.context import Cache, Context
+from jaxtune.layers.cpu_bfloat16 import from_bits
 from jaxtune.layers.embedding import Embedding
+from jaxtune.layers.experts.moe import MoE
+from jaxtune.layers.experts.routing_stats import Routed
 from jaxtune.layers.head import Head
 from jaxtune.layers.linear import Edit, Linear
-from jaxtune.layers.moe import MoE
 from jaxtune.layers.norm import RMSNorm
 from jaxtune.layers.remat import remat as remat_body
 from jaxtune.layers.rope import Rope

@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxtune.layers.attention import Attention
 from jaxtune.layers.decoder import CausalLM
-from jaxtune.layers.moe import Routing
+from jaxtune.layers.experts.moe import Routing
 from jaxtune.models.hf_config import read, require, size
 from jaxtune.models.mixture import build_mixture
 

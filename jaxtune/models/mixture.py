@@ -7,9 +7,9 @@ from typing import Any
 
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.decoder import CausalLM, Decoder, DecoderLayer
+from jaxtune.layers.experts.moe import MoE, Routing
 from jaxtune.layers.mla import MLA, MLASizes
 from jaxtune.layers.mlp import MLP
-from jaxtune.layers.moe import MoE, Routing
 from jaxtune.layers.rope import rope_from_config, yarn_softmax_scale
 from jaxtune.models.hf_config import read, size
 

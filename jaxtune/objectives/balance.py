@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxtune.layers.balance import Routed
+from jaxtune.layers.experts.routing_stats import Routed
 from jaxtune.objectives.cross_entropy import IGNORE
 
 

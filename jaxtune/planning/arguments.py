@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtune.layers.bits import as_bits
+from jaxtune.layers.cpu_bfloat16 import as_bits
 from jaxtune.quant import QuantizedWeight
 from jaxtune.training.setup import Setup
 

@@ -9,8 +9,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from jaxtune.layers.experts.moe import MoE
 from jaxtune.layers.mla import MLA
-from jaxtune.layers.moe import MoE
 from jaxtune.planning.arguments import by_kind, bytes_per_device, step_arguments
 from jaxtune.training.setup import Setup
 

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from jax.extend import core
 
-from jaxtune.layers.grouped import tile_size
+from jaxtune.layers.experts.grouped import tile_size
+from jaxtune.layers.experts.moe import MoE
 from jaxtune.layers.mla import MLA
-from jaxtune.layers.moe import MoE
 from jaxtune.planning.arguments import step_arguments
 from jaxtune.training.setup import Setup
 

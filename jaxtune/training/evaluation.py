@@ -12,11 +12,16 @@ import numpy as np
 from jaxtune.checkpoints.chat import Chat
 from jaxtune.data import DataOrder, Examples, eval_batches, eval_order
 from jaxtune.errors import JaxtuneError
-from jaxtune.layers.bits import as_bits
+from jaxtune.layers.cpu_bfloat16 import as_bits
 from jaxtune.layers.tree import Tree
 from jaxtune.parallel.processes import fetch
-from jaxtune.training.answers import ANSWER_SCORES, answer_questions, average, read_questions
-from jaxtune.training.experts import load_summary, load_table, mixture_layers
+from jaxtune.training.expert_load import load_summary, load_table, mixture_layers
+from jaxtune.training.generation_eval import (
+    ANSWER_SCORES,
+    answer_questions,
+    average,
+    read_questions,
+)
 from jaxtune.training.setup import Setup
 
 

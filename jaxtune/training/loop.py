@@ -11,15 +11,15 @@ from typing import Any, Protocol
 
 import jax
 
-from jaxtune.checkpoints.orbax import Checkpoints, disk_full_named
-from jaxtune.training.interruption import watchdog
-from jaxtune.training.length import Due, Timeline
-from jaxtune.training.metrics import MetricLog
-from jaxtune.training.milestones import Milestones
+from jaxtune.runs.checkpoints import Checkpoints, disk_full_named
+from jaxtune.runs.directory import RunDirectory
+from jaxtune.runs.metrics import MetricLog
+from jaxtune.training.callbacks import Milestones
+from jaxtune.training.durations import Due, Timeline
+from jaxtune.training.early_stopping import Tally
+from jaxtune.training.preemption import watchdog
 from jaxtune.training.profile import Profile
 from jaxtune.training.recorder import Display, Recorder
-from jaxtune.training.run import RunDirectory
-from jaxtune.training.stopping import Tally
 
 logger = logging.getLogger(__name__)
 

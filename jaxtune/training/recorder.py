@@ -23,10 +23,10 @@ from rich.progress import (
 )
 
 from jaxtune.errors import JaxtuneError
-from jaxtune.training.guard import OVERFLOW, REASONS
-from jaxtune.training.length import Due
-from jaxtune.training.metrics import MetricLog
-from jaxtune.training.stopping import Tally
+from jaxtune.runs.metrics import MetricLog
+from jaxtune.training.bad_steps import OVERFLOW, REASONS
+from jaxtune.training.durations import Due
+from jaxtune.training.early_stopping import Tally
 
 logger = logging.getLogger(__name__)
 

@@ -29,8 +29,8 @@ from jaxtune.parallel.mesh import make_mesh, named_sharding
 from jaxtune.parallel.processes import put
 from jaxtune.parallel.rules import RULES
 from jaxtune.quant import Quantization
-from jaxtune.training.experts import mixture_layers
-from jaxtune.training.guard import GuardSettings
+from jaxtune.training.bad_steps import GuardSettings
+from jaxtune.training.expert_load import mixture_layers
 from jaxtune.training.optimizer import make_optimizer, make_schedule
 from jaxtune.training.state import TrainState, initial_state, state_like
 from jaxtune.training.step import StepSettings, make_eval_step, make_train_step

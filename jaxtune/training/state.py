@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtune.layers.tree import Tree
 from jaxtune.models.definition import Definition
 from jaxtune.parallel.processes import put
-from jaxtune.training.guard import NO_GUARD, Guard, GuardSettings, first_guard
+from jaxtune.training.bad_steps import NO_GUARD, Guard, GuardSettings, first_guard
 
 
 @functools.partial(

@@ -17,8 +17,8 @@ from jaxtune.models.definition import Definition
 from jaxtune.objectives.cross_entropy import NO_TERMS, LossTerms
 from jaxtune.objectives.sft import BatchSums
 from jaxtune.parallel.rules import constrain
-from jaxtune.training.experts import load_summary
-from jaxtune.training.guard import MADE, NO_GUARD, GuardSettings, judge
+from jaxtune.training.bad_steps import MADE, NO_GUARD, GuardSettings, judge
+from jaxtune.training.expert_load import load_summary
 from jaxtune.training.state import TrainState
 
 Batch = Mapping[str, jax.Array]

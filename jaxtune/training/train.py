@@ -14,47 +14,47 @@ from typing import Any
 
 import jax
 
+from jaxtune.adapter_files.init_from import continued
+from jaxtune.adapter_files.peft import read_adapter, write_adapter_files
 from jaxtune.adapters import Method, Stored, method_from_config, method_from_peft
-from jaxtune.adapters.census import census, render
-from jaxtune.adapters.continued import continued
 from jaxtune.adapters.define import define
+from jaxtune.adapters.esft.expert_scores import ExpertScores
 from jaxtune.adapters.method import is_adapterhub
-from jaxtune.adapters.scores import ExpertScores
+from jaxtune.adapters.parameter_summary import census, render
+from jaxtune.atomic_files import write_files
 from jaxtune.checkpoints import huggingface
-from jaxtune.checkpoints.assemble import assemble
-from jaxtune.checkpoints.atomic import write_files
 from jaxtune.checkpoints.chat import Chat
-from jaxtune.checkpoints.orbax import Checkpoints
-from jaxtune.checkpoints.peft import read_adapter, write_adapter_files
+from jaxtune.checkpoints.load_model import assemble
 from jaxtune.checkpoints.source import TensorSource
 from jaxtune.data import DataOrder, DataReader, Examples, Loader, Splits
 from jaxtune.errors import JaxtuneError
 from jaxtune.intervals import parse_interval
 from jaxtune.layers.tree import Tree
 from jaxtune.parallel.processes import fetch, leads, put
-from jaxtune.training.chat import (
+from jaxtune.runs.chat import (
     begin_chat,
     configured_chat,
     keep_end_tokens,
     reading,
     start_chat,
 )
-from jaxtune.training.describe import Split, describe
+from jaxtune.runs.checkpoints import Checkpoints
+from jaxtune.runs.directory import RunDirectory
+from jaxtune.runs.metrics import check_wandb
+from jaxtune.training.durations import Timeline
+from jaxtune.training.early_stopping import check_metric
 from jaxtune.training.evaluation import (
     bind_evaluation,
     held_out_batches,
     score_names,
 )
-from jaxtune.training.expert_scores import score_experts
-from jaxtune.training.experts import mixture_layers
-from jaxtune.training.length import Timeline
+from jaxtune.training.expert_load import mixture_layers
 from jaxtune.training.loop import fit
-from jaxtune.training.metrics import check_wandb
 from jaxtune.training.out_of_memory import out_of_memory_named
 from jaxtune.training.profile import profile_window
-from jaxtune.training.run import RunDirectory
+from jaxtune.training.run_summary import Split, describe
+from jaxtune.training.score_experts import score_experts
 from jaxtune.training.setup import Setup, set_up
-from jaxtune.training.stopping import check_metric
 from jaxtune.training.update import Update
 
 logger = logging.getLogger(__name__)

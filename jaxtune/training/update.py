@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jaxtune.layers.bits import as_bits
+from jaxtune.layers.cpu_bfloat16 import as_bits
 from jaxtune.layers.tree import Tree
 from jaxtune.training.setup import Setup
 from jaxtune.training.state import TrainState

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
-from jaxtune.adapters.linear import LinearMethod, Part, SlotAdapter
-from jaxtune.adapters.peft_files import edit_tensors, peft_config
+from jaxtune.adapters.projections.peft_files import edit_tensors, peft_config
+from jaxtune.adapters.projections.slots import LinearMethod, Part, SlotAdapter
 from jaxtune.layers.linear import Edit
 from jaxtune.layers.tree import Trainable, declaration_of, parameter
 

@@ -4,13 +4,13 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from jaxtune.adapter_files.peft import read_adapter
 from jaxtune.adapters import method_from_peft
-from jaxtune.adapters.census import Row, census, render, trained_share
 from jaxtune.adapters.define import define
 from jaxtune.adapters.full import Full
-from jaxtune.adapters.lora import Lora
+from jaxtune.adapters.parameter_summary import Row, census, render, trained_share
+from jaxtune.adapters.projections.lora import Lora
 from jaxtune.checkpoints.huggingface import read_json
-from jaxtune.checkpoints.peft import read_adapter
 
 # Of the tiny llama: vocabulary 160, hidden 64, feed-forward 96, 3 layers, 4 and 2 heads of 16.
 EMBEDDING, NORM = 160 * 64, 64

@@ -8,8 +8,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from jaxtune.adapters.combine import COMBINATIONS, Options, combine, read_pairs
-from jaxtune.checkpoints.peft import read_adapter
+from jaxtune.adapter_files.combine import COMBINATIONS, Options, combine, read_pairs
+from jaxtune.adapter_files.peft import read_adapter
 from jaxtune.errors import JaxtuneError
 
 # float32 sums of two or three terms, in another order.

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import jaxtune
-from jaxtune.adapters.combine import COMBINATIONS
+from jaxtune.adapter_files.combine import COMBINATIONS
 from jaxtune.cli import main
 
 TOKENS = np.random.default_rng(1).integers(3, 160, (2, 12))

@@ -9,8 +9,8 @@ import jaxtune
 from jaxtune.adapters import method_from_config
 from jaxtune.adapters.define import define
 from jaxtune.adapters.full import Full
+from jaxtune.checkpoints.formats.safetensors import read_all
 from jaxtune.checkpoints.huggingface import read_json
-from jaxtune.checkpoints.safetensors import read_all
 from jaxtune.config import resolve
 from jaxtune.errors import JaxtuneError
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import jaxtune
+from jaxtune.adapter_files.peft import write_adapter
 from jaxtune.adapters import method_from_peft
 from jaxtune.adapters.define import define
-from jaxtune.adapters.lora import Factor, Lora
 from jaxtune.adapters.merge import edits, merged_weight
-from jaxtune.checkpoints.assemble import assemble
+from jaxtune.adapters.projections.lora import Factor, Lora
+from jaxtune.checkpoints.formats.safetensors import read_all
 from jaxtune.checkpoints.huggingface import open_source, read_json
-from jaxtune.checkpoints.peft import write_adapter
-from jaxtune.checkpoints.safetensors import read_all
+from jaxtune.checkpoints.load_model import assemble
 from jaxtune.config import resolve
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.tree import flatten, unflatten

@@ -8,7 +8,7 @@ import pytest
 
 import jaxtune
 from jaxtune.adapters import METHODS, PEFT_TYPES
-from jaxtune.adapters.census import census
+from jaxtune.adapters.parameter_summary import census
 from jaxtune.config import resolve
 from jaxtune.training.setup import set_up
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import jaxtune
-from jaxtune.adapters.lora import Factor
-from jaxtune.adapters.pissa import principal_factors
-from jaxtune.checkpoints.safetensors import read_all
+from jaxtune.adapters.projections.lora import Factor
+from jaxtune.adapters.projections.pissa import principal_factors
+from jaxtune.checkpoints.formats.safetensors import read_all
 from jaxtune.errors import JaxtuneError
 
 

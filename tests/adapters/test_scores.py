@@ -6,9 +6,9 @@ import pytest
 
 from jaxtune.adapters import method_from_config, method_from_peft
 from jaxtune.adapters.define import define
-from jaxtune.adapters.esft import Esft
+from jaxtune.adapters.esft.esft import Esft
+from jaxtune.adapters.esft.expert_scores import ExpertScores, read_choice, read_scores
 from jaxtune.adapters.method import Stored
-from jaxtune.adapters.scores import ExpertScores, read_choice, read_scores
 from jaxtune.config import resolve
 from jaxtune.errors import JaxtuneError
 

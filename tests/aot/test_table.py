@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxtune.planning.table import ROWS_OF_TABLE, cells
+from jaxtune.demos.memory_table import ROWS_OF_TABLE, cells
 
 pytestmark = pytest.mark.slow
 

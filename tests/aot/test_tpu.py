@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from jaxtune.config import resolve
+from jaxtune.demos.memory_table import DEEPSEEK_7B
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.attention import BACKENDS, attention
 from jaxtune.layers.remat import remat
@@ -15,7 +16,6 @@ from jaxtune.parallel.mesh import make_mesh
 from jaxtune.parallel.rules import MESH_AXES
 from jaxtune.planning import plan
 from jaxtune.planning.devices import GIB
-from jaxtune.planning.table import DEEPSEEK_7B
 from jaxtune.planning.topology import describe
 
 pytestmark = pytest.mark.slow

@@ -4,7 +4,7 @@ import jax
 import pytest
 from test_tpu_moe import MIXTURE, products
 
-from jaxtune.adapters.lora import Lora
+from jaxtune.adapters.projections.lora import Lora
 from jaxtune.config import resolve
 from jaxtune.planning.arguments import step_arguments
 from jaxtune.planning.collectives import collectives

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from jaxtune.adapters.full import Full
-from jaxtune.adapters.lora import Lora
+from jaxtune.adapters.projections.lora import Lora
 from jaxtune.config import resolve
 from jaxtune.planning.plan import step_arguments
 from jaxtune.planning.topology import describe

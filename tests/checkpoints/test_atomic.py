@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxtune.checkpoints.atomic import new_directory
+from jaxtune.atomic_files import new_directory
 from jaxtune.errors import JaxtuneError
 
 

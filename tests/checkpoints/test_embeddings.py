@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import jaxtune
 from jaxtune.adapters.define import define
-from jaxtune.adapters.lora import Lora
+from jaxtune.adapters.projections.lora import Lora
 from jaxtune.cli import main
 from jaxtune.config import resolve
 from jaxtune.errors import JaxtuneError

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import jaxtune
-from jaxtune.checkpoints.fp8 import dequantize
+from jaxtune.checkpoints.formats.deepseek_fp8 import dequantize
 from jaxtune.checkpoints.huggingface import open_source
 from jaxtune.errors import JaxtuneError
 

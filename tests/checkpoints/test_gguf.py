@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from jaxtune.checkpoints.gguf import GGUFSource
-from jaxtune.checkpoints.gguf_header import read_header
+from jaxtune.checkpoints.formats.gguf import GGUFSource
+from jaxtune.checkpoints.formats.gguf_header import read_header
 from jaxtune.errors import JaxtuneError
 
 # transformers gives every qwen3 GGUF heads of 128.

@@ -11,25 +11,25 @@ import numpy as np
 import pytest
 
 import jaxtune
-from jaxtune.adapters.bitfit import BitFit
-from jaxtune.adapters.dora import Dora
-from jaxtune.adapters.esft import Esft
-from jaxtune.adapters.ia3 import IA3
-from jaxtune.adapters.lora import Lora
-from jaxtune.adapters.pissa import Pissa
-from jaxtune.adapters.vera import Vera
+from jaxtune.adapter_files.peft import write_adapter
+from jaxtune.adapters.esft.esft import Esft
+from jaxtune.adapters.projections.bitfit import BitFit
+from jaxtune.adapters.projections.dora import Dora
+from jaxtune.adapters.projections.ia3 import IA3
+from jaxtune.adapters.projections.lora import Lora
+from jaxtune.adapters.projections.pissa import Pissa
+from jaxtune.adapters.projections.vera import Vera
 from jaxtune.api import Model
+from jaxtune.api.evaluate_run import evaluate
 from jaxtune.checkpoints import huggingface
-from jaxtune.checkpoints.assemble import assemble
-from jaxtune.checkpoints.peft import write_adapter
+from jaxtune.checkpoints.load_model import assemble
 from jaxtune.checkpoints.requantize import REPORT
 from jaxtune.cli import main
 from jaxtune.config import resolve
 from jaxtune.layers.tree import flatten, layer_names, unflatten
 from jaxtune.parallel.mesh import single_device_mesh
 from jaxtune.quant import QuantizedWeight, quantization_from_config
-from jaxtune.training.evaluate import evaluate
-from jaxtune.training.run import RunDirectory
+from jaxtune.runs.directory import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("compiled_lightly")
 

@@ -15,10 +15,10 @@ COPIES = 10
 def work(directory, to):
     import jax.numpy as jnp
 
-    from jaxtune.adapters.lora import Lora
     from jaxtune.adapters.merge import edits
+    from jaxtune.adapters.projections.lora import Lora
     from jaxtune.checkpoints import huggingface
-    from jaxtune.checkpoints.assemble import assemble
+    from jaxtune.checkpoints.load_model import assemble
     from jaxtune.layers.tree import flatten, merge, unflatten
     from jaxtune.parallel.mesh import single_device_mesh
     from jaxtune.quant import Quantization

@@ -17,8 +17,8 @@ import optax
 import pytest
 from disks import small_disk
 
-from jaxtune.checkpoints.orbax import Checkpoints
 from jaxtune.errors import JaxtuneError
+from jaxtune.runs.checkpoints import Checkpoints
 
 
 def state(seed=0, size=64):

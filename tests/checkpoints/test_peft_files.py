@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import jaxtune
-from jaxtune.checkpoints.atomic import new_directory
-from jaxtune.checkpoints.peft import read_adapter, write_adapter, write_adapter_files
+from jaxtune.adapter_files.peft import read_adapter, write_adapter, write_adapter_files
+from jaxtune.atomic_files import new_directory
 from jaxtune.errors import JaxtuneError
 
 A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"

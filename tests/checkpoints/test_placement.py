@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from jaxtune.checkpoints.placement import Rounds
 from jaxtune.checkpoints.quantize import encode_rows
+from jaxtune.checkpoints.staging import Rounds
 from jaxtune.quant.fp8 import Float8
 from jaxtune.quant.int4 import Int4
 from jaxtune.quant.int8 import Int8

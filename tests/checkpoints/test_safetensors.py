@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from jaxtune.checkpoints.safetensors import (
+from jaxtune.checkpoints.formats.safetensors import (
     Pending,
     SafetensorsFile,
     read_all,

@@ -13,9 +13,10 @@ from safetensors.numpy import save_file
 import jaxtune
 import jaxtune.config
 from jaxtune.adapters.define import define
-from jaxtune.checkpoints import companions, huggingface
+from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints import quantize as quantizing
-from jaxtune.checkpoints.compressed_tensors import PER_WORD
+from jaxtune.checkpoints.formats import packed_source as companions
+from jaxtune.checkpoints.formats.compressed_tensors import PER_WORD
 from jaxtune.cli import main
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.tree import flatten, layer_names

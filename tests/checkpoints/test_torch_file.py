@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 
 import jaxtune
 from jaxtune import config as config_module
+from jaxtune.adapter_files.peft import read_adapter
+from jaxtune.checkpoints.formats.torch_file import TorchFile
 from jaxtune.checkpoints.huggingface import HuggingFaceSource
-from jaxtune.checkpoints.peft import read_adapter
-from jaxtune.checkpoints.torch_file import TorchFile
 from jaxtune.errors import JaxtuneError
 from jaxtune.planning.plan import model_config
 

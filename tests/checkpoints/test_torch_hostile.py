@@ -18,7 +18,7 @@ import pytest
 from hostile import archive, group, name, number, state, storage, tensor, text
 
 import jaxtune.checkpoints
-from jaxtune.checkpoints.torch_file import TorchFile
+from jaxtune.checkpoints.formats.torch_file import TorchFile
 from jaxtune.errors import JaxtuneError
 
 LIMIT = 300 * 2**20

@@ -10,8 +10,8 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from jaxtune.adapter_files.peft import read_adapter
 from jaxtune.checkpoints.huggingface import HuggingFaceSource
-from jaxtune.checkpoints.peft import read_adapter
 from jaxtune.checkpoints.tokenizer import load_tokenizer
 from jaxtune.errors import JaxtuneError
 

@@ -11,10 +11,10 @@ import json
 
 import pytest
 
+from jaxtune.chats.builtin import with_arguments
+from jaxtune.chats.template import read_template
 from jaxtune.data import IGNORE, ChatTemplate, encode_prompt, load_examples
-from jaxtune.data.builtin import with_arguments
 from jaxtune.data.formats import FORMATS
-from jaxtune.data.template import read_template
 from jaxtune.errors import JaxtuneError
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"

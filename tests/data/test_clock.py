@@ -5,8 +5,8 @@ import logging
 
 import pytest
 
+from jaxtune.chats.clock import fix_clock, now
 from jaxtune.data import ChatTemplate, encode_prompt, load_examples
-from jaxtune.data.clock import fix_clock, now
 from jaxtune.errors import JaxtuneError
 
 CHAT = [{"role": "user", "content": "Hi"}]

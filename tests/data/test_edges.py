@@ -6,11 +6,11 @@ import random
 
 import pytest
 
+from jaxtune.chats.tokens import tokenize_batch
 from jaxtune.config import resolve
 from jaxtune.data import DataReader, load_examples, tokenize_prompt
 from jaxtune.data.report import render_statistics, statistics
-from jaxtune.data.tokens import tokenize_batch
-from jaxtune.training.answers import read_questions
+from jaxtune.training.generation_eval import read_questions
 
 
 def chat(answer):

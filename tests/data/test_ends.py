@@ -5,8 +5,8 @@ import copy
 import numpy as np
 import pytest
 
-from jaxtune.data.ends import span_ends, turn_ends
-from jaxtune.data.template import read_template
+from jaxtune.chats.ends import span_ends, turn_ends
+from jaxtune.chats.template import read_template
 
 
 @pytest.mark.parametrize(

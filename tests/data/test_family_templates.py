@@ -9,8 +9,8 @@ import json
 
 import pytest
 
+from jaxtune.chats.template import built_in_templates, read_template
 from jaxtune.data import IGNORE, ChatTemplate, encode_prompt, load_examples
-from jaxtune.data.template import built_in_templates, read_template
 from jaxtune.errors import JaxtuneError
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"

@@ -10,11 +10,11 @@ import sys
 import numpy as np
 import pytest
 
+from jaxtune.chats.template import ChatTemplate, read_template
+from jaxtune.chats.tokens import tokenize
 from jaxtune.data import IGNORE, load_examples
 from jaxtune.data.encode import Encoder, Problem, Settings
 from jaxtune.data.files import Record
-from jaxtune.data.template import ChatTemplate, read_template
-from jaxtune.data.tokens import tokenize
 from jaxtune.errors import JaxtuneError
 
 

@@ -9,8 +9,8 @@ import itertools
 
 import pytest
 
+from jaxtune.chats.template import read_template
 from jaxtune.data import IGNORE, ChatTemplate
-from jaxtune.data.template import read_template
 from jaxtune.errors import JaxtuneError
 
 BOS, EOS, USER, BOT = (

@@ -16,7 +16,7 @@ from jaxtune.cli import main
 from jaxtune.config import load_file, resolve
 from jaxtune.data import DataOrder, Examples, Loader, Part, load_examples
 from jaxtune.data.packing import pack
-from jaxtune.training.length import Timeline
+from jaxtune.training.durations import Timeline
 from jaxtune.training.train import make_loader
 
 LENGTH = 24

@@ -2,8 +2,8 @@
 
 import pytest
 
+from jaxtune.chats.template import read_template
 from jaxtune.data import IGNORE, ChatTemplate, encode_prompt
-from jaxtune.data.template import read_template
 from jaxtune.errors import JaxtuneError
 
 

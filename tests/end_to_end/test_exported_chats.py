@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 import jaxtune
+from jaxtune.api.evaluate_run import evaluate
+from jaxtune.chats.builtin import built_in_templates
 from jaxtune.checkpoints import huggingface
 from jaxtune.cli import main
 from jaxtune.config import resolve
-from jaxtune.data.builtin import built_in_templates
-from jaxtune.training.chat import run_chat
-from jaxtune.training.evaluate import evaluate
+from jaxtune.runs.chat import run_chat
 from jaxtune.training.train import data_reader, train
 
 pytestmark = pytest.mark.usefixtures("compiled_lightly")

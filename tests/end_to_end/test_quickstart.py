@@ -9,7 +9,7 @@ import pytest
 
 from jaxtune.cli import main
 from jaxtune.config import load_file, resolve
-from jaxtune.quickstart import quickstart
+from jaxtune.demos.quickstart import quickstart
 
 ROOT = Path(__file__).parents[2]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtune.layers.grouped import group, grouped_linear
+from jaxtune.layers.experts.grouped import group, grouped_linear
 
 EXPERTS, IN, OUT = 6, 20, 12
 # Sums of some tens of float32 products in another order.

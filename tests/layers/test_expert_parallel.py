@@ -11,8 +11,8 @@ import json
 import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
 from jaxtune.layers.context import Context
-from jaxtune.layers.expert_parallel import token_spec
-from jaxtune.layers.moe import MoE, Routing
+from jaxtune.layers.experts.expert_parallel import token_spec
+from jaxtune.layers.experts.moe import MoE, Routing
 from jaxtune.layers.tree import bind, unflatten, variables
 from jaxtune.parallel.mesh import make_mesh
 from jaxtune.parallel.rules import MESH_AXES

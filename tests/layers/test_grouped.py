@@ -11,8 +11,8 @@ import pytest
 from grouping import BFLOAT16, EXPERTS, FLOAT32, IN, OUT, ours, relative, routes
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxtune.layers import grouped_pallas
-from jaxtune.layers.grouped import MAX_TILE, Replaced, group, grouped_linear, tile_size
+from jaxtune.layers.experts import grouped_pallas
+from jaxtune.layers.experts.grouped import MAX_TILE, Replaced, group, grouped_linear, tile_size
 from jaxtune.quant.int8 import Int8
 from jaxtune.quant.weight import QuantizedWeight
 

@@ -11,8 +11,8 @@ from jax._src.lib.mlir import ir
 from jax._src.pallas.triton import lowering as triton_lowering
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from jaxtune.layers import grouped_triton
-from jaxtune.layers.grouped import choose_kernel, group, grouped_linear
+from jaxtune.layers.experts import grouped_triton
+from jaxtune.layers.experts.grouped import choose_kernel, group, grouped_linear
 
 # Both sum float32 products, of up to 200 numbers here, in different order.
 SAME = 1e-6

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from jaxtune.layers.context import Context
-from jaxtune.layers.moe import MoE, Router, Routing
+from jaxtune.layers.experts.moe import MoE, Router, Routing
 from jaxtune.layers.tree import bind, unflatten, variables
 
 HIDDEN, WIDTH, TOKENS = 24, 10, 33

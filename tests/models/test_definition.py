@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 import jaxtune
 from jaxtune.adapters.define import define
 from jaxtune.adapters.full import Full
-from jaxtune.adapters.lora import Lora
+from jaxtune.adapters.projections.lora import Lora
 from jaxtune.checkpoints import huggingface
 from jaxtune.layers.tree import flatten, layer_names, unflatten
 from jaxtune.models.definition import initialize

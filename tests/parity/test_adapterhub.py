@@ -21,10 +21,10 @@ from safetensors.numpy import load_file
 from test_training import LENGTH, run_config, write_rows
 
 import jaxtune
+from jaxtune.adapter_files.peft import read_adapter, write_adapter
 from jaxtune.adapters import method_from_peft
-from jaxtune.adapters.bottleneck import ACTIVATIONS, PLACEMENTS, Bottlenecks
-from jaxtune.adapters.census import census
-from jaxtune.checkpoints.peft import read_adapter, write_adapter
+from jaxtune.adapters.parameter_summary import census
+from jaxtune.adapters.virtual.bottleneck import ACTIVATIONS, PLACEMENTS, Bottlenecks
 from jaxtune.generation.generate import Sampling
 from jaxtune.layers.tree import flatten, unflatten
 

@@ -9,11 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import jaxtune
-from jaxtune.adapters.combine import plain_config
+from jaxtune.adapter_files.combine import plain_config
+from jaxtune.adapter_files.peft import write_adapter
 from jaxtune.adapters.method import Stored
-from jaxtune.adapters.peft_files import PREFIX
+from jaxtune.adapters.projections.peft_files import PREFIX
 from jaxtune.checkpoints import huggingface
-from jaxtune.checkpoints.peft import write_adapter
 from jaxtune.layers.tree import flatten, layer_names
 from jaxtune.quant.weight import QuantizedWeight
 

@@ -27,10 +27,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import jaxtune
+from jaxtune.adapter_files.peft import read_adapter, write_adapter
 from jaxtune.adapters import method_from_peft
-from jaxtune.adapters.census import census, trained_share
-from jaxtune.adapters.scores import ExpertScores
-from jaxtune.checkpoints.peft import read_adapter, write_adapter
+from jaxtune.adapters.esft.expert_scores import ExpertScores
+from jaxtune.adapters.parameter_summary import census, trained_share
 from jaxtune.config import resolve
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.tree import flatten

@@ -20,7 +20,7 @@ from test_training import keep_gradient, run_config, write_rows
 import jaxtune
 from jaxtune import JaxtuneError
 from jaxtune.adapters.full import Full
-from jaxtune.adapters.lora import Lora
+from jaxtune.adapters.projections.lora import Lora
 from jaxtune.checkpoints.huggingface import checkpoint_tensors
 from jaxtune.layers.decoder import ForwardOptions
 from jaxtune.layers.tree import flatten, merge

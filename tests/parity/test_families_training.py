@@ -26,9 +26,9 @@ from safetensors.numpy import load_file
 from test_training import GRAD_NORM, LENGTH, assert_same_training, run_config, write_rows
 
 import jaxtune
+from jaxtune.adapter_files.peft import read_adapter, write_adapter
 from jaxtune.adapters import method_from_peft
-from jaxtune.adapters.census import census
-from jaxtune.checkpoints.peft import read_adapter, write_adapter
+from jaxtune.adapters.parameter_summary import census
 
 pytestmark = pytest.mark.usefixtures("compiled_lightly")
 

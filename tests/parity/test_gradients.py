@@ -10,7 +10,7 @@ from oracles import LOSS, load_torch, make_examples, relative, summed_loss
 from parts import as_batch, load_parts
 
 from jaxtune.adapters.full import Full
-from jaxtune.adapters.lora import Lora
+from jaxtune.adapters.projections.lora import Lora
 from jaxtune.checkpoints.huggingface import checkpoint_tensors
 from jaxtune.layers.decoder import ForwardOptions
 from jaxtune.layers.remat import POLICIES

@@ -17,16 +17,16 @@ from test_families import decode
 from test_training import LENGTH, run_config, write_rows
 
 import jaxtune
+from jaxtune.adapter_files.peft import write_adapter
 from jaxtune.adapters import method_from_peft
-from jaxtune.adapters.bitfit import BitFit
-from jaxtune.adapters.census import census, trained_share
-from jaxtune.adapters.dora import Dora
-from jaxtune.adapters.ia3 import IA3
-from jaxtune.adapters.lora import Lora
-from jaxtune.adapters.pissa import Pissa
-from jaxtune.adapters.vera import Vera
+from jaxtune.adapters.parameter_summary import census, trained_share
+from jaxtune.adapters.projections.bitfit import BitFit
+from jaxtune.adapters.projections.dora import Dora
+from jaxtune.adapters.projections.ia3 import IA3
+from jaxtune.adapters.projections.lora import Lora
+from jaxtune.adapters.projections.pissa import Pissa
+from jaxtune.adapters.projections.vera import Vera
 from jaxtune.api import Model
-from jaxtune.checkpoints.peft import write_adapter
 from jaxtune.layers.tree import flatten, unflatten
 from jaxtune.parallel.mesh import single_device_mesh
 

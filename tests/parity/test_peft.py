@@ -12,9 +12,9 @@ from parts import load_parts
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import jaxtune
+from jaxtune.adapter_files.peft import read_adapter, write_adapter
 from jaxtune.adapters import method_from_peft
-from jaxtune.adapters.lora import Lora
-from jaxtune.checkpoints.peft import read_adapter, write_adapter
+from jaxtune.adapters.projections.lora import Lora
 from jaxtune.layers.tree import flatten, unflatten
 
 TOKENS = random_tokens(1, 2, 24)

@@ -15,11 +15,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from test_peft import with_random_factors
 
 import jaxtune
-from jaxtune.adapters.dora import Dora
-from jaxtune.adapters.fused import fuse
-from jaxtune.adapters.lora import Lora
-from jaxtune.adapters.pairs import pairs_of
-from jaxtune.checkpoints.peft import read_adapter, write_adapter
+from jaxtune.adapter_files.fused import fuse
+from jaxtune.adapter_files.pairs import pairs_of
+from jaxtune.adapter_files.peft import read_adapter, write_adapter
+from jaxtune.adapters.projections.dora import Dora
+from jaxtune.adapters.projections.lora import Lora
 
 pytestmark = pytest.mark.usefixtures("compiled_lightly")
 

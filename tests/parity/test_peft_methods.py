@@ -23,13 +23,13 @@ from peft import IA3Config, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from test_training import LENGTH, run_config, write_rows
 
 import jaxtune
+from jaxtune.adapter_files.peft import read_adapter, write_adapter
 from jaxtune.adapters import method_from_config, method_from_peft
 from jaxtune.adapters.define import define
-from jaxtune.adapters.linear import adapters
-from jaxtune.adapters.lora import Lora
+from jaxtune.adapters.projections.lora import Lora
+from jaxtune.adapters.projections.slots import adapters
 from jaxtune.api import Model
 from jaxtune.checkpoints.huggingface import read_json
-from jaxtune.checkpoints.peft import read_adapter, write_adapter
 from jaxtune.config import resolve
 from jaxtune.layers.tree import flatten
 from jaxtune.parallel.mesh import single_device_mesh

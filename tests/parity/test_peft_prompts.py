@@ -29,8 +29,8 @@ from safetensors.torch import save_file
 from test_training import GRAD_NORM, LENGTH, run_config, write_rows
 
 import jaxtune
+from jaxtune.adapter_files.peft import read_adapter, write_adapter
 from jaxtune.adapters import method_from_peft
-from jaxtune.checkpoints.peft import read_adapter, write_adapter
 
 pytestmark = pytest.mark.usefixtures("compiled_lightly")
 

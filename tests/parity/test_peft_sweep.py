@@ -21,12 +21,12 @@ from peft import LoraConfig, get_peft_model
 from peft_cases import CASES, EVERYWHERE, settings_for
 
 import jaxtune
+from jaxtune.adapter_files.peft import read_adapter
+from jaxtune.adapter_files.settings import ALWAYS, KINDS, TARGETS, check_settings
 from jaxtune.adapters.merge import edits
-from jaxtune.adapters.settings import ALWAYS, KINDS, TARGETS, check_settings
 from jaxtune.api import Model
-from jaxtune.checkpoints.assemble import assemble, attach
 from jaxtune.checkpoints.huggingface import open_source
-from jaxtune.checkpoints.peft import read_adapter
+from jaxtune.checkpoints.load_model import assemble, attach
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.tree import flatten, unflatten
 from jaxtune.parallel.mesh import single_device_mesh

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 import jaxtune
 from jaxtune.adapters import method_from_config
 from jaxtune.adapters.define import define
-from jaxtune.adapters.lora import Lora
+from jaxtune.adapters.projections.lora import Lora
 from jaxtune.config import resolve
 
 pytestmark = pytest.mark.usefixtures("compiled_lightly")

@@ -18,9 +18,9 @@ from oracles import LOSS, make_examples, relative
 from parts import as_batch
 from test_training import keep_gradient
 
-from jaxtune.adapters.lora import Lora
-from jaxtune.checkpoints.assemble import assemble
+from jaxtune.adapters.projections.lora import Lora
 from jaxtune.checkpoints.huggingface import open_source
+from jaxtune.checkpoints.load_model import assemble
 from jaxtune.config import resolve
 from jaxtune.layers.decoder import ForwardOptions
 from jaxtune.layers.tree import flatten

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 import jaxtune
 from jaxtune.checkpoints import huggingface
-from jaxtune.checkpoints.stored import WRITERS
+from jaxtune.checkpoints.formats.registry import WRITERS
 
 FIXTURES = Path(__file__).parent / "fixtures" / "compressed_tensors"
 TOKENS = np.arange(3, 35).reshape(2, 16)

@@ -18,9 +18,9 @@ from parts import as_batch, load_parts
 from peft import LoraConfig, get_peft_model
 
 import jaxtune
+from jaxtune.adapter_files.peft import read_adapter
 from jaxtune.adapters.full import Full
-from jaxtune.adapters.lora import Lora
-from jaxtune.checkpoints.peft import read_adapter
+from jaxtune.adapters.projections.lora import Lora
 from jaxtune.layers.decoder import ForwardOptions
 from jaxtune.layers.tree import flatten
 from jaxtune.objectives.sft import sft_loss

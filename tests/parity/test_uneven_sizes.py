@@ -22,9 +22,9 @@ from parts import as_batch
 from test_training import keep_gradient
 
 import jaxtune
-from jaxtune.adapters.lora import Lora
-from jaxtune.checkpoints.assemble import assemble
+from jaxtune.adapters.projections.lora import Lora
 from jaxtune.checkpoints.huggingface import open_source
+from jaxtune.checkpoints.load_model import assemble
 from jaxtune.config import resolve
 from jaxtune.errors import JaxtuneError
 from jaxtune.generation.generate import Sampling

@@ -24,13 +24,13 @@ from test_training import (
 )
 
 import jaxtune
+from jaxtune.adapter_files.peft import read_adapter, write_adapter
 from jaxtune.adapters import method_from_peft
-from jaxtune.adapters.census import census
-from jaxtune.adapters.prefix import Prefix
-from jaxtune.adapters.prompt import Prompt
-from jaxtune.adapters.ptuning import PTuning
+from jaxtune.adapters.parameter_summary import census
+from jaxtune.adapters.virtual.prefix import Prefix
+from jaxtune.adapters.virtual.prompt import Prompt
+from jaxtune.adapters.virtual.ptuning import PTuning
 from jaxtune.api.model import make_room
-from jaxtune.checkpoints.peft import read_adapter, write_adapter
 from jaxtune.generation.generate import Sampling
 from jaxtune.layers.tree import flatten, unflatten
 

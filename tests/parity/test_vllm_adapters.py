@@ -13,13 +13,13 @@ from safetensors.numpy import load_file
 from test_peft import with_random_factors
 
 import jaxtune
-from jaxtune.adapters.dora import Dora
-from jaxtune.adapters.ia3 import IA3
-from jaxtune.adapters.lora import Lora
+from jaxtune.adapter_files.peft import write_adapter
+from jaxtune.adapter_files.vllm import for_vllm
 from jaxtune.adapters.method import Stored
-from jaxtune.adapters.prompt import Prompt
-from jaxtune.adapters.vllm import for_vllm
-from jaxtune.checkpoints.peft import write_adapter
+from jaxtune.adapters.projections.dora import Dora
+from jaxtune.adapters.projections.ia3 import IA3
+from jaxtune.adapters.projections.lora import Lora
+from jaxtune.adapters.virtual.prompt import Prompt
 
 TOKENS = random_tokens(1, 2, 24)
 DENSE = {

@@ -9,8 +9,8 @@ import pytest
 import torch
 from jax import lax
 
-from jaxtune.checkpoints.fp8 import dequantize
-from jaxtune.layers.grouped import group, grouped_linear
+from jaxtune.checkpoints.formats.deepseek_fp8 import dequantize
+from jaxtune.layers.experts.grouped import group, grouped_linear
 from jaxtune.layers.linear import linear_float32, outer, product
 from jaxtune.quant import Format
 from jaxtune.quant.fp8 import Float8

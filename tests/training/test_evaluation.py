@@ -8,7 +8,7 @@ import pytest
 import jaxtune
 from jaxtune.data.splits import eval_sets
 from jaxtune.errors import JaxtuneError
-from jaxtune.training.answers import read_questions
+from jaxtune.training.generation_eval import read_questions
 
 
 def test_sets_have_names_or_there_is_one():
@@ -111,7 +111,7 @@ def test_an_over_fitting_run_stops_and_keeps_its_best(method, tiny_chat, tmp_pat
     assert len(losses) == best + 1 + 3 and evaluations[-1]["step"] < 400
     assert run.directory.steps_done() == evaluations[-1]["step"]
     assert f"the best held-out loss is that of step {evaluations[best]['step']}" in caplog.text
-    from jaxtune.training.evaluate import evaluate
+    from jaxtune.api.evaluate_run import evaluate
 
     assert evaluate(run.directory, "best")["loss"] == pytest.approx(losses[best], rel=1e-6)
     assert evaluate(run.directory, "last")["loss"] == pytest.approx(losses[-1], rel=1e-6)

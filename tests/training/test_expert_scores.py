@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import jaxtune
-from jaxtune.adapters.scores import read_scores
+from jaxtune.adapters.esft.expert_scores import read_scores
 from jaxtune.cli import main
 from jaxtune.data import Examples
-from jaxtune.training.expert_scores import take_sample
+from jaxtune.training.score_experts import take_sample
 
 LENGTHS = [3, 5, 7, 4, 6, 2, 8, 5]
 

@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtune.adapters.lora import Lora
+from jaxtune.adapters.projections.lora import Lora
 from jaxtune.config import resolve
 from jaxtune.planning.plan import step_arguments
-from jaxtune.training.experts import load_summary, load_table, mixture_layers
+from jaxtune.training.expert_load import load_summary, load_table, mixture_layers
 from jaxtune.training.setup import set_up
 
 LENGTH, EXPERTS = 37, 11

@@ -11,7 +11,8 @@ import torch
 
 import jaxtune
 from jaxtune.errors import JaxtuneError
-from jaxtune.training.guard import (
+from jaxtune.runs.metrics import read_lines
+from jaxtune.training.bad_steps import (
     MADE,
     NOT_FINITE,
     OVERFLOW,
@@ -20,7 +21,6 @@ from jaxtune.training.guard import (
     first_guard,
     judge,
 )
-from jaxtune.training.metrics import read_lines
 
 SCALED = GuardSettings(scaling=True)
 

@@ -4,11 +4,11 @@ import time
 
 import pytest
 
-from jaxtune.training.interruption import preempted, watchdog
+from jaxtune.training.preemption import preempted, watchdog
 
 PROGRAM = """
 import time
-from jaxtune.training.interruption import watchdog
+from jaxtune.training.preemption import watchdog
 with watchdog(1 / 60) as dog:
     for _ in range(3):
         dog.step()

@@ -10,8 +10,8 @@ from jaxtune.config import resolve
 from jaxtune.data import DataOrder, Examples
 from jaxtune.errors import JaxtuneError
 from jaxtune.intervals import Interval, parse_interval
-from jaxtune.training import length
-from jaxtune.training.length import Due, Timeline
+from jaxtune.training import durations as length
+from jaxtune.training.durations import Due, Timeline
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,13 @@ import numpy as np
 import optax
 import pytest
 
-from jaxtune.checkpoints.orbax import Checkpoints
 from jaxtune.config import resolve
 from jaxtune.errors import JaxtuneError
+from jaxtune.runs.checkpoints import Checkpoints
+from jaxtune.runs.directory import RunDirectory
+from jaxtune.runs.metrics import read_lines
 from jaxtune.training.loop import fit
-from jaxtune.training.metrics import read_lines
 from jaxtune.training.optimizer import make_optimizer, make_schedule
-from jaxtune.training.run import RunDirectory
 
 SIZE = 64
 

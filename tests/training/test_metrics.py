@@ -6,7 +6,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from jaxtune.errors import JaxtuneError
-from jaxtune.training.metrics import MetricLog, read_lines
+from jaxtune.runs.metrics import MetricLog, read_lines
 
 
 def read_events(directory):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import jaxtune
-from jaxtune.training.evaluate import evaluate
-from jaxtune.training.run import RunDirectory
+from jaxtune.api.evaluate_run import evaluate
+from jaxtune.runs.directory import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("compiled_lightly")
 

@@ -9,7 +9,7 @@ import pytest
 
 from jaxtune.config import resolve
 from jaxtune.errors import JaxtuneError
-from jaxtune.training.run import RunDirectory
+from jaxtune.runs.directory import RunDirectory
 
 CONFIG = resolve({"training": {"steps": 7}, "adapter": {"targets": "q_proj,v_proj"}})
 
@@ -71,7 +71,7 @@ def test_changed_inputs_are_refused_with_the_differences(tmp_path):
 
 HOLD = """
 import sys
-from jaxtune.training.run import RunDirectory
+from jaxtune.runs.directory import RunDirectory
 with RunDirectory(sys.argv[1]).start():
     print("held", flush=True)
     sys.stdin.read()
@@ -126,7 +126,7 @@ def test_a_failed_write_leaves_the_old_directory(tmp_path):
 SWAP = """
 import os, signal, sys
 from pathlib import Path
-from jaxtune.training.run import RunDirectory
+from jaxtune.runs.directory import RunDirectory
 run = RunDirectory(sys.argv[1])
 run.replace_directory(run.adapter_best, lambda to: (to / "old").write_text(""))
 renames = int(sys.argv[2])

@@ -8,7 +8,7 @@ from jaxtune.checkpoints.chat import Chat, base_chat
 from jaxtune.checkpoints.huggingface import open_source
 from jaxtune.config import resolve
 from jaxtune.data import load_examples
-from jaxtune.training.chat import (
+from jaxtune.runs.chat import (
     begin_chat,
     configured_chat,
     end_tokens,
@@ -17,7 +17,7 @@ from jaxtune.training.chat import (
     run_chat,
     start_chat,
 )
-from jaxtune.training.run import RunDirectory
+from jaxtune.runs.directory import RunDirectory
 from jaxtune.training.train import data_reader
 
 EOS, IM_END, START = 2, 259, 258

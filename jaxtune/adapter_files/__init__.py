@@ -1,0 +1,13 @@
+"""Adapters on disk: PEFT's format, its variants for other programs, and combinations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jaxtune.adapter_files.fused import fuse
+from jaxtune.adapter_files.vllm import for_vllm
+from jaxtune.adapters.method import Stored
+from jaxtune.models.definition import Definition
+
+# How programs load adapters that are not as a run stores them, given the base model.
+EXPORTS: dict[str, Callable[[Stored, Definition], Stored]] = {"peft": fuse, "vllm": for_vllm}

@@ -1,0 +1,114 @@
+"""Adapters in PEFT's format, adapter_config.json and adapter_model.safetensors; or AdapterHub's.
+
+Their weights may be in PyTorch's own files, adapter_model.bin, where there are no safetensors.
+
+A network that made an adapter's tensors lies beside them, in encoder.safetensors: PEFT, which keeps
+none, does not look at it, and training goes on from it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxtune.adapter_files.agreement import check_agreement
+from jaxtune.adapter_files.fused import split
+from jaxtune.adapter_files.settings import check_settings
+from jaxtune.adapters.esft import esft
+from jaxtune.adapters.method import Stored, is_adapterhub
+from jaxtune.atomic_files import new_directory, write_files
+from jaxtune.checkpoints.formats.safetensors import read_all, write_file
+from jaxtune.checkpoints.formats.torch_pickle import printable
+from jaxtune.checkpoints.huggingface import read_json
+from jaxtune.checkpoints.weights import open_file, read_weights
+from jaxtune.errors import JaxtuneError
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+ADAPTERHUB = "adapter.safetensors"
+TORCH_WEIGHTS = {WEIGHTS: "adapter_model.bin", ADAPTERHUB: "pytorch_adapter.bin"}
+ENCODER = "encoder.safetensors"
+# What ESFT's programs read and write in place of adapter_config.json; any file of tensors counts.
+EXPERTS = "expert_cfg.json"
+EXPERT_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
+
+def read_adapter(directory: str | Path, *, encoder: bool = False) -> Stored:
+    """Reads an adapter directory; edits of fused experts come as those of each expert.
+
+    Args:
+      directory: to read.
+      encoder: reads what made the adapter as well, where there is something: to train it further.
+
+    Raises:
+      JaxtuneError: a file is missing or broken, or settings and tensors do not agree.
+    """
+    directory = Path(directory)
+    if (directory / EXPERTS).is_file() and not (directory / CONFIG).is_file():
+        return _read_experts(directory)
+    config = read_json(directory / CONFIG)
+    check_settings(config)
+    weights = _weights_file(config)
+    made = encoder and (directory / ENCODER).is_file()
+    tensors = read_weights(directory, (weights, TORCH_WEIGHTS[weights]))
+    check_agreement(config, tensors)
+    stored = Stored(config, tensors, read_all(directory / ENCODER) if made else None)
+    return split(stored)
+
+
+def _read_experts(directory: Path) -> Stored:
+    """Reads what ESFT's programs write: any number of files, safetensors where there are some."""
+    found = (sorted(directory.glob(pattern)) for pattern in EXPERT_WEIGHTS)
+    files = next((paths for paths in found if paths), [])
+    if not files:
+        raise JaxtuneError(f"{directory}: holds {EXPERTS} and no {' or '.join(EXPERT_WEIGHTS)}")
+    tensors: dict[str, np.ndarray] = {}
+    for path in files:
+        file = open_file(path)
+        for name in file.names():
+            key = f"model.{name}" if name.startswith("layers.") else name
+            if key in tensors:
+                raise JaxtuneError(
+                    f'{path}: tensor "{printable(name)}" is in another file of the directory as '
+                    "well: remove the one that is out of date"
+                )
+            tensors[key] = file.read(name)
+    return Stored(read_json(directory / EXPERTS) | {"peft_type": esft.PEFT_TYPE}, tensors)
+
+
+def _weights_file(config: Mapping[str, Any]) -> str:
+    return ADAPTERHUB if is_adapterhub(config) else WEIGHTS
+
+
+def write_adapter(
+    directory: str | Path, stored: Stored, files: Mapping[str, bytes] | None = None
+) -> Path:
+    """Writes a new adapter directory that PEFT loads, whole or not at all.
+
+    Args:
+      directory: to create.
+      stored: what a method's `store` returned.
+      files: that lie beside the adapter, such as its tokenizer's, by their path in the directory.
+    """
+    with new_directory(directory) as scratch:
+        write_adapter_files(scratch, stored)
+        write_files(scratch, files or {})
+    return Path(directory)
+
+
+def write_adapter_files(directory: Path, stored: Stored) -> None:
+    """Writes the files of an adapter into an existing directory."""
+    weights = _weights_file(stored.config)
+    for name, tensors in ((weights, stored.tensors), (ENCODER, stored.encoder)):
+        if tensors is not None:
+            write_file(
+                directory / name, {key: np.asarray(value) for key, value in sorted(tensors.items())}
+            )
+    text = json.dumps(stored.config, indent=2, ensure_ascii=False) + "\n"
+    (directory / CONFIG).write_text(text, encoding="utf-8")
+    if stored.config.get("peft_type") == esft.PEFT_TYPE:
+        (directory / EXPERTS).write_text(text, encoding="utf-8")

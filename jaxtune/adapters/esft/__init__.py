@@ -1,0 +1,1 @@
+"""ESFT: training of chosen routed experts."""

@@ -1,0 +1,1 @@
+"""Methods that edit projections, and what they train beside them."""

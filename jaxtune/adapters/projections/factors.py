@@ -1,0 +1,109 @@
+"""Factors of LoRA, and how they are read from PEFT's files."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtune.adapters.method import Stored
+from jaxtune.adapters.projections import biases
+from jaxtune.adapters.projections import new_tokens as tokens
+from jaxtune.adapters.projections.modules_to_save import saved_modules
+from jaxtune.adapters.projections.peft_files import PREFIX, edit_tensors
+from jaxtune.adapters.targets import find_pattern
+from jaxtune.errors import JaxtuneError
+
+_KEY = re.compile(r"(.+)\.(lora_[AB]\.weight|lora_magnitude_vector)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Factor:
+    """Rank and alpha of one projection of one layer; `rslora` divides alpha by √rank."""
+
+    rank: int
+    alpha: float
+    rslora: bool = False
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied with."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+# Starts of PEFT that leave the base as it is. Others edit it, and after them the factors belong to
+# another base than the checkpoint.
+_STARTS = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
+
+
+def read_settings(stored: Stored) -> dict[str, Any]:
+    """Returns what `Lora` takes of a LoRA adapter that PEFT wrote.
+
+    Raises:
+      JaxtuneError: a setting or a tensor that jaxtune would have to drop.
+    """
+    config = stored.config
+    if str(config.get("init_lora_weights")).lower() not in _STARTS:
+        raise JaxtuneError(
+            f'adapter_config.json: "init_lora_weights"={config["init_lora_weights"]!r} stands for '
+            "factors beside an edited base; let PEFT convert the adapter to plain LoRA"
+        )
+    factors = _read_factors(stored)
+    if not factors:
+        raise JaxtuneError("adapter_model.safetensors holds no LoRA factors")
+    dropout = _number("lora_dropout", config.get("lora_dropout") or 0.0)
+    if not 0 <= dropout < 1:
+        raise JaxtuneError(f'adapter_config.json: "lora_dropout"={dropout} is not within 0 and 1')
+    return {
+        "dropout": dropout,
+        "factors": tuple(sorted(factors.items())),
+        "modules_to_save": saved_modules(stored),
+        "token_rows": tokens.on_disk(stored),
+        "bias": biases.setting(config),
+        "from_file": True,
+    }
+
+
+def _read_factors(stored: Stored) -> dict[str, Factor]:
+    """Returns each module's rank and alpha; every tensor has to be one of a whole set."""
+    config, factors = stored.config, {}
+    needed = ["lora_A.weight", "lora_B.weight"]
+    needed += ["lora_magnitude_vector"] if config.get("use_dora") else []
+    others = tokens.without(stored._replace(tensors=biases.without(stored)))
+    for key, value in edit_tensors(Stored(config, others), "a LoRA factor"):
+        match = _KEY.fullmatch(key)
+        dimensions = 2 if key.endswith(".weight") else 1
+        if match is None or match[2] not in needed or value.ndim != dimensions:
+            raise JaxtuneError(f'adapter_model.safetensors: "{key}" is not a LoRA factor')
+        name, which = match[1], match[2]
+        for other in needed:
+            if f"{PREFIX}{name}.{other}" not in stored.tensors:
+                lacks = other.removesuffix(".weight")
+                raise JaxtuneError(f'adapter_model.safetensors: "{name}" lacks {lacks}')
+        if which == "lora_A.weight":
+            alpha = _pattern(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", 8))
+            factors[name] = Factor(value.shape[0], alpha, bool(config.get("use_rslora")))
+    return factors
+
+
+def _pattern(patterns: Any, name: str, default: Any) -> float:
+    """Looks a module up as PEFT does: the first pattern that matches the end of its path."""
+    if not isinstance(patterns, Mapping):
+        raise JaxtuneError(f'adapter_config.json: "alpha_pattern" is {patterns!r}, not an object')
+    try:
+        pattern = find_pattern(patterns, name)
+    except re.error as error:
+        raise JaxtuneError(
+            f'adapter_config.json: "alpha_pattern" has no valid expression: {error}'
+        ) from None
+    if pattern is None:
+        return _number("lora_alpha", default)
+    return _number("alpha_pattern", patterns[pattern])
+
+
+def _number(key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise JaxtuneError(f'adapter_config.json: "{key}" has {value!r}, which is no number')
+    return float(value)

@@ -1,0 +1,327 @@
+"""LoRA: a trained low-rank edit W + scale · B A of a frozen weight.
+
+Source: Hu et al., 2021; rank-stabilised scale: Kalajdzievski, 2023 (rsLoRA).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from jaxtune.adapters.method import Start, Stored
+from jaxtune.adapters.projections import biases
+from jaxtune.adapters.projections import new_tokens as tokens
+from jaxtune.adapters.projections.factors import Factor, read_settings
+from jaxtune.adapters.projections.modules_to_save import saved_arrays
+from jaxtune.adapters.projections.peft_files import from_disk, peft_config
+from jaxtune.adapters.projections.slots import (
+    LinearMethod,
+    Part,
+    SlotAdapter,
+    adapters,
+    shared_settings,
+)
+from jaxtune.adapters.targets import Projection, find_pattern, is_target, parse_patterns
+from jaxtune.errors import JaxtuneError
+from jaxtune.layers.decoder import CausalLM
+from jaxtune.layers.linear import Edit, LowRank
+from jaxtune.layers.tree import (
+    Constant,
+    Trainable,
+    Tree,
+    declaration_of,
+    flatten,
+    merge,
+    parameter,
+    unflatten,
+)
+from jaxtune.models.definition import Definition
+
+
+class LoraAdapter(SlotAdapter):
+    """The factors of a projection, in every layer of its run.
+
+    Layers of lower rank are padded with zeros, which stay zero: each factor's gradient is a
+    product with the other.
+    """
+
+    def __init__(self, linear: Projection, factors: tuple[Factor | None, ...], dropout: float):
+        rank = max(factor.rank for factor in factors if factor)
+        self.out_features, self.in_features = linear.out_features, linear.in_features
+        declared = declaration_of(linear.weight)
+        (out_axis, in_axis), experts = declared.axes, declared.experts
+        shape_A, shape_B = (rank, linear.in_features), (linear.out_features, rank)
+        axes_A, axes_B = ("rank", in_axis), (out_axis, "rank")
+        self.lora_A = parameter(shape_A, axes_A, kind=Trainable, experts=experts)
+        self.lora_B = parameter(shape_B, axes_B, "zeros", kind=Trainable, experts=experts)
+        self.scale = parameter((), (), "ones", kind=Constant, experts=experts)
+        self.settings = factors
+        self.dropout = dropout
+
+    def parts(self, setting: Factor) -> dict[str, Part]:
+        """Returns both factors."""
+        return {
+            "lora_A": Part(".lora_A.weight", (setting.rank, self.in_features)),
+            "lora_B": Part(".lora_B.weight", (self.out_features, setting.rank)),
+        }
+
+    def start(self, name: str, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
+        """Draws A [r, in] uniformly from ±1/√in, as PEFT does; B is zero: the identity."""
+        if name == "lora_B":
+            return jnp.zeros(shape)
+        bound = shape[-1] ** -0.5
+        return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+    def constants(self) -> dict[str, np.ndarray]:
+        """Returns scales [layers · experts]; 0 where there is no adapter."""
+        scales = [factor.scale if factor else 0.0 for factor in self.settings]
+        return {"scale": np.array(scales, np.float32)}
+
+    def low_rank(self) -> LowRank:
+        """Returns the factors and their scale."""
+        return LowRank(self.lora_A.get_value(), self.lora_B.get_value(), self.scale.get_value())
+
+    def edit(self, weight: Any, bias: jax.Array | None, dtype: DTypeLike) -> Edit:
+        """Adds the low-rank term to the weight [out, in]."""
+        del weight, bias, dtype
+        return Edit(self.low_rank())
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora(LinearMethod):
+    """LoRA with its settings.
+
+    Attributes:
+      rank: r of every target.
+      alpha: the scale is alpha / r.
+      dropout: on the input of the low-rank branch.
+      targets: see `match_targets`.
+      factors: by Hugging Face module name, in place of the three above; how an adapter that was
+        read from disk says what it has.
+      rslora: the scale is alpha / √r.
+      rank_pattern: ranks of modules whose path ends with a pattern, in place of `rank`.
+      alpha_pattern: alphas of modules whose path ends with a pattern.
+      new_tokens: how many of the tokenizer's last tokens have their rows of the embedding trained,
+        and those of an untied head that nothing else trains.
+      train_tokens: names of more such tokens.
+      token_ids: of all these; None until a tokenizer says which they are.
+      token_rows: ids by module, in place of the three above; how an adapter that was read from
+        disk says what it has.
+      bias: which biases of the base are trained: "none", "all", or "lora_only" for the targets'.
+    """
+
+    name: ClassVar[str] = "lora"
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    factors: tuple[tuple[str, Factor], ...] = ()
+    rslora: bool = False
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    alpha_pattern: tuple[tuple[str, float], ...] = ()
+    new_tokens: int = 0
+    train_tokens: tuple[str, ...] = ()
+    token_ids: tuple[int, ...] | None = None
+    token_rows: tokens.TokenIds = ()
+    bias: str = "none"
+
+    def choose(self, modules: Mapping[str, Projection]) -> dict[str, Factor]:
+        """Returns the rank and alpha of every target, or those that were read from disk."""
+        if self.factors:
+            return from_disk(self.factors, modules)
+        names = self.select(self.targets, modules)
+        ranks = _by_pattern("adapter.rank_pattern", self.rank_pattern, names, self.rank)
+        alphas = _by_pattern("adapter.alpha_pattern", self.alpha_pattern, names, self.alpha)
+        return {n: Factor(int(ranks[n]), float(alphas[n]), self.rslora) for n in names}
+
+    def trains(self, name: str) -> bool:
+        """Says yes to what is stored whole, and to the biases that are asked for."""
+        return super().trains(name) or (biases.is_bias(name) and self._trains_bias(name))
+
+    def _trains_bias(self, name: str) -> bool:
+        if self.bias != "lora_only":
+            return self.bias == "all"
+        module = name.removesuffix(biases.END)
+        if self.factors:
+            return module in dict(self.factors)
+        return is_target(self.targets, self.layers, module)
+
+    def attach(self, model: CausalLM) -> None:
+        """Fills the slots, the embedding's as well where it has new tokens.
+
+        Raises:
+          JaxtuneError: the embedding would be trained twice, or there is no bias to train.
+        """
+        trained = self.bias != "none" and biases.check(model, self._trains_bias, self.key("bias"))
+        if self.bias != "none" and not trained and not self.from_file:
+            raise JaxtuneError(
+                f"adapter.bias={self.bias}: there is no bias to train in this model; set it to none"
+            )
+        super().attach(model)
+        rows = self._rows_of_disk(model) if self.from_file else self._rows_to_train(model)
+        for module, name in ((tokens.EMBEDDING, "model.embed_tokens"), (tokens.HEAD, "lm_head")):
+            if module in rows and self.trains(f"{name}.weight"):
+                key, saved = self._tokens_key, self.key("modules_to_save")
+                raise JaxtuneError(f"{key} and {saved} both train {module}")
+        tokens.attach(model, rows, self._tokens_key)
+
+    @property
+    def _tokens_key(self) -> str:
+        return self.key("new_tokens" if self.new_tokens else "train_tokens", tokens.SETTING)
+
+    def _rows_of_disk(self, model: CausalLM) -> dict[str, tuple[int, ...]]:
+        """Returns the token ids of an adapter on disk by module."""
+        rows = dict(self.token_rows)
+        if model.lm_head is not None or tokens.HEAD not in rows:
+            return rows
+        # PEFT makes the rows of both one where they are of the same tokens.
+        if rows.pop(tokens.HEAD) != rows.get(tokens.EMBEDDING):
+            raise JaxtuneError(
+                f"{self._tokens_key} has other tokens for {tokens.HEAD} than for "
+                f"{tokens.EMBEDDING}, but the two are tied in this model (tie_word_embeddings)"
+            )
+        return rows
+
+    def _rows_to_train(self, model: CausalLM) -> dict[str, tuple[int, ...]]:
+        """Returns the token ids to train by module."""
+        wanted = self.new_tokens + len(self.train_tokens)
+        if not wanted:
+            return {}
+        vocab_size = declaration_of(model.model.embed_tokens.weight).shape[0]
+        if wanted >= vocab_size:
+            raise JaxtuneError(
+                f"{self._tokens_key}={wanted} is not less than all {vocab_size} tokens"
+            )
+        # Before the tokenizer is there, as in a plan, it matters only how many they are.
+        ids = self.token_ids or tuple(range(wanted))
+        head = model.lm_head
+        with_head = head is not None and head.adapter is None and not self.trains("lm_head.weight")
+        return {tokens.EMBEDDING: ids} | ({tokens.HEAD: ids} if with_head else {})
+
+    def with_tokenizer(self, tokenizer: Any) -> Lora:
+        """Looks up the tokens to train."""
+        if not self.new_tokens and not self.train_tokens:
+            return self
+        ids = tokens.look_up(self.new_tokens, self.train_tokens, tokenizer)
+        return dataclasses.replace(self, token_ids=ids)
+
+    def with_stored(self, stored: Stored) -> Lora:
+        """Takes the tokens over that were trained."""
+        ids = dict(tokens.on_disk(stored)).get(tokens.EMBEDDING)
+        return dataclasses.replace(self, token_ids=ids) if ids else self
+
+    def complete(
+        self, definition: Definition, weights: Tree, trees: tuple[Tree, Tree], start: Start | None
+    ) -> tuple[Tree, Tree]:
+        """Starts trained tokens at their rows of the base.
+
+        Raises:
+          JaxtuneError: no tokenizer has said which tokens they are.
+        """
+        if start is None:
+            return trees
+        if (self.new_tokens or self.train_tokens) and self.token_ids is None:
+            raise JaxtuneError(f"{self._tokens_key}: the tokens have to be looked up first")
+        rows = tokens.start(definition, dict(flatten(weights)))
+        return merge(trees[0], unflatten(rows)), trees[1]
+
+    def store(self, definition: Definition, trainable: Tree, constants: Tree) -> Stored:
+        """Returns adapter_config.json, the factors, and the rows of new tokens."""
+        stored = super().store(definition, trainable, constants)
+        tokens.write(definition, dict(flatten(trainable)), stored)
+        if self.bias == "none":
+            return stored
+        edited = [n for _, names, one in adapters(definition) for n in _edited(names, one)]
+        return biases.wrapped(stored, set(edited))
+
+    def restore(self, definition: Definition, stored: Stored) -> tuple[Tree, Tree]:
+        """Packs PEFT's tensors into stacked arrays."""
+        if self.bias != "none":
+            stored = biases.unwrapped(stored)
+            known = {name for _, names, _ in saved_arrays(definition) for name in names}
+            biases.check_known(stored, known)
+        trainable, constants = super().restore(definition, stored)
+        return merge(trainable, unflatten(tokens.read(definition, stored))), constants
+
+    def adapter(self, linear: Projection, settings: tuple[Factor | None, ...]) -> LoraAdapter:
+        """Makes the two factors."""
+        return LoraAdapter(linear, settings, self.dropout)
+
+    def peft_config(self, definition: Definition, settings: Mapping[str, Factor]) -> dict[str, Any]:
+        """Writes the commonest rank and alpha, and patterns for the others."""
+        common = Counter(settings.values()).most_common(1)[0][0]
+        return peft_config("LORA", definition, settings) | {
+            "r": common.rank,
+            "lora_alpha": int(common.alpha) if common.alpha == int(common.alpha) else common.alpha,
+            "lora_dropout": self.dropout,
+            "rank_pattern": {n: f.rank for n, f in settings.items() if f.rank != common.rank},
+            "alpha_pattern": {n: f.alpha for n, f in settings.items() if f.alpha != common.alpha},
+            "bias": self.bias,
+            "use_rslora": common.rslora,
+            "use_dora": False,
+            "init_lora_weights": True,
+        }
+
+
+def _edited(names: Sequence[str], adapter: SlotAdapter) -> list[str]:
+    """Returns the modules of a run's projection that the method does not leave alone."""
+    return [name for name, one in zip(names, adapter.settings, strict=True) if one is not None]
+
+
+def _by_pattern(
+    key: str, patterns: Iterable[tuple[str, float]], names: Sequence[str], default: float
+) -> dict[str, float]:
+    """Returns each module's value: that of the first pattern that matches, or the default.
+
+    Raises:
+      JaxtuneError: a pattern that matches no target.
+    """
+    values = dict(patterns)
+    found = {name: find_pattern(values, name) for name in names}
+    for pattern in values:
+        if pattern not in found.values():
+            raise JaxtuneError(f'{key}: "{pattern}" is the first to match no module of the targets')
+    return {name: default if p is None else values[p] for name, p in found.items()}
+
+
+def from_peft(stored: Stored) -> Lora:
+    """Returns the method, with its settings, of a LoRA adapter without magnitudes.
+
+    Raises:
+      JaxtuneError: see `read_settings`.
+    """
+    return Lora(**read_settings(stored))
+
+
+def settings_from_config(section: Any) -> dict[str, Any]:
+    """Returns what LoRA and its variants take of the ``adapter`` section of a config."""
+    ranks = parse_patterns("adapter.rank_pattern", section.rank_pattern)
+    alphas = parse_patterns("adapter.alpha_pattern", section.alpha_pattern)
+    for pattern, rank in ranks.items():
+        if rank < 1 or rank != int(rank):
+            raise JaxtuneError(f'adapter.rank_pattern: "{pattern}={rank:g}" is no rank')
+    return shared_settings(section) | {
+        "rank": section.rank,
+        "alpha": section.alpha,
+        "dropout": section.dropout,
+        "targets": tuple(section.targets),
+        "rslora": section.rslora,
+        "new_tokens": section.new_tokens,
+        "train_tokens": tuple(section.train_tokens),
+        "bias": section.bias,
+        "rank_pattern": tuple((pattern, int(rank)) for pattern, rank in ranks.items()),
+        "alpha_pattern": tuple(alphas.items()),
+    }
+
+
+def from_config(section: Any) -> Lora:
+    """Returns the method that the ``adapter`` section of a config describes."""
+    return Lora(**settings_from_config(section))

@@ -1,0 +1,81 @@
+"""What methods that edit projections say in PEFT's files, and how they read them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtune.adapters.method import BASE_COPY, Stored
+from jaxtune.adapters.projections.modules_to_save import is_whole, saved_modules
+from jaxtune.adapters.targets import TIED_HEAD, linears, module_names
+from jaxtune.errors import JaxtuneError
+from jaxtune.models.definition import Definition
+
+PREFIX = "base_model.model."
+
+
+def from_disk(given: Iterable[tuple[str, Any]], names: Collection[str]) -> dict[str, Any]:
+    """Returns the settings by module that an adapter on disk brings.
+
+    Raises:
+      JaxtuneError: it edits a module that the model lacks.
+    """
+    settings = dict(given)
+    for name in settings:
+        if name == "lm_head" and name not in names:
+            raise JaxtuneError(f"the adapter edits lm_head, and {TIED_HEAD}")
+        if name not in names:
+            raise JaxtuneError(f"the adapter edits {name}, which the model does not have")
+    return settings
+
+
+def target_modules(definition: Definition, names: Collection[str]) -> list[str]:
+    """Returns PEFT's names of modules: short where they say it all, or else whole paths."""
+    suffixes = {name.rsplit(".", 1)[-1] for name in names}
+    every = [n for p, m in linears(definition.module).items() for n in module_names(p, m)]
+    by_suffix = {n for n in every if n.rsplit(".", 1)[-1] in suffixes}
+    return sorted(suffixes if by_suffix == set(names) else names)
+
+
+def peft_config(kind: str, definition: Definition, names: Collection[str]) -> dict[str, Any]:
+    """Returns what adapter_config.json says whatever the method."""
+    return {
+        "peft_type": kind,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": definition.config.get("_name_or_path"),
+        "target_modules": target_modules(definition, names),
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+
+
+def edit_tensors(stored: Stored, what: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the tensors of a file that are edits, of any shape, by key without PEFT's prefix.
+
+    What is left out are modules that are stored whole, and a head's copy of the base.
+
+    Args:
+      stored: an adapter on disk.
+      what: the method's tensors are, for messages: "a bias".
+
+    Raises:
+      JaxtuneError: a key that does not begin as PEFT's do, or a dtype that no edit has.
+    """
+    saved = saved_modules(stored)
+    for key, value in stored.tensors.items():
+        if key.endswith(BASE_COPY):
+            continue  # who loads the base compares the two
+        if not key.startswith(PREFIX) or not jnp.issubdtype(value.dtype, jnp.floating):
+            raise JaxtuneError(f'adapter_model.safetensors: "{key}" is not {what}')
+        name = key.removeprefix(PREFIX)
+        if ".lora_embedding_" in name:
+            raise JaxtuneError(
+                f'adapter_model.safetensors: "{key}": an adapter that edits embed_tokens by LoRA '
+                "is not supported; merge it with PEFT, or train embed_tokens whole "
+                "(modules_to_save) or some of its tokens (trainable_token_indices)"
+            )
+        if not is_whole(name, saved):
+            yield name, value

@@ -1,0 +1,202 @@
+"""PiSSA: LoRA that starts from the leading singular vectors of each weight.
+
+The base is edited once, while it streams in: W − scale · B A of the starting factors is what is
+frozen, so that base and adapter together start as the checkpoint. What is stored is a plain LoRA
+adapter of the checkpoint as it is, with twice the rank: half of it is what was trained, the other
+half what the base was edited with.
+
+Source: Meng et al., 2024 (PiSSA).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+from scipy.sparse.linalg import svds
+
+from jaxtune.adapters.method import BaseEdit, Start, Stored
+from jaxtune.adapters.projections.factors import Factor
+from jaxtune.adapters.projections.lora import Lora, LoraAdapter, settings_from_config
+from jaxtune.adapters.projections.peft_files import PREFIX
+from jaxtune.adapters.projections.slots import adapters, pack
+from jaxtune.adapters.targets import Projection
+from jaxtune.errors import JaxtuneError
+from jaxtune.layers.tree import (
+    Constant,
+    Path,
+    Tree,
+    declaration_of,
+    flatten,
+    merge,
+    parameter,
+    unflatten,
+)
+from jaxtune.models.definition import Definition
+
+# From here on the leading vectors alone are found sooner than all of them.
+_LARGE = 512
+_STARTS = {"lora_A": "start_A", "lora_B": "start_B"}
+
+
+class PissaAdapter(LoraAdapter):
+    """LoRA's factors, and those that it started from."""
+
+    def __init__(self, linear: Projection, factors: tuple[Factor | None, ...], dropout: float):
+        super().__init__(linear, factors, dropout)
+        experts = declaration_of(linear.weight).experts
+        for factor, start in _STARTS.items():
+            declared = declaration_of(getattr(self, factor))
+            setattr(
+                self, start, parameter(declared.shape, declared.axes, "zeros", Constant, experts)
+            )
+
+
+class _Subtract(BaseEdit):
+    """Takes the principal part out of each weight and remembers its factors.
+
+    Attributes:
+      tensors: of the factors, by PEFT's keys; what is there from the beginning is not computed.
+    """
+
+    def __init__(self, factors: Mapping[str, Factor], tensors: Mapping[str, np.ndarray]):
+        self._factors = {f"{name}.weight": factor for name, factor in factors.items()}
+        self.names = list(self._factors)
+        self.tensors = dict(tensors)
+
+    def __call__(self, name: str, weight: np.ndarray) -> np.ndarray:
+        """Returns W − scale · B A."""
+        factor = self._factors[name]
+        if factor.rank > min(weight.shape):
+            raise JaxtuneError(
+                f"adapter.rank={factor.rank} is more than {name} has singular values "
+                f"({min(weight.shape)})"
+            )
+        module = PREFIX + name.removesuffix(".weight")
+        keys = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+        if keys[0] not in self.tensors:
+            self.tensors |= zip(keys, principal_factors(weight, factor), strict=True)
+        lora_A, lora_B = (self.tensors[key] for key in keys)
+        return weight - np.float32(factor.scale) * (lora_B @ lora_A)
+
+
+def principal_factors(weight: np.ndarray, factor: Factor) -> tuple[np.ndarray, np.ndarray]:
+    """Returns float32 A [r, in] and B [out, r] whose scaled product is W's best of rank r."""
+    if min(weight.shape) < _LARGE or factor.rank >= min(weight.shape) // 2:
+        left, values, right = np.linalg.svd(weight, full_matrices=False)
+    else:
+        # The start vector is fixed: a run that goes on finds the very same factors.
+        start = np.ones(min(weight.shape), np.float32)
+        found: Any = svds(weight, k=factor.rank, v0=start)
+        left, values, right = found[0][:, ::-1], found[1][::-1], found[2][::-1]
+    rank = factor.rank
+    roots = np.sqrt(values[:rank] / factor.scale)
+    lora_A, lora_B = roots[:, None] * right[:rank], left[:, :rank] * roots
+    return lora_A.astype(np.float32), lora_B.astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pissa(Lora):
+    """PiSSA, with the settings of LoRA."""
+
+    name: ClassVar[str] = "pissa"
+    edits_base: ClassVar[bool] = True
+
+    def adapter(self, linear: Projection, settings: tuple[Factor | None, ...]) -> PissaAdapter:
+        """Makes the factors and room for their start."""
+        return PissaAdapter(linear, settings, self.dropout)
+
+    def base_edit(self, definition: Definition, stored: Stored | None) -> _Subtract:
+        """Returns what subtracts the principal part of every target, as it was stored if it was.
+
+        Raises:
+          JaxtuneError: alpha is 0, and so no factors stand for anything.
+        """
+        factors = {
+            name: setting
+            for _, names, adapter in adapters(definition)
+            for name, setting in zip(names, adapter.settings, strict=True)
+            if setting is not None
+        }
+        if any(factor.scale == 0 for factor in factors.values()):
+            raise JaxtuneError("adapter.alpha must not be 0 with adapter.method=pissa")
+        return _Subtract(factors, {} if stored is None else _halves(stored)[1])
+
+    def complete(
+        self, definition: Definition, weights: Tree, trees: tuple[Tree, Tree], start: Start | None
+    ) -> tuple[Tree, Tree]:
+        """Starts at the factors that were taken out of the base, and keeps them."""
+        trainable, constants = super().complete(definition, weights, trees, start)
+        if start is None:
+            return trainable, constants
+        assert isinstance(start.base_edit, _Subtract)
+        first = pack(definition, Stored({}, start.base_edit.tensors))[0]
+        return merge(trainable, first), merge(constants, _as_starts(first))
+
+    def store(self, definition: Definition, trainable: Tree, constants: Tree) -> Stored:
+        """Returns [A; A₀] and [B, −B₀]: the adapter as LoRA of the checkpoint itself."""
+        names = {start: factor for factor, start in _STARTS.items()}
+        started: dict[Path, Any] = {
+            (*path[:-1], names[path[-1]]): value
+            for path, value in flatten(constants)
+            if path[-1] in names
+        }
+        trained = super().store(definition, trainable, constants)
+        first = super().store(definition, merge(trainable, unflatten(started)), constants)
+        tensors = trained.tensors
+        for key, value in tensors.items():
+            if key.endswith("lora_A.weight"):
+                tensors[key] = np.concatenate([value, first.tensors[key]], axis=0)
+            elif key.endswith("lora_B.weight"):
+                tensors[key] = np.concatenate([value, -first.tensors[key]], axis=1)
+        return Stored(trained.config, tensors)
+
+    def restore(self, definition: Definition, stored: Stored) -> tuple[Tree, Tree]:
+        """Takes [A; A₀] and [B, −B₀] apart again."""
+        trained, first = _halves(stored)
+        trainable, constants = super().restore(definition, Stored(stored.config, trained))
+        started = pack(definition, Stored({}, first))[0]
+        return trainable, merge(constants, _as_starts(started))
+
+    def peft_config(self, definition: Definition, settings: Mapping[str, Factor]) -> dict[str, Any]:
+        """Writes LoRA's with twice the rank and an alpha that leaves the scale as it is."""
+        doubled = {
+            name: dataclasses.replace(
+                factor,
+                rank=2 * factor.rank,
+                alpha=factor.alpha * (math.sqrt(2) if factor.rslora else 2),
+            )
+            for name, factor in settings.items()
+        }
+        return super().peft_config(definition, doubled)
+
+
+def _as_starts(trainable: Tree) -> Tree:
+    """Returns factors under the names of the constants that keep them.
+
+    They are copies: a step of training consumes the arrays that it trains.
+    """
+    return unflatten(
+        {(*path[:-1], _STARTS[path[-1]]): jnp.copy(value) for path, value in flatten(trainable)}
+    )
+
+
+def _halves(stored: Stored) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Returns what was trained, with what has no start, and the starting factors, by key."""
+    trained, first = dict(stored.tensors), {}
+    for key, value in stored.tensors.items():
+        if key.endswith("lora_A.weight"):
+            trained[key], first[key] = np.split(value, 2, axis=0)
+        elif key.endswith("lora_B.weight"):
+            trained[key], minus = np.split(value, 2, axis=1)
+            first[key] = -minus
+    return trained, first
+
+
+def from_config(section: Any) -> Pissa:
+    """Returns the method that the ``adapter`` section of a config describes."""
+    return Pissa(**settings_from_config(section))

@@ -1,0 +1,320 @@
+"""What methods that edit projections share: filling slots, packing layers, PEFT's keys.
+
+Such a method says which settings each chosen module has, what an adapter of these settings holds
+(its parts) and what PEFT's config says. All else is here.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from jaxtune.adapters.method import Method, Stored
+from jaxtune.adapters.projections.modules_to_save import (
+    check_saved,
+    is_saved,
+    read_saved,
+    saved_arrays,
+)
+from jaxtune.adapters.projections.peft_files import PREFIX
+from jaxtune.adapters.targets import (
+    Projection,
+    in_layers,
+    linears,
+    match_targets,
+    module_names,
+    parse_layers,
+)
+from jaxtune.errors import JaxtuneError
+from jaxtune.layers.decoder import CausalLM
+from jaxtune.layers.experts.moe import Router
+from jaxtune.layers.linear import Edit
+from jaxtune.layers.tree import (
+    Declaration,
+    Path,
+    Tree,
+    declaration_of,
+    flatten,
+    merge,
+    stack,
+    unflatten,
+)
+from jaxtune.models.definition import Definition
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A trained array of one projection of one layer (and expert).
+
+    Attributes:
+      key: what follows the module's name in PEFT's file.
+      shape: in memory, without what pads it.
+      stored: its shape in the file, where that is another.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    stored: tuple[int, ...] | None = None
+
+
+class SlotAdapter(nnx.Module, abc.ABC):
+    """What fills the slot of a projection, in every layer of its run.
+
+    Layers (and experts) that the method leaves alone have a share of the arrays all the same.
+
+    Attributes:
+      settings: of each layer (and expert), in the order of the leading axes; None where the
+        method leaves the projection alone.
+      dropout: on the input of a low-rank branch.
+    """
+
+    settings: tuple[Any, ...]
+    dropout: float = 0.0
+
+    @abc.abstractmethod
+    def parts(self, setting: Any) -> dict[str, Part]:
+        """Returns the trained arrays of a layer with this setting, by attribute."""
+
+    @abc.abstractmethod
+    def start(self, name: str, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
+        """Returns the start of the trained array `name`, of the given stacked shape."""
+
+    @abc.abstractmethod
+    def constants(self) -> dict[str, np.ndarray]:
+        """Returns what settings give of the constants, [layers · experts] each, by attribute."""
+
+    @abc.abstractmethod
+    def edit(self, weight: Any, bias: jax.Array | None, dtype: DTypeLike) -> Edit:
+        """Returns the edit of a weight [out, in]; see `LinearAdapter`."""
+
+    def drop(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        """Drops inputs [..., in] of the low-rank branch at random, scaled to keep their mean."""
+        if key is None or self.dropout == 0:
+            return x
+        keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
+        return jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
+
+    def edits_bias(self, linear: Projection) -> bool:
+        """Says whether an edit of this projection has a bias."""
+        del linear
+        return False
+
+    @property
+    def chosen(self) -> np.ndarray:
+        """float32 [layers · experts]: 1 where the method edits, 0 elsewhere."""
+        return np.array([setting is not None for setting in self.settings], np.float32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearMethod(Method):
+    """A method that puts a `SlotAdapter` into the slots of chosen projections.
+
+    Attributes:
+      layers: the only ones to edit; empty for all.
+      modules_to_save: modules without an adapter, by the ends of their names, that are trained as
+        they are and stored whole, with all that is in them.
+      from_file: whether the settings are those of an adapter on disk, and not of a config.
+    """
+
+    layers: tuple[int, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
+    from_file: bool = False
+
+    def key(self, knob: str, setting: str = "") -> str:
+        """Returns what messages call a setting.
+
+        Args:
+          knob: its name in the ``adapter`` section of a config.
+          setting: its name in adapter_config.json, where that is another.
+        """
+        return f'adapter_config.json: "{setting or knob}"' if self.from_file else f"adapter.{knob}"
+
+    @abc.abstractmethod
+    def choose(self, modules: Mapping[str, Projection]) -> dict[str, Any]:
+        """Returns the settings of each module to edit, out of all projections by name."""
+
+    @abc.abstractmethod
+    def adapter(self, linear: Projection, settings: tuple[Any, ...]) -> SlotAdapter:
+        """Makes the abstract adapter of one run's projection, as of one layer."""
+
+    @abc.abstractmethod
+    def peft_config(self, definition: Definition, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns adapter_config.json, given the settings by Hugging Face module name."""
+
+    def select(
+        self, targets: Sequence[str], modules: Iterable[str], key: str = "adapter.targets"
+    ) -> list[str]:
+        """Returns the modules that the targets of a setting name, in the order of `modules`."""
+        names = in_layers(modules, self.layers)
+        matched = match_targets(targets, names, key)
+        return [name for name in names if name in matched]
+
+    def trains(self, name: str) -> bool:
+        """Says yes to the arrays of modules that are stored whole."""
+        return is_saved(name.rpartition(".")[0], self.modules_to_save)
+
+    def attach(self, model: CausalLM) -> None:
+        """Fills the adapter slot of every chosen projection."""
+        check_saved(model, self.modules_to_save, self.key("modules_to_save"))
+        modules = linears(model)
+        chosen = self.choose({n: m for path, m in modules.items() for n in module_names(path, m)})
+        for path, linear in modules.items():
+            settings = tuple(chosen.get(name) for name in module_names(path, linear))
+            if all(setting is None for setting in settings):
+                continue
+            if self.dropout and (path == ("lm_head",) or isinstance(linear, Router)):
+                name = "lm_head" if path == ("lm_head",) else "a router (mlp.gate)"
+                targets = self.key("targets", "target_modules")
+                raise JaxtuneError(f"adapter.dropout must be 0 where {targets} has {name}")
+            adapter = self.adapter(linear, settings)
+            if isinstance(linear, Router) and adapter.edits_bias(linear):
+                raise JaxtuneError(f"{'.'.join(path)} is a router, which has no bias to train")
+            if self.trains(".".join((*path, "weight"))):
+                raise JaxtuneError(
+                    f"{'.'.join(path)} is in {self.key('modules_to_save')}, which trains it whole, "
+                    f"and in {self.key('targets', 'target_modules')}"
+                )
+            layers = declaration_of(linear.weight).layers
+            linear.adapter = stack(adapter, *layers) if layers else adapter
+
+    def init(self, definition: Definition, seed: int) -> tuple[Tree, Tree]:
+        """Starts every adapter as it says; what pads is zero."""
+        trainable: dict[Path, np.ndarray] = {}
+        for path, _, adapter in adapters(definition):
+            # Depends on the module's name, so that one target more changes no other's start.
+            key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(".".join(path).encode()))
+            for name, declared in _declared(definition, path, adapter).items():
+                started = adapter.start(name, declared.stacked_shape, key)
+                value = _cut(adapter, name, np.asarray(started, np.float32), declared)
+                trainable[(*path, "adapter", name)] = value
+        return _trees(definition, trainable)
+
+    def store(self, definition: Definition, trainable: Tree, constants: Tree) -> Stored:
+        """Returns adapter_config.json and the parts of each projection of each layer."""
+        del constants
+        values, tensors = dict(flatten(trainable)), {}
+        settings: dict[str, Any] = {}
+        for path, names, adapter in adapters(definition):
+            stacks = {
+                part: _flat(np.asarray(values[(*path, "adapter", part)], np.float32), declared)
+                for part, declared in _declared(definition, path, adapter).items()
+            }
+            for i, (name, setting) in enumerate(zip(names, adapter.settings, strict=True)):
+                if setting is None:
+                    continue
+                settings[name] = setting
+                for attribute, part in adapter.parts(setting).items():
+                    value = stacks[attribute][i][_slices(part)].reshape(part.stored or part.shape)
+                    tensors[f"{PREFIX}{name}{part.key}"] = value.copy()
+        for path, names, declared in saved_arrays(definition):
+            value = np.asarray(values[path], np.float32).reshape(-1, *declared.shape)
+            tensors |= {PREFIX + name: value[i].copy() for i, name in enumerate(names)}
+        config = self.peft_config(definition, settings)
+        return Stored(config | {"modules_to_save": list(self.modules_to_save) or None}, tensors)
+
+    def restore(self, definition: Definition, stored: Stored) -> tuple[Tree, Tree]:
+        """Packs PEFT's tensors into stacked arrays, and takes modules over that are whole."""
+        trainable, constants = pack(definition, stored)
+        whole = read_saved(definition, stored, PREFIX)
+        arrays = {path: jnp.asarray(value) for path, value in whole.items()}
+        return merge(trainable, unflatten(arrays)), constants
+
+
+def pack(definition: Definition, stored: Stored) -> tuple[Tree, Tree]:
+    """Packs the parts of every adapter, by PEFT's keys, into (trainable, constants)."""
+    trainable: dict[Path, np.ndarray] = {}
+    for path, names, adapter in adapters(definition):
+        declared = _declared(definition, path, adapter)
+        packed = {n: np.zeros(d.stacked_shape, np.float32) for n, d in declared.items()}
+        for i, (name, setting) in enumerate(zip(names, adapter.settings, strict=True)):
+            parts = adapter.parts(setting) if setting is not None else {}
+            for attribute, part in parts.items():
+                value = _tensor(stored, name, part).reshape(part.shape)
+                flat = _flat(packed[attribute], declared[attribute])
+                flat[(i, *_slices(part))] = value
+        trainable |= {(*path, "adapter", name): value for name, value in packed.items()}
+    return _trees(definition, trainable)
+
+
+def adapters(definition: Definition) -> Iterator[tuple[Path, list[str], SlotAdapter]]:
+    """Yields each edited projection's path, its module names and its adapter."""
+    for path, linear in linears(definition.module).items():
+        if linear.adapter is not None:
+            yield path, module_names(path, linear), linear.adapter
+
+
+def shared_settings(section: Any) -> dict[str, Any]:
+    """Returns what every such method takes of the ``adapter`` section of a config."""
+    return {
+        "layers": parse_layers(section.layers),
+        "modules_to_save": tuple(section.modules_to_save),
+    }
+
+
+def _declared(definition: Definition, path: Path, adapter: SlotAdapter) -> dict[str, Declaration]:
+    """Returns what is declared of each trained array of an adapter, by attribute."""
+    setting = next(setting for setting in adapter.settings if setting is not None)
+    return {
+        part: definition.leaves[(*path, "adapter", part)].declaration
+        for part in adapter.parts(setting)
+    }
+
+
+def _flat(value: np.ndarray, declaration: Declaration) -> np.ndarray:
+    """Views a stacked array with one leading axis, of all layers and experts."""
+    return value.reshape(math.prod(declaration.stack_shape), *declaration.shape)
+
+
+def _slices(part: Part) -> tuple[slice, ...]:
+    return tuple(slice(size) for size in part.shape)
+
+
+def _cut(
+    adapter: SlotAdapter, name: str, value: np.ndarray, declaration: Declaration
+) -> np.ndarray:
+    """Zeroes what pads."""
+    cut = np.zeros_like(value)
+    source, target = _flat(value, declaration), _flat(cut, declaration)
+    for i, setting in enumerate(adapter.settings):
+        if setting is not None:
+            kept = (i, *_slices(adapter.parts(setting)[name]))
+            target[kept] = source[kept]
+    return cut
+
+
+def _trees(definition: Definition, trainable: Mapping[Path, np.ndarray]) -> tuple[Tree, Tree]:
+    """Makes the two trees; constants that no setting gives are zero."""
+    constants = {
+        path: jnp.zeros(leaf.declaration.stacked_shape, jnp.float32)
+        for path, leaf in definition.of_kind("constants").items()
+    }
+    for path, _, adapter in adapters(definition):
+        for name, value in adapter.constants().items():
+            shape = constants[(*path, "adapter", name)].shape
+            constants[(*path, "adapter", name)] = jnp.asarray(value, jnp.float32).reshape(shape)
+    trained = {path: jnp.asarray(value, jnp.float32) for path, value in trainable.items()}
+    return unflatten(trained), unflatten(constants)
+
+
+def _tensor(stored: Stored, name: str, part: Part) -> np.ndarray:
+    key, shape = f"{PREFIX}{name}{part.key}", part.stored or part.shape
+    what = f"{name}{part.key.removesuffix('.weight')}"
+    if key not in stored.tensors:
+        raise JaxtuneError(f'adapter_model.safetensors: lacks "{key}"')
+    value = stored.tensors[key]
+    if value.shape != shape:
+        raise JaxtuneError(
+            f"adapter_model.safetensors: {what} has shape {list(value.shape)}, "
+            f"the model needs {list(shape)}"
+        )
+    return value.astype(np.float32)

@@ -1,0 +1,1 @@
+"""Methods that add virtual tokens or small networks."""

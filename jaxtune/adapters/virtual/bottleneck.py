@@ -1,0 +1,264 @@
+"""Bottleneck adapters: small networks that add to the output of attention and feed-forward blocks.
+
+They are stored as AdapterHub's package stores them: PEFT has none.
+
+Source: Houlsby et al., 2019; Pfeiffer et al., 2020; He et al., 2021 (parallel).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxtune.adapters.method import Method, Stored
+from jaxtune.adapters.virtual.common import check_match, checked, draw, hidden_size
+from jaxtune.adapters.virtual.encoder import Dense, drop
+from jaxtune.errors import JaxtuneError, lookup
+from jaxtune.layers.context import Context
+from jaxtune.layers.decoder import CausalLM
+from jaxtune.layers.linear import linear_float32
+from jaxtune.layers.tree import Path, Tree, flatten, layer_names, stack, unflatten
+from jaxtune.models.definition import Definition, Leaf
+
+WEIGHTS_FILE = "adapter.safetensors"
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": jax.nn.relu,
+    "leakyrelu": functools.partial(jax.nn.leaky_relu, negative_slope=0.01),
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
+    "tanh": jnp.tanh,
+    "sigmoid": jax.nn.sigmoid,
+}
+# What an adapter reads: the output h of its block, h and the stream x that the block started from,
+# or that stream alone.
+INPUTS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "block": lambda h, x: h,
+    "sum": lambda h, x: h + x,
+    "stream": lambda h, x: x,
+}
+
+
+class Bottleneck(nnx.Module):
+    """scaling · up(activation(down(…))), added to the output of a block."""
+
+    def __init__(self, hidden_size: int, name: str, settings: Bottlenecks):
+        width = max(1, int(hidden_size // settings.reduction_factor))
+        self.adapter_down = Dense(hidden_size, width, ("rank", "embed"))
+        self.adapter_up = Dense(width, hidden_size, ("embed", "rank"))
+        self.name, self.settings = name, settings
+
+    def __call__(self, h: jax.Array, x: jax.Array, context: Context) -> jax.Array:
+        """Returns what is added to h [B, T, hidden], whose block read x [B, T, hidden]."""
+        settings = self.settings
+        inputs = INPUTS[settings.reads](h, x).astype(context.dtype)
+        down = linear_float32(inputs, self.adapter_down.weight.get_value())
+        down = ACTIVATIONS[settings.activation](down + self.adapter_down.bias.get_value())
+        up = linear_float32(down.astype(context.dtype), self.adapter_up.weight.get_value())
+        up = (up + self.adapter_up.bias.get_value()) * settings.scaling
+        return drop(up, settings.dropout, context.key_for(self.name)).astype(h.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bottlenecks(Method):
+    """Bottleneck adapters in every layer, with their settings.
+
+    Attributes:
+      attention: whether attention has one.
+      feed_forward: whether the feed-forward block has one.
+      reads: a name from `INPUTS`.
+      reduction_factor: hidden size over that of the bottleneck.
+      activation: a name from `ACTIVATIONS`.
+      scaling: factor on what is added.
+      dropout: on what is added.
+      label: what AdapterHub calls this adapter.
+    """
+
+    name: ClassVar[str] = "bottleneck"
+    can_merge: ClassVar[bool] = False
+    files: ClassVar[str] = "AdapterHub's"
+
+    attention: bool = True
+    feed_forward: bool = True
+    reads: str = "block"
+    reduction_factor: float = 16.0
+    activation: str = "relu"
+    scaling: float = 1.0
+    dropout: float = 0.0
+    label: str = "default"
+
+    def attach(self, model: CausalLM) -> None:
+        """Fills the adapter slots of every layer."""
+        hidden, decoder = hidden_size(model), model.model
+        lookup(ACTIVATIONS, self.activation, "adapter.activation")
+        for run, layers in zip(decoder.layers, decoder.run_layers, strict=True):
+            if self.attention:
+                name = "attention_adapters"
+                run.attention_adapters = stack(Bottleneck(hidden, name, self), *layers)
+            if self.feed_forward:
+                name = "output_adapters"
+                run.output_adapters = stack(Bottleneck(hidden, name, self), *layers)
+
+    def init(self, definition: Definition, seed: int) -> tuple[Tree, Tree]:
+        """Draws the projections down and leaves all else at zero: the identity."""
+        drawn = flatten(draw(definition, seed, 1.0))
+        kept = ("adapter_down", "weight")
+        return unflatten({p: v if p[-2:] == kept else jnp.zeros_like(v) for p, v in drawn}), {}
+
+    def store(self, definition: Definition, trainable: Tree, constants: Tree) -> Stored:
+        """Returns the config and the tensors as AdapterHub has them."""
+        del constants
+        values = dict(flatten(trainable))
+        tensors = {
+            key: np.asarray(value, np.float32)
+            for path, leaf in definition.of_kind("trainable").items()
+            for key, value in zip(self._keys(path, leaf), values[path], strict=True)
+        }
+        config = definition.config
+        return Stored(
+            {
+                "config": self._settings(),
+                "hidden_size": hidden_size(definition.module),
+                "model_class": (config.get("architectures") or [None])[0],
+                "model_name": config.get("_name_or_path"),
+                "model_type": config.get("model_type"),
+                "name": self.label,
+                "version": "adapters.1.3.0",
+            },
+            tensors,
+        )
+
+    def restore(self, definition: Definition, stored: Stored) -> tuple[Tree, Tree]:
+        """Stacks AdapterHub's tensors over the layers."""
+        check_match(stored, {"hidden_size": hidden_size(definition.module)})
+        needed: set[str] = set()
+        trainable: dict[Path, jax.Array] = {}
+        for path, leaf in definition.of_kind("trainable").items():
+            keys, shape = list(self._keys(path, leaf)), leaf.declaration.shape
+            values = [checked(stored.tensors, key, shape, WEIGHTS_FILE) for key in keys]
+            trainable[path] = jnp.asarray(np.stack(values))
+            needed.update(keys)
+        for key in stored.tensors:
+            if key not in needed:
+                raise JaxtuneError(f'{WEIGHTS_FILE}: "{key}" has no place in the model')
+        return unflatten(trainable), {}
+
+    def _keys(self, path: Path, leaf: Leaf) -> Iterator[str]:
+        """Yields AdapterHub's key of a parameter in each layer of its run."""
+        for name in layer_names(path, leaf.declaration):
+            module, part, kind = name.rsplit(".", 2)
+            part = f"{part}.0" if part == "adapter_down" else part
+            yield f"{module}.adapters.{self.label}.{part}.{kind}"
+
+    def _settings(self) -> dict[str, Any]:
+        factor = self.reduction_factor
+        return (
+            UNSUPPORTED
+            | {
+                "mh_adapter": self.attention,
+                "output_adapter": self.feed_forward,
+                "original_ln_before": self.reads == "sum",
+                "is_parallel": self.reads == "stream",
+                "reduction_factor": int(factor) if factor == int(factor) else factor,
+                "non_linearity": self.activation,
+                "scaling": self.scaling,
+                "dropout": self.dropout,
+                "init_weights": "mam_adapter",
+                "init_weights_seed": None,
+            }
+            | NEUTRAL
+        )
+
+
+# Settings of AdapterHub under which the tensors would mean something else.
+UNSUPPORTED: dict[str, Any] = {
+    "adapter_residual_before_ln": False,
+    "cross_adapter": False,
+    "inv_adapter": None,
+    "leave_out": [],
+    "ln_after": False,
+    "ln_before": False,
+    "original_ln_after": True,
+    "phm_layer": False,
+    "residual_before_ln": True,
+    "stochastic_depth": 0.0,
+    "use_gating": False,
+}
+# Settings of what is not there, at AdapterHub's defaults.
+NEUTRAL: dict[str, Any] = {
+    "factorized_phm_W": True,
+    "factorized_phm_rule": False,
+    "hypercomplex_nonlinearity": "glorot-uniform",
+    "inv_adapter_reduction_factor": None,
+    "learn_phm": True,
+    "phm_bias": True,
+    "phm_c_init": "normal",
+    "phm_dim": 4,
+    "phm_init_range": 0.0001,
+    "phm_rank": 1,
+    "shared_W_phm": False,
+    "shared_phm_rule": True,
+}
+# Which blocks have an adapter (attention, feed-forward), and what it reads.
+PLACEMENTS = {
+    "houlsby": (True, True, "block"),
+    "pfeiffer": (False, True, "sum"),
+    "parallel": (False, True, "stream"),
+}
+
+
+def from_adapterhub(stored: Stored) -> Bottlenecks:
+    """Returns the method, with its settings, of an adapter that AdapterHub's package wrote.
+
+    Raises:
+      JaxtuneError: a setting that jaxtune would have to drop.
+    """
+    config = stored.config.get("config")
+    if not isinstance(config, Mapping):
+        raise JaxtuneError('adapter_config.json has no "config" of an AdapterHub adapter')
+    for key, plain in UNSUPPORTED.items():
+        if config.get(key, plain) != plain:
+            raise JaxtuneError(f'adapter_config.json: "{key}"={config[key]!r} is not supported')
+    activation = str(config.get("non_linearity"))
+    lookup(ACTIVATIONS, activation, 'adapter_config.json: "non_linearity"')
+    parallel, before = config.get("is_parallel"), config.get("original_ln_before")
+    return Bottlenecks(
+        attention=bool(config.get("mh_adapter")),
+        feed_forward=bool(config.get("output_adapter")),
+        reads="stream" if parallel else "sum" if before else "block",
+        reduction_factor=_number(config, "reduction_factor", minimum=1e-3),
+        activation=activation,
+        scaling=_number(config, "scaling"),
+        dropout=_number(config, "dropout"),
+        label=str(stored.config.get("name")),
+    )
+
+
+def _number(config: Mapping[str, Any], key: str, minimum: float = -math.inf) -> float:
+    value = config.get(key, 0.0)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= minimum:
+        raise JaxtuneError(f'adapter_config.json: "{key}"={value!r} is not supported')
+    return float(value)
+
+
+def from_config(section: Any) -> Bottlenecks:
+    """Returns the method that the ``adapter`` section of a config describes."""
+    attention, feed_forward, reads = PLACEMENTS[section.placement]
+    return Bottlenecks(
+        attention,
+        feed_forward,
+        reads,
+        section.reduction_factor,
+        section.activation,
+        section.scaling,
+        section.dropout,
+    )

@@ -1,0 +1,241 @@
+"""Prefix tuning (P-Tuning v2): trained keys and values in front of every segment, in each layer.
+
+Multi-head attention of any kind stores them as PEFT does. Latent attention stores a latent past
+its norm and a shared rotary key, so that its absorbed decoding takes them too.
+
+Source: Li and Liang, 2021; Liu et al., 2021 (P-Tuning v2).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxtune.adapters.method import Method, Stored
+from jaxtune.adapters.virtual.common import (
+    EMBEDDINGS,
+    ENCODER_FILE,
+    WEIGHTS_FILE,
+    check_match,
+    checked,
+    count,
+    draw,
+    prompt_config,
+    refuse_extras,
+)
+from jaxtune.adapters.virtual.encoder import Dense
+from jaxtune.layers.decoder import CausalLM, Decoder
+from jaxtune.layers.mla import MLA
+from jaxtune.layers.tree import Path, Trainable, Tree, bind, flatten, parameter, stack, unflatten
+from jaxtune.models.definition import Definition
+
+LATENT = "LATENT_PREFIX"
+
+
+class OwnPrefix(nnx.Module):
+    """What a layer's attention has in front of every segment, trained as it is."""
+
+    def __init__(self, virtual_tokens: int, width: int):
+        self.embedding = parameter((virtual_tokens, width), (None, None), kind=Trainable)
+
+    def __call__(self, shared: jax.Array | None) -> jax.Array:
+        """Returns float32 [n, width]."""
+        del shared
+        return self.embedding.get_value()
+
+
+class ProjectedPrefix(nnx.Module):
+    """What a layer's attention has in front of every segment, projected from what all share."""
+
+    def __init__(self, encoder_hidden_size: int, width: int):
+        self.projection = Dense(encoder_hidden_size, width, ("kv_heads", "embed"))
+
+    def __call__(self, shared: jax.Array) -> jax.Array:
+        """Maps float32 [n, encoder hidden size] to [n, width]."""
+        return self.projection(shared)
+
+
+class PrefixCount(nnx.Module):
+    """Says how many virtual tokens the layers' own prefixes have."""
+
+    def __init__(self, virtual_tokens: int):
+        self.virtual_tokens = virtual_tokens
+
+    def __call__(self) -> None:
+        """Returns nothing: the layers share nothing."""
+
+
+class PrefixEncoder(nnx.Module):
+    """The half of the projection that all layers share."""
+
+    def __init__(self, virtual_tokens: int, token_dim: int, hidden_size: int):
+        self.virtual_tokens = virtual_tokens
+        self.embedding = parameter((virtual_tokens, token_dim), (None, None), kind=Trainable)
+        self.transform = Dense(token_dim, hidden_size)
+
+    def __call__(self) -> jax.Array:
+        """Returns float32 [n, hidden]."""
+        return jnp.tanh(self.transform(self.embedding.get_value()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefix(Method):
+    """Prefix tuning with its settings.
+
+    Attributes:
+      virtual_tokens: n.
+      projection: trains an embedding and two layers that make the prefixes, in their place.
+      encoder_hidden_size: between the two layers.
+    """
+
+    name: ClassVar[str] = "prefix"
+    can_merge: ClassVar[bool] = False
+
+    virtual_tokens: int = 20
+    projection: bool = False
+    encoder_hidden_size: int = 128
+
+    def attach(self, model: CausalLM) -> None:
+        """Fills the prefix slot of every layer's attention, and that of the decoder."""
+        decoder, n, hidden = model.model, self.virtual_tokens, self.encoder_hidden_size
+        for run, layers in zip(decoder.layers, decoder.run_layers, strict=True):
+            width = run.self_attn.prefix_width
+            prefix = ProjectedPrefix(hidden, width) if self.projection else OwnPrefix(n, width)
+            run.self_attn.prefix = stack(prefix, *layers)
+        token_dim = _storage(decoder)["token_dim"]
+        projected = PrefixEncoder(n, token_dim, hidden) if self.projection else None
+        decoder.prefix = projected or PrefixCount(n)
+
+    def init(self, definition: Definition, seed: int) -> tuple[Tree, Tree]:
+        """Draws prefixes as the model's own weights were; under a projection as PEFT does."""
+        std = 1.0 if self.projection else definition.config.get("initializer_range") or 0.02
+        return draw(definition, seed, std), {}
+
+    def store(self, definition: Definition, trainable: Tree, constants: Tree) -> Stored:
+        """Returns the prefixes of all layers, side by side, and the encoder apart from them."""
+        del constants
+        decoder, values = definition.module.model, dict(flatten(trainable))
+        config = prompt_config(definition, self.virtual_tokens) | _storage(decoder)
+        hidden = self.encoder_hidden_size if self.projection else config["token_dim"]
+        config |= {"prefix_projection": self.projection, "encoder_hidden_size": hidden}
+        if not self.projection:
+            slabs = [np.asarray(values[path]) for path in _slots(decoder, "embedding")]
+            embeddings = np.concatenate(slabs).transpose(1, 0, 2).reshape(self.virtual_tokens, -1)
+            return Stored(config, {EMBEDDINGS: embeddings})
+        weight, bias = (
+            np.concatenate([np.asarray(values[p]) for p in _slots(decoder, "projection", name)])
+            for name in ("weight", "bias")
+        )
+        encoder = {
+            "embedding.weight": np.asarray(values["model", "prefix", "embedding"]),
+            "transform.0.weight": np.asarray(values["model", "prefix", "transform", "weight"]),
+            "transform.0.bias": np.asarray(values["model", "prefix", "transform", "bias"]),
+            "transform.2.weight": weight.reshape(-1, weight.shape[-1]),
+            "transform.2.bias": bias.reshape(-1),
+        }
+        shared = bind(nnx.graphdef(decoder.prefix), trainable["model"]["prefix"])()
+        highest = jax.lax.Precision.HIGHEST
+        embeddings = jnp.matmul(shared, encoder["transform.2.weight"].T, precision=highest)
+        embeddings = np.asarray(embeddings) + encoder["transform.2.bias"]
+        return Stored(config, {EMBEDDINGS: embeddings}, encoder)
+
+    def restore(self, definition: Definition, stored: Stored) -> tuple[Tree, Tree]:
+        """Cuts the prefixes, or the encoder's last layer, into layers."""
+        decoder, n = definition.module.model, self.virtual_tokens
+        width = decoder.layers[0].self_attn.prefix_width
+        layers = sum(layers for _, layers in decoder.run_layers)
+        check_match(stored, _storage(decoder) | {"num_layers": layers})
+        if not self.projection:
+            shape = (n, layers * width)
+            value = checked(stored.tensors, EMBEDDINGS, shape, WEIGHTS_FILE)
+            value = value.reshape(n, layers, width).transpose(1, 0, 2)
+            return _cut(decoder, {("embedding",): value}), {}
+        token_dim, hidden = _storage(decoder)["token_dim"], self.encoder_hidden_size
+        shapes = {
+            "embedding.weight": (n, token_dim),
+            "transform.0.weight": (hidden, token_dim),
+            "transform.0.bias": (hidden,),
+            "transform.2.weight": (layers * width, hidden),
+            "transform.2.bias": (layers * width,),
+        }
+        encoder = {
+            name: checked(stored.encoder or {}, name, shape, ENCODER_FILE)
+            for name, shape in shapes.items()
+        }
+        tree = _cut(
+            decoder,
+            {
+                ("projection", "weight"): encoder["transform.2.weight"].reshape(layers, width, -1),
+                ("projection", "bias"): encoder["transform.2.bias"].reshape(layers, width),
+            },
+        )
+        tree["model"]["prefix"] = {
+            "embedding": jnp.asarray(encoder["embedding.weight"]),
+            "transform": {
+                "weight": jnp.asarray(encoder["transform.0.weight"]),
+                "bias": jnp.asarray(encoder["transform.0.bias"]),
+            },
+        }
+        return tree, {}
+
+
+def _storage(decoder: Decoder) -> dict[str, Any]:
+    """Returns how an adapter_config.json says what a prefix of this attention consists of."""
+    attention = decoder.layers[0].self_attn
+    if isinstance(attention, MLA):
+        return {
+            "peft_type": LATENT,
+            "token_dim": attention.prefix_width,
+            "kv_lora_rank": attention.sizes.kv_lora,
+            "qk_rope_head_dim": attention.sizes.rope,
+        }
+    return {
+        "peft_type": "PREFIX_TUNING",
+        "token_dim": attention.prefix_width // 2,
+        "num_attention_heads": attention.kv_heads,
+    }
+
+
+def _slots(decoder: Decoder, *name: str) -> Iterator[Path]:
+    """Yields the path of a prefix's array in each run of layers."""
+    for run in range(len(decoder.run_layers)):
+        yield ("model", "layers", str(run), "self_attn", "prefix", *name)
+
+
+def _cut(decoder: Decoder, values: dict[Path, np.ndarray]) -> Tree:
+    """Cuts arrays over all layers into those of each run."""
+    return unflatten(
+        {
+            path: jnp.asarray(value[first : first + layers])
+            for name, value in values.items()
+            for path, (first, layers) in zip(
+                _slots(decoder, *name), decoder.run_layers, strict=True
+            )
+        }
+    )
+
+
+def from_peft(stored: Stored) -> Prefix:
+    """Returns the method of a prefix in PEFT's or the latent format.
+
+    Without the encoder that made it, a prefix goes on as it is.
+
+    Raises:
+      JaxtuneError: adapter_config.json lacks a number, or the adapter holds something else.
+    """
+    refuse_extras(stored)
+    n = count(stored, "num_virtual_tokens")
+    if stored.encoder is None:
+        return Prefix(n)
+    return Prefix(n, True, count(stored, "encoder_hidden_size"))
+
+
+def from_config(section: Any) -> Prefix:
+    """Returns the method that the ``adapter`` section of a config describes."""
+    return Prefix(section.virtual_tokens, section.prefix_projection, section.encoder_hidden_size)

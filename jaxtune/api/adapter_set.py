@@ -1,0 +1,64 @@
+"""Adapters of one base by name: each is attached once, and they are combined on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from jax.typing import DTypeLike
+
+from jaxtune.adapter_files.combine import Options, combine
+from jaxtune.adapters import Stored
+from jaxtune.checkpoints.load_model import Assembled, attach
+from jaxtune.checkpoints.source import TensorSource
+from jaxtune.errors import lookup
+from jaxtune.quant import Quantization
+
+
+class NamedAdapters:
+    """A base model with the adapters that it may be used with, all in memory."""
+
+    def __init__(
+        self,
+        bare: Assembled,
+        source: TensorSource,
+        dtype: DTypeLike,
+        stored: Mapping[str, Stored],
+        quantization: Quantization | None = None,
+    ):
+        """Attaches every adapter.
+
+        Args:
+          bare: the model without a method.
+          source: the checkpoint that it was loaded from.
+          dtype: of frozen weights.
+          stored: the adapters by name.
+          quantization: of frozen weights.
+
+        Raises:
+          JaxtuneError: one that does not fit the model.
+        """
+        self.bare, self.stored = bare, dict(stored)
+        self._source, self._dtype, self._quantization = source, dtype, quantization
+        self._attached = {name: self._attach(one) for name, one in self.stored.items()}
+
+    def _attach(self, stored: Stored) -> Assembled:
+        return attach(self.bare, self._source, self._dtype, stored, self._quantization)
+
+    def select(
+        self, choice: str | Mapping[str, float] | None, method: str, options: Options | None
+    ) -> Assembled:
+        """Returns the model with one adapter, with several combined, or with none.
+
+        Args:
+          choice: a name, weights by name, or None for the bare model.
+          method: how weighted ones are combined; see `jaxtune.adapter_files.combine`.
+          options: of that.
+
+        Raises:
+          JaxtuneError: an unknown name or method, or adapters that cannot be combined.
+        """
+        if choice is None:
+            return self.bare
+        if isinstance(choice, str):
+            return lookup(self._attached, choice, "adapter")
+        return self._attach(combine(self.stored, choice, method, options))

@@ -1,0 +1,105 @@
+"""Scores of a run on held-out examples, after the fact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxtune import config as config_module
+from jaxtune.adapters.merge import edits
+from jaxtune.api.load_run import Trained, load_trained
+from jaxtune.checkpoints import huggingface
+from jaxtune.checkpoints.chat import Chat
+from jaxtune.checkpoints.source import TensorSource
+from jaxtune.data import Examples
+from jaxtune.errors import JaxtuneError
+from jaxtune.layers.tree import merge
+from jaxtune.runs.chat import reading, run_chat
+from jaxtune.runs.directory import RunDirectory
+from jaxtune.training.evaluation import bind_evaluation
+from jaxtune.training.train import data_reader
+
+
+class _HeldOut(NamedTuple):
+    """Examples by the name of their set, and what turns answers into text."""
+
+    sets: Mapping[str, Examples]
+    chat: Chat
+
+
+def evaluate(run: RunDirectory, adapter: str = "best", data: str = "") -> dict[str, Any]:
+    """Evaluates what a run trained, on the run's own mesh.
+
+    Args:
+      run: a run that has saved something, or any run for the base model alone.
+      adapter: "best", "last", or "none" for the base model.
+      data: examples in any form that ``data.eval`` takes; empty: what the run holds out.
+
+    Returns:
+      What `bind_evaluation` says, without samples.
+
+    Raises:
+      JaxtuneError: no examples, or nothing saved yet.
+    """
+    config = run.read_config()
+    source, held_out = _open(run, config, data)
+    return _score(load_trained(run, config, source, adapter), held_out)
+
+
+def merge_losses(run: RunDirectory, adapter: str, quantized: Path) -> dict[str, float]:
+    """Measures what merging into quantized weights has cost, on the run's held-out examples.
+
+    The merge in 16 bits is loaded beside the model that it is made of, and never written.
+
+    Args:
+      run: a run over a quantized base, with ``data.eval``.
+      adapter: "best" or "last": what was merged.
+      quantized: the merged checkpoint, in the format of the base.
+
+    Returns:
+      The loss (mean over target tokens, nats) ``with_adapter``, of the merge in the dtype of the
+      run (``merged``), and of the checkpoint (``merged_quantized``).
+    """
+    config = run.read_config()
+    source, held_out = _open(run, config)
+    trained = load_trained(run, config, source, adapter)
+    definition, parts = trained.setup.definition, trained.parts
+    trees = parts.base, parts.trainable, parts.constants
+    wide = huggingface.merged_source(
+        source, definition, merge(*trees), edits(definition.bind(*trees))
+    )
+    plain = config_module.resolve(config.to_dict(), ["quantize.format="])
+    losses = {
+        "with_adapter": _score(trained, held_out)["loss"],
+        "merged": _score(load_trained(run, plain, wide, "none"), held_out)["loss"],
+    }
+    del trained, parts, trees, wide
+    written = huggingface.open_source(quantized)
+    scores = _score(load_trained(run, config, written, "none"), held_out)
+    return losses | {"merged_quantized": scores["loss"]}
+
+
+def _open(run: RunDirectory, config: Any, data: str = "") -> tuple[TensorSource, _HeldOut]:
+    """Returns the checkpoint of a run and the examples of `data`, or those that it held out."""
+    location = huggingface.resolve_path(config.model.path, config.model.revision)
+    source = huggingface.open_source(location)
+    chat = run_chat(run, config, source)
+    reader = data_reader(config, source, chat.tokenizer, **reading(config, chat))
+    data = data or config.data.eval
+    sets = reader.read_sets(data) if data else reader.splits().sets
+    if not sets:
+        raise JaxtuneError(f"{run.path}: data.eval is empty: name the examples with --data FILE")
+    return source, _HeldOut(sets, chat)
+
+
+def _score(trained: Trained, held_out: _HeldOut) -> dict[str, Any]:
+    setup, parts = trained
+    with jax.set_mesh(setup.mesh):
+        scoring = bind_evaluation(setup, parts.base, parts.constants, *held_out)
+        assert scoring is not None  # it is None without examples only
+        scores = scoring(parts.trainable)
+    scores.pop("samples", None)
+    return scores

@@ -1,0 +1,72 @@
+"""What a run trained, loaded the way it was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from jaxtune.adapter_files.peft import read_adapter
+from jaxtune.adapters import Method, Stored, method_from_peft
+from jaxtune.adapters.method import NoMethod
+from jaxtune.checkpoints.load_model import Assembled, assemble
+from jaxtune.checkpoints.source import TensorSource
+from jaxtune.runs.directory import RunDirectory
+from jaxtune.training.setup import Setup, set_up
+from jaxtune.training.train import choose_method, trained_arrays
+
+
+class Trained(NamedTuple):
+    """A run's model in memory.
+
+    Attributes:
+      setup: how it computes.
+      parts: what it holds.
+    """
+
+    setup: Setup
+    parts: Assembled
+
+
+def load_trained(
+    run: RunDirectory,
+    config: Any,
+    source: TensorSource,
+    adapter: str,
+    devices: Sequence[Any] | None = None,
+) -> Trained:
+    """Loads a run's model over the very base that it was trained over.
+
+    Args:
+      run: a run that has saved something, or any run for the base model alone.
+      config: the run's, perhaps with another mesh.
+      source: the checkpoint that the run started from.
+      adapter: "best", "last", or "none" for the base model alone.
+      devices: to load onto; those of this process by default.
+
+    Raises:
+      JaxtuneError: nothing has been saved yet.
+    """
+    method, stored = _choose(run, config, adapter)
+    setup = set_up(config, source.config, method, devices)
+    parts = assemble(
+        source,
+        config.training.dtype,
+        setup.mesh,
+        method=method,
+        quantization=setup.quantization,
+        stored=stored,
+    )
+    if adapter != "none" and not method.has_adapter:
+        parts = parts._replace(trainable=trained_arrays(run, setup, adapter))
+    return Trained(setup, parts)
+
+
+def _choose(run: RunDirectory, config: Any, adapter: str) -> tuple[Method, Stored | None]:
+    if adapter == "none":
+        return NoMethod(), None
+    method, _ = choose_method(config)
+    if not method.has_adapter:
+        return method, None
+    stored = read_adapter(run.adapter(adapter))
+    trained = method.with_stored(stored) if method.edits_base else method_from_peft(stored)
+    return trained, stored

@@ -1,0 +1,1 @@
+"""Conversations as text and tokens: messages, chat templates and their targets."""

@@ -1,0 +1,94 @@
+"""A conversation as text, in the spelling that the template shows whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jaxtune.chats.jsontext import restore
+from jaxtune.chats.messages import Message
+from jaxtune.chats.reasoning import separate_reasoning
+from jaxtune.chats.spelling import Spelling, spellings, squeeze
+from jaxtune.errors import JaxtuneError
+
+Apply = Callable[[Sequence[Message], bool], str]
+"""Applies a template to turns, with or without the prompt for the next one."""
+
+
+class Rendering:
+    """A conversation as a template renders it, whole or the first turns of it."""
+
+    def __init__(self, spelling: Spelling, apply: Apply, place: str):
+        """Takes the spelling that is rendered, and what renders turns."""
+        self._spelling, self._apply, self._place = spelling, apply, place
+        self._made: dict[tuple[int, bool], str] = {}
+
+    @property
+    def turns(self) -> list[dict[str, Any]]:
+        """The turns as the template is given them."""
+        return self._spelling.turns
+
+    def __call__(self, count: int, prompt: bool) -> str:
+        """Returns the text of the first turns, perhaps with the prompt for the next one.
+
+        Raises:
+          JaxtuneError: the template refuses them.
+        """
+        if (count, prompt) not in self._made:
+            try:
+                text = self._apply(self.turns[:count], prompt)
+            # Any expression of the template may fail in its own way.
+            except Exception as error:
+                raise _refusal(self._place, error) from error
+            self._made[count, prompt] = restore(text, self._spelling.numbers)
+        return self._made[count, prompt]
+
+
+def choose_rendering(
+    turns: Sequence[dict[str, Any]], apply: Apply, place: str, *, generation_prompt: bool = False
+) -> Rendering:
+    """Returns the renderings of a conversation in the first spelling that is shown whole.
+
+    Args:
+      turns: of the conversation.
+      apply: the template.
+      place: what to call the conversation in an error.
+      generation_prompt: whether the conversation is to be followed by an answer.
+
+    Raises:
+      JaxtuneError: the template refuses every spelling.
+    """
+    choices = list(spellings(turns))
+    if len(choices) == 1:
+        return Rendering(choices[0], apply, place)
+    accepted, refusal = None, None
+    for spelling in choices:
+        try:
+            whole = _shows(spelling, turns, apply, generation_prompt)
+        except Exception as error:
+            refusal = refusal or error
+            continue
+        if whole:
+            return Rendering(spelling, apply, place)
+        accepted = accepted or spelling
+    if accepted is None and refusal is not None:
+        raise _refusal(place, refusal) from refusal
+    return Rendering(accepted or choices[0], apply, place)
+
+
+def _shows(spelling: Spelling, turns: Sequence[dict[str, Any]], apply: Apply, prompt: bool) -> bool:
+    if not spelling.shows(apply(spelling.turns, prompt)):
+        return False
+    reasons = [i for i, turn in enumerate(turns) if separate_reasoning(turn).strip()]
+    if not reasons:
+        return True
+    # A template may show no reasoning but that of the last turn.
+    rendered = apply(spelling.turns[: reasons[-1] + 1], False)
+    return squeeze(separate_reasoning(turns[reasons[-1]])) in squeeze(rendered)
+
+
+def _refusal(place: str, error: Exception) -> JaxtuneError:
+    if isinstance(error, JaxtuneError):
+        return error
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return JaxtuneError(f"{place}: the chat template refuses the conversation: {reason}")

@@ -1,0 +1,109 @@
+"""Spellings of one conversation: the row's own, and others that a template may need.
+
+A template takes what its authors had in mind: arguments of calls as text or as an object,
+reasoning under a key or in the content. The spelling of the row comes first, because that is what
+`transformers` renders; others are tried where the template fails on it or leaves parts of it out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from jaxtune.chats.jsontext import with_stand_ins
+from jaxtune.chats.reasoning import folded, separate_reasoning
+
+Turn = dict[str, Any]
+
+
+class Spelling(NamedTuple):
+    """Turns as a template is given them.
+
+    Attributes:
+      turns: of the conversation.
+      numbers: what `restore` is to put back into the rendering.
+    """
+
+    turns: list[Turn]
+    numbers: dict[str, str]
+
+    def shows(self, rendered: str) -> bool:
+        """Returns whether a rendering has the arguments of the calls as they are spelled here.
+
+        Args:
+          rendered: the conversation as text, before `restore`.
+        """
+        for function in _functions(self.turns):
+            arguments = function["arguments"]
+            if isinstance(arguments, str):
+                # A template that takes objects prints the text as a JSON string.
+                quoted = json.dumps(arguments, ensure_ascii=False)
+                if arguments not in rendered or quoted in rendered:
+                    return False
+        return all(stand_in in rendered for stand_in in self.numbers)
+
+
+def spellings(turns: Sequence[Turn]) -> Iterator[Spelling]:
+    """Yields the spellings of a conversation, that of the row first."""
+    reasoning: list[Callable[[Turn], Turn]] = [lambda turn: turn]
+    content: list[Callable[[Turn], Turn]] = [lambda turn: turn]
+    arguments: list[Callable[[Sequence[Turn]], Spelling]] = [lambda given: Spelling([*given], {})]
+    if any(separate_reasoning(turn).strip() for turn in turns):
+        reasoning.append(folded)
+    functions = list(_functions(turns))
+    if any(isinstance(function["arguments"], str) for function in functions):
+        arguments += [_with_objects, lambda given: _with_objects(given, exact=False)]
+    if any(not isinstance(function["arguments"], str) for function in functions):
+        arguments.append(_with_texts)
+    if any(turn.get("content") is None for turn in turns):
+        content.append(lambda turn: {**turn, "content": turn.get("content") or ""})
+    for spell_reasoning, fill, spell_arguments in itertools.product(reasoning, content, arguments):
+        yield spell_arguments([fill(spell_reasoning(turn)) for turn in turns])
+
+
+def squeeze(text: str) -> str:
+    """Returns text without white space, which templates add and strip."""
+    return "".join(text.split())
+
+
+def _functions(turns: Sequence[Turn]) -> Iterator[dict[str, Any]]:
+    return (call["function"] for turn in turns for call in turn.get("tool_calls") or ())
+
+
+def _with_arguments(
+    turns: Sequence[Turn], spell: Callable[[Any], Any], numbers: dict[str, str]
+) -> Spelling:
+    spelled = []
+    for turn in turns:
+        if calls := turn.get("tool_calls"):
+            functions = [
+                {**call["function"], "arguments": spell(call["function"]["arguments"])}
+                for call in calls
+            ]
+            pairs = zip(calls, functions, strict=True)
+            turn = {**turn, "tool_calls": [{**call, "function": made} for call, made in pairs]}
+        spelled.append(turn)
+    return Spelling(spelled, numbers)
+
+
+def _with_texts(turns: Sequence[Turn]) -> Spelling:
+    def text(arguments: Any) -> str:
+        if isinstance(arguments, str):
+            return arguments
+        return json.dumps(arguments, ensure_ascii=False)
+
+    return _with_arguments(turns, text, {})
+
+
+def _with_objects(turns: Sequence[Turn], exact: bool = True) -> Spelling:
+    numbers: dict[str, str] = {}
+    taken = json.dumps([*turns], ensure_ascii=False, default=str)
+
+    def read(arguments: Any) -> Any:
+        if not isinstance(arguments, str):
+            return arguments
+        return with_stand_ins(arguments, taken, numbers) if exact else json.loads(arguments)
+
+    return _with_arguments(turns, read, numbers)

@@ -1,0 +1,301 @@
+"""Reads GGUF checkpoints of the LLaMA and Qwen families under their Hugging Face names.
+
+Block formats and their decoding are the ``gguf`` package's.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType
+from gguf.quants import dequantize
+
+from jaxtune.checkpoints.formats.gguf_header import TensorInfo, read_header
+from jaxtune.checkpoints.source import ALL
+from jaxtune.errors import JaxtuneError, closest, lookup
+from jaxtune.quant import Format
+
+_ROWS_PER_CHUNK = 2048  # keeps the decoder's temporaries far below a large tensor
+_WHOLE_MODEL_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+_ROPE_FACTORS = "rope_freqs.weight"
+# Every published checkpoint with llama3 scaling has these three; the file holds only their effect.
+_LLAMA3_ROPE = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def _hugging_face_name(name: str) -> str | None:
+    """Returns the Hugging Face name of a GGUF tensor, or None where it has no counterpart."""
+    stem, _, kind = name.rpartition(".")
+    if kind not in ("weight", "bias"):
+        return None
+    layer = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem, re.ASCII)
+    if layer and layer[2] in _LAYER_NAMES:
+        return f"model.layers.{layer[1]}.{_LAYER_NAMES[layer[2]]}.{kind}"
+    return f"{_WHOLE_MODEL_NAMES[stem]}.{kind}" if stem in _WHOLE_MODEL_NAMES else None
+
+
+def _decimal(value: float) -> float:
+    """Returns the shortest decimal that is the same float32: 1e-05, not 9.99999974737875e-06."""
+    return float(str(np.float32(value)))
+
+
+class GGUFSource:
+    """The tensors and the config of a GGUF file, as a Hugging Face checkpoint would hold them.
+
+    Attributes:
+      path: the file.
+      config: what ``config.json`` would say.
+
+    Raises:
+      JaxtuneError: a damaged file, an unknown architecture, or a tensor without counterpart.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._metadata, infos = read_header(self.path)
+        place = f"{self.path}: general.architecture"
+        self._architecture = str(self._metadata.get("general.architecture", ""))
+        class_name = lookup(_ARCHITECTURES, self._architecture, place)
+        self._tensors: dict[str, TensorInfo] = {}
+        for gguf_name, info in infos.items():
+            name = _hugging_face_name(gguf_name)
+            if name is not None:
+                self._tensors[name] = info
+            elif gguf_name != _ROPE_FACTORS:
+                raise JaxtuneError(
+                    f'{self.path}: tensor "{gguf_name}" has no place in a {self._architecture} '
+                    f"model"
+                )
+        self._rope_factors = infos.get(_ROPE_FACTORS)
+        self.config = self._build_config(class_name)
+        del self._metadata  # the vocabulary would outweigh all else that this object keeps
+
+    def names(self) -> list[str]:
+        """Returns the Hugging Face tensor names, in the order of the file."""
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of a tensor, ``[out, in]`` for a projection."""
+        return self._info(name).shape
+
+    def dtype(self, name: str) -> np.dtype:
+        """Returns the dtype that `read` gives: float32, whatever the file packs."""
+        self._info(name)
+        return np.dtype(np.float32)
+
+    def where(self, name: str) -> str:
+        """Returns the file that holds a tensor, for messages."""
+        self._info(name)
+        return str(self.path)
+
+    def read(self, name: str, rows: slice = ALL) -> np.ndarray:
+        """Decodes one tensor.
+
+        Args:
+          name: of the tensor.
+          rows: to return; all by default, and the only ones for a tensor without dimensions.
+
+        Returns:
+          float32 of `shape(name)`; read-only and memory-mapped where the file holds float32. The
+          query and key rows of LLaMA are in Hugging Face's order: GGUF interleaves both halves of
+          each head for its rotary embedding.
+
+        Raises:
+          JaxtuneError: no such tensor, or a block type that cannot be decoded here.
+        """
+        info = self._info(name)
+        order = self._row_order(name, info)
+        if len(info.shape) == 1:
+            return self._decode(info, name)[ALL if order is None else order][rows]
+        return self._decode(info, name, rows if order is None else order[rows])
+
+    def read_parts(self, name: str, form: Format) -> None:
+        """Returns None: no tensor is stored in a format of jaxtune's."""
+        del name, form
+
+    def _row_order(self, name: str, info: TensorInfo) -> np.ndarray | None:
+        """Returns the row in the file of each row of a tensor; None where they are the same."""
+        heads = {
+            "q_proj": self.config["num_attention_heads"],
+            "k_proj": self.config["num_key_value_heads"],
+        }.get(name.split(".")[-2])
+        if heads is None or self._architecture != "llama":
+            return None
+        rows = info.shape[0]
+        if rows % (2 * heads):
+            raise JaxtuneError(f'{self.path}: tensor "{name}" has {rows} rows for {heads} heads')
+        return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+
+    def _info(self, name: str) -> TensorInfo:
+        if name not in self._tensors:
+            raise JaxtuneError(f'{self.path}: no tensor "{name}"{closest(name, self._tensors)}')
+        return self._tensors[name]
+
+    def _decode(self, info: TensorInfo, name: str, chosen: slice | np.ndarray = ALL) -> np.ndarray:
+        """Returns a tensor as it lies in the file, or chosen rows of a matrix, in float32."""
+        if not info.size:
+            return np.zeros(info.shape, np.float32)[chosen]
+        packed = np.memmap(self.path, np.uint8, "r", info.offset, (info.size,))
+        if info.block_type == GGMLQuantizationType.F32:
+            return packed.view("<f4").reshape(info.shape)[chosen]
+        packed = packed.reshape(math.prod(info.shape[:-1]), -1)[chosen]
+        rows = packed.shape[0]
+        values = np.empty((rows, info.shape[-1]), np.float32)
+        try:
+            for start in range(0, rows, _ROWS_PER_CHUNK):
+                chunk = slice(start, start + _ROWS_PER_CHUNK)
+                values[chunk] = dequantize(packed[chunk], info.block_type)
+        except NotImplementedError:
+            raise JaxtuneError(
+                f'{self.path}: tensor "{name}" has block type {info.block_type.name}, which cannot '
+                f"be decoded"
+            ) from None
+        return values.reshape(-1, *info.shape[1:])
+
+    def _key(self, key: str, default: Any = None) -> Any:
+        """Returns a value under the architecture's prefix; without a default it has to exist."""
+        value = self._metadata.get(f"{self._architecture}.{key}", default)
+        if value is None:
+            raise JaxtuneError(f'{self.path}: metadata lacks "{self._architecture}.{key}"')
+        if isinstance(value, list):
+            if len(set(value)) != 1:
+                raise JaxtuneError(
+                    f"{self.path}: {self._architecture}.{key} differs between layers: {value}"
+                )
+            value = value[0]
+        return value
+
+    def _count(self, key: str, default: int | None = None) -> int:
+        """Returns a value that has to be a positive integer."""
+        value = self._key(key, default)
+        if not isinstance(value, int) or value < 1:
+            raise JaxtuneError(
+                f"{self.path}: {self._architecture}.{key}={value!r} is no positive integer"
+            )
+        return value
+
+    def _build_config(self, class_name: str) -> dict[str, Any]:
+        heads, hidden_size = self._count("attention.head_count"), self._count("embedding_length")
+        rotary = self._key("rope.dimension_count", 0) if self._architecture == "llama" else 0
+        head_dim = self._count("attention.key_length", rotary or hidden_size // heads)
+        if rotary and rotary != head_dim:
+            raise JaxtuneError(
+                f"{self.path}: llama.rope.dimension_count={rotary} is not the head size {head_dim}"
+            )
+        config = {
+            "architectures": [class_name],
+            "model_type": self._architecture,
+            "hidden_size": hidden_size,
+            "num_hidden_layers": self._count("block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": self._count("attention.head_count_kv", heads),
+            "head_dim": head_dim,
+            "intermediate_size": self._count("feed_forward_length"),
+            "hidden_act": "silu",
+            "vocab_size": self.shape("model.embed_tokens.weight")[0],
+            "max_position_embeddings": self._count("context_length"),
+            "rms_norm_eps": _decimal(self._key("attention.layer_norm_rms_epsilon")),
+            "rope_theta": _decimal(self._key("rope.freq_base", 10000.0)),
+            "rope_scaling": self._rope_scaling(head_dim),
+            "tie_word_embeddings": "lm_head.weight" not in self._tensors,
+            "torch_dtype": "bfloat16",
+        }
+        if self._architecture != "qwen2":  # whose biases are part of the architecture
+            first = "model.layers.0"
+            config["attention_bias"] = f"{first}.self_attn.q_proj.bias" in self._tensors
+        if self._architecture == "llama":
+            config["mlp_bias"] = "model.layers.0.mlp.up_proj.bias" in self._tensors
+        for token, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+            config[f"{token}_token_id"] = self._metadata.get(f"tokenizer.ggml.{key}_token_id")
+        return config
+
+    def _rope_scaling(self, head_dim: int) -> dict[str, Any] | None:
+        """Returns the ``rope_scaling`` entry of the config, None where nothing is scaled."""
+        kind = self._key("rope.scaling.type", "none")
+        factor = self._key("rope.scaling.factor", self._key("rope.scale_linear", 1.0))
+        if self._rope_factors is not None:
+            return self._llama3_rope(self._rope_factors, head_dim)
+        if kind == "none" and factor == 1.0:
+            return None
+        scaling = {"rope_type": "linear" if kind == "none" else kind, "factor": _decimal(factor)}
+        if scaling["rope_type"] == "linear":
+            return scaling
+        if kind != "yarn":
+            raise JaxtuneError(
+                f'{self.path}: rope.scaling.type="{kind}" is unknown (known: linear, none, yarn)'
+            )
+        scaling["original_max_position_embeddings"] = self._key(
+            "rope.scaling.original_context_length"
+        )
+        for name, key in (
+            ("attn_factor", "attn_factor"),
+            ("attn_factor", "yarn_attn_factor"),
+            ("beta_fast", "yarn_beta_fast"),
+            ("beta_slow", "yarn_beta_slow"),
+        ):
+            value = self._metadata.get(f"{self._architecture}.rope.scaling.{key}")
+            if value is not None:
+                scaling[name] = _decimal(value)
+        return scaling
+
+    def _llama3_rope(self, info: TensorInfo, head_dim: int) -> dict[str, Any]:
+        """Recovers llama3 scaling from the divisor that the file holds for each frequency."""
+        divisors = self._decode(info, _ROPE_FACTORS)
+        theta = self._key("rope.freq_base", 10000.0)
+        # A divisor that came out of a float32 division is a hair off the factor behind it.
+        scaling = {"rope_type": "llama3", "factor": round(float(divisors.max()), 4)} | _LLAMA3_ROPE
+        expected = llama3_divisors(scaling, theta, head_dim)
+        # The divisors were computed in float32, from frequencies that went through a power.
+        if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
+            raise JaxtuneError(
+                f'{self.path}: tensor "{_ROPE_FACTORS}" is not the llama3 scaling of {_LLAMA3_ROPE}'
+            )
+        return scaling
+
+
+def llama3_divisors(scaling: Mapping[str, Any], theta: float, head_dim: int) -> np.ndarray:
+    """Returns by how much llama3 scaling divides each rotary frequency.
+
+    Args:
+      scaling: a ``rope_scaling`` entry of type llama3.
+      theta: the base of the frequencies.
+      head_dim: size of a head.
+
+    Returns:
+      float64[head_dim / 2]: 1 for short waves, ``factor`` for long ones, a blend in between.
+    """
+    frequencies = theta ** -(np.arange(0, head_dim, 2) / head_dim)
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * np.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    share = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return 1.0 / ((1.0 - share) / scaling["factor"] + share)

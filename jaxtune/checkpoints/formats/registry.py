@@ -1,0 +1,63 @@
+"""How quantized weights are stored on disk, in formats that other tools read.
+
+A format on disk is one file, with a line in `READERS` and one in `WRITERS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxtune.checkpoints.formats import bitsandbytes, compressed_tensors, deepseek_fp8
+from jaxtune.checkpoints.formats.safetensors import Pending
+from jaxtune.checkpoints.source import TensorSource
+from jaxtune.quant import Format
+
+
+class Reader(NamedTuple):
+    """How a kind of quantized checkpoint is read.
+
+    Attributes:
+      open: from the tensors on disk to the weights of the model, read as float32.
+      form: from the ``quantization_config`` and the directory it is from to the format.
+    """
+
+    open: Callable[[TensorSource], TensorSource]
+    form: Callable[[Mapping[str, Any], Path], Format]
+
+
+class Writer(NamedTuple):
+    """How a format is written.
+
+    Attributes:
+      settings: returns the ``quantization_config`` from the format, the names of the modules whose
+        weights are plain, and the dtype of these.
+      tensors: returns the tensors of a weight [out, in] by name, from the name of its module, the
+        format, the shape, the dtype of plain weights, and what gives each part as a host array.
+    """
+
+    settings: Callable[[Any, Sequence[str], str], dict[str, Any]]
+    tensors: Callable[
+        [str, Any, tuple[int, int], str, Callable[[str], np.ndarray]], dict[str, Pending]
+    ]
+
+
+READERS: dict[str, Reader] = {
+    deepseek_fp8.METHOD: Reader(deepseek_fp8.Float8Source, deepseek_fp8.stored_format),
+    bitsandbytes.METHOD: Reader(bitsandbytes.open_bitsandbytes, bitsandbytes.stored_format),
+    compressed_tensors.METHOD: Reader(
+        compressed_tensors.PackedInt4Source, compressed_tensors.stored_format
+    ),
+}
+"""By the ``quant_method`` of a config.json."""
+
+WRITERS: dict[str, Writer] = {
+    "nf4": Writer(bitsandbytes.nf4_settings, bitsandbytes.nf4_tensors),
+    "int8": Writer(bitsandbytes.int8_settings, bitsandbytes.int8_tensors),
+    "int4": Writer(compressed_tensors.int4_settings, compressed_tensors.int4_tensors),
+    "fp8": Writer(deepseek_fp8.fp8_settings, deepseek_fp8.fp8_tensors),
+}
+"""By the name of a format."""

@@ -1,0 +1,127 @@
+"""From a checkpoint, a method and perhaps an adapter to a definition and its three trees."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from jaxtune.adapters import Method, Stored, method_from_peft
+from jaxtune.adapters.define import define
+from jaxtune.adapters.method import Start
+from jaxtune.checkpoints import huggingface
+from jaxtune.checkpoints.overlay import edited
+from jaxtune.checkpoints.source import TensorSource
+from jaxtune.errors import JaxtuneError
+from jaxtune.layers.tree import Tree, merge
+from jaxtune.models.definition import Definition
+from jaxtune.quant import Quantization
+
+
+class Assembled(NamedTuple):
+    """A model in memory.
+
+    Attributes:
+      definition: what it is.
+      base: frozen weights.
+      trainable: what is trained.
+      constants: of the method.
+      ignored: checkpoint tensors that are not needed, each with its reason.
+      method: what the trainables and constants are of; None for the bare model.
+    """
+
+    definition: Definition
+    base: Tree
+    trainable: Tree
+    constants: Tree
+    ignored: dict[str, str]
+    method: Method | None = None
+
+
+def assemble(
+    source: TensorSource,
+    dtype: DTypeLike,
+    mesh: Mesh,
+    *,
+    method: Method | None = None,
+    quantization: Quantization | None = None,
+    stored: Stored | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Assembled:
+    """Loads the weights and starts the method's own arrays.
+
+    Args:
+      source: the checkpoint.
+      dtype: of frozen weights.
+      mesh: where arrays go.
+      method: None for the bare model.
+      quantization: of frozen weights, which are quantized while they stream in; None for none.
+      stored: an adapter to start from; otherwise the method draws its own start from `seed`.
+      seed: of that start.
+      progress: shows a bar when loading takes long.
+
+    Raises:
+      JaxtuneError: checkpoint, method and adapter do not fit one another.
+    """
+    definition = define(source.config, dtype, method, quantization)
+    if stored is not None:
+        _check_copies(source, stored)
+    edit = None if method is None else method.base_edit(definition, stored)
+    start = Start(edit) if stored is None else None
+    read_from = source if edit is None else edited(source, edit)
+    weights, ignored = huggingface.load(definition, read_from, mesh, progress=progress)
+    added: tuple[Tree, Tree] = ({}, {})
+    if method is not None:
+        fresh = stored is None
+        added = method.init(definition, seed) if fresh else method.restore(definition, stored)
+        added = method.complete(definition, weights, added, start)
+    parts: dict[Any, Tree] = definition.split(merge(weights, *added))
+    trees = parts["base"], parts["trainable"], parts["constants"]
+    return Assembled(definition, *trees, ignored, method)
+
+
+def attach(
+    bare: Assembled,
+    source: TensorSource,
+    dtype: DTypeLike,
+    stored: Stored,
+    quantization: Quantization | None = None,
+) -> Assembled:
+    """Puts an adapter beside weights that are loaded already, and are not copied.
+
+    Args:
+      bare: the model without a method.
+      source: the checkpoint that it was loaded from.
+      dtype: of frozen weights.
+      stored: the adapter.
+      quantization: of frozen weights.
+
+    Raises:
+      JaxtuneError: model and adapter do not fit one another.
+    """
+    method = method_from_peft(stored)
+    if method.dropout:  # of training alone, which not every module can have
+        method = dataclasses.replace(method, dropout=0.0)  # type: ignore[type-var]
+    definition = define(bare.definition.config, dtype, method, quantization)
+    _check_copies(source, stored)
+    added = method.restore(definition, stored)
+    added = method.complete(definition, bare.base, added, None)
+    parts: dict[Any, Tree] = definition.split(merge(bare.base, *added))
+    return Assembled(
+        definition, parts["base"], parts["trainable"], parts["constants"], bare.ignored, method
+    )
+
+
+def _check_copies(source: TensorSource, stored: Stored) -> None:
+    """Refuses an adapter that brings frozen weights other than those of the checkpoint."""
+    for name, copy in stored.base_copies().items():
+        ours = source.read(name) if name in source.names() else None
+        if ours is None or not np.array_equal(ours.astype(copy.dtype), copy):
+            raise JaxtuneError(
+                f"adapter_model.safetensors: its copy of {name} is not that of the checkpoint, "
+                "so the adapter belongs to another base model"
+            )

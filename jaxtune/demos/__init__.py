@@ -1,0 +1,1 @@
+"""Demonstrations behind `jaxtune quickstart` and `jaxtune plan --table`."""

@@ -1,0 +1,276 @@
+"""Grouped products: many rows, each multiplied with the weight of its own expert.
+
+Rows are sorted by expert and each expert's share is padded to a multiple of a tile, so that a tile
+meets one weight. The products walk over the tiles that hold rows: the cost grows with the number of
+rows, whatever the number of experts, and nothing is dropped.
+
+The walk is a loop that any platform can compile, or the kernels of `grouped_pallas` on a TPU and
+of `grouped_triton` on an NVIDIA GPU. The loop turns a quantized weight into an array one expert at
+a time, so that it never holds a stack.
+
+N rows routed, P padded rows, E experts, K trained in place of frozen ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType
+from jax.typing import DTypeLike
+
+from jaxtune.layers.experts import grouped_pallas, grouped_triton
+from jaxtune.layers.linear import is_trained, outer, plain_values, product
+from jaxtune.quant import materialize
+
+logger = logging.getLogger(__name__)
+
+MAX_TILE = 128
+# Rows of the smallest tile: a TPU lays bfloat16 out in tiles of 16 rows, and the tensor cores of a
+# GPU multiply 16 at a time.
+MIN_TILE = {"loop": 8, "pallas": 16, "triton": 16}
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["source", "slot", "tile_expert", "tiles"],
+    meta_fields=["tile", "kernel"],
+)
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """How routed rows lie in tiles.
+
+    Attributes:
+      source: int32[P], the row that each padded row holds; N where it holds none.
+      slot: int32[N], the padded row that holds each row; P where none does.
+      tile_expert: int32[P / tile].
+      tiles: int32 scalar, how many tiles hold rows: at most ⌈N / tile⌉ + E.
+      tile: rows per tile.
+      kernel: what multiplies plain weights: "loop", "pallas" (TPU) or "triton" (GPU).
+    """
+
+    source: jax.Array
+    slot: jax.Array
+    tile_expert: jax.Array
+    tiles: jax.Array
+    tile: int
+    kernel: str
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logger.warning(message)
+
+
+class Replaced(NamedTuple):
+    """Weights of experts, some of which are trained in the place of their frozen ones.
+
+    Attributes:
+      frozen: [E, out, in], plain or quantized; of a replaced expert it is never read.
+      trained: [K, out, in].
+      slot: int32[E], which of `trained` takes an expert's place; -1 for none.
+    """
+
+    frozen: Any
+    trained: jax.Array
+    slot: jax.Array
+
+
+def choose_kernel(platform: str) -> str:
+    """Returns what multiplies best on a platform, with the mesh in context.
+
+    What keeps an accelerator from its kernels is logged once.
+    """
+    kernel = {"tpu": "pallas", "gpu": "triton", "cuda": "triton"}.get(platform, "loop")
+    mesh = jax.sharding.get_abstract_mesh()
+    if kernel == "loop":
+        return kernel
+    # A kernel is not partitioned by the compiler, a loop is.
+    alone = mesh.empty or mesh.size == 1 or all(kind is AxisType.Manual for kind in mesh.axis_types)
+    lacking = None if alone else f"the mesh has {mesh.size} devices"
+    if lacking is None and kernel == "triton":
+        lacking = _gpu_lacks()
+    if lacking is None:
+        return kernel
+    _log_once(f"routed experts: a loop in place of the {platform} kernel, as {lacking}")
+    return "loop"
+
+
+def _gpu_lacks() -> str | None:
+    try:
+        device = jax.local_devices(backend="gpu")[0]
+    except RuntimeError:  # compiled for described GPUs, which Pallas takes for Hopper
+        return grouped_triton.what_lacks("9.0")
+    return grouped_triton.what_lacks(getattr(device, "compute_capability", None))
+
+
+def tile_size(rows: int, experts: int, kernel: str = "loop") -> int:
+    """Returns rows per tile: a power of two, so that an average expert fills a few."""
+    average = max(rows // (4 * experts), 1)
+    return min(MAX_TILE, max(MIN_TILE[kernel], 1 << (average.bit_length() - 1)))
+
+
+def group(expert: jax.Array, experts: int, kernel: str = "loop") -> Groups:
+    """Sorts rows into tiles.
+
+    Args:
+      expert: int32[N], the expert of each row; E for a row that meets none.
+      experts: E.
+      kernel: what is going to multiply them; see `choose_kernel`.
+    """
+    rows = expert.shape[0]
+    tile = tile_size(rows, experts, kernel)
+    padded = (-(-rows // tile) + experts) * tile
+    order = jnp.argsort(expert, stable=True)
+    sizes = jnp.bincount(expert, length=experts)
+    tiles = -(-sizes // tile)
+    last_tile = jnp.cumsum(tiles)
+    first_row, first_slot = jnp.cumsum(sizes) - sizes, (last_tile - tiles) * tile
+    ordered = expert[order]
+    slots = first_slot[ordered] + jnp.arange(rows) - first_row[ordered]
+    slots = jnp.where(ordered < experts, slots, padded).astype(jnp.int32)
+    tile_expert = jnp.searchsorted(last_tile, jnp.arange(padded // tile), side="right")
+    return Groups(
+        source=jnp.full(padded, rows, jnp.int32).at[slots].set(order.astype(jnp.int32)),
+        slot=jnp.zeros(rows, jnp.int32).at[order].set(slots),
+        tile_expert=jnp.minimum(tile_expert, experts - 1).astype(jnp.int32),
+        tiles=last_tile[-1].astype(jnp.int32),
+        tile=tile,
+        kernel=kernel,
+    )
+
+
+def _take(weight: Any, expert: jax.Array, dtype: Any) -> jax.Array:
+    """Returns one expert's weight [out, in], as an array of `dtype`."""
+
+    def one(leaf: jax.Array) -> jax.Array:
+        if leaf.dtype != jnp.bfloat16:
+            return lax.dynamic_index_in_dim(leaf, expert, 0, keepdims=False)
+        # As bits, for the reason given in layers/cpu_bfloat16.py: this too loops over a stack.
+        bits = lax.bitcast_convert_type(leaf, jnp.uint16)
+        bits = lax.dynamic_index_in_dim(bits, expert, 0, keepdims=False)
+        return lax.bitcast_convert_type(bits, jnp.bfloat16)
+
+    return materialize(jax.tree.map(one, weight), dtype)
+
+
+class _Walk(NamedTuple):
+    """The tiles that meet a stack of weights.
+
+    Attributes:
+      weights: the stack.
+      tiles: int32[P / tile], those that meet it first.
+      count: int32 scalar, how many meet it.
+      owner: int32[P / tile], which of the weights a tile meets.
+    """
+
+    weights: Any
+    tiles: jax.Array
+    count: jax.Array
+    owner: jax.Array
+
+
+def _walks(weight: Any, groups: Groups) -> list[_Walk]:
+    """Returns the walks over all tiles that hold rows; the last one meets what may be trained."""
+    index = jnp.arange(groups.tile_expert.shape[0])
+    if not isinstance(weight, Replaced):
+        return [_Walk(weight, index, groups.tiles, groups.tile_expert)]
+    slot = weight.slot[groups.tile_expert]
+
+    def over(chosen: jax.Array, weights: Any, owner: jax.Array) -> _Walk:
+        chosen = chosen & (index < groups.tiles)
+        return _Walk(weights, jnp.argsort(~chosen, stable=True), jnp.sum(chosen), owner)
+
+    frozen = over(slot < 0, weight.frozen, groups.tile_expert)
+    return [frozen, over(slot >= 0, weight.trained, slot)]
+
+
+def _multiply(
+    x: jax.Array, weight: Any, groups: Groups, axis: int, features: int, dtype: DTypeLike
+) -> jax.Array:
+    """Contracts the last axis of x [P, …] with an axis of each tile's weight; sums in float32."""
+    tile, where = groups.tile, (groups.tile_expert, groups.tiles)
+    if groups.kernel == "triton" and isinstance(weight, jax.Array):
+        return grouped_triton.multiply(x, weight, *where, axis, dtype)
+    if groups.kernel == "pallas" and isinstance(weight, jax.Array):
+        return grouped_pallas.multiply(x, weight, *where, axis).astype(dtype)
+
+    def one_tile(walk: _Walk, index: jax.Array, y: jax.Array) -> jax.Array:
+        at = walk.tiles[index]
+        rows = lax.dynamic_slice_in_dim(x, at * tile, tile)
+        w = _take(walk.weights, walk.owner[at], x.dtype)
+        return lax.dynamic_update_slice_in_dim(y, product(rows, w, axis), at * tile, 0)
+
+    y = jnp.zeros((x.shape[0], features), jnp.float32)
+    for walk in _walks(weight, groups):
+        y = lax.fori_loop(0, walk.count, functools.partial(one_tile, walk), y)
+    return y.astype(dtype)
+
+
+def grouped_linear(x: jax.Array, weight: Any, groups: Groups, features: int) -> jax.Array:
+    """Multiplies each padded row with the weight of its expert.
+
+    Args:
+      x: [P, in], in the compute dtype.
+      weight: [E, out, in], plain or quantized, frozen or trained, or `Replaced`.
+      groups: from `group`.
+      features: out.
+
+    Returns:
+      float32 [P, out]; rows of tiles that hold nothing are zero.
+    """
+    return _grouped(x, weight, groups, features)
+
+
+def _primal(x: jax.Array, weight: Any, groups: Groups, features: int) -> jax.Array:
+    return _multiply(x, weight, groups, 1, features, jnp.float32)
+
+
+def _forward(x: Any, weight: Any, groups: Any, features: int) -> tuple[jax.Array, Any]:
+    trained = is_trained(weight)
+    x, weight, groups = plain_values((x, weight, groups))
+    like = jnp.zeros((0, x.shape[1]), x.dtype)
+    y = _multiply(x, weight, groups, 1, features, jnp.float32)
+    return y, (x if trained else None, weight, groups, like)
+
+
+def _backward(features: int, residuals: Any, g: jax.Array) -> Any:
+    x, weight, groups, like = residuals
+    g = g.astype(like.dtype)
+    dx = _multiply(g, weight, groups, 0, like.shape[1], like.dtype)
+    if x is None:
+        return dx, None, None
+    dw = _outer_sums(g, x, weight, groups)
+    if isinstance(weight, Replaced):
+        return dx, Replaced(None, dw, None), None  # type: ignore[arg-type]
+    return dx, dw, None
+
+
+def _outer_sums(g: jax.Array, x: jax.Array, weight: Any, groups: Groups) -> jax.Array:
+    """Sums g [P, out] ⊗ x [P, in] over the rows of each trained expert, like its weights."""
+    tile, where = groups.tile, (groups.tile_expert, groups.tiles)
+    if groups.kernel != "loop" and not isinstance(weight, Replaced):
+        experts = weight.shape[0]
+        if groups.kernel == "triton":
+            return grouped_triton.outer_sums(g, x, *where, experts, weight.dtype)
+        return grouped_pallas.outer_sums(g, x, *where, experts).astype(weight.dtype)
+    walk = _walks(weight, groups)[-1]
+
+    def one_tile(index: jax.Array, dw: jax.Array) -> jax.Array:
+        at = walk.tiles[index]
+        rows, grads = (lax.dynamic_slice_in_dim(a, at * tile, tile) for a in (x, g))
+        owner = walk.owner[at]
+        total = lax.dynamic_index_in_dim(dw, owner, 0, keepdims=False) + outer(grads, rows)
+        return lax.dynamic_update_index_in_dim(dw, total, owner, 0)
+
+    dw = lax.fori_loop(0, walk.count, one_tile, jnp.zeros(walk.weights.shape, jnp.float32))
+    return dw.astype(walk.weights.dtype)
+
+
+_grouped: Any = jax.custom_vjp(_primal, nondiff_argnums=(3,))
+_grouped.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -1,0 +1,101 @@
+"""What a run is going to do, read off the real objects before its first step."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxtune.adapters.parameter_summary import census, trained_share
+from jaxtune.data import Examples
+from jaxtune.training.optimizer import count_updates
+from jaxtune.training.setup import BATCH_ARRAYS, Setup
+
+BATCHES = 2  # whose content is hashed: enough to tell two orders of the data apart
+
+
+class Split(NamedTuple):
+    """Examples and the batches made of them; describing takes the first few.
+
+    Attributes:
+      examples: in the order of their file.
+      batches: int32[B, T] arrays by name.
+    """
+
+    examples: Examples
+    batches: Iterator[Mapping[str, np.ndarray]]
+
+
+def describe(setup: Setup, train: Split, held_out: Split | None) -> dict[str, Any]:
+    """Describes a prepared run, so that two can be compared.
+
+    Args:
+      setup: the static half of the run.
+      train: what to train on.
+      held_out: what to evaluate on, if anything.
+
+    Returns:
+      What JSON can hold: the model's modules with their parameters and bytes, the mesh, the
+      method, the learning rate along the run, the data with a hash of the first batches.
+    """
+    rows = census(setup.definition)
+    trained, parameters, _ = trained_share(rows)
+    return {
+        "model": {
+            "model_type": setup.definition.config.get("model_type"),
+            "parameters": parameters,
+            "trained": trained,
+            "bytes": sum(row.bytes for row in rows),
+            "modules": [dataclasses.asdict(row) for row in rows],
+        },
+        "method": f"{setup.method.name}: {setup.method}",
+        "mesh": dict(setup.mesh.shape),
+        "platform": setup.mesh.devices.flat[0].platform,
+        "computation": {
+            "dtype": str(setup.options.dtype),
+            "attention": setup.options.attention,
+            "remat": setup.options.remat,
+        },
+        "steps": setup.steps,
+        "learning_rate": _learning_rates(setup),
+        "train": _data(train),
+        "eval": _data(held_out) if held_out else None,
+    }
+
+
+def _learning_rates(setup: Setup) -> dict[str, float]:
+    """Returns the rate of the first, a middle and the last update, and of the end of warm-up."""
+    last = max(setup.steps - 1, 0)
+    warmup = count_updates(setup.config.optimizer.warmup_steps, setup.steps)
+    steps = {0, warmup, last // 2, last}
+    return {
+        str(step + 1): float(np.asarray(setup.schedule(step)))
+        for step in sorted(steps)
+        if step <= last
+    }
+
+
+def _data(split: Split) -> dict[str, Any]:
+    examples, first = split.examples, list(itertools.islice(split.batches, BATCHES))
+    return {
+        "examples": len(examples),
+        "tokens": examples.token_count,
+        "targets": examples.target_count,
+        "dropped": examples.dropped,
+        "truncated": examples.truncated,
+        "sha256": examples.fingerprint(),
+        "batch": list(first[0]["tokens"].shape),
+        "first_batches": _hash(first),
+    }
+
+
+def _hash(batches: list[Mapping[str, np.ndarray]]) -> str:
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name in BATCH_ARRAYS:
+            digest.update(np.ascontiguousarray(batch[name], "<i4").tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,118 @@
+"""How the base model's routers use their experts on the training data: what ESFT chooses by."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtune.adapters.esft.expert_scores import ExpertScores
+from jaxtune.checkpoints import huggingface
+from jaxtune.checkpoints.load_model import assemble
+from jaxtune.checkpoints.source import TensorSource
+from jaxtune.data import Examples, eval_batches
+from jaxtune.errors import JaxtuneError
+from jaxtune.layers.attention import choose_backend
+from jaxtune.layers.cpu_bfloat16 import as_bits
+from jaxtune.layers.decoder import ForwardOptions
+from jaxtune.layers.tree import Tree
+from jaxtune.models.definition import Definition
+from jaxtune.parallel.mesh import make_mesh, named_sharding
+from jaxtune.parallel.processes import fetch, put
+from jaxtune.training.expert_load import mixture_layers
+
+logger = logging.getLogger(__name__)
+
+
+class _Sums(NamedTuple):
+    """Sums over tokens: their number, and by layer and expert the choices and their weights."""
+
+    tokens: Any
+    load: Any
+    gates: Any
+
+
+def score_experts(config: Any, source: TensorSource, examples: Examples) -> ExpertScores:
+    """Scores every routed expert of the base model on a sample of the training data.
+
+    Args:
+      config: resolved: the sample, the rows of a batch, the mesh, dtypes and quantization.
+      source: the checkpoint.
+      examples: of the training data.
+
+    Raises:
+      JaxtuneError: the model has no routed experts.
+    """
+    sample = take_sample(examples, config.adapter.expert_sample, config.training.seed)
+    logger.info("scoring experts on %d of %d examples", len(sample), len(examples))
+    mesh, training = make_mesh(config.mesh), config.training
+    quantization = huggingface.choose_quantization(config.quantize, source.config)
+    parts = assemble(source, training.dtype, mesh, quantization=quantization)
+    layers = mixture_layers(parts.definition)
+    if not layers:
+        raise JaxtuneError(
+            f"adapter.method=esft trains routed experts, and {source.config.get('model_type')} "
+            "has none"
+        )
+    platform = mesh.devices.flat[0].platform
+    backend = choose_backend(config.model.attention, platform, False)
+    options = ForwardOptions(jnp.dtype(training.dtype), backend, "none", platform)
+    step, base = _make_step(parts.definition, options), as_bits(parts.base, platform)
+    total = _Sums(0.0, 0.0, 0.0)
+    rows = eval_batches(
+        sample,
+        batch_size=training.batch_size // training.accumulation,
+        length=config.data.max_length,
+        packing=config.data.packing,
+    )
+    with jax.set_mesh(mesh):
+        for row in rows:
+            shardings = {
+                name: named_sharding(mesh, ("batch", "sequence"), value.shape)
+                for name, value in row.items()
+            }
+            batch = {name: put(value, shardings[name]) for name, value in row.items()}
+            sums = jax.tree.map(np.float64, jax.device_get(fetch(step(base, batch))))
+            total = _Sums(*(a + b for a, b in zip(total, sums, strict=True)))
+    chosen = total.load.sum(axis=1, keepdims=True)
+    tables = (total.load / chosen, total.gates / total.tokens)
+    return ExpertScores(*(dict(zip(layers, table.tolist(), strict=True)) for table in tables))
+
+
+def take_sample(examples: Examples, tokens: int, seed: int) -> Examples:
+    """Draws whole examples at random until they have so many tokens, or there are no more."""
+    order = np.random.default_rng(seed).permutation(len(examples))
+    sizes = np.cumsum(examples.lengths[order])
+    kept = sorted(order[: int(np.searchsorted(sizes, tokens)) + 1].tolist())
+    return examples.select(kept)
+
+
+def summarize(scores: ExpertScores, section: Any) -> str:
+    """Says how many experts of each layer the ``adapter`` section of a config would train."""
+    kind, threshold = section.expert_score, section.expert_threshold
+    lines = [f"experts of each layer whose {kind} scores sum to {threshold:g}:"]
+    for layer, experts in scores.choose(kind, threshold):
+        every = len(scores.token[layer])
+        lines.append(
+            f"layer {layer:<4}{len(experts):>4} of {every}: {', '.join(map(str, experts))}"
+        )
+    return "\n".join(lines)
+
+
+def _make_step(definition: Definition, options: ForwardOptions) -> Any:
+    """Builds the jitted ``(base, batch) → _Sums``."""
+
+    @jax.jit
+    def step(base: Tree, batch: Mapping[str, jax.Array]) -> _Sums:
+        model, segments = definition.bind(base), batch["segment_ids"]
+        _, routing = model.hidden_with_routing(
+            batch["tokens"], segments, batch["positions"], options
+        )
+        assert routing is not None  # the definition has routed experts
+        return _Sums(jnp.sum(segments != 0), routing.load, routing.gates)
+
+    return step
