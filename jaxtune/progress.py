@@ -1,16 +1,18 @@
-"""A progress bar for whatever takes longer than two seconds."""
+"""Progress bars, on standard error and only on a terminal: what a program prints stays clean."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from typing import ClassVar
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -19,42 +21,62 @@ from rich.progress import (
 PATIENCE_SECONDS = 2.0
 
 
+class Bar(Progress):
+    """A progress bar, shown if standard error is a terminal that shows no other bar."""
+
+    _shown: ClassVar[Bar | None] = None
+
+    def __init__(self, *columns: ProgressColumn, enabled: bool = True, transient: bool = True):
+        """Prepares the bar; `start` shows it.
+
+        Args:
+          columns: parts of the bar, from left to right.
+          enabled: False for no bar at all.
+          transient: removes the bar when it stops.
+        """
+        console = Console(stderr=True)
+        disable = not (enabled and console.is_terminal)
+        super().__init__(*columns, console=console, transient=transient, disable=disable)
+
+    def start(self) -> None:
+        """Shows the bar, unless another one is on the terminal."""
+        if not self.disable and Bar._shown is None:
+            Bar._shown = self
+            super().start()
+
+    def stop(self) -> None:
+        """Stops the bar, if it was shown."""
+        if Bar._shown is self:
+            Bar._shown = None
+            super().stop()
+
+
 @contextlib.contextmanager
 def track(total: int | None, what: str, enabled: bool = True) -> Iterator[Callable[..., None]]:
-    """Yields a function that counts what is done, one by default; a bar appears after a while.
+    """Yields a function that counts finished items, one by default.
 
-    It appears on standard error, if that is a terminal: what a program prints stays clean.
+    The bar appears once the block has taken `PATIENCE_SECONDS`.
 
     Args:
-      total: how many there are; None: unknown.
-      what: stands before the bar.
+      total: number of items; None: unknown.
+      what: label of the bar.
       enabled: False for no bar at all.
     """
-    console = Console(stderr=True)
     known = (MofNCompleteColumn(), TimeRemainingColumn())
     unknown = (TextColumn("{task.completed:,}"), TimeElapsedColumn())
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        *(unknown if total is None else known),
-        console=console,
-        transient=True,
-    )
+    counts = unknown if total is None else known
+    bar = Bar(TextColumn("{task.description}"), BarColumn(), *counts, enabled=enabled)
     task = bar.add_task(what, total=total)
-    visible = enabled and console.is_terminal
-    started, shown = time.monotonic(), False
+    started = time.monotonic()
 
     def advance(count: int = 1) -> None:
-        nonlocal shown
-        if not visible:
+        if bar.disable:
             return
         bar.advance(task, count)
-        if not shown and time.monotonic() - started > PATIENCE_SECONDS:
+        if time.monotonic() - started > PATIENCE_SECONDS:
             bar.start()
-            shown = True
 
     try:
         yield advance
     finally:
-        if shown:
-            bar.stop()
+        bar.stop()

@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-from rich.console import Console
-from rich.progress import Progress
 
 from jaxtune.config import resolve
 from jaxtune.errors import JaxtuneError
@@ -26,6 +24,7 @@ from jaxtune.planning.flops import StepFlops, step_flops
 from jaxtune.planning.plan import Plan, compile_plan, model_config
 from jaxtune.planning.roofline import estimate
 from jaxtune.planning.topology import Topology, describe
+from jaxtune.progress import track
 from jaxtune.training.setup import Setup, set_up
 from jaxtune.training.train import choose_method
 
@@ -174,8 +173,7 @@ def _try(config: Any, model: Any, order: list[Candidate], hardware: Topology, tr
     ranked: list[tuple[Candidate, Plan]] = []
     misfits: list[tuple[Candidate, Plan]] = []
     left = len(order)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("compiling", total=min(tries, len(order)))
+    with track(min(tries, len(order)), "compiling") as advance:
         for candidate in order:
             if len(ranked) + len(misfits) == tries:
                 break
@@ -191,7 +189,7 @@ def _try(config: Any, model: Any, order: list[Candidate], hardware: Topology, tr
                 continue
             result = compile_plan(setup, hardware)
             (ranked if result.fits else misfits).append((candidate, result))
-            progress.advance(task)
+            advance()
     ranked.sort(key=lambda each: each[1].time.seconds if each[1].time else each[1].total)
     nearest = min((plan for _, plan in misfits), key=lambda plan: plan.total, default=None)
     return Found(hardware.name, ranked, len(ranked) + len(misfits), left, nearest)

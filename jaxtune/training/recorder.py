@@ -12,17 +12,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
 from jaxtune.errors import JaxtuneError
+from jaxtune.progress import Bar
 from jaxtune.runs.metrics import MetricLog
 from jaxtune.training.bad_steps import OVERFLOW, REASONS
 from jaxtune.training.durations import Due
@@ -180,10 +179,8 @@ class Display:
 
     def __init__(self, start: int, steps: int):
         """Prepares the bar of a run of `steps` updates that goes on after update `start`."""
-        console = Console(stderr=True)
         self._steps = steps
-        self._due = 0.0 if not console.is_terminal else math.inf
-        self._bar = Progress(
+        self._bar = Bar(
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(),
@@ -191,9 +188,9 @@ class Display:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
+            transient=False,
         )
+        self._due = 0.0 if self._bar.disable else math.inf
         self._task = self._bar.add_task(
             "train", total=steps, completed=start, loss=math.nan, speed=0.0
         )
