@@ -30,23 +30,32 @@ class _HeldOut(NamedTuple):
     chat: Chat
 
 
-def evaluate(run: RunDirectory, adapter: str = "best", data: str = "") -> dict[str, Any]:
+def evaluate(
+    run: RunDirectory, adapter: str = "best", data: str = "", *, answer_all: bool = False
+) -> dict[str, Any]:
     """Evaluates what a run trained, on the run's own mesh.
 
     Args:
       run: a run that has saved something, or any run for the base model alone.
       adapter: "best", "last", or "none" for the base model.
       data: examples in any form that ``data.eval`` takes; empty: what the run holds out.
+      answer_all: generates an answer to every held-out prompt, whatever ``evaluation.generate`` is.
 
     Returns:
-      What `bind_evaluation` says, without samples.
+      The scores of `bind_evaluation`; with `answer_all` also ``samples``, one per prompt.
 
     Raises:
       JaxtuneError: no examples, or nothing saved yet.
     """
     config = run.read_config()
     source, held_out = _open(run, config, data)
-    return _score(load_trained(run, config, source, adapter), held_out)
+    if answer_all:
+        count = max(map(len, held_out.sets.values()))
+        config = config_module.resolve(config.to_dict(), [f"evaluation.generate={count}"])
+    scores = _score(load_trained(run, config, source, adapter), held_out)
+    if not answer_all:
+        scores.pop("samples", None)
+    return scores
 
 
 def merge_losses(run: RunDirectory, adapter: str, quantized: Path) -> dict[str, float]:
@@ -100,6 +109,4 @@ def _score(trained: Trained, held_out: _HeldOut) -> dict[str, Any]:
     with jax.set_mesh(setup.mesh):
         scoring = bind_evaluation(setup, parts.base, parts.constants, *held_out)
         assert scoring is not None  # it is None without examples only
-        scores = scoring(parts.trainable)
-    scores.pop("samples", None)
-    return scores
+        return scoring(parts.trainable)

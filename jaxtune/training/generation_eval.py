@@ -11,6 +11,7 @@ from jaxtune.checkpoints.chat import Chat
 from jaxtune.data import Examples
 from jaxtune.generation.generate import Sampling, generate_tokens
 from jaxtune.objectives.cross_entropy import IGNORE
+from jaxtune.progress import track
 from jaxtune.training.setup import Setup
 
 ANSWER_SCORES: dict[str, Callable[[str, str], float]] = {
@@ -60,19 +61,21 @@ def answer_questions(
     longest = max(len(question.answer) for _, question in flat) + 1
     order = sorted(range(len(flat)), key=lambda index: len(flat[index][1].prompt))
     rows, answers = setup.config.evaluation.batch_size, {}
-    for start in range(0, len(order), rows):
-        chosen = order[start : start + rows]
-        filled = chosen + chosen[-1:] * (rows - len(chosen))
-        new = generate_tokens(
-            setup.definition,
-            trees,
-            [flat[index][1].prompt for index in filled],
-            setup.options._replace(remat="none"),
-            max_new_tokens=longest,
-            sampling=Sampling(),
-            stop=chat.eos_token_ids,
-        )
-        answers |= dict(zip(chosen, new, strict=False))  # what fills a batch up comes last
+    with track(-(-len(flat) // rows), "answering") as advance:
+        for start in range(0, len(order), rows):
+            chosen = order[start : start + rows]
+            filled = chosen + chosen[-1:] * (rows - len(chosen))
+            new = generate_tokens(
+                setup.definition,
+                trees,
+                [flat[index][1].prompt for index in filled],
+                setup.options._replace(remat="none"),
+                max_new_tokens=longest,
+                sampling=Sampling(),
+                stop=chat.eos_token_ids,
+            )
+            answers |= dict(zip(chosen, new, strict=False))  # what fills a batch up comes last
+            advance()
     return [
         ({"set": name} if name else {}) | _sample(chat, question, answers[index])
         for index, (name, question) in enumerate(flat)
