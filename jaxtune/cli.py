@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from jaxtune.commands import COMMANDS
-from jaxtune.errors import JaxtuneError, closest, explain
+from jaxtune.errors import JaxtuneError, closest, user_message
 
 OVERRIDE = "--config."
 USER_ERROR, INTERRUPTED = 65, 130
@@ -127,7 +127,7 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
     except Exception as error:
-        message = explain(error)
+        message = user_message(error)
         if message is None or os.environ.get("JAXTUNE_DEBUG"):
             raise
         print("jaxtune: error:", " ".join(message.split()), file=sys.stderr)

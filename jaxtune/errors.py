@@ -47,7 +47,7 @@ def lookup(registry: Mapping[str, _Value], name: str, key: str) -> _Value:
     return registry[name]
 
 
-def explain(error: Exception) -> str | None:
+def user_message(error: Exception) -> str | None:
     """Returns a line for the user, or None where only a developer can help."""
     if isinstance(error, JaxtuneError):
         return str(error)

@@ -17,7 +17,7 @@ from jaxtune.checkpoints.source import TensorSource
 from jaxtune.data import Examples
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.tree import merge
-from jaxtune.runs.chat import reading, run_chat
+from jaxtune.runs.chat import load_run_chat, reader_options
 from jaxtune.runs.directory import RunDirectory
 from jaxtune.training.evaluation import bind_evaluation
 from jaxtune.training.train import data_reader
@@ -95,8 +95,8 @@ def _open(run: RunDirectory, config: Any, data: str = "") -> tuple[TensorSource,
     """Returns the checkpoint of a run and the examples of `data`, or those that it held out."""
     location = huggingface.resolve_path(config.model.path, config.model.revision)
     source = huggingface.open_source(location)
-    chat = run_chat(run, config, source)
-    reader = data_reader(config, source, chat.tokenizer, **reading(config, chat))
+    chat = load_run_chat(run, config, source)
+    reader = data_reader(config, source, chat.tokenizer, **reader_options(config, chat))
     data = data or config.data.eval
     sets = reader.read_sets(data) if data else reader.splits().sets
     if not sets:

@@ -14,7 +14,7 @@ from jaxtune.adapter_files.peft import read_adapter
 from jaxtune.adapters.define import define
 from jaxtune.api.adapter_set import NamedAdapters
 from jaxtune.api.model import DTYPES, Choice, Model
-from jaxtune.chats.ends import turn_ends
+from jaxtune.chats.ends import turn_end_tokens
 from jaxtune.chats.template import read_template
 from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.chat import Chat, adapter_chat, base_chat, combined_chat
@@ -130,7 +130,7 @@ def choose_template(chat: Chat, template: str | Mapping[str, str] | None) -> Cha
     if not template or chat.tokenizer is None:
         return chat
     chat = chat.with_template(template)
-    return chat.ending_with(turn_ends(chat.tokenizer))
+    return chat.ending_with(turn_end_tokens(chat.tokenizer))
 
 
 class _Chats:

@@ -32,7 +32,7 @@ from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.parallel.mesh import single_device_mesh
 from jaxtune.parallel.rules import MESH_AXES
 from jaxtune.planning.plan import model_config
-from jaxtune.runs.chat import run_chat
+from jaxtune.runs.chat import load_run_chat
 from jaxtune.runs.directory import RunDirectory
 from jaxtune.training import train as training
 from jaxtune.training.setup import set_up
@@ -187,7 +187,7 @@ class Run:
         def chat() -> Chat:
             location = huggingface.resolve_path(config.model.path, config.model.revision)
             source = huggingface.open_source(location)
-            return choose_template(run_chat(self.directory, config, source), template)
+            return choose_template(load_run_chat(self.directory, config, source), template)
 
         return lambda choice: chat()
 

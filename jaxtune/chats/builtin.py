@@ -80,7 +80,7 @@ def missing_tokens(source: str, tokenizer: PreTrainedTokenizerBase) -> dict[str,
     return {token: count for token, count in counts.items() if count > 1}
 
 
-def warn_of_missing(text: str, missing: dict[str, int], source: str) -> None:
+def warn_missing_tokens(text: str, missing: dict[str, int], source: str) -> None:
     """Names the tokens of `missing_tokens` that a rendering has, each of them once.
 
     Args:
@@ -99,7 +99,7 @@ def warn_of_missing(text: str, missing: dict[str, int], source: str) -> None:
         )
 
 
-def built_ins_that_ask(
+def matching_built_ins(
     asked: str, tokenizer: PreTrainedTokenizerBase, *, other_than: str
 ) -> list[str]:
     """Returns the built-in templates of a family, by how it asks.
@@ -126,7 +126,7 @@ def built_ins_that_ask(
     return names
 
 
-def with_arguments(source: str, arguments: Mapping[str, Any]) -> str:
+def set_default_arguments(source: str, arguments: Mapping[str, Any]) -> str:
     """Returns a template that renders as `source` does with these arguments.
 
     A caller's own arguments come before them, so the template of an exported model asks as the

@@ -56,7 +56,7 @@ def read_clock(text: str, place: str) -> datetime.datetime:
         raise JaxtuneError(f'{place}: "{text}" is not a time in ISO 8601') from error
 
 
-def printed(source: str, clock: datetime.datetime) -> dict[str, str]:
+def printed_values(source: str, clock: datetime.datetime) -> dict[str, str]:
     """Returns what of a clock a template can print: values by format, as in ``{"%Y": "2026"}``.
 
     Empty where the template does not ask for the time. Two clocks that give the same render every
@@ -64,7 +64,7 @@ def printed(source: str, clock: datetime.datetime) -> dict[str, str]:
     """
     if _CALL not in source:
         return {}
-    return _values([*_DIRECTIVE.findall(source), *_strings(source)], clock)
+    return _format_values([*_DIRECTIVE.findall(source), *_strings(source)], clock)
 
 
 def _strings(source: str) -> list[str]:
@@ -78,7 +78,7 @@ def _strings(source: str) -> list[str]:
     return found
 
 
-def _values(formats: list[str], clock: datetime.datetime) -> dict[str, str]:
+def _format_values(formats: list[str], clock: datetime.datetime) -> dict[str, str]:
     values = {}
     for format_ in sorted(set(formats)):
         with contextlib.suppress(ValueError):  # a string that is no format
@@ -91,6 +91,6 @@ def fix_clock(source: str, clock: datetime.datetime) -> str:
     """Returns a template that renders as `source` does at the time `clock`."""
     if _CALL not in source:
         return source
-    whole = _values(_strings(source), clock)
-    values = _values(_DIRECTIVE.findall(source), clock)
+    whole = _format_values(_strings(source), clock)
+    values = _format_values(_DIRECTIVE.findall(source), clock)
     return _MACRO % {"whole": repr(whole), "values": repr(values)} + source

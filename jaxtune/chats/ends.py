@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def span_ends(labels: np.ndarray) -> list[int]:
+def span_end_tokens(labels: np.ndarray) -> list[int]:
     """Returns the last token of each learned span of a whole row: labels int[n] → ids."""
     learned = labels != IGNORE
     last = learned & ~np.append(learned[1:], False)
     return labels[last].tolist()
 
 
-def turn_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def turn_end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Returns the added token, if there is one, that the tokenizer's template ends an answer with.
 
     Empty as well where the template refuses a question with an answer, or rewrites it.

@@ -12,7 +12,7 @@ from jaxtune.strict_json import parse_json
 _FIRST_STAND_IN = 2.0**51 + 0.5
 
 
-def read_json(value: Any, place: str) -> Any:
+def parse_json_text(value: Any, place: str) -> Any:
     """Returns what JSON text of a list or an object says, and any other value as it is.
 
     Args:
@@ -31,8 +31,8 @@ def read_json(value: Any, place: str) -> Any:
     return parse_json(text, place)
 
 
-def with_stand_ins(text: str, taken: str, numbers: dict[str, str]) -> Any:
-    """Parses JSON so that `restore` gives each number back as it was written.
+def parse_exact_numbers(text: str, taken: str, numbers: dict[str, str]) -> Any:
+    """Parses JSON so that `restore_numbers` gives each number back as it was written.
 
     A float holds 17 digits at most, and 1.10 and 0.00001 are printed as 1.1 and 1e-05. A number
     that would be printed otherwise is parsed as another float, which stands in for it.
@@ -61,8 +61,8 @@ def with_stand_ins(text: str, taken: str, numbers: dict[str, str]) -> Any:
     return json.loads(text, parse_float=read, parse_int=read_integer)
 
 
-def restore(text: str, numbers: dict[str, str]) -> str:
-    """Returns text with the numbers of `with_stand_ins` as they were written."""
+def restore_numbers(text: str, numbers: dict[str, str]) -> str:
+    """Returns text with the numbers of `parse_exact_numbers` as they were written."""
     for stand_in, written in numbers.items():
         text = text.replace(stand_in, written)
     return text

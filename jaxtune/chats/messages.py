@@ -8,8 +8,13 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxtune.chats.jsontext import read_json, restore, with_stand_ins
-from jaxtune.chats.reasoning import REASONING_KEYS, folded, separate_reasoning, split_content
+from jaxtune.chats.jsontext import parse_exact_numbers, parse_json_text, restore_numbers
+from jaxtune.chats.reasoning import (
+    REASONING_KEYS,
+    fold_reasoning,
+    separate_reasoning,
+    split_content,
+)
 from jaxtune.errors import JaxtuneError, closest
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -86,7 +91,7 @@ def read_conversation(
     Raises:
       JaxtuneError: what is missing or of the wrong type; the message names it.
     """
-    messages = read_json(messages, f"{place}: messages")
+    messages = parse_json_text(messages, f"{place}: messages")
     if not isinstance(messages, (list, tuple)) or not messages:
         raise JaxtuneError(f"{place}: messages must be a list of one or more turns")
     turns, marks, extra = [], [], set[str]()
@@ -99,7 +104,7 @@ def read_conversation(
         marks.append(_read_mark(given, turn["role"], name, place))
         turns.append(turn)
         extra |= others
-    tools = read_json(tools, f"{place}: tools") if tools else None
+    tools = parse_json_text(tools, f"{place}: tools") if tools else None
     if tools is not None and not (isinstance(tools, list) and all(map(tool_name, tools))):
         raise JaxtuneError(f"{place}: tools must be a list of objects, as JSON schemas are")
     return Conversation(
@@ -109,7 +114,7 @@ def read_conversation(
 
 def read_arguments(value: Any, place: str, name: str = "chat_template_kwargs") -> dict[str, Any]:
     """Returns the arguments of a template: an object or JSON text of one; raises naming `place`."""
-    arguments = read_json(value, f"{place}: {name}") if value else {}
+    arguments = parse_json_text(value, f"{place}: {name}") if value else {}
     if not isinstance(arguments, Mapping):
         raise JaxtuneError(f"{place}: {name} must be a JSON object")
     if taken := sorted(set(arguments) & _OWN_ARGUMENTS):
@@ -144,7 +149,7 @@ def _read_turn(given: Message, name: str, place: str) -> tuple[dict[str, Any], s
     known = ("role", "content", *_MARKS, *more)
     others = {str(key) for key in given} - {*known, *_OF_ASSISTANT, *_OF_TOOL}
     for key in sorted(others):
-        if meant := _meant(key, known, given):
+        if meant := _closest_key(key, known, given):
             raise JaxtuneError(
                 f'{place}: {name} has the key "{key}"; did you mean "{meant}"? (a turn of this '
                 f"role has {', '.join(known)})"
@@ -152,13 +157,13 @@ def _read_turn(given: Message, name: str, place: str) -> tuple[dict[str, Any], s
     others |= {key for key in (*_OF_ASSISTANT, *_OF_TOOL) if key in given and key not in known}
     turn: dict[str, Any] = {"role": role, "content": None}
     if "content" in given:
-        turn["content"] = _content(given["content"], name, place, result=role == "tool")
+        turn["content"] = _read_content(given["content"], name, place, result=role == "tool")
     if role == "assistant":
         if not (calls or reasons or (turn["content"] or "").strip()):
             raise JaxtuneError(f"{place}: {name} is an empty assistant turn")
         turn |= _read_reasoning(given, turn["content"], name, place)
     if calls:
-        turn["tool_calls"] = _read_calls(given["tool_calls"], name, place)
+        turn["tool_calls"] = _read_tool_calls(given["tool_calls"], name, place)
     if role == "tool":
         turn |= {
             key: check_text(given[key], f"{name}.{key}", place) for key in more if key in given
@@ -169,7 +174,7 @@ def _read_turn(given: Message, name: str, place: str) -> tuple[dict[str, Any], s
     return turn | {key: given[key] for key in others if key != "tool_calls"}, others
 
 
-def _meant(key: str, known: Sequence[str], given: Message) -> str:
+def _closest_key(key: str, known: Sequence[str], given: Message) -> str:
     """Returns the known key of which another is a misspelling; empty where it is none."""
     plain = unicodedata.normalize("NFKD", key.casefold()).encode("ascii", "ignore").decode()
     if plain in known:
@@ -178,7 +183,7 @@ def _meant(key: str, known: Sequence[str], given: Message) -> str:
     return near[0] if near else ""
 
 
-def _content(value: Any, name: str, place: str, *, result: bool = False) -> str:
+def _read_content(value: Any, name: str, place: str, *, result: bool = False) -> str:
     parts = isinstance(value, list)
     if result and not isinstance(value, str) and not (parts and all(map(_has_type, value))):
         kind = type(value).__name__
@@ -219,9 +224,9 @@ def _read_reasoning(given: Message, content: str | None, name: str, place: str) 
     return found
 
 
-def _read_calls(calls: Any, name: str, place: str) -> list[dict[str, Any]]:
+def _read_tool_calls(calls: Any, name: str, place: str) -> list[dict[str, Any]]:
     """Returns calls with their arguments as the row has them: an object, or JSON text of one."""
-    calls = read_json(calls, f"{place}: {name}.tool_calls")
+    calls = parse_json_text(calls, f"{place}: {name}.tool_calls")
     if not isinstance(calls, list):
         raise JaxtuneError(f"{place}: {name}.tool_calls must be a list")
     found = []
@@ -236,7 +241,7 @@ def _read_calls(calls: Any, name: str, place: str) -> list[dict[str, Any]]:
         if isinstance(arguments, str) and not arguments.lstrip().startswith(("{", "[")):
             raise JaxtuneError(f"{place}: {where}: arguments are no JSON")
         if not isinstance(
-            read_json(arguments, f"{place}: {where}: arguments are no JSON"), Mapping
+            parse_json_text(arguments, f"{place}: {where}: arguments are no JSON"), Mapping
         ):
             raise JaxtuneError(f"{place}: {where}: arguments must be a JSON object")
         called = check_text(function["name"], f"{where}.name", place)
@@ -245,22 +250,22 @@ def _read_calls(calls: Any, name: str, place: str) -> list[dict[str, Any]]:
     return found
 
 
-def read_calls(value: Any, place: str) -> Any:
+def read_function_calls(value: Any, place: str) -> Any:
     """Returns the calls that ShareGPT's function_call has as JSON text: one, or a list of them.
 
     Arguments are text afterwards, so that their numbers stay as they were written.
     """
     if not isinstance(value, str):
         return value if isinstance(value, list) else [value]
-    parsed = read_json(value, f"{place} is a function call that is no JSON")
+    parsed = parse_json_text(value, f"{place} is a function call that is no JSON")
     if isinstance(parsed, str):
         raise JaxtuneError(f"{place} is a function call that is no JSON")
     numbers: dict[str, str] = {}
-    found = with_stand_ins(value, value, numbers)
+    found = parse_exact_numbers(value, value, numbers)
     for call in found if isinstance(parsed, list) else [found]:
         if isinstance(call, dict) and isinstance(call.get("arguments"), dict):
             text = json.dumps(call["arguments"], ensure_ascii=False)
-            call["arguments"] = restore(text, numbers)
+            call["arguments"] = restore_numbers(text, numbers)
     return found if isinstance(found, list) else [found]
 
 
@@ -309,22 +314,24 @@ def choose_targets(conversation: Conversation, targets: str, place: str) -> list
     return learnt
 
 
-def what_is_said(conversation: Conversation) -> bytes:
+def canonical_content(conversation: Conversation) -> bytes:
     """Returns the words of a conversation: equal for two that differ in their spelling alone."""
     said = []
     for turn in conversation.turns:
         within, answer = split_content(turn["content"] or "", opened=False)
         if within and not separate_reasoning(turn):
             turn = {**turn, REASONING_KEYS[0]: within, "content": answer}
-        turn = {k: v for k, v in folded(turn).items() if k not in conversation.extra}
+        turn = {k: v for k, v in fold_reasoning(turn).items() if k not in conversation.extra}
         if turn["role"] == "developer":
             turn["role"] = "system"
         if calls := turn.get("tool_calls"):
-            turn["tool_calls"] = [{**call, "function": _parsed(call["function"])} for call in calls]
+            turn["tool_calls"] = [
+                {**call, "function": _parse_arguments(call["function"])} for call in calls
+            ]
         said.append(turn)
     text = json.dumps([said, conversation.tools], ensure_ascii=False, default=str)
     return text.encode("utf-8", "surrogatepass")
 
 
-def _parsed(function: Message) -> dict[str, Any]:
-    return {**function, "arguments": read_json(function["arguments"], "arguments")}
+def _parse_arguments(function: Message) -> dict[str, Any]:
+    return {**function, "arguments": parse_json_text(function["arguments"], "arguments")}

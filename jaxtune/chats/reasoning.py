@@ -40,23 +40,23 @@ def split_content(content: str, opened: bool) -> tuple[str, str]:
     return reasoning.strip(), content[ends[-1].end() :].lstrip("\r\n")
 
 
-def opens_reasoning(prompt: str) -> bool:
+def ends_with_think(prompt: str) -> bool:
     """Returns whether a prompt ends with an open ``<think>``."""
     return prompt.rstrip().endswith(THINK)
 
 
-def without_opening(prompt: str) -> str:
+def strip_think(prompt: str) -> str:
     """Returns a prompt without the think tags that it ends with."""
     return _OPENING.sub("", prompt)
 
 
-def empty_block(written: str) -> int:
+def empty_block_length(written: str) -> int:
     """Returns the length of the empty think block that a turn begins with; 0 if it has none."""
     match = _EMPTY.match(written)
     return match.end() if match else 0
 
 
-def folded(turn: Mapping[str, Any]) -> dict[str, Any]:
+def fold_reasoning(turn: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a turn with its reasoning in its content, in the form of R1 and Qwen3."""
     reasoning = separate_reasoning(turn)
     rest = {key: value for key, value in turn.items() if key not in REASONING_KEYS}

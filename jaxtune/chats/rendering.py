@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jaxtune.chats.jsontext import restore
+from jaxtune.chats.jsontext import restore_numbers
 from jaxtune.chats.messages import Message
 from jaxtune.chats.reasoning import separate_reasoning
-from jaxtune.chats.spelling import Spelling, spellings, squeeze
+from jaxtune.chats.spelling import Spelling, remove_whitespace, spellings
 from jaxtune.errors import JaxtuneError
 
 Apply = Callable[[Sequence[Message], bool], str]
@@ -40,7 +40,7 @@ class Rendering:
             # Any expression of the template may fail in its own way.
             except Exception as error:
                 raise _refusal(self._place, error) from error
-            self._made[count, prompt] = restore(text, self._spelling.numbers)
+            self._made[count, prompt] = restore_numbers(text, self._spelling.numbers)
         return self._made[count, prompt]
 
 
@@ -64,7 +64,7 @@ def choose_rendering(
     accepted, refusal = None, None
     for spelling in choices:
         try:
-            whole = _shows(spelling, turns, apply, generation_prompt)
+            whole = _is_complete(spelling, turns, apply, generation_prompt)
         except Exception as error:
             refusal = refusal or error
             continue
@@ -76,7 +76,9 @@ def choose_rendering(
     return Rendering(accepted or choices[0], apply, place)
 
 
-def _shows(spelling: Spelling, turns: Sequence[dict[str, Any]], apply: Apply, prompt: bool) -> bool:
+def _is_complete(
+    spelling: Spelling, turns: Sequence[dict[str, Any]], apply: Apply, prompt: bool
+) -> bool:
     if not spelling.shows(apply(spelling.turns, prompt)):
         return False
     reasons = [i for i, turn in enumerate(turns) if separate_reasoning(turn).strip()]
@@ -84,7 +86,7 @@ def _shows(spelling: Spelling, turns: Sequence[dict[str, Any]], apply: Apply, pr
         return True
     # A template may show no reasoning but that of the last turn.
     rendered = apply(spelling.turns[: reasons[-1] + 1], False)
-    return squeeze(separate_reasoning(turns[reasons[-1]])) in squeeze(rendered)
+    return remove_whitespace(separate_reasoning(turns[reasons[-1]])) in remove_whitespace(rendered)
 
 
 def _refusal(place: str, error: Exception) -> JaxtuneError:

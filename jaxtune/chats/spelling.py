@@ -12,8 +12,8 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from jaxtune.chats.jsontext import with_stand_ins
-from jaxtune.chats.reasoning import folded, separate_reasoning
+from jaxtune.chats.jsontext import parse_exact_numbers
+from jaxtune.chats.reasoning import fold_reasoning, separate_reasoning
 
 Turn = dict[str, Any]
 
@@ -35,7 +35,7 @@ class Spelling(NamedTuple):
         Args:
           rendered: the conversation as text, before `restore`.
         """
-        for function in _functions(self.turns):
+        for function in _called_functions(self.turns):
             arguments = function["arguments"]
             if isinstance(arguments, str):
                 # A template that takes objects prints the text as a JSON string.
@@ -51,8 +51,8 @@ def spellings(turns: Sequence[Turn]) -> Iterator[Spelling]:
     content: list[Callable[[Turn], Turn]] = [lambda turn: turn]
     arguments: list[Callable[[Sequence[Turn]], Spelling]] = [lambda given: Spelling([*given], {})]
     if any(separate_reasoning(turn).strip() for turn in turns):
-        reasoning.append(folded)
-    functions = list(_functions(turns))
+        reasoning.append(fold_reasoning)
+    functions = list(_called_functions(turns))
     if any(isinstance(function["arguments"], str) for function in functions):
         arguments += [_with_objects, lambda given: _with_objects(given, exact=False)]
     if any(not isinstance(function["arguments"], str) for function in functions):
@@ -63,12 +63,12 @@ def spellings(turns: Sequence[Turn]) -> Iterator[Spelling]:
         yield spell_arguments([fill(spell_reasoning(turn)) for turn in turns])
 
 
-def squeeze(text: str) -> str:
+def remove_whitespace(text: str) -> str:
     """Returns text without white space, which templates add and strip."""
     return "".join(text.split())
 
 
-def _functions(turns: Sequence[Turn]) -> Iterator[dict[str, Any]]:
+def _called_functions(turns: Sequence[Turn]) -> Iterator[dict[str, Any]]:
     return (call["function"] for turn in turns for call in turn.get("tool_calls") or ())
 
 
@@ -104,6 +104,6 @@ def _with_objects(turns: Sequence[Turn], exact: bool = True) -> Spelling:
     def read(arguments: Any) -> Any:
         if not isinstance(arguments, str):
             return arguments
-        return with_stand_ins(arguments, taken, numbers) if exact else json.loads(arguments)
+        return parse_exact_numbers(arguments, taken, numbers) if exact else json.loads(arguments)
 
     return _with_arguments(turns, read, numbers)

@@ -12,15 +12,15 @@ import jinja2
 
 from jaxtune.chats.builtin import (
     built_in_templates,
-    built_ins_that_ask,
+    matching_built_ins,
     missing_tokens,
     read_template,
-    warn_of_missing,
+    warn_missing_tokens,
 )
 from jaxtune.chats.clock import fix_clock
 from jaxtune.chats.messages import Conversation, Message, check_messages, choose_targets, tool_name
 from jaxtune.chats.rendering import Rendering, choose_rendering
-from jaxtune.chats.spans import Rewritten, Span, skip_empty_block, turn_span
+from jaxtune.chats.spans import RewrittenTurn, Span, skip_empty_block, turn_span
 from jaxtune.chats.tokens import Tokenized, tokenize, tokenize_prompt
 from jaxtune.errors import JaxtuneError
 
@@ -136,7 +136,7 @@ class ChatTemplate:
 
         def apply(some: Sequence[Message], prompt: bool) -> str:
             text = self._apply(some, prompt, tools, arguments)
-            warn_of_missing(text, self._missing, self.source)
+            warn_missing_tokens(text, self._missing, self.source)
             return text
 
         return choose_rendering(turns, apply, place, generation_prompt=generation_prompt)
@@ -207,8 +207,8 @@ class ChatTemplate:
                 )
             try:
                 span = turn_span(rendering.turns, index, rendering, self._added)
-            except Rewritten as change:
-                raise self._rewrites(place, index, str(change), arguments) from change
+            except RewrittenTurn as change:
+                raise self._rewrite_error(place, index, str(change), arguments) from change
             if not empty_reasoning:
                 span = skip_empty_block(text, span, rendering.turns[index])
             found.append(span)
@@ -265,14 +265,14 @@ class ChatTemplate:
         # The template writes BOS itself where the model wants one.
         return tokenize(self.tokenizer, text, spans, complete=False)
 
-    def _rewrites(
+    def _rewrite_error(
         self, place: str, index: int, what: str, arguments: Mapping[str, Any] | None
     ) -> JaxtuneError:
         names: list[str] = []
         with contextlib.suppress(JaxtuneError):
             question = [{"role": "user", "content": "?"}]
             asked = self.render(question, generation_prompt=True, arguments=arguments)
-            names = built_ins_that_ask(asked, self.tokenizer, other_than=self.source)
+            names = matching_built_ins(asked, self.tokenizer, other_than=self.source)
         built_in = f", or a built-in such as {names[0]}" if names else ""
         return JaxtuneError(
             f"{place}: the chat template rewrites the conversation: messages[{index}] {what} (some "

@@ -65,16 +65,16 @@ def tokenize_batch(
     Returns:
       The tokens by text.
     """
-    backend = _whole_texts(tokenizer)
+    backend = _unlimited_backend(tokenizer)
     if complete:
-        texts = [_without_tail(text, tokenizer.eos_token) for text in texts]
+        texts = [_strip_after_eos(text, tokenizer.eos_token) for text in texts]
     encodings = backend.encode_batch(list(texts), add_special_tokens=complete)
-    single, found = _single(tokenizer, backend), []
+    single, found = _unrepeated_ids(tokenizer, backend), []
     added = {} if complete else tokenizer.added_tokens_decoder
     for text, encoding, marked in zip(texts, encodings, spans, strict=True):
         ranges = [_token_range(encoding, span) for span in marked]
-        if end := _double_end(added, encoding.ids, ranges):
-            text, marked = _ended_once(text, marked, end)
+        if end := _repeated_end(added, encoding.ids, ranges):
+            text, marked = _remove_repeated_end(text, marked, end)
             encoding = backend.encode(text, add_special_tokens=False)
             ranges = [_token_range(encoding, span) for span in marked]
         ids = np.array(encoding.ids, np.int32)
@@ -82,9 +82,9 @@ def tokenize_batch(
         for (first, stop), (start, _) in zip(ranges, marked, strict=True):
             learnt[first:stop] = True
             merged |= stop > 0 and encoding.token_to_chars(first)[0] < start
-        ids, learnt = _once(ids, learnt, single)
+        ids, learnt = _merge_repeats(ids, learnt, single)
         if complete:
-            ids, learnt = _ended(ids, learnt, tokenizer.eos_token_id)
+            ids, learnt = _end_with_eos(ids, learnt, tokenizer.eos_token_id)
         if tokenizer.bos_token_id not in (None, tokenizer.eos_token_id):
             learnt &= ids != tokenizer.bos_token_id
         found.append(Tokens(ids, learnt, merged))
@@ -118,18 +118,18 @@ def tokenize_prompt(
       complete: whether the tokenizer adds what it puts in front of a text. What it puts behind
         one, such as EOS, is left out: it would end the text before it is continued.
     """
-    backend = _whole_texts(tokenizer)
+    backend = _unlimited_backend(tokenizer)
     encoding = backend.encode(text, add_special_tokens=complete)
     behind = 0
     if complete:
         mask = backend.encode("a").special_tokens_mask
         behind = mask[::-1].index(0) if 0 in mask else 0
     ids = np.array(encoding.ids[: len(encoding.ids) - behind], np.int32)
-    ids, _ = _once(ids, np.zeros(len(ids), bool), _single(tokenizer, backend))
+    ids, _ = _merge_repeats(ids, np.zeros(len(ids), bool), _unrepeated_ids(tokenizer, backend))
     return ids.tolist()
 
 
-def _whole_texts(tokenizer: PreTrainedTokenizerBase) -> Any:
+def _unlimited_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
     """Returns what tokenizes, set to neither shorten nor pad."""
     backend: Any = tokenizer.backend_tokenizer
     # A tokenizer.json may ask for either, and silently shorten what is learnt.
@@ -140,7 +140,7 @@ def _whole_texts(tokenizer: PreTrainedTokenizerBase) -> Any:
     return backend
 
 
-def _single(tokenizer: PreTrainedTokenizerBase, backend: Any) -> set[int]:
+def _unrepeated_ids(tokenizer: PreTrainedTokenizerBase, backend: Any) -> set[int]:
     """Returns the ids of which a run counts as one: BOS, EOS and what the tokenizer adds."""
     empty = backend.encode("")
     marks = zip(empty.ids, empty.special_tokens_mask, strict=True)
@@ -149,13 +149,13 @@ def _single(tokenizer: PreTrainedTokenizerBase, backend: Any) -> set[int]:
     return {*by_itself, *(token for token in named if isinstance(token, int))}
 
 
-def _without_tail(text: str, end: object) -> str:
+def _strip_after_eos(text: str, end: object) -> str:
     """Returns a text without the white space that follows the EOS it ends in."""
     kept = text.rstrip()
     return kept if end and kept.endswith(str(end)) else text
 
 
-def _double_end(
+def _repeated_end(
     added: Mapping[int, Any], ids: Sequence[int], ranges: Sequence[tuple[int, int]]
 ) -> str:
     """Returns the added token that ends a range and is in it before, or an empty string."""
@@ -166,7 +166,7 @@ def _double_end(
     return ""
 
 
-def _ended_once(
+def _remove_repeated_end(
     text: str, spans: Sequence[tuple[int, int]], end: str
 ) -> tuple[str, list[tuple[int, int]]]:
     """Takes out an end token that is followed, but for white space, by that of its span."""
@@ -186,7 +186,9 @@ def _ended_once(
     return "".join(pieces) + text[done:], moved
 
 
-def _once(ids: np.ndarray, learnt: np.ndarray, single: set[int]) -> tuple[np.ndarray, np.ndarray]:
+def _merge_repeats(
+    ids: np.ndarray, learnt: np.ndarray, single: set[int]
+) -> tuple[np.ndarray, np.ndarray]:
     """Makes one token of each run of a token in `single`, learnt if any of the run is."""
     same = ids[1:] == ids[:-1]
     if not same.any():
@@ -195,7 +197,9 @@ def _once(ids: np.ndarray, learnt: np.ndarray, single: set[int]) -> tuple[np.nda
     return ids[kept], np.logical_or.reduceat(learnt, np.flatnonzero(kept))
 
 
-def _ended(ids: np.ndarray, learnt: np.ndarray, end: object) -> tuple[np.ndarray, np.ndarray]:
+def _end_with_eos(
+    ids: np.ndarray, learnt: np.ndarray, end: object
+) -> tuple[np.ndarray, np.ndarray]:
     """Puts EOS behind a text that has none, and makes it learnt."""
     assert isinstance(end, int)  # a reader of text has refused the row
     if not len(ids) or ids[-1] != end:

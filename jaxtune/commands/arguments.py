@@ -27,7 +27,7 @@ def choice(*choices: str) -> Callable[[str], str]:
     return check
 
 
-def check_free(directory: str) -> None:
+def check_unused(directory: str) -> None:
     """Refuses a taken name at once, rather than after the model has been loaded."""
     path = Path(directory)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):

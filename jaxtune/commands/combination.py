@@ -43,7 +43,7 @@ def add_combination(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def named_adapters(entries: Sequence[str]) -> dict[str, str]:
+def parse_adapters(entries: Sequence[str]) -> dict[str, str]:
     """Returns directories by name from entries NAME=DIR.
 
     Raises:
@@ -65,12 +65,12 @@ def is_named(entry: str) -> bool:
     return _NAMED.fullmatch(entry) is not None
 
 
-def combines(arguments: argparse.Namespace) -> bool:
+def has_combination(arguments: argparse.Namespace) -> bool:
     """Says whether any argument is given that says how adapters are combined."""
-    return any(value is not None for value in _given(arguments).values())
+    return any(value is not None for value in _combination_flags(arguments).values())
 
 
-def read_weights(text: str | None, names: Sequence[str]) -> dict[str, float]:
+def parse_weights(text: str | None, names: Sequence[str]) -> dict[str, float]:
     """Reads --weights; by default all of the named adapters weigh 1.
 
     Raises:
@@ -93,7 +93,7 @@ def read_weights(text: str | None, names: Sequence[str]) -> dict[str, float]:
     return weights
 
 
-def read_method(arguments: argparse.Namespace) -> tuple[str, Options]:
+def parse_method(arguments: argparse.Namespace) -> tuple[str, Options]:
     """Returns the way of `jaxtune.adapter_files.combine` to combine adapters, and its options.
 
     Raises:
@@ -105,7 +105,7 @@ def read_method(arguments: argparse.Namespace) -> tuple[str, Options]:
     reads = lookup(COMBINATIONS, method, "--combine").reads
     options = {
         flag: value
-        for flag, value in _given(arguments).items()
+        for flag, value in _combination_flags(arguments).items()
         if flag not in ("--weights", "--combine") and value is not None
     }
     fields = {flag: _FIELDS.get(flag, flag.removeprefix("--")) for flag in options}
@@ -120,7 +120,7 @@ def read_method(arguments: argparse.Namespace) -> tuple[str, Options]:
 _FIELDS = {"--drop-seed": "seed"}
 
 
-def _given(arguments: argparse.Namespace) -> Mapping[str, Any]:
+def _combination_flags(arguments: argparse.Namespace) -> Mapping[str, Any]:
     return {
         "--weights": arguments.weights,
         "--combine": arguments.combine,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from jaxtune.commands.arguments import check_free
+from jaxtune.commands.arguments import check_unused
 from jaxtune.commands.combination import (
     add_combination,
-    named_adapters,
-    read_method,
-    read_weights,
+    parse_adapters,
+    parse_method,
+    parse_weights,
 )
 
 SUMMARY = "Make one LoRA adapter of several."
@@ -31,15 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
-    directories = named_adapters(arguments.adapter)
-    weights = read_weights(arguments.weights, list(directories))
-    check_free(arguments.to)
+    directories = parse_adapters(arguments.adapter)
+    weights = parse_weights(arguments.weights, list(directories))
+    check_unused(arguments.to)
 
     from jaxtune.adapter_files.combine import combine
     from jaxtune.adapter_files.peft import read_adapter, write_adapter
     from jaxtune.checkpoints.chat import Chat, adapter_chat, combined_chat
 
-    method, options = read_method(arguments)
+    method, options = parse_method(arguments)
     stored = {name: read_adapter(directories[name]) for name in weights}
     chats = {name: adapter_chat(Path(directories[name]), Chat(None, {}, ())) for name in weights}
     chat = combined_chat(chats)

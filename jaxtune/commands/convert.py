@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from jaxtune.commands.arguments import check_free, choice
+from jaxtune.commands.arguments import check_unused, choice
 
 SUMMARY = "Write a checkpoint as a Hugging Face directory."
 
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
     import jaxtune
 
-    check_free(arguments.to)
+    check_unused(arguments.to)
     written = jaxtune.convert(
         arguments.source,
         arguments.to,

@@ -61,13 +61,13 @@ def run(arguments: argparse.Namespace) -> None:
 def _reader(config: Any, **options: Any) -> tuple[DataReader, TensorSource, Any]:
     """Returns what reads the data as a run does, the model's checkpoint and its tokenizer."""
     from jaxtune.checkpoints import huggingface
-    from jaxtune.runs.chat import configured_chat, reading
+    from jaxtune.runs.chat import configured_chat, reader_options
     from jaxtune.training.train import data_reader
 
     location = huggingface.resolve_path(config.model.path, config.model.revision)
     source = huggingface.open_source(location)
     chat = configured_chat(config, source)
-    options |= reading(config, chat)
+    options |= reader_options(config, chat)
     return data_reader(config, source, chat.tokenizer, **options), source, chat.tokenizer
 
 
@@ -90,7 +90,7 @@ def _inspect(config: Any, arguments: argparse.Namespace) -> None:
 
 def _stats(config: Any, arguments: argparse.Namespace) -> None:
     from jaxtune.data.report import count_overlap, render_statistics, statistics
-    from jaxtune.data.splits import Splits, hold_out, without_overlap
+    from jaxtune.data.splits import Splits, hold_out, resolve_overlap
     from jaxtune.training.evaluation import held_out_order
 
     problems: list[Any] = []
@@ -106,7 +106,7 @@ def _stats(config: Any, arguments: argparse.Namespace) -> None:
     train, held_out = splits.train, splits.held_out
     shown = train
     if held_out is not None and config.data.overlap == "drop":
-        shown = without_overlap(train, held_out, config.data.overlap)
+        shown = resolve_overlap(train, held_out, config.data.overlap)
     timeline = _timeline(config, shown, source)
     numbers = {"train": statistics(train, problems[:bad], timeline.order, other_sides[0])}
     steps = timeline.total_steps(config.training)

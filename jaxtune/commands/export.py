@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from jaxtune.commands.arguments import add_adapter, add_workdir, check_free, choice
+from jaxtune.commands.arguments import add_adapter, add_workdir, check_unused, choice
 from jaxtune.errors import JaxtuneError
 
 SUMMARY = "Write what a run trained for other tools to load."
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     if arguments.quantized and arguments.format != "merged":
         raise JaxtuneError("--quantized goes with --format merged: an adapter has no such format")
-    check_free(arguments.to)
+    check_unused(arguments.to)
     run = jaxtune.Run(arguments.workdir)
     if arguments.format == "merged":
         written = run.save_merged(arguments.to, arguments.adapter, quantized=arguments.quantized)

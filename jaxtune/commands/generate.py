@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from jaxtune.commands.arguments import ADAPTER_HELP
 from jaxtune.commands.combination import (
     add_combination,
-    combines,
+    has_combination,
     is_named,
-    named_adapters,
-    read_method,
-    read_weights,
+    parse_adapters,
+    parse_method,
+    parse_weights,
 )
 from jaxtune.errors import JaxtuneError
 
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.raw and getattr(arguments, flag):
             name = flag.replace("_", "-")
             raise JaxtuneError(f"jaxtune generate: --raw uses no chat template: leave --{name} out")
-    model = _load(arguments)
+    model = _load_model(arguments)
     system = [{"role": "system", "content": arguments.system}] if arguments.system else []
     answers = model.generate(
         [
@@ -82,14 +82,14 @@ def run(arguments: argparse.Namespace) -> None:
         print(answer)
 
 
-def _load(arguments: argparse.Namespace) -> jaxtune.Model:
+def _load_model(arguments: argparse.Namespace) -> jaxtune.Model:
     """Returns the model with the adapter and the chat template that are asked for."""
     import jaxtune
 
     template = arguments.chat_template
     entries: list[str] = [] if arguments.base_only else arguments.adapter or []
     names = [entry for entry in entries if is_named(entry)]
-    if combines(arguments) and (arguments.workdir or not names):
+    if has_combination(arguments) and (arguments.workdir or not names):
         raise JaxtuneError(
             "jaxtune generate: adapters are combined with --model and --adapter NAME=DIR for each"
         )
@@ -102,12 +102,12 @@ def _load(arguments: argparse.Namespace) -> jaxtune.Model:
     if len(entries) <= 1 and not names:
         adapter = entries[0] if entries else None
         return jaxtune.load(arguments.model, adapter=adapter, chat_template=template)
-    directories = named_adapters(entries)
-    weights = read_weights(arguments.weights, list(directories))
-    method, options = read_method(arguments)
+    directories = parse_adapters(entries)
+    weights = parse_weights(arguments.weights, list(directories))
+    method, options = parse_method(arguments)
     chosen = {name: directories[name] for name in weights}
     model = jaxtune.load(arguments.model, adapters=chosen, chat_template=template)
     # One adapter that is not weighted may be of any method, for nothing is done to it.
-    alone = len(chosen) == 1 and not combines(arguments)
+    alone = len(chosen) == 1 and not has_combination(arguments)
     choice = next(iter(chosen)) if alone else weights
     return model.use(choice, method, **dataclasses.asdict(options))

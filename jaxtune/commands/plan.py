@@ -41,9 +41,9 @@ def run(arguments: argparse.Namespace) -> None:
     from jaxtune.errors import JaxtuneError
 
     if arguments.table:
-        from jaxtune.demos.memory_table import table
+        from jaxtune.demos.memory_table import memory_table
 
-        print(table())
+        print(memory_table())
         return
     if not arguments.config:
         raise JaxtuneError("jaxtune plan: --config FILE is required, unless with --table")

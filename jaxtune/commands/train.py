@@ -7,7 +7,7 @@ import logging
 import os
 
 from jaxtune.commands.arguments import CONFIG_HELP, add_config, add_workdir
-from jaxtune.errors import explain
+from jaxtune.errors import user_message
 
 SUMMARY = "Train, or go on with the run in a directory."
 
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
     processes.initialize(addresses, arguments.heartbeat)
     if not processes.leads():
         logging.getLogger("jaxtune").setLevel(logging.WARNING)  # the first speaks for all
-    with failures.shared(explain):
+    with failures.shared(user_message):
         _train(arguments)
 
 

@@ -2,35 +2,35 @@
 
 from jaxtune.chats.template import ChatTemplate, encode_prompt
 from jaxtune.chats.tokens import IGNORE, Tokenized, tokenize_prompt
-from jaxtune.data.encode import Settings, settings_from
-from jaxtune.data.examples import Examples, Part
-from jaxtune.data.formats import FORMATS, DataFormat
-from jaxtune.data.load import load_examples
-from jaxtune.data.loader import Batch, Loader, eval_batches, eval_order
+from jaxtune.data.batches import Batch, BatchLoader, eval_batches, eval_order
+from jaxtune.data.encode import DataSettings, data_settings
+from jaxtune.data.examples import Examples, SourceSlice
 from jaxtune.data.passes import DataOrder
-from jaxtune.data.read import Row, read_rows
+from jaxtune.data.prepare import load_examples
+from jaxtune.data.row_formats import FORMATS, DataFormat
+from jaxtune.data.rows import Row, read_rows
 from jaxtune.data.splits import DataReader, Splits
 
 __all__ = [
     "FORMATS",
     "IGNORE",
     "Batch",
+    "BatchLoader",
     "ChatTemplate",
     "DataFormat",
     "DataOrder",
     "DataReader",
+    "DataSettings",
     "Examples",
-    "Loader",
-    "Part",
     "Row",
-    "Settings",
+    "SourceSlice",
     "Splits",
     "Tokenized",
+    "data_settings",
     "encode_prompt",
     "eval_batches",
     "eval_order",
     "load_examples",
     "read_rows",
-    "settings_from",
     "tokenize_prompt",
 ]

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jaxtune.chats.ends import span_ends
+from jaxtune.chats.ends import span_end_tokens
 from jaxtune.chats.messages import read_arguments
 from jaxtune.chats.template import ChatTemplate, read_template
 from jaxtune.chats.tokens import IGNORE, Tokens, tokenize_batch
-from jaxtune.data.files import Record
-from jaxtune.data.fitting import TOO_LONG, OverLong, fit
-from jaxtune.data.formats import FORMATS, detect, unread_keys
-from jaxtune.data.read import Row, parse
-from jaxtune.data.samples import Reading, Sample
+from jaxtune.data.file_formats import Record
+from jaxtune.data.fitting import TOO_LONG, OverLong, fit_to_length
+from jaxtune.data.row_formats import FORMATS, detect_format, unread_keys
+from jaxtune.data.rows import Row, parse_row
+from jaxtune.data.samples import ReadingOptions, Sample
 from jaxtune.errors import JaxtuneError
 from jaxtune.vocabulary import ROOM
 
@@ -33,7 +33,7 @@ PROMPT = "{prompt}"
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class DataSettings:
     """What of a config the tokens and targets of a data set depend on.
 
     Attributes:
@@ -86,19 +86,19 @@ class Settings:
                 known = ", ".join(filter(None, choices))
                 raise JaxtuneError(f"data.{name} takes one of {known}, not {value!r}")
 
-    def reading(self, tokenizer: PreTrainedTokenizerBase | None) -> Reading:
+    def reading(self, tokenizer: PreTrainedTokenizerBase | None) -> ReadingOptions:
         """Returns how rows are read with a tokenizer."""
         template = None
         if tokenizer is not None:
             arguments = read_arguments(self.chat_template_kwargs, "data", "chat_template_kwargs")
             source = self.template_text or read_template(self.chat_template)
             template = ChatTemplate(tokenizer, source, arguments, self.clock)
-        wordings = read_wordings(self.prompt_templates)
+        wordings = read_prompt_templates(self.prompt_templates)
         how = (self.targets, self.reasoning, self.empty_reasoning)
-        return Reading(template, *how, wordings, self.seed)
+        return ReadingOptions(template, *how, wordings, self.seed)
 
 
-def read_wordings(path: str) -> tuple[str, ...]:
+def read_prompt_templates(path: str) -> tuple[str, ...]:
     """Reads the wordings that prompts are put into: one a line, with ``{prompt}`` in it.
 
     Raises:
@@ -145,7 +145,7 @@ class Problem(NamedTuple):
         return self.message.removeprefix(f"{self.place}: ")
 
 
-def _none() -> np.ndarray:
+def _no_tokens() -> np.ndarray:
     return np.zeros(0, np.int32)
 
 
@@ -172,8 +172,8 @@ class Chunk:
     """
 
     read: int
-    tokens: np.ndarray = dataclasses.field(default_factory=_none)
-    targets: np.ndarray = dataclasses.field(default_factory=_none)
+    tokens: np.ndarray = dataclasses.field(default_factory=_no_tokens)
+    targets: np.ndarray = dataclasses.field(default_factory=_no_tokens)
     lengths: list[int] = dataclasses.field(default_factory=list)
     contents: list[int] = dataclasses.field(default_factory=list)
     files: list[str] = dataclasses.field(default_factory=list)
@@ -199,15 +199,15 @@ class _Encoded(NamedTuple):
 class Encoder:
     """Tokenizes rows; holds what its worker process needs of the settings."""
 
-    def __init__(self, settings: Settings, tokenizer: PreTrainedTokenizerBase | None):
+    def __init__(self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase | None):
         """Checks that the tokenizer, the template and the wordings can be used."""
         self.settings, self.tokenizer = settings, tokenizer
         self._reading = settings.reading(tokenizer)
 
-    def form_of(self, record: Record) -> str:
+    def detect_format(self, record: Record) -> str:
         """Returns the form that a row has, or an empty string where it has none."""
         try:
-            return detect(parse(record), self.settings.format)
+            return detect_format(parse_row(record), self.settings.format)
         except JaxtuneError:
             return ""
 
@@ -223,7 +223,7 @@ class Encoder:
         kept: list[tuple[int, Record, Sample]] = []
         for index, record in enumerate(records):
             try:
-                row = parse(record)
+                row = parse_row(record)
                 sample = self._sample(row, form, first)
                 kept.append((index, record, sample))
                 chunk.unread.update(unread_keys(row, form), sample.unread)
@@ -236,7 +236,9 @@ class Encoder:
             place = record.place
             try:
                 self._check_ids(encoded, place)
-                pieces = fit(encoded.ids, encoded.labels, self.settings, place, chunk.counts)
+                pieces = fit_to_length(
+                    encoded.ids, encoded.labels, self.settings, place, chunk.counts
+                )
             except OverLong as error:
                 chunk.problems.append(Problem.of(record, error)._replace(long=True))
                 continue
@@ -250,7 +252,7 @@ class Encoder:
             if encoded.merged and pieces:
                 chunk.merged.append(place)
             if pieces:
-                chunk.ends.update(span_ends(encoded.labels))
+                chunk.ends.update(span_end_tokens(encoded.labels))
             for piece_tokens, piece_targets in pieces:
                 tokens.append(piece_tokens)
                 targets.append(piece_targets)
@@ -259,11 +261,11 @@ class Encoder:
                 chunk.files.append(record.file)
                 chunk.numbers.append(record.number)
                 chunk.rows.append(index)
-        chunk.tokens, chunk.targets = _joined(tokens), _joined(targets)
+        chunk.tokens, chunk.targets = _concatenate(tokens), _concatenate(targets)
         return chunk
 
     def _sample(self, row: Row, form: str, first: str) -> Sample:
-        found = detect(row, self.settings.format)
+        found = detect_format(row, self.settings.format)
         if found != form:
             raise JaxtuneError(f"{row.place}: a row of {found} where {first} is of {form}")
         return FORMATS[form].read(row, self._reading)
@@ -320,13 +322,13 @@ def _array(ids: Sequence[int]) -> np.ndarray:
         return np.array(ids, object)
 
 
-def _joined(arrays: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate(arrays) if arrays else _none()
+def _concatenate(arrays: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(arrays) if arrays else _no_tokens()
 
 
-def settings_from(section: Any, *, seed: int, vocab_size: int | None) -> Settings:
+def data_settings(section: Any, *, seed: int, vocab_size: int | None) -> DataSettings:
     """Returns the settings that the ``data`` section of a config makes."""
-    fields = {field.name for field in dataclasses.fields(Settings)}
+    fields = {field.name for field in dataclasses.fields(DataSettings)}
     others = {"seed", "vocab_size", "clock", "template_text"}
     values = {name: section[name] for name in fields - others}
-    return Settings(**values, seed=seed, vocab_size=vocab_size)
+    return DataSettings(**values, seed=seed, vocab_size=vocab_size)

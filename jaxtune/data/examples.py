@@ -20,7 +20,7 @@ from jaxtune.errors import JaxtuneError
 TOKENS, TARGETS, INDEX, META = "tokens.int32", "targets.int32", "index.npz", "meta.json"
 
 
-class Part(NamedTuple):
+class SourceSlice(NamedTuple):
     """Neighbouring examples that come from one source.
 
     Attributes:
@@ -36,7 +36,7 @@ class Part(NamedTuple):
     weight: float = 1.0
 
 
-class _View(Sequence[Any], abc.ABC):
+class _LazySequence(Sequence[Any], abc.ABC):
     """A sequence whose items are made when they are asked for."""
 
     @overload
@@ -57,7 +57,7 @@ class _View(Sequence[Any], abc.ABC):
         return isinstance(other, Sequence) and list(self) == list(other)
 
 
-class Ragged(_View):
+class Ragged(_LazySequence):
     """Arrays of unequal length in one flat array; each item is int32[n], not copied."""
 
     def __init__(self, flat: np.ndarray, offsets: np.ndarray):
@@ -71,7 +71,7 @@ class Ragged(_View):
         return self.flat[self.offsets[index] : self.offsets[index + 1]]
 
 
-class Places(_View):
+class Places(_LazySequence):
     """Where examples came from, ``"train.jsonl:17"``, as numbers of files and rows."""
 
     def __init__(self, files: Sequence[str], file_ids: np.ndarray, numbers: np.ndarray):
@@ -85,7 +85,7 @@ class Places(_View):
         return f"{self._files[self._ids[index]]}{self._numbers[index]}"
 
 
-class Selected(_View):
+class Selected(_LazySequence):
     """Some items of a sequence, by their indices int64[n]."""
 
     def __init__(self, base: Sequence[Any], indices: np.ndarray):
@@ -133,7 +133,7 @@ class Examples:
     unread: tuple[str, ...] = ()
     windows: int = 0
     rejected: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    parts: tuple[Part, ...] = ()
+    parts: tuple[SourceSlice, ...] = ()
     contents: np.ndarray | None = None
     special: tuple[int, ...] = ()
     rows_read: int = 0
@@ -232,7 +232,7 @@ def join(sets: Sequence[Examples]) -> Examples:
         truncated=sum(each.truncated for each in sets),
         unread=tuple(sorted({key for each in sets for key in each.unread})),
         windows=sum(each.windows for each in sets),
-        rejected=_summed(each.rejected for each in sets),
+        rejected=_sum_counts(each.rejected for each in sets),
         parts=tuple(part for each in sets for part in each.parts),
         contents=np.concatenate(contents) if len(contents) == len(sets) else None,
         special=sets[0].special,
@@ -241,16 +241,16 @@ def join(sets: Sequence[Examples]) -> Examples:
         merged=sum(each.merged for each in sets),
         merged_place=next((each.merged_place for each in sets if each.merged), ""),
         rows=np.concatenate(rows),
-        turns=_summed(each.turns for each in sets),
+        turns=_sum_counts(each.turns for each in sets),
         ends=sum((collections.Counter(each.ends) for each in sets), collections.Counter()),
     )
 
 
-def _summed(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+def _sum_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     return dict(sum(map(collections.Counter, counts), collections.Counter()))
 
 
-class Writer:
+class ExamplesWriter:
     """Writes examples into a directory, a few rows at a time, for `open_examples` to map."""
 
     def __init__(self, directory: Path):
@@ -290,7 +290,7 @@ class Writer:
 
 
 def open_examples(directory: Path, weights: Sequence[float]) -> Examples:
-    """Maps the examples that a `Writer` wrote.
+    """Maps the examples that a `ExamplesWriter` wrote.
 
     Args:
       directory: where.
@@ -306,7 +306,7 @@ def open_examples(directory: Path, weights: Sequence[float]) -> Examples:
         for name in (TOKENS, TARGETS)
     }
     sources = zip(meta["parts"], weights, strict=True)
-    parts = tuple(Part(name, form, count, weight) for (name, form, count), weight in sources)
+    parts = tuple(SourceSlice(name, form, count, weight) for (name, form, count), weight in sources)
     return Examples(
         tokens=Ragged(flat[TOKENS], offsets),
         targets=Ragged(flat[TARGETS], offsets),

@@ -31,7 +31,7 @@ class Limits(Protocol):
         ...
 
 
-def fit(
+def fit_to_length(
     tokens: np.ndarray, labels: np.ndarray, limits: Limits, place: str, counts: Counter[str]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Returns the examples that a row makes: tokens and targets, int32[n], n ≤ max_length.
@@ -56,7 +56,7 @@ def fit(
             f"{place}: {len(tokens)} tokens, and data.max_length is {limit}: raise it, or set "
             f"data.too_long to {', '.join(TOO_LONG[1:-1])} or {TOO_LONG[-1]}"
         )
-    pieces = _cut(tokens, targets, limit, too_long) if cut else [(tokens, targets)]
+    pieces = _split(tokens, targets, limit, too_long) if cut else [(tokens, targets)]
     kept = [piece for piece in pieces if (piece[1] != IGNORE).any()]
     if pieces and not kept:
         where = f" within data.max_length={limit} tokens" if cut else ", so nothing to learn"
@@ -68,7 +68,7 @@ def fit(
     return kept
 
 
-def _cut(
+def _split(
     tokens: np.ndarray, targets: np.ndarray, limit: int, too_long: str
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Returns what of a longer row is left: pieces of at most `limit` tokens, int32[n] each."""

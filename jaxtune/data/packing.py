@@ -11,7 +11,7 @@ _CHUNK = 2**16  # lengths that are Python integers at a time
 _ROW_BITS = 40
 
 
-def pack(
+def pack_rows(
     lengths: np.ndarray,
     capacity: int,
     open_rows: int,

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxtune.data.examples import Examples, Part
-from jaxtune.data.packing import pack
+from jaxtune.data.examples import Examples, SourceSlice
+from jaxtune.data.packing import pack_rows
 from jaxtune.errors import JaxtuneError
 
 # Rows that are filled at a time where the order is free. More of them leave hardly less empty.
@@ -80,7 +80,7 @@ class DataOrder:
         """
         _check_lengths(examples, length)
         self._lengths = examples.lengths + reserved
-        self._parts = examples.parts or (Part("", "", len(examples)),)
+        self._parts = examples.parts or (SourceSlice("", "", len(examples)),)
         # Exact, so that what passes take adds up to what the weights say.
         self._taken = [max(Fraction(str(p.weight)) * p.count, Fraction(1)) for p in self._parts]
         self._batch_size, self._capacity = batch_size, length + reserved
@@ -119,7 +119,7 @@ class DataOrder:
         return self._recent[number]
 
     def _make(self, number: int, advance: Callable[[int], None] | None) -> Pass:
-        examples = self._taken_by(number)
+        examples = self._examples_of_pass(number)
         places = np.arange(len(examples))
         if self._shuffle:
             places = _permutation(len(examples), self._seed, _OF_PASS, number)
@@ -128,7 +128,7 @@ class DataOrder:
             # In the order of the files, as few rows as a batch has keep neighbours together.
             open_rows = _PACKING_ROWS if self._shuffle else self._batch_size
             lengths = self._lengths[examples[places]]
-            rows = pack(lengths, self._capacity, open_rows, advance)
+            rows = pack_rows(lengths, self._capacity, open_rows, advance)
             if self._shuffle:
                 # The rows that are opened last are less full than the others.
                 rows = _permutation(int(rows.max()) + 1, self._seed, _OF_ROWS, number)[rows]
@@ -141,7 +141,7 @@ class DataOrder:
         tokens = np.concatenate([[0], np.cumsum(self._lengths[examples])])[shown]
         return Pass(number, examples, places, starts, self._batch_size, shown, tokens)
 
-    def _taken_by(self, number: int) -> np.ndarray:
+    def _examples_of_pass(self, number: int) -> np.ndarray:
         """Returns the examples that a pass takes, int64[n], part after part.
 
         It takes ``weight × count`` of each part, and at least one: n passes take n times that,

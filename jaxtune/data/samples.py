@@ -8,12 +8,12 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxtune.chats.messages import Conversation, choose_targets, what_is_said
+from jaxtune.chats.messages import Conversation, canonical_content, choose_targets
 from jaxtune.chats.reasoning import (
     END_THINK,
     REASONING_KEYS,
     THINK,
-    opens_reasoning,
+    ends_with_think,
     separate_reasoning,
     split_content,
 )
@@ -49,7 +49,7 @@ class Sample(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
+class ReadingOptions:
     """How rows are read: what of the ``data`` section they depend on.
 
     Attributes:
@@ -68,7 +68,7 @@ class Reading:
     wordings: tuple[str, ...] = ()
     seed: int = 0
 
-    def needed(self, place: str, *, ends: bool = False) -> ChatTemplate:
+    def require_template(self, place: str, *, ends: bool = False) -> ChatTemplate:
         """Returns the template; raises naming the row where there is none.
 
         Args:
@@ -84,7 +84,7 @@ class Reading:
             raise JaxtuneError(f"{place}: the tokenizer has no EOS token to end a text with")
         return self.template
 
-    def worded(self, prompt: str, content: bytes) -> str:
+    def apply_wording(self, prompt: str, content: bytes) -> str:
         """Returns the prompt in the wording that the seed and the row's content draw."""
         if not self.wordings:
             return prompt
@@ -97,10 +97,10 @@ class Reading:
         Raises:
           JaxtuneError: nothing else is left, or its reasoning does not end.
         """
-        opened = opens_reasoning(prompt)
+        opened = ends_with_think(prompt)
         if self.reasoning == "keep" or not (opened or THINK in completion):
             return completion, {}
-        _check_ended(completion, f"{place}: completion")
+        _check_closed(completion, f"{place}: completion")
         reasoning, answer = split_content(completion, opened)
         if not reasoning:
             return completion, {}
@@ -109,14 +109,14 @@ class Reading:
         return f"{END_THINK}\n\n{answer}" if opened else answer, {DROPPED: 1}
 
 
-def _check_ended(content: str, name: str) -> None:
+def _check_closed(content: str, name: str) -> None:
     if content.lstrip().startswith(THINK) and END_THINK not in content:
         raise JaxtuneError(
             f"{name} opens <think> and does not close it, so its reasoning cannot be dropped"
         )
 
 
-def sample_of(conversation: Conversation, reading: Reading, place: str) -> Sample:
+def conversation_sample(conversation: Conversation, reading: ReadingOptions, place: str) -> Sample:
     """Returns what a conversation teaches.
 
     Args:
@@ -127,13 +127,13 @@ def sample_of(conversation: Conversation, reading: Reading, place: str) -> Sampl
     Raises:
       JaxtuneError: nothing is learnt, or the template refuses or rewrites the conversation.
     """
-    template = reading.needed(place)
+    template = reading.require_template(place)
     learnt = choose_targets(conversation, reading.targets, place)
-    content, counts = what_is_said(conversation), collections.Counter[str]()
+    content, counts = canonical_content(conversation), collections.Counter[str]()
     if conversation.turns[0]["role"] == "assistant" and reading.targets == "all":
         counts[FIRST_TURN] += conversation.marks[0] is None
     if reading.reasoning == "drop":
-        conversation = _without_reasoning(conversation, template, counts, place)
+        conversation = _drop_reasoning(conversation, template, counts, place)
         for index in learnt:
             turn = conversation.turns[index]
             if not (turn["content"] or "").strip() and "tool_calls" not in turn:
@@ -142,7 +142,10 @@ def sample_of(conversation: Conversation, reading: Reading, place: str) -> Sampl
     if reading.wordings:
         first = next((i for i, turn in enumerate(turns) if turn["role"] == "user"), None)
         if first is not None:
-            worded = {**turns[first], "content": reading.worded(turns[first]["content"], content)}
+            worded = {
+                **turns[first],
+                "content": reading.apply_wording(turns[first]["content"], content),
+            }
             turns = [*turns[:first], worded, *turns[first + 1 :]]
     context = (conversation.tools, conversation.arguments)
     learn_empty = reading.empty_reasoning == "learn"
@@ -152,7 +155,7 @@ def sample_of(conversation: Conversation, reading: Reading, place: str) -> Sampl
     return Sample(content, text, spans, unread=named, turns={k: n for k, n in counts.items() if n})
 
 
-def _without_reasoning(
+def _drop_reasoning(
     conversation: Conversation,
     template: ChatTemplate,
     counts: collections.Counter[str],
@@ -163,9 +166,9 @@ def _without_reasoning(
     for index, turn in enumerate(conversation.turns):
         if turn["role"] == "assistant":
             reasoning, answer = separate_reasoning(turn), turn["content"]
-            _check_ended(answer or "", f"{place}: messages[{index}]")
+            _check_closed(answer or "", f"{place}: messages[{index}]")
             if END_THINK in (answer or ""):
-                opened = index > 0 and opens_reasoning(
+                opened = index > 0 and ends_with_think(
                     template.render(
                         turns,
                         generation_prompt=True,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxtune.data.files import FILE_FORMATS, Record, kind_of, read_file, table_record
+from jaxtune.data.file_formats import FILE_FORMATS, Record, file_format, read_file, table_record
 from jaxtune.errors import JaxtuneError, closest
 
 logger = logging.getLogger(__name__)
@@ -61,13 +61,13 @@ def find_sources(text: str | Path, *, revision: str | None = None) -> list[Sourc
     whole = str(text)
     if not whole.strip():
         raise JaxtuneError("no data: set data.train to a JSONL file or a data set's hub id")
-    entries = [whole] if exists(whole) else whole.split(",")
-    return [_find(entry.strip(), revision) for entry in entries if entry.strip()]
+    entries = [whole] if path_exists(whole) else whole.split(",")
+    return [_find_source(entry.strip(), revision) for entry in entries if entry.strip()]
 
 
-def _find(entry: str, revision: str | None) -> Source:
+def _find_source(entry: str, revision: str | None) -> Source:
     name, weight = entry, 1.0
-    if (match := _WEIGHTED.fullmatch(entry)) and not exists(entry):
+    if (match := _WEIGHTED.fullmatch(entry)) and not path_exists(entry):
         name, weight = match["name"], float(match["weight"])
         if weight <= 0:
             raise JaxtuneError(f"{entry}: a weight is above 0; leave the entry out instead")
@@ -78,18 +78,18 @@ def _find(entry: str, revision: str | None) -> Source:
         reason = getattr(error, "strerror", None) or error
         raise JaxtuneError(f"{name[:100]}: {reason}") from error
     if is_file:
-        return _files(name, weight, [path])
+        return _file_source(name, weight, [path])
     if glob.has_magic(name):
         root = Path(path.anchor or ".")
         pattern = str(path.relative_to(root) if path.is_absolute() else path)
         paths = sorted(found for found in root.glob(pattern) if found.is_file())
         if not paths:
             raise JaxtuneError(f"{name}: no file matches")
-        return _files(name, weight, paths)
+        return _file_source(name, weight, paths)
     if path.is_dir() and (paths := _files_in(path)):
-        return _files(name, weight, paths)
-    stem, split = (str(path), "") if path.is_dir() else _split_of(name)
-    local = kind_of(path) or name.startswith(("/", "./", "../", "~"))
+        return _file_source(name, weight, paths)
+    stem, split = (str(path), "") if path.is_dir() else _split_suffix(name)
+    local = file_format(path) or name.startswith(("/", "./", "../", "~"))
     if local and not Path(stem).is_dir():
         there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise JaxtuneError(f"{name}: no such file{closest(path.name, there)}")
@@ -100,7 +100,7 @@ def _find(entry: str, revision: str | None) -> Source:
     )
 
 
-def exists(name: str) -> bool:
+def path_exists(name: str) -> bool:
     """Returns whether a file or directory has this name, whatever characters are in it."""
     try:
         return Path(name).expanduser().exists()
@@ -109,12 +109,12 @@ def exists(name: str) -> bool:
         return False
 
 
-def _split_of(source: str) -> tuple[str, str]:
+def _split_suffix(source: str) -> tuple[str, str]:
     name, _, split = source.partition(":")
     return str(Path(name).expanduser()), split
 
 
-def _is_saved(directory: Path) -> bool:
+def _is_saved_dataset(directory: Path) -> bool:
     """Returns whether `datasets` wrote a directory with save_to_disk."""
     return any((directory / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
@@ -125,10 +125,10 @@ def _files_in(directory: Path) -> list[Path]:
     Raises:
       JaxtuneError: they are not one data set.
     """
-    if _is_saved(directory):
+    if _is_saved_dataset(directory):
         return []
-    paths = sorted(p for p in directory.iterdir() if kind_of(p) and not p.name.startswith("."))
-    names, kinds = [path.name for path in paths], {kind_of(path) for path in paths}
+    paths = sorted(p for p in directory.iterdir() if file_format(p) and not p.name.startswith("."))
+    names, kinds = [path.name for path in paths], {file_format(path) for path in paths}
     others = [name for name in names if _OTHER_SPLIT.search(name.lower())]
     if _REGISTRY in names:
         what = f"its {_REGISTRY} describes data sets"
@@ -142,7 +142,7 @@ def _files_in(directory: Path) -> list[Path]:
     raise JaxtuneError(f"{directory}: {what}: name the files to read (there: {known or 'none'})")
 
 
-def _files(name: str, weight: float, paths: list[Path]) -> Source:
+def _file_source(name: str, weight: float, paths: list[Path]) -> Source:
     def records() -> Iterator[Record]:
         for path in paths:
             empty = True
@@ -167,7 +167,7 @@ def _load_dataset(name: str, split: str, revision: str | None) -> Any:
     import datasets
 
     try:
-        if _is_saved(Path(name)):
+        if _is_saved_dataset(Path(name)):
             rows = datasets.load_from_disk(name)
         else:
             rows = datasets.load_dataset(name, split=split, revision=revision)
@@ -187,7 +187,7 @@ def _load_dataset(name: str, split: str, revision: str | None) -> Any:
                 f"(there: {', '.join(map(str, rows))}; choose one with {name}:SPLIT)"
             )
         return rows[split]
-    if _is_saved(Path(name)) and split not in ("train", str(rows.split)):
+    if _is_saved_dataset(Path(name)) and split not in ("train", str(rows.split)):
         raise JaxtuneError(f'{name}: has no splits, so no "{split}"')
     return rows
 

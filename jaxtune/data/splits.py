@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from jaxtune.chats.clock import now
-from jaxtune.data.encode import Problem, settings_from
+from jaxtune.data.encode import Problem, data_settings
 from jaxtune.data.examples import Examples, join
-from jaxtune.data.load import default_cache, load_examples
-from jaxtune.data.sources import exists
+from jaxtune.data.prepare import default_cache, load_examples
+from jaxtune.data.sources import path_exists
 from jaxtune.errors import JaxtuneError
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class DataReader:
         """
         self._section, self._max_positions = config.data, max_positions
         self.cache = config.data.cache or default_cache()
-        settings = settings_from(config.data, seed=config.training.seed, vocab_size=vocab_size)
+        settings = data_settings(config.data, seed=config.training.seed, vocab_size=vocab_size)
         if chat_template is not None:
             settings = dataclasses.replace(settings, chat_template="", template_text=chat_template)
         self._settings = dataclasses.replace(settings, clock=clock or now())
@@ -100,11 +100,11 @@ class DataReader:
         examples = load_examples(path, settings=self._settings, **changes, **self._options)
         if not training and any(part.weight != 1 for part in examples.parts):
             raise JaxtuneError(f"data.eval={path}: held-out data takes no weights: leave out the @")
-        _log(path, examples)
-        self._compare_positions(path, examples, training)
+        _log_summary(path, examples)
+        self._warn_long_positions(path, examples, training)
         return examples
 
-    def _compare_positions(self, path: str, examples: Examples, training: bool) -> None:
+    def _warn_long_positions(self, path: str, examples: Examples, training: bool) -> None:
         """Warns of more positions than the model's config has."""
         limit, max_length = self._max_positions, self._section.max_length
         if limit is None or max_length <= limit:
@@ -143,15 +143,15 @@ class DataReader:
             return hold_out(train, section.eval_split)
         sets = self.read_sets(section.eval)
         for held_out in sets.values():
-            train = without_overlap(train, held_out, section.overlap)
+            train = resolve_overlap(train, held_out, section.overlap)
         return Splits(train, sets)
 
     def read_sets(self, text: str) -> dict[str, Examples]:
-        """Loads held-out examples by the name of their set; see `eval_sets` for the text."""
-        return {name: self.read(path) for name, path in eval_sets(text).items()}
+        """Loads held-out examples by the name of their set; see `parse_eval_sets` for the text."""
+        return {name: self.read(path) for name, path in parse_eval_sets(text).items()}
 
 
-def eval_sets(text: str) -> dict[str, str]:
+def parse_eval_sets(text: str) -> dict[str, str]:
     """Reads ``data.eval``: a path, or several of them by name as in ``law=a.jsonl,code=b.jsonl``.
 
     Returns:
@@ -162,7 +162,7 @@ def eval_sets(text: str) -> dict[str, str]:
     """
     if not text:
         return {}
-    if not re.match(r"\w+=", text) or exists(text):
+    if not re.match(r"\w+=", text) or path_exists(text):
         return {"": text}
     sets: dict[str, str] = {}
     for entry in text.split(","):
@@ -206,7 +206,7 @@ def hold_out(examples: Examples, amount: float) -> Splits:
     return Splits(train, {"": held_out})
 
 
-def without_overlap(train: Examples, held_out: Examples, overlap: str) -> Examples:
+def resolve_overlap(train: Examples, held_out: Examples, overlap: str) -> Examples:
     """Returns what may be trained on.
 
     Args:
@@ -238,7 +238,7 @@ def without_overlap(train: Examples, held_out: Examples, overlap: str) -> Exampl
     return train.select(np.flatnonzero(~shared))
 
 
-def _log(path: str, examples: Examples) -> None:
+def _log_summary(path: str, examples: Examples) -> None:
     logger.info(
         "%s: %d rows read, %d examples, %d tokens, %d of them targets; %d dropped, %d truncated, "
         "%d windows of %d longer rows, %d duplicates, %d bad rows skipped",

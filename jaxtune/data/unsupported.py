@@ -17,12 +17,12 @@ _LISTED = {"file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", 
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 
 
-def media_in(values: Mapping[str, Any]) -> str:
+def find_media(values: Mapping[str, Any]) -> str:
     """Returns the key under which a row has images, sound or film, or an empty string."""
     return next((key for key in _MEDIA if values.get(key) not in (None, "", [], {}, b"")), "")
 
 
-def judgement_in(values: Mapping[str, Any]) -> str:
+def find_preferences(values: Mapping[str, Any]) -> str:
     """Returns what a row says of how good its answers are, where that is what it teaches."""
     if values.get("chosen") is not None and values.get("rejected") is not None:
         return "chosen and rejected are preferences between answers, as DPO trains on"
@@ -32,7 +32,7 @@ def judgement_in(values: Mapping[str, Any]) -> str:
     return ""
 
 
-def description_of(values: Mapping[str, Any]) -> str:
+def describe_metadata(values: Mapping[str, Any]) -> str:
     """Returns what an object is that is no row, or an empty string."""
     for keys, what in _DESCRIPTIONS:
         if keys <= values.keys():
@@ -41,16 +41,16 @@ def description_of(values: Mapping[str, Any]) -> str:
     if inner and all(isinstance(value, Mapping) for value in inner):
         if any(_LISTED & value.keys() for value in inner):
             return "a list of data sets, such as LLaMA-Factory's: name a file that it lists"
-        return _columns(values)
+        return _describe_columns(values)
     found = [key for key, value in values.items() if _is_rows(value)]
     if len(found) == 1:
         return f'an object with its rows under "{found[0]}": make a file of that array alone'
     if len(inner) > 1 and all(isinstance(value, list) for value in inner):
-        return _columns(values)
+        return _describe_columns(values)
     return ""
 
 
-def _columns(values: Mapping[str, Any]) -> str:
+def _describe_columns(values: Mapping[str, Any]) -> str:
     sizes = {len(value) for value in values.values()}
     many = len(sizes) == 1 and sizes != {0}
     return 'a table by columns: write it by rows (pandas: orient="records")' if many else ""

@@ -30,7 +30,7 @@ ROWS, LENGTH = 1, 1024
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class TableRow:
     """A row of the table.
 
     Attributes:
@@ -52,15 +52,15 @@ class Row:
 
 _FULL = ("40 and more", "100 %", "v5p:2x2x1", {"method": "full"})
 ROWS_OF_TABLE = (
-    Row("full, float32 masters and Adam", *_FULL),
-    Row("full, float32 masters and Adafactor", *_FULL, optimizer="adafactor"),
-    Row("LoRA, r = 8", "14–20", "0.1–1 %", "v5p:1x1x1", {"rank": 8}),
-    Row("P-Tuning, 20 tokens", "10–15", "0.01 %", "v5p:1x1x1", {"method": "ptuning"}),
-    Row("QLoRA (NF4), r = 8", "8–15", "0.1–1 %", "v5p:1x1x1", {"rank": 8}),
+    TableRow("full, float32 masters and Adam", *_FULL),
+    TableRow("full, float32 masters and Adafactor", *_FULL, optimizer="adafactor"),
+    TableRow("LoRA, r = 8", "14–20", "0.1–1 %", "v5p:1x1x1", {"rank": 8}),
+    TableRow("P-Tuning, 20 tokens", "10–15", "0.01 %", "v5p:1x1x1", {"method": "ptuning"}),
+    TableRow("QLoRA (NF4), r = 8", "8–15", "0.1–1 %", "v5p:1x1x1", {"rank": 8}),
 )
 
 
-def sections(row: Row) -> dict[str, Any]:
+def row_config(row: TableRow) -> dict[str, Any]:
     """Returns the config of a row, without its model."""
     devices = 4 if row.chips == "v5p:2x2x1" else 1
     config: dict[str, Any] = {
@@ -75,16 +75,16 @@ def sections(row: Row) -> dict[str, Any]:
     return config
 
 
-def planned(row: Row) -> tuple[Plan, float]:
+def compile_row(row: TableRow) -> tuple[Plan, float]:
     """Compiles a row; returns its plan and the share of the weights that are trained."""
-    config, hardware = resolve(sections(row)), describe(row.chips)
+    config, hardware = resolve(row_config(row)), describe(row.chips)
     setup = set_up(config, DEEPSEEK_7B, choose_method(config)[0], hardware.devices)
     return compile_plan(setup, hardware), trained_share(census(setup.definition))[2]
 
 
-def cells(row: Row) -> list[str]:
+def row_cells(row: TableRow) -> list[str]:
     """Compiles a row and returns its cells: method, guide, jaxtune, and either's trained share."""
-    plan, share = planned(row)
+    plan, share = compile_row(row)
     # All devices together: sharding splits what one device would have to hold.
     total = plan.total * plan.devices / 1e9
     over = f" (4 × {plan.total / 1e9:.1f})" if plan.devices > 1 else ""
@@ -92,15 +92,15 @@ def cells(row: Row) -> list[str]:
     return [row.method, row.guide, f"{total:.1f}{over}", row.share, trained]
 
 
-def table(rows: Sequence[Row] = ROWS_OF_TABLE) -> str:
+def memory_table(rows: Sequence[TableRow] = ROWS_OF_TABLE) -> str:
     """Compiles every row and returns the table in Markdown, sizes in GB of all devices."""
     lines = [
         "| DeepSeek-7B | the guide, GB | jaxtune, GB | trained, the guide | jaxtune |",
         "|---|---|---|---|---|",
     ]
-    return "\n".join([*lines, *_body(rows)])
+    return "\n".join([*lines, *_lines(rows)])
 
 
-def _body(rows: Sequence[Row]) -> Iterator[str]:
+def _lines(rows: Sequence[TableRow]) -> Iterator[str]:
     for row in rows:
-        yield "| " + " | ".join(cells(row)) + " |"
+        yield "| " + " | ".join(row_cells(row)) + " |"

@@ -14,20 +14,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxtune.chats.builtin import read_template, set_default_arguments
+from jaxtune.chats.clock import now, read_clock
+from jaxtune.chats.messages import read_arguments
 from jaxtune.checkpoints.chat import Chat, adapter_chat, base_chat
 from jaxtune.checkpoints.huggingface import read_json
 from jaxtune.checkpoints.source import TensorSource
 from jaxtune.data import Examples
-from jaxtune.chats.builtin import read_template, with_arguments
-from jaxtune.chats.clock import now, read_clock
-from jaxtune.chats.messages import read_arguments
 from jaxtune.parallel.processes import barrier, leads
 from jaxtune.runs.directory import RunDirectory
 
 _logger = logging.getLogger(__name__)
 
 
-def start_chat(config: Any, source: TensorSource) -> Chat:
+def initial_chat(config: Any, source: TensorSource) -> Chat:
     """Returns how the model that training starts from is talked to.
 
     An adapter that it starts from (``adapter.init_from``) brings its template along, as anywhere.
@@ -45,11 +45,11 @@ def start_chat(config: Any, source: TensorSource) -> Chat:
 
 
 def configured_chat(config: Any, source: TensorSource) -> Chat:
-    """Returns what a run of a config begins with: `start_chat` with the template it chooses."""
-    return _templated(start_chat(config, source), config)
+    """Returns what a run of a config begins with: `initial_chat` with the template it chooses."""
+    return _apply_template(initial_chat(config, source), config)
 
 
-def reading(config: Any, chat: Chat) -> dict[str, Any]:
+def reader_options(config: Any, chat: Chat) -> dict[str, Any]:
     """Returns how data is read with a chat: options of `DataReader`.
 
     Args:
@@ -62,7 +62,7 @@ def reading(config: Any, chat: Chat) -> dict[str, Any]:
     return {"chat_template": chosen, "clock": chat.clock}
 
 
-def begin_chat(
+def create_run_chat(
     run: RunDirectory, config: Any, base: Chat, clock: datetime.datetime | None = None
 ) -> Chat:
     """Returns the chat of a run, which a new run keeps from now on.
@@ -77,17 +77,17 @@ def begin_chat(
       JaxtuneError: ``data.chat_template`` cannot be read.
     """
     if leads() and not run.chat.is_file():
-        _write(run, _templated(base, config), (), clock or now())
+        _write(run, _apply_template(base, config), (), clock or now())
     barrier("the chat template is kept")
-    return _kept(run, base)
+    return _read(run, base)
 
 
-def keep_end_tokens(run: RunDirectory, chat: Chat, examples: Examples) -> Chat:
+def save_end_tokens(run: RunDirectory, chat: Chat, examples: Examples) -> Chat:
     """Returns the chat with the tokens that end what is learned, which the run keeps as well.
 
     Warns where nothing that is learned ends in a token that can end an answer.
     """
-    ends = end_tokens(examples.ends, chat)
+    ends = find_end_tokens(examples.ends, chat)
     if examples.ends and not ends:
         _logger.warning(
             "no learned span ends in an end token (EOS, or another token that the tokenizer adds), "
@@ -99,7 +99,7 @@ def keep_end_tokens(run: RunDirectory, chat: Chat, examples: Examples) -> Chat:
     return chat.ending_with(ends)
 
 
-def end_tokens(ends: Mapping[int, int], chat: Chat) -> list[int]:
+def find_end_tokens(ends: Mapping[int, int], chat: Chat) -> list[int]:
     """Returns which of the last tokens of learned spans are there to end something, in order.
 
     Args:
@@ -110,7 +110,7 @@ def end_tokens(ends: Mapping[int, int], chat: Chat) -> list[int]:
     return sorted(ends.keys() & {*added, *chat.eos_token_ids})
 
 
-def run_chat(run: RunDirectory, config: Any, source: TensorSource) -> Chat:
+def load_run_chat(run: RunDirectory, config: Any, source: TensorSource) -> Chat:
     """Returns how the model of a run is talked to, after the fact.
 
     Args:
@@ -121,13 +121,13 @@ def run_chat(run: RunDirectory, config: Any, source: TensorSource) -> Chat:
     Raises:
       JaxtuneError: a file that cannot be read.
     """
-    base = start_chat(config, source)
+    base = initial_chat(config, source)
     if not run.chat.is_file():  # of an earlier version
-        return _templated(base, config)
-    return _kept(run, base)
+        return _apply_template(base, config)
+    return _read(run, base)
 
 
-def _templated(base: Chat, config: Any) -> Chat:
+def _apply_template(base: Chat, config: Any) -> Chat:
     """Returns the chat with the template of a config and its arguments, which travel with it."""
     chat = base.with_template(read_template(config.data.chat_template))
     arguments = read_arguments(config.data.chat_template_kwargs, "data")
@@ -135,8 +135,8 @@ def _templated(base: Chat, config: Any) -> Chat:
     if not template or not arguments:
         return chat
     if isinstance(template, str):
-        return chat.with_template(with_arguments(template, arguments))
-    named = {name: with_arguments(source, arguments) for name, source in template.items()}
+        return chat.with_template(set_default_arguments(template, arguments))
+    named = {name: set_default_arguments(source, arguments) for name, source in template.items()}
     return chat.with_template(named)
 
 
@@ -146,7 +146,7 @@ def _write(run: RunDirectory, chat: Chat, ends: tuple[int, ...] | list[int], clo
     run.write_chat(content)
 
 
-def _kept(run: RunDirectory, base: Chat) -> Chat:
+def _read(run: RunDirectory, base: Chat) -> Chat:
     content = read_json(run.chat)
     chat = base.with_template(content.get("chat_template"))
     clock = read_clock(content.get("clock", ""), f"{run.chat}: clock")

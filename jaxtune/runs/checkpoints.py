@@ -34,7 +34,7 @@ STATE, EXTRA, MANIFEST, QUARANTINE = "state", "extra.json", "manifest.json", "qu
 
 
 @contextlib.contextmanager
-def disk_full_named(directory: str | Path) -> Iterator[None]:
+def report_full_disk(directory: str | Path) -> Iterator[None]:
     """Turns a full disk (or an exhausted quota) into an error that names the directory.
 
     Args:
@@ -134,14 +134,14 @@ class Checkpoints:
         self.wait()
         target = self.directory / str(step)
         if leads() and target.exists():
-            self._set_aside(step, "a new save of this step replaces it")
+            self._quarantine(step, "a new save of this step replaces it")
         text = json.dumps(dict(extra), indent=2, ensure_ascii=False)
         try:
-            with disk_full_named(self.directory):
+            with report_full_disk(self.directory):
                 if leads():
                     target.mkdir(parents=True)
                 self._checkpointer.save(
-                    target / STATE, args=ocp.args.StandardSave(_named(tree, nested=True))
+                    target / STATE, args=ocp.args.StandardSave(_leaves_by_path(tree, nested=True))
                 )
         except BaseException:
             self._discard(target)
@@ -181,10 +181,10 @@ class Checkpoints:
     def _latest_verified(self) -> int:
         """Returns -1 where there is none."""
         for step in reversed(self._directories()):
-            fault = self._fault(step)
+            fault = self._find_damage(step)
             if fault is None:
                 return step
-            self._set_aside(step, fault)
+            self._quarantine(step, fault)
         return -1
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
@@ -202,15 +202,15 @@ class Checkpoints:
         """
         self.wait()
         path = self._path(step)
-        if (fault := self._fault(step)) is not None:
+        if (fault := self._find_damage(step)) is not None:
             raise JaxtuneError(f"{path}: {fault}")
-        wanted = _named(like)
+        wanted = _leaves_by_path(like)
         metadata: Any = self._checkpointer.metadata(path / STATE)
-        _check_fit(path, _named(metadata.item_metadata.tree), wanted)
+        _check_fit(path, _leaves_by_path(metadata.item_metadata.tree), wanted)
         nested = self._checkpointer.restore(
-            path / STATE, args=ocp.args.StandardRestore(_named(like, nested=True))
+            path / STATE, args=ocp.args.StandardRestore(_leaves_by_path(like, nested=True))
         )
-        arrays = _named(nested)
+        arrays = _leaves_by_path(nested)
         leaves = [arrays[name] for name in wanted]
         extra = json.loads((path / EXTRA).read_text(encoding="utf-8"))
         return jax.tree.unflatten(jax.tree.structure(like), leaves), extra
@@ -227,12 +227,14 @@ class Checkpoints:
         """Runs in the background: sees Orbax through, then makes the step count."""
         path = self._path(step)
         try:
-            with disk_full_named(self.directory):
+            with report_full_disk(self.directory):
                 self._checkpointer.wait_until_finished()  # until all processes have
                 if not leads():
                     return
                 write_atomically(path / EXTRA, extra)
-                files = {name: [size, _sha256(path / name)] for name, size in _files(path).items()}
+                files = {
+                    name: [size, _sha256(path / name)] for name, size in _file_sizes(path).items()
+                }
                 write_atomically(path / MANIFEST, json.dumps(files, indent=2))
         except BaseException:
             self._discard(path)
@@ -252,7 +254,7 @@ class Checkpoints:
 
         The pinned step stays.
         """
-        whole = [step for step in self.steps() if self._fault(step, contents=False) is None]
+        whole = [step for step in self.steps() if self._find_damage(step, contents=False) is None]
         for step in whole[: -self.keep]:
             if step == self.pinned:
                 continue
@@ -261,7 +263,7 @@ class Checkpoints:
             shutil.rmtree(self._path(step))
             self._verified.discard(step)
 
-    def _fault(self, step: int, contents: bool = True) -> str | None:
+    def _find_damage(self, step: int, contents: bool = True) -> str | None:
         """Says what is wrong with a step, or returns None; `contents` compares hashes too."""
         path = self._path(step)
         if not (path / MANIFEST).is_file():
@@ -271,7 +273,7 @@ class Checkpoints:
             listed = {str(name): (int(size), str(sha)) for name, (size, sha) in manifest.items()}
         except (ValueError, TypeError, AttributeError):
             return f"{MANIFEST} is damaged"
-        present = _files(path)
+        present = _file_sizes(path)
         for name, (size, sha) in listed.items():
             if name not in present:
                 return f"{name} is missing"
@@ -283,7 +285,7 @@ class Checkpoints:
             self._verified.add(step)
         return None
 
-    def _set_aside(self, step: int, reason: str) -> None:
+    def _quarantine(self, step: int, reason: str) -> None:
         quarantine = self.directory / QUARANTINE
         quarantine.mkdir(parents=True, exist_ok=True)
         target = quarantine / str(step)
@@ -300,7 +302,7 @@ def _is_step(entry: Path) -> bool:
     return entry.name.isascii() and entry.name.isdigit() and entry.is_dir()
 
 
-def _named(tree: Any, nested: bool = False) -> dict[str, Any]:
+def _leaves_by_path(tree: Any, nested: bool = False) -> dict[str, Any]:
     """Returns the leaves by path, ``{"opt_state/0/mu": …}``, or as plain nested dicts.
 
     Plain dicts keep optax's and our own classes out of the files: anyone can read them.
@@ -317,19 +319,19 @@ def _check_fit(path: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> No
     for name, leaf in wanted.items():
         if name not in stored:
             raise JaxtuneError(f"{path}: holds no {name}{closest(name, stored)}")
-        have = (tuple(stored[name].shape), np.dtype(stored[name].dtype))
-        want = (tuple(leaf.shape), np.dtype(leaf.dtype))
-        if have != want:
-            raise JaxtuneError(f"{path}: {name} is {_kind(have)}, but the run needs {_kind(want)}")
+        found, expected = _dtype_and_shape(stored[name]), _dtype_and_shape(leaf)
+        if found != expected:
+            raise JaxtuneError(f"{path}: {name} is {found}, but the run needs {expected}")
     if extra := sorted(set(stored) - set(wanted)):
         raise JaxtuneError(f"{path}: holds {extra[0]}, which the run has no place for")
 
 
-def _kind(kind: tuple[tuple[int, ...], np.dtype[Any]]) -> str:
-    return f"{kind[1]}{list(kind[0])}"
+def _dtype_and_shape(array: Any) -> str:
+    """Returns ``"float32[2, 3]"``."""
+    return f"{np.dtype(array.dtype)}{[*array.shape]}"
 
 
-def _files(path: Path) -> dict[str, int]:
+def _file_sizes(path: Path) -> dict[str, int]:
     """Returns the size in bytes of every file under a step but the manifest, by relative name."""
     return {
         file.relative_to(path).as_posix(): file.stat().st_size

@@ -13,9 +13,9 @@ from typing import Any
 from jaxtune import config as config_module
 from jaxtune.adapters.esft.expert_scores import ExpertScores, read_scores
 from jaxtune.atomic_files import new_directory, recover
-from jaxtune.runs.checkpoints import disk_full_named, write_atomically
 from jaxtune.errors import JaxtuneError
 from jaxtune.parallel.processes import barrier, leads
+from jaxtune.runs.checkpoints import report_full_disk, write_atomically
 from jaxtune.runs.metrics import EVALUATIONS, METRICS
 
 LOCK = "lock"
@@ -69,7 +69,7 @@ class RunDirectory:
             self.read_config()  # before anything is made: there must be a run
         with contextlib.ExitStack() as held:
             if leads():
-                held.enter_context(self._prepared(config))
+                held.enter_context(self._hold(config))
             barrier("the run's directory is ready")
             if not self.exists():
                 raise JaxtuneError(
@@ -77,7 +77,7 @@ class RunDirectory:
                     "see it; the directory has to be on a file system that all of them share"
                 )
             frozen = self.read_config()
-            changes = _differences(_flat(frozen), _flat(config or frozen))
+            changes = _format_changes(_flatten(frozen), _flatten(config or frozen))
             if changes:
                 raise JaxtuneError(
                     f"{self.path}: the run that is here has another config: {changes}; go on "
@@ -86,14 +86,14 @@ class RunDirectory:
             yield frozen
 
     @contextlib.contextmanager
-    def _prepared(self, config: config_module.Config) -> Iterator[None]:
+    def _hold(self, config: config_module.Config) -> Iterator[None]:
         """Holds the directory, with the config and whole adapters in it."""
-        with disk_full_named(self.path):
+        with report_full_disk(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         with _locked(self.path):
             fresh = config is not None and not self.exists()
             if fresh:
-                with disk_full_named(self.path):
+                with report_full_disk(self.path):
                     write_atomically(self.config, config_module.to_json(config))
             for adapter in (self.adapter_last, self.adapter_best):
                 recover(adapter)
@@ -102,10 +102,10 @@ class RunDirectory:
             except BaseException:
                 begun = (self.fingerprint, self.metrics, self.checkpoints)
                 if fresh and not any(path.exists() for path in begun):
-                    self._withdraw()
+                    self._remove_unstarted()
                 raise
 
-    def _withdraw(self) -> None:
+    def _remove_unstarted(self) -> None:
         """Removes a run that failed before it began, so that a mended config may take its place."""
         self.config.unlink()
         self.expert_scores.unlink(missing_ok=True)
@@ -169,7 +169,7 @@ class RunDirectory:
             stored = json.loads(self.fingerprint.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise JaxtuneError(f"{self.fingerprint}:{error.lineno}: not JSON") from error
-        if changes := _differences(stored, fingerprint):
+        if changes := _format_changes(stored, fingerprint):
             raise JaxtuneError(
                 f"{self.path}: the run cannot go on exactly, for its inputs have changed: {changes}"
             )
@@ -185,7 +185,7 @@ class RunDirectory:
         if not leads():
             write(target)
             return
-        with disk_full_named(self.path), new_directory(target, replace=True) as scratch:
+        with report_full_disk(self.path), new_directory(target, replace=True) as scratch:
             write(scratch)
 
     def write_description(self, description: Mapping[str, Any]) -> None:
@@ -203,7 +203,7 @@ class RunDirectory:
     def write_expert_scores(self, scores: ExpertScores) -> None:
         """Writes ``expert_scores.json``: by what the trained experts were chosen."""
         if leads():
-            with disk_full_named(self.path):
+            with report_full_disk(self.path):
                 write_atomically(self.expert_scores, scores.to_json())
         barrier("the experts are scored")
 
@@ -222,7 +222,7 @@ class RunDirectory:
     def _write_json(self, path: Path, content: Mapping[str, Any], indent: int | None = 2) -> None:
         if not leads():
             return
-        with disk_full_named(self.path):
+        with report_full_disk(self.path):
             text = json.dumps(dict(content), indent=indent, ensure_ascii=False)
             write_atomically(path, text + "\n")
 
@@ -245,7 +245,7 @@ def _locked(directory: Path) -> Iterator[None]:
         yield
 
 
-def _flat(config: config_module.Config) -> dict[str, Any]:
+def _flatten(config: config_module.Config) -> dict[str, Any]:
     return {
         f"{section}.{name}": value
         for section, entries in config.to_dict().items()
@@ -253,7 +253,7 @@ def _flat(config: config_module.Config) -> dict[str, Any]:
     }
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+def _format_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Returns ``"key: old → new, …"`` over the keys that differ; empty if none does."""
     return ", ".join(
         f"{key}: {old.get(key, 'absent')} → {new.get(key, 'absent')}"

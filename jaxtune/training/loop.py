@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import jax
 
-from jaxtune.runs.checkpoints import Checkpoints, disk_full_named
+from jaxtune.runs.checkpoints import Checkpoints, report_full_disk
 from jaxtune.runs.directory import RunDirectory
 from jaxtune.runs.metrics import MetricLog
 from jaxtune.training.callbacks import Milestones
@@ -86,7 +86,7 @@ def fit(
     """
     steps = int(config.training.steps if steps is None else steps)
     with (
-        disk_full_named(run.path),
+        report_full_disk(run.path),
         Checkpoints(run.checkpoints, config.checkpoint.keep) as checkpoints,
         _explained_interrupt(checkpoints, run),
     ):

@@ -26,17 +26,17 @@ from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.chat import Chat
 from jaxtune.checkpoints.load_model import assemble
 from jaxtune.checkpoints.source import TensorSource
-from jaxtune.data import DataOrder, DataReader, Examples, Loader, Splits
+from jaxtune.data import BatchLoader, DataOrder, DataReader, Examples, Splits
 from jaxtune.errors import JaxtuneError
 from jaxtune.intervals import parse_interval
 from jaxtune.layers.tree import Tree
 from jaxtune.parallel.processes import fetch, leads, put
 from jaxtune.runs.chat import (
-    begin_chat,
     configured_chat,
-    keep_end_tokens,
-    reading,
-    start_chat,
+    create_run_chat,
+    initial_chat,
+    reader_options,
+    save_end_tokens,
 )
 from jaxtune.runs.checkpoints import Checkpoints
 from jaxtune.runs.directory import RunDirectory
@@ -82,8 +82,8 @@ def train(
         profile_window(config.profile.steps)
         location = huggingface.resolve_path(config.model.path, config.model.revision)
         source = huggingface.open_source(location)
-        chat = begin_chat(run, config, start_chat(config, source), clock)
-        tokenizer, kept = chat.tokenizer, reading(config, chat)
+        chat = create_run_chat(run, config, initial_chat(config, source), clock)
+        tokenizer, kept = chat.tokenizer, reader_options(config, chat)
         read = functools.cache(lambda: data_reader(config, source, tokenizer, **kept).splits())
         method, stored = choose_method(config)
         method = method.with_tokenizer(tokenizer)
@@ -92,7 +92,7 @@ def train(
         _log_setup(setup)
         splits = read()
         examples, sets, held_out = splits.train, splits.sets, splits.held_out
-        chat = keep_end_tokens(run, chat, examples)
+        chat = save_end_tokens(run, chat, examples)
         _check_stopping(config, sets, setup)
         loader = make_loader(config, examples, setup.reserved)
         timeline = Timeline(loader.order)
@@ -168,7 +168,7 @@ def score_training_data(config: Any) -> ExpertScores:
     location = huggingface.resolve_path(config.model.path, config.model.revision)
     source = huggingface.open_source(location)
     chat = configured_chat(config, source)
-    splits = data_reader(config, source, chat.tokenizer, **reading(config, chat)).splits()
+    splits = data_reader(config, source, chat.tokenizer, **reader_options(config, chat)).splits()
     return score_experts(config, source, splits.train)
 
 
@@ -197,10 +197,10 @@ def _check_stopping(config: Any, sets: Mapping[str, Examples], setup: Setup) -> 
         check_metric(evaluation.stop_metric, score_names(config, sets, experts))
 
 
-def make_loader(config: Any, examples: Examples, reserved: int = 0) -> Loader:
-    """Makes the endless stream of training batches; see `Loader` for what is reserved."""
+def make_loader(config: Any, examples: Examples, reserved: int = 0) -> BatchLoader:
+    """Makes the endless stream of training batches; see `BatchLoader` for what is reserved."""
     settings = _order_settings(config)
-    return Loader(examples, **settings, reserved=reserved, mask_tokens=config.data.mask_tokens)
+    return BatchLoader(examples, **settings, reserved=reserved, mask_tokens=config.data.mask_tokens)
 
 
 def make_order(config: Any, examples: Examples, reserved: int = 0) -> DataOrder:

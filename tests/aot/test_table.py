@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxtune.demos.memory_table import ROWS_OF_TABLE, cells
+from jaxtune.demos.memory_table import ROWS_OF_TABLE, row_cells
 
 pytestmark = pytest.mark.slow
 
@@ -17,7 +17,7 @@ MOST = {"LoRA, r = 8": 20, "P-Tuning, 20 tokens": 15, "QLoRA (NF4), r = 8": 15}
 
 @pytest.mark.parametrize("row", ROWS_OF_TABLE, ids=lambda row: row.method)
 def test_a_row_is_what_compiles_today(row):
-    found = cells(row)
+    found = row_cells(row)
     written = [
         line for line in README.read_text(encoding="utf-8").splitlines() if row.method in line
     ]

@@ -11,10 +11,10 @@ import json
 
 import pytest
 
-from jaxtune.chats.builtin import with_arguments
+from jaxtune.chats.builtin import set_default_arguments
 from jaxtune.chats.template import read_template
 from jaxtune.data import IGNORE, ChatTemplate, encode_prompt, load_examples
-from jaxtune.data.formats import FORMATS
+from jaxtune.data.row_formats import FORMATS
 from jaxtune.errors import JaxtuneError
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
@@ -409,7 +409,7 @@ def test_arguments_of_the_template_come_from_the_config_and_from_rows(chatml, js
 def test_a_template_can_carry_its_arguments(chatml):
     values = {"enable_thinking": False, "more": {"a": [1.5, None, True, 'é"{{ 1 }}']}}
     source = QWEN + "{{ more | tojson }}"
-    carried = with_arguments(source, values)
+    carried = set_default_arguments(source, values)
     for messages in ([user()], [user(), assistant("A")]):
         expected = theirs(chatml, source, messages, add_generation_prompt=True, **values)
         assert theirs(chatml, carried, messages, add_generation_prompt=True) == expected

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 
-from jaxtune.chats.ends import span_ends, turn_ends
+from jaxtune.chats.ends import span_end_tokens, turn_end_tokens
 from jaxtune.chats.template import read_template
 
 
@@ -20,7 +20,7 @@ from jaxtune.chats.template import read_template
     ],
 )
 def test_the_last_token_of_each_learned_span(labels, expected):
-    assert span_ends(np.array(labels, np.int32)) == expected
+    assert span_end_tokens(np.array(labels, np.int32)) == expected
 
 
 @pytest.mark.parametrize(
@@ -40,4 +40,4 @@ def test_the_token_that_a_template_ends_an_answer_with(name, expected, chatml, t
     source = templates.get(name) or (name if "{" in name else read_template(name))
     tokenizer.chat_template = source
     ids = [tokenizer.convert_tokens_to_ids(token) for token in expected]
-    assert turn_ends(tokenizer) == ids
+    assert turn_end_tokens(tokenizer) == ids

@@ -9,7 +9,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxtune.data import IGNORE, Examples, Loader, Part
+from jaxtune.data import IGNORE, BatchLoader, Examples, SourceSlice
 from jaxtune.errors import JaxtuneError
 
 LENGTH = 12
@@ -23,14 +23,14 @@ def make(*parts):
         [np.full(n, 100 + i, np.int32) for i, n in enumerate(lengths)],
         [np.append(np.arange(n - 1), IGNORE).astype(np.int32) for n in lengths],
         [f"x:{i}" for i in range(total)],
-        parts=tuple(Part(f"p{i}", "text", *part) for i, part in enumerate(parts)),
+        parts=tuple(SourceSlice(f"p{i}", "text", *part) for i, part in enumerate(parts)),
         special=(100,),
     )
 
 
 def loader(examples, **settings):
     defaults = {"batch_size": 1, "length": LENGTH, "packing": False, "shuffle": True, "seed": 0}
-    return Loader(examples, **(defaults | settings))
+    return BatchLoader(examples, **(defaults | settings))
 
 
 def stream(examples, count, **settings):

@@ -14,8 +14,8 @@ import pytest
 from jaxtune import progress
 from jaxtune.cli import main
 from jaxtune.config import load_file, resolve
-from jaxtune.data import DataOrder, Examples, Loader, Part, load_examples
-from jaxtune.data.packing import pack
+from jaxtune.data import BatchLoader, DataOrder, Examples, SourceSlice, load_examples
+from jaxtune.data.packing import pack_rows
 from jaxtune.training.durations import Timeline
 from jaxtune.training.train import make_loader
 
@@ -27,7 +27,7 @@ def make(count, weights=((1.0, None),)):
     lengths = np.random.default_rng(count).integers(2, LENGTH + 1, count)
     tokens = [np.full(n, i, np.int32) for i, n in enumerate(lengths, 1)]
     counts = [part or count for _, part in weights]
-    parts = [Part("", "", n, weight) for (weight, _), n in zip(weights, counts, strict=True)]
+    parts = [SourceSlice("", "", n, weight) for (weight, _), n in zip(weights, counts, strict=True)]
     return Examples(tokens, tokens, [f"x:{i}" for i in range(count)], parts=tuple(parts))
 
 
@@ -46,7 +46,7 @@ def shown(batch):
 @pytest.mark.parametrize(("count", "batch_size"), [(1, 4), (57, 8), (200, 4), (1000, 7)])
 def test_each_pass_gives_each_example_once(packing, shuffle, count, batch_size):
     examples = make(count)
-    loader = Loader(
+    loader = BatchLoader(
         examples, batch_size=batch_size, length=LENGTH, packing=packing, shuffle=shuffle, seed=3
     )
     timeline, rows, tokens, step = Timeline(loader.order), 0, 0, 0
@@ -74,7 +74,7 @@ def test_each_pass_gives_each_example_once(packing, shuffle, count, batch_size):
 def test_weights_that_do_not_divide_the_rows_add_up_over_passes():
     """Half of 25 rows is 12.5: two passes show 25. A part of less than a row shows one."""
     examples = make(29, weights=((0.5, 25), (2.5, 3), (0.1, 1)))
-    loader = Loader(examples, batch_size=4, length=LENGTH, packing=True, shuffle=True, seed=0)
+    loader = BatchLoader(examples, batch_size=4, length=LENGTH, packing=True, shuffle=True, seed=0)
     timeline, steps, counts = Timeline(loader.order), 0, collections.Counter()
     for number in range(1, 5):
         for _ in range(loader.order.plan(number - 1).steps):
@@ -88,7 +88,7 @@ def test_weights_that_do_not_divide_the_rows_add_up_over_passes():
 
 def test_weights_show_each_example_of_a_part_as_often_as_any_other():
     examples = make(60, weights=((2.0, 10), (0.25, 40), (1.0, 10)))
-    loader = Loader(examples, batch_size=3, length=LENGTH, packing=True, shuffle=True, seed=0)
+    loader = BatchLoader(examples, batch_size=3, length=LENGTH, packing=True, shuffle=True, seed=0)
     counts = collections.Counter()
     for number in range(1, 9):
         for _ in range(loader.order.plan(number - 1).steps):
@@ -104,7 +104,7 @@ def test_a_row_of_a_batch_has_room_for_what_is_in_it():
     lengths = np.random.default_rng(0).integers(1, 101, 3000)
     for open_rows in (1, 2, 16, 10**6):
         told = []
-        rows = pack(lengths, 100, open_rows, told.append)
+        rows = pack_rows(lengths, 100, open_rows, told.append)
         assert np.bincount(rows, weights=lengths).max() <= 100
         assert sum(told) == 3000
         first = [int(np.flatnonzero(rows == row)[0]) for row in range(rows.max() + 1)]

@@ -17,7 +17,7 @@ from jaxtune.chats.builtin import built_in_templates
 from jaxtune.checkpoints import huggingface
 from jaxtune.cli import main
 from jaxtune.config import resolve
-from jaxtune.runs.chat import run_chat
+from jaxtune.runs.chat import load_run_chat
 from jaxtune.training.train import data_reader, train
 
 pytestmark = pytest.mark.usefixtures("compiled_lightly")
@@ -132,7 +132,7 @@ def trained_ids(run, rows):
     """The ids that a run with these rows trains on, by row, through what reads its data."""
     location = huggingface.resolve_path(run.config.model.path)
     source = huggingface.open_source(location)
-    kept = run_chat(run.directory, run.config, source)
+    kept = load_run_chat(run.directory, run.config, source)
     path = run.path / "rows-asked.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = resolve(run.config.to_dict(), ["data.max_length=1024"])

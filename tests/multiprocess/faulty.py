@@ -12,12 +12,12 @@ import sys
 import time
 
 from jaxtune.cli import main
-from jaxtune.data.loader import Loader
+from jaxtune.data.batches import BatchLoader
 
 fault = os.environ.get("JAXTUNE_FAULT", "none")
 process = os.environ.get("JAXTUNE_PROCESS", "0")
 chosen = process == "1"
-plain = Loader.__next__
+plain = BatchLoader.__next__
 batches = 0
 
 
@@ -35,5 +35,5 @@ def faulty(self):
 
 sys.argv = [argument.replace("{process}", process) for argument in sys.argv]
 logging.getLogger("jaxtune.checkpoints.loading").setLevel(logging.DEBUG)
-Loader.__next__ = faulty
+BatchLoader.__next__ = faulty
 main()

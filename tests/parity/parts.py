@@ -11,8 +11,8 @@ from oracles import IGNORE, Example
 from jaxtune.adapters.method import Method
 from jaxtune.checkpoints.huggingface import open_source
 from jaxtune.checkpoints.load_model import Assembled, assemble
+from jaxtune.data.batches import Batch, eval_batches
 from jaxtune.data.examples import Examples
-from jaxtune.data.loader import Batch, eval_batches
 from jaxtune.parallel.mesh import single_device_mesh
 
 

@@ -6,24 +6,24 @@ import numpy as np
 import pytest
 
 import jaxtune
-from jaxtune.data.splits import eval_sets
+from jaxtune.data.splits import parse_eval_sets
 from jaxtune.errors import JaxtuneError
 from jaxtune.training.generation_eval import read_questions
 
 
 def test_sets_have_names_or_there_is_one():
-    assert eval_sets("") == {}
-    assert eval_sets("some/a.jsonl") == {"": "some/a.jsonl"}
-    assert eval_sets("law=a.jsonl, code=b=c.jsonl") == {"law": "a.jsonl", "code": "b=c.jsonl"}
+    assert parse_eval_sets("") == {}
+    assert parse_eval_sets("some/a.jsonl") == {"": "some/a.jsonl"}
+    assert parse_eval_sets("law=a.jsonl, code=b=c.jsonl") == {"law": "a.jsonl", "code": "b=c.jsonl"}
     for text in ("law=a.jsonl,b.jsonl", "law=", "law=a.jsonl,law=b.jsonl"):
         with pytest.raises(JaxtuneError, match=r"data\.eval: "):
-            eval_sets(text)
+            parse_eval_sets(text)
 
 
 def test_a_file_with_an_equals_sign_in_its_name_is_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "law=a.jsonl").touch()
-    assert eval_sets("law=a.jsonl") == {"": "law=a.jsonl"}
+    assert parse_eval_sets("law=a.jsonl") == {"": "law=a.jsonl"}
 
 
 def test_a_question_is_all_before_the_last_answer():

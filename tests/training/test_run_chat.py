@@ -9,13 +9,13 @@ from jaxtune.checkpoints.huggingface import open_source
 from jaxtune.config import resolve
 from jaxtune.data import load_examples
 from jaxtune.runs.chat import (
-    begin_chat,
     configured_chat,
-    end_tokens,
-    keep_end_tokens,
-    reading,
-    run_chat,
-    start_chat,
+    create_run_chat,
+    find_end_tokens,
+    initial_chat,
+    load_run_chat,
+    reader_options,
+    save_end_tokens,
 )
 from jaxtune.runs.directory import RunDirectory
 from jaxtune.training.train import data_reader
@@ -74,10 +74,10 @@ def test_the_tokens_that_end_what_is_learned(
     path = write(tmp_path / "rows.jsonl", rows)
     examples = load_examples(path, tokenizer=chat.tokenizer, **({"max_length": 128} | options))
     ids = chat.tokenizer.convert_tokens_to_ids(expected) if expected != "token 256" else [256]
-    assert end_tokens(examples.ends, chat) == sorted(ids)
+    assert find_end_tokens(examples.ends, chat) == sorted(ids)
     run = RunDirectory(tmp_path / "run")
     with run.start(resolve({})) as config:
-        kept = keep_end_tokens(run, begin_chat(run, config, chat), examples)
+        kept = save_end_tokens(run, create_run_chat(run, config, chat), examples)
     assert set(kept.eos_token_ids) == {chat.tokenizer.eos_token_id, *ids}
     assert ("no learned span ends in an end token" in caplog.text) == (not expected)
 
@@ -86,11 +86,11 @@ def test_a_template_is_kept_as_text(chat, tmp_path):
     run, path = RunDirectory(tmp_path / "run"), tmp_path / "mine.jinja"
     path.write_text(ENDLESS)
     with run.start(resolve({"data": {"chat_template": str(path)}})) as config:
-        first = begin_chat(run, config, chat)
+        first = create_run_chat(run, config, chat)
     assert first.tokenizer.chat_template == ENDLESS != chat.tokenizer.chat_template
     path.write_text("{{ something else }}")
     with run.start() as config:
-        again = begin_chat(run, config, chat)
+        again = create_run_chat(run, config, chat)
     assert again.tokenizer.chat_template == ENDLESS and again.clock == first.clock
 
 
@@ -98,7 +98,7 @@ def test_templates_by_name_are_kept(chat, tmp_path):
     chat = chat.with_template({"default": ENDLESS, "tool_use": TWO_ENDS})
     run = RunDirectory(tmp_path / "run")
     with run.start(resolve({})) as config:
-        kept = begin_chat(run, config, chat)
+        kept = create_run_chat(run, config, chat)
     assert kept.tokenizer.chat_template == {"default": ENDLESS, "tool_use": TWO_ENDS}
     assert {"chat_template.jinja", "additional_chat_templates/tool_use.jinja"} <= set(kept.files())
 
@@ -106,7 +106,7 @@ def test_templates_by_name_are_kept(chat, tmp_path):
 def test_a_run_that_never_began_leaves_nothing(tmp_path, chat):
     run = RunDirectory(tmp_path / "run")
     with pytest.raises(ZeroDivisionError), run.start(resolve({})) as config:
-        begin_chat(run, config, chat)
+        create_run_chat(run, config, chat)
         raise ZeroDivisionError
     assert not run.path.exists()
 
@@ -119,13 +119,13 @@ def test_an_adapter_to_start_from_brings_its_template(chat, tiny_chat, tmp_path)
         config = resolve({"adapter": start})
         run = RunDirectory(tmp_path / f"run {adapter}")
         with run.start(config):
-            begun = begin_chat(run, config, start_chat(config, source))
+            begun = create_run_chat(run, config, initial_chat(config, source))
         assert begun.tokenizer.chat_template == expected
-        assert run_chat(run, config, source).tokenizer.chat_template == expected
+        assert load_run_chat(run, config, source).tokenizer.chat_template == expected
 
 
 def test_end_tokens_without_a_tokenizer_are_those_of_the_config():
-    assert end_tokens({2: 4, 7: 1}, Chat(None, {}, (2, 3))) == [2]
+    assert find_end_tokens({2: 4, 7: 1}, Chat(None, {}, (2, 3))) == [2]
 
 
 def test_a_gguf_names_its_end_tokens(smollm2_gguf):
@@ -141,7 +141,7 @@ def test_the_arguments_of_a_template_travel_with_it(chat, tmp_path):
     chat = chat.with_template({"default": template, "tool_use": template})
     run = RunDirectory(tmp_path / "run")
     with run.start(resolve({"data": {"chat_template_kwargs": '{"style": "brief"}'}})) as config:
-        kept = begin_chat(run, config, chat)
+        kept = create_run_chat(run, config, chat)
     for name in ("default", "tool_use"):
         ask = {"chat_template": kept.tokenizer.chat_template[name], "tokenize": False}
         assert kept.tokenizer.apply_chat_template([ASKED], **ask) == "brief hi"
@@ -165,6 +165,6 @@ def test_a_template_that_is_not_of_the_model_is_told(command, tiny_chat, tmp_pat
     chat = configured_chat(config, source)
     if command == "train":
         with run.start(config):
-            chat = begin_chat(run, config, start_chat(config, source))
-    data_reader(config, source, chat.tokenizer, **reading(config, chat)).splits()
+            chat = create_run_chat(run, config, initial_chat(config, source))
+    data_reader(config, source, chat.tokenizer, **reader_options(config, chat)).splits()
     assert "writes what is not a token of this tokenizer: <｜User｜>" in caplog.text

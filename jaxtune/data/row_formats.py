@@ -7,12 +7,12 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxtune.chats.jsontext import read_json
-from jaxtune.chats.messages import Conversation, check_text, read_calls, read_conversation
+from jaxtune.chats.jsontext import parse_json_text
+from jaxtune.chats.messages import Conversation, check_text, read_conversation, read_function_calls
 from jaxtune.chats.tokens import Tokenized
-from jaxtune.data.read import Row
-from jaxtune.data.samples import Reading, Sample, sample_of
-from jaxtune.data.unsupported import description_of, judgement_in, media_in
+from jaxtune.data.rows import Row
+from jaxtune.data.samples import ReadingOptions, Sample, conversation_sample
+from jaxtune.data.unsupported import describe_metadata, find_media, find_preferences
 from jaxtune.errors import JaxtuneError, closest, lookup
 
 _ARGUMENTS = "chat_template_kwargs"
@@ -29,11 +29,11 @@ class DataFormat:
     """
 
     keys: tuple[str, ...]
-    read: Callable[[Row, Reading], Sample]
+    read: Callable[[Row, ReadingOptions], Sample]
     optional: tuple[str, ...] = ()
 
 
-def _identity(*values: Any) -> bytes:
+def _content_key(*values: Any) -> bytes:
     return json.dumps(values, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
 
 
@@ -47,13 +47,13 @@ def _conversation(messages: Any, row: Row, tools: bool = True) -> Conversation:
     )
 
 
-def _read_messages(row: Row, reading: Reading) -> Sample:
-    return sample_of(_conversation(row.values["messages"], row), reading, row.place)
+def _read_messages(row: Row, reading: ReadingOptions) -> Sample:
+    return conversation_sample(_conversation(row.values["messages"], row), reading, row.place)
 
 
-def _read_completion(row: Row, reading: Reading) -> Sample:
+def _read_completion(row: Row, reading: ReadingOptions) -> Sample:
     prompt, completion = row.values["prompt"], row.values["completion"]
-    if (asked := _turns_in(prompt)) and (answered := _turns_in(completion)):
+    if (asked := _parse_turns(prompt)) and (answered := _parse_turns(completion)):
         prompt, completion = asked, answered
     if isinstance(prompt, list) and isinstance(completion, list):
         asked = read_conversation(prompt, f"{row.place}: prompt")
@@ -67,15 +67,15 @@ def _read_completion(row: Row, reading: Reading) -> Sample:
         both = [*asked.turns, *answered.turns]
         marks = [*[False] * len(asked.turns), *answered.marks]
         joined = answered._replace(turns=both, marks=marks, extra=asked.extra | answered.extra)
-        return sample_of(joined, reading, row.place)
+        return conversation_sample(joined, reading, row.place)
     prompt = check_text(prompt, "prompt", row.place)
     completion = check_text(completion, "completion", row.place)
     if not completion.strip():
         raise JaxtuneError(f"{row.place}: empty completion, so nothing to learn")
-    reading.needed(row.place, ends=True)
-    content = _identity(prompt, completion)
+    reading.require_template(row.place, ends=True)
+    content = _content_key(prompt, completion)
     completion, turns = reading.answer(prompt, completion, row.place)
-    prompt = reading.worded(prompt, content)
+    prompt = reading.apply_wording(prompt, content)
     text = prompt + completion
     # No template renders two strings.
     unread = frozenset(key for key in ("tools", _ARGUMENTS) if row.values.get(key))
@@ -83,18 +83,18 @@ def _read_completion(row: Row, reading: Reading) -> Sample:
     return Sample(content, text, spans, ends=True, unread=unread, turns=turns)
 
 
-def _turns_in(text: Any) -> list[Any] | None:
+def _parse_turns(text: Any) -> list[Any] | None:
     """Returns the turns that JSON text says, as in a CSV cell; None for any other text."""
     if not isinstance(text, str) or not text.lstrip().startswith("[") or '"role"' not in text:
         return None
     try:
-        turns = read_json(text, "turns")
+        turns = parse_json_text(text, "turns")
     except JaxtuneError:
         return None
     return turns if all(isinstance(turn, Mapping) and "role" in turn for turn in turns) else None
 
 
-def _read_alpaca(row: Row, reading: Reading) -> Sample:
+def _read_alpaca(row: Row, reading: ReadingOptions) -> Sample:
     asked = check_text(row.values["instruction"], "instruction", row.place)
     given = row.values.get("input")
     if given is not None and check_text(given, "input", row.place).strip():
@@ -104,12 +104,12 @@ def _read_alpaca(row: Row, reading: Reading) -> Sample:
     turns.append({"role": "assistant", "content": output})
     if row.values.get("system"):
         turns.insert(0, {"role": "system", "content": row.values["system"]})
-    return sample_of(_conversation(turns, row, tools=False), reading, row.place)
+    return conversation_sample(_conversation(turns, row, tools=False), reading, row.place)
 
 
 def _history(row: Row) -> list[dict[str, Any]]:
     """Returns the turns of earlier questions and answers, which are learnt as the last is."""
-    rounds = read_json(row.values.get("history") or [], f"{row.place}: history")
+    rounds = parse_json_text(row.values.get("history") or [], f"{row.place}: history")
     turns: list[dict[str, Any]] = []
     for index, pair in enumerate(rounds if isinstance(rounds, list) else [None]):
         if not isinstance(pair, list) or len(pair) != 2:
@@ -135,8 +135,8 @@ _SPEAKERS = {
 }
 
 
-def _read_sharegpt(row: Row, reading: Reading) -> Sample:
-    said = read_json(row.values["conversations"], f"{row.place}: conversations")
+def _read_sharegpt(row: Row, reading: ReadingOptions) -> Sample:
+    said = parse_json_text(row.values["conversations"], f"{row.place}: conversations")
     turns: list[Any] = []
     if not isinstance(said, list) or not all(isinstance(turn, Mapping) for turn in said):
         raise JaxtuneError(f"{row.place}: conversations must be a list of objects")
@@ -156,20 +156,20 @@ def _read_sharegpt(row: Row, reading: Reading) -> Sample:
             )
         kept |= {"role": _SPEAKERS[speaker], "content": value}
         if speaker == "function_call":
-            kept["tool_calls"] = read_calls(value, f"{row.place}: {name}.value")
+            kept["tool_calls"] = read_function_calls(value, f"{row.place}: {name}.value")
             del kept["content"]
         turns.append(kept)
     if row.values.get("system"):
         turns.insert(0, {"role": "system", "content": row.values["system"]})
-    return sample_of(_conversation(turns, row), reading, row.place)
+    return conversation_sample(_conversation(turns, row), reading, row.place)
 
 
-def _read_text(row: Row, reading: Reading) -> Sample:
+def _read_text(row: Row, reading: ReadingOptions) -> Sample:
     text = check_text(row.values["text"], "text", row.place)
     if not text.strip():
         raise JaxtuneError(f"{row.place}: empty text, so nothing to learn")
-    reading.needed(row.place, ends=True)
-    return Sample(_identity(text), text, [(0, len(text))], ends=True)
+    reading.require_template(row.place, ends=True)
+    return Sample(_content_key(text), text, [(0, len(text))], ends=True)
 
 
 def _integers(value: Any, name: str, place: str) -> list[int]:
@@ -178,7 +178,7 @@ def _integers(value: Any, name: str, place: str) -> list[int]:
     return value
 
 
-def _read_tokenized(row: Row, reading: Reading) -> Sample:
+def _read_tokenized(row: Row, reading: ReadingOptions) -> Sample:
     tokens = _integers(row.values["input_ids"], "input_ids", row.place)
     labels = _integers(row.values["labels"], "labels", row.place)
     if len(tokens) != len(labels):
@@ -190,7 +190,7 @@ def _read_tokenized(row: Row, reading: Reading) -> Sample:
         raise JaxtuneError(
             f"{row.place}: attention_mask must be 1 everywhere: leave padding out of the rows"
         )
-    return Sample(_identity(tokens), tokens=Tokenized(tokens, labels))
+    return Sample(_content_key(tokens), tokens=Tokenized(tokens, labels))
 
 
 FORMATS: dict[str, DataFormat] = {
@@ -207,7 +207,7 @@ FORMATS: dict[str, DataFormat] = {
 }
 
 
-def detect(row: Row, chosen: str = "") -> str:
+def detect_format(row: Row, chosen: str = "") -> str:
     """Returns the name in `FORMATS` of the one form whose keys the row has.
 
     Args:
@@ -219,7 +219,7 @@ def detect(row: Row, chosen: str = "") -> str:
     """
     # A table of `datasets` gives every row every key, with None where the row had none.
     found = [key for key, value in row.values.items() if value is not None]
-    if media := media_in(row.values):
+    if media := find_media(row.values):
         raise JaxtuneError(
             f"{row.place}: has {media}, and only text can be trained on: take the key out if the "
             "text stands by itself"
@@ -233,7 +233,7 @@ def detect(row: Row, chosen: str = "") -> str:
             )
         return chosen
     fitting = [name for name, form in FORMATS.items() if set(form.keys) <= set(found)]
-    if judgement := judgement_in(row.values):
+    if judgement := find_preferences(row.values):
         ways = f"keep the good answers, in one of the forms {', '.join(FORMATS)}"
         if fitting:
             keys = " and ".join(FORMATS[fitting[0]].keys)
@@ -248,7 +248,7 @@ def detect(row: Row, chosen: str = "") -> str:
             f"{row.place}: the keys {keys} fit more than one form of: {forms}; "
             f"set data.format to {' or '.join(fitting)}"
         )
-    if what := description_of(row.values):
+    if what := describe_metadata(row.values):
         raise JaxtuneError(f"{row.place}: not a row of data but {what}")
     known = [key for form in FORMATS.values() for key in form.keys]
     hints = [hint for key in found if key not in known and (hint := closest(key, known))]

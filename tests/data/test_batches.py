@@ -9,7 +9,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxtune.data import IGNORE, Examples, Loader, eval_batches
+from jaxtune.data import IGNORE, BatchLoader, Examples, eval_batches
 from jaxtune.errors import JaxtuneError
 
 LENGTH = 24
@@ -26,7 +26,7 @@ def make(count, *, seed=0, longest=LENGTH):
 
 def loader(examples, **settings):
     defaults = {"batch_size": 3, "length": LENGTH, "packing": True, "shuffle": True, "seed": 0}
-    return Loader(examples, **(defaults | settings))
+    return BatchLoader(examples, **(defaults | settings))
 
 
 def take(batches, count):

@@ -13,8 +13,8 @@ import pytest
 from jaxtune.chats.template import ChatTemplate, read_template
 from jaxtune.chats.tokens import tokenize
 from jaxtune.data import IGNORE, load_examples
-from jaxtune.data.encode import Encoder, Problem, Settings
-from jaxtune.data.files import Record
+from jaxtune.data.encode import DataSettings, Encoder, Problem
+from jaxtune.data.file_formats import Record
 from jaxtune.errors import JaxtuneError
 
 
@@ -277,7 +277,7 @@ def test_problems_are_collected_where_somebody_asks_for_them(deepseek, jsonl):
 
 
 def test_a_line_without_end_does_not_fill_the_memory(deepseek, tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxtune.data.files.MAX_LINE", 1 << 20)
+    monkeypatch.setattr("jaxtune.data.file_formats.MAX_LINE", 1 << 20)
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"text": "' + b"a" * (5 << 20) + b'"}\n{"text": "b"}\n')
     with pytest.raises(JaxtuneError, match=r"x\.jsonl:1: a line of over 1 MiB"):
@@ -463,11 +463,13 @@ def test_spoilt_rows_are_refused_and_nothing_crashes(deepseek, tmp_path, reasoni
     draw, path, refused = random.Random(0), tmp_path / "x.jsonl", 0
     (tmp_path / "wordings.txt").write_text("Say: {prompt}\n")
     settings = {"reasoning": reasoning, "prompt_templates": str(tmp_path / "wordings.txt")}
-    encoder = Encoder(Settings(max_length=512, chat_template="deepseek-v3", **settings), deepseek)
+    encoder = Encoder(
+        DataSettings(max_length=512, chat_template="deepseek-v3", **settings), deepseek
+    )
     for _ in range(1500):
         row = spoil(draw.choice(SPECIMENS), draw)
         record = Record(f"{path}:", 1, json.dumps(row).encode())
-        chunk = encoder([record], encoder.form_of(record), record.place)
+        chunk = encoder([record], encoder.detect_format(record), record.place)
         assert len(chunk.lengths) + len(chunk.problems) == 1
         refused += len(chunk.problems)
         assert all("\n" not in problem.message for problem in chunk.problems)

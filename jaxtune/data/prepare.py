@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxtune.chats.clock import printed
-from jaxtune.data.encode import Chunk, Encoder, Problem, Settings
-from jaxtune.data.examples import META, Examples, Writer, open_examples
-from jaxtune.data.files import Record
+from jaxtune.chats.clock import printed_values
+from jaxtune.data.encode import Chunk, DataSettings, Encoder, Problem
+from jaxtune.data.examples import META, Examples, ExamplesWriter, open_examples
+from jaxtune.data.file_formats import Record
 from jaxtune.data.sources import Source, find_sources
 from jaxtune.errors import JaxtuneError
 from jaxtune.progress import track
@@ -49,7 +49,7 @@ def load_examples(
     keep: bool = False,
     workers: int = 1,
     problems: list[Problem] | None = None,
-    settings: Settings | None = None,
+    settings: DataSettings | None = None,
     **changes: Any,
 ) -> Examples:
     """Reads, renders and tokenizes a whole data set.
@@ -65,13 +65,13 @@ def load_examples(
       workers: processes that tokenize; 1: this one.
       problems: takes the rows that give no example, none of which is an error then.
       settings: what the tokens depend on; by default what `changes` make.
-      changes: fields of `Settings`.
+      changes: fields of `DataSettings`.
 
     Raises:
       JaxtuneError: a row that cannot be read or rendered, has nothing to learn, is too long or
         holds ids outside the vocabulary; the message names the row. Or there is nothing left.
     """
-    settings = dataclasses.replace(settings, **changes) if settings else Settings(**changes)
+    settings = dataclasses.replace(settings, **changes) if settings else DataSettings(**changes)
     sources = find_sources(source, revision=revision)
     encoder = Encoder(settings, tokenizer)
     weights = [entry.weight for entry in sources]
@@ -84,7 +84,7 @@ def load_examples(
             return open_examples(place, weights)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise JaxtuneError(f"{place}: damaged, remove it: {error}") from error
-    build = _Build(str(source), sources, encoder, progress, problems)
+    build = _DatasetBuilder(str(source), sources, encoder, progress, problems)
     if place is None or not keep:
         # Mapped files outlive their names.
         with tempfile.TemporaryDirectory(prefix="jaxtune-") as temporary:
@@ -109,7 +109,7 @@ def default_cache() -> Path:
 
 
 def cache_key(
-    sources: Sequence[Source], settings: Settings, tokenizer: PreTrainedTokenizerBase | None
+    sources: Sequence[Source], settings: DataSettings, tokenizer: PreTrainedTokenizerBase | None
 ) -> str:
     """Returns a hash of all that the tokens and targets of a data set depend on."""
     reading = settings.reading(tokenizer)
@@ -129,13 +129,13 @@ def cache_key(
             "special": tokenizer.special_tokens_map,
             "template": template,
             # Not the clock itself, or what was prepared would serve one second.
-            "clock": printed(str(template), clock) if (clock := settings.clock) else {},
+            "clock": printed_values(str(template), clock) if (clock := settings.clock) else {},
         }
     text = json.dumps(described, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-class _Build:
+class _DatasetBuilder:
     """Makes one data set."""
 
     def __init__(
@@ -158,10 +158,12 @@ class _Build:
 
     def run(self, directory: Path, workers: int) -> None:
         """Writes the examples of all sources into a directory."""
-        writer, parts, read = Writer(directory), [], 0
-        with _encoding(self._encoder, workers) as encode:
+        writer, parts, read = ExamplesWriter(directory), [], 0
+        with _encoder_pool(self._encoder, workers) as encode:
             for source in self._sources:
-                chunks, found = _chunks(self._shown(source.records(), source.name), self._encoder)
+                chunks, found = _split_into_chunks(
+                    self._with_progress(source.records(), source.name), self._encoder
+                )
                 count = 0
                 for chunk in encode(chunks):
                     count += self._add(chunk, writer, read)
@@ -171,7 +173,7 @@ class _Build:
                 if count:
                     logger.info("%s: rows of %s", source.name, form)
         if not sum(count for _, _, count in parts):
-            self._refuse_nothing()
+            self._raise_empty()
         tokenizer = self._encoder.tokenizer
         special = [] if tokenizer is None else sorted(tokenizer.added_tokens_decoder)
         writer.finish(
@@ -193,10 +195,10 @@ class _Build:
             }
         )
 
-    def _add(self, chunk: Chunk, writer: Writer, read: int) -> int:
+    def _add(self, chunk: Chunk, writer: ExamplesWriter, read: int) -> int:
         """Writes the examples of a chunk that follows `read` rows; returns how many there are."""
         for problem in chunk.problems:
-            self._meet(problem)
+            self._handle_problem(problem)
         self._counts.update(chunk.counts)
         self._counts["merged"] += len(chunk.merged)
         self._merged_place = self._merged_place or next(iter(chunk.merged), "")
@@ -215,7 +217,7 @@ class _Build:
         )
         return len(chunk.lengths)
 
-    def _meet(self, problem: Problem) -> None:
+    def _handle_problem(self, problem: Problem) -> None:
         settings = self._encoder.settings
         self._rejected[problem.reason] += 1
         if self._problems is not None:
@@ -230,7 +232,7 @@ class _Build:
             )
         logger.warning("skipped: %s", problem.message)
 
-    def _refuse_nothing(self) -> None:
+    def _raise_empty(self) -> None:
         settings, dropped, rejected = self._encoder.settings, self._counts["drop"], self._rejected
         why = ""
         if dropped:
@@ -240,7 +242,7 @@ class _Build:
             why = f": all {rejected.total()} rows are bad, such as: {next(iter(rejected))}"
         raise JaxtuneError(f"{self._name}: no examples{why}")
 
-    def _shown(self, records: Iterator[Record], name: str) -> Iterator[Record]:
+    def _with_progress(self, records: Iterator[Record], name: str) -> Iterator[Record]:
         """Passes rows on; counts them on a terminal once that takes long."""
         with track(None, f"reading {name}", self._progress) as advance:
             for record in records:
@@ -248,7 +250,9 @@ class _Build:
                 yield record
 
 
-def _chunks(records: Iterator[Record], encoder: Encoder) -> tuple[_Chunks, list[tuple[str, str]]]:
+def _split_into_chunks(
+    records: Iterator[Record], encoder: Encoder
+) -> tuple[_Chunks, list[tuple[str, str]]]:
     """Cuts rows into chunks of bounded size, each with the form of the source and a row of it.
 
     Returns:
@@ -263,7 +267,7 @@ def _chunks(records: Iterator[Record], encoder: Encoder) -> tuple[_Chunks, list[
         rows: list[Record] = []
         size = 0
         for record in records:
-            if not found and (form := encoder.form_of(record)):
+            if not found and (form := encoder.detect_format(record)):
                 found.append((form, record.place))
             rows.append(record)
             size += len(record.content) if isinstance(record.content, bytes) else 4096
@@ -292,7 +296,7 @@ def _encode_in_worker(*arguments: Any) -> Chunk:
 
 
 @contextlib.contextmanager
-def _encoding(encoder: Encoder, workers: int) -> Iterator[Callable[[_Chunks], Iterator[Chunk]]]:
+def _encoder_pool(encoder: Encoder, workers: int) -> Iterator[Callable[[_Chunks], Iterator[Chunk]]]:
     """Gives what tokenizes chunks in order, in this process or in several."""
     pool: concurrent.futures.Executor
     work: Callable[..., Chunk]

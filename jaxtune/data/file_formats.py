@@ -45,7 +45,7 @@ class Record(NamedTuple):
         return f"{self.file}{self.number}"
 
 
-def kind_of(path: Path) -> str:
+def file_format(path: Path) -> str:
     """Returns the key in `FILE_FORMATS` of a file's name, or an empty string."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in _COMPRESSION:
@@ -59,7 +59,7 @@ def read_file(path: Path) -> Iterator[Record]:
     Raises:
       JaxtuneError: a file that cannot be read as what its name says; the message names it.
     """
-    return FILE_FORMATS.get(kind_of(path), _unknown)(path)
+    return FILE_FORMATS.get(file_format(path), _json_lines_of_unknown)(path)
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -71,7 +71,9 @@ def _open(path: Path) -> IO[bytes]:
     return io.BufferedReader(pyarrow.input_stream(str(path), compression=compression), 2**20)
 
 
-def _reading(read: Callable[[Path], Iterator[Record]]) -> Callable[[Path], Iterator[Record]]:
+def _name_file_in_errors(
+    read: Callable[[Path], Iterator[Record]],
+) -> Callable[[Path], Iterator[Record]]:
     """Names the file in the errors of the operating system and of the libraries."""
 
     @functools.wraps(read)
@@ -102,14 +104,14 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes | JaxtuneError]]:
                 yield number, line.removesuffix(b"\n").removesuffix(b"\r")
 
 
-@_reading
+@_name_file_in_errors
 def _json_lines(path: Path) -> Iterator[Record]:
     for number, line in _lines(path):
         yield Record(f"{path}:", number, line if isinstance(line, JaxtuneError) else line.rstrip())
 
 
-@_reading
-def _unknown(path: Path) -> Iterator[Record]:
+@_name_file_in_errors
+def _json_lines_of_unknown(path: Path) -> Iterator[Record]:
     """Reads lines of JSON from a file whose name does not say what it holds."""
     for index, record in enumerate(_json_lines(path)):
         content = record.content
@@ -122,8 +124,8 @@ def _unknown(path: Path) -> Iterator[Record]:
         yield record
 
 
-@_reading
-def _text(path: Path) -> Iterator[Record]:
+@_name_file_in_errors
+def _text_lines(path: Path) -> Iterator[Record]:
     """Reads each line as a text, as `datasets` does; blank ones are left out."""
     place = f"{path}:"
     for index, (number, line) in enumerate(_lines(path)):
@@ -137,7 +139,7 @@ def _text(path: Path) -> Iterator[Record]:
                 text = decode(line, f"{place}{number}")
                 if not text.strip():  # such as an ideographic space
                     continue
-                content = _checked({"text": text}, f"{place}{number}")
+                content = _check_fields({"text": text}, f"{place}{number}")
             except JaxtuneError as error:
                 content = error
         yield Record(place, number, content)
@@ -150,8 +152,8 @@ def _is_object(text: bytes) -> bool:
         return False
 
 
-@_reading
-def _json(path: Path) -> Iterator[Record]:
+@_name_file_in_errors
+def _json_file(path: Path) -> Iterator[Record]:
     """Reads an array of objects or a single object, held whole, or lines of objects."""
     with _open(path) as file:
         start = file.read(4096).lstrip(_BOM + b" \t\r\n")[:1]
@@ -179,7 +181,7 @@ def _spans_lines(path: Path) -> bool:
         return _is_object(file.read())
 
 
-def _separated(path: Path, delimiter: str) -> Iterator[Record]:
+def _delimited(path: Path, delimiter: str) -> Iterator[Record]:
     """Reads a table of text whose first line names the columns."""
     csv.field_size_limit(MAX_LINE)
     place = f"{path}:"
@@ -192,7 +194,7 @@ def _separated(path: Path, delimiter: str) -> Iterator[Record]:
             if len(columns) == 1 and (others := set(",;\t|") - {delimiter}) & set(columns[0]):
                 found = next(other for other in columns[0] if other in others)
                 raise JaxtuneError(
-                    f"{path}: a single column, {_quoted(columns[0])}: its "
+                    f"{path}: a single column, {_quote(columns[0])}: its "
                     f"fields are separated by {found!r}, not by {delimiter!r}"
                 )
             for values in rows:
@@ -206,23 +208,25 @@ def _separated(path: Path, delimiter: str) -> Iterator[Record]:
                         f"{place}{number}: {few} fields than the {len(columns)} named"
                     )
                 else:
-                    content = _checked(dict(zip(columns, values, strict=True)), f"{place}{number}")
+                    content = _check_fields(
+                        dict(zip(columns, values, strict=True)), f"{place}{number}"
+                    )
                 yield Record(place, number, content)
         except csv.Error as error:
             raise JaxtuneError(f"{place}{rows.line_num}: {error}") from error
 
 
-@_reading
+@_name_file_in_errors
 def _csv(path: Path) -> Iterator[Record]:
-    return _separated(path, ",")
+    return _delimited(path, ",")
 
 
-@_reading
+@_name_file_in_errors
 def _tsv(path: Path) -> Iterator[Record]:
-    return _separated(path, "\t")
+    return _delimited(path, "\t")
 
 
-@_reading
+@_name_file_in_errors
 def _parquet(path: Path) -> Iterator[Record]:
     import pyarrow.parquet
 
@@ -232,30 +236,30 @@ def _parquet(path: Path) -> Iterator[Record]:
         _check_columns(table.schema_arrow.names, str(path))
         number = 0
         for batch in table.iter_batches(batch_size=256):
-            for read in _rows_of(batch):
+            for read in _row_readers(batch):
                 yield table_record(f"{path} row ", number, read)
                 number += 1
 
 
-def _rows_of(batch: Any) -> list[Callable[[], dict[str, Any]]]:
+def _row_readers(batch: Any) -> list[Callable[[], dict[str, Any]]]:
     """Returns what gives each row of a record batch, together where all of them can be read."""
     try:
         return [functools.partial(dict, row) for row in batch.to_pylist()]
     except ValueError:
-        return [functools.partial(_row_of, batch, index) for index in range(batch.num_rows)]
+        return [functools.partial(_read_row, batch, index) for index in range(batch.num_rows)]
 
 
-def _row_of(batch: Any, index: int) -> dict[str, Any]:
+def _read_row(batch: Any, index: int) -> dict[str, Any]:
     return batch.slice(index, 1).to_pylist()[0]
 
 
 FILE_FORMATS: dict[str, Callable[[Path], Iterator[Record]]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
-    ".json": _json,
+    ".json": _json_file,
     ".csv": _csv,
     ".tsv": _tsv,
-    ".txt": _text,
+    ".txt": _text_lines,
     ".parquet": _parquet,
 }
 
@@ -301,10 +305,10 @@ def _check_columns(names: Sequence[str], place: str) -> None:
         if not _is_text(name):
             raise JaxtuneError(f"{place}: the names of its columns are not UTF-8 text")
         if name and name in names[:index]:
-            raise JaxtuneError(f"{place}: the column {_quoted(name)} is there twice")
+            raise JaxtuneError(f"{place}: the column {_quote(name)} is there twice")
 
 
-def _quoted(name: str) -> str:
+def _quote(name: str) -> str:
     """Returns a name as one line, in double quotes."""
     return json.dumps(name, ensure_ascii=False)
 
@@ -314,7 +318,7 @@ def _is_text(value: str) -> bool:
     return "\0" not in value and _fits_utf8(value)
 
 
-def _checked(values: dict[str, str], place: str) -> dict[str, Any] | JaxtuneError:
+def _check_fields(values: dict[str, str], place: str) -> dict[str, Any] | JaxtuneError:
     """Returns the fields of a row of text, or what is wrong with one of them."""
     for name, value in values.items():
         if "\0" in value:

@@ -21,7 +21,7 @@ Batch = dict[str, np.ndarray]
 ORDER_VERSION = 2
 
 
-class _Masking:
+class _TokenNoise:
     """Replaces tokens by others, drawn as often as they occur in the data: the noise of Xie et al.
     2017, Data Noising as Smoothing in Neural Network Language Models. Targets stay."""
 
@@ -44,7 +44,12 @@ class _Masking:
 
 
 def _batch(
-    examples: Examples, plan: Pass, step: int, length: int, reserved: int, masking: _Masking | None
+    examples: Examples,
+    plan: Pass,
+    step: int,
+    length: int,
+    reserved: int,
+    masking: _TokenNoise | None,
 ) -> Batch:
     """Makes batch `step` of a pass; rows of T = `length` that the pass does not fill are empty."""
     shape = (plan.batch_size, length)
@@ -71,7 +76,7 @@ def _batch(
     }
 
 
-class Loader:
+class BatchLoader:
     """An endless iterator of batches: one pass over the data after the other.
 
     A batch is ``tokens``, ``targets``, ``segment_ids`` (0 is padding, examples count from 1 in each
@@ -122,7 +127,7 @@ class Loader:
             reserved=reserved,
         )
         self._examples, self._reserved, self._length = examples, reserved, length + reserved
-        self._masking = _Masking(examples, mask_tokens, seed) if mask_tokens else None
+        self._masking = _TokenNoise(examples, mask_tokens, seed) if mask_tokens else None
         self._made_from = {
             "data": examples.fingerprint(),
             "batch_size": batch_size,
@@ -137,7 +142,7 @@ class Loader:
         self._made_from |= {"weights": weights} if any(w != 1 for w in weights) else {}
         self._pass = self._step = 0  # of the next batch
 
-    def __iter__(self) -> Loader:
+    def __iter__(self) -> BatchLoader:
         return self
 
     def __next__(self) -> Batch:
@@ -195,14 +200,14 @@ class Loader:
                 "adapter.init_from=RUN/adapter/last)"
             )
         number, step = state.get("pass"), state.get("step")
-        if not (_counts(number) and _counts(step) and step < self.order.plan(number).steps):
+        if not (_is_count(number) and _is_count(step) and step < self.order.plan(number).steps):
             raise JaxtuneError(
                 f"the saved position in the data is damaged: pass {number!r}, step {step!r}"
             )
         self._pass, self._step = number, step
 
 
-def _counts(value: Any) -> TypeGuard[int]:
+def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
@@ -223,7 +228,7 @@ def eval_batches(
       reserved: tokens at the head of each example that a method fills; T is `length` and these.
 
     Returns:
-      An iterator of batches as `Loader` gives them, int32[B, T].
+      An iterator of batches as `BatchLoader` gives them, int32[B, T].
 
     Raises:
       JaxtuneError: no examples, or one that is longer than a row.

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxtune.data.files import Record
+from jaxtune.data.file_formats import Record
 from jaxtune.data.sources import find_sources
 from jaxtune.errors import JaxtuneError
 from jaxtune.strict_json import parse_json
@@ -32,10 +32,10 @@ def read_rows(source: str | Path, *, revision: str | None = None) -> Iterator[Ro
       JaxtuneError: nothing there, or a line that is no JSON object; the message names the line.
     """
     sources = find_sources(source, revision=revision)
-    return (parse(record) for source in sources for record in source.records())
+    return (parse_row(record) for source in sources for record in source.records())
 
 
-def parse(record: Record) -> Row:
+def parse_row(record: Record) -> Row:
     """Returns the row that a record holds.
 
     Raises:
