@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxtune.chats.clock import printed_values
-from jaxtune.data.encode import Chunk, DataSettings, Encoder, Problem
+from jaxtune.data.encode import Chunk, Encoder, Problem
 from jaxtune.data.examples import META, Examples, ExamplesWriter, open_examples
 from jaxtune.data.file_formats import Record
+from jaxtune.data.settings import DataSettings
 from jaxtune.data.sources import Source, find_sources
 from jaxtune.errors import JaxtuneError
 from jaxtune.progress import track

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from jaxtune.chats.clock import now
-from jaxtune.data.encode import Problem, data_settings
+from jaxtune.data.encode import Problem
 from jaxtune.data.examples import Examples, join
 from jaxtune.data.prepare import default_cache, load_examples
+from jaxtune.data.settings import data_settings
 from jaxtune.data.sources import path_exists
 from jaxtune.errors import JaxtuneError
 

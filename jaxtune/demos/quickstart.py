@@ -13,7 +13,7 @@ from rich.table import Table
 
 from jaxtune.api import train
 from jaxtune.api.evaluate_run import evaluate
-from jaxtune.runs.checkpoints import write_atomically
+from jaxtune.atomic_files import write_atomically
 from jaxtune.runs.directory import RunDirectory
 
 SAMPLES = 5

@@ -12,10 +12,9 @@ from typing import Any
 
 from jaxtune import config as config_module
 from jaxtune.adapters.esft.expert_scores import ExpertScores, read_scores
-from jaxtune.atomic_files import new_directory, recover
+from jaxtune.atomic_files import new_directory, recover, report_full_disk, write_atomically
 from jaxtune.errors import JaxtuneError
 from jaxtune.parallel.processes import barrier, leads
-from jaxtune.runs.checkpoints import report_full_disk, write_atomically
 from jaxtune.runs.metrics import EVALUATIONS, METRICS
 
 LOCK = "lock"

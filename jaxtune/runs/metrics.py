@@ -12,9 +12,9 @@ from typing import Any, TextIO
 
 from tensorboardX import SummaryWriter
 
+from jaxtune.atomic_files import write_atomically
 from jaxtune.errors import JaxtuneError
 from jaxtune.parallel.processes import leads
-from jaxtune.runs.checkpoints import write_atomically
 
 METRICS, EVALUATIONS, TENSORBOARD = "metrics.jsonl", "evaluations.jsonl", "tensorboard"
 SAMPLES = "samples.jsonl"

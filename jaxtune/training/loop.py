@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 import jax
 
-from jaxtune.runs.checkpoints import Checkpoints, report_full_disk
+from jaxtune.atomic_files import report_full_disk
+from jaxtune.runs.checkpoints import Checkpoints
 from jaxtune.runs.directory import RunDirectory
 from jaxtune.runs.metrics import MetricLog
 from jaxtune.training.callbacks import Milestones

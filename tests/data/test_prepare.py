@@ -13,8 +13,9 @@ import pytest
 from jaxtune.chats.template import ChatTemplate, read_template
 from jaxtune.chats.tokens import tokenize
 from jaxtune.data import IGNORE, load_examples
-from jaxtune.data.encode import DataSettings, Encoder, Problem
+from jaxtune.data.encode import Encoder, Problem
 from jaxtune.data.file_formats import Record
+from jaxtune.data.settings import DataSettings
 from jaxtune.errors import JaxtuneError
 
 
