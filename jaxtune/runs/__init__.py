@@ -1,0 +1,1 @@
+"""The directory of a training run: config, checkpoints, metrics and chat settings."""
