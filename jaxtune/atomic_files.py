@@ -77,7 +77,7 @@ def new_directory(directory: str | Path, *, replace: bool = False) -> Iterator[P
         recover(final)
         taken = final.exists() and (not final.is_dir() or any(final.iterdir()))
         if taken and not replace:
-            raise JaxtuneError(f"{final}: exists already; remove it or choose another place")
+            raise JaxtuneError(f"{final}: already exists; remove it or choose another path")
         final.parent.mkdir(parents=True, exist_ok=True)
         scratch = _scratch(final, replace)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The command line: arguments only; the work is done elsewhere."""
+"""The command line: parses arguments, sets up the process and runs a command."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ USER_ERROR, INTERRUPTED = 65, 130
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports mistakes as every other part of jaxtune does."""
+    """Raises `JaxtuneError` for wrong arguments, where argparse would exit."""
 
     def error(self, message: str) -> NoReturn:
         raise JaxtuneError(f"{self.prog}: {message}")
 
 
 def _parser() -> tuple[_Parser, dict[str, _Parser]]:
-    """Returns the parser, and those of its commands by name."""
+    """Returns the parser and the parsers of its commands by name."""
     parser = _Parser("jaxtune", description="Fine-tune DeepSeek models.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"jaxtune {version('jaxtune')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -48,19 +48,22 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     for name in argv[:1]:
         if not name.startswith("-") and name not in parsers:
             known = ", ".join(parsers)
-            raise JaxtuneError(f'"{name}" is no command{closest(name, parsers)} (known: {known})')
+            raise JaxtuneError(f'unknown command "{name}"{closest(name, parsers)} (known: {known})')
     rest, overrides = _split_overrides(argv)
     if rest and rest[0] in parsers:
         _check_flags(parsers[rest[0]], rest[1:])
     arguments = parser.parse_args(rest)
     if overrides and "config" not in arguments:
-        raise JaxtuneError(f"jaxtune {arguments.command}: takes no {OVERRIDE}{overrides[0]}")
+        raise JaxtuneError(
+            f"jaxtune {arguments.command}: unexpected {OVERRIDE}{overrides[0]}: "
+            "this command does not take a config"
+        )
     arguments.overrides = overrides
     return arguments
 
 
 def _check_flags(command: _Parser, arguments: Sequence[str]) -> None:
-    """Refuses unknown flags first, or a misspelt one would be reported as a missing one."""
+    """Raises for unknown flags before argparse reports a misspelt one as missing."""
     known = re.findall(r"--[\w-]+", command.format_help())
     for argument in arguments:
         flag = argument.partition("=")[0]
@@ -69,7 +72,7 @@ def _check_flags(command: _Parser, arguments: Sequence[str]) -> None:
 
 
 def _split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Takes ``--config.key=value`` and ``--config.key value`` out of the arguments."""
+    """Separates ``--config.key=value`` and ``--config.key value`` from the other arguments."""
     rest, overrides = [], []
     pending = list(argv)
     while pending:
@@ -85,7 +88,7 @@ def _split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 class _Stderr(logging.StreamHandler):
-    """Writes to whatever sys.stderr is at the time: a progress bar puts its own in place."""
+    """Writes to the current sys.stderr, which a progress bar replaces while it is shown."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.setStream(sys.stderr)
@@ -93,7 +96,7 @@ class _Stderr(logging.StreamHandler):
 
 
 class _Formatter(logging.Formatter):
-    """Shows the level of what is more than information."""
+    """Prefixes warnings and errors with their level."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
@@ -101,26 +104,26 @@ class _Formatter(logging.Formatter):
 
 
 def set_up_process() -> None:
-    """Sets up logging and the compilation cache, as every command of jaxtune needs them."""
+    """Sets up logging and the persistent compilation cache."""
     handler = _Stderr()
     handler.setFormatter(_Formatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("jaxtune").setLevel(logging.INFO)
-    # transformers is used for its tokenizers, and would warn that its models need torch.
+    # Only the tokenizers of transformers are used; it would warn that its models need torch.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # Read by jax when it is imported. The second run of a config then starts at once.
+    # jax reads this when it is imported. A second run of a config then starts without compiling.
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxtune" / "xla"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
 
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Ends the process with one line and an exit code where the user can mend what went wrong.
+    """Turns errors that a user can fix into one line on standard error and an exit code.
 
     Raises:
-      SystemExit: with 65 after a user's mistake, a full device or a file that cannot be used; with
-        75 where the same command goes on; with 130 after an interruption. Anything else is a bug,
-        and passes as it is.
+      SystemExit: with code 65 for a wrong input, a full device or an unusable file; 75 if running
+        the same command again resumes the run; 130 after an interruption. Other exceptions are bugs
+        and propagate unchanged.
     """
     try:
         yield
@@ -138,12 +141,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command.
 
     Args:
-      argv: the arguments; those of the process by default.
+      argv: command-line arguments; by default those of the process.
     """
     with one_line_errors():
         arguments = _parse(sys.argv[1:] if argv is None else argv)
         set_up_process()
-        # Called from Python, a command shares its process with whatever else is going on there.
+        # When called from Python, the command shares the process with other code.
         arguments.owns_process = argv is None
         arguments.run(arguments)
 

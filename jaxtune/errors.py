@@ -1,4 +1,4 @@
-"""The one error type that users see, and the helpers that make its messages useful."""
+"""The error type for mistakes of the user, and helpers for its messages."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ _Value = TypeVar("_Value")
 
 
 class JaxtuneError(ValueError):
-    """A mistake that the user can mend: the message is one line naming the thing and the place.
+    """An error that the user can fix; its message is one line with the subject and its location.
 
-    The command line prints the message alone and exits with `exit_code`.
+    The command line prints only the message and exits with `exit_code`.
     """
 
-    exit_code = 65  # do not try again: the same would happen
+    exit_code = 65  # running the command again would fail in the same way
 
 
 class Retry(JaxtuneError):
-    """What the same command, run again, goes on from: a machine that was lost, or got stuck."""
+    """A lost or stuck machine; running the same command again resumes the run."""
 
     exit_code = 75
 
 
 def closest(name: str, choices: Iterable[str]) -> str:
-    """Returns ``'; did you mean "x"?'`` for the choice nearest to `name`, or an empty string."""
+    """Returns ``'; did you mean "x"?'`` for the closest choice, or an empty string."""
     match = difflib.get_close_matches(name, [str(c) for c in choices], n=1, cutoff=0.5)
     return f'; did you mean "{match[0]}"?' if match else ""
 
@@ -34,28 +34,28 @@ def lookup(registry: Mapping[str, _Value], name: str, key: str) -> _Value:
     """Returns `registry[name]`.
 
     Args:
-      registry: what exists, by name.
-      name: what was asked for.
-      key: the config key or place that asked, for the message.
+      registry: registered values by name.
+      name: name to look up.
+      key: config key or argument that holds `name`, for the message.
 
     Raises:
-      JaxtuneError: `name` is not registered; the message lists what is.
+      JaxtuneError: `name` is not registered; the message lists the registered names.
     """
     if name not in registry:
-        known = ", ".join(sorted(registry)) or "none yet"
+        known = ", ".join(sorted(registry)) or "none"
         raise JaxtuneError(f'{key}="{name}" is unknown{closest(name, registry)} (known: {known})')
     return registry[name]
 
 
 def user_message(error: Exception) -> str | None:
-    """Returns a line for the user, or None where only a developer can help."""
+    """Returns the message of an error that a user can fix; None for a bug."""
     if isinstance(error, JaxtuneError):
         return str(error)
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return (
-            "out of memory: a larger training.accumulation, a smaller data.max_length or "
-            f"training.remat=full needs less; {str(error)[:200]}"
+            "out of memory: try a larger training.accumulation, a smaller data.max_length or "
+            f"training.remat=full; {str(error)[:200]}"
         )
     return None

@@ -1,4 +1,4 @@
-"""JSON as its standard has it: what Python's reader lets pass is refused."""
+"""Strict JSON: rejects NaN, duplicate keys and deep nesting, which Python's reader accepts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxtune.errors import JaxtuneError
 
-# Far below Python's own limit, which what renders and hashes a row would meet at other depths.
+# Far below Python's recursion limit, which rendering and hashing would reach at other depths.
 MAX_DEPTH = 100
 
 
@@ -21,15 +21,15 @@ def decode(text: bytes, place: str, unit: str = "line") -> str:
 
 
 def parse_json(text: bytes, place: str, unit: str = "line") -> Any:
-    """Returns what JSON in UTF-8 says.
+    """Parses JSON in UTF-8.
 
     Args:
-      text: the whole of it.
-      place: what to call it in an error.
-      unit: what it is there, a line or a file.
+      text: the complete document.
+      place: location of the document, for errors.
+      unit: kind of document, for errors: a line or a file.
 
     Raises:
-      JaxtuneError: it is no JSON, names a key twice, or is nested too deep.
+      JaxtuneError: the text is not JSON, has a duplicate key or is nested too deeply.
     """
     try:
         value = json.loads(
@@ -42,13 +42,13 @@ def parse_json(text: bytes, place: str, unit: str = "line") -> Any:
         raise
     except json.JSONDecodeError as error:
         where = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}"
-        raise JaxtuneError(f"{place}: broken JSON: {error.msg} at {where}") from error
+        raise JaxtuneError(f"{place}: invalid JSON: {error.msg} at {where}") from error
     except RecursionError as error:
-        raise JaxtuneError(f"{place}: JSON is nested too deep") from error
+        raise JaxtuneError(f"{place}: JSON is nested too deeply") from error
     except ValueError as error:
-        digits = "int_max_str_digits" in str(error)  # Python's limit, and advice on how to raise it
-        reason = "an integer of over 4300 digits" if digits else error
-        raise JaxtuneError(f"{place}: broken JSON: {reason}") from error
+        digits = "int_max_str_digits" in str(error)  # Python's limit on converting integers
+        reason = "an integer of more than 4300 digits" if digits else error
+        raise JaxtuneError(f"{place}: invalid JSON: {reason}") from error
 
 
 def _check_depth(value: Any) -> None:
@@ -66,9 +66,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = json.dumps(next(k for k in keys if keys.count(k) > 1), ensure_ascii=False)
-        raise ValueError(f"key {twice} is there twice")
+        raise ValueError(f"duplicate key {twice}")
     return values
 
 
 def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
+    raise ValueError(f"{name} is not valid JSON")

@@ -1,4 +1,4 @@
-"""Token ids have to be rows of the embedding: JAX would take the nearest row in silence."""
+"""Checks of token ids: JAX clamps an out-of-range index without an error."""
 
 from __future__ import annotations
 
@@ -7,35 +7,34 @@ from numpy.typing import ArrayLike
 
 from jaxtune.errors import JaxtuneError
 
-ROOM = "`jaxtune convert --vocab-size N` writes the model with room for N tokens"
+RESIZE_HINT = "`jaxtune convert --vocab-size N` resizes the model's vocabulary to N tokens"
 
 
 def check_token_ids(ids: ArrayLike, vocab_size: int, what: str) -> None:
-    """Refuses token ids that the model does not have.
+    """Raises if token ids are outside the vocabulary of the model.
 
     Args:
-      ids: of any shape.
-      vocab_size: ids are from 0 to one less.
-      what: has the ids, for the message.
+      ids: integers of any shape.
+      vocab_size: number of token ids; valid ones are 0 to `vocab_size` − 1.
+      what: origin of the ids, for the message.
 
     Raises:
-      JaxtuneError: values that are not integers or not in the vocabulary; the message says how to
-        enlarge it. Rows of different lengths.
+      JaxtuneError: an id is not an integer or not in the vocabulary, or rows differ in length.
     """
     try:
         values = np.asarray(ids)
     except ValueError:
         raise JaxtuneError(
-            f"{what}: token ids are an array, and these rows differ in length"
+            f"{what}: token ids must form an array, but rows differ in length"
         ) from None
     if not values.size:
         return
     if not np.issubdtype(values.dtype, np.integer):
-        raise JaxtuneError(f"{what}: token ids are integers, not {values.dtype}")
+        raise JaxtuneError(f"{what}: token ids must be integers, not {values.dtype}")
     outside = values[(values < 0) | (values >= vocab_size)]
     if outside.size:
-        advice = f"; {ROOM}" if outside[0] >= vocab_size else ""
+        advice = f"; {RESIZE_HINT}" if outside[0] >= vocab_size else ""
         raise JaxtuneError(
-            f"{what}: token id {outside[0]} is not in the vocabulary of the model, which has ids 0 "
-            f"to {vocab_size - 1}{advice}"
+            f"{what}: token id {outside[0]} is outside the model's vocabulary (ids 0 to "
+            f"{vocab_size - 1}){advice}"
         )

@@ -69,7 +69,7 @@ def fails(capsys, tmp_path):
     [
         (
             ["trian"],
-            '"trian" is no command; did you mean "train"? (known: train, data, eval, generate, '
+            'unknown command "trian"; did you mean "train"? (known: train, data, eval, generate, '
             "export, combine, convert, plan, experts, quickstart)",
         ),
         (
@@ -80,12 +80,13 @@ def fails(capsys, tmp_path):
         (["train", "--workdir", "run"], "run: no run here (no config.json)"),
         (
             ["export", "--workdir", "run", "--format", "mergd", "--to", "out"],
-            'jaxtune export: argument --format: "mergd" is unknown; did you mean "merged"? '
-            "(known: peft, vllm, merged)",
+            'jaxtune export: argument --format: invalid choice "mergd"; did you mean "merged"? '
+            "(choose from: peft, vllm, merged)",
         ),
         (
             ["eval", "--workdir", "run", "--config.training.steps=3"],
-            "jaxtune eval: takes no --config.training.steps=3",
+            "jaxtune eval: unexpected --config.training.steps=3: this command does not take a "
+            "config",
         ),
         (
             ["generate", "--prompt", "hello"],
@@ -122,7 +123,7 @@ def test_an_unknown_target_is_named_with_what_exists(fails, config, tmp_path):
     ("lines", "message"),
     [
         (None, "train.jsonl: no such file"),
-        ([chat("a", "b"), '{"messages": ['], "train.jsonl:2: broken JSON: Expecting value"),
+        ([chat("a", "b"), '{"messages": ['], "train.jsonl:2: invalid JSON: Expecting value"),
         ([chat("a", "b"), chat("a", "")], "train.jsonl:2: "),
         ([chat("a", "b" * 100)], "train.jsonl:1: 122 tokens, and data.max_length is 64"),
         (['{"input_ids": [1, 258], "labels": [1, 258]}'], "train.jsonl:1: input_ids holds 258"),
@@ -180,7 +181,7 @@ def test_a_taken_name_is_refused_before_anything_is_loaded(capsys, tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(SystemExit):
         main(["convert", "--from", "nowhere", "--to", str(tmp_path)])
-    assert "exists already; remove it or choose another place" in capsys.readouterr().err
+    assert "already exists; remove it or choose another path" in capsys.readouterr().err
     assert (tmp_path / "mine.txt").read_text() == "precious"
 
 

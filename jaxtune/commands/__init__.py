@@ -1,8 +1,7 @@
 """The commands of `jaxtune`, one file each: ``SUMMARY``, ``add_arguments(parser)`` and
 ``run(arguments)``.
 
-Nothing that imports jax is imported at the top of these files: it takes seconds, and --help should
-not.
+These files import jax inside functions only: the import takes seconds, and --help should be fast.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ from jaxtune.commands import (
 
 
 class Command(Protocol):
-    """A module that is a command."""
+    """Interface of a command's module."""
 
     @property
     def SUMMARY(self) -> str:
-        """What it does, in a line."""
+        """One-line description for --help."""
         ...
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:

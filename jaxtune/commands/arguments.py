@@ -1,4 +1,4 @@
-"""What several commands take, and how they report a mistake in it."""
+"""Arguments that several commands share, and their checks."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 
 from jaxtune.errors import JaxtuneError, closest
 
-CONFIG_HELP = "a Python file with get_config(); --config.section.key=value changes one key"
-ADAPTER_HELP = "which adapter of the run: best (by evaluation.stop_metric, the default) or last"
+CONFIG_HELP = "Python file with get_config(); --config.section.key=value overrides a key"
+ADAPTER_HELP = "adapter of the run: best (by evaluation.stop_metric, the default) or last"
 
 
 def choice(*choices: str) -> Callable[[str], str]:
-    """Returns the type of an argument that takes one of some words."""
+    """Returns an argparse type that accepts one of `choices`."""
 
     def check(value: str) -> str:
         if value not in choices:
             known = ", ".join(choices)
             raise argparse.ArgumentTypeError(
-                f'"{value}" is unknown{closest(value, choices)} (known: {known})'
+                f'invalid choice "{value}"{closest(value, choices)} (choose from: {known})'
             )
         return value
 
@@ -28,24 +28,24 @@ def choice(*choices: str) -> Callable[[str], str]:
 
 
 def check_unused(directory: str) -> None:
-    """Refuses a taken name at once, rather than after the model has been loaded."""
+    """Raises if an output directory exists and is not empty, before the model is loaded."""
     path = Path(directory)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise JaxtuneError(f"{path}: exists already; remove it or choose another place")
+        raise JaxtuneError(f"{path}: already exists; remove it or choose another path")
 
 
 def add_workdir(parser: argparse.ArgumentParser) -> None:
-    """Adds --workdir, which names a run."""
-    parser.add_argument("--workdir", metavar="DIR", required=True, help="the run's directory")
+    """Adds --workdir, the directory of a run."""
+    parser.add_argument("--workdir", metavar="DIR", required=True, help="directory of the run")
 
 
 def add_config(parser: argparse.ArgumentParser, **options: Any) -> None:
-    """Adds --config, which names a config file."""
+    """Adds --config, a config file."""
     parser.add_argument("--config", metavar="FILE", **{"help": CONFIG_HELP, **options})
 
 
 def add_adapter(parser: argparse.ArgumentParser) -> None:
-    """Adds --adapter, which chooses among those of a run."""
+    """Adds --adapter, which selects an adapter of a run."""
     parser.add_argument(
         "--adapter",
         type=choice("best", "last"),

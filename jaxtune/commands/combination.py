@@ -1,4 +1,4 @@
-"""The arguments that name several adapters and say how they are combined."""
+"""Arguments that select several adapters and the method that combines them."""
 
 from __future__ import annotations
 
@@ -21,60 +21,64 @@ _DEFAULT = "cat"
 def add_combination(parser: argparse.ArgumentParser) -> None:
     """Adds --weights, --combine and the options of the latter."""
     parser.add_argument(
-        "--weights", metavar="NAME=W,…", help="which adapters count, and how much; all 1 by default"
+        "--weights",
+        metavar="NAME=W,…",
+        help="adapters to combine and their weights (default: all, with weight 1)",
     )
     parser.add_argument(
         "--combine",
         metavar="METHOD",
-        help=f"how: {_DEFAULT} (the sum, by default), svd, ties, …",
+        help=f"combination method: {_DEFAULT} (weighted sum, the default), svd, ties, …",
     )
-    parser.add_argument("--rank", metavar="N", type=int, help="of the result, with svd and …_svd")
     parser.add_argument(
-        "--density", metavar="D", type=float, help="the share of values that pruning keeps"
+        "--rank", metavar="N", type=int, help="rank of the result, for svd and …_svd"
+    )
+    parser.add_argument(
+        "--density", metavar="D", type=float, help="fraction of the values that pruning keeps"
     )
     parser.add_argument(
         "--majority",
         metavar="BY",
         type=choice("total", "frequency"),
-        help="ties: a sign prevails by the total of its values or by their frequency",
+        help="ties: elect signs by the total of their values or by their frequency",
     )
     parser.add_argument(
-        "--drop-seed", metavar="N", type=int, help="dare: of what is dropped at random"
+        "--drop-seed", metavar="N", type=int, help="dare: random seed for dropping values"
     )
 
 
 def parse_adapters(entries: Sequence[str]) -> dict[str, str]:
-    """Returns directories by name from entries NAME=DIR.
+    """Parses entries NAME=DIR; returns directories by name.
 
     Raises:
-      JaxtuneError: an entry without a name, or a name that is given twice.
+      JaxtuneError: an entry has no name, or two have the same one.
     """
     directories: dict[str, str] = {}
     for entry in entries:
         match = _NAMED.fullmatch(entry)
         if match is None:
-            raise JaxtuneError(f'--adapter: "{entry}" has no name: write it as NAME=DIR')
+            raise JaxtuneError(f'--adapter: "{entry}" has no name; use NAME=DIR')
         if match[1] in directories:
-            raise JaxtuneError(f'--adapter: "{match[1]}" is given twice')
+            raise JaxtuneError(f'--adapter: duplicate name "{match[1]}"')
         directories[match[1]] = match[2]
     return directories
 
 
 def is_named(entry: str) -> bool:
-    """Says whether an entry of --adapter is NAME=DIR rather than a directory."""
+    """Returns whether an entry of --adapter is NAME=DIR rather than a directory."""
     return _NAMED.fullmatch(entry) is not None
 
 
 def has_combination(arguments: argparse.Namespace) -> bool:
-    """Says whether any argument is given that says how adapters are combined."""
+    """Returns whether any of the arguments of `add_combination` is given."""
     return any(value is not None for value in _combination_flags(arguments).values())
 
 
 def parse_weights(text: str | None, names: Sequence[str]) -> dict[str, float]:
-    """Reads --weights; by default all of the named adapters weigh 1.
+    """Parses --weights; without it every named adapter has weight 1.
 
     Raises:
-      JaxtuneError: an unknown name, one that is given twice, or a weight that is no number.
+      JaxtuneError: an unknown or duplicate name, or a weight that is not a number.
     """
     if text is None:
         return dict.fromkeys(names, 1.0)
@@ -83,21 +87,21 @@ def parse_weights(text: str | None, names: Sequence[str]) -> dict[str, float]:
         name, _, number = entry.strip().partition("=")
         lookup(dict.fromkeys(names), name, "--weights")
         if name in weights:
-            raise JaxtuneError(f'--weights: "{name}" is given twice')
+            raise JaxtuneError(f'--weights: duplicate name "{name}"')
         try:
             weights[name] = float(number)
         except ValueError:
             raise JaxtuneError(
-                f'--weights: "{entry.strip()}" is not a name and its weight, such as {name}=0.5'
+                f'--weights: "{entry.strip()}" is not of the form NAME=WEIGHT, e.g. {name}=0.5'
             ) from None
     return weights
 
 
 def parse_method(arguments: argparse.Namespace) -> tuple[str, Options]:
-    """Returns the way of `jaxtune.adapter_files.combine` to combine adapters, and its options.
+    """Returns the name of a method of `jaxtune.adapter_files.combine`, and its options.
 
     Raises:
-      JaxtuneError: an unknown way, or an option that makes no difference to it.
+      JaxtuneError: an unknown method, or an option that the method does not use.
     """
     from jaxtune.adapter_files.combine import COMBINATIONS, Options
 
@@ -112,7 +116,7 @@ def parse_method(arguments: argparse.Namespace) -> tuple[str, Options]:
     for flag, field in fields.items():
         if field not in reads:
             others = ", ".join(name for name, way in COMBINATIONS.items() if field in way.reads)
-            raise JaxtuneError(f"{flag} means nothing to --combine={method} (it does to {others})")
+            raise JaxtuneError(f"--combine={method} does not use {flag} (used by: {others})")
     return method, Options(**{fields[flag]: value for flag, value in options.items()})
 
 

@@ -13,7 +13,7 @@ from jaxtune.commands.combination import (
     parse_weights,
 )
 
-SUMMARY = "Make one LoRA adapter of several."
+SUMMARY = "Combine several LoRA adapters into one."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,10 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=DIR",
         action="append",
         required=True,
-        help="a PEFT directory and a name for it; repeat it for each",
+        help="name and PEFT directory of an adapter; repeat for each adapter",
     )
     add_combination(parser)
-    parser.add_argument("--to", metavar="DIR", required=True, help="directory to create")
+    parser.add_argument("--to", metavar="DIR", required=True, help="output directory")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -6,38 +6,42 @@ import argparse
 
 from jaxtune.commands.arguments import check_unused, choice
 
-SUMMARY = "Write a checkpoint as a Hugging Face directory."
+SUMMARY = "Convert a checkpoint to a Hugging Face directory."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     parser.add_argument(
-        "--from", dest="source", metavar="PATH", required=True, help="a .gguf file, directory or id"
+        "--from",
+        dest="source",
+        metavar="PATH",
+        required=True,
+        help=".gguf file, checkpoint directory or hub id",
     )
-    parser.add_argument("--to", metavar="DIR", required=True, help="directory to create")
+    parser.add_argument("--to", metavar="DIR", required=True, help="output directory")
     parser.add_argument(
         "--dtype",
         metavar="DTYPE",
         type=choice("bfloat16", "float32"),
         default="bfloat16",
-        help="of the weights that are not quantized",
+        help="dtype of the weights that are not quantized (default: bfloat16)",
     )
     parser.add_argument(
         "--quantize",
         metavar="FORMAT",
         type=choice("nf4", "int4", "int8", "fp8"),
-        help="write the linear weights in nf4, int4, int8 or fp8",
+        help="quantize the linear weights to nf4, int4, int8 or fp8",
     )
     parser.add_argument(
         "--untie",
         action="store_true",
-        help="write a head of its own where it is tied to the embedding",
+        help="write a separate LM head if it is tied to the embedding",
     )
     parser.add_argument(
         "--vocab-size",
         metavar="N",
         type=int,
-        help="room for N tokens: new rows of embedding and head are the mean of the others",
+        help="resize embedding and head to N tokens; new rows are the mean of the others",
     )
 
 

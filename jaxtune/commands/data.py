@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from jaxtune.data import DataReader, Examples
     from jaxtune.training.durations import Timeline
 
-SUMMARY = "Look at a run's data and its order, or tokenize it ahead."
+SUMMARY = "Inspect the data of a run, or tokenize it in advance."
 _ACTIONS = ("inspect", "stats", "order", "prepare")
 
 
@@ -26,18 +26,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "action",
         type=choice(*_ACTIONS),
         metavar="ACTION",
-        help="inspect (examples with their targets), stats (numbers, and rows that are rejected), "
-        "order (the rows of each step, as JSON lines) or prepare (tokenize into the cache, which "
-        "train uses)",
+        help="inspect (show examples and their targets), stats (statistics and rejected rows), "
+        "order (rows of each step, as JSON lines) or prepare (tokenize into the cache that train "
+        "uses)",
     )
     add_config(parser, required=True)
-    parser.add_argument("--rows", type=int, default=3, metavar="N", help="inspect: how many")
+    parser.add_argument(
+        "--rows", type=int, default=3, metavar="N", help="inspect: number of examples (default: 3)"
+    )
     parser.add_argument(
         "--split",
         type=choice("train", "eval"),
         default="train",
         metavar="WHICH",
-        help="inspect: train (the default) or eval",
+        help="inspect: train (default) or eval",
     )
     parser.add_argument("--json", action="store_true", help="stats: print JSON")
     parser.add_argument(
@@ -45,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=os.cpu_count() or 1,
         metavar="N",
-        help="prepare: processes; as many as there are cores by default",
+        help="prepare: number of processes (default: the number of CPU cores)",
     )
 
 
@@ -59,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _reader(config: Any, **options: Any) -> tuple[DataReader, TensorSource, Any]:
-    """Returns what reads the data as a run does, the model's checkpoint and its tokenizer."""
+    """Returns the data reader that a run would use, the model's checkpoint and its tokenizer."""
     from jaxtune.checkpoints import huggingface
     from jaxtune.runs.chat import configured_chat, reader_options
     from jaxtune.training.train import data_reader
@@ -80,11 +82,11 @@ def _inspect(config: Any, arguments: argparse.Namespace) -> None:
     splits = reader.splits()
     examples = splits.train if arguments.split == "train" else splits.held_out
     if examples is None:
-        raise JaxtuneError("--split eval: data.eval and data.eval_split hold nothing out")
+        raise JaxtuneError("--split eval: no held-out data; set data.eval or data.eval_split")
     console = Console()
     for index in range(min(max(arguments.rows, 1), len(examples))):
         text = show_example(examples, index, tokenizer, marks=not console.is_terminal)
-        # Lines of a file are not to be broken where a terminal's would be.
+        # No hard line breaks at the width of the terminal when the output goes to a file.
         console.print(text, soft_wrap=True)
 
 
@@ -95,7 +97,7 @@ def _stats(config: Any, arguments: argparse.Namespace) -> None:
 
     problems: list[Any] = []
     reader, source, _ = _reader(config, problems=problems)
-    # Not `splits`, which refuses rows that are on both sides: they are counted here.
+    # `DataReader.splits` would raise for rows in both splits; here they are counted.
     train, bad = reader.read(config.data.train, training=True), len(problems)
     other_sides: tuple[int | None, int | None] = (None, None)
     if config.data.eval_split:
@@ -114,7 +116,7 @@ def _stats(config: Any, arguments: argparse.Namespace) -> None:
     if held_out is not None:
         numbers["train"]["held_out_too"] = count_overlap(train, held_out)
         order = held_out_order(config, held_out)
-        # The problems of a source that is split are listed once, with the training side.
+        # With data.eval_split the problems are listed once, under the training split.
         numbers["eval"] = statistics(held_out, problems[bad:], order, other_sides[1])
     if arguments.json:
         print(json.dumps(numbers, indent=2, ensure_ascii=False))
@@ -152,5 +154,5 @@ def _prepare(config: Any, arguments: argparse.Namespace) -> None:
     splits = reader.splits()
     tokens = splits.train.token_count + sum(each.token_count for each in splits.sets.values())
     print(
-        f"prepared: {tokens:,} tokens in {time.monotonic() - begin:.1f} s, kept in {reader.cache}"
+        f"prepared: {tokens:,} tokens in {time.monotonic() - begin:.1f} s, cached in {reader.cache}"
     )

@@ -7,15 +7,17 @@ import json
 
 from jaxtune.commands.arguments import add_adapter, add_workdir
 
-SUMMARY = "Print the scores of a run on held-out examples."
+SUMMARY = "Evaluate a run on held-out examples."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     add_workdir(parser)
-    parser.add_argument("--data", metavar="FILE", default="", help="instead of data.eval")
+    parser.add_argument(
+        "--data", metavar="FILE", default="", help="examples to use instead of data.eval"
+    )
     add_adapter(parser)
-    parser.add_argument("--base-only", action="store_true", help="score the base model")
+    parser.add_argument("--base-only", action="store_true", help="evaluate the base model")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -34,5 +36,5 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"token accuracy  {scores['token_accuracy']:.2%}")
     print(f"target tokens   {scores['tokens']:,.0f}")
     for name, value in scores.items():
-        if "/" in name or name == "exact_match":  # of the sets that have a name; of answers
+        if "/" in name or name == "exact_match":  # scores of named sets; of generated answers
             print(f"{name:<15} {value:.4g}")

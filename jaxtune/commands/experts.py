@@ -8,14 +8,16 @@ from pathlib import Path
 from jaxtune.commands.arguments import add_config, choice
 from jaxtune.errors import JaxtuneError
 
-SUMMARY = "Score routed experts on training data, for ESFT."
+SUMMARY = "Score routed experts on the training data, for ESFT."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
-    parser.add_argument("action", type=choice("score"), metavar="score", help="what to do")
+    parser.add_argument(
+        "action", type=choice("score"), metavar="score", help="score: compute expert scores"
+    )
     add_config(parser, required=True)
-    parser.add_argument("--to", metavar="FILE", required=True, help="file to write")
+    parser.add_argument("--to", metavar="FILE", required=True, help="output file")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -26,7 +28,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     path = Path(arguments.to)
     if path.exists():
-        raise JaxtuneError(f"{path}: exists already; remove it or choose another place")
+        raise JaxtuneError(f"{path}: already exists; remove it or choose another path")
     config = resolve(load_file(arguments.config), arguments.overrides)
     scores = score_training_data(config)
     print(summarize(scores, config.adapter))

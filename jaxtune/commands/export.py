@@ -7,7 +7,7 @@ import argparse
 from jaxtune.commands.arguments import add_adapter, add_workdir, check_unused, choice
 from jaxtune.errors import JaxtuneError
 
-SUMMARY = "Write what a run trained for other tools to load."
+SUMMARY = "Export the model or adapter of a run for other tools."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,15 +18,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FORMAT",
         type=choice("peft", "vllm", "merged"),
         required=True,
-        help="peft (the adapter), vllm (a LoRA adapter as vLLM loads it) or merged (a Hugging Face "
-        "checkpoint)",
+        help="peft (the adapter), vllm (a LoRA adapter that vLLM can load) or merged (a Hugging "
+        "Face checkpoint)",
     )
-    parser.add_argument("--to", metavar="DIR", required=True, help="directory to create")
+    parser.add_argument("--to", metavar="DIR", required=True, help="output directory")
     add_adapter(parser)
     parser.add_argument(
         "--quantized",
         action="store_true",
-        help="merged: in the format of the base (quantize.format), with a report of what it costs",
+        help="merged: quantize to the format of the base (quantize.format) and report the error",
     )
 
 
@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
     from jaxtune.checkpoints.requantize import print_report
 
     if arguments.quantized and arguments.format != "merged":
-        raise JaxtuneError("--quantized goes with --format merged: an adapter has no such format")
+        raise JaxtuneError("--quantized requires --format merged: adapters are not quantized")
     check_unused(arguments.to)
     run = jaxtune.Run(arguments.workdir)
     if arguments.format == "merged":

@@ -20,40 +20,68 @@ from jaxtune.errors import JaxtuneError
 if TYPE_CHECKING:
     import jaxtune
 
-SUMMARY = "Answer prompts."
+SUMMARY = "Generate answers to prompts."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--workdir", metavar="DIR", help="the run whose model answers")
-    model.add_argument("--model", metavar="PATH", help="a Hugging Face directory, hub id or .gguf")
+    model.add_argument("--workdir", metavar="DIR", help="directory of a run")
+    model.add_argument("--model", metavar="PATH", help="Hugging Face directory, hub id or .gguf")
     parser.add_argument(
         "--adapter",
         metavar="WHICH",
         action="append",
-        help=f"{ADAPTER_HELP}; with --model: a PEFT directory, or NAME=DIR, repeated for several",
+        help=f"{ADAPTER_HELP}; with --model: PEFT directory, or NAME=DIR, repeat for several",
     )
     add_combination(parser)
-    parser.add_argument("--base-only", action="store_true", help="leave the adapter out")
     parser.add_argument(
-        "--prompt", metavar="TEXT", action="append", required=True, help="repeat it for several"
+        "--base-only", action="store_true", help="use the base model without the adapter"
     )
-    parser.add_argument("--system", metavar="TEXT", help="the system turn before each prompt")
+    parser.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        action="append",
+        required=True,
+        help="user message; repeat for several",
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system message before each prompt")
     parser.add_argument(
         "--chat-template",
         metavar="TEMPLATE",
         default="",
-        help="a Jinja file or the name of a built-in template, in place of that of the run, the "
+        help="Jinja file or name of a built-in template, instead of the template of the run, the "
         "adapter or the checkpoint",
     )
-    parser.add_argument("--raw", action="store_true", help="no chat template: continue the text")
-    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=128)
-    parser.add_argument("--temperature", metavar="T", type=float, default=0.0, help="0: greedy")
-    parser.add_argument("--top-p", metavar="P", type=float, default=1.0)
-    parser.add_argument("--seed", metavar="N", type=int, default=0)
     parser.add_argument(
-        "--special-tokens", action="store_true", help="show the special tokens of the answers"
+        "--raw", action="store_true", help="continue the prompt as plain text, without a template"
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        metavar="N",
+        type=int,
+        default=128,
+        help="maximum number of tokens to generate (default: 128)",
+    )
+    parser.add_argument(
+        "--temperature",
+        metavar="T",
+        type=float,
+        default=0.0,
+        help="sampling temperature; 0 (default) decodes greedily",
+    )
+    parser.add_argument(
+        "--top-p",
+        metavar="P",
+        type=float,
+        default=1.0,
+        help="nucleus sampling: cumulative probability of the tokens to sample from (default: 1)",
+    )
+    parser.add_argument(
+        "--seed", metavar="N", type=int, default=0, help="random seed of sampling (default: 0)"
+    )
+    parser.add_argument(
+        "--special-tokens", action="store_true", help="print the special tokens of the answers"
     )
 
 
@@ -62,7 +90,9 @@ def run(arguments: argparse.Namespace) -> None:
     for flag in ("system", "chat_template"):
         if arguments.raw and getattr(arguments, flag):
             name = flag.replace("_", "-")
-            raise JaxtuneError(f"jaxtune generate: --raw uses no chat template: leave --{name} out")
+            raise JaxtuneError(
+                f"jaxtune generate: --{name} needs a chat template and cannot be used with --raw"
+            )
     model = _load_model(arguments)
     system = [{"role": "system", "content": arguments.system}] if arguments.system else []
     answers = model.generate(
@@ -83,7 +113,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _load_model(arguments: argparse.Namespace) -> jaxtune.Model:
-    """Returns the model with the adapter and the chat template that are asked for."""
+    """Loads the model with the requested adapters and chat template."""
     import jaxtune
 
     template = arguments.chat_template
@@ -91,11 +121,12 @@ def _load_model(arguments: argparse.Namespace) -> jaxtune.Model:
     names = [entry for entry in entries if is_named(entry)]
     if has_combination(arguments) and (arguments.workdir or not names):
         raise JaxtuneError(
-            "jaxtune generate: adapters are combined with --model and --adapter NAME=DIR for each"
+            "jaxtune generate: combining adapters requires --model and an --adapter NAME=DIR for "
+            "each"
         )
     if arguments.workdir:
         if len(entries) > 1:
-            raise JaxtuneError("jaxtune generate: --workdir takes one --adapter")
+            raise JaxtuneError("jaxtune generate: --workdir takes a single --adapter")
         run = jaxtune.Run(arguments.workdir)
         which = "none" if arguments.base_only else (entries or ["best"])[0]
         return run.model(which, chat_template=template)
@@ -107,7 +138,7 @@ def _load_model(arguments: argparse.Namespace) -> jaxtune.Model:
     method, options = parse_method(arguments)
     chosen = {name: directories[name] for name in weights}
     model = jaxtune.load(arguments.model, adapters=chosen, chat_template=template)
-    # One adapter that is not weighted may be of any method, for nothing is done to it.
+    # A single adapter without a weight is used as it is, so it may be of any method.
     alone = len(chosen) == 1 and not has_combination(arguments)
     choice = next(iter(chosen)) if alone else weights
     return model.use(choice, method, **dataclasses.asdict(options))

@@ -6,7 +6,7 @@ import argparse
 
 from jaxtune.commands.arguments import add_config
 
-SUMMARY = "Say what a run would need and how long it would take, before it starts."
+SUMMARY = "Estimate the memory and time of a run before it starts."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,22 +16,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument(
         "--topology",
         metavar="CHIPS",
-        help="cpu (the default), v5e:1x1, v5p:2x2x1, h100:8 …",
+        help="target topology: cpu (default), v5e:1x1, v5p:2x2x1, h100:8, …",
     )
-    where.add_argument("--device", metavar="CARD", help="one card: rtx4090, rtx3090, a100-80g …")
+    where.add_argument(
+        "--device", metavar="CARD", help="a single GPU: rtx4090, rtx3090, a100-80g, …"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
         "--search",
         action="store_true",
-        help="try meshes, remat policies and micro-batches, and rank those that fit",
+        help="try meshes, remat policies and micro-batches and rank the ones that fit",
     )
     parser.add_argument(
-        "--tries", type=int, metavar="N", default=12, help="how many --search compiles (12)"
+        "--tries",
+        type=int,
+        metavar="N",
+        default=12,
+        help="number of candidates that --search compiles (default: 12)",
     )
     parser.add_argument(
         "--table",
         action="store_true",
-        help="plan DeepSeek-7B by full fine-tuning, LoRA, P-Tuning and QLoRA; takes no config",
+        help="plan DeepSeek-7B with full fine-tuning, LoRA, P-Tuning and QLoRA; needs no config",
     )
 
 
@@ -46,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(memory_table())
         return
     if not arguments.config:
-        raise JaxtuneError("jaxtune plan: --config FILE is required, unless with --table")
+        raise JaxtuneError("jaxtune plan: --config FILE is required (except with --table)")
     config = resolve(load_file(arguments.config), arguments.overrides)
     where = arguments.device or arguments.topology or "cpu"
     if arguments.search:

@@ -6,13 +6,18 @@ import argparse
 
 from jaxtune.commands.arguments import add_config
 
-SUMMARY = "Train a small model; show what it learned."
+SUMMARY = "Fine-tune a small model and compare it with its base."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     add_config(parser, default="configs/quickstart.py")
-    parser.add_argument("--workdir", metavar="DIR", default="runs/quickstart")
+    parser.add_argument(
+        "--workdir",
+        metavar="DIR",
+        default="runs/quickstart",
+        help="directory of the run (default: runs/quickstart)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -9,27 +9,29 @@ import os
 from jaxtune.commands.arguments import CONFIG_HELP, add_config, add_workdir
 from jaxtune.errors import user_message
 
-SUMMARY = "Train, or go on with the run in a directory."
+SUMMARY = "Start or resume a training run."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
-    add_config(parser, help=f"{CONFIG_HELP}; without it a run goes on")
+    add_config(parser, help=f"{CONFIG_HELP}; not needed to resume a run")
     add_workdir(parser)
     several = parser.add_argument_group(
-        "several processes",
-        "found on Cloud TPU, SLURM and Open MPI; else these, or JAXTUNE_COORDINATOR, "
-        "JAXTUNE_PROCESSES and JAXTUNE_PROCESS",
+        "multi-process training",
+        "detected on Cloud TPU, SLURM and Open MPI; elsewhere set these options or "
+        "JAXTUNE_COORDINATOR, JAXTUNE_PROCESSES and JAXTUNE_PROCESS",
     )
-    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
-    several.add_argument("--processes", metavar="N", type=int, help="how many there are")
-    several.add_argument("--process", metavar="I", type=int, help="which one this is, from 0")
+    several.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="address at which process 0 listens"
+    )
+    several.add_argument("--processes", metavar="N", type=int, help="number of processes")
+    several.add_argument("--process", metavar="I", type=int, help="index of this process, from 0")
     several.add_argument(
         "--heartbeat",
         metavar="SECONDS",
         type=int,
         default=100,
-        help="a process that was silent for so long is given up, and the others stop (100)",
+        help="stop all processes if one sends no heartbeat for this long (default: 100)",
     )
 
 
@@ -45,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
         return
     processes.initialize(addresses, arguments.heartbeat)
     if not processes.leads():
-        logging.getLogger("jaxtune").setLevel(logging.WARNING)  # the first speaks for all
+        logging.getLogger("jaxtune").setLevel(logging.WARNING)  # process 0 logs for all
     with failures.shared(user_message):
         _train(arguments)
 
@@ -62,4 +64,4 @@ def _train(arguments: argparse.Namespace) -> None:
         config = resolve(jaxtune.Run(arguments.workdir).config, arguments.overrides)
     run = jaxtune.train(config, arguments.workdir)
     if leads():
-        print(f"done: {run.directory.steps_done()} steps, everything is in {run.path}")
+        print(f"done: {run.directory.steps_done()} steps, results in {run.path}")

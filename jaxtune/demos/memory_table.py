@@ -1,4 +1,4 @@
-"""What fine-tuning DeepSeek-7B takes, method by method, beside a guide's figures."""
+"""Memory that fine-tuning DeepSeek-7B needs by method, compared with published estimates."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DEEPSEEK_7B = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
 }
-# Rows and tokens of a micro-batch. The guide states none.
+# Rows and tokens of a micro-batch; the published estimates do not state theirs.
 ROWS, LENGTH = 1, 1024
 
 
@@ -34,17 +34,17 @@ class TableRow:
     """A row of the table.
 
     Attributes:
-      method: as it is called.
-      guide: GB that the guide says it takes; empty where it has no such row.
-      share: of the weights that the guide says are trained.
-      chips: it is compiled for.
-      adapter: section of the config.
-      optimizer: its name.
+      method: name of the method.
+      published: published estimate of the memory, in GB.
+      published_share: published share of trained weights.
+      chips: topology to compile for.
+      adapter: ``adapter`` section of the config.
+      optimizer: name of the optimizer.
     """
 
     method: str
-    guide: str
-    share: str
+    published: str
+    published_share: str
     chips: str
     adapter: dict[str, Any]
     optimizer: str = "adamw"
@@ -61,7 +61,7 @@ ROWS_OF_TABLE = (
 
 
 def row_config(row: TableRow) -> dict[str, Any]:
-    """Returns the config of a row, without its model."""
+    """Returns the config of a row, without the model."""
     devices = 4 if row.chips == "v5p:2x2x1" else 1
     config: dict[str, Any] = {
         "adapter": row.adapter,
@@ -76,24 +76,24 @@ def row_config(row: TableRow) -> dict[str, Any]:
 
 
 def compile_row(row: TableRow) -> tuple[Plan, float]:
-    """Compiles a row; returns its plan and the share of the weights that are trained."""
+    """Compiles a row; returns its plan and the share of weights that are trained."""
     config, hardware = resolve(row_config(row)), describe(row.chips)
     setup = set_up(config, DEEPSEEK_7B, choose_method(config)[0], hardware.devices)
     return compile_plan(setup, hardware), trained_share(census(setup.definition))[2]
 
 
 def row_cells(row: TableRow) -> list[str]:
-    """Compiles a row and returns its cells: method, guide, jaxtune, and either's trained share."""
+    """Compiles a row; returns its cells: method, memory (published, planned), share (the same)."""
     plan, share = compile_row(row)
-    # All devices together: sharding splits what one device would have to hold.
+    # Total over all devices: sharding splits what a single device would hold.
     total = plan.total * plan.devices / 1e9
     over = f" (4 × {plan.total / 1e9:.1f})" if plan.devices > 1 else ""
     trained = "100 %" if share == 1 else f"{share:.2%}".replace("%", " %")
-    return [row.method, row.guide, f"{total:.1f}{over}", row.share, trained]
+    return [row.method, row.published, f"{total:.1f}{over}", row.published_share, trained]
 
 
 def memory_table(rows: Sequence[TableRow] = ROWS_OF_TABLE) -> str:
-    """Compiles every row and returns the table in Markdown, sizes in GB of all devices."""
+    """Compiles every row; returns a Markdown table with sizes in GB over all devices."""
     lines = [
         "| DeepSeek-7B | the guide, GB | jaxtune, GB | trained, the guide | jaxtune |",
         "|---|---|---|---|---|",

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxtune.errors import JaxtuneError
-from jaxtune.vocabulary import ROOM
+from jaxtune.vocabulary import RESIZE_HINT
 
 _MISSING = object()
 
@@ -128,7 +128,7 @@ def check_supported(config: Mapping[str, Any]) -> None:
     if pad is not None and not -vocabulary <= pad < vocabulary:
         raise JaxtuneError(
             f'config.json: "pad_token_id" is {pad}, and the vocabulary has ids 0 to '
-            f"{vocabulary - 1}; {ROOM}"
+            f"{vocabulary - 1}; {RESIZE_HINT}"
         )
 
 

@@ -112,18 +112,21 @@ def test_generate_answers_with_a_combination(tiny_chat, directories, flags, tmp_
         ),
         (
             ["--weights", "law=much"],
-            '--weights: "law=much" is not a name and its weight, such as law=0.5',
+            '--weights: "law=much" is not of the form NAME=WEIGHT, e.g. law=0.5',
         ),
-        (["--weights", "law=1,law=2"], '--weights: "law" is given twice'),
+        (["--weights", "law=1,law=2"], '--weights: duplicate name "law"'),
         (["--combine", "tie"], '--combine="tie" is unknown; did you mean "ties"?'),
         (
             ["--combine", "ties", "--rank", "4"],
-            "--rank means nothing to --combine=ties (it does to svd,",
+            "--combine=ties does not use --rank (used by: svd,",
         ),
         (["--combine", "svd", "--rank", "-1"], "rank=-1 of a combination is negative"),
-        (["--combine", "ties", "--majority", "totl"], '"totl" is unknown; did you mean "total"?'),
-        (["--adapter", "law=x"], '--adapter: "law" is given twice'),
-        (["--adapter", "./x"], '--adapter: "./x" has no name: write it as NAME=DIR'),
+        (
+            ["--combine", "ties", "--majority", "totl"],
+            'invalid choice "totl"; did you mean "total"?',
+        ),
+        (["--adapter", "law=x"], '--adapter: duplicate name "law"'),
+        (["--adapter", "./x"], '--adapter: "./x" has no name; use NAME=DIR'),
     ],
 )
 @pytest.mark.parametrize("command", ["combine", "generate"])

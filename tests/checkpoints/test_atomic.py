@@ -41,7 +41,7 @@ def test_what_exists_is_refused_before_the_work(tmp_path, what):
         (target / "mine").touch()
     else:
         target.touch()
-    with pytest.raises(JaxtuneError, match="a: exists already"), new_directory(target):
+    with pytest.raises(JaxtuneError, match="a: already exists"), new_directory(target):
         raise AssertionError("the block must not run")
     assert names(tmp_path) == ["a"]
 

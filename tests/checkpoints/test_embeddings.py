@@ -150,7 +150,7 @@ def test_only_a_whole_vocabulary_grows(tied, tmp_path):
 def test_what_is_no_array_of_ids_or_no_way_to_sample_is_refused(tiny):
     model = jaxtune.load(tiny("llama"), dtype="float32", progress=False)
     for tokens, options, message in (
-        ([[1, 2], [3]], {}, "tokens: token ids are an array"),
+        ([[1, 2], [3]], {}, "tokens: token ids must form an array"),
         ([[]], {}, "not of shape"),
         ([[1, 2]], {"segment_ids": [[1]]}, "segment_ids have shape"),
         ([[1, 2]], {"positions": [[0, 1, 2]]}, "positions have shape"),
@@ -178,12 +178,12 @@ def test_ids_that_the_model_does_not_have_are_refused(tiny, tmp_path):
     model = jaxtune.load(tiny("llama"), dtype="float32", progress=False)
     sampling = {"max_new_tokens": 2}
     for token, advice in ((160, "; `jaxtune convert --vocab-size N`"), (-1, "$")):
-        message = f"token id {token} is not in the vocabulary .* ids 0 to 159{advice}"
+        message = rf"token id {token} is outside .* vocabulary \(ids 0 to 159\){advice}"
         with pytest.raises(JaxtuneError, match=f"^tokens: {message}"):
             model.logits([[1, token]])
         with pytest.raises(JaxtuneError, match=f"^prompt 2: {message}"):
             model.generate([[1, 2], [3, token]], **sampling)
-    with pytest.raises(JaxtuneError, match="token ids are integers, not float"):
+    with pytest.raises(JaxtuneError, match="token ids must be integers, not float"):
         model.logits([[1.0, 2.5]])
     directory = shutil.copytree(tiny("llama"), tmp_path / "model")
     config = written_config(directory)
@@ -192,5 +192,5 @@ def test_ids_that_the_model_does_not_have_are_refused(tiny, tmp_path):
         ("pad_token_id", lambda model: None),
     ):
         (directory / "config.json").write_text(json.dumps(config | {key: 160}))
-        with pytest.raises(JaxtuneError, match=f"{key}.* ids 0 to 159"):
+        with pytest.raises(JaxtuneError, match=rf"{key}.*\(ids 0 to 159\)"):
             use(jaxtune.load(directory, progress=False))

@@ -370,7 +370,7 @@ class TestSaving:
     def test_a_directory_with_something_in_it_is_refused(self, tiny, tmp_path):
         (tmp_path / "mine").touch()
         model = jaxtune.load(tiny("llama"), progress=False)
-        with pytest.raises(JaxtuneError, match="exists already"):
+        with pytest.raises(JaxtuneError, match="already exists"):
             model.save_pretrained(tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 

@@ -282,4 +282,4 @@ def test_a_run_is_exported_quantized_with_its_losses(form, tiny_chat, tmp_path, 
     assert "all" in printed and f"{losses['merged_quantized']:.4f}" in printed
     with pytest.raises(SystemExit):
         main([*command[:4], "peft", "--quantized", "--to", str(tmp_path / "peft")])
-    assert "--quantized goes with --format merged" in capsys.readouterr().err
+    assert "--quantized requires --format merged" in capsys.readouterr().err

@@ -54,7 +54,7 @@ def test_what_peft_wrote_is_written_again_bit_for_bit(peft_made, tmp_path):
 
 def test_an_adapter_is_replaced_only_when_asked(adapter):
     stored = read_adapter(adapter)
-    with pytest.raises(JaxtuneError, match="exists already"):
+    with pytest.raises(JaxtuneError, match="already exists"):
         write_adapter(adapter, stored)
     with new_directory(adapter, replace=True) as scratch:
         write_adapter_files(scratch, stored._replace(tensors={"x": np.ones(2, np.float32)}))

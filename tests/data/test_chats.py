@@ -426,7 +426,7 @@ def test_a_template_can_carry_its_arguments(chatml):
         ({"chat_template": "{{ 1 }}"}, "may not set chat_template"),
         ({"tokenize": True}, "may not set tokenize"),
         ([1], "must be a JSON object"),
-        ('{"a": ', "broken JSON"),
+        ('{"a": ', "invalid JSON"),
         ("fast", "must be a JSON object"),
     ],
 )
@@ -560,10 +560,10 @@ def test_chats_and_tools_may_be_json_text(chatml, jsonl, tmp_path):
     assert json.dumps(TOOLS[0]["function"]) in text
     in_text = {"conversations": json.dumps(theirs_too["conversations"])}
     assert load(jsonl, chatml, in_text, **settings).target_count
-    for value, reason in (("[", "messages: broken JSON"), ("hello", "one or more turns")):
+    for value, reason in (("[", "messages: invalid JSON"), ("hello", "one or more turns")):
         with pytest.raises(JaxtuneError, match=rf":1: .*{reason}"):
             load(jsonl, chatml, {"messages": value}, **settings)
-    with pytest.raises(JaxtuneError, match=r":1: tools: broken JSON"):
+    with pytest.raises(JaxtuneError, match=r":1: tools: invalid JSON"):
         load(jsonl, chatml, {**plain, "tools": "[f, g]"}, **settings)
     assert all("chat_template_kwargs" in FORMATS[f].optional for f in ("messages", "sharegpt"))
 

@@ -97,6 +97,6 @@ def test_a_token_that_the_model_has_no_row_for_names_the_way_out(chatml, jsonl):
     with pytest.raises(
         ValueError,
         match=r'rows\.jsonl:1: "<\|im_start\|>" is token \d+ of the tokenizer, and the model has '
-        r"ids 0 to \d+ \(vocab_size\); `jaxtune convert --vocab-size N` writes .*",
+        r"ids 0 to \d+ \(vocab_size\); `jaxtune convert --vocab-size N` resizes .*",
     ):
         reader.splits()

@@ -101,12 +101,12 @@ def malformed():
     message = {"role": "user", "content": "q"}
     answer = {"role": "assistant", "content": "a"}
     bad = [
-        (b'{"text": "a"', "broken JSON"),
-        (b'{"text": "a",}', "broken JSON"),
-        (b"{'text': 'a'}", "broken JSON"),
-        (b'{"text": "a"} {"text": "b"}', "broken JSON"),
-        (b'{"text": "\x00"}', "broken JSON"),
-        (b'{"text": "tab\there"}', "broken JSON"),
+        (b'{"text": "a"', "invalid JSON"),
+        (b'{"text": "a",}', "invalid JSON"),
+        (b"{'text': 'a'}", "invalid JSON"),
+        (b'{"text": "a"} {"text": "b"}', "invalid JSON"),
+        (b'{"text": "\x00"}', "invalid JSON"),
+        (b'{"text": "tab\there"}', "invalid JSON"),
         (b'{"text": "\xff\xfe"}', "not UTF-8"),
         (b'\xff\xfe{"text": "a"}', "not UTF-8"),
         ('{"text": "a"}'.encode("utf-16"), "UTF-8|broken"),
@@ -114,13 +114,13 @@ def malformed():
         (b'{"text": "\\ud800"}', "half a surrogate pair"),
         (b'{"text": NaN}', "NaN is not JSON"),
         (b'{"text": "a", "text": "b"}', "is there twice"),
-        (b"[" * 100_000, "nested too deep"),
-        (b'{"text": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", "nested too deep"),
-        (b'{"text": ' + b"9" * 6000 + b"}", "broken JSON"),
-        (b"text,more\nx,y", "broken JSON"),
-        (b"<html></html>", "broken JSON"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"text": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", "nested too deeply"),
+        (b'{"text": ' + b"9" * 6000 + b"}", "invalid JSON"),
+        (b"text,more\nx,y", "invalid JSON"),
+        (b"<html></html>", "invalid JSON"),
         (b"PK\x03\x04\x00\x00\xff", "not UTF-8|broken"),
-        (b"\x00" * 1000, "broken JSON"),
+        (b"\x00" * 1000, "invalid JSON"),
     ]
     for value in ("1", '"text"', "null", "true", "[]", '[{"text": "a"}]', "1.5", "-0"):
         bad.append((value.encode(), "expected one JSON object a line"))
@@ -220,7 +220,7 @@ def test_nesting_of_any_depth_is_read_or_refused(deepseek, tmp_path, depth):
     if depth < 100:
         assert len(load(path, deepseek, max_length=10**6)) == 1
     else:
-        with pytest.raises(JaxtuneError, match=r"x\.jsonl:1: JSON is nested too deep"):
+        with pytest.raises(JaxtuneError, match=r"x\.jsonl:1: JSON is nested too deeply"):
             load(path, deepseek, max_length=10**6)
 
 
@@ -251,10 +251,10 @@ def test_bad_rows_are_skipped_up_to_a_limit_and_named(deepseek, tmp_path, caplog
     assert sum(examples.rejected.values()) == len(lines)
     named = [record.message for record in caplog.records if record.message.startswith("skipped: ")]
     assert len(named) == len(lines)
-    assert named[0].startswith(f"skipped: {path}:1: broken JSON")
+    assert named[0].startswith(f"skipped: {path}:1: invalid JSON")
     with pytest.raises(JaxtuneError, match=r"x\.jsonl:\d+: .*data\.bad_rows_limit=3 rows are bad"):
         load(path, deepseek, bad_rows="skip", bad_rows_limit=3)
-    with pytest.raises(JaxtuneError, match=r"x\.jsonl:1: broken JSON"):
+    with pytest.raises(JaxtuneError, match=r"x\.jsonl:1: invalid JSON"):
         load(path, deepseek)
 
 

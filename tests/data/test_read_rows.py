@@ -22,15 +22,15 @@ def test_a_byte_order_mark_and_line_separators_inside_strings_are_fine(tmp_path)
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ('{"a": 1', "broken JSON"),
+        ('{"a": 1', "invalid JSON"),
         ("[1, 2]", "expected one JSON object a line (JSONL), found list"),
         ("17", "found int"),
         ('{"a": NaN}', "NaN is not JSON"),
         ('{"a": -Infinity}', "-Infinity is not JSON"),
         ('{"a": 1, "b": 2, "a": 3}', 'key "a" is there twice'),
         ('{"m": [{"role": "user", "role": "tool"}]}', 'key "role" is there twice'),
-        ('{"a": ' + "[" * 200_000 + "]" * 200_000 + "}", "nested too deep"),
-        ('{"a": ' + "9" * 10_000 + "}", "broken JSON"),
+        ('{"a": ' + "[" * 200_000 + "]" * 200_000 + "}", "nested too deeply"),
+        ('{"a": ' + "9" * 10_000 + "}", "invalid JSON"),
     ],
 )
 def test_a_bad_line_is_named(jsonl, line, reason):

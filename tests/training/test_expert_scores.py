@@ -83,7 +83,7 @@ def test_the_command_writes_scores_that_a_run_takes(config, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(command)
     assert stopped.value.code == 65
-    assert "scores.json: exists already" in capsys.readouterr().err
+    assert "scores.json: already exists" in capsys.readouterr().err
     main([*command[:-1], str(tmp_path / "few.json"), "--config.adapter.expert_sample=20"])
     assert read_scores(tmp_path / "few.json") != scores
     main(

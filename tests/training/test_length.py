@@ -36,11 +36,11 @@ def test_an_interval_is_read(text, interval):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("5 epocs", 'checkpoint.every=\'5 epocs\': "epocs" is no unit; did you mean "epochs"?'),
-        ("3 k steps", '"k steps" is no unit'),
-        ("often", "checkpoint.every takes a number of updates, or a number with steps, epochs"),
-        ("-3", "checkpoint.every takes a number of updates"),
-        ("1.5 steps", "there are no parts of steps"),
+        ("5 epocs", 'checkpoint.every=\'5 epocs\': unknown unit "epocs"; did you mean "epochs"?'),
+        ("3 k steps", 'unknown unit "k steps"'),
+        ("often", "checkpoint.every must be a number of steps, or a number and a unit"),
+        ("-3", "checkpoint.every must be a number of steps"),
+        ("1.5 steps", "the number of steps must be an integer"),
     ],
 )
 def test_another_form_is_refused_by_name(text, message):
