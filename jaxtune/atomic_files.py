@@ -35,10 +35,10 @@ def report_full_disk(directory: str | Path) -> Iterator[None]:
 
 
 def write_atomically(path: str | Path, text: str) -> None:
-    """Writes a UTF-8 text file so that a reader sees the old content or the new, never a part.
+    """Writes a UTF-8 text file atomically: a reader sees either the old content or the new.
 
     Args:
-      path: the file; its directory exists.
+      path: the file, in an existing directory.
       text: the new content.
     """
     path = Path(path)
@@ -54,23 +54,23 @@ def write_atomically(path: str | Path, text: str) -> None:
         raise
     handle = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(handle)  # without this a power cut may undo the rename
+        os.fsync(handle)  # otherwise a power failure may undo the rename
     finally:
         os.close(handle)
 
 
 @contextlib.contextmanager
 def new_directory(directory: str | Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yields a scratch directory that takes the name `directory` when the block succeeds.
+    """Yields a temporary directory that is renamed to `directory` when the block succeeds.
 
     Args:
-      directory: the final name.
-      replace: swaps an existing directory out; otherwise one that is not empty is refused. The
-        caller is its only writer. A kill between the two renames of the swap leaves what
-        `recover` puts back.
+      directory: final path.
+      replace: replaces an existing directory, whose only writer must be the caller. `recover`
+        completes a replacement that was interrupted between its two renames. Otherwise an existing
+        directory must be empty.
 
     Raises:
-      JaxtuneError: the directory exists, or the disk is full; nothing is left behind.
+      JaxtuneError: the directory exists, or the disk is full; no partial output is left.
     """
     final = Path(directory).resolve()
     try:
@@ -93,7 +93,7 @@ def new_directory(directory: str | Path, *, replace: bool = False) -> Iterator[P
 
 
 def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
-    """Writes files, by their path in it, into an existing directory."""
+    """Writes files into an existing directory; keys are relative paths."""
     for name, content in files.items():
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _scratch(final: Path, replace: bool) -> Path:
-    if not replace:  # another process may be writing beside this one
+    if not replace:  # another process may be writing a directory of this name
         return Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
     scratch = final.with_name(f".{final.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
@@ -110,7 +110,7 @@ def _scratch(final: Path, replace: bool) -> Path:
 
 
 def recover(directory: Path) -> None:
-    """Undoes or completes a swap that a kill has cut short between its two renames."""
+    """Completes or undoes a replacement that was interrupted between its two renames."""
     previous = _previous(directory)
     if previous.exists():
         if directory.exists():
@@ -120,7 +120,7 @@ def recover(directory: Path) -> None:
 
 
 def _swap(scratch: Path, final: Path) -> None:
-    """Gives `scratch` the final name; what was there is removed only afterwards."""
+    """Renames `scratch` to `final`; the previous directory is removed only afterwards."""
     if final.exists():
         final.rename(_previous(final))
     scratch.rename(final)

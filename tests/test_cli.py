@@ -77,7 +77,7 @@ def fails(capsys, tmp_path):
             'jaxtune train: unknown argument "--workdri"; did you mean "--workdir"?',
         ),
         (["train"], "jaxtune train: the following arguments are required: --workdir"),
-        (["train", "--workdir", "run"], "run: no run here (no config.json)"),
+        (["train", "--workdir", "run"], "run: not a run directory (no config.json)"),
         (
             ["export", "--workdir", "run", "--format", "mergd", "--to", "out"],
             'jaxtune export: argument --format: invalid choice "mergd"; did you mean "merged"? '
@@ -92,7 +92,10 @@ def fails(capsys, tmp_path):
             ["generate", "--prompt", "hello"],
             "jaxtune generate: one of the arguments --workdir --model is required",
         ),
-        (["generate", "--workdir", "run", "--prompt", "x"], "run: no run here (no config.json)"),
+        (
+            ["generate", "--workdir", "run", "--prompt", "x"],
+            "run: not a run directory (no config.json)",
+        ),
         (
             ["convert", "--from", "nowhere.gguf", "--to", "out"],
             "nowhere.gguf: no such file or directory",

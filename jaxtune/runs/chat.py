@@ -1,8 +1,8 @@
-"""What a run knows of conversations, kept in chat.json: its template, its end tokens, its clock.
+"""The chat settings of a run, stored in chat.json: chat template, end tokens and clock.
 
-The template is kept as text, so that neither a changed file nor another version of a built-in one
-changes what the run's model is asked. The clock is that of the start: a template that prints the
-date gives the same tokens whenever the run is resumed, evaluated or asked.
+The template is stored as text, so that a changed file or another version of a built-in template
+does not change the prompts of the run's model. The clock is the time at which the run started: a
+template that prints the date gives the same tokens when the run is resumed, evaluated or prompted.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ _logger = logging.getLogger(__name__)
 
 
 def initial_chat(config: Any, source: TensorSource) -> Chat:
-    """Returns how the model that training starts from is talked to.
+    """Returns the chat settings of the model that training starts from.
 
-    An adapter that it starts from (``adapter.init_from``) brings its template along, as anywhere.
+    The template of an initial adapter (``adapter.init_from``) takes precedence over the base's.
 
     Args:
-      config: resolved.
-      source: the checkpoint of ``model.path``.
+      config: resolved config.
+      source: checkpoint of ``model.path``.
 
     Raises:
-      JaxtuneError: a file that cannot be read.
+      JaxtuneError: a file cannot be read.
     """
     base = base_chat(source.path, source.config)
     start = config.adapter.init_from
@@ -45,19 +45,19 @@ def initial_chat(config: Any, source: TensorSource) -> Chat:
 
 
 def configured_chat(config: Any, source: TensorSource) -> Chat:
-    """Returns what a run of a config begins with: `initial_chat` with the template it chooses."""
+    """Returns `initial_chat` with the chat template that the config selects."""
     return _apply_template(initial_chat(config, source), config)
 
 
 def reader_options(config: Any, chat: Chat) -> dict[str, Any]:
-    """Returns how data is read with a chat: options of `DataReader`.
+    """Returns the options of `DataReader` that follow from chat settings.
 
     Args:
-      config: resolved.
-      chat: of a run, or what `configured_chat` returns.
+      config: resolved config.
+      chat: settings of a run, or those of `configured_chat`.
     """
     own = None if chat.tokenizer is None else chat.tokenizer.chat_template
-    # A template that was chosen is compared with the tokenizer; what a checkpoint brings is not.
+    # A selected template is checked against the tokenizer; a checkpoint's own template is not.
     chosen = own if config.data.chat_template and isinstance(own, str) else ""
     return {"chat_template": chosen, "clock": chat.clock}
 
@@ -65,70 +65,70 @@ def reader_options(config: Any, chat: Chat) -> dict[str, Any]:
 def create_run_chat(
     run: RunDirectory, config: Any, base: Chat, clock: datetime.datetime | None = None
 ) -> Chat:
-    """Returns the chat of a run, which a new run keeps from now on.
+    """Returns the chat settings of a run, after writing them if the run is new.
 
     Args:
-      run: the run.
-      config: its config.
-      base: the chat of what it starts from.
-      clock: the time of a new run, by default now.
+      run: directory of the run.
+      config: config of the run.
+      base: settings of the model that the run starts from.
+      clock: clock of a new run; now by default.
 
     Raises:
       JaxtuneError: ``data.chat_template`` cannot be read.
     """
     if leads() and not run.chat.is_file():
         _write(run, _apply_template(base, config), (), clock or now())
-    barrier("the chat template is kept")
+    barrier("chat.json is written")
     return _read(run, base)
 
 
 def save_end_tokens(run: RunDirectory, chat: Chat, examples: Examples) -> Chat:
-    """Returns the chat with the tokens that end what is learned, which the run keeps as well.
+    """Returns the chat with the end tokens of the training data, and writes them to chat.json.
 
-    Warns where nothing that is learned ends in a token that can end an answer.
+    Warns if no learned span ends in an end token.
     """
     ends = find_end_tokens(examples.ends, chat)
     if examples.ends and not ends:
         _logger.warning(
-            "no learned span ends in an end token (EOS, or another token that the tokenizer adds), "
-            "so answers will not end by themselves: use a chat template that writes one"
+            "no learned span ends in an end token (EOS or an added token of the tokenizer), so the "
+            "model will not learn to stop; use a chat template that writes one"
         )
     if leads():
         _write(run, chat, ends, chat.clock)
-    barrier("the end tokens are kept")
+    barrier("the end tokens are written")
     return chat.ending_with(ends)
 
 
 def find_end_tokens(ends: Mapping[int, int], chat: Chat) -> list[int]:
-    """Returns which of the last tokens of learned spans are there to end something, in order.
+    """Returns the sorted ids of end tokens among the last tokens of learned spans.
 
     Args:
-      ends: how many spans end in a token, by its id.
-      chat: its tokenizer knows the added tokens, such as ``<|im_end|>``. Others are text.
+      ends: number of spans that end in a token, by token id.
+      chat: EOS and the tokenizer's added tokens, such as ``<|im_end|>``, count as end tokens.
     """
     added = set() if chat.tokenizer is None else set(chat.tokenizer.added_tokens_decoder)
     return sorted(ends.keys() & {*added, *chat.eos_token_ids})
 
 
 def load_run_chat(run: RunDirectory, config: Any, source: TensorSource) -> Chat:
-    """Returns how the model of a run is talked to, after the fact.
+    """Returns the chat settings of an existing run.
 
     Args:
-      run: a run that has begun.
-      config: its config.
-      source: the checkpoint that it started from.
+      run: directory of the run.
+      config: config of the run.
+      source: checkpoint that the run started from.
 
     Raises:
-      JaxtuneError: a file that cannot be read.
+      JaxtuneError: a file cannot be read.
     """
     base = initial_chat(config, source)
-    if not run.chat.is_file():  # of an earlier version
+    if not run.chat.is_file():  # not trained yet, or by an earlier version
         return _apply_template(base, config)
     return _read(run, base)
 
 
 def _apply_template(base: Chat, config: Any) -> Chat:
-    """Returns the chat with the template of a config and its arguments, which travel with it."""
+    """Returns the chat with the config's template, which has its arguments as defaults."""
     chat = base.with_template(read_template(config.data.chat_template))
     arguments = read_arguments(config.data.chat_template_kwargs, "data")
     template = None if chat.tokenizer is None else chat.tokenizer.chat_template

@@ -1,9 +1,9 @@
-"""Checkpoints of a run's state: the one place that talks to orbax-checkpoint.
+"""Checkpoints of a run's state; the only module that uses orbax-checkpoint.
 
-On disk a step is ``<step>/state/`` (Orbax's), ``<step>/extra.json`` and ``<step>/manifest.json``.
-The manifest lists the size and SHA-256 of every file and is written last, so a step without one
-was never finished, and a step that disagrees with its own has been damaged since. Orbax alone
-restores a flipped byte without a word and takes an empty directory for the latest step.
+A step consists of ``<step>/state/`` (Orbax's), ``<step>/extra.json`` and ``<step>/manifest.json``.
+The manifest lists the size and SHA-256 of every file and is written last: a step without a manifest
+is unfinished, and a step that does not match its manifest is damaged. Orbax by itself restores a
+flipped byte without an error and takes an empty directory for the latest step.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ STATE, EXTRA, MANIFEST, QUARANTINE = "state", "extra.json", "manifest.json", "qu
 
 
 class Checkpoints:
-    """The checkpoints of one run: saved in the background, verified before they are trusted.
+    """The checkpoints of a run: saved in the background, verified before they are restored.
 
-    Every process writes and reads its shards; process 0 alone writes manifests, verifies, sets
-    aside and deletes. Use as a context manager: leaving it waits for the save in progress.
+    Every process writes and reads its own shards; only process 0 writes manifests, verifies,
+    quarantines and deletes. Use as a context manager: leaving it waits for the save in progress.
     """
 
     def __init__(self, directory: str | Path, keep: int = 2):
-        """Opens a directory of checkpoints, which is made when needed.
+        """Opens a directory of checkpoints, which is created when needed.
 
         Args:
-          directory: where the step directories go.
-          keep: how many checkpoints the rotation leaves, at least 2: one may turn out damaged.
+          directory: parent of the step directories.
+          keep: number of checkpoints to keep, at least 2 because one may turn out damaged.
         """
         if keep < 2:
-            raise JaxtuneError(f"checkpoint.keep is at least 2, not {keep}")
+            raise JaxtuneError(f"checkpoint.keep must be at least 2, not {keep}")
         self.directory = Path(directory).absolute()
         self.keep = keep
-        self.pinned: int | None = None  # a step that the rotation leaves as well
+        self.pinned: int | None = None  # a step that is kept in addition
         self._checkpointer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
         self._finisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -65,29 +65,29 @@ class Checkpoints:
         except Exception:
             if kind is None:
                 raise
-            logger.exception("a save failed while the run was stopping")
+            logger.exception("saving a checkpoint failed while the run was stopping")
         finally:
             self._finisher.shutdown()
             self._checkpointer.close()
 
     def save(self, step: int, tree: Any, extra: Mapping[str, Any]) -> None:
-        """Copies a state to the host and goes on to write it in the background.
+        """Copies a state to the host and writes it in the background.
 
-        When it returns, the arrays of `tree` may be donated. The step counts once its manifest
-        is written; `poll` or `wait` tells whether that went well.
+        The arrays of `tree` may be donated after the call. The checkpoint is complete once its
+        manifest is written; `poll` and `wait` raise if writing failed.
 
         Args:
-          step: the number of the step, which names the directory.
-          tree: pytree of arrays, any shapes and dtypes.
-          extra: what JSON can hold: loader position, scores, counts.
+          step: step number, the name of the directory.
+          tree: pytree of arrays of any shapes and dtypes.
+          extra: JSON-serializable values: position in the data, scores, counts.
 
         Raises:
-          JaxtuneError: no space left; or this or the previous save failed so.
+          JaxtuneError: no space is left for this or the previous save.
         """
         self.wait()
         target = self.directory / str(step)
         if leads() and target.exists():
-            self._quarantine(step, "a new save of this step replaces it")
+            self._quarantine(step, "replaced by a new save of this step")
         text = json.dumps(dict(extra), indent=2, ensure_ascii=False)
         try:
             with report_full_disk(self.directory):
@@ -102,12 +102,12 @@ class Checkpoints:
         self._pending = self._finisher.submit(self._finish, step, text)
 
     def poll(self) -> None:
-        """Raises what went wrong in the background, if anything did; never waits."""
+        """Raises the error of a failed background save, if any; never waits."""
         if self._pending is not None and self._pending.done():
             self.wait()
 
     def wait(self) -> None:
-        """Waits until the save in progress is complete and raises what went wrong in it."""
+        """Waits for the save in progress and raises its error, if any."""
         pending = self._pending
         if pending is not None:
             error = pending.exception()
@@ -116,7 +116,7 @@ class Checkpoints:
                 raise error
 
     def steps(self) -> list[int]:
-        """Returns the finished steps in order; whether they are undamaged is not looked at."""
+        """Returns the finished steps in order, without verifying them."""
         return [step for step in self._directories() if (self._path(step) / MANIFEST).is_file()]
 
     def latest_verified(self) -> int | None:
@@ -132,7 +132,7 @@ class Checkpoints:
         return step
 
     def _latest_verified(self) -> int:
-        """Returns -1 where there is none."""
+        """Returns −1 if there is none."""
         for step in reversed(self._directories()):
             fault = self._find_damage(step)
             if fault is None:
@@ -141,17 +141,18 @@ class Checkpoints:
         return -1
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        """Reads a step back, after checking it against its manifest.
+        """Restores a step, after verifying it against its manifest.
 
         Args:
           step: a finished step.
-          like: pytree of `jax.ShapeDtypeStruct` with shardings, of the structure that was saved.
+          like: pytree of `jax.ShapeDtypeStruct` with shardings, with the structure of the saved
+            tree.
 
         Returns:
-          The tree in the structure, dtypes and shardings of `like`, and the extra dictionary.
+          The tree with the structure, dtypes and shardings of `like`, and the extra dictionary.
 
         Raises:
-          JaxtuneError: no such step, a damaged one, or one that does not fit `like`.
+          JaxtuneError: the step does not exist, is damaged or does not match `like`.
         """
         self.wait()
         path = self._path(step)
@@ -177,7 +178,7 @@ class Checkpoints:
         return sorted(int(entry.name) for entry in self.directory.iterdir() if _is_step(entry))
 
     def _finish(self, step: int, extra: str) -> None:
-        """Runs in the background: sees Orbax through, then makes the step count."""
+        """Runs in the background: waits for Orbax, then writes the manifest."""
         path = self._path(step)
         try:
             with report_full_disk(self.directory):
@@ -196,31 +197,33 @@ class Checkpoints:
         self._rotate()
 
     def _discard(self, path: Path) -> None:
-        """Removes what a failed save left: it was never a checkpoint, and space may be short."""
+        """Removes the files of a failed save, to free space."""
         with contextlib.suppress(Exception):
             self._checkpointer.wait_until_finished()
         if leads():
             shutil.rmtree(path, ignore_errors=True)
 
     def _rotate(self) -> None:
-        """Deletes what is older than the newest `keep` steps whose files are all there.
-
-        The pinned step stays.
-        """
+        """Deletes all but the newest `keep` complete steps and the pinned one."""
         whole = [step for step in self.steps() if self._find_damage(step, contents=False) is None]
         for step in whole[: -self.keep]:
             if step == self.pinned:
                 continue
-            # The manifest goes first: a deletion cut short must not leave a step that counts.
+            # The manifest first: an interrupted deletion must not leave a step that looks complete.
             (self._path(step) / MANIFEST).unlink()
             shutil.rmtree(self._path(step))
             self._verified.discard(step)
 
     def _find_damage(self, step: int, contents: bool = True) -> str | None:
-        """Says what is wrong with a step, or returns None; `contents` compares hashes too."""
+        """Returns a description of the damage of a step, or None.
+
+        Args:
+          step: a step with a directory.
+          contents: compare hashes as well as sizes.
+        """
         path = self._path(step)
         if not (path / MANIFEST).is_file():
-            return "unfinished: it has no manifest"
+            return "unfinished (no manifest)"
         try:
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
             listed = {str(name): (int(size), str(sha)) for name, (size, sha) in manifest.items()}
@@ -233,7 +236,7 @@ class Checkpoints:
             if present[name] != size:
                 return f"{name} has {present[name]} bytes instead of {size}"
             if contents and step not in self._verified and _sha256(path / name) != sha:
-                return f"{name} has changed: its SHA-256 is not that of the manifest"
+                return f"{name} is damaged: its SHA-256 differs from the manifest"
         if contents:
             self._verified.add(step)
         return None
@@ -258,25 +261,26 @@ def _is_step(entry: Path) -> bool:
 def _leaves_by_path(tree: Any, nested: bool = False) -> dict[str, Any]:
     """Returns the leaves by path, ``{"opt_state/0/mu": …}``, or as plain nested dicts.
 
-    Plain dicts keep optax's and our own classes out of the files: anyone can read them.
+    Plain dicts keep classes of optax and jaxtune out of the files, so that any program can read
+    them.
     """
     entries, _ = jax.tree_util.tree_flatten_with_path(tree)
     named = {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in entries}
     if len(named) != len(entries):
-        raise ValueError("two leaves of the tree have one name")
+        raise ValueError("two leaves of the tree have the same name")
     return traverse_util.unflatten_dict(named, sep="/") if nested else named
 
 
 def _check_fit(path: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Refuses a checkpoint of other names, shapes or dtypes: Orbax would cast in silence."""
+    """Raises if names, shapes or dtypes differ: Orbax would cast without an error."""
     for name, leaf in wanted.items():
         if name not in stored:
-            raise JaxtuneError(f"{path}: holds no {name}{closest(name, stored)}")
+            raise JaxtuneError(f"{path}: missing {name}{closest(name, stored)}")
         found, expected = _dtype_and_shape(stored[name]), _dtype_and_shape(leaf)
         if found != expected:
             raise JaxtuneError(f"{path}: {name} is {found}, but the run needs {expected}")
     if extra := sorted(set(stored) - set(wanted)):
-        raise JaxtuneError(f"{path}: holds {extra[0]}, which the run has no place for")
+        raise JaxtuneError(f"{path}: unexpected {extra[0]}, which the run does not have")
 
 
 def _dtype_and_shape(array: Any) -> str:
@@ -285,7 +289,7 @@ def _dtype_and_shape(array: Any) -> str:
 
 
 def _file_sizes(path: Path) -> dict[str, int]:
-    """Returns the size in bytes of every file under a step but the manifest, by relative name."""
+    """Returns the sizes in bytes of all files of a step except the manifest, by relative path."""
     return {
         file.relative_to(path).as_posix(): file.stat().st_size
         for file in sorted(path.rglob("*"))

@@ -1,4 +1,4 @@
-"""A run is a directory: its frozen config, fingerprint, metrics, checkpoints and adapters."""
+"""The directory of a run: frozen config, fingerprint, metrics, checkpoints and adapters."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ LOCK = "lock"
 
 
 class RunDirectory:
-    """The files of one run, and what may be done to them.
+    """The files of a run, and the operations on them.
 
-    Anybody may read; one run at a time trains, inside `start`. Of its processes the first writes.
+    Any process may read. Only one run at a time trains in a directory, inside `start`, and only its
+    process 0 writes.
     """
 
     def __init__(self, path: str | Path):
-        """Names a run; touches nothing.
+        """Sets the paths of the files, without reading or writing any.
 
         Args:
-          path: the run's directory, which need not exist yet.
+          path: directory of the run, which need not exist yet.
         """
         self.path = Path(path)
         self.config = self.path / "config.json"
@@ -47,46 +48,46 @@ class RunDirectory:
         self.expert_scores = self.path / "expert_scores.json"
 
     def exists(self) -> bool:
-        """Says whether a run was started here."""
+        """Returns whether the directory contains a run."""
         return self.config.is_file()
 
     @contextlib.contextmanager
     def start(self, config: config_module.Config = None) -> Iterator[config_module.Config]:
-        """Begins a run here or goes on with the one that is here; holds it while the block runs.
+        """Starts or resumes a run; locks the directory for the duration of the block.
 
         Args:
-          config: resolved config of a new run; None, or an equal one, to go on.
+          config: resolved config of a new run; None, or an equal one, to resume.
 
         Yields:
-          The config to train with, as ``config.json`` holds it.
+          The config of ``config.json``.
 
         Raises:
-          JaxtuneError: no config and no run, a run with another config (with the differences),
-            or another process trains here.
+          JaxtuneError: there is neither a config nor a run, the run has another config (the message
+            lists the differences), or another process is training in the directory.
         """
         if config is None:
-            self.read_config()  # before anything is made: there must be a run
+            self.read_config()  # raises if there is no run, before anything is created
         with contextlib.ExitStack() as held:
             if leads():
                 held.enter_context(self._hold(config))
             barrier("the run's directory is ready")
             if not self.exists():
                 raise JaxtuneError(
-                    f"{self.path}: process 0 has made the run here, and another process does not "
-                    "see it; the directory has to be on a file system that all of them share"
+                    f"{self.path}: created by process 0 but not visible to another process; the "
+                    "directory must be on a file system that all processes share"
                 )
             frozen = self.read_config()
             changes = _format_changes(_flatten(frozen), _flatten(config or frozen))
             if changes:
                 raise JaxtuneError(
-                    f"{self.path}: the run that is here has another config: {changes}; go on "
-                    "without a config, or take another directory"
+                    f"{self.path}: contains a run with another config: {changes}; resume it "
+                    "without a config, or use another directory"
                 )
             yield frozen
 
     @contextlib.contextmanager
     def _hold(self, config: config_module.Config) -> Iterator[None]:
-        """Holds the directory, with the config and whole adapters in it."""
+        """Locks the directory, writes the config of a new run and completes cut-off renames."""
         with report_full_disk(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         with _locked(self.path):
@@ -105,29 +106,30 @@ class RunDirectory:
                 raise
 
     def _remove_unstarted(self) -> None:
-        """Removes a run that failed before it began, so that a mended config may take its place."""
+        """Removes a run that failed before training, so that a corrected config can be used."""
         self.config.unlink()
         self.expert_scores.unlink(missing_ok=True)
         self.chat.unlink(missing_ok=True)
         (self.path / LOCK).unlink()
-        with contextlib.suppress(OSError):  # something of the user's is in it
+        with contextlib.suppress(OSError):  # the directory contains files of the user
             self.path.rmdir()
 
     def read_config(self) -> config_module.Config:
-        """Returns the frozen config of the run that is here.
+        """Returns the frozen config of the run.
 
         Raises:
-          JaxtuneError: no run here, or a ``config.json`` that cannot be read.
+          JaxtuneError: there is no run, or its ``config.json`` cannot be read.
         """
         if not self.exists():
-            raise JaxtuneError(f"{self.path}: no run here (no config.json)")
+            raise JaxtuneError(f"{self.path}: not a run directory (no config.json)")
         try:
             return config_module.from_json(self.config)
         except json.JSONDecodeError as error:
-            raise JaxtuneError(f"{self.config}:{error.lineno}: not JSON: {error.msg}") from error
+            message = f"{self.config}:{error.lineno}: invalid JSON: {error.msg}"
+            raise JaxtuneError(message) from error
 
     def steps_done(self) -> int:
-        """Returns the update that the newest checkpoint was saved after; 0 if there is none."""
+        """Returns the step of the newest checkpoint; 0 if there is none."""
         saved = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
         return max((int(path.name) for path in saved if path.name.isdecimal()), default=0)
 
@@ -135,51 +137,51 @@ class RunDirectory:
         """Returns the directory of an adapter in PEFT's format.
 
         Args:
-          which: "best" (the last one where nothing was held out) or "last".
+          which: "best" (the last one if there are no held-out examples) or "last".
 
         Raises:
-          JaxtuneError: nothing has been saved yet, or the run trains every weight.
+          JaxtuneError: no adapter has been saved yet, or the run trains all weights.
         """
-        wanted = {"best": self.adapter_best, "last": self.adapter_last}
-        for path in (wanted[which], self.adapter_last):
+        paths = {"best": self.adapter_best, "last": self.adapter_last}
+        for path in (paths[which], self.adapter_last):
             if path.is_dir():
                 return path
         if self.read_config().adapter.method == "full":
             raise JaxtuneError(
-                f"{self.path}: adapter.method=full trains every weight, so there is no adapter; "
-                "export the model as merged"
+                f"{self.path}: adapter.method=full trains all weights and has no adapter; export "
+                "the model with --format merged"
             )
         raise JaxtuneError(f"{self.path}: the run has not saved an adapter yet")
 
     def check_fingerprint(self, fingerprint: Mapping[str, str]) -> None:
-        """Stores what the run depends on besides its config, or compares it on resume.
+        """Stores the fingerprint of a new run, or compares it when a run is resumed.
 
         Args:
-          fingerprint: hash or version by name: of data, tokenizer, base model …
+          fingerprint: hashes and versions of the inputs by name: data, tokenizer, base model, …
 
         Raises:
-          JaxtuneError: something has changed since the run began (with the differences).
+          JaxtuneError: an input has changed since the run started; the message lists the changes.
         """
         fingerprint = dict(fingerprint)
         if leads() and not self.fingerprint.is_file():
             self._write_json(self.fingerprint, fingerprint)
-        barrier("the fingerprint is there")
+        barrier("the fingerprint is written")
         try:
             stored = json.loads(self.fingerprint.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
-            raise JaxtuneError(f"{self.fingerprint}:{error.lineno}: not JSON") from error
+            raise JaxtuneError(f"{self.fingerprint}:{error.lineno}: invalid JSON") from error
         if changes := _format_changes(stored, fingerprint):
             raise JaxtuneError(
-                f"{self.path}: the run cannot go on exactly, for its inputs have changed: {changes}"
+                f"{self.path}: cannot resume exactly: the inputs of the run have changed: {changes}"
             )
 
     def replace_directory(self, target: Path, write: Callable[[Path], Any]) -> None:
-        """Writes a directory aside and swaps it in, so that no reader sees half of it.
+        """Replaces a directory atomically.
 
         Args:
           target: one of the adapter directories.
-          write: fills the empty directory that it is given; in processes other than the first it
-            takes part in collecting what is written, and writes nothing.
+          write: called with an empty directory to fill. Processes other than 0 call it as well, to
+            take part in gathering arrays; they must not write.
         """
         if not leads():
             write(target)
@@ -188,34 +190,34 @@ class RunDirectory:
             write(scratch)
 
     def write_description(self, description: Mapping[str, Any]) -> None:
-        """Writes ``description.json``: what the run is going to do, to compare it with others."""
+        """Writes ``description.json``, a summary of the run for comparison with others."""
         self._write_json(self.description, description)
 
     def write_chat(self, content: Mapping[str, Any]) -> None:
-        """Writes ``chat.json``: the chat template, the end tokens and the clock of the run."""
+        """Writes ``chat.json``: chat template, end tokens and clock."""
         self._write_json(self.chat, content)
 
     def write_expert_load(self, content: Mapping[str, Any]) -> None:
-        """Writes ``expert_load.json``: who was chosen at the last evaluation, expert by expert."""
+        """Writes ``expert_load.json``: tokens per expert at the last evaluation."""
         self._write_json(self.expert_load, content, indent=None)
 
     def write_expert_scores(self, scores: ExpertScores) -> None:
-        """Writes ``expert_scores.json``: by what the trained experts were chosen."""
+        """Writes ``expert_scores.json``: the scores that the trained experts were selected by."""
         if leads():
             with report_full_disk(self.path):
                 write_atomically(self.expert_scores, scores.to_json())
-        barrier("the experts are scored")
+        barrier("the expert scores are written")
 
     def read_expert_scores(self) -> ExpertScores:
-        """Returns what the run's experts were chosen by.
+        """Returns the expert scores of the run.
 
         Raises:
-          JaxtuneError: they have not been scored.
+          JaxtuneError: the experts have not been scored.
         """
         return read_scores(self.expert_scores)
 
     def write_result(self, result: Mapping[str, Any]) -> None:
-        """Writes ``result.json``: what came out of the run, for people and programs to read."""
+        """Writes ``result.json``: the results of the run."""
         self._write_json(self.result, result)
 
     def _write_json(self, path: Path, content: Mapping[str, Any], indent: int | None = 2) -> None:
@@ -228,15 +230,15 @@ class RunDirectory:
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Holds a directory for this process; the system lets go of it if the process is killed."""
+    """Locks a directory; the operating system releases the lock if the process is killed."""
     with (directory / LOCK).open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
             raise JaxtuneError(
-                f"{directory}: process {file.read().strip()} is training here; wait for it, or "
-                "take another directory"
+                f"{directory}: process {file.read().strip()} is training in this directory; wait "
+                "for it or use another directory"
             ) from error
         file.truncate(0)
         file.write(str(os.getpid()))
@@ -253,7 +255,7 @@ def _flatten(config: config_module.Config) -> dict[str, Any]:
 
 
 def _format_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Returns ``"key: old → new, …"`` over the keys that differ; empty if none does."""
+    """Returns ``"key: old → new, …"`` for the keys that differ; empty if none does."""
     return ", ".join(
         f"{key}: {old.get(key, 'absent')} → {new.get(key, 'absent')}"
         for key in sorted(old.keys() | new.keys())

@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: JSON lines, and TensorBoard events beside them."""
+"""Metrics of a run: JSON lines, TensorBoard events and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -21,27 +21,25 @@ SAMPLES = "samples.jsonl"
 
 
 class MetricLog:
-    """Appends to ``metrics.jsonl`` and ``evaluations.jsonl``; a context manager.
+    """Appends to ``metrics.jsonl``, ``evaluations.jsonl`` and ``samples.jsonl``; a context manager.
 
-    Of several processes only the first one writes.
-
-    Every line is a JSON object that starts with its ``step`` and is on disk when the call
-    returns. A float32 is written so that reading it gives the same bits.
+    Only process 0 writes. Every line is a JSON object whose first key is ``step``; it is on disk
+    when the call returns. A float32 is written so that reading it gives the same bits.
     """
 
     def __init__(self, directory: str | Path, tensorboard: bool, resume_step: int, wandb: str = ""):
-        """Opens the log of a run that goes on after update number `resume_step`.
+        """Opens the logs of a run.
 
         Args:
-          directory: the run's directory.
-          tensorboard: write TensorBoard events too, under ``tensorboard/``.
-          resume_step: updates that the state has seen, 0 for a new run. Later lines, which a
-            killed run has written past its last checkpoint, are dropped: the file reads as one
-            unbroken run.
+          directory: directory of the run.
+          tensorboard: also write TensorBoard events, to ``tensorboard/``.
+          resume_step: step to resume from, 0 for a new run. Lines of later steps, which an
+            interrupted run wrote after its last checkpoint, are dropped, so that the files read as
+            those of an uninterrupted run.
           wandb: project of Weights & Biases to log to as well; empty: none.
 
         Raises:
-          JaxtuneError: a line other than a torn last one is not a JSON object with a step.
+          JaxtuneError: a line is not a JSON object with a step; an incomplete last line is allowed.
         """
         directory = Path(directory)
         self._events: SummaryWriter | None = None
@@ -57,7 +55,7 @@ class MetricLog:
         self._metrics = (directory / METRICS).open("a", encoding="utf-8", buffering=1)
         self._evaluations = (directory / EVALUATIONS).open("a", encoding="utf-8", buffering=1)
         if tensorboard:
-            # Tells TensorBoard to forget what the killed run has written past its checkpoint.
+            # Makes TensorBoard discard events that an interrupted run wrote after its checkpoint.
             purge = resume_step + 1 if resume_step else None
             self._events = SummaryWriter(str(directory / TENSORBOARD), purge_step=purge)
         self._wandb = _start_wandb(wandb, directory) if wandb else None
@@ -69,22 +67,22 @@ class MetricLog:
         self.close()
 
     def train(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes the metrics of update number `step`, counted from 1.
+        """Writes the metrics of a training step.
 
         Args:
-          step: updates done.
-          values: ``loss``, ``learning_rate``, ``grad_norm``, ``tokens`` (shown so far, padding not
-            counted), ``rows`` (shown so far), ``tokens_per_second`` and what else there is; finite
-            numbers, or None and text where an update was skipped, which TensorBoard goes without.
+          step: step number, from 1.
+          values: ``loss``, ``learning_rate``, ``grad_norm``, ``tokens`` (seen so far, without
+            padding), ``rows`` (seen so far), ``tokens_per_second`` and others. Finite numbers; for
+            a skipped step also None and text, which TensorBoard does not get.
         """
         self._write(self._metrics, "train", step, values)
 
     def evaluation(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes the scores on the held-out set after update number `step`; finite numbers."""
+        """Writes the scores of an evaluation after `step` steps; finite numbers."""
         self._write(self._evaluations, "evaluation", step, values)
 
     def samples(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
-        """Writes answers to held-out prompts after update number `step`; what JSON can hold."""
+        """Writes generated answers to held-out prompts after `step` steps."""
         with self._samples.open("a", encoding="utf-8") as file:
             for sample in samples:
                 file.write(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n")
@@ -116,20 +114,20 @@ class MetricLog:
 
 
 def check_wandb(project: str) -> None:
-    """Refuses a log that cannot be written, before anything else is done.
+    """Checks that Weights & Biases can be used, before a run starts.
 
     Raises:
-      JaxtuneError: Weights & Biases is asked for and not installed.
+      JaxtuneError: a project is given and the package is not installed.
     """
     if project and importlib.util.find_spec("wandb") is None:
         raise JaxtuneError(
-            f'logging.wandb="{project}" needs the package wandb, which is not installed: '
-            "pip install wandb"
+            f'logging.wandb="{project}" requires the package wandb, which is not installed; run '
+            "`pip install wandb`"
         )
 
 
 def _start_wandb(project: str, directory: Path) -> Any:
-    """Starts, or goes on with, the run of Weights & Biases that belongs to a directory."""
+    """Starts or resumes the Weights & Biases run of a directory."""
     check_wandb(project)
     wandb = importlib.import_module("wandb")
     identity = hashlib.sha256(str(directory.absolute()).encode()).hexdigest()[:16]
@@ -142,26 +140,26 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
     """Reads ``metrics.jsonl`` or ``evaluations.jsonl``.
 
     Args:
-      path: the file; one that does not exist has no lines.
+      path: the file; a missing file has no lines.
 
     Returns:
-      The objects in order, without a last line that was cut short while it was written.
+      The objects in order, without an incomplete last line.
 
     Raises:
-      JaxtuneError: another line is not a JSON object with a step; names file and line.
+      JaxtuneError: a line is not a JSON object with a step; the message names file and line.
     """
     path = Path(path)
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     entries = []
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is torn
+    for number, line in enumerate(lines[:-1], start=1):  # text after the last newline is incomplete
         try:
             entry = json.loads(line)
             entry["step"] = int(entry["step"])
         except (ValueError, TypeError, KeyError) as error:
             raise JaxtuneError(
-                f"{path}:{number}: not a JSON object with a step; mend or remove the line"
+                f"{path}:{number}: not a JSON object with a step; fix or remove the line"
             ) from error
         entries.append(entry)
     return entries

@@ -98,7 +98,7 @@ def test_rotation_does_not_count_a_step_that_lost_a_file(tmp_path):
 
 
 def test_a_single_checkpoint_is_not_enough(tmp_path):
-    with pytest.raises(JaxtuneError, match=r"checkpoint\.keep is at least 2, not 1"):
+    with pytest.raises(JaxtuneError, match=r"checkpoint\.keep must be at least 2, not 1"):
         Checkpoints(tmp_path, keep=1)
 
 
@@ -148,7 +148,7 @@ def test_a_damaged_step_is_set_aside_and_the_one_before_is_used(tmp_path, caplog
 def test_restoring_a_damaged_step_by_number_is_refused(tmp_path):
     save_all(tmp_path, [1])
     flip(array_file(tmp_path, 1))
-    with pytest.raises(JaxtuneError, match=r"d/\w+ has changed: its SHA-256 is not"):
+    with pytest.raises(JaxtuneError, match=r"d/\w+ is damaged: its SHA-256 differs"):
         Checkpoints(tmp_path).restore(1, like(state()))
 
 
@@ -167,8 +167,8 @@ def test_no_checkpoint_is_none(tmp_path):
             lambda t: t | {"trainable": t["trainable"] | {"half": jnp.zeros((3, 6), jnp.bfloat16)}},
             r"trainable/half is bfloat16\[3, 5\], but the run needs bfloat16\[3, 6\]",
         ),
-        (lambda t: t | {"stop": jnp.int32(0)}, 'holds no stop; did you mean "step"'),
-        (lambda t: {k: t[k] for k in ("opt_state", "trainable")}, "holds step, which the run has"),
+        (lambda t: t | {"stop": jnp.int32(0)}, 'missing stop; did you mean "step"'),
+        (lambda t: {k: t[k] for k in ("opt_state", "trainable")}, "unexpected step, which the run"),
     ],
 )
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path, change, message):

@@ -43,7 +43,7 @@ def test_a_directory_that_is_not_shared_is_named(start, tmp_path):
     run = start(2, tmp_path / "process-{process}", LONG)
     code, output = run.finish()
     assert code == 65, output
-    assert "process-1: process 0 has made the run here" in output
+    assert "process-1: created by process 0 but not visible to another process" in output
 
 
 @pytest.mark.slow

@@ -47,7 +47,10 @@ def test_another_config_is_refused_with_the_differences(tmp_path):
 
 def test_going_on_with_no_run_makes_nothing(tmp_path):
     run = RunDirectory(tmp_path / "typo")
-    with pytest.raises(JaxtuneError, match=r"typo: no run here \(no config\.json\)"), run.start():
+    with (
+        pytest.raises(JaxtuneError, match=r"typo: not a run directory \(no config\.json\)"),
+        run.start(),
+    ):
         pass
     assert not run.path.exists()
 
@@ -55,7 +58,7 @@ def test_going_on_with_no_run_makes_nothing(tmp_path):
 def test_a_config_that_is_not_json_is_named(tmp_path):
     run = RunDirectory(tmp_path)
     run.config.write_text("{\n  nonsense")
-    with pytest.raises(JaxtuneError, match=r"config\.json:2: not JSON"):
+    with pytest.raises(JaxtuneError, match=r"config\.json:2: invalid JSON"):
         run.read_config()
 
 
@@ -88,7 +91,9 @@ def test_two_processes_cannot_train_in_one_directory(tmp_path):
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"held\n"
         with (
-            pytest.raises(JaxtuneError, match=f"process {holder.pid} is training here"),
+            pytest.raises(
+                JaxtuneError, match=f"process {holder.pid} is training in this directory"
+            ),
             run.start(),
         ):
             pass
