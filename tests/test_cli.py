@@ -128,8 +128,8 @@ def test_an_unknown_target_is_named_with_what_exists(fails, config, tmp_path):
         (None, "train.jsonl: no such file"),
         ([chat("a", "b"), '{"messages": ['], "train.jsonl:2: invalid JSON: Expecting value"),
         ([chat("a", "b"), chat("a", "")], "train.jsonl:2: "),
-        ([chat("a", "b" * 100)], "train.jsonl:1: 122 tokens, and data.max_length is 64"),
-        (['{"input_ids": [1, 258], "labels": [1, 258]}'], "train.jsonl:1: input_ids holds 258"),
+        ([chat("a", "b" * 100)], "train.jsonl:1: 122 tokens exceed data.max_length=64"),
+        (['{"input_ids": [1, 258], "labels": [1, 258]}'], "train.jsonl:1: input_ids contains 258"),
     ],
     ids=["missing", "broken", "empty answer", "over-long", "vocabulary"],
 )

@@ -1,1 +1,1 @@
-"""Conversations as text and tokens: messages, chat templates and their targets."""
+"""Conversations as text and tokens: messages, chat templates and targets."""

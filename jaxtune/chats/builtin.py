@@ -1,4 +1,4 @@
-"""The chat templates that come with jaxtune, and Jinja files by path."""
+"""Built-in chat templates, and templates from Jinja files."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BUILT_IN = Path(__file__).parent / "templates"
-# Tokens that only stand between turns; the think tags are text in many tokenizers.
+# Control tokens such as <|im_end|>; think tags are not among them, as many tokenizers lack them.
 _CONTROL = re.compile(r"<[|｜][^|｜<>\s]+[|｜]>")
 
 
 def built_in_templates() -> dict[str, Path]:
-    """Returns the Jinja files that come with jaxtune, by the name that data.chat_template takes."""
+    """Returns the Jinja files of the built-in templates, by name."""
     found = {path.stem: path for path in BUILT_IN.glob("*.jinja")}
     return dict(sorted(found.items()))
 
 
 def read_template(path: str | Path, key: str = "data.chat_template") -> str:
-    """Returns the Jinja source that data.chat_template names; an empty path gives ``""``.
+    """Returns the Jinja source of a chat template; ``""`` for an empty path.
 
     Args:
-      path: the name of a built-in template, or a file.
-      key: what to call the setting in an error.
+      path: name of a built-in template, or a file.
+      key: name of the setting, for errors.
 
     Raises:
-      JaxtuneError: neither of these, or a file that cannot be read.
+      JaxtuneError: `path` is neither of these, or the file cannot be read.
     """
     if not str(path):
         return ""
@@ -47,10 +47,10 @@ def read_template(path: str | Path, key: str = "data.chat_template") -> str:
         return known.get(str(path), Path(path).expanduser()).read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise JaxtuneError(
-            f"{key}={path}: No such file or built-in template"
-            f"{closest(str(path), known)} (built in: {', '.join(known)})"
+            f"{key}={path}: no such file or built-in template"
+            f"{closest(str(path), known)} (built-in: {', '.join(known)})"
         ) from error
-    # No home directory of that name; a zero byte in the path.
+    # Among others: the user of ~user does not exist; the path contains a zero byte.
     except (RuntimeError, ValueError, OSError) as error:
         reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
         reason = getattr(error, "strerror", None) or reason
@@ -59,20 +59,20 @@ def read_template(path: str | Path, key: str = "data.chat_template") -> str:
 
 @functools.cache
 def built_in_name(source: str) -> str:
-    """Returns the name of the built-in template that Jinja source is; empty if it is none."""
+    """Returns the name of the built-in template with this Jinja source, or an empty string."""
     found = (n for n, path in built_in_templates().items() if path.read_text("utf-8") == source)
     return next(found, "")
 
 
 def missing_tokens(source: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Returns the control tokens that a template writes and a tokenizer lacks.
+    """Returns the control tokens of a template that are not tokens of the tokenizer.
 
     Args:
-      source: of the template; empty: the tokenizer's own, which is not looked into.
-      tokenizer: of the model.
+      source: Jinja source; empty: the tokenizer's own template, which is not checked.
+      tokenizer: tokenizer of the model.
 
     Returns:
-      How many tokens each one becomes.
+      Number of tokens that each control token is split into.
     """
     added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
     tokens = [token for token in dict.fromkeys(_CONTROL.findall(source)) if token not in added]
@@ -81,19 +81,19 @@ def missing_tokens(source: str, tokenizer: PreTrainedTokenizerBase) -> dict[str,
 
 
 def warn_missing_tokens(text: str, missing: dict[str, int], source: str) -> None:
-    """Names the tokens of `missing_tokens` that a rendering has, each of them once.
+    """Warns of missing control tokens in a rendered text, once per token.
 
     Args:
-      text: rendered.
-      missing: from which those that are named are taken.
-      source: of the template.
+      text: rendered text.
+      missing: result of `missing_tokens`; reported tokens are removed from it.
+      source: Jinja source of the template.
     """
     named = [token for token in missing if token in text]
     if named:
-        counts = ", ".join(f"{token} (it becomes {missing.pop(token)} tokens)" for token in named)
+        counts = ", ".join(f"{token} (split into {missing.pop(token)} tokens)" for token in named)
         logger.warning(
-            "data.chat_template%s writes what is not a token of this tokenizer: %s; choose the "
-            "template of the model's own family, or add the tokens",
+            "data.chat_template%s uses control tokens that the tokenizer does not have: %s; use "
+            "the template of the model's family, or add the tokens",
             f"={name}" if (name := built_in_name(source)) else "",
             counts,
         )
@@ -102,12 +102,12 @@ def warn_missing_tokens(text: str, missing: dict[str, int], source: str) -> None
 def matching_built_ins(
     asked: str, tokenizer: PreTrainedTokenizerBase, *, other_than: str
 ) -> list[str]:
-    """Returns the built-in templates of a family, by how it asks.
+    """Returns the names of the built-in templates that render a prompt in the same way.
 
     Args:
-      asked: the user turn ``?`` with the prompt for the answer, as the family renders them.
-      tokenizer: of the model.
-      other_than: source of the template that is not wanted.
+      asked: rendering of the user turn ``?`` with the generation prompt.
+      tokenizer: tokenizer of the model.
+      other_than: Jinja source of a template to exclude.
     """
     names = []
     for name in built_in_templates():
@@ -119,7 +119,7 @@ def matching_built_ins(
                 tokenize=False,
                 add_generation_prompt=True,
             )
-        except jinja2.TemplateError:  # the tokenizer lacks BOS or EOS
+        except jinja2.TemplateError:  # e.g. the tokenizer has no BOS or EOS token
             continue
         if prompt == asked and source != other_than:
             names.append(name)
@@ -127,14 +127,13 @@ def matching_built_ins(
 
 
 def set_default_arguments(source: str, arguments: Mapping[str, Any]) -> str:
-    """Returns a template that renders as `source` does with these arguments.
+    """Returns a template with default values for its arguments.
 
-    A caller's own arguments come before them, so the template of an exported model asks as the
-    model was trained to be asked, and can still be asked otherwise.
+    An exported model is then prompted as in training, unless the caller passes other arguments.
 
     Args:
-      source: Jinja.
-      arguments: values that JSON can hold.
+      source: Jinja source.
+      arguments: JSON-serializable values.
     """
     lines = [
         f"{{%- if {name} is not defined %}}{{%- set {name} = {_literal(value)} %}}{{%- endif %}}\n"
@@ -145,7 +144,7 @@ def set_default_arguments(source: str, arguments: Mapping[str, Any]) -> str:
 
 
 def _literal(value: Any) -> str:
-    """Returns a value as Jinja writes it, which is JSON but for null."""
+    """Returns a value as a Jinja literal: JSON, except that null is ``none``."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_literal(k)}: {_literal(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list):

@@ -1,8 +1,8 @@
-"""The date that a chat template prints: fixed for a run, so that its tokens never change.
+"""The date that a chat template prints, fixed for a run so that its tokens never change.
 
-Templates ask for it with ``strftime_now(format)``, a global function of `transformers`, whose value
-is the time of the call. The renderer passes data on to a template, but no functions, so the clock
-is fixed in the template itself: a macro of that name in front of it hides the global function.
+Templates get it from ``strftime_now(format)``, a global function of `transformers` that returns the
+current time. `apply_chat_template` passes data to a template, but not functions. The clock is
+therefore fixed in the template: a macro of the same name, prepended to it, shadows the function.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import jinja2
 from jaxtune.errors import JaxtuneError
 
 _CALL = "strftime_now"
-# A directive of strftime with a flag or modifier; not what opens a Jinja block, as in {%if.
+# A strftime directive with an optional flag or modifier; not the start of a Jinja block, {%if.
 _DIRECTIVE = re.compile(r"(?<!\{)%[-_0^#EO]?[A-Za-z%]")
-# A format that stands in the template as a string is known whole. One that is put together is
-# walked over: a directive is a percent sign, perhaps a flag, and a letter.
+# Formats that are string literals of the template are looked up as a whole. A format that the
+# template concatenates is scanned: a directive is a percent sign, an optional flag and a letter.
 _MACRO = (
     "{%%- macro strftime_now(format) -%%}"
     "{%%- set whole = %(whole)s -%%}"
@@ -38,29 +38,28 @@ _MACRO = (
     "{%%- endfor -%%}"
     "{{ at.code }}"
     "{%%- endif -%%}"
-    # The renderer drops one line end after a block, so what follows begins as it did.
+    # The renderer removes one newline after a block, so the template itself is unchanged.
     "{%%- endmacro %%}\n"
 )
 
 
 def now() -> datetime.datetime:
-    """Returns the local time in whole seconds, without a time zone, as `transformers` takes it."""
+    """Returns the local time in whole seconds, without a time zone, as in `transformers`."""
     return datetime.datetime.now().replace(microsecond=0)
 
 
 def read_clock(text: str, place: str) -> datetime.datetime:
-    """Returns the time that ISO 8601 text means; raises naming `place`."""
+    """Parses a time in ISO 8601; raises an error that names `place`."""
     try:
         return datetime.datetime.fromisoformat(text)
     except (TypeError, ValueError) as error:
-        raise JaxtuneError(f'{place}: "{text}" is not a time in ISO 8601') from error
+        raise JaxtuneError(f'{place}: "{text}" is not an ISO 8601 time') from error
 
 
 def printed_values(source: str, clock: datetime.datetime) -> dict[str, str]:
-    """Returns what of a clock a template can print: values by format, as in ``{"%Y": "2026"}``.
+    """Returns the values that a template can print of a clock, by format: ``{"%Y": "2026"}``.
 
-    Empty where the template does not ask for the time. Two clocks that give the same render every
-    conversation the same.
+    Empty if the template does not use the time. Clocks with equal values give equal renderings.
     """
     if _CALL not in source:
         return {}
@@ -68,9 +67,10 @@ def printed_values(source: str, clock: datetime.datetime) -> dict[str, str]:
 
 
 def _strings(source: str) -> list[str]:
-    """Returns the strings of a template that may be formats."""
+    """Returns the string literals of a template that contain a percent sign."""
     found = []
-    with contextlib.suppress(jinja2.TemplateSyntaxError, UnicodeDecodeError):  # the renderer names
+    # Syntax errors are reported when the template is rendered.
+    with contextlib.suppress(jinja2.TemplateSyntaxError, UnicodeDecodeError):
         for _, kind, text in jinja2.Environment().lex(source):
             if kind == "string" and "%" in text:
                 escaped = text[1:-1].encode("ascii", "backslashreplace")  # as Jinja reads strings
@@ -81,14 +81,14 @@ def _strings(source: str) -> list[str]:
 def _format_values(formats: list[str], clock: datetime.datetime) -> dict[str, str]:
     values = {}
     for format_ in sorted(set(formats)):
-        with contextlib.suppress(ValueError):  # a string that is no format
+        with contextlib.suppress(ValueError):  # the string is not a format
             values[format_] = clock.strftime(format_)
     return values
 
 
 @functools.lru_cache(maxsize=32)
 def fix_clock(source: str, clock: datetime.datetime) -> str:
-    """Returns a template that renders as `source` does at the time `clock`."""
+    """Returns a template that renders like `source` at the time `clock`."""
     if _CALL not in source:
         return source
     whole = _format_values(_strings(source), clock)

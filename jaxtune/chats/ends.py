@@ -1,4 +1,4 @@
-"""Where answers end: the last tokens of learned spans, and the token that a template ends with."""
+"""End tokens: the last tokens of learned spans, and the token with which a template ends turns."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 
 def span_end_tokens(labels: np.ndarray) -> list[int]:
-    """Returns the last token of each learned span of a whole row: labels int[n] → ids."""
+    """Returns the ids of the last token of each learned span, for the labels int[n] of a row."""
     learned = labels != IGNORE
     last = learned & ~np.append(learned[1:], False)
     return labels[last].tolist()
 
 
 def turn_end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Returns the added token, if there is one, that the tokenizer's template ends an answer with.
+    """Returns the id of the added token that ends an answer in the tokenizer's template, if any.
 
-    Empty as well where the template refuses a question with an answer, or rewrites it.
+    Empty if the template rejects or rewrites a conversation of one question and answer.
     """
     probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
     try:

@@ -1,4 +1,4 @@
-"""JSON that stands in a string: messages in a CSV cell, arguments of a call, options."""
+"""JSON in strings: messages in a CSV cell, arguments of a call, options."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 from jaxtune.errors import JaxtuneError
 from jaxtune.strict_json import parse_json
 
-# Halves at this size are exact, so that each one is printed with all of its digits.
-_FIRST_STAND_IN = 2.0**51 + 0.5
+# Floats of this size are multiples of 0.5, so each one is printed exactly.
+_FIRST_PLACEHOLDER = 2.0**51 + 0.5
 
 
 def parse_json_text(value: Any, place: str) -> Any:
-    """Returns what JSON text of a list or an object says, and any other value as it is.
+    """Parses JSON text of a list or an object; returns any other value unchanged.
 
     Args:
-      value: a string that begins with ``[`` or ``{``, or what is not to be read here.
-      place: what to call it in an error.
+      value: a string that begins with ``[`` or ``{``, or any other value.
+      place: location of the value, for errors.
 
     Raises:
-      JaxtuneError: broken JSON, or an object that names a key twice.
+      JaxtuneError: invalid JSON, or an object with a duplicate key.
     """
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
         return value
@@ -32,27 +32,27 @@ def parse_json_text(value: Any, place: str) -> Any:
 
 
 def parse_exact_numbers(text: str, taken: str, numbers: dict[str, str]) -> Any:
-    """Parses JSON so that `restore_numbers` gives each number back as it was written.
+    """Parses JSON so that `restore_numbers` can restore the spelling of each number.
 
-    A float holds 17 digits at most, and 1.10 and 0.00001 are printed as 1.1 and 1e-05. A number
-    that would be printed otherwise is parsed as another float, which stands in for it.
+    A float has at most 17 digits, and 1.10 and 0.00001 are printed as 1.1 and 1e-05. A number that
+    would be printed differently is replaced by a placeholder: a float that is not in `taken`.
 
     Args:
-      text: JSON.
-      taken: text that no stand-in may occur in.
-      numbers: takes the written number by the stand-in, as both are printed.
+      text: JSON text.
+      taken: text that must not contain a placeholder.
+      numbers: updated in place: the spelling of each replaced number by its printed placeholder.
     """
 
     def read(written: str) -> float:
         value = float(written)
-        return value if repr(value) == written else stand_in(written)
+        return value if repr(value) == written else placeholder(written)
 
     def read_integer(written: str) -> float:
         value = int(written)
-        return value if str(value) == written else stand_in(written)  # -0
+        return value if str(value) == written else placeholder(written)  # -0
 
-    def stand_in(written: str) -> float:
-        value = _FIRST_STAND_IN + len(numbers)
+    def placeholder(written: str) -> float:
+        value = _FIRST_PLACEHOLDER + len(numbers)
         while repr(value) in taken or repr(value) in numbers:
             value += 1
         numbers[repr(value)] = written
@@ -62,7 +62,7 @@ def parse_exact_numbers(text: str, taken: str, numbers: dict[str, str]) -> Any:
 
 
 def restore_numbers(text: str, numbers: dict[str, str]) -> str:
-    """Returns text with the numbers of `parse_exact_numbers` as they were written."""
-    for stand_in, written in numbers.items():
-        text = text.replace(stand_in, written)
+    """Replaces the placeholders of `parse_exact_numbers` in a text by the original numbers."""
+    for placeholder, written in numbers.items():
+        text = text.replace(placeholder, written)
     return text

@@ -1,4 +1,4 @@
-"""Conversations: what a row's turns are, and which of them are learnt."""
+"""Conversations: the turns of a row, and the choice of turns to train on."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 Message = Mapping[str, Any]
 
-# What a turn may say beside its role and its content.
+# Keys of a turn in addition to role and content.
 _MARKS = ("train", "weight")
 _OF_ASSISTANT = ("tool_calls", *REASONING_KEYS)
 _OF_TOOL = ("tool_call_id", "name")
-# What apply_chat_template is called with: not for a row to say.
+# Arguments of apply_chat_template that jaxtune sets, so a row must not.
 _OWN_ARGUMENTS = frozenset(
     (
         *("conversation", "conversations", "messages", "tools", "chat_template", "tokenize"),
@@ -34,19 +34,19 @@ _OWN_ARGUMENTS = frozenset(
         *("return_assistant_tokens_mask", "tokenizer_kwargs"),
     )
 )
-_ALIKE = 0.8  # a key as similar as this to a known one is a spelling mistake
+_ALIKE = 0.8  # similarity from which an unknown key counts as a misspelling of a known one
 
 
 class Conversation(NamedTuple):
-    """Turns as a template takes them.
+    """A checked conversation.
 
     Attributes:
-      turns: role and content, the assistant's perhaps with tool_calls and reasoning, and the keys
-        that only a template may know. Content may be None beside tool_calls.
-      marks: by turn, whether the row says that it is to be learnt; None where it does not say.
-      tools: the functions that the assistant may call, as JSON schemas.
-      arguments: of the template, such as ``{"enable_thinking": False}``.
-      extra: the keys of turns that only a template may know.
+      turns: turns with role and content, for the assistant optionally tool_calls and reasoning, and
+        extra keys. Content may be None if there are tool_calls.
+      marks: by turn, the value of ``train`` or ``weight``; None if it has neither.
+      tools: functions that the assistant may call, as JSON schemas.
+      arguments: template arguments, such as ``{"enable_thinking": False}``.
+      extra: keys of turns that are not known here but may be used by a template.
     """
 
     turns: list[dict[str, Any]]
@@ -57,39 +57,39 @@ class Conversation(NamedTuple):
 
 
 def check_text(value: Any, name: str, place: str) -> str:
-    """Returns `value` if it is a string that can be tokenized; raises naming `place` if not."""
+    """Returns `value` if it is a string that can be tokenized; otherwise raises."""
     if not isinstance(value, str):
         raise JaxtuneError(f"{place}: {name} must be a string, not {type(value).__name__}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        # Readers of text files put bytes that are no UTF-8 into this range.
+        # Readers of text files decode invalid bytes to this range.
         raw = "\udc80" <= value[error.start] <= "\udcff"
-        what = "is not UTF-8" if raw else "holds half a surrogate pair"
+        what = "is not UTF-8" if raw else "contains an unpaired surrogate"
         raise JaxtuneError(f"{place}: {name} {what}") from error
     return value
 
 
 def check_messages(messages: Any, place: str) -> list[dict[str, Any]]:
-    """Returns the turns of a conversation; raises naming `place`."""
+    """Returns the turns of a conversation after checking them."""
     return read_conversation(messages, place).turns
 
 
 def read_conversation(
     messages: Any, place: str, tools: Any = None, arguments: Any = None
 ) -> Conversation:
-    """Checks a conversation in the form of OpenAI's and Hugging Face's chats.
+    """Checks a conversation in the format of OpenAI and Hugging Face.
 
     Args:
-      messages: objects with role and content, or JSON text of them; an assistant's may have
-        tool_calls and reasoning (`REASONING_KEYS`), any ``train`` (true or false) or ``weight``
-        (0 or 1).
-      place: what to call the conversation in an error.
-      tools: descriptions of functions, or JSON text of them, or None.
-      arguments: of the template, an object, or JSON text of one, or None.
+      messages: objects with role and content, or their JSON text. Assistant turns may have
+        tool_calls and reasoning (`REASONING_KEYS`), all turns ``train`` (true or false) or
+        ``weight`` (0 or 1).
+      place: location of the conversation, for errors.
+      tools: JSON schemas of functions, or their JSON text, or None.
+      arguments: template arguments, an object or its JSON text, or None.
 
     Raises:
-      JaxtuneError: what is missing or of the wrong type; the message names it.
+      JaxtuneError: a key is missing, or a value has the wrong type.
     """
     messages = parse_json_text(messages, f"{place}: messages")
     if not isinstance(messages, (list, tuple)) or not messages:
@@ -106,40 +106,40 @@ def read_conversation(
         extra |= others
     tools = parse_json_text(tools, f"{place}: tools") if tools else None
     if tools is not None and not (isinstance(tools, list) and all(map(tool_name, tools))):
-        raise JaxtuneError(f"{place}: tools must be a list of objects, as JSON schemas are")
+        raise JaxtuneError(f"{place}: tools must be a list of JSON schemas of functions")
     return Conversation(
         turns, marks, tools or None, read_arguments(arguments, place), frozenset(extra)
     )
 
 
 def read_arguments(value: Any, place: str, name: str = "chat_template_kwargs") -> dict[str, Any]:
-    """Returns the arguments of a template: an object or JSON text of one; raises naming `place`."""
+    """Returns template arguments from an object or its JSON text, after checking them."""
     arguments = parse_json_text(value, f"{place}: {name}") if value else {}
     if not isinstance(arguments, Mapping):
         raise JaxtuneError(f"{place}: {name} must be a JSON object")
     if taken := sorted(set(arguments) & _OWN_ARGUMENTS):
-        raise JaxtuneError(f"{place}: {name} may not set {taken[0]}: jaxtune itself does")
-    # A table of `datasets` gives every row every key.
+        raise JaxtuneError(f"{place}: {name} must not set {taken[0]}, which jaxtune sets")
+    # In a table of `datasets` every row has every key, with the value None if it is missing.
     return {key: given for key, given in arguments.items() if given is not None}
 
 
 def tool_name(tool: Any) -> str:
-    """Returns the name of a function that a JSON schema describes, or an empty string."""
+    """Returns the function name in a JSON schema, or an empty string."""
     function = tool.get("function", tool) if isinstance(tool, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
     return name if isinstance(name, str) else ""
 
 
 def _read_turn(given: Message, name: str, place: str) -> tuple[dict[str, Any], set[str]]:
-    """Returns a turn, and those of its keys that are not known here."""
+    """Returns a turn and its unknown keys."""
     role = given.get("role")
     calls = role == "assistant" and bool(given.get("tool_calls"))
-    # The same as content of nothing but a think block.
+    # Reasoning without content is equivalent to content with only a think block.
     reasons = role == "assistant" and any(str(given.get(key, "")).strip() for key in REASONING_KEYS)
     for key in ("role",) if calls or reasons else ("role", "content"):
         if key not in given:
-            hint = ": write its function_call as tool_calls" if "function_call" in given else ""
-            raise JaxtuneError(f"{place}: {name} has no {key}{hint}")
+            hint = "; convert function_call to tool_calls" if "function_call" in given else ""
+            raise JaxtuneError(f'{place}: {name} has no key "{key}"{hint}')
     if role not in ROLES:
         raise JaxtuneError(
             f'{place}: {name}.role="{role}" is unknown{closest(str(role), ROLES)} '
@@ -151,8 +151,8 @@ def _read_turn(given: Message, name: str, place: str) -> tuple[dict[str, Any], s
     for key in sorted(others):
         if meant := _closest_key(key, known, given):
             raise JaxtuneError(
-                f'{place}: {name} has the key "{key}"; did you mean "{meant}"? (a turn of this '
-                f"role has {', '.join(known)})"
+                f'{place}: {name} has an unknown key "{key}"; did you mean "{meant}"? (known for '
+                f"this role: {', '.join(known)})"
             )
     others |= {key for key in (*_OF_ASSISTANT, *_OF_TOOL) if key in given and key not in known}
     turn: dict[str, Any] = {"role": role, "content": None}
@@ -175,7 +175,7 @@ def _read_turn(given: Message, name: str, place: str) -> tuple[dict[str, Any], s
 
 
 def _closest_key(key: str, known: Sequence[str], given: Message) -> str:
-    """Returns the known key of which another is a misspelling; empty where it is none."""
+    """Returns the known key that `key` is a misspelling of, or an empty string."""
     plain = unicodedata.normalize("NFKD", key.casefold()).encode("ascii", "ignore").decode()
     if plain in known:
         return plain
@@ -188,7 +188,7 @@ def _read_content(value: Any, name: str, place: str, *, result: bool = False) ->
     if result and not isinstance(value, str) and not (parts and all(map(_has_type, value))):
         kind = type(value).__name__
         raise JaxtuneError(
-            f"{place}: {name}.content must be a string, not {kind}: write the tool's result as "
+            f"{place}: {name}.content must be a string, not {kind}; convert the tool result to "
             "JSON text"
         )
     if not parts:
@@ -198,7 +198,7 @@ def _read_content(value: Any, name: str, place: str, *, result: bool = False) ->
         if not isinstance(part, Mapping) or part.get("type") != "text":
             kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
             raise JaxtuneError(
-                f"{place}: {name}.content[{index}] is of type {kind}; only text can be trained on"
+                f"{place}: {name}.content[{index}] has type {kind}; only text can be trained on"
             )
         texts.append(check_text(part.get("text"), f"{name}.content[{index}].text", place))
     return "".join(texts)
@@ -225,7 +225,7 @@ def _read_reasoning(given: Message, content: str | None, name: str, place: str) 
 
 
 def _read_tool_calls(calls: Any, name: str, place: str) -> list[dict[str, Any]]:
-    """Returns calls with their arguments as the row has them: an object, or JSON text of one."""
+    """Returns checked calls; their arguments stay an object or JSON text, as in the row."""
     calls = parse_json_text(calls, f"{place}: {name}.tool_calls")
     if not isinstance(calls, list):
         raise JaxtuneError(f"{place}: {name}.tool_calls must be a list")
@@ -239,11 +239,9 @@ def _read_tool_calls(calls: Any, name: str, place: str) -> list[dict[str, Any]]:
         if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
             arguments = {}
         if isinstance(arguments, str) and not arguments.lstrip().startswith(("{", "[")):
-            raise JaxtuneError(f"{place}: {where}: arguments are no JSON")
-        if not isinstance(
-            parse_json_text(arguments, f"{place}: {where}: arguments are no JSON"), Mapping
-        ):
-            raise JaxtuneError(f"{place}: {where}: arguments must be a JSON object")
+            raise JaxtuneError(f"{place}: {where}.arguments: invalid JSON")
+        if not isinstance(parse_json_text(arguments, f"{place}: {where}.arguments"), Mapping):
+            raise JaxtuneError(f"{place}: {where}.arguments must be a JSON object")
         called = check_text(function["name"], f"{where}.name", place)
         entry = {"type": "function", "function": {"name": called, "arguments": arguments}}
         found.append(({"id": call["id"]} if call.get("id") else {}) | entry)
@@ -251,15 +249,15 @@ def _read_tool_calls(calls: Any, name: str, place: str) -> list[dict[str, Any]]:
 
 
 def read_function_calls(value: Any, place: str) -> Any:
-    """Returns the calls that ShareGPT's function_call has as JSON text: one, or a list of them.
+    """Parses the JSON text of a ShareGPT function_call: one call, or a list of calls.
 
-    Arguments are text afterwards, so that their numbers stay as they were written.
+    Arguments are returned as JSON text, so that their numbers keep their spelling.
     """
     if not isinstance(value, str):
         return value if isinstance(value, list) else [value]
-    parsed = parse_json_text(value, f"{place} is a function call that is no JSON")
+    parsed = parse_json_text(value, f"{place}: function call")
     if isinstance(parsed, str):
-        raise JaxtuneError(f"{place} is a function call that is no JSON")
+        raise JaxtuneError(f"{place}: function call: invalid JSON")
     numbers: dict[str, str] = {}
     found = parse_exact_numbers(value, value, numbers)
     for call in found if isinstance(parsed, list) else [found]:
@@ -274,48 +272,54 @@ def _read_mark(given: Message, role: str, name: str, place: str) -> bool | None:
     if not marks:
         return None
     if len(marks) > 1 or marks[0] not in (0, 1):  # True and 1.0 are 1
-        raise JaxtuneError(f"{place}: {name} takes train (true or false) or weight (0 or 1)")
+        raise JaxtuneError(
+            f"{place}: {name} may have either train (true or false) or weight (0 or 1)"
+        )
     if role != "assistant" and marks[0]:
-        raise JaxtuneError(f"{place}: {name} is a {role} turn, and only the assistant's are learnt")
+        raise JaxtuneError(
+            f"{place}: {name} is a {role} turn; only assistant turns can be trained on"
+        )
     return bool(marks[0])
 
 
 def choose_targets(conversation: Conversation, targets: str, place: str) -> list[int]:
-    """Returns which turns are learnt; a first turn of the assistant is not, as it answers nothing.
+    """Returns the indices of the turns to train on.
+
+    An assistant turn at the start of a conversation is excluded, because it has no prompt.
 
     Args:
-      conversation: with its marks.
-      targets: ``all`` (of the assistant, but those marked false), ``last`` (the assistant's last,
-        unless marked false) or ``marked`` (those marked true).
-      place: what to call the conversation in an error.
+      conversation: conversation with marks.
+      targets: ``all`` (assistant turns not marked false), ``last`` (the last assistant turn, unless
+        marked false) or ``marked`` (turns marked true).
+      place: location of the conversation, for errors.
 
     Raises:
-      JaxtuneError: no turn is learnt, or the first turn is marked true.
+      JaxtuneError: there is no turn to train on, or the first turn is marked true.
     """
     roles = [turn["role"] for turn in conversation.turns]
     chosen = [index for index, role in enumerate(roles) if role == "assistant"]
     if not chosen:
-        raise JaxtuneError(f"{place}: no assistant turn, so nothing to learn")
+        raise JaxtuneError(f"{place}: no assistant turn, nothing to train on")
     if targets == "last":
         chosen = chosen[-1:]
     unmarked = targets != "marked"
     marks = conversation.marks
-    learnt = [i for i in chosen if marks[i] or (marks[i] is None and unmarked)]
-    if 0 in learnt and (marks[0] or learnt == [0]):
+    learned = [i for i in chosen if marks[i] or (marks[i] is None and unmarked)]
+    if 0 in learned and (marks[0] or learned == [0]):
         raise JaxtuneError(
-            f"{place}: messages[0] is an assistant turn that answers nothing, so it cannot be "
-            'learnt: put a user turn before it, or give it "train": false and learn a later one'
+            f"{place}: messages[0] is an assistant turn without a prompt and cannot be trained on; "
+            'add a user turn before it, or mark it "train": false and train on a later turn'
         )
-    learnt = [index for index in learnt if index]
-    if not learnt:
+    learned = [index for index in learned if index]
+    if not learned:
         raise JaxtuneError(
-            f"{place}: no turn to learn: train or weight leaves none with data.targets={targets}"
+            f"{place}: train and weight leave no turn to train on with data.targets={targets}"
         )
-    return learnt
+    return learned
 
 
 def canonical_content(conversation: Conversation) -> bytes:
-    """Returns the words of a conversation: equal for two that differ in their spelling alone."""
+    """Returns the content of a conversation as bytes, equal for equivalent spellings."""
     said = []
     for turn in conversation.turns:
         within, answer = split_content(turn["content"] or "", opened=False)

@@ -1,8 +1,8 @@
-"""The reasoning of a turn: beside its content, or in it between the think tags.
+"""The reasoning of a turn, under a key of its own or between think tags in the content.
 
-Content holds reasoning if it begins with ``<think>``, or if the prompt ends with that tag, and it
-goes up to the last ``</think>`` that is not quoted as code. Any other content that names the tags
-is an answer about them.
+Content has reasoning if it begins with ``<think>`` or if the prompt ends with that tag. The
+reasoning ends at the last ``</think>`` that is not quoted as code. Other think tags are part of the
+answer.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 THINK, END_THINK = "<think>", "</think>"
-# In the order in which `transformers` takes them.
+# In the order of precedence in `transformers`.
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 _END = re.compile(r"(?<!`)</think>|</think>(?!`)")
@@ -21,16 +21,16 @@ _OPENING = re.compile(r"<think>\s*(?:</think>\s*)?$")
 
 
 def separate_reasoning(turn: Mapping[str, Any]) -> str:
-    """Returns the reasoning that a turn has beside its content; empty where it has none."""
+    """Returns the reasoning under a key of its own; empty if there is none."""
     return next((turn[key] for key in REASONING_KEYS if turn.get(key)), "")
 
 
 def split_content(content: str, opened: bool) -> tuple[str, str]:
-    """Returns the reasoning that stands in a content, and the answer after it.
+    """Splits content into reasoning and answer.
 
     Args:
-      content: of an assistant's turn.
-      opened: whether the prompt ends with ``<think>``.
+      content: content of an assistant turn.
+      opened: the prompt ends with ``<think>``.
     """
     begins = content.lstrip().startswith(THINK)
     ends = list(_END.finditer(content)) if begins or opened else []
@@ -46,18 +46,18 @@ def ends_with_think(prompt: str) -> bool:
 
 
 def strip_think(prompt: str) -> str:
-    """Returns a prompt without the think tags that it ends with."""
+    """Returns a prompt without the think tags at its end."""
     return _OPENING.sub("", prompt)
 
 
 def empty_block_length(written: str) -> int:
-    """Returns the length of the empty think block that a turn begins with; 0 if it has none."""
+    """Returns the length of an empty think block at the start of a turn; 0 if there is none."""
     match = _EMPTY.match(written)
     return match.end() if match else 0
 
 
 def fold_reasoning(turn: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a turn with its reasoning in its content, in the form of R1 and Qwen3."""
+    """Returns a turn with its reasoning in the content, in the format of R1 and Qwen3."""
     reasoning = separate_reasoning(turn)
     rest = {key: value for key, value in turn.items() if key not in REASONING_KEYS}
     if reasoning.strip():

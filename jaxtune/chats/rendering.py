@@ -1,4 +1,4 @@
-"""A conversation as text, in the spelling that the template shows whole."""
+"""Renders conversations, in the spelling for which the template shows all content."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from jaxtune.chats.spelling import Spelling, remove_whitespace, spellings
 from jaxtune.errors import JaxtuneError
 
 Apply = Callable[[Sequence[Message], bool], str]
-"""Applies a template to turns, with or without the prompt for the next one."""
+"""Applies a template to turns, with or without a generation prompt."""
 
 
 class Rendering:
-    """A conversation as a template renders it, whole or the first turns of it."""
+    """Renderings of a conversation and of its first turns, cached."""
 
     def __init__(self, spelling: Spelling, apply: Apply, place: str):
-        """Takes the spelling that is rendered, and what renders turns."""
+        """Initializes from a spelling and the template that renders it."""
         self._spelling, self._apply, self._place = spelling, apply, place
         self._made: dict[tuple[int, bool], str] = {}
 
     @property
     def turns(self) -> list[dict[str, Any]]:
-        """The turns as the template is given them."""
+        """The turns as they are passed to the template."""
         return self._spelling.turns
 
     def __call__(self, count: int, prompt: bool) -> str:
-        """Returns the text of the first turns, perhaps with the prompt for the next one.
+        """Returns the text of the first `count` turns, optionally with a generation prompt.
 
         Raises:
-          JaxtuneError: the template refuses them.
+          JaxtuneError: the template rejects the turns.
         """
         if (count, prompt) not in self._made:
             try:
                 text = self._apply(self.turns[:count], prompt)
-            # Any expression of the template may fail in its own way.
+            # An expression of the template can raise any exception.
             except Exception as error:
                 raise _refusal(self._place, error) from error
             self._made[count, prompt] = restore_numbers(text, self._spelling.numbers)
@@ -47,16 +47,16 @@ class Rendering:
 def choose_rendering(
     turns: Sequence[dict[str, Any]], apply: Apply, place: str, *, generation_prompt: bool = False
 ) -> Rendering:
-    """Returns the renderings of a conversation in the first spelling that is shown whole.
+    """Returns the rendering of the first spelling for which the template shows all content.
 
     Args:
-      turns: of the conversation.
+      turns: turns of the conversation.
       apply: the template.
-      place: what to call the conversation in an error.
-      generation_prompt: whether the conversation is to be followed by an answer.
+      place: location of the conversation, for errors.
+      generation_prompt: the conversation will be rendered with a generation prompt.
 
     Raises:
-      JaxtuneError: the template refuses every spelling.
+      JaxtuneError: the template rejects every spelling.
     """
     choices = list(spellings(turns))
     if len(choices) == 1:
@@ -84,7 +84,7 @@ def _is_complete(
     reasons = [i for i, turn in enumerate(turns) if separate_reasoning(turn).strip()]
     if not reasons:
         return True
-    # A template may show no reasoning but that of the last turn.
+    # A template may show only the reasoning of the last turn.
     rendered = apply(spelling.turns[: reasons[-1] + 1], False)
     return remove_whitespace(separate_reasoning(turns[reasons[-1]])) in remove_whitespace(rendered)
 
@@ -93,4 +93,4 @@ def _refusal(place: str, error: Exception) -> JaxtuneError:
     if isinstance(error, JaxtuneError):
         return error
     reason = " ".join(str(error).split()) or type(error).__name__
-    return JaxtuneError(f"{place}: the chat template refuses the conversation: {reason}")
+    return JaxtuneError(f"{place}: the chat template rejects the conversation: {reason}")

@@ -1,8 +1,8 @@
-"""What the assistant wrote in a rendered conversation, by comparing renderings of its turns.
+"""Finds the assistant's turns in a rendered conversation by comparing renderings.
 
-Nothing here knows how a template marks a turn. A turn is what rendering adds when the turn is
-added; the rendering of the whole conversation decides where that text stands, because a template
-may leave a think block out of the turns before the last.
+The algorithm is independent of the markup of the template. The text of a turn is the difference
+between the renderings with and without it. It is then located in the rendering of the whole
+conversation, because templates may omit the think block of all turns but the last.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from jaxtune.chats.spelling import remove_whitespace
 
 Span = tuple[int, int]
 Render = Callable[[int, bool], str]
-"""Renders the first turns, as many as it is told, with or without the prompt for the next."""
+"""Renders the first n turns, with or without a generation prompt."""
 
 
 class RewrittenTurn(Exception):
-    """The template changes a turn, so that its targets cannot be told; says how."""
+    """The template changes a turn, so its targets cannot be determined."""
 
 
 def turn_span(
     messages: Sequence[Message], index: int, render: Render, ends: tuple[str, ...]
 ) -> Span:
-    """Returns where a turn stands in the rendering of all turns, in characters.
+    """Returns the span of a turn in the rendering of all turns, in characters.
 
-    A turn starts where the generation prompt after the turns before it ends, and ends with its end
-    token; white space after that token does not belong to it.
+    A turn starts after the generation prompt of the preceding turns and ends with its end token,
+    without the whitespace after that token.
 
     Args:
       messages: all turns.
-      index: of an assistant's turn, but not of the first turn.
+      index: index of an assistant turn, above 0.
       render: renders the first turns.
-      ends: the tokens that may end a turn.
+      ends: tokens that may end a turn.
 
     Raises:
-      RewrittenTurn: the turn renders otherwise than its generation prompt asks, or loses a part.
+      RewrittenTurn: the turn does not start with its generation prompt, or lacks content.
     """
     text, prompt, turn = render(len(messages), False), render(index, True), render(index + 1, False)
     if not turn.startswith(prompt):
@@ -53,17 +53,17 @@ def turn_span(
     else:
         start, stop = _span_within(text, prompt, written, ends)
         if not _is_whole(messages[index], text[start:stop]):
-            raise RewrittenTurn("renders differently once other turns follow")
+            raise RewrittenTurn("renders differently when other turns follow")
     if not _is_whole(messages[index], text[start:stop]):
-        # The prompt may have opened what the content says itself, such as <think>.
+        # The generation prompt may contain the start of the content, such as <think>.
         before = render(index, False)
         if not (text.startswith(before) and _is_whole(messages[index], text[len(before) : stop])):
-            raise RewrittenTurn("is not rendered whole")
+            raise RewrittenTurn("is not rendered completely")
     return start, stop
 
 
 def skip_empty_block(text: str, span: Span, message: Message) -> Span:
-    """Returns a span without the empty think block that a turn without reasoning begins with."""
+    """Returns a span without the empty think block at its start, if the turn has no reasoning."""
     start, stop = span
     content = message.get("content") or ""
     if separate_reasoning(message).strip() or split_content(content, opened=False)[0]:
@@ -72,7 +72,7 @@ def skip_empty_block(text: str, span: Span, message: Message) -> Span:
 
 
 def _span_within(text: str, prompt: str, written: str, ends: tuple[str, ...]) -> Span:
-    """Finds a turn in a text whose rendering of it lacks what the turn alone begins with."""
+    """Finds a turn in a text that omits the beginning of the turn, such as a think block."""
     body = written[: _trimmed_length(written, ends)]
     if body.endswith(ends):
         for opening in (prompt, strip_think(prompt)):
@@ -81,17 +81,17 @@ def _span_within(text: str, prompt: str, written: str, ends: tuple[str, ...]) ->
             for left_out in range(len(body)):
                 if text.startswith(body[left_out:], len(opening)):
                     return len(opening), len(opening) + len(body) - left_out
-    raise RewrittenTurn("renders differently once other turns follow")
+    raise RewrittenTurn("renders differently when other turns follow")
 
 
 def _trimmed_length(turn: str, ends: tuple[str, ...]) -> int:
-    """Returns the length of a turn without the white space that follows its end token."""
+    """Returns the length of a turn without whitespace after its end token."""
     kept = turn.rstrip()
     return len(kept) if kept.endswith(ends) else len(turn)
 
 
 def _is_whole(message: Message, written: str) -> bool:
-    """Returns whether a rendering has all that a turn says, but for white space."""
+    """Returns whether a rendering contains all content of a turn, up to whitespace."""
     parts = [separate_reasoning(message), message.get("content") or ""]
     for call in message.get("tool_calls") or ():
         arguments = call["function"]["arguments"]

@@ -1,8 +1,8 @@
-"""Spellings of one conversation: the row's own, and others that a template may need.
+"""Spellings of a conversation: that of the row, and equivalent ones that a template may need.
 
-A template takes what its authors had in mind: arguments of calls as text or as an object,
-reasoning under a key or in the content. The spelling of the row comes first, because that is what
-`transformers` renders; others are tried where the template fails on it or leaves parts of it out.
+Templates differ in the input they expect: arguments of calls as text or as an object, reasoning
+under a key or in the content. The spelling of the row comes first, because `transformers` renders
+it unchanged; others are tried if the template fails on it or omits parts of it.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ Turn = dict[str, Any]
 
 
 class Spelling(NamedTuple):
-    """Turns as a template is given them.
+    """Turns as they are passed to a template.
 
     Attributes:
-      turns: of the conversation.
-      numbers: what `restore` is to put back into the rendering.
+      turns: turns of the conversation.
+      numbers: spellings of numbers by placeholder, for `restore_numbers`.
     """
 
     turns: list[Turn]
     numbers: dict[str, str]
 
     def shows(self, rendered: str) -> bool:
-        """Returns whether a rendering has the arguments of the calls as they are spelled here.
+        """Returns whether a rendering contains the arguments of the calls in this spelling.
 
         Args:
-          rendered: the conversation as text, before `restore`.
+          rendered: the conversation as text, before `restore_numbers`.
         """
         for function in _called_functions(self.turns):
             arguments = function["arguments"]
             if isinstance(arguments, str):
-                # A template that takes objects prints the text as a JSON string.
+                # A template that expects objects prints text as a quoted JSON string.
                 quoted = json.dumps(arguments, ensure_ascii=False)
                 if arguments not in rendered or quoted in rendered:
                     return False
-        return all(stand_in in rendered for stand_in in self.numbers)
+        return all(placeholder in rendered for placeholder in self.numbers)
 
 
 def spellings(turns: Sequence[Turn]) -> Iterator[Spelling]:
-    """Yields the spellings of a conversation, that of the row first."""
+    """Yields the spellings of a conversation, starting with that of the row."""
     reasoning: list[Callable[[Turn], Turn]] = [lambda turn: turn]
     content: list[Callable[[Turn], Turn]] = [lambda turn: turn]
     arguments: list[Callable[[Sequence[Turn]], Spelling]] = [lambda given: Spelling([*given], {})]
@@ -64,7 +64,7 @@ def spellings(turns: Sequence[Turn]) -> Iterator[Spelling]:
 
 
 def remove_whitespace(text: str) -> str:
-    """Returns text without white space, which templates add and strip."""
+    """Returns text without whitespace, which templates add and strip."""
     return "".join(text.split())
 
 

@@ -1,4 +1,4 @@
-"""Chat templates: conversations as text, and which of its characters are targets."""
+"""Chat templates: render conversations and find the spans to train on."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 
 class ChatTemplate:
-    """A tokenizer together with the Jinja template that writes conversations for it.
+    """A tokenizer with the Jinja template that renders conversations for it.
 
-    Templates run in the sandbox of `transformers`, which stops escapes but not endless work: use
-    those of checkpoints that you trust.
+    Templates run in the sandbox of `transformers`, which does not limit their running time: use
+    only templates that you trust.
     """
 
     def __init__(
@@ -42,16 +42,16 @@ class ChatTemplate:
         arguments: Mapping[str, Any] | None = None,
         clock: datetime.datetime | None = None,
     ):
-        """Checks that tokenizer and template can be used.
+        """Checks the tokenizer and the template.
 
         Args:
           tokenizer: a fast tokenizer of `transformers`.
-          source: Jinja source used in place of the tokenizer's own template; empty: its own.
-          arguments: of the template, such as ``{"enable_thinking": False}``.
-          clock: the time that the template prints; None: that of each rendering.
+          source: Jinja source of the template; empty: the tokenizer's own template.
+          arguments: template arguments, such as ``{"enable_thinking": False}``.
+          clock: time that the template prints; None: the time of rendering.
 
         Raises:
-          JaxtuneError: the tokenizer has no offsets or loses spaces, or the source has an error.
+          JaxtuneError: the tokenizer has no offsets or drops spaces, or the source is invalid.
         """
         self.tokenizer = tokenizer
         self.source = source
@@ -59,25 +59,25 @@ class ChatTemplate:
         self.clock: datetime.datetime | None = None
         if not tokenizer.is_fast:
             raise JaxtuneError(
-                f"{type(tokenizer).__name__} gives no offsets: save it with a tokenizer.json"
+                f"{type(tokenizer).__name__} is not a fast tokenizer; save it with a tokenizer.json"
             )
         probe = tokenizer("two words", add_special_tokens=False)["input_ids"]
         if tokenizer.decode(probe) == "twowords":
             raise JaxtuneError(
-                f"{type(tokenizer).__name__} loses spaces: it is not the class this "
-                "tokenizer.json was made for (see tokenizer_class in tokenizer_config.json)"
+                f"{type(tokenizer).__name__} drops spaces: it does not match tokenizer.json (see "
+                "tokenizer_class in tokenizer_config.json)"
             )
         own = tokenizer.chat_template or ""
         self._text = source or ("\n".join(own.values()) if isinstance(own, dict) else own)
-        # A turn's end token is among these, whatever a checkpoint calls it.
+        # The end token of turns is one of the added tokens.
         self._added = tuple(str(token) for token in tokenizer.added_tokens_decoder.values())
         self._missing = missing_tokens(self.source, tokenizer)
         if self.exists():
-            self._check_syntax()  # whose line numbers are those without a fixed clock
+            self._check_syntax()  # before the clock is set, whose macro would shift line numbers
         self.clock = clock
 
     def exists(self) -> bool:
-        """Returns whether there is a template, given or the tokenizer's own."""
+        """Returns whether there is a template, from `source` or the tokenizer."""
         return bool(self.source or self.tokenizer.chat_template)
 
     def _check_syntax(self) -> None:
@@ -86,7 +86,7 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise JaxtuneError(f"chat template, line {error.lineno}: {error.message}") from error
         except Exception:
-            # A template may refuse this conversation; whether it takes the real ones shows there.
+            # A template may reject this probe and still accept the actual conversations.
             return
 
     def _apply(
@@ -120,14 +120,14 @@ class ChatTemplate:
         """Returns the renderings of a conversation and its first turns.
 
         Raises:
-          JaxtuneError: there is no template, or it refuses the conversation.
+          JaxtuneError: there is no template, or it rejects the conversation.
         """
         if not self.exists():
             raise JaxtuneError(
-                f"{place}: messages need a chat template and the tokenizer has none: "
-                "set data.chat_template (chat_template= of jaxtune.load, --chat-template of "
-                "jaxtune generate) to a Jinja file or a built-in template "
-                f"({', '.join(built_in_templates())}); jaxtune generate --raw needs none"
+                f"{place}: messages require a chat template and the tokenizer has none; set "
+                "data.chat_template (chat_template= of jaxtune.load, --chat-template of jaxtune "
+                "generate) to a Jinja file or a built-in template "
+                f"({', '.join(built_in_templates())}), or use jaxtune generate --raw"
             )
         turns = [dict(message) for message in messages]
         if "developer" not in self._text:
@@ -154,13 +154,13 @@ class ChatTemplate:
 
         Args:
           messages: turns with role and content, one or more.
-          generation_prompt: whether to end with the opening of the assistant's next turn.
-          tools: descriptions of functions, for templates that show them.
-          arguments: of the template, in addition to and before those of all conversations.
-          place: what to call the conversation in an error.
+          generation_prompt: end with the start of the assistant's next turn.
+          tools: JSON schemas of functions, for templates that support them.
+          arguments: template arguments; override those of the constructor.
+          place: location of the conversation, for errors.
 
         Raises:
-          JaxtuneError: there is no template, or it refuses the conversation.
+          JaxtuneError: there is no template, or it rejects the conversation.
         """
         rendering = self._rendering(
             messages, tools, arguments, place, generation_prompt=generation_prompt
@@ -171,40 +171,38 @@ class ChatTemplate:
         self,
         messages: Sequence[Message],
         place: str,
-        learnt: Sequence[int] | None = None,
+        learned: Sequence[int] | None = None,
         tools: list[Any] | None = None,
         arguments: Mapping[str, Any] | None = None,
         *,
         empty_reasoning: bool = True,
     ) -> tuple[str, list[Span]]:
-        """Renders a conversation and finds what the assistant wrote in it, as `turn_span` says.
+        """Renders a conversation and finds the spans of assistant turns; see `turn_span`.
 
         Args:
           messages: turns as `check_messages` returns them.
-          place: what to call the conversation in an error.
-          learnt: which turns are looked for; all of the assistant by default.
-          tools: descriptions of functions, for templates that show them.
-          arguments: of the template, in addition to and before those of all conversations.
-          empty_reasoning: whether the empty think block of a turn belongs to it.
+          place: location of the conversation, for errors.
+          learned: indices of the turns to find; by default all assistant turns.
+          tools: JSON schemas of functions, for templates that support them.
+          arguments: template arguments; override those of the constructor.
+          empty_reasoning: include empty think blocks in the spans.
 
         Returns:
-          The text, and ``(start, end)`` in characters of every turn looked for.
+          The text, and ``(start, end)`` of each turn, in characters.
 
         Raises:
-          JaxtuneError: no assistant turn, or the template rewrites turns or leaves tools out.
+          JaxtuneError: there is no assistant turn, or the template rewrites turns or omits tools.
         """
-        if learnt is None:
-            learnt = choose_targets(
+        if learned is None:
+            learned = choose_targets(
                 Conversation([*map(dict, messages)], [None] * len(messages)), "all", place
             )
         rendering = self._rendering(messages, tools, arguments, place)
         text, found = rendering(len(messages), False), []
         self._check_tools(messages, text, tools, arguments, place)
-        for index in learnt:
+        for index in learned:
             if index == 0:
-                raise JaxtuneError(
-                    f"{place}: messages[0] is an assistant turn that answers nothing"
-                )
+                raise JaxtuneError(f"{place}: messages[0] is an assistant turn without a prompt")
             try:
                 span = turn_span(rendering.turns, index, rendering, self._added)
             except RewrittenTurn as change:
@@ -222,18 +220,18 @@ class ChatTemplate:
         arguments: Mapping[str, Any] | None,
         place: str,
     ) -> None:
-        """Raises where a rendering leaves a tool out."""
+        """Raises if a rendering omits a tool."""
         if not tools:
             return
         shown = True
-        with contextlib.suppress(JaxtuneError):  # a template may refuse to do without
-            # A short name may stand in the text by chance.
+        with contextlib.suppress(JaxtuneError):  # the template may require tools
+            # A short name may occur in the text by chance, so the renderings are compared as well.
             shown = text != self.render(messages, arguments=arguments, place=place)
         for name in map(tool_name, tools):
             if not shown or name not in text:
                 raise JaxtuneError(
-                    f"{place}: the chat template does not show the tool {name}: describe the "
-                    "tools in the system turn, or set data.chat_template to one that does"
+                    f"{place}: the chat template does not show the tool {name}; describe the tools "
+                    "in the system turn, or set data.chat_template to a template with tools"
                 )
 
     def unread_keys(
@@ -243,7 +241,7 @@ class ChatTemplate:
         tools: list[Any] | None = None,
         arguments: Mapping[str, Any] | None = None,
     ) -> set[str]:
-        """Returns those keys of turns without which the conversation renders the same."""
+        """Returns the keys of turns that do not change the rendering."""
         unread = {key for key in keys if not re.search(rf"\b{re.escape(key)}\b", self._text)}
         mentioned = set(keys) - unread
         if not mentioned:
@@ -256,13 +254,13 @@ class ChatTemplate:
         return unread
 
     def encode(self, messages: Sequence[Message], place: str = "chat") -> Tokenized:
-        """Returns the tokens of a conversation; its assistant turns are the labels.
+        """Returns tokens and labels of a conversation; all assistant turns are labels.
 
         Raises:
           JaxtuneError: as `check_messages` and `spans` do.
         """
         text, spans = self.spans(check_messages(messages, place), place)
-        # The template writes BOS itself where the model wants one.
+        # The template itself writes BOS if the model uses it.
         return tokenize(self.tokenizer, text, spans, complete=False)
 
     def _rewrite_error(
@@ -273,12 +271,12 @@ class ChatTemplate:
             question = [{"role": "user", "content": "?"}]
             asked = self.render(question, generation_prompt=True, arguments=arguments)
             names = matching_built_ins(asked, self.tokenizer, other_than=self.source)
-        built_in = f", or a built-in such as {names[0]}" if names else ""
+        built_in = f" or a built-in template such as {names[0]}" if names else ""
         return JaxtuneError(
             f"{place}: the chat template rewrites the conversation: messages[{index}] {what} (some "
-            "templates delete or add reasoning), so its targets cannot be told; end the row at the "
-            "turn to learn, or set data.chat_template to one that keeps every turn as it is: a "
-            f"Jinja file{built_in}"
+            "templates remove or add reasoning), so its targets cannot be determined; end the row "
+            "with the turn to train on, or set data.chat_template to a template that keeps every "
+            f"turn unchanged: a Jinja file{built_in}"
         )
 
 
@@ -289,15 +287,14 @@ def encode_prompt(
     arguments: Mapping[str, Any] | None = None,
     clock: datetime.datetime | None = None,
 ) -> list[int]:
-    """Returns the token ids of a conversation that the assistant is to go on with, int[n].
+    """Returns the token ids of a conversation with a generation prompt, int[n].
 
     Args:
       tokenizer: a fast tokenizer of `transformers`.
       messages: turns with role and content.
-      chat_template: a Jinja file or the name of a built-in template, used in place of the
-        tokenizer's own; empty: its own.
-      arguments: of the template, such as ``{"enable_thinking": False}``.
-      clock: the time that the template prints; None: now.
+      chat_template: Jinja file or name of a built-in template; empty: the tokenizer's own.
+      arguments: template arguments, such as ``{"enable_thinking": False}``.
+      clock: time that the template prints; None: now.
     """
     template = ChatTemplate(tokenizer, read_template(chat_template), arguments, clock)
     turns = check_messages(messages, "prompt")

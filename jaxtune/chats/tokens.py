@@ -1,7 +1,7 @@
-"""Text as token ids: the one place where special tokens are added, and where targets are found.
+"""Tokenization: the only module that adds special tokens and maps spans to targets.
 
-Labels are aligned with the tokens, as Hugging Face has them: ``labels[t]`` is ``tokens[t]`` where
-that token is to be learnt and `IGNORE` elsewhere.
+Labels are aligned with tokens, as in Hugging Face: ``labels[t]`` is ``tokens[t]`` if that token is
+a target and `IGNORE` otherwise.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ IGNORE = -100
 
 
 class Tokenized(NamedTuple):
-    """An example's token ids and labels, both int[n]."""
+    """Token ids and labels of an example, int[n] each."""
 
     tokens: Sequence[int]
     labels: Sequence[int]
 
 
 class Tokens(NamedTuple):
-    """A text's tokens.
+    """The tokens of a text.
 
     Attributes:
       ids: int32[n].
-      learnt: bool[n], which of them are learnt.
-      merged: whether a token has characters on both sides of the beginning of a span, so that the
-        prompt alone has other tokens than the prompt in front of its answer.
+      learned: bool[n], whether a token is a target.
+      merged: a token extends across the start of a span, so the prompt alone is tokenized
+        differently from the prompt followed by its answer.
     """
 
     ids: np.ndarray
-    learnt: np.ndarray
+    learned: np.ndarray
     merged: bool
 
 
@@ -46,24 +46,24 @@ def tokenize_batch(
     *,
     complete: bool,
 ) -> list[Tokens]:
-    """Tokenizes each text once, as a whole; tokens with a character in a span are learnt.
+    """Tokenizes each text as a whole; tokens that overlap a span are targets.
 
-    BOS and EOS are there once, whether the text has them, the tokenizer adds them, or both: a run
-    of either counts as one token. An answer that brings the token that its template ends turns
-    with is ended once. BOS is never learnt, unless the tokenizer uses it as EOS.
+    BOS and EOS occur once, whether the text has them, the tokenizer adds them, or both: consecutive
+    copies are merged. An end token that an answer has and its template adds is merged as well. BOS
+    is not a target, unless it is also EOS.
 
     Args:
       tokenizer: a fast tokenizer.
-      texts: whole examples.
-      spans: by text, ``(start, end)`` in characters, in order. A token over a span's edge counts
-        as within: left out, an answer's first word would never be learnt after a prompt that ends
-        in a space.
-      complete: whether the tokenizer adds the tokens that it adds by itself, such as BOS, and EOS
-        ends the text and is learnt; white space behind an EOS of the text is left out then.
-        Otherwise the text has its own special tokens, as a chat template writes them.
+      texts: complete examples.
+      spans: by text, ``(start, end)`` in characters, in order. A token that partly overlaps a span
+        is included; otherwise the first word of an answer would not be trained on after a prompt
+        that ends in a space.
+      complete: the tokenizer adds its special tokens, such as BOS, and EOS, a target, ends the text
+        in place of whitespace after an EOS of the text. Otherwise the text has its own special
+        tokens, written by a chat template.
 
     Returns:
-      The tokens by text.
+      The tokens of each text.
     """
     backend = _unlimited_backend(tokenizer)
     if complete:
@@ -78,16 +78,16 @@ def tokenize_batch(
             encoding = backend.encode(text, add_special_tokens=False)
             ranges = [_token_range(encoding, span) for span in marked]
         ids = np.array(encoding.ids, np.int32)
-        learnt, merged = np.zeros(len(ids), bool), False
+        learned, merged = np.zeros(len(ids), bool), False
         for (first, stop), (start, _) in zip(ranges, marked, strict=True):
-            learnt[first:stop] = True
+            learned[first:stop] = True
             merged |= stop > 0 and encoding.token_to_chars(first)[0] < start
-        ids, learnt = _merge_repeats(ids, learnt, single)
+        ids, learned = _merge_repeats(ids, learned, single)
         if complete:
-            ids, learnt = _end_with_eos(ids, learnt, tokenizer.eos_token_id)
+            ids, learned = _end_with_eos(ids, learned, tokenizer.eos_token_id)
         if tokenizer.bos_token_id not in (None, tokenizer.eos_token_id):
-            learnt &= ids != tokenizer.bos_token_id
-        found.append(Tokens(ids, learnt, merged))
+            learned &= ids != tokenizer.bos_token_id
+        found.append(Tokens(ids, learned, merged))
     return found
 
 
@@ -98,25 +98,21 @@ def tokenize(
     *,
     complete: bool,
 ) -> Tokenized:
-    """Tokenizes one text as `tokenize_batch` does.
-
-    Returns:
-      tokens and labels, int[n] each.
-    """
+    """Tokenizes one text; see `tokenize_batch`."""
     (tokens,) = tokenize_batch(tokenizer, [text], [spans], complete=complete)
-    return Tokenized(tokens.ids.tolist(), np.where(tokens.learnt, tokens.ids, IGNORE).tolist())
+    return Tokenized(tokens.ids.tolist(), np.where(tokens.learned, tokens.ids, IGNORE).tolist())
 
 
 def tokenize_prompt(
     tokenizer: PreTrainedTokenizerBase, text: str, *, complete: bool = True
 ) -> list[int]:
-    """Returns the ids of a text that is to be continued, int[n]: how `tokenize_batch` begins it.
+    """Returns the token ids of a prompt, int[n], consistent with `tokenize_batch`.
 
     Args:
       tokenizer: a fast tokenizer.
       text: a prompt.
-      complete: whether the tokenizer adds what it puts in front of a text. What it puts behind
-        one, such as EOS, is left out: it would end the text before it is continued.
+      complete: the tokenizer adds its special tokens at the start. Those at the end, such as EOS,
+        are removed: they would end the text before it is continued.
     """
     backend = _unlimited_backend(tokenizer)
     encoding = backend.encode(text, add_special_tokens=complete)
@@ -130,9 +126,9 @@ def tokenize_prompt(
 
 
 def _unlimited_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Returns what tokenizes, set to neither shorten nor pad."""
+    """Returns the backend tokenizer, with truncation and padding disabled."""
     backend: Any = tokenizer.backend_tokenizer
-    # A tokenizer.json may ask for either, and silently shorten what is learnt.
+    # A tokenizer.json may enable both; truncation would silently drop targets.
     if backend.truncation is not None:
         backend.no_truncation()
     if backend.padding is not None:
@@ -141,7 +137,7 @@ def _unlimited_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 def _unrepeated_ids(tokenizer: PreTrainedTokenizerBase, backend: Any) -> set[int]:
-    """Returns the ids of which a run counts as one: BOS, EOS and what the tokenizer adds."""
+    """Returns the ids whose consecutive copies are merged: BOS, EOS and what the tokenizer adds."""
     empty = backend.encode("")
     marks = zip(empty.ids, empty.special_tokens_mask, strict=True)
     by_itself = [token for token, mark in marks if mark]
@@ -150,7 +146,7 @@ def _unrepeated_ids(tokenizer: PreTrainedTokenizerBase, backend: Any) -> set[int
 
 
 def _strip_after_eos(text: str, end: object) -> str:
-    """Returns a text without the white space that follows the EOS it ends in."""
+    """Returns a text without whitespace after an EOS at its end."""
     kept = text.rstrip()
     return kept if end and kept.endswith(str(end)) else text
 
@@ -158,7 +154,7 @@ def _strip_after_eos(text: str, end: object) -> str:
 def _repeated_end(
     added: Mapping[int, Any], ids: Sequence[int], ranges: Sequence[tuple[int, int]]
 ) -> str:
-    """Returns the added token that ends a range and is in it before, or an empty string."""
+    """Returns the added token that ends a range and also occurs earlier in it, or ``""``."""
     for first, stop in ranges:
         end = ids[stop - 1] if stop else -1
         if end in added and end in ids[first : stop - 1]:
@@ -169,7 +165,7 @@ def _repeated_end(
 def _remove_repeated_end(
     text: str, spans: Sequence[tuple[int, int]], end: str
 ) -> tuple[str, list[tuple[int, int]]]:
-    """Takes out an end token that is followed, but for white space, by that of its span."""
+    """Removes an end token that is followed, up to whitespace, by the end token of its span."""
     pieces, moved, done, size = [], [], 0, 0
     for start, stop in spans:
         said = text[start:stop]
@@ -187,38 +183,38 @@ def _remove_repeated_end(
 
 
 def _merge_repeats(
-    ids: np.ndarray, learnt: np.ndarray, single: set[int]
+    ids: np.ndarray, learned: np.ndarray, single: set[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Makes one token of each run of a token in `single`, learnt if any of the run is."""
+    """Merges consecutive copies of tokens in `single`; a target if any of the copies is."""
     same = ids[1:] == ids[:-1]
     if not same.any():
-        return ids, learnt
+        return ids, learned
     kept = np.concatenate([[True], ~(same & np.isin(ids[1:], list(single)))])
-    return ids[kept], np.logical_or.reduceat(learnt, np.flatnonzero(kept))
+    return ids[kept], np.logical_or.reduceat(learned, np.flatnonzero(kept))
 
 
 def _end_with_eos(
-    ids: np.ndarray, learnt: np.ndarray, end: object
+    ids: np.ndarray, learned: np.ndarray, end: object
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Puts EOS behind a text that has none, and makes it learnt."""
-    assert isinstance(end, int)  # a reader of text has refused the row
+    """Appends EOS to a text that does not end with it, and makes it a target."""
+    assert isinstance(end, int)  # reading text has checked it
     if not len(ids) or ids[-1] != end:
-        ids, learnt = np.append(ids, np.int32(end)), np.append(learnt, True)
-    learnt[-1] = True  # also where the tokenizer itself ends every text with EOS
-    return ids, learnt
+        ids, learned = np.append(ids, np.int32(end)), np.append(learned, True)
+    learned[-1] = True  # also if the tokenizer itself has added EOS
+    return ids, learned
 
 
 def _token_range(encoding: Any, span: tuple[int, int]) -> tuple[int, int]:
-    """Returns the range of the tokens that have a character of a span."""
+    """Returns the range of the tokens that overlap a span."""
     start, end = span
     first = last = None
     while start < end and (first := encoding.char_to_token(start)) is None:
-        start += 1  # a character that belongs to no token
+        start += 1  # the character is not part of any token
     while start < end and (last := encoding.char_to_token(end - 1)) is None:
         end -= 1
     if first is None or last is None:
         return 0, 0
-    # A character may take several tokens, such as the bytes of an emoji; this was its first.
+    # A character may have several tokens, such as the bytes of an emoji; `last` is the first one.
     while last + 1 < len(encoding) and (chars := encoding.token_to_chars(last + 1)) is not None:
         if chars[0] >= end:
             break

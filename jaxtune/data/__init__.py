@@ -1,4 +1,4 @@
-"""Data: read rows, render and tokenize them, mark their targets, pack them into batches."""
+"""Training data: reads, renders and tokenizes rows, marks targets and packs batches."""
 
 from jaxtune.chats.template import ChatTemplate, encode_prompt
 from jaxtune.chats.tokens import IGNORE, Tokenized, tokenize_prompt

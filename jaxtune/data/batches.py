@@ -1,6 +1,6 @@
-"""Batches of a fixed shape from examples, in an order that can be resumed exactly.
+"""Batches of a fixed shape, in an order that can be resumed exactly.
 
-Legend: B rows of a batch, T tokens of a row.
+Legend: B is the number of rows of a batch, T the number of tokens of a row.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from jaxtune.errors import JaxtuneError
 
 Batch = dict[str, np.ndarray]
 
-# Goes up with every change of the order that the same data and settings give.
+# Increment whenever the order for the same data and settings changes.
 ORDER_VERSION = 2
 
 
 class _TokenNoise:
-    """Replaces tokens by others, drawn as often as they occur in the data: the noise of Xie et al.
-    2017, Data Noising as Smoothing in Neural Network Language Models. Targets stay."""
+    """Replaces random input tokens by tokens drawn from the unigram distribution of the data.
+
+    Source: Xie et al., Data Noising as Smoothing in Neural Network Language Models, 2017.
+    """
 
     def __init__(self, examples: Examples, share: float, seed: int):
         self._share, self._seed = share, seed
@@ -32,10 +34,10 @@ class _TokenNoise:
         drawn = np.concatenate([examples.tokens[i] for i in rng.integers(len(examples), size=1024)])
         self._pool = drawn[~np.isin(drawn, self._special)]
         if not len(self._pool):
-            raise JaxtuneError("data.mask_tokens: the examples hold nothing but special tokens")
+            raise JaxtuneError("data.mask_tokens: the examples contain only special tokens")
 
     def __call__(self, tokens: np.ndarray, number: int, place: int) -> np.ndarray:
-        """Returns int32[n] for an example of pass `number`; each place of a pass draws anew."""
+        """Returns int32[n] for the example at `place` in pass `number`, which seed the draw."""
         key = np.random.SeedSequence(self._seed, spawn_key=(OF_NOISE, number, place))
         rng = np.random.default_rng(key)
         others = self._pool[rng.integers(len(self._pool), size=len(tokens))]
@@ -51,7 +53,7 @@ def _batch(
     reserved: int,
     masking: _TokenNoise | None,
 ) -> Batch:
-    """Makes batch `step` of a pass; rows of T = `length` that the pass does not fill are empty."""
+    """Returns batch `step` of a pass, with T = `length`; rows beyond its end are empty."""
     shape = (plan.batch_size, length)
     tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
     targets = np.full(shape, IGNORE, np.int32)
@@ -77,16 +79,16 @@ def _batch(
 
 
 class BatchLoader:
-    """An endless iterator of batches: one pass over the data after the other.
+    """An endless iterator of batches, pass after pass over the data.
 
-    A batch is ``tokens``, ``targets``, ``segment_ids`` (0 is padding, examples count from 1 in each
-    row) and ``positions`` (from 0 in each example), int32[B, T] each. Where a method puts virtual
-    tokens in front of examples, each has as many more at its head. A pass shows every example as
-    often as the weight of its part says, once by default, and ends with a batch that is filled up
-    with empty rows (segment 0, targets `IGNORE`).
+    A batch consists of ``tokens``, ``targets``, ``segment_ids`` (0: padding; the examples of a row
+    count from 1) and ``positions`` (from 0 in each example), int32[B, T] each. Examples start with
+    `reserved` extra positions for methods with virtual tokens. A pass shows each example as often
+    as the weight of its source, once by default. Its last batch is filled up with empty rows
+    (segment 0, targets `IGNORE`).
 
     Attributes:
-      order: of the examples.
+      order: order of the examples.
     """
 
     def __init__(
@@ -104,18 +106,18 @@ class BatchLoader:
         """Starts at the first batch.
 
         Args:
-          examples: one or more.
+          examples: one or more examples.
           batch_size: B.
-          length: of a row without what is reserved for one example.
-          packing: several examples to a row, rather than one.
-          shuffle: a new order in every pass, a function of `seed` and the pass alone; else the
-            order of the file, which packing keeps but for examples that fill gaps.
-          seed: any integer from 0.
-          reserved: tokens at the head of each example that a method fills; T is `length` and these.
-          mask_tokens: share of tokens that are replaced, anew in every pass; never special ones.
+          length: tokens of a row, without reserved ones.
+          packing: put several examples into a row, rather than one.
+          shuffle: use a new order in every pass, which depends on `seed` and the pass number;
+            otherwise the order of the files, except that packing fills gaps with later examples.
+          seed: nonnegative integer.
+          reserved: virtual tokens at the beginning of each example; T = `length` + `reserved`.
+          mask_tokens: fraction of tokens to replace at random in every pass, except special tokens.
 
         Raises:
-          JaxtuneError: no examples, or one that is longer than a row.
+          JaxtuneError: there are no examples, or one is longer than a row.
         """
         self.order = DataOrder(
             examples,
@@ -157,12 +159,12 @@ class BatchLoader:
 
     @property
     def rows(self) -> int:
-        """Examples in the batches handed out so far."""
+        """Number of examples in the batches returned so far."""
         shown = int(self.order.plan(self._pass).shown[self._step]) if self._step else 0
         return self.order.rows_before(self._pass) + shown
 
     def state(self) -> dict[str, Any]:
-        """Returns the position after the batches handed out, fit for JSON."""
+        """Returns the position after the batches returned so far, JSON-serializable."""
         return {
             "order": ORDER_VERSION,
             "made_from": dict(self._made_from),
@@ -171,14 +173,14 @@ class BatchLoader:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes to the position of `state`; what follows is bitwise the same.
+        """Resumes at a position; the following batches are bitwise the same.
 
         Args:
-          state: what `state` returned, perhaps from a file.
+          state: a return value of `state`.
 
         Raises:
-          JaxtuneError: the state belongs to other data or settings; the message names them. Or it
-            was written by a version that ordered the same data differently.
+          JaxtuneError: the position belongs to other data or settings, which the message names, or
+            to a version with another order of the same data.
         """
         saved = state.get("made_from")
         if not isinstance(saved, Mapping):
@@ -190,14 +192,14 @@ class BatchLoader:
         ]
         if changed:
             raise JaxtuneError(
-                f"cannot resume the order of the data: {'; '.join(changed)}: restore that, or "
-                "start a new run"
+                f"cannot resume the order of the data: {'; '.join(changed)}; restore the old "
+                "value, or start a new run"
             )
         if state.get("order") != ORDER_VERSION:
             raise JaxtuneError(
-                "the checkpoint was written by another version of jaxtune, which orders the data "
-                "differently: resume it with that version, or start a new run (from its adapter: "
-                "adapter.init_from=RUN/adapter/last)"
+                "the checkpoint was written by a version of jaxtune that orders the data "
+                "differently; resume with that version, or start a new run from its adapter "
+                "(adapter.init_from=RUN/adapter/last)"
             )
         number, step = state.get("pass"), state.get("step")
         if not (_is_count(number) and _is_count(step) and step < self.order.plan(number).steps):
@@ -218,20 +220,20 @@ def _short(value: Any) -> str:
 def eval_batches(
     examples: Examples, *, batch_size: int, length: int, packing: bool, reserved: int = 0
 ) -> Iterator[Batch]:
-    """Gives every example exactly once, in the order of the file.
+    """Returns batches with every example exactly once, in the order of the files.
 
     Args:
-      examples: one or more.
+      examples: one or more examples.
       batch_size: B; the last batch is filled up with empty rows (segment 0, targets `IGNORE`).
-      length: of a row without what is reserved for one example.
-      packing: several examples to a row, rather than one.
-      reserved: tokens at the head of each example that a method fills; T is `length` and these.
+      length: tokens of a row, without reserved ones.
+      packing: put several examples into a row, rather than one.
+      reserved: virtual tokens at the beginning of each example; T = `length` + `reserved`.
 
     Returns:
-      An iterator of batches as `BatchLoader` gives them, int32[B, T].
+      An iterator of batches in the format of `BatchLoader`, int32[B, T].
 
     Raises:
-      JaxtuneError: no examples, or one that is longer than a row.
+      JaxtuneError: there are no examples, or one is longer than a row.
     """
     order = eval_order(
         examples, batch_size=batch_size, length=length, packing=packing, reserved=reserved
@@ -246,7 +248,7 @@ def eval_batches(
 def eval_order(
     examples: Examples, *, batch_size: int, length: int, packing: bool, reserved: int = 0
 ) -> DataOrder:
-    """Returns the order of `eval_batches`, which is pass 0 of it."""
+    """Returns the order whose pass 0 `eval_batches` uses."""
     return DataOrder(
         examples,
         batch_size=batch_size,

@@ -1,4 +1,4 @@
-"""Rows become tokens and targets: a chunk of rows at a time, here or in a worker process."""
+"""Encodes rows as tokens and targets, in chunks, in this process or in worker processes."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 
 class Problem(NamedTuple):
-    """A row that gives no example.
+    """A rejected row.
 
     Attributes:
-      place: of the row.
-      message: the whole line, which begins with the place.
-      long: whether it is only too long, which ``data.too_long`` is for.
+      place: location of the row.
+      message: error message, which begins with the location.
+      long: whether the row is valid but too long (see ``data.too_long``).
     """
 
     place: str
@@ -40,13 +40,13 @@ class Problem(NamedTuple):
 
     @classmethod
     def of(cls, record: Record, error: JaxtuneError) -> Problem:
-        """Returns the problem of a record: one line, however long and wild what it quotes is."""
+        """Returns the problem of a record, with a message of one line and bounded length."""
         message = " ".join(str(error).splitlines())
         return cls(record.place, message if len(message) < 1000 else f"{message[:1000]}…")
 
     @property
     def reason(self) -> str:
-        """What is wrong, without the place."""
+        """The message without the location."""
         return self.message.removeprefix(f"{self.place}: ")
 
 
@@ -56,24 +56,24 @@ def _no_tokens() -> np.ndarray:
 
 @dataclasses.dataclass
 class Chunk:
-    """The examples of some rows.
+    """The examples of consecutive rows.
 
     Attributes:
-      read: how many rows the chunk has.
-      tokens: int32[total] of all examples.
+      read: number of rows.
+      tokens: int32[total], tokens of all examples.
       targets: int32[total].
       lengths: int64[examples].
-      contents: uint64[examples], a hash of what the row says.
-      files: the beginning of each example's place.
-      numbers: the number in each example's place.
-      rows: the row of the chunk, from 0, that each example comes from.
-      problems: rows that gave none.
-      unread: keys that nothing reads.
-      counts: of ``drop``, ``truncate`` (either end), ``windows`` and ``windowed`` (rows that gave
-        windows).
-      merged: places of rows in which a token joins the prompt's end and the answer's beginning.
-      turns: how many turns were changed or left out, by what was done to them.
-      ends: how many learned spans end in a token, by its id.
+      contents: uint64[examples], content hash of each example's row.
+      files: file part of each example's location.
+      numbers: line or row number of each example's location.
+      rows: index of each example's row in the chunk.
+      problems: rejected rows.
+      unread: unused keys.
+      counts: number of ``drop``, ``truncate`` (either end), ``windows`` and ``windowed`` (rows that
+        are split into windows).
+      merged: locations of rows in which a token spans the boundary of prompt and answer.
+      turns: number of turns that were changed or not trained on, by kind of change.
+      ends: number of learned spans that end in a token, by token id.
     """
 
     read: int
@@ -93,7 +93,7 @@ class Chunk:
 
 
 class _Encoded(NamedTuple):
-    """A row's token ids and labels, int[n] each; ``merged`` as in `Tokens`; whether it was text."""
+    """Token ids and labels of a row, int[n] each; ``merged`` as in `Tokens`; ``text``: was text."""
 
     ids: np.ndarray
     labels: np.ndarray
@@ -102,27 +102,27 @@ class _Encoded(NamedTuple):
 
 
 class Encoder:
-    """Tokenizes rows; holds what its worker process needs of the settings."""
+    """Tokenizes rows; can be pickled for worker processes."""
 
     def __init__(self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase | None):
-        """Checks that the tokenizer, the template and the wordings can be used."""
+        """Raises if the tokenizer, the chat template or the prompt templates cannot be used."""
         self.settings, self.tokenizer = settings, tokenizer
         self._reading = settings.reading(tokenizer)
 
     def detect_format(self, record: Record) -> str:
-        """Returns the form that a row has, or an empty string where it has none."""
+        """Returns the format of a row, or an empty string if it has none."""
         try:
             return detect_format(parse_row(record), self.settings.format)
         except JaxtuneError:
             return ""
 
     def __call__(self, records: Sequence[Record], form: str, first: str) -> Chunk:
-        """Tokenizes some rows.
+        """Tokenizes consecutive rows.
 
         Args:
-          records: neighbours.
-          form: that of their source; empty: unknown.
-          first: the place of a row of that form.
+          records: the rows.
+          form: format of their source; empty: unknown.
+          first: location of the first row of that format.
         """
         chunk = Chunk(len(records))
         kept: list[tuple[int, Record, Sample]] = []
@@ -172,17 +172,17 @@ class Encoder:
     def _sample(self, row: Row, form: str, first: str) -> Sample:
         found = detect_format(row, self.settings.format)
         if found != form:
-            raise JaxtuneError(f"{row.place}: a row of {found} where {first} is of {form}")
+            raise JaxtuneError(f"{row.place}: format {found}, but {first} has format {form}")
         return FORMATS[form].read(row, self._reading)
 
     def _tokenize(self, samples: Sequence[Sample]) -> Iterator[_Encoded]:
-        """Gives the tokens of each sample; those of one source are of one kind."""
+        """Yields the tokens of each sample, in order; tokenizes texts in batches."""
         texts = [sample for sample in samples if sample.tokens is None]
         batches: dict[bool, Iterator[Tokens]] = {}
         for complete in (False, True):
             chosen = [sample for sample in texts if sample.ends is complete]
             if chosen:
-                assert self.tokenizer is not None  # a reader of text has refused the row
+                assert self.tokenizer is not None  # reading text has checked it
                 encoded = tokenize_batch(
                     self.tokenizer,
                     [sample.text for sample in chosen],
@@ -194,8 +194,8 @@ class Encoder:
             if sample.tokens is not None:
                 yield _Encoded(_array(sample.tokens.tokens), _array(sample.tokens.labels))
             else:
-                ids, learnt, merged = next(batches[sample.ends])
-                yield _Encoded(ids, np.where(learnt, ids, np.int32(IGNORE)), merged, text=True)
+                ids, learned, merged = next(batches[sample.ends])
+                yield _Encoded(ids, np.where(learned, ids, np.int32(IGNORE)), merged, text=True)
 
     def _check_ids(self, encoded: _Encoded, place: str) -> None:
         limit = self.settings.vocab_size or 2**31
@@ -208,19 +208,20 @@ class Encoder:
             advice = f"; {RESIZE_HINT}" if wrong >= limit else ""
             if not encoded.text:
                 raise JaxtuneError(
-                    f"{place}: {name} holds {wrong}, and the vocabulary has ids 0 to {limit - 1}"
-                    f"{advice}"
+                    f"{place}: {name} contains {wrong}, which is outside the vocabulary (ids 0 to "
+                    f"{limit - 1}){advice}"
                 )
-            assert self.tokenizer is not None  # it has made the ids
+            assert self.tokenizer is not None  # which made the ids
             token = self.tokenizer.convert_ids_to_tokens(int(wrong))
             raise JaxtuneError(
-                f'{place}: "{token}" is token {wrong} of the tokenizer, and the model has ids 0 to '
-                f"{limit - 1} (vocab_size){advice}, or use the tokenizer that it was trained with"
+                f'{place}: the tokenizer encodes "{token}" as {wrong}, which is outside the '
+                f"model's vocabulary (ids 0 to {limit - 1}){advice}, or use the tokenizer of the "
+                "model"
             )
 
 
 def _array(ids: Sequence[int]) -> np.ndarray:
-    """Returns int64[n]; or object[n] where an id does not fit, for the check to name."""
+    """Returns int64[n], or object[n] if an id does not fit, which `_check_ids` then reports."""
     try:
         return np.array(ids, np.int64)
     except OverflowError:

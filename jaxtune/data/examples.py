@@ -1,4 +1,4 @@
-"""Training examples: token ids and the targets to predict, mapped from files or in memory."""
+"""Training examples: token ids and targets, memory-mapped from files or in memory."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ TOKENS, TARGETS, INDEX, META = "tokens.int32", "targets.int32", "index.npz", "me
 
 
 class SourceSlice(NamedTuple):
-    """Neighbouring examples that come from one source.
+    """The examples of one source, which are consecutive.
 
     Attributes:
-      name: of the source.
-      form: of its rows.
-      count: how many examples.
-      weight: how often an epoch shows each of them, on average.
+      name: name of the source.
+      form: format of its rows.
+      count: number of examples.
+      weight: average number of times that an epoch shows each example.
     """
 
     name: str
@@ -37,7 +37,7 @@ class SourceSlice(NamedTuple):
 
 
 class _LazySequence(Sequence[Any], abc.ABC):
-    """A sequence whose items are made when they are asked for."""
+    """A sequence that creates its items on access."""
 
     @overload
     def __getitem__(self, index: int) -> Any: ...
@@ -58,10 +58,10 @@ class _LazySequence(Sequence[Any], abc.ABC):
 
 
 class Ragged(_LazySequence):
-    """Arrays of unequal length in one flat array; each item is int32[n], not copied."""
+    """A sequence of arrays of different lengths, int32[n], which are views of a flat array."""
 
     def __init__(self, flat: np.ndarray, offsets: np.ndarray):
-        """Takes the flat array int32[total] and the offsets int64[items + 1] of the items in it."""
+        """Initializes from a flat array int32[total] and offsets int64[items + 1]."""
         self.flat, self.offsets = flat, offsets
 
     def __len__(self) -> int:
@@ -72,10 +72,10 @@ class Ragged(_LazySequence):
 
 
 class Places(_LazySequence):
-    """Where examples came from, ``"train.jsonl:17"``, as numbers of files and rows."""
+    """Locations of examples, ``"train.jsonl:17"``, stored as numbers of files and rows."""
 
     def __init__(self, files: Sequence[str], file_ids: np.ndarray, numbers: np.ndarray):
-        """Takes the beginnings of places; which of them, int32[n]; and the row, int64[n]."""
+        """Initializes from file parts, indices into them, int32[n], and row numbers, int64[n]."""
         self._files, self._ids, self._numbers = files, file_ids, numbers
 
     def __len__(self) -> int:
@@ -86,10 +86,10 @@ class Places(_LazySequence):
 
 
 class Selected(_LazySequence):
-    """Some items of a sequence, by their indices int64[n]."""
+    """A view of a sequence at indices int64[n]."""
 
     def __init__(self, base: Sequence[Any], indices: np.ndarray):
-        """Takes the sequence and which of its items are seen."""
+        """Initializes from a sequence and indices into it."""
         self._base, self._indices = base, indices
 
     def __len__(self) -> int:
@@ -105,24 +105,24 @@ class Examples:
 
     Attributes:
       tokens: int32[n] per example; n differs between examples.
-      targets: int32[n] per example: the token to predict after ``tokens[t]``, or `IGNORE`.
-      places: where each example came from, ``"train.jsonl:17"``.
-      dropped: how many were left out for being too long.
-      truncated: how many lost an end for being too long.
-      unread: keys that rows had and their form does not read.
-      windows: how many examples are windows of a longer row.
-      rejected: how many rows were left out because something is wrong with them, by reason.
-      parts: the examples by source, in order; empty: one source of weight 1.
-      contents: uint64[examples], a hash of what each one's row says; None: not known.
-      special: ids of the tokens that stand for no text.
-      rows_read: how many rows there were: with examples, dropped and rejected.
-      windowed: how many rows gave windows.
-      merged: rows in which a token joins the end of the prompt and the beginning of the answer.
-      merged_place: of the first of them.
-      rows: int64[examples], the row that each one comes from: its place, from 0, among all rows of
-        all sources, those included that gave no example. None: each example is a row.
-      turns: how many turns of conversations were changed or left out, by what was done to them.
-      ends: how many learned spans of the rows, before anything was cut, end in a token, by its id.
+      targets: int32[n] per example: the token after ``tokens[t]`` to predict, or `IGNORE`.
+      places: location of each example, ``"train.jsonl:17"``.
+      dropped: number of rows dropped because they are too long.
+      truncated: number of rows truncated because they are too long.
+      unread: keys of rows that their format does not use.
+      windows: number of examples that are windows of a longer row.
+      rejected: number of bad rows by reason.
+      parts: the examples by source, in order; empty: a single source of weight 1.
+      contents: uint64[examples], content hash of each example's row; None: unknown.
+      special: ids of special tokens.
+      rows_read: number of rows read, including dropped and rejected ones.
+      windowed: number of rows split into windows.
+      merged: number of rows in which a token spans the boundary of prompt and answer.
+      merged_place: location of the first of these rows.
+      rows: int64[examples], index of each example's row among all rows read. None: every example
+        is a row.
+      turns: number of turns that were changed or not trained on, by kind of change.
+      ends: number of learned spans that end in a token, by token id, before rows are truncated.
     """
 
     tokens: Sequence[np.ndarray]
@@ -149,41 +149,41 @@ class Examples:
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
-        """Tokens of each example, int64[examples]."""
+        """Number of tokens of each example, int64[examples]."""
         if isinstance(self.tokens, Ragged):
             return np.diff(self.tokens.offsets)
         return np.fromiter(map(len, self.tokens), np.int64, len(self.tokens))
 
     @property
     def token_count(self) -> int:
-        """Tokens of all examples together."""
+        """Number of tokens of all examples."""
         return int(self.lengths.sum())
 
     @functools.cached_property
     def target_count(self) -> int:
-        """Targets of all examples together."""
+        """Number of targets of all examples."""
         chunks = [self.targets.flat] if isinstance(self.targets, Ragged) else self.targets
         return sum(int(np.count_nonzero(targets != IGNORE)) for targets in chunks)
 
     @functools.cached_property
     def row_of_example(self) -> np.ndarray:
-        """The row that each example comes from, int64[examples]; windows of a row share it."""
+        """Row index of each example, int64[examples]; windows of a row have the same one."""
         return np.arange(len(self)) if self.rows is None else self.rows
 
     @functools.cached_property
     def row_count(self) -> int:
-        """Rows that the examples come from."""
+        """Number of distinct rows of the examples."""
         return len(np.unique(self.row_of_example))
 
     @property
     def duplicates(self) -> int:
-        """Rows that say what an earlier row says."""
+        """Number of rows with the same content as an earlier row."""
         if self.contents is None:
             return 0
         return self.row_count - len(np.unique(self.contents))
 
     def fingerprint(self) -> str:
-        """Returns the SHA-256, in hexadecimal, of all tokens and targets in order."""
+        """Returns the hexadecimal SHA-256 of all tokens and targets in order."""
         return self._fingerprint
 
     @functools.cached_property
@@ -197,7 +197,7 @@ class Examples:
         return digest.hexdigest()
 
     def select(self, indices: Sequence[int] | np.ndarray) -> Examples:
-        """Returns the examples at indices int64[n], which ascend, without copying them."""
+        """Returns the examples at ascending indices int64[n], without copying them."""
         chosen = np.asarray(indices, np.int64)
         parts, start = [], 0
         for part in self.parts:
@@ -216,7 +216,7 @@ class Examples:
 
 
 def join(sets: Sequence[Examples]) -> Examples:
-    """Returns the examples of one set or more, one after the other."""
+    """Concatenates one or more sets of examples."""
     if len(sets) == 1:
         return sets[0]
     contents = [each.contents for each in sets if each.contents is not None]
@@ -251,22 +251,23 @@ def _sum_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 
 class ExamplesWriter:
-    """Writes examples into a directory, a few rows at a time, for `open_examples` to map."""
+    """Writes examples to a directory, chunk by chunk; `open_examples` maps them."""
 
     def __init__(self, directory: Path):
-        """Starts the files."""
+        """Creates the files."""
         self._directory = directory
         self._tokens = (directory / TOKENS).open("wb")
         self._targets = (directory / TARGETS).open("wb")
         self._columns: dict[str, list[np.ndarray]] = collections.defaultdict(list)
 
     def add(self, tokens: np.ndarray, targets: np.ndarray, **columns: np.ndarray) -> None:
-        """Adds the examples of some rows.
+        """Appends examples.
 
         Args:
-          tokens: int32[total], of all of them.
+          tokens: int32[total], tokens of all examples.
           targets: int32[total].
-          columns: by example [n]: ``lengths``, ``contents``, ``file_ids``, ``numbers``, ``rows``.
+          columns: arrays [examples] named ``lengths``, ``contents``, ``file_ids``, ``numbers`` and
+            ``rows``.
 
         Raises:
           JaxtuneError: the disk is full.
@@ -280,7 +281,7 @@ class ExamplesWriter:
             self._columns[name].append(column)
 
     def finish(self, meta: Mapping[str, Any]) -> None:
-        """Writes what is known of all, which JSON can hold, beside the arrays."""
+        """Writes the index and `meta`, JSON-serializable values of the data set, and closes."""
         self._tokens.close()
         self._targets.close()
         whole = {name: np.concatenate(columns) for name, columns in self._columns.items()}
@@ -290,11 +291,11 @@ class ExamplesWriter:
 
 
 def open_examples(directory: Path, weights: Sequence[float]) -> Examples:
-    """Maps the examples that a `ExamplesWriter` wrote.
+    """Memory-maps examples that an `ExamplesWriter` wrote.
 
     Args:
-      directory: where.
-      weights: of the sources, in order.
+      directory: directory of the examples.
+      weights: weights of the sources, in order.
     """
     meta = json.loads((directory / META).read_text(encoding="utf-8"))
     with np.load(directory / INDEX) as index:

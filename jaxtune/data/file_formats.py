@@ -1,9 +1,8 @@
-"""Files of rows: one reader for each kind, and the rules that all of them share.
+"""Data file formats: one reader per format, and the rules that they share.
 
-In every kind of file a name stands once among the keys or columns, every row has all columns,
-text is UTF-8 (with or without a byte-order mark) without NUL bytes, and NaN is no value within
-objects and lists. What is wrong with one row is that row's problem; what is wrong with the file is
-an error of the file.
+In every format, keys and column names are unique, every row has all columns, text is UTF-8 (with or
+without a byte-order mark) without NUL bytes, and NaN is invalid within objects and lists. An error
+in a row is returned as that row's `Record`; an error in the file is raised.
 """
 
 from __future__ import annotations
@@ -20,19 +19,19 @@ from typing import IO, Any, NamedTuple
 from jaxtune.errors import JaxtuneError
 from jaxtune.strict_json import decode, parse_json
 
-# A longer line is not a row of text to train on, and must not fill the memory.
+# Longer lines are not training data; the limit bounds the memory.
 MAX_LINE = 64 * 2**20
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 _BOM = b"\xef\xbb\xbf"
 
 
 class Record(NamedTuple):
-    """One row before it is understood.
+    """A row before it is parsed.
 
     Attributes:
-      file: what its place begins with, ``"train.jsonl:"``; the number follows.
-      number: of the line or row.
-      content: a line of JSON as it is in the file, the values by key, or what is wrong with it.
+      file: file part of the location, ``"train.jsonl:"``.
+      number: line or row number.
+      content: a line of JSON, the values by key, or the error of the row.
     """
 
     file: str
@@ -41,12 +40,12 @@ class Record(NamedTuple):
 
     @property
     def place(self) -> str:
-        """What to call the row in an error."""
+        """Location of the row, for errors."""
         return f"{self.file}{self.number}"
 
 
 def file_format(path: Path) -> str:
-    """Returns the key in `FILE_FORMATS` of a file's name, or an empty string."""
+    """Returns the key of `FILE_FORMATS` that matches a file name, or an empty string."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in _COMPRESSION:
         suffixes.pop()
@@ -54,10 +53,10 @@ def file_format(path: Path) -> str:
 
 
 def read_file(path: Path) -> Iterator[Record]:
-    """Yields the rows of a file; one of an unknown kind has lines of JSON.
+    """Yields the rows of a file; a file with an unknown suffix is read as JSON lines.
 
     Raises:
-      JaxtuneError: a file that cannot be read as what its name says; the message names it.
+      JaxtuneError: the file cannot be read in its format.
     """
     return FILE_FORMATS.get(file_format(path), _json_lines_of_unknown)(path)
 
@@ -74,7 +73,7 @@ def _open(path: Path) -> IO[bytes]:
 def _name_file_in_errors(
     read: Callable[[Path], Iterator[Record]],
 ) -> Callable[[Path], Iterator[Record]]:
-    """Names the file in the errors of the operating system and of the libraries."""
+    """Decorates a reader: errors of the operating system and of libraries name the file."""
 
     @functools.wraps(read)
     def checked(path: Path) -> Iterator[Record]:
@@ -82,7 +81,7 @@ def _name_file_in_errors(
             yield from read(path)
         except JaxtuneError:
             raise
-        # ArrowInvalid is a ValueError; damaged compressed files give any of these.
+        # ArrowInvalid is a ValueError; damaged compressed files raise any of these.
         except (OSError, EOFError, ValueError) as error:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())
             raise JaxtuneError(f"{path}: {reason}") from error
@@ -91,7 +90,7 @@ def _name_file_in_errors(
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes | JaxtuneError]]:
-    """Yields the lines that are not blank, by number, without line ends and byte-order mark."""
+    """Yields numbers and contents of non-blank lines, without line ends and byte-order mark."""
     with _open(path) as file:
         number = 0
         while line := file.readline(MAX_LINE + 1):
@@ -99,7 +98,8 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes | JaxtuneError]]:
             if len(line) > MAX_LINE:
                 while line and not line.endswith(b"\n"):
                     line = file.readline(MAX_LINE)
-                yield number, JaxtuneError(f"{path}:{number}: a line of over {MAX_LINE >> 20} MiB")
+                limit = f"{MAX_LINE >> 20} MiB"
+                yield number, JaxtuneError(f"{path}:{number}: line is longer than {limit}")
             elif (line := line.removeprefix(_BOM)).strip():
                 yield number, line.removesuffix(b"\n").removesuffix(b"\r")
 
@@ -112,28 +112,28 @@ def _json_lines(path: Path) -> Iterator[Record]:
 
 @_name_file_in_errors
 def _json_lines_of_unknown(path: Path) -> Iterator[Record]:
-    """Reads lines of JSON from a file whose name does not say what it holds."""
+    """Reads JSON lines from a file with an unknown suffix."""
     for index, record in enumerate(_json_lines(path)):
         content = record.content
         if index == 0 and isinstance(content, bytes) and not content.lstrip().startswith(b"{"):
             known = ", ".join(FILE_FORMATS)
             raise JaxtuneError(
-                f"{path}: its name ends in none of {known} (or these with "
-                f"{' or '.join(_COMPRESSION)}), and it does not hold one JSON object a line"
+                f"{path}: unknown file format: the suffix is none of {known} (optionally with "
+                f"{' or '.join(_COMPRESSION)}) and the content is not JSON lines"
             )
         yield record
 
 
 @_name_file_in_errors
 def _text_lines(path: Path) -> Iterator[Record]:
-    """Reads each line as a text, as `datasets` does; blank ones are left out."""
+    """Reads every non-blank line as a text, like `datasets`."""
     place = f"{path}:"
     for index, (number, line) in enumerate(_lines(path)):
         content: dict[str, Any] | JaxtuneError
         if isinstance(line, JaxtuneError):
             content = line
         elif index == 0 and line.startswith(b"{") and _is_object(line):
-            raise JaxtuneError(f"{path}: holds lines of JSON and not of text: name it .jsonl")
+            raise JaxtuneError(f"{path}: contains JSON lines, not text; rename it to .jsonl")
         else:
             try:
                 text = decode(line, f"{place}{number}")
@@ -154,7 +154,7 @@ def _is_object(text: bytes) -> bool:
 
 @_name_file_in_errors
 def _json_file(path: Path) -> Iterator[Record]:
-    """Reads an array of objects or a single object, held whole, or lines of objects."""
+    """Reads an array of objects or a single object, in memory, or lines of objects."""
     with _open(path) as file:
         start = file.read(4096).lstrip(_BOM + b" \t\r\n")[:1]
     values = []
@@ -168,12 +168,12 @@ def _json_file(path: Path) -> Iterator[Record]:
     for number, value in enumerate(values):
         if not isinstance(value, dict):
             kind = type(value).__name__
-            value = JaxtuneError(f"{place}{number}: no object but {kind}")
+            value = JaxtuneError(f"{place}{number}: expected an object, found {kind}")
         yield Record(place, number, value)
 
 
 def _spans_lines(path: Path) -> bool:
-    """Returns whether a file is one object over several lines."""
+    """Returns whether a file is a single object that spans several lines."""
     _, first = next(_lines(path))
     if isinstance(first, JaxtuneError) or _is_object(first):
         return False
@@ -182,7 +182,7 @@ def _spans_lines(path: Path) -> bool:
 
 
 def _delimited(path: Path, delimiter: str) -> Iterator[Record]:
-    """Reads a table of text whose first line names the columns."""
+    """Reads a text table with a header line."""
     csv.field_size_limit(MAX_LINE)
     place = f"{path}:"
     with _open(path) as file:
@@ -194,8 +194,8 @@ def _delimited(path: Path, delimiter: str) -> Iterator[Record]:
             if len(columns) == 1 and (others := set(",;\t|") - {delimiter}) & set(columns[0]):
                 found = next(other for other in columns[0] if other in others)
                 raise JaxtuneError(
-                    f"{path}: a single column, {_quote(columns[0])}: its "
-                    f"fields are separated by {found!r}, not by {delimiter!r}"
+                    f"{path}: a single column, {_quote(columns[0])}: the delimiter seems to be "
+                    f"{found!r}, not {delimiter!r}"
                 )
             for values in rows:
                 number = rows.line_num
@@ -205,7 +205,7 @@ def _delimited(path: Path, delimiter: str) -> Iterator[Record]:
                 if len(values) != len(columns):
                     few = "fewer" if len(values) < len(columns) else "more"
                     content = JaxtuneError(
-                        f"{place}{number}: {few} fields than the {len(columns)} named"
+                        f"{place}{number}: {few} fields than the header ({len(columns)})"
                     )
                 else:
                     content = _check_fields(
@@ -242,7 +242,7 @@ def _parquet(path: Path) -> Iterator[Record]:
 
 
 def _row_readers(batch: Any) -> list[Callable[[], dict[str, Any]]]:
-    """Returns what gives each row of a record batch, together where all of them can be read."""
+    """Returns functions that read the rows of a record batch, converted at once if possible."""
     try:
         return [functools.partial(dict, row) for row in batch.to_pylist()]
     except ValueError:
@@ -265,12 +265,12 @@ FILE_FORMATS: dict[str, Callable[[Path], Iterator[Record]]] = {
 
 
 def table_record(place: str, number: int, read: Callable[[], dict[str, Any]]) -> Record:
-    """Returns a row of a table.
+    """Returns the record of a table row.
 
     Args:
-      place: what the row's place begins with.
-      number: of the row.
-      read: gives the values by column, and raises ValueError where they cannot be given.
+      place: file part of the location.
+      number: row number.
+      read: returns the values by column, or raises ValueError.
     """
     try:
         values = {key: _without_nulls(value) for key, value in read().items()}
@@ -282,10 +282,10 @@ def table_record(place: str, number: int, read: Callable[[], dict[str, Any]]) ->
 
 
 def _without_nulls(value: Any) -> Any:
-    """Takes out of nested objects what is None: a table gives each the keys of all others.
+    """Removes None from nested objects: in a table every object has the keys of all others.
 
     Raises:
-      ValueError: NaN within an object or a list, which JSON does not have either.
+      ValueError: an object or a list contains NaN or infinity, which are not valid JSON.
     """
     if isinstance(value, dict):
         inside = {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
@@ -295,35 +295,35 @@ def _without_nulls(value: Any) -> Any:
         return value
     for inner in inside.values() if isinstance(inside, dict) else inside:
         if isinstance(inner, float) and not math.isfinite(inner):
-            raise ValueError(f"holds {inner}, which is not JSON")
+            raise ValueError(f"contains {inner}, which is not valid JSON")
     return inside
 
 
 def _check_columns(names: Sequence[str], place: str) -> None:
-    """Refuses a table with two columns of one name; those without one are never read."""
+    """Raises if two columns have the same name; unnamed columns are not used."""
     for index, name in enumerate(names):
         if not _is_text(name):
-            raise JaxtuneError(f"{place}: the names of its columns are not UTF-8 text")
+            raise JaxtuneError(f"{place}: the column names are not UTF-8 text")
         if name and name in names[:index]:
-            raise JaxtuneError(f"{place}: the column {_quote(name)} is there twice")
+            raise JaxtuneError(f"{place}: duplicate column {_quote(name)}")
 
 
 def _quote(name: str) -> str:
-    """Returns a name as one line, in double quotes."""
+    """Returns a name in double quotes, escaped to a single line."""
     return json.dumps(name, ensure_ascii=False)
 
 
 def _is_text(value: str) -> bool:
-    """Returns whether a string is text: no NUL, no byte that is not UTF-8."""
+    """Returns whether a string is valid UTF-8 without NUL."""
     return "\0" not in value and _fits_utf8(value)
 
 
 def _check_fields(values: dict[str, str], place: str) -> dict[str, Any] | JaxtuneError:
-    """Returns the fields of a row of text, or what is wrong with one of them."""
+    """Returns the fields of a text row, or the error of one of them."""
     for name, value in values.items():
         if "\0" in value:
             return JaxtuneError(
-                f"{place}: {name} holds a NUL byte: is the file UTF-16, or no text?"
+                f"{place}: {name} contains a NUL byte; is the file UTF-16 or binary?"
             )
         if not _fits_utf8(value):
             return JaxtuneError(f"{place}: {name} is not UTF-8")
@@ -333,6 +333,6 @@ def _check_fields(values: dict[str, str], place: str) -> dict[str, Any] | Jaxtun
 def _fits_utf8(value: str) -> bool:
     try:
         value.encode("utf-8")
-    except UnicodeEncodeError:  # a byte that the reader has put into the range of surrogates
+    except UnicodeEncodeError:  # an invalid byte, which the reader has decoded as a surrogate
         return False
     return True

@@ -1,4 +1,4 @@
-"""Packing: which examples share a row, decided by their lengths alone."""
+"""Packing of examples into rows, by their lengths."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-_CHUNK = 2**16  # lengths that are Python integers at a time
+_CHUNK = 2**16  # number of lengths converted to Python integers at a time
 _ROW_BITS = 40
 
 
@@ -17,18 +17,18 @@ def pack_rows(
     open_rows: int,
     advance: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """Puts each item into the open row that it fills best, or into a new one.
+    """Assigns items to rows by best fit: the fullest open row with enough room, or a new row.
 
-    Ties go to the oldest row. A row is closed when the row `open_rows` after it is opened, so items
-    share a row with near ones only.
+    Ties go to the oldest row. A row is closed when the row `open_rows` after it is opened, so an
+    item shares a row only with items near it.
 
     Args:
-      lengths: int64[n], each from 1 to `capacity`, in the order of packing.
-      capacity: of a row.
-      open_rows: rows that are filled at a time. In rows of 1024, lengths drawn from a log-normal
-        distribution (median 300, σ of the logarithm 0.8) leave 4.0 % empty with 8 open rows,
+      lengths: int64[n], each from 1 to `capacity`, in packing order.
+      capacity: tokens of a row.
+      open_rows: number of rows that are open at a time. For lengths from a log-normal distribution
+        (median 300, σ of the logarithm 0.8) in rows of 1024, padding is 4.0 % with 8 open rows,
         1.8 % with 64, 1.4 % with 256 and 1.3 % with 1024.
-      advance: is told of items that are packed, now and then.
+      advance: progress callback, called with the number of items packed since the last call.
 
     Returns:
       The row of each item, int64[n]; rows are numbered in the order in which they are opened.
@@ -37,7 +37,9 @@ def pack_rows(
     if not len(lengths):
         return rows
     shortest, mask = int(lengths.min()), (1 << _ROW_BITS) - 1
-    # What is left of each open row: by the room and, of equal room, by age; and by the row.
+    # Open rows in two indices. `rooms` is sorted and holds `room << _ROW_BITS | row`, so that one
+    # bisection finds the smallest sufficient room and, among equal ones, the oldest row. `left`
+    # maps a row to its room, to remove the row from `rooms` when it is closed.
     rooms: list[int] = []
     left: dict[int, int] = {}
     opened = 0

@@ -1,8 +1,7 @@
-"""Passes over the data: which examples stand in which row of which batch, known from the lengths of
-the examples alone.
+"""Passes over the data: the assignment of examples to rows and batches, planned from lengths alone.
 
-A pass is a function of the data, the config and its number. It begins with a new batch, and its
-last batch is filled up with empty rows, so that no batch holds examples of two passes.
+A pass is a function of the data, the config and its number. It starts with a new batch, and its
+last batch is filled up with empty rows, so that no batch contains examples of two passes.
 """
 
 from __future__ import annotations
@@ -19,24 +18,24 @@ from jaxtune.data.examples import Examples, SourceSlice
 from jaxtune.data.packing import pack_rows
 from jaxtune.errors import JaxtuneError
 
-# Rows that are filled at a time where the order is free. More of them leave hardly less empty.
+# Open rows of packing when the order is shuffled. More rows hardly reduce the padding.
 _PACKING_ROWS = 256
-# What a random draw is for: equal numbers elsewhere must not give equal draws.
+# First element of the spawn key of each random stream, which keeps the streams independent.
 _OF_PASS, _OF_ROWS, _OF_PART, OF_NOISE = range(4)
 
 
 class Pass(NamedTuple):
-    """One pass: n examples in R packed rows, which make S batches.
+    """A pass: n examples in R packed rows and S batches.
 
     Attributes:
-      number: of the pass, from 0.
-      examples: int64[n], packed row after packed row.
-      places: int64[n], the place of each in the pass before it was shuffled. It tells the copies of
-        an example apart that a weight brings.
-      starts: int64[R + 1], where each packed row begins in `examples`, and n.
-      batch_size: packed rows of a batch.
-      shown: int64[S + 1], examples before each batch, and n.
-      tokens: int64[S + 1], their tokens.
+      number: number of the pass, from 0.
+      examples: int64[n], indices of the examples, row by row.
+      places: int64[n], position of each example in the pass before shuffling; distinguishes the
+        copies of an example that a weight above 1 creates.
+      starts: int64[R + 1], start of each packed row in `examples`, and n.
+      batch_size: packed rows per batch.
+      shown: int64[S + 1], number of examples before each batch, and n.
+      tokens: int64[S + 1], number of tokens before each batch, and the total.
     """
 
     number: int
@@ -49,18 +48,18 @@ class Pass(NamedTuple):
 
     @property
     def steps(self) -> int:
-        """Batches of the pass."""
+        """Number of batches of the pass."""
         return len(self.shown) - 1
 
     def rows(self, step: int) -> list[slice]:
-        """Returns where the examples of each packed row of batch `step`, from 0, stand."""
+        """Returns the slice of `examples` for each packed row of batch `step`, from 0."""
         first = step * self.batch_size
         bounds = self.starts[first : first + self.batch_size + 1].tolist()
         return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
 
 
 class DataOrder:
-    """The passes of a run, each of which is planned when it is asked for."""
+    """The passes of a run, each planned on demand."""
 
     def __init__(
         self,
@@ -73,15 +72,15 @@ class DataOrder:
         seed: int,
         reserved: int = 0,
     ):
-        """Plans nothing yet; the arguments are those of `Loader`.
+        """Checks the examples; for the arguments see `BatchLoader`.
 
         Raises:
-          JaxtuneError: no examples, or one that is longer than a row.
+          JaxtuneError: there are no examples, or one is longer than a row.
         """
         _check_lengths(examples, length)
         self._lengths = examples.lengths + reserved
         self._parts = examples.parts or (SourceSlice("", "", len(examples)),)
-        # Exact, so that what passes take adds up to what the weights say.
+        # Exact fractions, so that the examples of all passes add up to the weights.
         self._taken = [max(Fraction(str(p.weight)) * p.count, Fraction(1)) for p in self._parts]
         self._batch_size, self._capacity = batch_size, length + reserved
         self._packing, self._shuffle, self._seed = packing, shuffle, seed
@@ -89,30 +88,31 @@ class DataOrder:
 
     @property
     def rows_per_pass(self) -> float:
-        """Examples that a pass shows on average; one that is shown twice is counted twice."""
+        """Average number of examples of a pass; repeated examples count each time."""
         total = sum(self._taken, Fraction())
         return int(total) if total.denominator == 1 else float(total)
 
     def rows_before(self, number: int) -> int:
-        """Returns how many examples the passes before pass `number` show."""
+        """Returns the number of examples of all passes before pass `number`."""
         return sum(math.ceil(number * amount) for amount in self._taken)
 
     def filled(self, plan: Pass) -> float:
-        """Returns the share of the positions in the batches of a pass that hold a token."""
+        """Returns the fraction of the positions in a pass's batches that are not padding."""
         return float(plan.tokens[-1] / (plan.steps * self._batch_size * self._capacity))
 
     def plan(self, number: int, advance: Callable[[int], None] | None = None) -> Pass:
         """Returns pass `number`, from 0.
 
         Args:
-          number: of the pass.
-          advance: is told of examples that are packed, now and then.
+          number: number of the pass.
+          advance: progress callback, called with the number of examples planned since the last
+            call.
         """
         if number in self._recent:
             if advance is not None:
                 advance(len(self._recent[number].examples))
         else:
-            # Two, for a step may be the last of one and the next the first of another.
+            # Keeps two passes: consecutive steps may belong to different ones.
             for other in list(self._recent)[:-1]:
                 del self._recent[other]
             self._recent[number] = self._make(number, advance)
@@ -125,12 +125,12 @@ class DataOrder:
             places = _permutation(len(examples), self._seed, _OF_PASS, number)
         starts = np.arange(len(examples) + 1)
         if self._packing:
-            # In the order of the files, as few rows as a batch has keep neighbours together.
+            # Without shuffling, few open rows keep the order close to that of the files.
             open_rows = _PACKING_ROWS if self._shuffle else self._batch_size
             lengths = self._lengths[examples[places]]
             rows = pack_rows(lengths, self._capacity, open_rows, advance)
             if self._shuffle:
-                # The rows that are opened last are less full than the others.
+                # Shuffles rows as well, because the rows opened last are less full.
                 rows = _permutation(int(rows.max()) + 1, self._seed, _OF_ROWS, number)[rows]
             places = places[np.argsort(rows, kind="stable")]
             starts = np.concatenate([[0], np.cumsum(np.bincount(rows))])
@@ -142,11 +142,12 @@ class DataOrder:
         return Pass(number, examples, places, starts, self._batch_size, shown, tokens)
 
     def _examples_of_pass(self, number: int) -> np.ndarray:
-        """Returns the examples that a pass takes, int64[n], part after part.
+        """Returns the examples of a pass, int64[n], source by source.
 
-        It takes ``weight × count`` of each part, and at least one: n passes take n times that,
-        rounded up. A part is an endless series of rounds over its examples, and the next pass
-        continues where this one stops: each example is shown as often as any other of its part.
+        A pass takes ``weight × count`` examples of each source, at least one; n passes take n times
+        that, rounded up. The examples of a source form an endless series of rounds, and each pass
+        continues where the previous one stopped, so that all examples of a source are shown equally
+        often.
         """
         taken, first = [], 0
         for index, (part, amount) in enumerate(zip(self._parts, self._taken, strict=True)):
@@ -155,7 +156,7 @@ class DataOrder:
                 begin = max(start - turn * part.count, 0)
                 end = min(stop - turn * part.count, part.count)
                 order = np.arange(part.count)
-                # The shuffle of the pass is enough for a whole round.
+                # A complete round is shuffled with the pass.
                 if self._shuffle and end - begin < part.count:
                     order = _permutation(part.count, self._seed, _OF_PART, turn, index)
                 taken.append(first + order[begin:end])
@@ -164,10 +165,10 @@ class DataOrder:
 
 
 def _permutation(count: int, seed: int, *key: int) -> np.ndarray:
-    """Returns the numbers below `count` in random order, int64[count].
+    """Returns a random permutation of the numbers below `count`, int64[count].
 
-    NumPy promises the bits of its bit generators to stay, and not those of its `permutation`: a run
-    may resume under another version.
+    Sorts raw bits of a bit generator, whose stream NumPy guarantees across versions. It does not
+    guarantee `permutation`, and a run may be resumed with another version.
     """
     bits = np.random.Philox(np.random.SeedSequence(seed, spawn_key=key)).random_raw(count)
     return np.argsort(bits, kind="stable")
@@ -175,8 +176,8 @@ def _permutation(count: int, seed: int, *key: int) -> np.ndarray:
 
 def _check_lengths(examples: Examples, length: int) -> None:
     if not len(examples):
-        raise JaxtuneError("no examples to make batches from")
+        raise JaxtuneError("there are no examples to make batches from")
     longest = int(np.argmax(examples.lengths))
     if (count := int(examples.lengths[longest])) > length:
         place = examples.places[longest]
-        raise JaxtuneError(f"{place}: {count} tokens do not fit a row of {length}")
+        raise JaxtuneError(f"{place}: {count} tokens do not fit into a row of {length}")

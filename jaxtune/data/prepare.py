@@ -1,4 +1,4 @@
-"""Whole data sets: rows in, examples on disk out, kept for the next run where one asks for it."""
+"""Prepares data sets: tokenizes rows into examples on disk, optionally cached for later runs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Goes up with every change of what rows become, so that older files are not used.
+# Increment whenever the examples of a row change, so that older caches are not used.
 CACHE_VERSION = 2
 _CHUNK_ROWS, _CHUNK_BYTES = 128, 2**20
 _Chunks = Iterator[tuple[list[Record], str, str]]
@@ -53,24 +53,24 @@ def load_examples(
     settings: DataSettings | None = None,
     **changes: Any,
 ) -> Examples:
-    """Reads, renders and tokenizes a whole data set.
+    """Reads, renders and tokenizes a data set.
 
     Args:
-      source: what `find_sources` takes.
-      tokenizer: a fast tokenizer; None where every row is input_ids + labels.
+      source: entries as `find_sources` takes them.
+      tokenizer: a fast tokenizer; None if all rows have input_ids and labels.
       revision: commit, tag or branch of hub ids.
-      progress: whether to show a bar on a terminal once it takes over two seconds.
-      cache: the directory of prepared data sets, of which that of this content, tokenizer and
-        these settings is used if it is there; None: none is.
-      keep: whether to leave the data set there for the next time.
-      workers: processes that tokenize; 1: this one.
-      problems: takes the rows that give no example, none of which is an error then.
-      settings: what the tokens depend on; by default what `changes` make.
-      changes: fields of `DataSettings`.
+      progress: show a progress bar on a terminal.
+      cache: directory of prepared data sets, which is searched for one with the same content,
+        tokenizer and settings; None: no cache.
+      keep: write the data set to the cache.
+      workers: number of processes that tokenize; 1: this process.
+      problems: list to which rejected rows are appended instead of raising an error.
+      settings: settings that the tokens depend on; built from `changes` by default.
+      changes: fields of `DataSettings` to change.
 
     Raises:
-      JaxtuneError: a row that cannot be read or rendered, has nothing to learn, is too long or
-        holds ids outside the vocabulary; the message names the row. Or there is nothing left.
+      JaxtuneError: a row cannot be read or rendered, has no targets, is too long or contains ids
+        outside the vocabulary; the message names the row. Or there are no examples.
     """
     settings = dataclasses.replace(settings, **changes) if settings else DataSettings(**changes)
     sources = find_sources(source, revision=revision)
@@ -80,14 +80,14 @@ def load_examples(
     if cache:
         place = Path(cache).expanduser() / cache_key(sources, settings, tokenizer)
     if place is not None and (place / META).is_file():
-        logger.info("%s: tokenized before, in %s", source, place)
+        logger.info("%s: using the tokenized data in %s", source, place)
         try:
             return open_examples(place, weights)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise JaxtuneError(f"{place}: damaged, remove it: {error}") from error
+            raise JaxtuneError(f"{place}: damaged cache, remove it: {error}") from error
     build = _DatasetBuilder(str(source), sources, encoder, progress, problems)
     if place is None or not keep:
-        # Mapped files outlive their names.
+        # Memory-mapped files stay readable after they are deleted.
         with tempfile.TemporaryDirectory(prefix="jaxtune-") as temporary:
             build.run(Path(temporary), workers)
             return open_examples(Path(temporary), weights)
@@ -95,8 +95,8 @@ def load_examples(
     temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=place.parent))
     try:
         build.run(temporary, workers)
-        shutil.rmtree(place, ignore_errors=True)  # what was there is not whole
-        with contextlib.suppress(OSError):  # another process has just made the same
+        shutil.rmtree(place, ignore_errors=True)  # an existing directory is incomplete
+        with contextlib.suppress(OSError):  # another process has just written the same data
             temporary.rename(place)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -104,7 +104,7 @@ def load_examples(
 
 
 def default_cache() -> Path:
-    """Returns the directory where prepared data sets are kept unless ``data.cache`` says where."""
+    """Returns the default of ``data.cache``, the directory of prepared data sets."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "jaxtune" / "data"
 
@@ -112,14 +112,14 @@ def default_cache() -> Path:
 def cache_key(
     sources: Sequence[Source], settings: DataSettings, tokenizer: PreTrainedTokenizerBase | None
 ) -> str:
-    """Returns a hash of all that the tokens and targets of a data set depend on."""
+    """Returns a hash of everything that the tokens and targets of a data set depend on."""
     reading = settings.reading(tokenizer)
     described: dict[str, Any] = dataclasses.asdict(settings) | {
         "version": CACHE_VERSION,
         "sources": [(source.name, source.digest()) for source in sources],
         "wordings": reading.wordings,
     }
-    # Files are known by their content, wherever they are; the clock by what of it is printed.
+    # Files are identified by content rather than path, the clock by the values that are printed.
     for name in ("chat_template", "template_text", "prompt_templates", "clock"):
         del described[name]
     if tokenizer is not None and reading.template is not None:
@@ -129,7 +129,7 @@ def cache_key(
             "tokenizer": backend.to_str(),
             "special": tokenizer.special_tokens_map,
             "template": template,
-            # Not the clock itself, or what was prepared would serve one second.
+            # Not the clock itself, or a cache would be valid for a single second.
             "clock": printed_values(str(template), clock) if (clock := settings.clock) else {},
         }
     text = json.dumps(described, sort_keys=True, default=str)
@@ -137,7 +137,7 @@ def cache_key(
 
 
 class _DatasetBuilder:
-    """Makes one data set."""
+    """Builds a data set and counts what happens to its rows."""
 
     def __init__(
         self,
@@ -158,7 +158,7 @@ class _DatasetBuilder:
         self._files: dict[str, int] = {}
 
     def run(self, directory: Path, workers: int) -> None:
-        """Writes the examples of all sources into a directory."""
+        """Writes the examples of all sources to a directory."""
         writer, parts, read = ExamplesWriter(directory), [], 0
         with _encoder_pool(self._encoder, workers) as encode:
             for source in self._sources:
@@ -172,7 +172,7 @@ class _DatasetBuilder:
                 form = found[0][0] if found else ""
                 parts.append((source.name, form, count))
                 if count:
-                    logger.info("%s: rows of %s", source.name, form)
+                    logger.info("%s: row format %s", source.name, form)
         if not sum(count for _, _, count in parts):
             self._raise_empty()
         tokenizer = self._encoder.tokenizer
@@ -197,7 +197,7 @@ class _DatasetBuilder:
         )
 
     def _add(self, chunk: Chunk, writer: ExamplesWriter, read: int) -> int:
-        """Writes the examples of a chunk that follows `read` rows; returns how many there are."""
+        """Writes the examples of a chunk that follows `read` rows; returns their number."""
         for problem in chunk.problems:
             self._handle_problem(problem)
         self._counts.update(chunk.counts)
@@ -228,23 +228,23 @@ class _DatasetBuilder:
             raise JaxtuneError(problem.message)
         if self._rejected.total() > settings.bad_rows_limit:
             raise JaxtuneError(
-                f"{problem.message} (data.bad_rows=skip, and more than "
-                f"data.bad_rows_limit={settings.bad_rows_limit} rows are bad)"
+                f"{problem.message} (more than data.bad_rows_limit={settings.bad_rows_limit} rows "
+                "are bad)"
             )
-        logger.warning("skipped: %s", problem.message)
+        logger.warning("skipped row: %s", problem.message)
 
     def _raise_empty(self) -> None:
         settings, dropped, rejected = self._encoder.settings, self._counts["drop"], self._rejected
         why = ""
         if dropped:
             limit = settings.max_length
-            why = f": all {dropped} are over data.max_length={limit} and were dropped"
+            why = f": all {dropped} rows exceed data.max_length={limit} and were dropped"
         elif rejected:
-            why = f": all {rejected.total()} rows are bad, such as: {next(iter(rejected))}"
+            why = f": all {rejected.total()} rows are bad, e.g.: {next(iter(rejected))}"
         raise JaxtuneError(f"{self._name}: no examples{why}")
 
     def _with_progress(self, records: Iterator[Record], name: str) -> Iterator[Record]:
-        """Passes rows on; counts them on a terminal once that takes long."""
+        """Yields the records unchanged and counts them with a progress bar."""
         with track(None, f"reading {name}", self._progress) as advance:
             for record in records:
                 advance()
@@ -254,10 +254,11 @@ class _DatasetBuilder:
 def _split_into_chunks(
     records: Iterator[Record], encoder: Encoder
 ) -> tuple[_Chunks, list[tuple[str, str]]]:
-    """Cuts rows into chunks of bounded size, each with the form of the source and a row of it.
+    """Splits rows into chunks of bounded size.
 
     Returns:
-      The chunks, and a list that takes the form and the place of the first row that has one.
+      An iterator of chunks, each with the format of the source and the location of its first row.
+      And a list to which the format and that location are appended once they are known.
     """
     found: list[tuple[str, str]] = []
 
@@ -281,13 +282,13 @@ def _split_into_chunks(
     return cut(), found
 
 
-_encoder: Encoder | None = None  # of a worker process
+_encoder: Encoder | None = None  # set in worker processes only
 
 
 def _start_worker(encoder: Encoder) -> None:
     global _encoder
     _encoder = encoder
-    # There are as many processes as there is work for; threads in each would get in the way.
+    # The worker processes already use all cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
@@ -298,16 +299,16 @@ def _encode_in_worker(*arguments: Any) -> Chunk:
 
 @contextlib.contextmanager
 def _encoder_pool(encoder: Encoder, workers: int) -> Iterator[Callable[[_Chunks], Iterator[Chunk]]]:
-    """Gives what tokenizes chunks in order, in this process or in several."""
+    """Yields a function that tokenizes chunks in order, in threads or in worker processes."""
     pool: concurrent.futures.Executor
     work: Callable[..., Chunk]
     if workers <= 1:
-        # The tokenizer lets go of Python's lock: one thread renders while it works for the other.
+        # The tokenizer releases the GIL: one thread renders while the other one tokenizes.
         pool, work, waiting_most = concurrent.futures.ThreadPoolExecutor(2), encoder, 2
     else:
         pool = concurrent.futures.ProcessPoolExecutor(
             workers,
-            # A forked process would inherit the locks of this one's threads.
+            # A forked process would inherit locks that threads of this process hold.
             mp_context=multiprocessing.get_context("spawn"),
             initializer=_start_worker,
             initargs=(encoder,),
@@ -318,7 +319,7 @@ def _encoder_pool(encoder: Encoder, workers: int) -> Iterator[Callable[[_Chunks]
         waiting: collections.deque[concurrent.futures.Future[Chunk]] = collections.deque()
         for chunk in chunks:
             waiting.append(pool.submit(work, *chunk))
-            # No more wait than this, or memory would follow the size of the files.
+            # The queue is bounded so that memory does not grow with the size of the files.
             if len(waiting) > waiting_most:
                 yield waiting.popleft().result()
         while waiting:

@@ -1,4 +1,4 @@
-"""What is in a data set, for people: its numbers, and its examples with their targets shown."""
+"""Reports on a data set: statistics, and examples with highlighted targets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BARS, _BAR_WIDTH = 10, 40
-LEARNT, GIVEN = "bold green", "dim"
+LEARNED, GIVEN = "bold green", "dim"
 
 
 def statistics(
@@ -29,22 +29,22 @@ def statistics(
     order: DataOrder | None = None,
     other_side: int | None = None,
 ) -> dict[str, Any]:
-    """Returns the numbers of a data set, fit for JSON.
+    """Returns the statistics of a data set, JSON-serializable.
 
-    Rows read = rows + other side + dropped + rejected. What was done to rows before a split
-    (``dropped`` to ``windowed``, ``merged``, ``turns``) is counted for both sides together.
+    Rows read = rows + other side + dropped + rejected. Counts of changes to rows before a split
+    (``dropped`` to ``windowed``, ``merged``, ``turns``) are for both sides together.
 
     Args:
-      examples: one or more.
-      problems: its rows that give no example.
-      order: in which they are shown, for what a pass is and how full its rows are.
-      other_side: rows of the same source on the other side of a split; None: it was not split.
+      examples: one or more examples.
+      problems: rejected rows.
+      order: order of the examples, for the size of a pass and the packing efficiency.
+      other_side: rows of the same source in the other split; None: it was not split.
     """
     lengths = examples.lengths
     low, middle, high = np.percentile(lengths, [5, 50, 95])
     reasons: dict[str, dict[str, Any]] = {}
     for problem in problems:
-        # One reason, whatever the numbers and the names in it.
+        # Messages that differ only in numbers have the same reason.
         entry = reasons.setdefault(
             re.sub(r"\d+", "N", problem.reason), {"rows": 0, "first": problem.message}
         )
@@ -95,11 +95,13 @@ def _histogram(lengths: np.ndarray) -> list[dict[str, int]]:
 
 
 def render_statistics(name: str, numbers: Mapping[str, Any]) -> str:
-    """Returns what `statistics` gives, as text."""
+    """Formats the result of `statistics` as text."""
     lines = [f"{name}"]
     for source in numbers["sources"]:
         weight = "" if source["weight"] == 1 else f", weight {source['weight']:g}"
-        lines.append(f"  {source['name']}: {source['count']:,} of {source['form']}{weight}")
+        lines.append(
+            f"  {source['name']}: {source['count']:,} examples, format {source['form']}{weight}"
+        )
     share = numbers["targets"] / numbers["tokens"]
     lines.append(f"  rows read     {numbers['rows_read']:>12,}")
     lines.append(f"  rows          {numbers['rows']:>12,}")
@@ -112,7 +114,7 @@ def render_statistics(name: str, numbers: Mapping[str, Any]) -> str:
     lines.append(f"  targets       {numbers['targets']:>12,}  ({share:.1%} of the tokens)")
     if "packing_efficiency" in numbers:
         shown = numbers["pass"]
-        lines.append(f"  a pass        {shown['rows']:>12,} in {shown['steps']:,} batches")
+        lines.append(f"  one pass      {shown['rows']:>12,} in {shown['steps']:,} batches")
         lines.append(f"  batches filled{numbers['packing_efficiency']:>12.1%}")
     if "run" in numbers:
         lines.append(f"  the run       {numbers['run']['text']}")
@@ -121,9 +123,9 @@ def render_statistics(name: str, numbers: Mapping[str, Any]) -> str:
         lines.append(f"  {key:<14}{numbers[key]:>12,}{both}")
     lines += [f"  turns: {what} {count:>12,}{both}" for what, count in numbers["turns"].items()]
     if "held_out_too" in numbers:
-        lines.append(f"  held out too  {numbers['held_out_too']:>12,}")
+        lines.append(f"  also held out {numbers['held_out_too']:>12,}")
     if numbers["unread"]:
-        lines.append(f"  keys that nothing reads: {', '.join(numbers['unread'])}")
+        lines.append(f"  unused keys: {', '.join(numbers['unread'])}")
     lengths = ", ".join(f"{key} {value:g}" for key, value in numbers["lengths"].items())
     lines.append(f"  lengths: {lengths}")
     highest = max(bar["examples"] for bar in numbers["histogram"])
@@ -133,31 +135,31 @@ def render_statistics(name: str, numbers: Mapping[str, Any]) -> str:
     if numbers["rejected"]:
         lines.append("  rejected rows")
         order = sorted(numbers["rejected"].items(), key=lambda item: -item[1]["rows"])
-        lines += [f"  {entry['rows']:>8,}  such as {entry['first']}" for _, entry in order]
+        lines += [f"  {entry['rows']:>8,}  e.g. {entry['first']}" for _, entry in order]
     return "\n".join(lines)
 
 
 def show_example(
     examples: Examples, index: int, tokenizer: PreTrainedTokenizerBase | None, *, marks: bool
 ) -> Text:
-    """Returns one example as text in which what is learnt stands out.
+    """Returns an example as text with highlighted targets.
 
     Args:
-      examples: some.
-      index: of the example.
-      tokenizer: gives the text of tokens; None: their ids are shown.
-      marks: whether what is learnt is put into ⟦ ⟧, for where there is no colour.
+      examples: a data set.
+      index: index of the example.
+      tokenizer: decodes the tokens; None: shows their ids.
+      marks: enclose targets in ⟦ ⟧, for output without colors.
     """
     tokens, targets = examples.tokens[index], examples.targets[index]
-    # A target is the next token.
-    learnt = np.concatenate([[False], targets[:-1] != IGNORE])
+    # targets[t] is the token at t + 1.
+    learned = np.concatenate([[False], targets[:-1] != IGNORE])
     count = int(np.count_nonzero(targets != IGNORE))
     text = Text(f"{examples.places[index]}: {len(tokens)} tokens, {count} targets\n")
     start = 0
-    for target, run in itertools.groupby(learnt):
+    for target, run in itertools.groupby(learned):
         stop = start + sum(1 for _ in run)
         piece = _text_of(tokens[start:stop].tolist(), tokenizer)
-        text.append(f"⟦{piece}⟧" if marks and target else piece, LEARNT if target else GIVEN)
+        text.append(f"⟦{piece}⟧" if marks and target else piece, LEARNED if target else GIVEN)
         start = stop
     return text.append("\n")
 
@@ -166,12 +168,12 @@ def _text_of(ids: list[int], tokenizer: PreTrainedTokenizerBase | None) -> str:
     if tokenizer is None:
         return " ".join(map(str, ids)) + " "
     text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    # A terminal would obey what follows an escape character.
+    # An escape character would start a control sequence of the terminal.
     return str(text).replace("\x1b", "␛")
 
 
 def count_overlap(train: Examples, held_out: Examples) -> int:
-    """Returns how many training examples are held out too."""
+    """Returns the number of training examples that are also held out."""
     if train.contents is None or held_out.contents is None:
         return 0
     held = collections.Counter(held_out.contents.tolist())

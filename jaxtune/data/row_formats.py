@@ -1,4 +1,4 @@
-"""The forms that a row of training data may have; a new one is an entry of `FORMATS`."""
+"""Row formats of training data; to add one, add an entry to `FORMATS`."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _ARGUMENTS = "chat_template_kwargs"
 
 @dataclasses.dataclass(frozen=True)
 class DataFormat:
-    """One form of rows.
+    """A row format.
 
     Attributes:
-      keys: what a row of this form must have; other keys are metadata, which nobody reads.
-      read: says what a row teaches.
-      optional: keys that are read where a row has them.
+      keys: required keys; keys that are neither required nor optional are ignored.
+      read: converts a row to a `Sample`.
+      optional: optional keys.
     """
 
     keys: tuple[str, ...]
@@ -63,7 +63,7 @@ def _read_completion(row: Row, reading: ReadingOptions) -> Sample:
             row.values.get("tools"),
             row.values.get(_ARGUMENTS),
         )
-        # What stands in the prompt is not learnt, whoever says it.
+        # No turn of the prompt is trained on, not even the assistant's.
         both = [*asked.turns, *answered.turns]
         marks = [*[False] * len(asked.turns), *answered.marks]
         joined = answered._replace(turns=both, marks=marks, extra=asked.extra | answered.extra)
@@ -71,20 +71,20 @@ def _read_completion(row: Row, reading: ReadingOptions) -> Sample:
     prompt = check_text(prompt, "prompt", row.place)
     completion = check_text(completion, "completion", row.place)
     if not completion.strip():
-        raise JaxtuneError(f"{row.place}: empty completion, so nothing to learn")
+        raise JaxtuneError(f"{row.place}: empty completion, nothing to train on")
     reading.require_template(row.place, ends=True)
     content = _content_key(prompt, completion)
     completion, turns = reading.answer(prompt, completion, row.place)
     prompt = reading.apply_wording(prompt, content)
     text = prompt + completion
-    # No template renders two strings.
+    # A prompt and completion as strings are not rendered, so no template sees these keys.
     unread = frozenset(key for key in ("tools", _ARGUMENTS) if row.values.get(key))
     spans = [(len(prompt), len(text))]
     return Sample(content, text, spans, ends=True, unread=unread, turns=turns)
 
 
 def _parse_turns(text: Any) -> list[Any] | None:
-    """Returns the turns that JSON text says, as in a CSV cell; None for any other text."""
+    """Returns turns given as JSON text, as in a CSV cell; None for any other text."""
     if not isinstance(text, str) or not text.lstrip().startswith("[") or '"role"' not in text:
         return None
     try:
@@ -108,7 +108,7 @@ def _read_alpaca(row: Row, reading: ReadingOptions) -> Sample:
 
 
 def _history(row: Row) -> list[dict[str, Any]]:
-    """Returns the turns of earlier questions and answers, which are learnt as the last is."""
+    """Returns the turns of ``history``; its answers are trained on like the last one."""
     rounds = parse_json_text(row.values.get("history") or [], f"{row.place}: history")
     turns: list[dict[str, Any]] = []
     for index, pair in enumerate(rounds if isinstance(rounds, list) else [None]):
@@ -141,13 +141,13 @@ def _read_sharegpt(row: Row, reading: ReadingOptions) -> Sample:
     if not isinstance(said, list) or not all(isinstance(turn, Mapping) for turn in said):
         raise JaxtuneError(f"{row.place}: conversations must be a list of objects")
     for index, turn in enumerate(said):
-        if "role" in turn:  # many files have OpenAI's keys under ShareGPT's name
+        if "role" in turn:  # many ShareGPT files use OpenAI's keys
             turns.append(turn)
             continue
         name, kept = f"conversations[{index}]", dict(turn)
         for key in ("from", "value"):
             if kept.get(key) is None:
-                raise JaxtuneError(f"{row.place}: {name} has no {key}")
+                raise JaxtuneError(f'{row.place}: {name} has no key "{key}"')
         speaker, value = kept.pop("from"), kept.pop("value")
         if not isinstance(speaker, str) or speaker not in _SPEAKERS:
             raise JaxtuneError(
@@ -167,7 +167,7 @@ def _read_sharegpt(row: Row, reading: ReadingOptions) -> Sample:
 def _read_text(row: Row, reading: ReadingOptions) -> Sample:
     text = check_text(row.values["text"], "text", row.place)
     if not text.strip():
-        raise JaxtuneError(f"{row.place}: empty text, so nothing to learn")
+        raise JaxtuneError(f"{row.place}: empty text, nothing to train on")
     reading.require_template(row.place, ends=True)
     return Sample(_content_key(text), text, [(0, len(text))], ends=True)
 
@@ -183,12 +183,12 @@ def _read_tokenized(row: Row, reading: ReadingOptions) -> Sample:
     labels = _integers(row.values["labels"], "labels", row.place)
     if len(tokens) != len(labels):
         raise JaxtuneError(
-            f"{row.place}: input_ids has {len(tokens)} entries and labels {len(labels)}"
+            f"{row.place}: input_ids and labels differ in length: {len(tokens)} and {len(labels)}"
         )
     mask = row.values.get("attention_mask")
     if mask is not None and (not isinstance(mask, list) or mask != [1] * len(tokens)):
         raise JaxtuneError(
-            f"{row.place}: attention_mask must be 1 everywhere: leave padding out of the rows"
+            f"{row.place}: attention_mask must be all ones; remove the padding from the rows"
         )
     return Sample(_content_key(tokens), tokens=Tokenized(tokens, labels))
 
@@ -208,58 +208,58 @@ FORMATS: dict[str, DataFormat] = {
 
 
 def detect_format(row: Row, chosen: str = "") -> str:
-    """Returns the name in `FORMATS` of the one form whose keys the row has.
+    """Returns the name of the format whose required keys a row has.
 
     Args:
       row: a row.
-      chosen: a form that the row is to have, whatever else it fits; empty: any.
+      chosen: name of the format to check for; empty: detect it.
 
     Raises:
-      JaxtuneError: none fits, or more than one; the message names the keys found and the forms.
+      JaxtuneError: no format matches, or several do; the message lists the keys and the formats.
     """
-    # A table of `datasets` gives every row every key, with None where the row had none.
+    # In a table of `datasets` every row has every key, with the value None if it is missing.
     found = [key for key, value in row.values.items() if value is not None]
     if media := find_media(row.values):
         raise JaxtuneError(
-            f"{row.place}: has {media}, and only text can be trained on: take the key out if the "
-            "text stands by itself"
+            f'{row.place}: only text can be trained on, but the row has "{media}"; remove the key '
+            "if the text makes sense without it"
         )
     if chosen:
         missing = [k for k in lookup(FORMATS, chosen, "data.format").keys if k not in found]
         if missing:
             raise JaxtuneError(
-                f"{row.place}: no {missing[0]}{closest(missing[0], found)} "
-                f"(data.format={chosen} needs {' and '.join(FORMATS[chosen].keys)})"
+                f'{row.place}: no key "{missing[0]}"{closest(missing[0], found)} '
+                f"(data.format={chosen} requires {' and '.join(FORMATS[chosen].keys)})"
             )
         return chosen
     fitting = [name for name, form in FORMATS.items() if set(form.keys) <= set(found)]
     if judgement := find_preferences(row.values):
-        ways = f"keep the good answers, in one of the forms {', '.join(FORMATS)}"
+        ways = f"keep only the good answers, in one of the formats {', '.join(FORMATS)}"
         if fitting:
             keys = " and ".join(FORMATS[fitting[0]].keys)
-            ways += f"; or set data.format={fitting[0]} to learn what {keys} say"
-        raise JaxtuneError(f"{row.place}: {judgement}, and jaxtune does not: {ways}")
+            ways += f", or set data.format={fitting[0]} to train on {keys}"
+        raise JaxtuneError(f"{row.place}: {judgement}, which jaxtune does not support; {ways}")
     if len(fitting) == 1:
         return fitting[0]
     forms = ", ".join(f"{name} ({' + '.join(form.keys)})" for name, form in FORMATS.items())
     keys = ", ".join(found) or "none"
     if fitting:
         raise JaxtuneError(
-            f"{row.place}: the keys {keys} fit more than one form of: {forms}; "
-            f"set data.format to {' or '.join(fitting)}"
+            f"{row.place}: the keys {keys} match several formats; set data.format to "
+            f"{' or '.join(fitting)} (formats: {forms})"
         )
     if what := describe_metadata(row.values):
-        raise JaxtuneError(f"{row.place}: not a row of data but {what}")
+        raise JaxtuneError(f"{row.place}: not a data row: {what}")
     known = [key for form in FORMATS.values() for key in form.keys]
     hints = [hint for key in found if key not in known and (hint := closest(key, known))]
     raise JaxtuneError(
-        f"{row.place}: the keys {keys} fit no known form{hints[0] if hints else ''} "
-        f"(known: {forms}): rename the keys of the rows"
+        f"{row.place}: the keys {keys} match no known format{hints[0] if hints else ''} "
+        f"(known: {forms}); rename the keys of the rows"
     )
 
 
 def unread_keys(row: Row, form: str) -> set[str]:
-    """Returns the keys of a row that its form does not read."""
+    """Returns the keys of a row that its format does not use."""
     unread = set(row.values) - set(FORMATS[form].keys) - set(FORMATS[form].optional)
-    # As of the index that pandas writes in front of a table.
-    return {key or "(a column without a name)" for key in unread}
+    # pandas writes its index as a column without a name.
+    return {key or "(unnamed column)" for key in unread}

@@ -1,4 +1,4 @@
-"""Rows as values by key, each with its place."""
+"""Rows as values by key, with their locations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxtune.strict_json import parse_json
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One row as it was read: its place (``"train.jsonl:17"``) and its values by key."""
+    """A row: its location (``"train.jsonl:17"``) and its values by key."""
 
     place: str
     values: dict[str, Any]
@@ -25,21 +25,21 @@ def read_rows(source: str | Path, *, revision: str | None = None) -> Iterator[Ro
     """Yields the rows of `source` in order.
 
     Args:
-      source: what `find_sources` takes; weights count for nothing here.
+      source: entries as `find_sources` takes them; weights are ignored.
       revision: commit, tag or branch of hub ids.
 
     Raises:
-      JaxtuneError: nothing there, or a line that is no JSON object; the message names the line.
+      JaxtuneError: a source does not exist, or a line is not a JSON object.
     """
     sources = find_sources(source, revision=revision)
     return (parse_row(record) for source in sources for record in source.records())
 
 
 def parse_row(record: Record) -> Row:
-    """Returns the row that a record holds.
+    """Parses a record.
 
     Raises:
-      JaxtuneError: it holds none; the message names its place.
+      JaxtuneError: the record is not a valid row; the message gives its location.
     """
     content, place = record.content, record.place
     if isinstance(content, JaxtuneError):
@@ -47,7 +47,7 @@ def parse_row(record: Record) -> Row:
     values = parse_json(content, place) if isinstance(content, bytes) else content
     if not isinstance(values, dict):
         raise JaxtuneError(
-            f"{place}: expected one JSON object a line (JSONL), found {type(values).__name__}"
-            f"{'; name a file that is one array .json' * isinstance(values, list)}"
+            f"{place}: expected one JSON object per line (JSONL), found {type(values).__name__}"
+            f"{'; a file with a single array needs the suffix .json' * isinstance(values, list)}"
         )
     return Row(place, values)

@@ -1,4 +1,4 @@
-"""What a row teaches: text and what of it is learnt, as the ``data`` section asks for it."""
+"""Samples: the text of a row and the parts of it to train on, according to the data settings."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from jaxtune.chats.template import ChatTemplate
 from jaxtune.chats.tokens import Tokenized
 from jaxtune.errors import JaxtuneError
 
-# What may be done to turns, as reports name it.
-DROPPED, FIRST_TURN = "reasoning dropped", "first turn not learnt"
+# Changes to turns, as reports name them.
+DROPPED, FIRST_TURN = "reasoning dropped", "first turn not trained on"
 
 
 class Sample(NamedTuple):
-    """What a row teaches.
+    """The text of a row and the parts of it to train on.
 
     Attributes:
-      content: equal for rows that say the same; what tells duplicates.
-      text: to be tokenized as a whole.
-      spans: ``(start, end)`` in characters of what is learnt.
-      ends: whether the tokenizer adds its special tokens, and EOS ends the text and is learnt;
-        otherwise the text has its own.
-      tokens: ids and labels of a row that is tokenized already, in place of the text.
-      unread: keys of its turns that neither jaxtune nor the chat template reads.
-      turns: how many of its turns were changed or left out, by what was done to them.
+      content: canonical content, equal for duplicate rows.
+      text: text to tokenize as a whole.
+      spans: ``(start, end)`` of the spans to train on, in characters.
+      ends: the tokenizer adds its special tokens, and EOS, which is trained on, ends the text;
+        otherwise the text contains its own special tokens.
+      tokens: ids and labels of a tokenized row, instead of a text.
+      unread: keys of turns that neither jaxtune nor the chat template uses.
+      turns: number of turns that were changed or not trained on, by kind of change.
     """
 
     content: bytes
@@ -50,15 +50,15 @@ class Sample(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ReadingOptions:
-    """How rows are read: what of the ``data`` section they depend on.
+    """Options for reading rows.
 
     Attributes:
-      template: None without a tokenizer.
-      targets: which turns are learnt; see `choose_targets`.
-      reasoning: ``keep`` or ``drop`` what comes before ``</think>``.
-      empty_reasoning: ``learn`` or ``mask`` the empty think block that a template adds.
-      wordings: texts with ``{prompt}`` in them, one of which each prompt is put into.
-      seed: that which of them is drawn depends on, beside the row.
+      template: chat template; None without a tokenizer.
+      targets: turns to train on, see `choose_targets`.
+      reasoning: ``keep`` or ``drop`` the reasoning before ``</think>``.
+      empty_reasoning: ``learn`` or ``mask`` an empty think block that the template adds.
+      wordings: prompt templates that contain ``{prompt}``; one is drawn for each row.
+      seed: random seed of the draw, which also depends on the row's content.
     """
 
     template: ChatTemplate | None
@@ -69,33 +69,36 @@ class ReadingOptions:
     seed: int = 0
 
     def require_template(self, place: str, *, ends: bool = False) -> ChatTemplate:
-        """Returns the template; raises naming the row where there is none.
+        """Returns the template.
 
         Args:
-          place: of the row.
-          ends: whether the tokenizer has to have an EOS token.
+          place: location of the row, for errors.
+          ends: require an EOS token of the tokenizer.
+
+        Raises:
+          JaxtuneError: there is no tokenizer, or it has no EOS token.
         """
         if self.template is None:
             raise JaxtuneError(
-                f"{place}: text needs a tokenizer and the checkpoint has none; "
-                "without one, rows are input_ids + labels"
+                f"{place}: text requires a tokenizer, which the checkpoint does not have; without "
+                "one, rows must have input_ids and labels"
             )
         if ends and not isinstance(self.template.tokenizer.eos_token_id, int):
             raise JaxtuneError(f"{place}: the tokenizer has no EOS token to end a text with")
         return self.template
 
     def apply_wording(self, prompt: str, content: bytes) -> str:
-        """Returns the prompt in the wording that the seed and the row's content draw."""
+        """Returns the prompt in a prompt template drawn from the seed and the row's content."""
         if not self.wordings:
             return prompt
         drawn = int.from_bytes(hashlib.sha256(b"%d " % self.seed + content).digest()[:8], "little")
         return self.wordings[drawn % len(self.wordings)].replace("{prompt}", prompt)
 
     def answer(self, prompt: str, completion: str, place: str) -> tuple[str, dict[str, int]]:
-        """Returns a completion without what ``data.reasoning`` drops, and what was done to it.
+        """Returns a completion without reasoning if that is dropped, and the count of changes.
 
         Raises:
-          JaxtuneError: nothing else is left, or its reasoning does not end.
+          JaxtuneError: the completion has only reasoning, or a think block that is not closed.
         """
         opened = ends_with_think(prompt)
         if self.reasoning == "keep" or not (opened or THINK in completion):
@@ -105,39 +108,40 @@ class ReadingOptions:
         if not reasoning:
             return completion, {}
         if not answer.strip():
-            raise JaxtuneError(f"{place}: completion is nothing but reasoning")
+            raise JaxtuneError(f"{place}: completion contains only reasoning")
         return f"{END_THINK}\n\n{answer}" if opened else answer, {DROPPED: 1}
 
 
 def _check_closed(content: str, name: str) -> None:
     if content.lstrip().startswith(THINK) and END_THINK not in content:
         raise JaxtuneError(
-            f"{name} opens <think> and does not close it, so its reasoning cannot be dropped"
+            f"{name} has <think> without </think>, so the reasoning cannot be dropped"
         )
 
 
 def conversation_sample(conversation: Conversation, reading: ReadingOptions, place: str) -> Sample:
-    """Returns what a conversation teaches.
+    """Returns the sample of a conversation.
 
     Args:
-      conversation: of a row.
-      reading: how it is read.
-      place: of the row.
+      conversation: conversation of a row.
+      reading: reading options.
+      place: location of the row, for errors.
 
     Raises:
-      JaxtuneError: nothing is learnt, or the template refuses or rewrites the conversation.
+      JaxtuneError: there is no turn to train on, or the template rejects or rewrites the
+        conversation.
     """
     template = reading.require_template(place)
-    learnt = choose_targets(conversation, reading.targets, place)
+    learned = choose_targets(conversation, reading.targets, place)
     content, counts = canonical_content(conversation), collections.Counter[str]()
     if conversation.turns[0]["role"] == "assistant" and reading.targets == "all":
         counts[FIRST_TURN] += conversation.marks[0] is None
     if reading.reasoning == "drop":
         conversation = _drop_reasoning(conversation, template, counts, place)
-        for index in learnt:
+        for index in learned:
             turn = conversation.turns[index]
             if not (turn["content"] or "").strip() and "tool_calls" not in turn:
-                raise JaxtuneError(f"{place}: messages[{index}] is nothing but reasoning")
+                raise JaxtuneError(f"{place}: messages[{index}] contains only reasoning")
     turns = conversation.turns
     if reading.wordings:
         first = next((i for i, turn in enumerate(turns) if turn["role"] == "user"), None)
@@ -149,7 +153,7 @@ def conversation_sample(conversation: Conversation, reading: ReadingOptions, pla
             turns = [*turns[:first], worded, *turns[first + 1 :]]
     context = (conversation.tools, conversation.arguments)
     learn_empty = reading.empty_reasoning == "learn"
-    text, spans = template.spans(turns, place, learnt, *context, empty_reasoning=learn_empty)
+    text, spans = template.spans(turns, place, learned, *context, empty_reasoning=learn_empty)
     unread = template.unread_keys(turns, conversation.extra, *context)
     named = frozenset(f"messages[].{key}" for key in unread)
     return Sample(content, text, spans, unread=named, turns={k: n for k, n in counts.items() if n})
@@ -161,7 +165,7 @@ def _drop_reasoning(
     counts: collections.Counter[str],
     place: str,
 ) -> Conversation:
-    """Takes the reasoning out of the assistant's turns, and counts those that had some."""
+    """Removes the reasoning from the assistant's turns; counts the turns that had some."""
     turns: list[dict[str, Any]] = []
     for index, turn in enumerate(conversation.turns):
         if turn["role"] == "assistant":

@@ -24,26 +24,26 @@ PROMPT = "{prompt}"
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
-    """What of a config the tokens and targets of a data set depend on.
+    """Settings that the tokens and targets of a data set depend on.
 
     Attributes:
-      max_length: most tokens of an example.
-      too_long: what becomes of a longer one: ``error``, ``drop``, ``truncate`` (its end),
-        ``truncate_start`` or ``windows`` (several examples of at most so many tokens).
-      chat_template: a Jinja file or the name of a built-in template, used in place of the
-        tokenizer's own; empty: its own.
-      chat_template_kwargs: arguments of the template, as JSON text; empty: none.
-      vocab_size: token ids are below this; None: unchecked.
-      format: the form of all rows; empty: that which their keys fit.
-      targets: the turns that are learnt: ``all``, ``last`` or ``marked``.
+      max_length: maximum number of tokens of an example.
+      too_long: treatment of longer rows: ``error``, ``drop``, ``truncate`` (the end),
+        ``truncate_start`` or ``windows`` (several examples of at most `max_length` tokens).
+      chat_template: Jinja file or name of a built-in template; empty: the tokenizer's own.
+      chat_template_kwargs: template arguments, as JSON text; empty: none.
+      vocab_size: upper bound of token ids; None: unchecked.
+      format: format of all rows, a key of `FORMATS`; empty: detected from their keys.
+      targets: assistant turns that are trained on: ``all``, ``last`` or ``marked``.
       reasoning: ``keep`` or ``drop``.
       empty_reasoning: ``learn`` or ``mask``.
-      prompt_templates: a file with a wording on each line, with ``{prompt}`` in it; empty: none.
-      seed: of the choice among wordings.
+      prompt_templates: file with one prompt template per line, which contains ``{prompt}``; empty:
+        none.
+      seed: random seed for the choice among prompt templates.
       bad_rows: ``error`` or ``skip``.
-      bad_rows_limit: most rows that may be skipped.
-      clock: the time that a template prints; None: that of each rendering.
-      template_text: Jinja source in place of ``chat_template``; empty: none.
+      bad_rows_limit: maximum number of skipped rows.
+      clock: time that a chat template prints; None: the time of rendering.
+      template_text: Jinja source used instead of ``chat_template``; empty: none.
     """
 
     max_length: int
@@ -63,7 +63,7 @@ class DataSettings:
     template_text: str = ""
 
     def __post_init__(self) -> None:
-        """Refuses what none of the choices is."""
+        """Raises if a value is not one of its choices."""
         for name, choices in (
             ("too_long", TOO_LONG),
             ("targets", TARGETS),
@@ -74,10 +74,10 @@ class DataSettings:
         ):
             if (value := getattr(self, name)) not in choices:
                 known = ", ".join(filter(None, choices))
-                raise JaxtuneError(f"data.{name} takes one of {known}, not {value!r}")
+                raise JaxtuneError(f"data.{name} must be one of {known}, not {value!r}")
 
     def reading(self, tokenizer: PreTrainedTokenizerBase | None) -> ReadingOptions:
-        """Returns how rows are read with a tokenizer."""
+        """Returns the options for reading rows with a tokenizer."""
         template = None
         if tokenizer is not None:
             arguments = read_arguments(self.chat_template_kwargs, "data", "chat_template_kwargs")
@@ -89,10 +89,10 @@ class DataSettings:
 
 
 def read_prompt_templates(path: str) -> tuple[str, ...]:
-    """Reads the wordings that prompts are put into: one a line, with ``{prompt}`` in it.
+    """Reads a file with one prompt template per line, each of which contains ``{prompt}``.
 
     Raises:
-      JaxtuneError: no such file, or a line without ``{prompt}``.
+      JaxtuneError: the file cannot be read, or a line does not contain ``{prompt}``.
     """
     if not path:
         return ()
@@ -103,15 +103,15 @@ def read_prompt_templates(path: str) -> tuple[str, ...]:
         raise JaxtuneError(f"data.prompt_templates={path}: {reason}") from error
     for number, line in enumerate(lines, 1):
         if line.strip() and PROMPT not in line:
-            raise JaxtuneError(f"{path}:{number}: a wording needs {PROMPT} in it")
+            raise JaxtuneError(f"{path}:{number}: a prompt template must contain {PROMPT}")
     wordings = tuple(line.replace("\\n", "\n") for line in lines if line.strip())
     if not wordings:
-        raise JaxtuneError(f"data.prompt_templates={path}: no wordings")
+        raise JaxtuneError(f"data.prompt_templates={path}: the file has no prompt templates")
     return wordings
 
 
 def data_settings(section: Any, *, seed: int, vocab_size: int | None) -> DataSettings:
-    """Returns the settings that the ``data`` section of a config makes."""
+    """Returns the settings of the ``data`` section of a config."""
     fields = {field.name for field in dataclasses.fields(DataSettings)}
     others = {"seed", "vocab_size", "clock", "template_text"}
     values = {name: section[name] for name in fields - others}

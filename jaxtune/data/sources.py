@@ -1,5 +1,4 @@
-"""Where rows come from: files by their suffix, globs of them, saved data sets and hub ids, each
-with a weight."""
+"""Data sources: files, glob patterns, directories, saved data sets and hub ids, with weights."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ from jaxtune.errors import JaxtuneError, closest
 logger = logging.getLogger(__name__)
 
 _REGISTRY = "dataset_info.json"
-# In the name of a file: not what is trained on.
+# Parts of file names that indicate another split than train.
 _OTHER_SPLIT = re.compile(
     r"(?<![a-z])(test|valid|validation|val|dev|eval|heldout|held-out)(?![a-z])"
 )
@@ -28,13 +27,13 @@ _WEIGHTED = re.compile(r"(?P<name>.+)@(?P<weight>\d+(?:\.\d*)?|\.\d+)", re.DOTAL
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One entry of ``data.train``.
+    """An entry of ``data.train``.
 
     Attributes:
-      name: as it was written, without its weight.
-      weight: how often an epoch shows each of its examples, on average.
-      records: starts reading its rows, in order.
-      digest: hashes all that its rows depend on, in hexadecimal.
+      name: the entry without its weight.
+      weight: average number of times that an epoch shows each example.
+      records: returns an iterator of the rows, in order.
+      digest: returns a hexadecimal hash of the content.
     """
 
     name: str
@@ -44,23 +43,22 @@ class Source:
 
 
 def find_sources(text: str | Path, *, revision: str | None = None) -> list[Source]:
-    """Finds what ``data.train`` or ``data.eval`` names.
+    """Parses ``data.train`` or ``data.eval`` and finds its sources.
 
     Args:
-      text: one entry or several with commas between them. An entry is a file (.jsonl, .json, .csv,
-        .tsv, .txt or .parquet, also with .gz or .zst; JSON lines under any other name), a pattern
-        such as ``"part-*.jsonl"``, a directory of files or one that
-        `datasets.Dataset.save_to_disk` wrote, or a hub id. A data set takes a split as a suffix,
-        ``"owner/name:test"``; without one it is ``train``. ``@2`` behind an entry shows each of its
-        examples twice an epoch, ``@0.5`` half of them.
+      text: entries separated by commas. An entry is a file (.jsonl, .json, .csv, .tsv, .txt or
+        .parquet, optionally with .gz or .zst; JSON lines with any other suffix), a glob pattern
+        such as ``"part-*.jsonl"``, a directory of files or of `datasets.Dataset.save_to_disk`, or
+        a hub id. A data set can have a split as a suffix, ``"owner/name:test"``; the default is
+        ``train``. The suffix ``@2`` shows each example twice per epoch, ``@0.5`` half of them.
       revision: commit, tag or branch of hub ids.
 
     Raises:
-      JaxtuneError: nothing there; the message names the entry and what is closest.
+      JaxtuneError: an entry does not exist; the message names the closest file.
     """
     whole = str(text)
     if not whole.strip():
-        raise JaxtuneError("no data: set data.train to a JSONL file or a data set's hub id")
+        raise JaxtuneError("no data: set data.train to a JSONL file or the hub id of a data set")
     entries = [whole] if path_exists(whole) else whole.split(",")
     return [_find_source(entry.strip(), revision) for entry in entries if entry.strip()]
 
@@ -70,7 +68,7 @@ def _find_source(entry: str, revision: str | None) -> Source:
     if (match := _WEIGHTED.fullmatch(entry)) and not path_exists(entry):
         name, weight = match["name"], float(match["weight"])
         if weight <= 0:
-            raise JaxtuneError(f"{entry}: a weight is above 0; leave the entry out instead")
+            raise JaxtuneError(f"{entry}: a weight must be above 0; remove the entry instead")
     try:
         path = Path(name).expanduser()
         is_file = path.is_file() or path.is_char_device()
@@ -94,17 +92,17 @@ def _find_source(entry: str, revision: str | None) -> Source:
         there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise JaxtuneError(f"{name}: no such file{closest(path.name, there)}")
     load = functools.cache(lambda: _load_dataset(stem, split or "train", revision))
-    # Arrow tables have a fingerprint of the files and the operations that made them.
+    # The fingerprint of an Arrow table covers its files and the operations on them.
     return Source(
         name, weight, lambda: _table_rows(stem, load()), lambda: f"{stem} {load()._fingerprint}"
     )
 
 
 def path_exists(name: str) -> bool:
-    """Returns whether a file or directory has this name, whatever characters are in it."""
+    """Returns whether a file or directory exists; False for an invalid path."""
     try:
         return Path(name).expanduser().exists()
-    # Too long for a name, a zero byte in it, no home directory of that user.
+    # The name is too long or contains a zero byte, or the user of ~user does not exist.
     except (OSError, ValueError, RuntimeError):
         return False
 
@@ -115,15 +113,15 @@ def _split_suffix(source: str) -> tuple[str, str]:
 
 
 def _is_saved_dataset(directory: Path) -> bool:
-    """Returns whether `datasets` wrote a directory with save_to_disk."""
+    """Returns whether a directory was written by `datasets.Dataset.save_to_disk`."""
     return any((directory / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
 def _files_in(directory: Path) -> list[Path]:
-    """Returns the files of rows in a directory by name, or none where `datasets` is to read it.
+    """Returns the sorted data files of a directory; none if `datasets` has to read it.
 
     Raises:
-      JaxtuneError: they are not one data set.
+      JaxtuneError: the files are not a single data set.
     """
     if _is_saved_dataset(directory):
         return []
@@ -131,15 +129,15 @@ def _files_in(directory: Path) -> list[Path]:
     names, kinds = [path.name for path in paths], {file_format(path) for path in paths}
     others = [name for name in names if _OTHER_SPLIT.search(name.lower())]
     if _REGISTRY in names:
-        what = f"its {_REGISTRY} describes data sets"
+        what = f"contains {_REGISTRY}, a list of data sets"
     elif others and len(others) < len(names):
-        what = f"{others[0]} has the name of another split"
+        what = f"{others[0]} seems to be another split"
     elif len(kinds) > 1:
-        what = f"its files are of several kinds ({', '.join(sorted(kinds))})"
+        what = f"contains files of several formats ({', '.join(sorted(kinds))})"
     else:
         return paths
     known = ", ".join([name for name in names if name != _REGISTRY][:5])
-    raise JaxtuneError(f"{directory}: {what}: name the files to read (there: {known or 'none'})")
+    raise JaxtuneError(f"{directory}: {what}; name the files to read (found: {known or 'none'})")
 
 
 def _file_source(name: str, weight: float, paths: list[Path]) -> Source:
@@ -150,7 +148,7 @@ def _file_source(name: str, weight: float, paths: list[Path]) -> Source:
                 empty = False
                 yield record
             if empty:
-                logger.warning("%s: no rows", path)
+                logger.warning("%s: the file has no rows", path)
 
     def digest() -> str:
         total = hashlib.sha256()
@@ -163,7 +161,7 @@ def _file_source(name: str, weight: float, paths: list[Path]) -> Source:
 
 
 def _load_dataset(name: str, split: str, revision: str | None) -> Any:
-    # Imported here because it takes seconds, which a JSONL file need not wait for.
+    # Imported here because the import takes seconds and JSONL files do not need it.
     import datasets
 
     try:
@@ -171,24 +169,24 @@ def _load_dataset(name: str, split: str, revision: str | None) -> Any:
             rows = datasets.load_from_disk(name)
         else:
             rows = datasets.load_dataset(name, split=split, revision=revision)
-    # The library raises whatever the network, the hub and the file parsers raise.
+    # Any exception of the network, the hub and the file parsers can occur.
     except Exception as error:
         cause: BaseException = error
-        while cause.__cause__ is not None:  # such as "an error occurred" with the reason behind it
+        while cause.__cause__ is not None:  # the outer messages are often generic
             cause = cause.__cause__
         reason = " ".join(str(cause).split())[:500]
         there = Path(name).is_dir()
-        what = f"no files of rows ({', '.join(FILE_FORMATS)})" if there else "no such file"
-        raise JaxtuneError(f"{name}: {what}, and no data set: {reason}") from error
+        what = f"no data files ({', '.join(FILE_FORMATS)})" if there else "no such file"
+        raise JaxtuneError(f"{name}: {what} or data set: {reason}") from error
     if isinstance(rows, datasets.DatasetDict):
         if split not in rows:
             raise JaxtuneError(
                 f'{name}: no split "{split}"{closest(split, map(str, rows))} '
-                f"(there: {', '.join(map(str, rows))}; choose one with {name}:SPLIT)"
+                f"(found: {', '.join(map(str, rows))}; select one with {name}:SPLIT)"
             )
         return rows[split]
     if _is_saved_dataset(Path(name)) and split not in ("train", str(rows.split)):
-        raise JaxtuneError(f'{name}: has no splits, so no "{split}"')
+        raise JaxtuneError(f'{name}: no split "{split}": the data set has no splits')
     return rows
 
 

@@ -1,4 +1,4 @@
-"""What is trained on and what is held out, with nothing on both sides."""
+"""Training and held-out splits, without overlap."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ logger = logging.getLogger(__name__)
 
 
 class Splits(NamedTuple):
-    """The two sides of a run's data.
+    """The training and held-out examples of a run.
 
     Attributes:
-      train: what is trained on.
-      sets: what is held out, by name; a single set may have an empty one.
+      train: training examples.
+      sets: held-out examples by the name of their set; empty for a single unnamed set.
     """
 
     train: Examples
@@ -37,12 +37,12 @@ class Splits(NamedTuple):
 
     @property
     def held_out(self) -> Examples | None:
-        """All that is held out, or None where nothing is."""
+        """All held-out examples; None if there are none."""
         return join([*self.sets.values()]) if self.sets else None
 
 
 class DataReader:
-    """Reads data sets as the ``data`` section of a config says."""
+    """Reads data sets according to the ``data`` section of a config."""
 
     def __init__(
         self,
@@ -57,19 +57,19 @@ class DataReader:
         chat_template: str | None = None,
         clock: datetime.datetime | None = None,
     ):
-        """Takes a resolved config and what reads its rows.
+        """Initializes the reader.
 
         Args:
-          config: resolved.
-          tokenizer: of the model, if it has one.
-          vocab_size: of the model: token ids are below this.
-          max_positions: of the model, its max_position_embeddings; None: not known.
-          keep: whether to leave what is tokenized in the cache.
-          workers: processes that tokenize.
-          problems: takes rows that give no example, none of which is an error then.
-          chat_template: Jinja source in place of what the config names; empty: the tokenizer's
+          config: resolved config.
+          tokenizer: tokenizer of the model, if it has one.
+          vocab_size: vocabulary size of the model; None: unchecked.
+          max_positions: max_position_embeddings of the model; None: unknown.
+          keep: write tokenized data to the cache.
+          workers: number of processes that tokenize.
+          problems: list to which rejected rows are appended instead of raising an error.
+          chat_template: Jinja source that replaces the config's template; empty: the tokenizer's
             own.
-          clock: the time that a template prints, in all rows; now by default.
+          clock: time that the template prints in all rows; now by default.
         """
         self._section, self._max_positions = config.data, max_positions
         self.cache = config.data.cache or default_cache()
@@ -80,7 +80,7 @@ class DataReader:
         self._options: dict[str, Any] = {
             "tokenizer": tokenizer,
             "revision": config.data.revision or None,
-            # Rows that were skipped before are to be told again.
+            # Cached data would not report its rejected rows again.
             "cache": None if problems is not None else self.cache,
             "keep": keep,
             "workers": workers,
@@ -88,32 +88,32 @@ class DataReader:
         }
 
     def read(self, path: str, *, training: bool = False) -> Examples:
-        """Loads one data set and says in the log what is in it.
+        """Loads a data set and logs a summary.
 
         Args:
-          path: what ``data.train`` takes.
-          training: whether weights and wordings are for it.
+          path: sources in the syntax of ``data.train``.
+          training: allow weights and apply prompt templates.
 
         Raises:
-          JaxtuneError: an example is not usable.
+          JaxtuneError: a row is not valid.
         """
         changes = {} if training else {"prompt_templates": ""}
         examples = load_examples(path, settings=self._settings, **changes, **self._options)
         if not training and any(part.weight != 1 for part in examples.parts):
-            raise JaxtuneError(f"data.eval={path}: held-out data takes no weights: leave out the @")
+            raise JaxtuneError(f"data.eval={path}: held-out data has no weights; remove the @")
         _log_summary(path, examples)
         self._warn_long_positions(path, examples, training)
         return examples
 
     def _warn_long_positions(self, path: str, examples: Examples, training: bool) -> None:
-        """Warns of more positions than the model's config has."""
+        """Warns if examples are longer than the model's max_position_embeddings."""
         limit, max_length = self._max_positions, self._section.max_length
         if limit is None or max_length <= limit:
             return
         if beyond := int((examples.lengths > limit).sum()):
             logger.warning(
-                "%s: %d of %d examples, the longest of %d tokens, are longer than the model's "
-                "max_position_embeddings=%d: it has not learned such positions",
+                "%s: %d of %d examples (up to %d tokens) are longer than the model's "
+                "max_position_embeddings=%d, so it was not trained on such positions",
                 path,
                 beyond,
                 len(examples),
@@ -122,23 +122,23 @@ class DataReader:
             )
         elif training:
             logger.warning(
-                "data.max_length=%d is more than the model's max_position_embeddings=%d",
+                "data.max_length=%d exceeds the model's max_position_embeddings=%d",
                 max_length,
                 limit,
             )
 
     def splits(self) -> Splits:
-        """Loads what is trained on and what is held out.
+        """Loads the training and held-out examples.
 
         Raises:
-          JaxtuneError: no training set is configured, both ways of holding out are, an example is
-            not usable, or rows are on both sides.
+          JaxtuneError: data.train is not set, both data.eval and data.eval_split are, a row is not
+            valid, or a row is in both splits.
         """
         section = self._section
         if not section.train:
-            raise JaxtuneError("data.train is empty: give a JSONL file or a data set's hub id")
+            raise JaxtuneError("data.train is empty; set it to a JSONL file or a data set's hub id")
         if section.eval and section.eval_split:
-            raise JaxtuneError("data.eval and data.eval_split both hold examples out: choose one")
+            raise JaxtuneError("data.eval and data.eval_split are mutually exclusive; set only one")
         train = self.read(section.train, training=True)
         if section.eval_split:
             return hold_out(train, section.eval_split)
@@ -148,18 +148,18 @@ class DataReader:
         return Splits(train, sets)
 
     def read_sets(self, text: str) -> dict[str, Examples]:
-        """Loads held-out examples by the name of their set; see `parse_eval_sets` for the text."""
+        """Loads held-out examples by the name of their set; see `parse_eval_sets`."""
         return {name: self.read(path) for name, path in parse_eval_sets(text).items()}
 
 
 def parse_eval_sets(text: str) -> dict[str, str]:
-    """Reads ``data.eval``: a path, or several of them by name as in ``law=a.jsonl,code=b.jsonl``.
+    """Parses ``data.eval``: a path, or named paths as in ``law=a.jsonl,code=b.jsonl``.
 
     Returns:
-      Paths by name; a single path has an empty name.
+      Paths by name; the name of a single unnamed path is empty.
 
     Raises:
-      JaxtuneError: a name is there twice, or some entries have a name and others none.
+      JaxtuneError: a name is used twice, or only some entries have a name.
     """
     if not text:
         return {}
@@ -169,37 +169,38 @@ def parse_eval_sets(text: str) -> dict[str, str]:
     for entry in text.split(","):
         name, _, path = (part.strip() for part in entry.partition("="))
         if not re.fullmatch(r"\w+", name) or not path:
-            raise JaxtuneError(f'data.eval: "{entry}" is not a name and a file, as in law=a.jsonl')
+            raise JaxtuneError(f'data.eval: "{entry}" is not of the form NAME=PATH')
         if name in sets:
-            raise JaxtuneError(f'data.eval: two sets have the name "{name}"')
+            raise JaxtuneError(f'data.eval: duplicate name "{name}"')
         sets[name] = path
     return sets
 
 
 def hold_out(examples: Examples, amount: float) -> Splits:
-    """Splits examples by what their rows say, so that equal rows are on one side.
+    """Splits examples by the content of their rows, so that duplicates are in the same split.
 
-    Rows are ordered by a hash of what they say, and the first of them are held out: which ones does
-    not depend on the order of the file, and hardly on what else is in it.
+    Rows are sorted by content hash and the first ones are held out. The selection does not depend
+    on the order of the files and hardly on the other rows.
 
     Args:
-      examples: with their contents.
-      amount: of rows: a number, or below 1 a share. Where the last of them has duplicates, those
-        are held out beside it.
+      examples: examples with `contents`.
+      amount: rows to hold out: a count, or a fraction below 1. Duplicates count once.
 
     Raises:
-      JaxtuneError: one side would be empty, or examples do not divide into such a number of rows.
+      JaxtuneError: one split would be empty, or the count is not an integer.
     """
     contents = examples.contents
-    assert contents is not None  # whatever was read from rows has them
+    assert contents is not None  # examples that were read from rows have them
     distinct = np.unique(contents)
     count = round(amount * len(distinct)) if amount < 1 else int(amount)
     if amount >= 1 and count != amount:
-        raise JaxtuneError(f"data.eval_split={amount:g} is neither a share nor a number of rows")
+        raise JaxtuneError(
+            f"data.eval_split={amount:g} must be a fraction below 1 or an integer number of rows"
+        )
     if not 0 < count < len(distinct):
         raise JaxtuneError(
-            f"data.eval_split={amount:g} holds {count} of {len(distinct)} different rows out: "
-            "both sides need some"
+            f"data.eval_split={amount:g} holds out {count} of {len(distinct)} distinct rows; both "
+            "splits need at least one"
         )
     outside = contents <= distinct[count - 1]
     train, held_out = (examples.select(np.flatnonzero(side)) for side in (~outside, outside))
@@ -208,15 +209,15 @@ def hold_out(examples: Examples, amount: float) -> Splits:
 
 
 def resolve_overlap(train: Examples, held_out: Examples, overlap: str) -> Examples:
-    """Returns what may be trained on.
+    """Returns the training examples after handling those that are also held out.
 
     Args:
-      train: with contents.
-      held_out: with contents.
-      overlap: what becomes of examples that are in both: ``error``, ``drop`` or ``keep``.
+      train: training examples with `contents`.
+      held_out: held-out examples with `contents`.
+      overlap: treatment of examples in both splits: ``error``, ``drop`` (from `train`) or ``keep``.
 
     Raises:
-      JaxtuneError: such an example is an error, or nothing else is left.
+      JaxtuneError: there is overlap and `overlap` is ``error``, or no training examples are left.
     """
     assert train.contents is not None and held_out.contents is not None
     shared = np.isin(train.contents, held_out.contents)
@@ -226,23 +227,23 @@ def resolve_overlap(train: Examples, held_out: Examples, overlap: str) -> Exampl
     first = int(np.flatnonzero(shared)[0])
     other = int(np.flatnonzero(held_out.contents == train.contents[first])[0])
     what = (
-        f"{count} of {len(train)} training examples are held out too, such as "
+        f"{count} of {len(train)} training examples are also held out, e.g. "
         f"{train.places[first]} and {held_out.places[other]}"
     )
     if overlap == "error":
-        raise JaxtuneError(f"{what}: set data.overlap to drop (from data.train) or keep")
+        raise JaxtuneError(f"{what}; set data.overlap to drop (from data.train) or keep")
     logger.warning("%s (data.overlap=%s)", what, overlap)
     if overlap == "keep":
         return train
     if count == len(train):
-        raise JaxtuneError(f"{what}: with data.overlap=drop nothing is left to train on")
+        raise JaxtuneError(f"{what}; data.overlap=drop leaves no training examples")
     return train.select(np.flatnonzero(~shared))
 
 
 def _log_summary(path: str, examples: Examples) -> None:
     logger.info(
-        "%s: %d rows read, %d examples, %d tokens, %d of them targets; %d dropped, %d truncated, "
-        "%d windows of %d longer rows, %d duplicates, %d bad rows skipped",
+        "%s: %d rows read, %d examples, %d tokens (%d targets); %d dropped, %d truncated, "
+        "%d windows from %d long rows, %d duplicates, %d bad rows skipped",
         path,
         examples.rows_read,
         len(examples),
@@ -257,10 +258,10 @@ def _log_summary(path: str, examples: Examples) -> None:
     )
     if examples.merged:
         logger.warning(
-            "%s: in %d of %d rows, such as %s, one token holds the end of the prompt and the "
-            "beginning of the answer: it is learnt, and the prompt alone would end in other "
-            "tokens (put white space at the beginning of completions and not at the end of "
-            "prompts, and none at the beginning of answers in chats)",
+            "%s: in %d of %d rows (e.g. %s) a token spans the end of the prompt and the start of "
+            "the answer; it is a target, and the prompt alone is tokenized differently (put "
+            "whitespace at the start of completions rather than at the end of prompts, and not at "
+            "the start of answers in chats)",
             path,
             examples.merged,
             examples.rows_read,
@@ -269,4 +270,4 @@ def _log_summary(path: str, examples: Examples) -> None:
     for what, count in examples.turns.items():
         logger.info("%s: turns: %s: %d", path, what, count)
     if examples.unread:
-        logger.warning("%s: keys that nothing reads: %s", path, ", ".join(examples.unread))
+        logger.warning("%s: unused keys: %s", path, ", ".join(examples.unread))

@@ -246,7 +246,7 @@ def test_a_state_of_another_version_is_refused():
     """Up to now states had an iterator of their own."""
     stream = loader(make(9))
     state = {"made_from": stream.state()["made_from"], "iterator": {"next_index_in_buffer": 3}}
-    with pytest.raises(JaxtuneError, match="another version of jaxtune, which orders") as error:
+    with pytest.raises(JaxtuneError, match="a version of jaxtune that orders") as error:
         stream.restore(state)
     assert "\n" not in str(error.value)
 
@@ -254,7 +254,7 @@ def test_a_state_of_another_version_is_refused():
 def test_rows_too_short_and_no_examples_are_refused():
     examples = make(9)
     longest = max(len(tokens) for tokens in examples.tokens)
-    with pytest.raises(JaxtuneError, match=r"rows.jsonl:\d+: \d+ tokens do not fit a row of"):
+    with pytest.raises(JaxtuneError, match=r"rows.jsonl:\d+: \d+ tokens do not fit into a row of"):
         loader(examples, length=longest - 1)
     with pytest.raises(JaxtuneError, match="do not fit"):
         eval_batches(examples, batch_size=2, length=longest - 1, packing=True)
@@ -283,5 +283,5 @@ def test_the_length_of_an_example_is_that_of_its_text():
     examples = make(3)
     longest = max(map(len, examples.tokens))
     list(eval_batches(examples, batch_size=2, length=longest, packing=True, reserved=9))
-    with pytest.raises(JaxtuneError, match=f"do not fit a row of {longest - 1}"):
+    with pytest.raises(JaxtuneError, match=f"do not fit into a row of {longest - 1}"):
         eval_batches(examples, batch_size=2, length=longest - 1, packing=True, reserved=9)

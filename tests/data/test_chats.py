@@ -44,7 +44,7 @@ def load(jsonl, tokenizer, *rows, **settings):
 
 
 def shown(tokenizer, examples, index=0):
-    """An example's text, with ⟦ ⟧ around what is learnt."""
+    """An example's text, with ⟦ ⟧ around what is learned."""
     text, inside = "", False
     targets = [IGNORE, *examples.targets[index][:-1]]
     for token, target in zip(examples.tokens[index], targets, strict=True):
@@ -219,14 +219,14 @@ def test_a_turn_of_reasoning_alone_is_one_thing_however_it_is_written(chatml, js
     rows = [{"messages": beside}, {"messages": within}]
     one, other = (shown(chatml, load(jsonl, chatml, row, chat_template=name)) for row in rows)
     assert one == other and "why" in one
-    with pytest.raises(JaxtuneError, match=r"messages\[1\] is nothing but reasoning"):
+    with pytest.raises(JaxtuneError, match=r"messages\[1\] contains only reasoning"):
         load(jsonl, chatml, rows[0], chat_template=name, reasoning="drop")
 
 
 def test_reasoning_that_does_not_end_cannot_be_dropped(chatml, jsonl):
     row = {"messages": [user(), assistant("<think>\nbecause")]}
     assert "⟦<think>\nbecause" in shown(chatml, load(jsonl, chatml, row))
-    with pytest.raises(JaxtuneError, match=r"messages\[1\] opens <think> and does not close it"):
+    with pytest.raises(JaxtuneError, match=r"messages\[1\] has <think> without </think>"):
         load(jsonl, chatml, row, reasoning="drop")
 
 
@@ -236,8 +236,8 @@ def test_reasoning_that_does_not_end_cannot_be_dropped(chatml, jsonl):
         ("Q: ", "<think>a</think>x<think>b</think>\n\ny", f"Q:⟦ y{EOS}⟧"),
         ("Q<think>\n", "a</think>y", f"Q<think>\n⟦</think>\n\ny{EOS}⟧"),
         ("Q", "\nthe tag <think>", f"Q⟦\nthe tag <think>{EOS}⟧"),
-        ("Q", "\n<think>a", "completion opens <think> and does not close it"),
-        ("Q", "<think>a</think>\n", "completion is nothing but reasoning"),
+        ("Q", "\n<think>a", "completion has <think> without </think>"),
+        ("Q", "<think>a</think>\n", "completion contains only reasoning"),
     ],
 )
 def test_drop_reaches_completions_that_are_strings(chatml, jsonl, prompt, completion, expected):
@@ -256,15 +256,15 @@ def test_drop_reaches_completions_that_are_strings(chatml, jsonl, prompt, comple
     [
         (
             [assistant(tool_calls=[call({})]), {"role": "tool", "content": {"a": 1}}],
-            "not dict: .*JSON",
+            "not dict; .*JSON",
         ),
         (
             [assistant(tool_calls=[call({})]), {"role": "tool", "content": [{"a": 1}]}],
-            "not list: .*JSON",
+            "not list; .*JSON",
         ),
         (
             [assistant(function_call={"name": "f", "arguments": "{}"})],
-            "function_call as tool_calls",
+            "function_call to tool_calls",
         ),
     ],
 )
@@ -333,9 +333,9 @@ def test_reasoning_that_qwen3s_own_template_deletes_is_refused_with_its_family(c
     messages = [user(), assistant("A", reasoning_content="hm"), user("R"), assistant("B")]
     with pytest.raises(JaxtuneError) as error:
         ChatTemplate(chatml, QWEN).spans(messages, "f:3")
-    assert "messages[1] renders differently once other turns follow" in str(error.value)
-    assert str(error.value).endswith("a built-in such as qwen3")
-    # Where that turn is not learnt, it is only read, and reads as the model will see it.
+    assert "messages[1] renders differently when other turns follow" in str(error.value)
+    assert str(error.value).endswith("a built-in template such as qwen3")
+    # Where that turn is not learned, it is only read, and reads as the model will see it.
     text, _ = ChatTemplate(chatml, QWEN).spans(messages, "f:3", [3])
     assert "hm" not in text
     foreign = OBJECT.replace("<｜Assistant｜>", "Bot:").replace("(m.content or '')", "'!'")
@@ -423,8 +423,8 @@ def test_a_template_can_carry_its_arguments(chatml):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({"chat_template": "{{ 1 }}"}, "may not set chat_template"),
-        ({"tokenize": True}, "may not set tokenize"),
+        ({"chat_template": "{{ 1 }}"}, "must not set chat_template"),
+        ({"tokenize": True}, "must not set tokenize"),
         ([1], "must be a JSON object"),
         ('{"a": ', "invalid JSON"),
         ("fast", "must be a JSON object"),
@@ -448,15 +448,15 @@ def test_tokens_that_the_tokenizer_lacks_are_named_once(
     def warnings(tokenizer, template):
         caplog.clear()
         load(jsonl, tokenizer, row, row, chat_template=template)
-        return [r.getMessage() for r in caplog.records if "not a token" in r.getMessage()]
+        return [r.getMessage() for r in caplog.records if "control tokens" in r.getMessage()]
 
     (warning,) = warnings(other, "deepseek-v3")
-    assert "data.chat_template=deepseek-v3 writes what is not a token" in warning
+    assert "data.chat_template=deepseek-v3 uses control tokens that" in warning
     for token in (USER, BOT):
         count = len(other(token, add_special_tokens=False)["input_ids"])
-        assert f"{token} (it becomes {count} tokens)" in warning
+        assert f"{token} (split into {count} tokens)" in warning
     assert "tool" not in warning
-    assert f"{TURN} (it becomes 6 tokens)" in warnings(deepseek, "qwen3")[0]
+    assert f"{TURN} (split into 6 tokens)" in warnings(deepseek, "qwen3")[0]
     assert len(warnings(deepseek, files("qwen"))) == 1
     assert not warnings(other, "deepseek-llm") + warnings(chatml, "qwen3")
 
@@ -488,12 +488,12 @@ def test_a_first_turn_of_the_assistant_is_read_but_not_learnt(chatml, jsonl):
     greeting = [assistant("Hello"), user(), assistant("A")]
     examples = load(jsonl, chatml, {"messages": greeting})
     assert shown(chatml, examples) == f"{BOS}{BOT}Hello{EOS}{USER}Q{BOT}⟦A{EOS}⟧"
-    assert examples.turns == {"first turn not learnt": 1}
+    assert examples.turns == {"first turn not trained on": 1}
     known = {"messages": [{**greeting[0], "train": False}, *greeting[1:]]}
     assert load(jsonl, chatml, known).turns == {}
     marked = {"messages": [{**greeting[0], "train": True}, *greeting[1:]]}
     for row in (marked, {"messages": greeting[:1]}):
-        with pytest.raises(JaxtuneError, match=r'answers nothing.*"train": false'):
+        with pytest.raises(JaxtuneError, match=r'without a prompt.*"train": false'):
             load(jsonl, chatml, row)
 
 
@@ -510,13 +510,13 @@ def test_an_empty_think_block_may_be_masked(chatml, jsonl, name, before, after):
         {"messages": [user(), assistant("A")]},
         {"messages": [user(), assistant("A", reasoning_content="hm")]},
     ]
-    learnt, masked = (
+    learned, masked = (
         load(jsonl, chatml, *rows, chat_template=name, empty_reasoning=how)
         for how in ("learn", "mask")
     )
-    assert before in shown(chatml, learnt)
+    assert before in shown(chatml, learned)
     assert after in shown(chatml, masked)
-    assert shown(chatml, learnt, 1) == shown(chatml, masked, 1)
+    assert shown(chatml, learned, 1) == shown(chatml, masked, 1)
 
 
 def test_turns_to_complete_may_be_json_text(chatml, jsonl):
@@ -586,7 +586,7 @@ def test_v31_lists_its_tools_and_the_others_refuse_them(chatml, jsonl):
         text = shown(chatml, load(jsonl, chatml, row, chat_template=name))
         assert text.startswith(listed)
     for name in ("deepseek-llm", "deepseek-coder", "deepseek-v3", "deepseek-r1"):
-        with pytest.raises(JaxtuneError, match=r":1: .*does not show the tool f: describe"):
+        with pytest.raises(JaxtuneError, match=r":1: .*does not show the tool f; describe"):
             load(jsonl, chatml, {**row, "messages": row["messages"]}, chat_template=name)
 
 

@@ -99,7 +99,7 @@ def test_prepared_data_serve_as_long_as_the_date_is_the_same(deepseek, tmp_path,
                 cache=tmp_path / "cache",
                 keep=True,
             )
-        return examples.fingerprint(), "tokenized before" in caplog.text
+        return examples.fingerprint(), "using the tokenized data" in caplog.text
 
     first, kept = load(DAY)
     assert not kept

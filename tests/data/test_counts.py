@@ -15,10 +15,10 @@ from jaxtune.errors import JaxtuneError
 LIMIT = 4
 
 
-def row(name, length, learnt=None):
-    """A row of tokens that start with its name; `learnt` are positions from 0."""
+def row(name, length, learned=None):
+    """A row of tokens that start with its name; `learned` are positions from 0."""
     ids = [name, *range(1, length)]
-    labels = [i if learnt is None or t in learnt else IGNORE for t, i in enumerate(ids)]
+    labels = [i if learned is None or t in learned else IGNORE for t, i in enumerate(ids)]
     return json.dumps({"input_ids": ids, "labels": labels})
 
 
@@ -104,7 +104,7 @@ def test_what_is_held_out_too_is_counted(jsonl, caplog, too_long, overlap):
     check(splits.sets[""], held_out)
     assert splits.train.rows_read == len(train)
     shared = count_overlap(whole, splits.sets[""])
-    assert f"{shared} of {len(whole)} training examples are held out too" in caplog.text
+    assert f"{shared} of {len(whole)} training examples are also held out" in caplog.text
     assert len(splits.train) == len(whole) - (shared if overlap == "drop" else 0)
 
 

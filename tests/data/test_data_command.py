@@ -62,13 +62,13 @@ def test_inspect_colours_a_terminal_and_lets_no_escape_through(deepseek, jsonl):
     from rich.console import Console
 
     from jaxtune.data import load_examples
-    from jaxtune.data.report import LEARNT, show_example
+    from jaxtune.data.report import LEARNED, show_example
 
     path = jsonl({"prompt": "a [red]", "completion": " b\x1b[2J"})
     examples = load_examples(path, tokenizer=deepseek, max_length=64)
     text = show_example(examples, 0, deepseek, marks=False)
-    learnt = [text.plain[span.start : span.end] for span in text.spans if span.style == LEARNT]
-    assert learnt == [" b␛[2J<｜end▁of▁sentence｜>"]
+    learned = [text.plain[span.start : span.end] for span in text.spans if span.style == LEARNED]
+    assert learned == [" b␛[2J<｜end▁of▁sentence｜>"]
     assert "a [red]" in text.plain
     console = Console(force_terminal=True, color_system="standard", width=200)
     with console.capture() as capture:
@@ -104,7 +104,7 @@ def test_what_is_prepared_is_trained_on(config, tmp_path, capsys, caplog):
     caplog.set_level("INFO", logger="jaxtune")
     caplog.clear()
     run = jaxtune.train(resolve(load_file(config)), tmp_path / "run")
-    assert f"tokenized before, in {kept}" in caplog.text
+    assert f"using the tokenized data in {kept}" in caplog.text
     assert [line["step"] for line in run.evaluations()] == [2]
     fingerprint = json.loads((tmp_path / "run" / "fingerprint.json").read_text())
     # Without the kept files the same run goes on: they change nothing.
@@ -112,7 +112,7 @@ def test_what_is_prepared_is_trained_on(config, tmp_path, capsys, caplog):
         file.unlink()
     caplog.clear()
     jaxtune.train(resolve(load_file(config), ["training.steps=2"]), tmp_path / "run")
-    assert "tokenized before" not in caplog.text
+    assert "using the tokenized data" not in caplog.text
     assert json.loads((tmp_path / "run" / "fingerprint.json").read_text()) == fingerprint
 
 

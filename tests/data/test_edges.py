@@ -65,9 +65,9 @@ def test_the_warning_comes_once_and_names_a_row(chatml, jsonl, caplog):
     path = jsonl({"prompt": "a:", "completion": " b"}, *[{"prompt": "a: ", "completion": "b"}] * 3)
     config = resolve({}, [f"data.train={path}", "data.max_length=16"])
     DataReader(config, chatml, None).splits()
-    named = [record.message for record in caplog.records if "one token holds" in record.message]
+    named = [record.message for record in caplog.records if "a token spans" in record.message]
     assert len(named) == 1
-    assert f"in 3 of 4 rows, such as {path}:2" in named[0]
+    assert f"in 3 of 4 rows (e.g. {path}:2" in named[0]
 
 
 @pytest.mark.parametrize(
@@ -75,8 +75,8 @@ def test_the_warning_comes_once_and_names_a_row(chatml, jsonl, caplog):
     [
         (16, 16, None),
         (16, None, None),
-        (17, 16, "data.max_length=17 is more than the model's max_position_embeddings=16"),
-        (16, 8, "2 of 3 examples, the longest of 12 tokens, are longer than .*embeddings=8"),
+        (17, 16, "data.max_length=17 exceeds the model's max_position_embeddings=16"),
+        (16, 8, r"2 of 3 examples \(up to 12 tokens\) are longer than .*embeddings=8"),
     ],
 )
 def test_rows_beyond_the_positions_of_a_model_are_told(jsonl, caplog, max_length, positions, said):
@@ -96,7 +96,7 @@ def test_a_token_that_the_model_has_no_row_for_names_the_way_out(chatml, jsonl):
     reader = DataReader(config, chatml, chatml.convert_tokens_to_ids("<|im_start|>"))
     with pytest.raises(
         ValueError,
-        match=r'rows\.jsonl:1: "<\|im_start\|>" is token \d+ of the tokenizer, and the model has '
-        r"ids 0 to \d+ \(vocab_size\); `jaxtune convert --vocab-size N` resizes .*",
+        match=r'rows\.jsonl:1: the tokenizer encodes "<\|im_start\|>" as \d+, which is outside the '
+        r"model's vocabulary \(ids 0 to \d+\); `jaxtune convert --vocab-size N` resizes .*",
     ):
         reader.splits()

@@ -1,4 +1,4 @@
-"""Rows become tokens and shifted targets; what cannot be learnt from is refused by name."""
+"""Rows become tokens and shifted targets; what cannot be learned from is refused by name."""
 
 import numpy as np
 import pytest
@@ -103,7 +103,7 @@ def test_long_examples_are_refused_dropped_or_truncated(jsonl):
     def load(**knobs):
         return load_examples(path, tokenizer=None, **knobs)
 
-    with pytest.raises(JaxtuneError, match=r":2: 5 tokens, .*max_length is 4.*data\.too_long"):
+    with pytest.raises(JaxtuneError, match=r":2: 5 tokens exceed data\.max_length=4; .*too_long"):
         load(max_length=4)
     dropped = load(max_length=4, too_long="drop")
     assert (len(dropped), dropped.dropped, dropped.truncated) == (1, 1, 0)
@@ -111,45 +111,45 @@ def test_long_examples_are_refused_dropped_or_truncated(jsonl):
     assert (len(cut), cut.dropped, cut.truncated) == (2, 0, 1)
     assert cut.tokens[1].tolist() == [1, 2, 3, 4]
     assert cut.targets[1].tolist() == [2, 3, 4, IGNORE]
-    with pytest.raises(JaxtuneError, match=r"all 2 are over data\.max_length=2 and were dropped"):
+    with pytest.raises(JaxtuneError, match=r"all 2 rows exceed data\.max_length=2"):
         load(max_length=2, too_long="drop")
-    with pytest.raises(JaxtuneError, match=r"data\.too_long takes one of"):
+    with pytest.raises(JaxtuneError, match=r"data\.too_long must be one of"):
         load(max_length=4, too_long="cut")
 
 
 def test_truncation_that_leaves_no_target_is_refused(jsonl):
     path = jsonl(tokenized([1, 2, 3, 4], [IGNORE, IGNORE, IGNORE, 4]))
-    with pytest.raises(JaxtuneError, match=r":1: no target within data\.max_length=3"):
+    with pytest.raises(JaxtuneError, match=r":1: no target tokens within data\.max_length=3"):
         load_examples(path, tokenizer=None, max_length=3, too_long="truncate")
 
 
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        (tokenized([1, 2], [IGNORE, IGNORE]), "no target, so nothing to learn"),
+        (tokenized([1, 2], [IGNORE, IGNORE]), "no target tokens, nothing to train on"),
         (tokenized([1, 2], [1, IGNORE]), "no target"),  # the first token follows nothing
         (tokenized([1]), "no target"),
         (tokenized([], []), "no target"),
-        (tokenized([1, 10]), "input_ids holds 10, and the vocabulary has ids 0 to 9"),
-        (tokenized([1, -1]), "input_ids holds -1"),
-        (tokenized([1, 2], [1, 10]), "labels holds 10"),
-        (tokenized([1, 2], [1, -1]), "labels holds -1"),
-        (tokenized([1, 10**30]), "input_ids holds 1000000"),
-        (tokenized([1, 2], [1, 2, 3]), "input_ids has 2 entries and labels 3"),
+        (tokenized([1, 10]), "input_ids contains 10, .* vocabulary \(ids 0 to 9\)"),
+        (tokenized([1, -1]), "input_ids contains -1"),
+        (tokenized([1, 2], [1, 10]), "labels contains 10"),
+        (tokenized([1, 2], [1, -1]), "labels contains -1"),
+        (tokenized([1, 10**30]), "input_ids contains 1000000"),
+        (tokenized([1, 2], [1, 2, 3]), "input_ids and labels differ in length: 2 and 3"),
         (tokenized([1, 2.0]), "input_ids must be a list of integers"),
         (tokenized([1, True]), "input_ids must be a list of integers"),
         (tokenized("12"), "input_ids must be a list of integers"),
-        (tokenized([1, 2], attention_mask=[0, 1]), "leave padding out"),
-        ({"x": "x"}, r"the keys x fit no known form .*messages \(messages\)"),
+        (tokenized([1, 2], attention_mask=[0, 1]), "remove the padding"),
+        ({"x": "x"}, r"the keys x match no known format .*messages \(messages\)"),
         ({"prompt": "x", "completions": "y"}, 'did you mean "completion"'),
-        ({"prompt": "x", "completion": None}, "the keys prompt fit no known form"),
-        ({}, "the keys none fit no known form"),
+        ({"prompt": "x", "completion": None}, "the keys prompt match no known format"),
+        ({}, "the keys none match no known format"),
         (
             {"messages": [], "prompt": "x", "completion": "y"},
-            "messages, prompt, completion fit more than one form",
+            "messages, prompt, completion match several formats",
         ),
-        (chat(), "text needs a tokenizer"),
-        ({"prompt": "x", "completion": "y"}, "text needs a tokenizer"),
+        (chat(), "text requires a tokenizer"),
+        ({"prompt": "x", "completion": "y"}, "text requires a tokenizer"),
     ],
 )
 def test_bad_rows_are_named(jsonl, row, reason):
@@ -164,7 +164,7 @@ def test_bad_rows_are_named(jsonl, row, reason):
         (chat(""), r"messages\[1\] is an empty assistant turn"),
         ({"prompt": "x", "completion": " "}, "empty completion"),
         ({"prompt": ["x"], "completion": "y"}, "prompt must be a string, not list"),
-        ({"prompt": "x", "completion": "\ud83d"}, "half a surrogate pair"),
+        ({"prompt": "x", "completion": "\ud83d"}, "an unpaired surrogate"),
     ],
 )
 def test_bad_text_is_named(chatml, jsonl, row, reason):
@@ -186,7 +186,7 @@ def test_a_tokenizer_without_a_template_says_what_to_set(deepseek, jsonl):
 def test_a_file_has_rows_of_one_form(chatml, jsonl):
     path = jsonl(chat(), {"prompt": "x", "completion": "y"})
     with pytest.raises(
-        JaxtuneError, match=r":2: a row of prompt-completion where .*:1 is of messages"
+        JaxtuneError, match=r":2: format prompt-completion, but .*:1 has format messages"
     ):
         load_examples(path, tokenizer=chatml, max_length=64)
 

@@ -1,4 +1,4 @@
-"""Built-in templates: what each family is shown, token by token, and what of it is learnt.
+"""Built-in templates: what each family is shown, token by token, and what of it is learned.
 
 Tokens are those of DeepSeek's own tokenizer; in brackets stands what is a target.
 """
@@ -196,7 +196,7 @@ def test_a_checkpoint_with_its_own_template_uses_that(deepseek, templates):
 
 
 def test_a_template_that_deletes_reasoning_names_the_built_in_one(deepseek, templates):
-    with pytest.raises(JaxtuneError, match="a built-in such as deepseek-r1"):
+    with pytest.raises(JaxtuneError, match="a built-in template such as deepseek-r1"):
         ChatTemplate(deepseek, templates["r1"]).encode(conversation(REASONED))
 
 
@@ -204,8 +204,8 @@ def test_unknown_names_are_refused_with_the_closest():
     with pytest.raises(JaxtuneError) as raised:
         read_template("deepseek-v32")
     assert str(raised.value) == (
-        "data.chat_template=deepseek-v32: No such file or built-in template; did you mean "
-        f'"deepseek-v3"? (built in: {", ".join(built_in_templates())})'
+        "data.chat_template=deepseek-v32: no such file or built-in template; did you mean "
+        f'"deepseek-v3"? (built-in: {", ".join(built_in_templates())})'
     )
 
 

@@ -40,7 +40,7 @@ def load(jsonl, tokenizer, *rows, **settings):
     return load_examples(jsonl(*rows), tokenizer=tokenizer, **(options | settings))
 
 
-def learnt(tokenizer, examples, index=0):
+def learned(tokenizer, examples, index=0):
     """The text of an example's targets, with | between those that are not neighbours."""
     text, before = "", True
     for target in examples.targets[index]:
@@ -57,7 +57,7 @@ def test_the_same_conversation_is_the_same_example(deepseek, jsonl, form):
     assert examples.fingerprint() == expected.fingerprint()
     assert examples.contents.tolist() == expected.contents.tolist()
     assert examples.unread == ()
-    assert learnt(deepseek, examples) == "3#"
+    assert learned(deepseek, examples) == "3#"
 
 
 def test_the_form_is_told_and_can_be_set(deepseek, jsonl, caplog):
@@ -66,12 +66,14 @@ def test_the_form_is_told_and_can_be_set(deepseek, jsonl, caplog):
     with pytest.raises(JaxtuneError, match=r":1: .*set data\.format to alpaca or text"):
         load(jsonl, deepseek, row)
     examples = load(jsonl, deepseek, row, format="alpaca")
-    assert learnt(deepseek, examples) == "a#"
+    assert learned(deepseek, examples) == "a#"
     assert examples.unread == ("text",)
-    assert "rows of alpaca" in caplog.text
-    with pytest.raises(JaxtuneError, match=r":1: no prompt .*data\.format=prompt-completion needs"):
+    assert "row format alpaca" in caplog.text
+    with pytest.raises(
+        JaxtuneError, match=r":1: no key .prompt. .*data\.format=prompt-completion requires"
+    ):
         load(jsonl, deepseek, row, format="prompt-completion")
-    with pytest.raises(JaxtuneError, match=r"data\.format takes one of messages"):
+    with pytest.raises(JaxtuneError, match=r"data\.format must be one of messages"):
         load(jsonl, deepseek, row, format="alpacca")
 
 
@@ -88,7 +90,7 @@ def test_what_a_prompt_says_is_not_learnt_whoever_says_it(deepseek, jsonl):
         "prompt": [*MESSAGES, {"role": "user", "content": "And 4?"}],
         "completion": [{"role": "assistant", "content": "7"}],
     }
-    assert learnt(deepseek, load(jsonl, deepseek, row)) == "7#"
+    assert learned(deepseek, load(jsonl, deepseek, row)) == "7#"
 
 
 def conversation(*marks):
@@ -113,22 +115,22 @@ def conversation(*marks):
 )
 def test_targets_are_chosen_by_turn(deepseek, jsonl, targets, marks, expected):
     assert (
-        learnt(deepseek, load(jsonl, deepseek, conversation(*marks), targets=targets)) == expected
+        learned(deepseek, load(jsonl, deepseek, conversation(*marks), targets=targets)) == expected
     )
 
 
 @pytest.mark.parametrize(
     ("targets", "row", "reason"),
     [
-        ("last", conversation({}, {"train": False}), "no turn to learn"),
-        ("marked", conversation({}, {}), "no turn to learn.*data.targets=marked"),
-        ("all", conversation({"train": "yes"}), r"messages\[1\] takes train \(true or false\)"),
-        ("all", conversation({"weight": 0.5}), r"takes train .* or weight \(0 or 1\)"),
-        ("all", conversation({"weight": 1, "train": False}), r"messages\[1\] takes train"),
+        ("last", conversation({}, {"train": False}), "leave no turn to train on"),
+        ("marked", conversation({}, {}), "leave no turn to train on.*data.targets=marked"),
+        ("all", conversation({"train": "yes"}), r"\[1\] may have either train \(true or false\)"),
+        ("all", conversation({"weight": 0.5}), r"may have either train .* or weight \(0 or 1\)"),
+        ("all", conversation({"weight": 1, "train": False}), r"\[1\] may have either train"),
         (
             "all",
             {"messages": [{"role": "user", "content": "q", "train": True}, *MESSAGES[1:]]},
-            r"messages\[0\] is a user turn, and only the assistant's are learnt",
+            r"messages\[0\] is a user turn; only assistant turns",
         ),
     ],
 )
@@ -142,7 +144,7 @@ def test_marks_that_leave_nothing_or_mean_nothing_are_refused(
 def test_a_greeting_may_come_first_where_it_is_not_learnt(deepseek, jsonl):
     greeting = {"role": "assistant", "content": "Hello", "train": False}
     row = {"messages": [greeting, *MESSAGES[1:]]}
-    assert learnt(deepseek, load(jsonl, deepseek, row)) == "3#"
+    assert learned(deepseek, load(jsonl, deepseek, row)) == "3#"
 
 
 def test_reasoning_is_kept_or_dropped(deepseek, jsonl):
@@ -158,10 +160,10 @@ def test_reasoning_is_kept_or_dropped(deepseek, jsonl):
     kept = load(jsonl, deepseek, *rows, **settings)
     dropped = load(jsonl, deepseek, *rows, reasoning="drop", **settings)
     for index in range(3):
-        assert learnt(deepseek, kept, index) == "hm\n</think>\n\n3#"
-        assert learnt(deepseek, dropped, index) == "</think>\n\n3#"
+        assert learned(deepseek, kept, index) == "hm\n</think>\n\n3#"
+        assert learned(deepseek, dropped, index) == "</think>\n\n3#"
     only = {"messages": [MESSAGES[1], {"role": "assistant", "content": "<think>hm</think>"}]}
-    with pytest.raises(JaxtuneError, match=r"messages\[1\] is nothing but reasoning"):
+    with pytest.raises(JaxtuneError, match=r"messages\[1\] contains only reasoning"):
         load(jsonl, deepseek, only, reasoning="drop", **settings)
     twice = {"role": "assistant", "content": "a</think>b", "reasoning_content": "a"}
     with pytest.raises(JaxtuneError, match="both in its content and in reasoning_content"):
@@ -188,8 +190,8 @@ def test_calls_of_both_kinds_of_file_are_the_same(deepseek, jsonl):
     }
     first, second = (load(jsonl, deepseek, row, max_length=128) for row in (ours, theirs))
     assert first.fingerprint() == second.fingerprint()
-    assert learnt(deepseek, first).endswith("<｜tool▁calls▁end｜>#|Sunny#")
-    assert '{"city": "北京"}' in learnt(deepseek, first)
+    assert learned(deepseek, first).endswith("<｜tool▁calls▁end｜>#|Sunny#")
+    assert '{"city": "北京"}' in learned(deepseek, first)
 
 
 def test_wordings_are_drawn_by_the_seed_and_the_row(deepseek, jsonl, tmp_path):
@@ -199,7 +201,7 @@ def test_wordings_are_drawn_by_the_seed_and_the_row(deepseek, jsonl, tmp_path):
 
     def prompts(seed, rows=rows):
         examples = load(jsonl, deepseek, *rows, prompt_templates=str(wordings), seed=seed)
-        assert all(learnt(deepseek, examples, i) == "3#" for i in range(len(rows)))
+        assert all(learned(deepseek, examples, i) == "3#" for i in range(len(rows)))
         texts = [deepseek.decode(tokens) for tokens in examples.tokens]
         return [text.split("<｜User｜>")[1].split("<｜Assistant｜>")[0] for text in texts]
 
@@ -211,5 +213,5 @@ def test_wordings_are_drawn_by_the_seed_and_the_row(deepseek, jsonl, tmp_path):
     assert prompts(0) == first != prompts(1)
     assert prompts(0, rows[::-1]) == first[::-1]
     wordings.write_text("{prompt}\nnothing\n")
-    with pytest.raises(JaxtuneError, match=r"wordings\.txt:2: a wording needs \{prompt\} in it"):
+    with pytest.raises(JaxtuneError, match=r"wordings\.txt:2: .* must contain \{prompt\}"):
         prompts(0)

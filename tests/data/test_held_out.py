@@ -88,17 +88,17 @@ def test_overlap_is_an_error_that_names_both_places(jsonl):
     with pytest.raises(JaxtuneError) as caught:
         splits(jsonl, rows(1, 2, 3, 2), rows(7, 2))
     message = str(caught.value)
-    assert message.startswith("2 of 4 training examples are held out too, such as ")
-    assert "rows.jsonl:2 and " in message and "eval.jsonl:2: set data.overlap to drop" in message
+    assert message.startswith("2 of 4 training examples are also held out, e.g. ")
+    assert "rows.jsonl:2 and " in message and "eval.jsonl:2; set data.overlap to drop" in message
 
 
 def test_overlap_can_be_dropped_or_kept(jsonl, caplog):
     train, held_out = both_of(splits(jsonl, rows(1, 2, 3, 2), rows(7, 2), overlap="drop"))
     assert named(train) == ["0001", "0003"]
     assert named(held_out) == ["0007", "0002"]
-    assert "2 of 4 training examples are held out too" in caplog.text
+    assert "2 of 4 training examples are also held out" in caplog.text
     assert len(splits(jsonl, rows(1, 2, 3, 2), rows(7, 2), overlap="keep").train) == 4
-    with pytest.raises(JaxtuneError, match="nothing is left to train on"):
+    with pytest.raises(JaxtuneError, match="leaves no training examples"):
         splits(jsonl, rows(1), rows(1), overlap="drop")
 
 
@@ -113,7 +113,7 @@ def test_overlap_is_seen_through_form_and_wording(deepseek, jsonl, tmp_path):
         "data.prompt_templates": tmp_path / "wordings.txt",
     }
     config = resolve({}, [f"{key}={value}" for key, value in overrides.items()])
-    with pytest.raises(JaxtuneError, match="1 of 1 training examples are held out too"):
+    with pytest.raises(JaxtuneError, match="1 of 1 training examples are also held out"):
         DataReader(config, deepseek, None).splits()
     config = resolve(config.to_dict(), ["data.overlap=keep"])
     train, held_out = both_of(DataReader(config, deepseek, None).splits())
@@ -122,14 +122,14 @@ def test_overlap_is_seen_through_form_and_wording(deepseek, jsonl, tmp_path):
 
 
 def test_both_ways_of_holding_out_are_refused(jsonl):
-    with pytest.raises(JaxtuneError, match=r"data\.eval and data\.eval_split both"):
+    with pytest.raises(JaxtuneError, match=r"eval_split are mutually exclusive"):
         splits(jsonl, rows(1, 2, 3), rows(4), eval_split=1)
     with pytest.raises(JaxtuneError, match=r"data\.train is empty"):
         DataReader(resolve({}, []), None, None).splits()
 
 
 def test_held_out_data_take_no_weights(jsonl):
-    with pytest.raises(JaxtuneError, match="takes no weights"):
+    with pytest.raises(JaxtuneError, match="has no weights"):
         path = jsonl(*rows(4), name="weighted.jsonl")
         config = resolve({}, [f"data.train={jsonl(*rows(1))}", f"data.eval={path}@2"])
         DataReader(config, None, None).splits()
@@ -140,9 +140,9 @@ def test_the_log_counts_what_was_done(jsonl, caplog):
     data = [*rows(1, 1, 2), {"input_ids": [1] * 9, "labels": [1] * 9}, {}]
     text = [json.dumps(row) for row in data]
     splits(jsonl, text, bad_rows="skip", too_long="truncate")
-    assert "4 examples, 20 tokens, 16 of them targets; 0 dropped, 1 truncated" in caplog.text
+    assert "4 examples, 20 tokens (16 targets); 0 dropped, 1 truncated" in caplog.text
     assert "1 duplicates, 1 bad rows skipped" in caplog.text
-    assert "rows of tokenized" in caplog.text
+    assert "row format tokenized" in caplog.text
 
 
 def test_selected_examples_keep_their_sources(jsonl, tmp_path):

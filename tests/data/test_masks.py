@@ -1,4 +1,4 @@
-"""Targets of twelve templates, written out by hand: ⟦ ⟧ stands around what is learnt.
+"""Targets of twelve templates, written out by hand: ⟦ ⟧ stands around what is learned.
 
 Each is compared token by token: a run of targets begins and ends with a token.
 """
@@ -195,9 +195,9 @@ def test_exactly_the_assistants_text_and_its_end_are_targets(tokenizers, templat
     assert list(encoded.tokens) == whole["input_ids"]
     assert all(label in (token, IGNORE) for token, label in zip(*encoded, strict=True))
     found = ""
-    for learnt, run in itertools.groupby(zip(*encoded, strict=True), lambda pair: pair[1] >= 0):
+    for learned, run in itertools.groupby(zip(*encoded, strict=True), lambda pair: pair[1] >= 0):
         text = tokenizer.decode([token for token, _ in run])
-        found += f"⟦{text}⟧" if learnt else text
+        found += f"⟦{text}⟧" if learned else text
     assert found == expected
 
 
@@ -209,7 +209,7 @@ def test_families_without_words_for_tools_refuse_them(deepseek, name):
 
 def test_a_template_that_leaves_a_call_out_is_refused(deepseek, templates):
     said = [{**turn, "content": turn["content"] or "I call."} for turn in TOOLS]
-    with pytest.raises(JaxtuneError, match=r"f:3: .*messages\[1\] is not rendered whole"):
+    with pytest.raises(JaxtuneError, match=r"f:3: .*messages\[1\] is not rendered completely"):
         ChatTemplate(deepseek, templates["v3"]).encode(said, "f:3")
 
 

@@ -29,19 +29,19 @@ def load(path, tokenizer, **settings):
     return load_examples(path, tokenizer=tokenizer, **(options | settings))
 
 
-def tokenized(length, learnt=None):
+def tokenized(length, learned=None):
     ids = list(range(1, length + 1))
-    labels = [i if learnt is None or i in learnt else IGNORE for i in ids]
+    labels = [i if learned is None or i in learned else IGNORE for i in ids]
     return {"input_ids": ids, "labels": labels}
 
 
 def test_windows_learn_every_target_once(jsonl):
-    path = jsonl(tokenized(11), tokenized(3), tokenized(9, learnt={2, 9}))
+    path = jsonl(tokenized(11), tokenized(3), tokenized(9, learned={2, 9}))
     examples = load(path, None, max_length=4, too_long="windows")
     assert [tokens.tolist() for tokens in examples.tokens] == [
         *([1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11]),
         [1, 2, 3],
-        *([1, 2, 3, 4], [5, 6, 7, 8]),  # the last window, [9], has nothing to learn
+        *([1, 2, 3, 4], [5, 6, 7, 8]),  # the last window, [9], has nothing to train on
     ]
     pairs = [
         (t, int(y))
@@ -56,7 +56,7 @@ def test_windows_learn_every_target_once(jsonl):
 
 
 def test_the_start_can_be_cut_off(jsonl):
-    path = jsonl(tokenized(6, learnt={5, 6}), tokenized(2))
+    path = jsonl(tokenized(6, learned={5, 6}), tokenized(2))
     examples = load(path, None, max_length=3, too_long="truncate_start")
     assert examples.tokens[0].tolist() == [4, 5, 6]
     assert examples.targets[0].tolist() == [5, 6, IGNORE]
@@ -111,9 +111,9 @@ def malformed():
         (b'\xff\xfe{"text": "a"}', "not UTF-8"),
         ('{"text": "a"}'.encode("utf-16"), "UTF-8|broken"),
         (b'{"text": "\xed\xa0\x80"}', "not UTF-8"),
-        (b'{"text": "\\ud800"}', "half a surrogate pair"),
-        (b'{"text": NaN}', "NaN is not JSON"),
-        (b'{"text": "a", "text": "b"}', "is there twice"),
+        (b'{"text": "\\ud800"}', "an unpaired surrogate"),
+        (b'{"text": NaN}', "NaN is not allowed"),
+        (b'{"text": "a", "text": "b"}', 'duplicate key "text"'),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"text": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", "nested too deeply"),
         (b'{"text": ' + b"9" * 6000 + b"}", "invalid JSON"),
@@ -123,7 +123,7 @@ def malformed():
         (b"\x00" * 1000, "invalid JSON"),
     ]
     for value in ("1", '"text"', "null", "true", "[]", '[{"text": "a"}]', "1.5", "-0"):
-        bad.append((value.encode(), "expected one JSON object a line"))
+        bad.append((value.encode(), "expected one JSON object per line"))
     wrong = ({}, [], 1, 1.5, True, ["a"])
     bad += [(json.dumps({"text": value}).encode(), "text must be a string") for value in wrong]
     bad += [
@@ -143,24 +143,24 @@ def malformed():
         for change, reason in (
             ({"content": ""}, "empty assistant turn"),
             ({"content": " \n"}, "empty assistant turn"),
-            ({"content": None}, "has no content"),
+            ({"content": None}, 'has no key "content"'),
             ({"content": 5}, "must be a string"),
             ({"content": [5]}, "only text"),
-            ({"content": [{"type": "image"}]}, "of type image; only text"),
+            ({"content": [{"type": "image"}]}, "has type image; only text"),
             ({"content": [{"type": "text"}]}, "must be a string"),
-            ({"role": None}, "has no role"),
+            ({"role": None}, 'has no key "role"'),
             ({"role": 5}, "is unknown"),
             ({"role": "asistant"}, 'did you mean "assistant"'),
             ({"role": "user"}, "no assistant turn"),
-            ({"rôle": "x"}, 'has the key "rôle"'),
+            ({"rôle": "x"}, 'has an unknown key "rôle"'),
             ({"tool_calls": "f()"}, "tool_calls must be a list"),
             ({"tool_calls": [5]}, "must have a function"),
             ({"tool_calls": [{}]}, "must have a function"),
-            ({"tool_calls": [{"name": "f", "arguments": "{"}]}, "arguments are no JSON"),
+            ({"tool_calls": [{"name": "f", "arguments": "{"}]}, "arguments: invalid JSON"),
             ({"tool_calls": [{"name": "f", "arguments": []}]}, "must be a JSON object"),
             ({"tool_calls": [{"name": 5, "arguments": {}}]}, "must be a string"),
             ({"reasoning_content": 5}, "must be a string"),
-            ({"train": 2}, "takes train"),
+            ({"train": 2}, "may have either train"),
         )
     ]
     bad += [
@@ -169,13 +169,13 @@ def malformed():
             ("a", "must be a list of objects"),
             ([], "one or more turns"),
             ([1], "must be a list of objects"),
-            ([{"from": "human"}], "has no value"),
-            ([{"value": "a"}], "has no from"),
+            ([{"from": "human"}], 'has no key "value"'),
+            ([{"value": "a"}], 'has no key "from"'),
             ([{"from": "humann", "value": "a"}], 'did you mean "human"'),
             ([{"from": ["human"], "value": "a"}], "is unknown"),
             ([{"from": "human", "value": "a"}], "no assistant turn"),
-            ([{"from": "gpt", "value": "a"}], "answers nothing"),
-            ([{"from": "function_call", "value": "f()"}], "no JSON"),
+            ([{"from": "gpt", "value": "a"}], "without a prompt"),
+            ([{"from": "function_call", "value": "f()"}], "function call: invalid JSON"),
         )
     ]
     bad += [
@@ -187,18 +187,18 @@ def malformed():
             ({"prompt": [message], "completion": "a"}, "prompt must be a string"),
             ({"txet": "a"}, 'did you mean "text"'),
             ({"messages": [message, answer], "tools": "f"}, "tools must be a list"),
-            ({"messages": [message, answer], "tools": [5]}, "tools must be a list of objects"),
-            ({"instruction": "a"}, "fit no known form"),
+            ({"messages": [message, answer], "tools": [5]}, "tools must be a list of JSON schemas"),
+            ({"instruction": "a"}, "match no known format"),
             ({"instruction": "", "input": 5, "output": "a"}, "input must be a string"),
             ({"input_ids": "1 2", "labels": [1, 2]}, "list of integers"),
-            ({"input_ids": [1, 2], "labels": [1]}, "2 entries and labels 1"),
-            ({"input_ids": [1, -5], "labels": [1, 2]}, "holds -5"),
-            ({"input_ids": [1, 2], "labels": [1, 10**25]}, "holds 1000000"),
-            ({"input_ids": [1, 2], "labels": None}, "fit no known form"),
-            ({"input_ids": [1, 2], "labels": [IGNORE, IGNORE]}, "nothing to learn"),
-            ({"text": "a", "prompt": "b", "completion": "c"}, "fit more than one form"),
-            ({"text": "word " * 2000}, "tokens, and data.max_length is 512"),
-            ({"messages": [answer, message]}, "answers nothing"),
+            ({"input_ids": [1, 2], "labels": [1]}, "differ in length: 2 and 1"),
+            ({"input_ids": [1, -5], "labels": [1, 2]}, "contains -5"),
+            ({"input_ids": [1, 2], "labels": [1, 10**25]}, "contains 1000000"),
+            ({"input_ids": [1, 2], "labels": None}, "match no known format"),
+            ({"input_ids": [1, 2], "labels": [IGNORE, IGNORE]}, "nothing to train on"),
+            ({"text": "a", "prompt": "b", "completion": "c"}, "match several formats"),
+            ({"text": "word " * 2000}, "tokens exceed data.max_length=512"),
+            ({"messages": [answer, message]}, "without a prompt"),
             ({"messages": [message] * 3}, "no assistant turn"),
             ({"messages": [{"role": "tool", "content": "x"}, answer]}, "cannot stand here"),
             (
@@ -249,9 +249,11 @@ def test_bad_rows_are_skipped_up_to_a_limit_and_named(deepseek, tmp_path, caplog
     examples = load(path, deepseek, bad_rows="skip", bad_rows_limit=1000)
     assert len(examples) == 2
     assert sum(examples.rejected.values()) == len(lines)
-    named = [record.message for record in caplog.records if record.message.startswith("skipped: ")]
+    named = [
+        record.message for record in caplog.records if record.message.startswith("skipped row: ")
+    ]
     assert len(named) == len(lines)
-    assert named[0].startswith(f"skipped: {path}:1: invalid JSON")
+    assert named[0].startswith(f"skipped row: {path}:1: invalid JSON")
     with pytest.raises(JaxtuneError, match=r"x\.jsonl:\d+: .*data\.bad_rows_limit=3 rows are bad"):
         load(path, deepseek, bad_rows="skip", bad_rows_limit=3)
     with pytest.raises(JaxtuneError, match=r"x\.jsonl:1: invalid JSON"):
@@ -260,7 +262,7 @@ def test_bad_rows_are_skipped_up_to_a_limit_and_named(deepseek, tmp_path, caplog
 
 def test_a_long_row_is_no_bad_row(deepseek, jsonl):
     path = jsonl({"text": "a"}, {"text": "a b c d e f g h"})
-    with pytest.raises(JaxtuneError, match=r":2: .* tokens, and data\.max_length is 4"):
+    with pytest.raises(JaxtuneError, match=r":2: .* tokens exceed data\.max_length=4"):
         load(path, deepseek, max_length=4, bad_rows="skip")
 
 
@@ -272,8 +274,8 @@ def test_problems_are_collected_where_somebody_asks_for_them(deepseek, jsonl):
     assert [(problem.place, problem.long) for problem in problems] == [
         *((f"{path}:2", False), (f"{path}:3", False), (f"{path}:4", True)),
     ]
-    assert problems[1].reason == "empty text, so nothing to learn"
-    with pytest.raises(JaxtuneError, match=r"no examples: all 1 rows are bad, such as: empty text"):
+    assert problems[1].reason == "empty text, nothing to train on"
+    with pytest.raises(JaxtuneError, match=r"no examples: all 1 rows are bad, e.g.: empty text"):
         load(jsonl({"text": ""}), deepseek, problems=[])
 
 
@@ -281,7 +283,7 @@ def test_a_line_without_end_does_not_fill_the_memory(deepseek, tmp_path, monkeyp
     monkeypatch.setattr("jaxtune.data.file_formats.MAX_LINE", 1 << 20)
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"text": "' + b"a" * (5 << 20) + b'"}\n{"text": "b"}\n')
-    with pytest.raises(JaxtuneError, match=r"x\.jsonl:1: a line of over 1 MiB"):
+    with pytest.raises(JaxtuneError, match=r"x\.jsonl:1: line is longer than 1 MiB"):
         load(path, deepseek)
     examples = load(path, deepseek, bad_rows="skip")
     assert examples.places == [f"{path}:2"]
@@ -319,9 +321,9 @@ def test_kept_data_are_the_same_and_are_used(deepseek, many, tmp_path, caplog):
     settings = {"bad_rows": "skip", "cache": tmp_path, "keep": True}
     plain = load(many, deepseek, bad_rows="skip")
     kept = load(many, deepseek, **settings)
-    assert "tokenized before" not in caplog.text
+    assert "using the tokenized data" not in caplog.text
     again = load(many, deepseek, bad_rows="skip", cache=tmp_path)
-    assert "tokenized before" in caplog.text
+    assert "using the tokenized data" in caplog.text
     assert plain.fingerprint() == kept.fingerprint() == again.fingerprint()
     for other in (kept, again):
         assert other.places == plain.places
@@ -346,7 +348,7 @@ def test_other_settings_do_not_use_what_is_kept(deepseek, many, tmp_path, change
     settings = {"bad_rows": "skip", "cache": tmp_path, "keep": True}
     load(many, deepseek, **settings)
     load(many, deepseek, **(settings | change))
-    assert "tokenized before" not in caplog.text
+    assert "using the tokenized data" not in caplog.text
 
 
 def test_a_changed_file_or_tokenizer_does_not_use_what_is_kept(
@@ -359,7 +361,7 @@ def test_a_changed_file_or_tokenizer_does_not_use_what_is_kept(
     changed = load(path, deepseek, **settings)
     assert deepseek.decode(changed.tokens[0]).endswith("c<｜end▁of▁sentence｜>")
     load(path, chatml, **settings)
-    assert "tokenized before" not in caplog.text
+    assert "using the tokenized data" not in caplog.text
 
 
 def test_what_is_damaged_while_it_is_made_is_not_used(deepseek, jsonl, tmp_path):
@@ -377,7 +379,7 @@ def test_damaged_kept_data_are_named(deepseek, jsonl, tmp_path):
     for name in ("tokens.int32", "index.npz", "meta.json"):
         content = (kept / name).read_bytes()
         (kept / name).write_bytes(content[:-9])
-        with pytest.raises(JaxtuneError, match=f"{kept}: damaged, remove it"):
+        with pytest.raises(JaxtuneError, match=f"{kept}: damaged cache, remove it"):
             load(path, deepseek, **settings)
         (kept / name).write_bytes(content)
     # Without its last file it is as good as not there, and is made again.
@@ -483,7 +485,7 @@ def test_several_processes_make_what_one_makes(deepseek, many):
     assert one.fingerprint() == two.fingerprint()
     assert one.places == two.places
     assert one.rejected == two.rejected
-    with pytest.raises(JaxtuneError, match=r"rows\.jsonl:301: the keys none fit no known form"):
+    with pytest.raises(JaxtuneError, match=r"rows\.jsonl:301: the keys none match no known format"):
         load(many, deepseek, workers=2)
 
 

@@ -23,12 +23,12 @@ def test_a_byte_order_mark_and_line_separators_inside_strings_are_fine(tmp_path)
     ("line", "reason"),
     [
         ('{"a": 1', "invalid JSON"),
-        ("[1, 2]", "expected one JSON object a line (JSONL), found list"),
+        ("[1, 2]", "expected one JSON object per line (JSONL), found list"),
         ("17", "found int"),
-        ('{"a": NaN}', "NaN is not JSON"),
-        ('{"a": -Infinity}', "-Infinity is not JSON"),
-        ('{"a": 1, "b": 2, "a": 3}', 'key "a" is there twice'),
-        ('{"m": [{"role": "user", "role": "tool"}]}', 'key "role" is there twice'),
+        ('{"a": NaN}', "NaN is not allowed"),
+        ('{"a": -Infinity}', "-Infinity is not allowed"),
+        ('{"a": 1, "b": 2, "a": 3}', 'duplicate key "a"'),
+        ('{"m": [{"role": "user", "role": "tool"}]}', 'duplicate key "role"'),
         ('{"a": ' + "[" * 200_000 + "]" * 200_000 + "}", "nested too deeply"),
         ('{"a": ' + "9" * 10_000 + "}", "invalid JSON"),
     ],
@@ -80,5 +80,5 @@ def test_saved_data_sets_and_their_splits(tmp_path):
     assert [row.values for row in read_rows(f"{split}:test")] == rows[:1]
     with pytest.raises(JaxtuneError, match='no split "tset"; did you mean "test"'):
         list(read_rows(f"{split}:tset"))
-    with pytest.raises(JaxtuneError, match="no such file, and no data set"):
+    with pytest.raises(JaxtuneError, match="no such file or data set"):
         list(read_rows("three/part/name"))

@@ -41,18 +41,18 @@ def not_utf8():
 # What is wrong, the file, its content, and what the error says; a kind of file that is missing from
 # a rule cannot break it: a text file has no keys, a binary table no byte-order mark.
 BROKEN = [
-    ("twice", "x.jsonl", b'{"text": "a", "text": "b"}\n', r'x\.jsonl:1: .*key "text" is there tw'),
-    ("twice", "x.json", b'[{"text": "a", "text": "b"}]', r'x\.json: .*key "text" is there twice'),
-    ("twice", "x.json", b'{\n"text": "a",\n"text": "b"\n}', r'x\.json: .*"text" is there twice'),
-    ("twice", "x.csv", b"text,id,text\na,1,b\n", r'x\.csv: the column "text" is there twice'),
-    ("twice", "x.tsv", b"text\tid\ttext\na\t1\tb\n", r'x\.tsv: the column "text" is there twice'),
-    ("twice", "x.csv", b'"a\nb","a\nb"\n1,2\n', r'x\.csv: the column "a\\nb" is there twice'),
-    ("twice", "x.json", b'[{"a\\nb": 1, "a\\nb": 2}]', r'x\.json: .*key "a\\nb" is there twice'),
-    ("twice", "x.parquet", [("text", ["a"]), ("text", ["b"])], r'"text" is there twice'),
-    ("nan", "x.jsonl", b'{"text": "a", "m": [NaN]}\n', r"x\.jsonl:1: .*NaN is not JSON"),
+    ("twice", "x.jsonl", b'{"text": "a", "text": "b"}\n', r'x\.jsonl:1: .*duplicate key "text"'),
+    ("twice", "x.json", b'[{"text": "a", "text": "b"}]', r'x\.json: .*duplicate key "text"'),
+    ("twice", "x.json", b'{\n"text": "a",\n"text": "b"\n}', r'x\.json: .*"text"'),
+    ("twice", "x.csv", b"text,id,text\na,1,b\n", r'x\.csv: duplicate column "text"'),
+    ("twice", "x.tsv", b"text\tid\ttext\na\t1\tb\n", r'x\.tsv: duplicate column "text"'),
+    ("twice", "x.csv", b'"a\nb","a\nb"\n1,2\n', r'x\.csv: duplicate column "a\\nb"'),
+    ("twice", "x.json", b'[{"a\\nb": 1, "a\\nb": 2}]', r'x\.json: .*duplicate key "a\\nb"'),
+    ("twice", "x.parquet", [("text", ["a"]), ("text", ["b"])], r'"text"'),
+    ("nan", "x.jsonl", b'{"text": "a", "m": [NaN]}\n', r"x\.jsonl:1: .*NaN is not allowed"),
     ("nan", "x.json", b'[{"text": "a", "m": {"n": -Infinity}}]', r"x\.json: .*-Infinity is not"),
-    ("nan", "x.parquet", [("text", ["a"]), ("m", [[float("nan")]])], r"row 0: holds nan"),
-    ("nan", "saved", [{"text": "a", "m": {"n": float("inf")}}], r"saved row 0: holds inf"),
+    ("nan", "x.parquet", [("text", ["a"]), ("m", [[float("nan")]])], r"row 0: contains nan"),
+    ("nan", "saved", [{"text": "a", "m": {"n": float("inf")}}], r"saved row 0: contains inf"),
     (
         "utf8",
         "x.jsonl",
@@ -66,23 +66,33 @@ BROKEN = [
         r"x\.json: not UTF-8 \(byte 27 of the f",
     ),
     ("utf8", "x.csv", b"text,id\na,1\nb,\xe9\n", r"x\.csv:3: id is not UTF-8"),
-    ("utf8", "x.csv", b"text,\xe9\na,1\n", r"x\.csv: the names of its columns are not UTF-8"),
+    ("utf8", "x.csv", b"text,\xe9\na,1\n", r"x\.csv: the column names are not UTF-8"),
     ("utf8", "x.tsv", b"text\tid\na\t1\n\xe9\t1\n", r"x\.tsv:3: text is not UTF-8"),
     ("utf8", "x.txt", b"a\n\nb\xe9\n", r"x\.txt:3: not UTF-8 \(byte 2 of the line"),
     ("utf8", "x.parquet", [("text", not_utf8)], r"x\.parquet row 1: not UTF-8"),
     ("nul", "x.jsonl", b'{"text": "a\0"}\n', r"x\.jsonl:1: invalid JSON"),
     ("nul", "x.json", b'[{"text": "a\0"}]', r"x\.json: invalid JSON"),
-    ("nul", "x.csv", b"text\na\0\n", r"x\.csv:2: text holds a NUL byte"),
-    ("nul", "x.tsv", b"text\tid\na\t\0\n", r"x\.tsv:2: id holds a NUL byte"),
-    ("nul", "x.txt", b"a\0\n", r"x\.txt:1: text holds a NUL byte"),
+    ("nul", "x.csv", b"text\na\0\n", r"x\.csv:2: text contains a NUL byte"),
+    ("nul", "x.tsv", b"text\tid\na\t\0\n", r"x\.tsv:2: id contains a NUL byte"),
+    ("nul", "x.txt", b"a\0\n", r"x\.txt:1: text contains a NUL byte"),
     ("utf16", "x.jsonl", '{"text": "a"}\n'.encode("utf-16"), r"x\.jsonl:1: not UTF-8"),
     ("utf16", "x.json", '[{"text": "a"}]'.encode("utf-16"), r"x\.json.*: not UTF-8"),
-    ("utf16", "x.csv", "text\na\n".encode("utf-16"), r"x\.csv: the names of its columns are not"),
+    ("utf16", "x.csv", "text\na\n".encode("utf-16"), r"x\.csv: the column names are not"),
     ("utf16", "x.txt", "a\n".encode("utf-16"), r"x\.txt:1: not UTF-8"),
-    ("short", "x.csv", b"prompt,completion\na,b\na\n", r"x\.csv:3: fewer fields than the 2 named"),
-    ("short", "x.tsv", b"prompt\tcompletion\na\n", r"x\.tsv:2: fewer fields than the 2 named"),
-    ("long", "x.csv", b"prompt,completion\na,b,c\n", r"x\.csv:2: more fields than the 2 named"),
-    ("long", "x.tsv", b"prompt\tcompletion\na\tb\t\n", r"x\.tsv:2: more fields than the 2 named"),
+    ("short", "x.csv", b"prompt,completion\na,b\na\n", r"x\.csv:3: fewer fields than the header"),
+    ("short", "x.tsv", b"prompt\tcompletion\na\n", r"x\.tsv:2: fewer fields than the header \(2\)"),
+    (
+        "long",
+        "x.csv",
+        b"prompt,completion\na,b,c\n",
+        r"x\.csv:2: more fields than the header \(2\)",
+    ),
+    (
+        "long",
+        "x.tsv",
+        b"prompt\tcompletion\na\tb\t\n",
+        r"x\.tsv:2: more fields than the header \(2\)",
+    ),
     ("number", "x.jsonl", b'{"text": 5}\n', r"x\.jsonl:1: text must be a string, not int"),
     ("number", "x.json", b'[{"text": 5.5}]', r"x\.json row 0: text must be a string, not float"),
     ("number", "x.parquet", [("text", [5])], r"x\.parquet row 0: text must be a string, not int"),
@@ -92,26 +102,31 @@ BROKEN = [
         "object",
         "x.jsonl",
         b'[{"text": "a"}]\n',
-        r"x\.jsonl:1: expected one JSON object a line.*\.json",
+        r"x\.jsonl:1: expected one JSON object per line.*\.json",
     ),
-    ("object", "x.json", b'["a"]', r"x\.json row 0: no object but str"),
+    ("object", "x.json", b'["a"]', r"x\.json row 0: expected an object, found str"),
     (
         "digits",
         "x.jsonl",
         b'{"text": "a", "n": ' + b"9" * 5000 + b"}",
-        "an integer of over 4300 digi",
+        "an integer of more than 4300 digi",
     ),
-    ("comma", "x.csv", b"prompt;completion\na;b\n", r"x\.csv: a single column.* separated by ';'"),
-    ("comma", "x.tsv", b"prompt,completion\na,b\n", r"x\.tsv: a single column.* separated by ','"),
+    ("comma", "x.csv", b"prompt;completion\na;b\n", r"x\.csv: a single column.* seems to be ';'"),
+    ("comma", "x.tsv", b"prompt,completion\na,b\n", r"x\.tsv: a single column.* seems to be ','"),
     ("quotes", "x.csv", b'text\na\n"b"c\n', r"x\.csv:3: "),
-    ("name", "x.txt", b'{"text": "a"}\n', r"x\.txt: holds lines of JSON .* name it \.jsonl"),
+    ("name", "x.txt", b'{"text": "a"}\n', r"x\.txt: contains JSON lines, .* rename it to \.jsonl"),
     (
         "name",
         "x.md",
         b"# Title\n",
-        r"x\.md: its name ends in none of \.jsonl, .*one JSON object a l",
+        r"x\.md: unknown file format: the suffix is none of \.jsonl, .*not JSON lines",
     ),
-    ("name", "x.xlsx", b"PK\x03\x04\x00\xff", r"x\.xlsx: its name ends in none of"),
+    (
+        "name",
+        "x.xlsx",
+        b"PK\x03\x04\x00\xff",
+        r"x\.xlsx: unknown file format: ",
+    ),
 ]
 
 
@@ -212,7 +227,7 @@ def test_a_file_without_rows_is_named(deepseek, tmp_path, caplog, name, content)
         path.write_bytes(content)
     examples = load_examples(f"{full},{path}", tokenizer=deepseek, max_length=64)
     assert (len(examples), examples.rows_read) == (1, 1)
-    assert f"{path}: no rows" in caplog.text
+    assert f"{path}: the file has no rows" in caplog.text
     with pytest.raises(JaxtuneError, match="no examples"):
         load_examples(path, tokenizer=deepseek, max_length=64)
 
@@ -256,13 +271,16 @@ def test_nul_as_an_escape_is_a_character(deepseek, tmp_path):
 NOT_ROWS = [
     (
         {"alpaca_en": {"file_name": "alpaca_en.json"}, "b": {"hf_hub_url": "x/y"}},
-        "not a row of data but a list of data sets, such as LLaMA-Factory's",
+        "not a data row: it is a list of data sets, as in LLaMA-Factory",
     ),
-    ({"version": "1", "data": [{"text": "a"}]}, 'an object with its rows under "data"'),
+    ({"version": "1", "data": [{"text": "a"}]}, 'it has its rows under "data"'),
     ({"prompts": {"0": "a", "1": "b"}, "answers": {"0": "c", "1": "d"}}, "a table by columns"),
     ({"prompts": ["a", "b"], "answers": ["c", "d"]}, "a table by columns"),
-    ({"features": {}, "splits": {}, "citation": ""}, "`datasets` wrote: name its directory"),
-    ({"q": "a", "a": "b"}, r"the keys q, a fit no known form.*known: messages .*: rename the keys"),
+    ({"features": {}, "splits": {}, "citation": ""}, "a saved data set; use its directory"),
+    (
+        {"q": "a", "a": "b"},
+        "the keys q, a match no known format.*known: messages .*; rename",
+    ),
 ]
 
 
@@ -290,12 +308,12 @@ def test_the_files_of_a_directory_are_read(tmp_path, deepseek):
 @pytest.mark.parametrize(
     ("names", "reason"),
     [
-        (("train.jsonl", "test.jsonl"), r"test\.jsonl has the name of another split: name the f"),
-        (("a.jsonl", "a_eval.jsonl"), r"a_eval\.jsonl has the name of another split"),
-        (("a.jsonl", "b.csv", "README.txt"), r"several kinds \(\.csv, \.jsonl, \.txt\)"),
-        (("dataset_info.json", "a.json"), r"dataset_info\.json describes data sets.*there: a\.js"),
-        (("notes.md",), r"no files of rows \(\.jsonl, .*\), and no data set"),
-        ((), "no files of rows"),
+        (("train.jsonl", "test.jsonl"), r"test\.jsonl seems to be another split; name the f"),
+        (("a.jsonl", "a_eval.jsonl"), r"a_eval\.jsonl seems to be another split"),
+        (("a.jsonl", "b.csv", "README.txt"), r"several formats \(\.csv, \.jsonl, \.txt\)"),
+        (("dataset_info.json", "a.json"), r"contains dataset_info\.json.*found: a\.js"),
+        (("notes.md",), r"no data files \(\.jsonl, .*\) or data set"),
+        ((), "no data files"),
     ],
 )
 def test_a_directory_that_is_not_one_data_set_is_an_error(tmp_path, names, reason):
@@ -312,7 +330,7 @@ def test_the_reason_of_a_data_set_that_cannot_be_made_is_told(tmp_path):
     """`datasets` hides it behind "an error occurred while generating the dataset"."""
     (tmp_path / "data" / "parts").mkdir(parents=True)
     (tmp_path / "data" / "parts" / "train.jsonl").write_text('{"text": "a", "text": "b"}\n')
-    with pytest.raises(JaxtuneError, match=r"no data set: .*text.* twice"):
+    with pytest.raises(JaxtuneError, match=r"or data set: .*text.* twice"):
         list(read_rows(tmp_path / "data"))
 
 
@@ -324,5 +342,5 @@ def test_latest_is_not_the_name_of_a_split(tmp_path):
 
 def test_a_split_of_a_data_set_without_splits_is_an_error(tmp_path):
     path = saved(tmp_path / "saved", [{"text": "a"}])
-    with pytest.raises(JaxtuneError, match='saved: has no splits, so no "test"'):
+    with pytest.raises(JaxtuneError, match='saved: no split "test"'):
         list(read_rows(f"{path}:test"))

@@ -108,7 +108,7 @@ def test_a_long_list_and_names_that_no_file_can_have(tmp_path, monkeypatch):
 
 def test_a_weight_of_nothing_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text("")
-    with pytest.raises(JaxtuneError, match="a weight is above 0"):
+    with pytest.raises(JaxtuneError, match="a weight must be above 0"):
         find_sources(f"{tmp_path}/a.jsonl@0")
 
 
@@ -121,8 +121,8 @@ def test_a_weight_of_nothing_is_refused(tmp_path):
         ("x.parquet", b"PAR1 no table PAR1", "x.parquet: "),
         ("x.parquet", b"", "x.parquet: "),
         ("x.json", b'[{"text": "a"}, ', "x.json: invalid JSON: .* at column"),
-        ("x.json", b'[\n{"text": "a"},\n7]', "x.json row 1: no object but int"),
-        ("x.csv", b"text\na,b\n", "x.csv:2: more fields than the 1 named"),
+        ("x.json", b'[\n{"text": "a"},\n7]', "x.json row 1: expected an object, found int"),
+        ("x.csv", b"text\na,b\n", "x.csv:2: more fields than the header \(1\)"),
         ("x.csv", b'text\n"abc\n', "x.csv:2: unexpected end of data"),
         ("x.csv", b'text\n"a"b\n', "x.csv:2: "),
     ],

@@ -1,4 +1,4 @@
-"""BOS and EOS are there once, wherever text becomes ids, and BOS is never learnt."""
+"""BOS and EOS are there once, wherever text becomes ids, and BOS is never learned."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def tokenizers(chatml):
 
 
 def marked(tokenizer, row, tmp_path, **settings):
-    """Returns a row's text as it is trained, with what is learnt in ⟦ ⟧."""
+    """Returns a row's text as it is trained, with what is learned in ⟦ ⟧."""
     path = tmp_path / "row.jsonl"
     path.write_text(json.dumps(row) + "\n")
     examples = load_examples(path, tokenizer=tokenizer, max_length=512, **settings)
     text, inside = "", False
-    learnt = [False, *(examples.targets[0][:-1] != IGNORE)]
-    for token, target in zip(examples.tokens[0].tolist(), learnt, strict=True):
+    learned = [False, *(examples.targets[0][:-1] != IGNORE)]
+    for token, target in zip(examples.tokens[0].tolist(), learned, strict=True):
         text += ("⟦" if target else "⟧") if target != inside else ""
         text, inside = text + tokenizer.decode([token]), target
     return (text + "⟧" * bool(inside)).replace(BOS, "B").replace(EOS, "E")

@@ -116,11 +116,11 @@ def test_a_template_without_an_end_token_keeps_its_line_end_as_target(deepseek):
     ("family", "old", "new", "reason"),
     [
         ("r1", "", "", "differently from its generation prompt"),
-        ("r1", "<think>\\n' }}", "' }}", "is not rendered whole"),
+        ("r1", "<think>\\n' }}", "' }}", "is not rendered completely"),
         (
             # Reasoning is kept in the last turn only.
             *("v3", "m.content + eos", "(m.content if loop.last else '') + eos"),
-            "differently once other turns follow",
+            "differently when other turns follow",
         ),
     ],
 )
@@ -142,17 +142,17 @@ def test_templates_that_rewrite_are_refused(deepseek, templates, family, old, ne
         ([], "one or more turns"),
         ("hi", "one or more turns"),
         (["hi"], r"messages\[0\] must be an object"),
-        ([{"role": "user"}], r"messages\[0\] has no content"),
-        ([{"content": "x"}], r"messages\[0\] has no role"),
-        ([{"role": "user", "content": None}], r"messages\[0\] has no content"),
+        ([{"role": "user"}], r'messages\[0\] has no key "content"'),
+        ([{"content": "x"}], r'messages\[0\] has no key "role"'),
+        ([{"role": "user", "content": None}], r'messages\[0\] has no key "content"'),
         ([{"role": "user", "content": 3}], "must be a string, not int"),
         ([{"role": "asistant", "content": "x"}], 'did you mean "assistant"'),
-        ([{"role": "user", "content": "x", "trian": False}], 'the key "trian"; .* "train"'),
-        ([{"role": "user", "content": "\ud83d"}], "half a surrogate pair"),
+        ([{"role": "user", "content": "x", "trian": False}], 'unknown key "trian"; .* "train"'),
+        ([{"role": "user", "content": "\ud83d"}], "an unpaired surrogate"),
         (turns("x"), "no assistant turn"),
         (turns("x", ""), r"messages\[1\] is an empty assistant turn"),
         (turns("x", "y", "z", " \n"), r"messages\[3\] is an empty assistant turn"),
-        (turns("x", "y")[1:], "answers nothing"),
+        (turns("x", "y")[1:], "without a prompt"),
     ],
 )
 def test_bad_conversations_are_named(chatml, messages, reason):
@@ -167,7 +167,7 @@ def test_a_turn_may_have_empty_columns(chatml):
 
 def test_a_template_that_refuses_or_breaks_is_named(deepseek):
     refuses = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(JaxtuneError, match=r"f:3: the chat template refuses .*must alternate"):
+    with pytest.raises(JaxtuneError, match=r"f:3: the chat template rejects .*must alternate"):
         ChatTemplate(deepseek, refuses).encode(turns("a", "b"), "f:3")
     escapes = "{{ ''.__class__.__mro__ }}"
     with pytest.raises(JaxtuneError, match=r"f:3: the chat template refuses .*unsafe"):
@@ -185,7 +185,7 @@ def test_a_tokenizer_that_loses_spaces_is_refused(deepseek):
     words = Tokenizer(models.WordLevel({"two": 0, "words": 1}, unk_token="two"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.decoder = deepseek.backend_tokenizer.decoder
-    with pytest.raises(JaxtuneError, match="loses spaces"):
+    with pytest.raises(JaxtuneError, match="drops spaces"):
         ChatTemplate(PreTrainedTokenizerFast(tokenizer_object=words))
 
 
@@ -201,5 +201,5 @@ def test_encode_prompt_is_what_the_targets_follow(chatml, templates, tmp_path):
     assert chatml.decode(encode_prompt(chatml, turns("Hi"), str(path))) == (
         "<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜>"
     )
-    with pytest.raises(JaxtuneError, match=r"data\.chat_template=.*none.jinja: No such file"):
+    with pytest.raises(JaxtuneError, match=r"data\.chat_template=.*none.jinja: no such file"):
         read_template(tmp_path / "none.jinja")

@@ -34,7 +34,7 @@ def test_a_table_of_a_program_has_history_as_json_and_a_column_without_a_name(de
     path = tmp_path / "x.csv"
     path.write_text(',instruction,output,history\n0,Q,A,"[[""q"", ""a""]]"\n1,Q,A,\n')
     found = load_examples(path, tokenizer=deepseek, max_length=99, chat_template="deepseek-v3")
-    assert found.unread == ("(a column without a name)",)
+    assert found.unread == ("(unnamed column)",)
     lengths = found.lengths.tolist()
     assert len(lengths) == 2 and lengths[0] > lengths[1]
 
@@ -53,17 +53,23 @@ def test_an_empty_history_is_none(deepseek, jsonl, history):
         ({**PAIR, "history": [["q", 5]]}, r"history\[0\] must be a string, not int"),
         (
             {"prompt": "q", "chosen": "a", "rejected": "b"},
-            "chosen and rejected are preferences between answers, as DPO trains on, and jaxtune "
-            "does not: keep the good answers, in one of the forms messages, ",
+            "chosen and rejected are preference pairs for DPO, which jaxtune does not support; "
+            "keep only the good answers, in one of the formats messages, ",
         ),
-        ({"instruction": "q", "chosen": "a", "rejected": "b"}, "as DPO trains on"),
-        ({**CHAT, "chosen": [], "rejected": []}, "set data.format=messages to learn what mess"),
-        ({"prompt": "q", "completion": "a", "label": False}, "label says whether .* as KTO"),
-        ({**CHAT, "kto_tag": True}, "kto_tag says whether the answer is good"),
-        ({**CHAT, "images": ["a.png"]}, "has images, and only text can be trained on: take the"),
-        ({"conversations": CHAT["messages"], "image": "a.png"}, "has image, and only text"),
-        ({**CHAT, "audios": [{"path": "a.wav"}]}, "has audios, and only text"),
-        ({"q": "x", "a": "y"}, r"the keys q, a fit no known form .*: rename the keys of the rows"),
+        ({"instruction": "q", "chosen": "a", "rejected": "b"}, "preference pairs for DPO"),
+        ({**CHAT, "chosen": [], "rejected": []}, "set data.format=messages to train on mess"),
+        ({"prompt": "q", "completion": "a", "label": False}, "label is a preference label for KTO"),
+        ({**CHAT, "kto_tag": True}, "kto_tag is a preference label for KTO"),
+        ({**CHAT, "images": ["a.png"]}, 'the row has "images"; remove the key'),
+        (
+            {"conversations": CHAT["messages"], "image": "a.png"},
+            'but the row has "image"',
+        ),
+        ({**CHAT, "audios": [{"path": "a.wav"}]}, 'the row has "audios"'),
+        (
+            {"q": "x", "a": "y"},
+            "the keys q, a match no known format .*; rename the keys",
+        ),
         ({"question": "x", "answer": "y"}, "known: messages .*, alpaca .instruction . output"),
     ],
 )
