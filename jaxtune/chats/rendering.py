@@ -39,7 +39,7 @@ class Rendering:
                 text = self._apply(self.turns[:count], prompt)
             # An expression of the template can raise any exception.
             except Exception as error:
-                raise _refusal(self._place, error) from error
+                raise _rejection(self._place, error) from error
             self._made[count, prompt] = restore_numbers(text, self._spelling.numbers)
         return self._made[count, prompt]
 
@@ -61,18 +61,18 @@ def choose_rendering(
     choices = list(spellings(turns))
     if len(choices) == 1:
         return Rendering(choices[0], apply, place)
-    accepted, refusal = None, None
+    accepted, rejection = None, None
     for spelling in choices:
         try:
             whole = _is_complete(spelling, turns, apply, generation_prompt)
         except Exception as error:
-            refusal = refusal or error
+            rejection = rejection or error
             continue
         if whole:
             return Rendering(spelling, apply, place)
         accepted = accepted or spelling
-    if accepted is None and refusal is not None:
-        raise _refusal(place, refusal) from refusal
+    if accepted is None and rejection is not None:
+        raise _rejection(place, rejection) from rejection
     return Rendering(accepted or choices[0], apply, place)
 
 
@@ -89,7 +89,7 @@ def _is_complete(
     return remove_whitespace(separate_reasoning(turns[reasons[-1]])) in remove_whitespace(rendered)
 
 
-def _refusal(place: str, error: Exception) -> JaxtuneError:
+def _rejection(place: str, error: Exception) -> JaxtuneError:
     if isinstance(error, JaxtuneError):
         return error
     reason = " ".join(str(error).split()) or type(error).__name__

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from jaxtune.commands.arguments import add_config
+from jaxtune.commands.arguments import CONFIG_HELP, add_config
 
 SUMMARY = "Fine-tune a small model and compare it with its base."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
-    add_config(parser, default="configs/quickstart.py")
+    default = "configs/quickstart.py"
+    add_config(parser, default=default, help=f"{CONFIG_HELP} (default: {default})")
     parser.add_argument(
         "--workdir",
         metavar="DIR",

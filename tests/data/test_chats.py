@@ -268,9 +268,7 @@ def test_drop_reaches_completions_that_are_strings(chatml, jsonl, prompt, comple
         ),
     ],
 )
-def test_results_that_are_no_text_and_calls_of_the_old_form_name_the_way_out(
-    chatml, jsonl, turns, reason
-):
+def test_errors_for_non_text_results_and_function_call_say_what_to_do(chatml, jsonl, turns, reason):
     with pytest.raises(JaxtuneError, match=reason):
         load(jsonl, chatml, {"messages": [user(), *turns, assistant("done")]})
 
@@ -317,7 +315,7 @@ OWN = {
 
 
 @pytest.mark.parametrize("chat", OWN)
-def test_qwen3s_own_template_is_learnt_as_the_whole_conversation_shows_it(chatml, chat):
+def test_qwen3s_own_template_gives_the_targets_of_the_whole_conversation(chatml, chat):
     messages, arguments, expected = OWN[chat]
     template = ChatTemplate(chatml, QWEN, arguments)
     text, spans = template.spans(messages, "f:3", tools=TOOLS if chat == "called" else None)
@@ -484,7 +482,7 @@ def test_a_developer_is_the_system(chatml, jsonl, name):
     assert examples.duplicates == 1
 
 
-def test_a_first_turn_of_the_assistant_is_read_but_not_learnt(chatml, jsonl):
+def test_a_first_assistant_turn_is_context_but_not_a_target(chatml, jsonl):
     greeting = [assistant("Hello"), user(), assistant("A")]
     examples = load(jsonl, chatml, {"messages": greeting})
     assert shown(chatml, examples) == f"{BOS}{BOT}Hello{EOS}{USER}Q{BOT}⟦A{EOS}⟧"

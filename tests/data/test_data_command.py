@@ -43,7 +43,7 @@ def data(capsys, *arguments):
     return capsys.readouterr().out
 
 
-def test_inspect_marks_what_is_learnt(config, capsys):
+def test_inspect_marks_targets(config, capsys):
     output = data(capsys, "inspect", "--config", config, "--rows", 2)
     assert output.count("rows.jsonl:") == 2
     assert "<|im_start|>assistant\n⟦好" in output

@@ -79,7 +79,9 @@ def test_the_warning_comes_once_and_names_a_row(chatml, jsonl, caplog):
         (16, 8, r"2 of 3 examples \(up to 12 tokens\) are longer than .*embeddings=8"),
     ],
 )
-def test_rows_beyond_the_positions_of_a_model_are_told(jsonl, caplog, max_length, positions, said):
+def test_rows_longer_than_the_positions_of_the_model_are_logged(
+    jsonl, caplog, max_length, positions, said
+):
     rows = [{"input_ids": [1] * n, "labels": [1] * n} for n in (8, 9, 12)]
     config = resolve({}, [f"data.train={jsonl(*rows)}", f"data.max_length={max_length}"])
     DataReader(config, None, None, max_positions=positions).splits()

@@ -50,7 +50,7 @@ def test_prompt_and_completion(deepseek, jsonl):
     ]
 
 
-def test_a_token_over_the_edge_of_the_prompt_is_learnt(deepseek, jsonl):
+def test_a_token_across_the_end_of_the_prompt_is_a_target(deepseek, jsonl):
     path = jsonl({"prompt": "Answer: ", "completion": "yes"})
     examples = load_examples(path, tokenizer=deepseek, max_length=64)
     assert targets_of(deepseek, examples)[-3:] == [" yes", "<｜end▁of▁sentence｜>", ""]
@@ -196,7 +196,7 @@ def test_an_empty_file_is_refused(jsonl):
         load_examples(jsonl(""), tokenizer=None, max_length=8)
 
 
-def test_keys_that_nobody_reads_are_told(jsonl):
+def test_unused_keys_are_logged(jsonl):
     path = jsonl(tokenized([1, 2], id=7), tokenized([1, 2], source="x"))
     assert load_examples(path, tokenizer=None, max_length=8).unread == ("id", "source")
 

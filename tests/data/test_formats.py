@@ -60,7 +60,7 @@ def test_the_same_conversation_is_the_same_example(deepseek, jsonl, form):
     assert learned(deepseek, examples) == "3#"
 
 
-def test_the_form_is_told_and_can_be_set(deepseek, jsonl, caplog):
+def test_the_format_is_logged_and_can_be_set(deepseek, jsonl, caplog):
     caplog.set_level("INFO", logger="jaxtune")
     row = {"instruction": "Say a.", "output": "a", "text": "Say a. a"}
     with pytest.raises(JaxtuneError, match=r":1: .*set data\.format to alpaca or text"):
@@ -77,7 +77,7 @@ def test_the_form_is_told_and_can_be_set(deepseek, jsonl, caplog):
         load(jsonl, deepseek, row, format="alpacca")
 
 
-def test_every_token_of_a_plain_text_is_learnt_and_it_ends(deepseek, jsonl):
+def test_every_token_of_a_plain_text_is_a_target_and_eos_is_added(deepseek, jsonl):
     text = "第一 first\n\n🎉 x"
     examples = load(jsonl, deepseek, {"text": text})
     ids = deepseek(text, add_special_tokens=True)["input_ids"]
@@ -85,7 +85,7 @@ def test_every_token_of_a_plain_text_is_learnt_and_it_ends(deepseek, jsonl):
     assert examples.targets[0].tolist() == [*ids[1:], deepseek.eos_token_id, IGNORE]
 
 
-def test_what_a_prompt_says_is_not_learnt_whoever_says_it(deepseek, jsonl):
+def test_turns_of_the_prompt_are_not_targets(deepseek, jsonl):
     row = {
         "prompt": [*MESSAGES, {"role": "user", "content": "And 4?"}],
         "completion": [{"role": "assistant", "content": "7"}],
@@ -141,7 +141,7 @@ def test_marks_that_leave_nothing_or_mean_nothing_are_refused(
         load(jsonl, deepseek, row, targets=targets)
 
 
-def test_a_greeting_may_come_first_where_it_is_not_learnt(deepseek, jsonl):
+def test_a_first_assistant_turn_is_allowed_if_it_is_not_a_target(deepseek, jsonl):
     greeting = {"role": "assistant", "content": "Hello", "train": False}
     row = {"messages": [greeting, *MESSAGES[1:]]}
     assert learned(deepseek, load(jsonl, deepseek, row)) == "3#"

@@ -260,7 +260,7 @@ def test_bad_rows_are_skipped_up_to_a_limit_and_named(deepseek, tmp_path, caplog
         load(path, deepseek)
 
 
-def test_a_long_row_is_no_bad_row(deepseek, jsonl):
+def test_a_long_row_does_not_count_as_bad(deepseek, jsonl):
     path = jsonl({"text": "a"}, {"text": "a b c d e f g h"})
     with pytest.raises(JaxtuneError, match=r":2: .* tokens exceed data\.max_length=4"):
         load(path, deepseek, max_length=4, bad_rows="skip")

@@ -286,7 +286,7 @@ NOT_ROWS = [
 
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize(("value", "reason"), NOT_ROWS, ids=range(len(NOT_ROWS)))
-def test_an_object_that_is_no_row_is_told_for_what_it_is(deepseek, tmp_path, value, reason, indent):
+def test_objects_that_are_not_rows_raise_specific_errors(deepseek, tmp_path, value, reason, indent):
     path = tmp_path / "x.json"
     path.write_text(json.dumps(value, indent=indent))
     with pytest.raises(JaxtuneError, match=reason):
@@ -326,7 +326,7 @@ def test_a_directory_that_is_not_one_data_set_is_an_error(tmp_path, names, reaso
     assert "\n" not in str(caught.value)
 
 
-def test_the_reason_of_a_data_set_that_cannot_be_made_is_told(tmp_path):
+def test_the_reason_why_a_data_set_cannot_be_read_is_shown(tmp_path):
     """`datasets` hides it behind "an error occurred while generating the dataset"."""
     (tmp_path / "data" / "parts").mkdir(parents=True)
     (tmp_path / "data" / "parts" / "train.jsonl").write_text('{"text": "a", "text": "b"}\n')

@@ -134,7 +134,7 @@ def test_damaged_files_are_named(tmp_path, name, content, reason):
     assert "\n" not in str(caught.value)
 
 
-def test_bytes_that_are_no_text_are_named_in_a_csv_file(tmp_path, deepseek):
+def test_invalid_bytes_in_a_csv_file_are_named(tmp_path, deepseek):
     (tmp_path / "x.csv").write_bytes(b"prompt,completion\na,b\nc,\xff\n")
     with pytest.raises(JaxtuneError, match=r"x\.csv:3: completion is not UTF-8"):
         load_examples(tmp_path / "x.csv", tokenizer=deepseek, max_length=8)

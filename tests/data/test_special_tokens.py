@@ -125,7 +125,7 @@ def test_a_prompt_begins_as_its_row_was_trained(tokenizers, tmp_path, adds):
     assert tokenize_prompt(tokenizer, f"Hi{EOS}")[-1] == tokenizer.eos_token_id
 
 
-def test_a_token_that_is_both_bos_and_eos_is_learnt_at_the_end(chatml, tmp_path):
+def test_a_token_that_is_both_bos_and_eos_is_a_target_at_the_end(chatml, tmp_path):
     tokenizer = adding(chatml, "bos", bos_token=EOS)
     assert marked(tokenizer, {"text": f"{EOS}Hi"}, tmp_path) == "E⟦HiE⟧"
     assert marked(tokenizer, {"prompt": "Hi", "completion": " a"}, tmp_path) == "EHi⟦ aE⟧"

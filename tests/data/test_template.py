@@ -94,7 +94,7 @@ def test_masks_equal_those_of_the_generation_marks(chatml):
     assert [int(label != IGNORE) for label in ours.labels] == theirs["assistant_masks"]
 
 
-def test_reasoning_that_the_prompt_opens_is_no_target(deepseek, templates):
+def test_the_think_tag_of_the_prompt_is_not_a_target(deepseek, templates):
     keeps = templates["v3"].replace("{{ '<｜Assistant｜>' }}", "{{ '<｜Assistant｜><think>\\n' }}")
     encoded = ChatTemplate(deepseek, keeps).encode(turns("Q", "<think>\nhm\n</think>\n\nA"))
     assert pieces(deepseek, encoded)[2:] == [
@@ -170,7 +170,7 @@ def test_a_template_that_refuses_or_breaks_is_named(deepseek):
     with pytest.raises(JaxtuneError, match=r"f:3: the chat template rejects .*must alternate"):
         ChatTemplate(deepseek, refuses).encode(turns("a", "b"), "f:3")
     escapes = "{{ ''.__class__.__mro__ }}"
-    with pytest.raises(JaxtuneError, match=r"f:3: the chat template refuses .*unsafe"):
+    with pytest.raises(JaxtuneError, match=r"f:3: the chat template rejects .*unsafe"):
         ChatTemplate(deepseek, escapes).encode(turns("a", "b"), "f:3")
     with pytest.raises(JaxtuneError, match=r"chat template, line 2: .*endfor"):
         ChatTemplate(deepseek, "{{ bos_token }}\n{% for m in messages %}")

@@ -17,7 +17,7 @@ def load(jsonl, tokenizer, *rows, **settings):
 
 
 @pytest.mark.parametrize("targets", ["all", "last"])
-def test_the_history_of_an_alpaca_row_is_learnt_as_its_answer_is(deepseek, jsonl, targets):
+def test_answers_in_the_history_of_an_alpaca_row_are_targets(deepseek, jsonl, targets):
     """LLaMA-Factory learns these turns, too."""
     said = [("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]
     said += [("user", "Now?\n\nx"), ("assistant", "c")]
@@ -73,7 +73,7 @@ def test_an_empty_history_is_none(deepseek, jsonl, history):
         ({"question": "x", "answer": "y"}, "known: messages .*, alpaca .instruction . output"),
     ],
 )
-def test_rows_that_cannot_be_learnt_from_are_named(deepseek, jsonl, row, reason):
+def test_unsupported_rows_raise_specific_errors(deepseek, jsonl, row, reason):
     with pytest.raises(JaxtuneError, match=rf"rows\.jsonl:1: .*{reason}"):
         load(jsonl, deepseek, row)
 

@@ -66,7 +66,7 @@ def kill(process, workdir, moment, chance):
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(small_config, jaxtune_command, tmp_path):
+def test_a_run_killed_at_any_moment_resumes_bit_for_bit(small_config, jaxtune_command, tmp_path):
     start = ("train", "--config", small_config, *FLAGS, "--workdir")
     # A cache that is empty, beside one that is warm from the second start on.
     unbroken = jaxtune_command(*start, tmp_path / "unbroken", cache="cold")

@@ -45,7 +45,7 @@ def test_another_config_is_refused_with_the_differences(tmp_path):
     assert run.read_config() == CONFIG
 
 
-def test_going_on_with_no_run_makes_nothing(tmp_path):
+def test_resuming_without_a_run_creates_nothing(tmp_path):
     run = RunDirectory(tmp_path / "typo")
     with (
         pytest.raises(JaxtuneError, match=r"typo: not a run directory \(no config\.json\)"),

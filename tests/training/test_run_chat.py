@@ -167,4 +167,4 @@ def test_a_template_that_is_not_of_the_model_is_told(command, tiny_chat, tmp_pat
         with run.start(config):
             chat = create_run_chat(run, config, initial_chat(config, source))
     data_reader(config, source, chat.tokenizer, **reader_options(config, chat)).splits()
-    assert "writes what is not a token of this tokenizer: <｜User｜>" in caplog.text
+    assert "control tokens that the tokenizer does not have: <｜User｜>" in caplog.text

@@ -1,0 +1,39 @@
+"""Progress bars: one at a time, on a terminal only, after a while."""
+
+import pytest
+
+from jaxtune import progress
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Makes rich take standard error for a terminal, and shows bars at once."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(progress, "PATIENCE_SECONDS", -1.0)
+
+
+def test_a_bar_within_another_stays_hidden(terminal, capsys):
+    with progress.track(2, "outer") as outer:
+        outer()
+        with progress.track(2, "inner") as inner:
+            inner()
+        outer()
+    shown = capsys.readouterr()
+    assert "outer" in shown.err and "inner" not in shown.err and not shown.out
+    with progress.track(1, "next") as advance:
+        advance()
+    assert "next" in capsys.readouterr().err
+
+
+def test_a_short_block_or_a_file_has_no_bar(terminal, monkeypatch, capsys):
+    with progress.track(1, "disabled", enabled=False) as advance:
+        advance()
+    monkeypatch.setattr(progress, "PATIENCE_SECONDS", 60.0)
+    with progress.track(1, "short") as advance:
+        advance()
+    monkeypatch.setattr(progress, "PATIENCE_SECONDS", -1.0)
+    monkeypatch.delenv("FORCE_COLOR")
+    with progress.track(1, "file") as advance:
+        advance()
+    assert not capsys.readouterr().err
