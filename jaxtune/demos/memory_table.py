@@ -95,7 +95,8 @@ def row_cells(row: TableRow) -> list[str]:
 def memory_table(rows: Sequence[TableRow] = ROWS_OF_TABLE) -> str:
     """Compiles every row; returns a Markdown table with sizes in GB over all devices."""
     lines = [
-        "| DeepSeek-7B | published, GB | jaxtune, GB | trained, published | trained, jaxtune |",
+        "| DeepSeek-7B | memory in the guide, GB | in jaxtune, GB "
+        "| trained share in the guide | in jaxtune |",
         "|---|---|---|---|---|",
     ]
     return "\n".join([*lines, *_lines(rows)])

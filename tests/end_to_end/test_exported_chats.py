@@ -285,7 +285,7 @@ def test_generate_takes_a_system_turn_and_a_template(coder, capsys):
     (expected,) = model.generate([chat("c", system="s")], 8, skip_special_tokens=False)
     assert capsys.readouterr().out == f"{expected}\n"
     for wrong, message in (
-        (["--raw", "--system", "s"], "leave --system out"),
+        (["--raw", "--system", "s"], "--system needs a chat template"),
         (["--chat-template", "deepseek-v9"], 'chat_template=deepseek-v9: .*did you mean "deepseek'),
     ):
         with pytest.raises(SystemExit):
@@ -376,7 +376,9 @@ def test_a_run_stays_on_the_day_it_began(dated, tmp_path):
     with pytest.raises(jaxtune.JaxtuneError, match=r"have changed: data\.eval: .*data\.train"):
         jaxtune.train(None, tmp_path / "moved")
     (tmp_path / "moved" / "chat.json").write_text(json.dumps(kept | {"clock": "soon"}))
-    with pytest.raises(jaxtune.JaxtuneError, match=r'chat\.json: clock: "soon" is not a time'):
+    with pytest.raises(
+        jaxtune.JaxtuneError, match=r'chat\.json: clock: "soon" is not an ISO 8601 time'
+    ):
         jaxtune.train(None, tmp_path / "moved")
 
 

@@ -126,7 +126,7 @@ def test_an_over_fitting_run_stops_and_keeps_its_best(method, tiny_chat, tmp_pat
         ({"evaluation": {"stop_metric": "los"}}, 'stop_metric="los" is no score of an evaluation'),
         ({"data": {"eval": ""}, "evaluation": {"stop_patience": 2}}, "nothing is held out"),
         ({"evaluation": {"stop_patience": 2, "every": 0}}, r"evaluation\.every is 0"),
-        ({"logging": {"wandb": "mine"}}, "needs the package wandb, which is not installed"),
+        ({"logging": {"wandb": "mine"}}, "requires the package wandb, which is not installed"),
         ({"profile": {"steps": "20,10"}}, r"profile\.steps takes the first and last update"),
     ],
 )
