@@ -153,9 +153,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         each.add_argument("--name", required=True, help="name of the slice")
         each.add_argument("--zone", required=True)
         each.add_argument("--project", default="", help="gcloud's default project if not given")
-        each.add_argument("--go", action="store_true", help="run the commands instead of only printing them")
+        each.add_argument("--go", action="store_true", help="run the commands (default: print)")
         if name == "create":
-            each.add_argument("--type", required=True, help="accelerator type, such as v5litepod-16 or v6e-64")
+            each.add_argument("--type", required=True, help="such as v5litepod-16 or v6e-64")
             each.add_argument("--runtime", default="", help="runtime version of the VMs")
             each.add_argument("--spot", action="store_true", help="cheaper, can be preempted")
         if name == "setup":
