@@ -1,11 +1,11 @@
-"""A LoRA step of SmolLM2-135M beside PEFT's on torch: speed and memory, in one command.
+"""Compares a LoRA step of SmolLM2-135M with PEFT's on torch: speed and memory.
 
     python benchmarks/lora_step.py [--steps 6] [--rounds 2] [--batch 4] [--length 256]
 
 Both train the same rank on the same modules over the same random tokens, with AdamW and clipping.
-Each side runs in processes of its own, in turn, so that a change in the speed of the machine meets
-both; either program runs in float32 and in bfloat16 and its better time counts. On a CPU only the
-ratios mean something. Needs what `make install` installs.
+The sides run alternately, in separate processes, so that changes in the speed of the machine affect
+both. Each runs in float32 and in bfloat16, and its better time counts. On a CPU only the ratios are
+meaningful. Needs `make install`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SIDES = ("jaxtune-bfloat16", "jaxtune-float32", "peft-float32", "peft-bfloat16")
 
 
 class PeakMemory:
-    """Polls the anonymous memory of this process; MiB."""
+    """Peak anonymous memory of this process in MiB, by polling."""
 
     def __enter__(self) -> PeakMemory:
         self.peak, self._stop = 0.0, threading.Event()
@@ -129,7 +129,7 @@ def run_peft(checkpoint: str, dtype: str, options: argparse.Namespace) -> dict:
 
 
 def spawn(side: str, checkpoint: str, options: argparse.Namespace) -> dict:
-    """Runs one side in a process of its own and returns what it measured."""
+    """Runs one side in a separate process and returns its measurements."""
     command = [sys.executable, __file__, "--side", side, "--checkpoint", checkpoint]
     for name in ("batch", "length", "steps", "remat"):
         command += [f"--{name}", str(getattr(options, name))]
@@ -138,7 +138,7 @@ def spawn(side: str, checkpoint: str, options: argparse.Namespace) -> dict:
 
 
 def main() -> None:
-    """Runs all sides in turn and prints the comparison."""
+    """Runs all sides alternately and prints the comparison."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
@@ -171,7 +171,7 @@ def main() -> None:
 
 
 def report(results: dict[str, list[dict]], tokens_per_step: int) -> None:
-    """Prints a row for each side, and the ratios that count."""
+    """Prints a row for each side, and the ratios."""
     print(f"{'':<18}{'s/step':>9}{'tokens/s':>10}{'peak MiB':>10}{'compile s':>11}{'loss':>9}")
     speed, memory = {}, {}
     for side, runs in results.items():

@@ -1,11 +1,11 @@
-"""A mixture of 64 experts takes as long as one of 8: forward and backward, in one command.
+"""Compares the time of a mixture of 64 experts with one of 8: forward and backward.
 
     python benchmarks/moe_step.py [--rounds 7] [--hidden 256] [--width 128] [--top-k 4]
 
 Both mixtures see the same tokens and choose the same number of experts for each, with at least four
-full tiles of rows for each of 64 experts. Their steps are timed in turn, so that a change in the
-speed of the machine meets both. Prints the seconds, the ratio and the tiles, with frozen and with
-trained weights; the bar is a ratio within 25 % of 1.
+full tiles of rows for each of 64 experts. Their steps are timed alternately, so that changes in the
+speed of the machine affect both. Prints seconds, their ratio and the number of tiles, with frozen
+and with trained weights. The ratio should be within 25 % of 1.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Mixture:
         self()
 
     def __call__(self) -> float:
-        """Makes a step; returns its seconds."""
+        """Runs a step and returns its duration in seconds."""
         start = time.perf_counter()
         jax.block_until_ready(self._step(*self._arguments))
         return time.perf_counter() - start

@@ -1,11 +1,11 @@
-"""What quantizing a real model costs before anything is trained, format by format.
+"""Measures the error of quantizing a real model before training, for each format.
 
     python benchmarks/quantization_error.py [--examples 32]
 
-Loads SmolLM2-135M-Instruct in float32 and in every format, and prints bits for each quantized
+Loads SmolLM2-135M-Instruct in float32 and in every format, and prints bits per quantized
 weight, the relative error of the weights (Frobenius norm), and the mean negative log-likelihood of
-the answers of the quickstart's held-out examples with its distance from float32's. The model was
-published in 4 bits (groups of 32), so it is easier on formats of such groups than most.
+the answers of the quickstart's held-out examples with its difference from float32's. The model was
+published in 4 bits (groups of 32), which favours formats with such groups.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def held_out_loss(model: jaxtune.Model, examples: Examples) -> float:
 
 
 def weight_error(quantized: jaxtune.Model, exact: dict[Any, Any]) -> tuple[float, float]:
-    """Returns bits for each quantized weight and the relative error of all of them together."""
+    """Returns bits per quantized weight and the relative error over all of them."""
     size, count, wrong, norm = 0, 0, 0.0, 0.0
     for path, leaf in flatten(quantized.base):
         if not is_quantized(leaf):

@@ -1,10 +1,10 @@
-"""Large runs on paper: compiles them for chips that are not here, and writes docs/scaling.md.
+"""Compiles large runs for chips without having them, and writes docs/scaling.md.
 
   python benchmarks/scaling.py                        # everything: an hour or more on two cores
-  python benchmarks/scaling.py --only v3-v6e-256      # one, beside what docs/scaling.json holds
-  python benchmarks/scaling.py --only none            # the page and its picture again
+  python benchmarks/scaling.py --only v3-v6e-256      # one; the others stay as they are
+  python benchmarks/scaling.py --only none            # only rewrites the page and its picture
 
-Needs the extras tpu-plan, gpu-plan and scaling. Every program is compiled in a process of its own.
+Needs the extras tpu-plan, gpu-plan and scaling. Every program is compiled in a separate process.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ CASES = CHECKS | SCALING
 
 
 def compile_case(name: str) -> dict[str, Any]:
-    """Compiles one case and returns what the page says of it."""
+    """Compiles one case and returns its figures."""
     from jaxtune.config import resolve
     from jaxtune.planning import plan
 
@@ -91,7 +91,7 @@ def compile_case(name: str) -> dict[str, Any]:
 
 
 def run(name: str) -> dict[str, Any]:
-    """Compiles one case in a process of its own."""
+    """Compiles one case in a separate process."""
     print(f"{name} …", file=sys.stderr, flush=True)
     done = subprocess.run(
         [sys.executable, __file__, "--case", name],
@@ -151,7 +151,7 @@ def scaling_rows(results: dict[str, Any]) -> list[str]:
 
 
 def picture(results: dict[str, Any], path: Path) -> None:
-    """Draws operations and bytes of a chip by the size of the slice."""
+    """Plots operations and bytes sent per chip against the number of chips."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -176,7 +176,7 @@ def picture(results: dict[str, Any], path: Path) -> None:
 
 
 def write_page(results: dict[str, Any]) -> None:
-    """Writes docs/scaling.md between its markers, and the picture."""
+    """Updates docs/scaling.md between its markers, and the picture."""
     page = DOCS / "scaling.md"
     text = page.read_text(encoding="utf-8")
     for mark, lines in (("runs", check_rows(results)), ("slices", scaling_rows(results))):

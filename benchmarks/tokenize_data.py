@@ -1,13 +1,13 @@
-"""Tokenizing a data set beside the tokenizer alone: tokens a second, and memory, in one command.
+"""Compares tokenizing a data set with the tokenizer alone: tokens per second, and memory.
 
     python benchmarks/tokenize_data.py [--rows 4000] [--rounds 3] [--workers 2]
 
 Conversations of log-normal length are generated as JSONL. One side is `tokenizer(texts)` of
-transformers over the rendered texts in batches, which is all that the tokenizer itself can do; the
-other is `load_examples`: reading, checking, rendering, tokenizing, masking and writing. Both take
-turns in one process, so that a change in the speed of the machine meets both, and the better time
-of each counts; the third figure adds worker processes and their start. On a CPU only the ratios
-mean something. Needs what `make install` installs.
+transformers over the rendered texts in batches, the upper bound; the
+other is `load_examples`: reading, checking, rendering, tokenizing, masking and writing. Both
+alternate in one process, so that changes in the speed of the machine affect both, and the better
+time of each counts. The third figure adds worker processes and their start-up. On a CPU only the
+ratios are meaningful. Needs `make install`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How much of DeepSeek-7B each method trains, beside what the guides to fine-tuning say.
+"""Compares the share of DeepSeek-7B that each method trains with guides to fine-tuning.
 
     python benchmarks/trainable_shares.py [--model tests/models/configs/deepseek-llm-7b.json]
 
@@ -49,7 +49,7 @@ RECIPES = ("domain_expert", "dialogue", "low_resource", "small_data", "low_resou
 
 
 def guide_of(method: str) -> str:
-    """Names the range that a method's share is compared with."""
+    """Returns the name of the range that a method's share is compared with."""
     if method in LOW_RANK:
         return "lora"
     return "prompt" if method in ("prompt", "ptuning") else method

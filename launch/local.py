@@ -1,13 +1,13 @@
-"""Starts the processes of a run on this machine, and ends all of them when one fails.
+"""Starts the processes of a run on this machine, and stops all of them when one fails.
 
     python launch/local.py --processes 4 -- jaxtune train --config configs/quickstart.py --workdir r
 
-Every line of output is prefixed with the number of its process. SIGINT and SIGTERM are passed on:
-after SIGTERM the run saves and ends with 75.
+Every line of output is prefixed with the number of its process. SIGINT and SIGTERM are forwarded:
+after SIGTERM the run saves and exits with 75.
 
-Exit code: 0 when all are done; 65 when the same would happen again; 75 when the same command goes
-on (a process was killed, stuck or preempted); else that of the first process that failed. After a
-failure the others have --grace seconds to end by themselves, and are killed then.
+Exit code: 0 if all processes succeed; 65 if the same command would fail again; 75 if the same
+command resumes the run (a process was killed, stuck or preempted); otherwise that of the first
+process that failed. After a failure the others have --grace seconds to exit before they are killed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--devices-per-process",
         type=int,
         metavar="K",
-        help="shares the machine's GPUs out: the first K to process 0 and so on",
+        help="GPUs of each process: the first K for process 0, and so on",
     )
     parser.add_argument("--grace", type=float, default=30.0, metavar="SECONDS")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND")
@@ -61,9 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def exit_code(codes: Sequence[int]) -> int:
-    """Returns the code of all from those of each, in the order in which they ended.
+    """Returns the exit code of the launcher, from those of the processes in the order of exit.
 
-    A process that a signal has ended counts as one to try again.
+    A process that was ended by a signal counts as one to retry.
     """
     failed = [RETRY if code < 0 or code == 128 + signal.SIGABRT else code for code in codes if code]
     for code in (DO_NOT_RETRY, RETRY):
@@ -92,7 +92,7 @@ def _environment(number: int, port: int, arguments: argparse.Namespace) -> dict[
 
 
 def _start(command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[str]:
-    # In a session of its own: a terminal's Ctrl-C arrives once, by way of this process.
+    # A new session, so that a terminal's Ctrl-C arrives once, forwarded by this process.
     return subprocess.Popen(
         command,
         env=environment,
@@ -112,9 +112,9 @@ def _relay(number: int, worker: subprocess.Popen[str]) -> None:
 
 
 def _wait(workers: Sequence[subprocess.Popen[str]], grace: float) -> list[int]:
-    """Returns the codes in the order in which processes ended; kills those that outstay.
+    """Returns exit codes in the order of exit; kills processes that exceed the grace period.
 
-    The latter have no code of their own, and are left out.
+    Killed processes are left out of the result.
     """
     running, codes, deadline = list(workers), [], float("inf")
     while running and time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-# NVIDIA GPUs. CUDA itself comes with jax's wheels; the host has the driver.
+# NVIDIA GPUs. CUDA comes with jax's wheels; the host provides the driver.
 #   docker build --file launch/docker/cuda.Dockerfile --tag jaxtune:cuda .
 #   docker run --rm --gpus all --shm-size 16g --volume /data:/runs jaxtune:cuda \
 #     train --config /runs/config.py --workdir /runs/mine
@@ -12,6 +12,6 @@ RUN pip install --no-cache-dir --constraint constraints.txt ".[cuda12]"
 
 USER 1000
 WORKDIR /home/jaxtune
-# Lines appear as they are written, and exit codes are those of jaxtune.
+# Unbuffered output; the exit code is that of jaxtune.
 ENV PYTHONUNBUFFERED=1
 ENTRYPOINT ["jaxtune"]

@@ -10,6 +10,6 @@ RUN pip install --no-cache-dir --constraint constraints.txt ".[tpu]"
 
 USER 1000
 WORKDIR /home/jaxtune
-# Lines appear as they are written, and exit codes are those of jaxtune.
+# Unbuffered output; the exit code is that of jaxtune.
 ENV PYTHONUNBUFFERED=1
 ENTRYPOINT ["jaxtune"]

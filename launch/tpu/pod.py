@@ -11,8 +11,8 @@
     python launch/tpu/pod.py delete --name mine --zone us-west4-a --go
 
 A slice has several workers; each runs the same command, and jax finds the others. --share is an
-NFS share (Filestore), which every worker mounts: the run's directory has to be on it. Where a spot
-slice was taken away, delete and create it again; setup and resume then go on with the run.
+NFS share (Filestore) that every worker mounts; the run's directory must be on it. If a spot slice
+is taken away, delete and create it again, then setup and resume.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RUNTIMES = {
     "v5p": "v2-alpha-tpuv5",
     "v6e": "v2-alpha-tpuv6e",
 }
-# Starts a run again on 75, and five times at most after a crash, on every worker alike.
+# Restarts a run on 75, and at most five times after crashes; every worker runs this loop.
 AGAIN = """\
 crashes=0
 while true; do
@@ -58,12 +58,12 @@ def _ssh(arguments: argparse.Namespace, command: str, worker: str = "all") -> li
 
 
 def create(arguments: argparse.Namespace) -> list[list[str]]:
-    """Asks for a slice; it comes when there is one."""
+    """Requests a slice; it is created when capacity is available."""
     generation = arguments.type.split("-")[0]
     runtime = arguments.runtime or RUNTIMES.get(generation)
     if runtime is None:
         raise SystemExit(
-            f"--type={arguments.type}: give --runtime; known without it: {', '.join(RUNTIMES)}"
+            f"--type={arguments.type} needs --runtime; not needed for {', '.join(RUNTIMES)}"
         )
     command = [*TPUS, "queued-resources", "create", arguments.name, *_where(arguments)]
     command += [
@@ -75,13 +75,13 @@ def create(arguments: argparse.Namespace) -> list[list[str]]:
 
 
 def wait(arguments: argparse.Namespace) -> list[list[str]]:
-    """Shows whether the slice is there: ACTIVE."""
+    """Shows the state of the slice: ACTIVE when it is ready."""
     described = [*TPUS, "queued-resources", "describe", arguments.name, *_where(arguments)]
     return [[*described, "--format=value(state.state)"]]
 
 
 def setup(arguments: argparse.Namespace) -> list[list[str]]:
-    """Installs the commit that is checked out here, and mounts the share."""
+    """Installs the checked-out commit and mounts the share."""
     install = (
         "set -e; sudo apt-get update -q; sudo apt-get install -qy python3-venv nfs-common; "
         f"python3 -m venv ~/venv; ~/venv/bin/pip install -q '{ARCHIVE}[tpu]'"
@@ -101,20 +101,20 @@ def setup(arguments: argparse.Namespace) -> list[list[str]]:
 
 
 def run(arguments: argparse.Namespace) -> list[list[str]]:
-    """Starts training on all workers, and again after interruptions; returns at once."""
+    """Starts training on all workers, with restarts after interruptions; returns at once."""
     if not arguments.train:
         raise SystemExit("run needs the arguments of jaxtune train after --")
     return [_start(arguments, arguments.train)]
 
 
 def resume(arguments: argparse.Namespace) -> list[list[str]]:
-    """Goes on with the run in --workdir."""
+    """Resumes the run in --workdir."""
     return [_start(arguments, ["--workdir", arguments.workdir])]
 
 
 def _start(arguments: argparse.Namespace, train: Sequence[str]) -> list[str]:
     script = AGAIN.format(arguments=shlex.join(train), pid=PID)
-    # The archive's own configs are named as they are here.
+    # Unpacked into the home directory, so that relative paths of configs are the same as here.
     unpack = f"tar xzf {ARCHIVE} --strip-components=1; rm -f {PID}.stop; "
     return _ssh(
         arguments, f"{unpack}nohup bash -c {shlex.quote(script)} > {LOG} 2>&1 < /dev/null &"
@@ -122,17 +122,17 @@ def _start(arguments: argparse.Namespace, train: Sequence[str]) -> list[str]:
 
 
 def follow(arguments: argparse.Namespace) -> list[list[str]]:
-    """Shows the log of the first worker, which speaks for all, as it grows."""
+    """Follows the log of the first worker, which logs for all."""
     return [_ssh(arguments, f"tail -n 50 -F {LOG}", worker="0")]
 
 
 def stop(arguments: argparse.Namespace) -> list[list[str]]:
-    """Lets the run save and exit."""
+    """Makes the run save and exit."""
     return [_ssh(arguments, f"touch {PID}.stop; kill -TERM $(cat {PID})")]
 
 
 def delete(arguments: argparse.Namespace) -> list[list[str]]:
-    """Gives the slice back; what is on the share stays."""
+    """Deletes the slice; the share is kept."""
     command = [*TPUS, "queued-resources", "delete", arguments.name, *_where(arguments)]
     return [[*command, "--force", "--quiet"]]
 
@@ -143,25 +143,25 @@ STEPS: dict[str, Callable[[argparse.Namespace], list[list[str]]]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the commands of a step, and runs them if asked to; returns the exit code."""
+    """Prints the commands of a step and runs them with --go; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
     for name, step in STEPS.items():
         each = steps.add_parser(name, help=step.__doc__)
-        each.add_argument("--name", required=True, help="of the slice")
+        each.add_argument("--name", required=True, help="name of the slice")
         each.add_argument("--zone", required=True)
-        each.add_argument("--project", default="", help="gcloud's own by default")
-        each.add_argument("--go", action="store_true", help="run the commands, not only print them")
+        each.add_argument("--project", default="", help="gcloud's default project if not given")
+        each.add_argument("--go", action="store_true", help="run the commands (default: print)")
         if name == "create":
             each.add_argument("--type", required=True, help="such as v5litepod-16 or v6e-64")
-            each.add_argument("--runtime", default="", help="software of the VMs")
-            each.add_argument("--spot", action="store_true", help="cheaper, and may be taken away")
+            each.add_argument("--runtime", default="", help="runtime version of the VMs")
+            each.add_argument("--spot", action="store_true", help="cheaper, can be preempted")
         if name == "setup":
             each.add_argument("--share", required=True, help="HOST:/PATH, mounted at /PATH")
         if name == "resume":
-            each.add_argument("--workdir", required=True, help="of the run, on the share")
+            each.add_argument("--workdir", required=True, help="directory of the run, on the share")
         if name == "run":
             each.add_argument("train", nargs=argparse.REMAINDER, metavar="-- ARGUMENTS")
     arguments = parser.parse_args(argv)
