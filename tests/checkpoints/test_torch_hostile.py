@@ -96,7 +96,7 @@ def test_the_reader_imports_nothing_that_could_run_a_file():
     """It has no unpickler to begin with, so none of its settings can be wrong."""
     imported = set()
     for module in ("torch_file", "torch_names", "torch_pickle", "zip_directory"):
-        path = Path(jaxtune.checkpoints.__file__).with_name(f"{module}.py")
+        path = Path(jaxtune.checkpoints.__file__).parent / "formats" / f"{module}.py"
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 imported |= {alias.name for alias in node.names}
