@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 
 from jaxtune.errors import JaxtuneError
+from jaxtune.layers.cpu_bfloat16 import jit
 from jaxtune.layers.decoder import CausalLM, ForwardOptions
 from jaxtune.layers.tree import Tree
 from jaxtune.models.definition import Definition
@@ -65,7 +66,7 @@ def _choose(logits: jax.Array, greedy: bool, sampling: Sampling, key: jax.Array)
 
 
 @functools.partial(
-    jax.jit, static_argnames=("definition", "options", "max_new_tokens", "greedy", "stop")
+    jit, static_argnames=("definition", "options", "max_new_tokens", "greedy", "stop")
 )
 def _generate(
     trees: tuple[Tree, Tree, Tree],
@@ -87,8 +88,8 @@ def _generate(
     segments = (index >= prompt - lengths[:, None]).astype(jnp.int32)
     positions = jnp.maximum(index - (prompt - lengths[:, None]), 0)
     kv_segments = jnp.concatenate([segments, jnp.ones((batch, max_new_tokens), jnp.int32)], axis=1)
-    caches = model.model.init_cache(batch, prompt + max_new_tokens, options.dtype)
-    hidden, caches = model.hidden(
+    caches = model.decoder.init_cache(batch, prompt + max_new_tokens, options.dtype)
+    hidden, caches, _ = model.decoder(
         tokens, segments, positions, options, caches=caches, kv_segment_ids=kv_segments
     )
     end = jnp.asarray(stop, jnp.int32)
@@ -104,7 +105,7 @@ def _generate(
     loop = _Loop(jnp.int32(1), token, done, output.at[:, 0].set(token), caches, key)
 
     def one_token(loop: _Loop) -> _Loop:
-        hidden, caches = model.hidden(
+        hidden, caches, _ = model.decoder(
             loop.token[:, None],
             jnp.ones((batch, 1), jnp.int32),
             (lengths + loop.index - 1)[:, None],
@@ -169,7 +170,7 @@ def generate_tokens(
     if not -_SEEDS <= sampling.seed < _SEEDS:
         raise JaxtuneError(f"seed={sampling.seed} is not within {-_SEEDS} and {_SEEDS - 1}")
     check_token_ids(stop, definition.vocab_size, "the tokens that end an answer (eos_token_id)")
-    reserved = [0] * definition.module.model.reserved
+    reserved = [0] * definition.reserved
     prompts = [[*reserved, *prompt] for prompt in prompts]
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     width = -(-int(lengths.max()) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE

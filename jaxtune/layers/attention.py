@@ -135,14 +135,29 @@ class Attention(nnx.Module):
         self.prefix: Any = nnx.data(None)
 
     @property
+    def token_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the arrays that later tokens attend to, per token: keys and values [K, D]."""
+        return dict.fromkeys(("k", "v"), (self.kv_heads, self.head_dim))
+
+    @property
     def prefix_width(self) -> int:
-        """Values of one prefix token: a key and a value of each key-value head."""
+        """Values of one prefix token: all of `token_shapes`."""
         return 2 * self.kv_heads * self.head_dim
 
+    @property
+    def activation_widths(self) -> dict[str, int]:
+        """Values per token of the output ("out") and of queries, keys and values ("qkv")."""
+        out = self.heads * self.head_dim
+        return {"out": out, "qkv": out + 2 * self.kv_heads * self.head_dim}
+
+    @property
+    def flops_per_pair(self) -> int:
+        """Operations for each query and key of one product of scores, or of values."""
+        return 2 * self.heads * self.head_dim
+
     def cache_shapes(self, batch: int, length: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of one layer's share of the key-value cache."""
-        shape = (batch, length, self.kv_heads, self.head_dim)
-        return {"k": shape, "v": shape}
+        """Returns the shapes of one layer's cache, by name: `token_shapes` of every token."""
+        return {name: (batch, length, *shape) for name, shape in self.token_shapes.items()}
 
     def __call__(
         self, x: jax.Array, context: Context, cache: Cache | None = None, layer: Any = 0
@@ -152,8 +167,8 @@ class Attention(nnx.Module):
         Args:
           x: [B, T, hidden].
           context: positions, segments and options of the pass.
-          cache: {"k", "v"}: [layers, B, S, K, D] of this run of layers; written in place.
-          layer: index into the cache.
+          cache: {"k", "v"}: [layers, B, S, K, D] of this layer's blocks; written in place.
+          layer: index of the layer in the cache.
 
         Returns:
           ([B, T, hidden], the updated cache).

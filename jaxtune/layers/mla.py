@@ -79,14 +79,33 @@ class MLA(nnx.Module):
         self.prefix: Any = nnx.data(None)
 
     @property
+    def token_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the arrays that later tokens attend to, per token.
+
+        The latent past its norm [R], and the rotary key past its rotation, which all heads share.
+        """
+        return {"latent": (self.sizes.kv_lora,), "rope": (self.sizes.rope,)}
+
+    @property
     def prefix_width(self) -> int:
-        """Values of one prefix token: a latent past its norm and a shared key past its rotation."""
+        """Values of one prefix token: all of `token_shapes`."""
         return self.sizes.kv_lora + self.sizes.rope
 
-    def cache_shapes(self, batch: int, length: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of one layer's share of the cache: the latent and the shared rotary key."""
+    @property
+    def activation_widths(self) -> dict[str, int]:
+        """Values per token of the output ("out") and of queries, keys and values ("qkv")."""
         s = self.sizes
-        return {"latent": (batch, length, s.kv_lora), "rope": (batch, length, s.rope)}
+        return {"out": s.heads * s.v, "qkv": s.heads * (2 * (s.nope + s.rope) + s.v)}
+
+    @property
+    def flops_per_pair(self) -> int:
+        """Operations for each query and key of one product: the mean of scores and values."""
+        s = self.sizes
+        return s.heads * (s.nope + s.rope + s.v)
+
+    def cache_shapes(self, batch: int, length: int) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of one layer's cache, by name: `token_shapes` of every token."""
+        return {name: (batch, length, *shape) for name, shape in self.token_shapes.items()}
 
     def __call__(
         self, x: jax.Array, context: Context, cache: Cache | None = None, layer: Any = 0

@@ -3,7 +3,7 @@
 A module declares each parameter once, with `parameter`. The declaration drives initialisation,
 conversion both ways, PEFT keys, target patterns, sharding, planning and error messages. Outside
 modules parameters live in plain nested dicts, named as Hugging Face names them; layers of equal
-structure are stacked along a leading axis, one stack per run of layers.
+structure are stacked along a leading axis, one stack for each of the blocks.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Declaration:
       shape: of one layer (and one expert), as the checkpoint has it.
       axes: logical axis of each dimension, for sharding.
       init: "normal", "zeros" or "ones".
-      layers: (first layer, count) when stacked over a run of layers.
+      layers: (first layer, count) when stacked over blocks.
       experts: how many, when stacked over routed experts.
       dtype: where the checkpoint's own is kept whatever the model's is; a name, or empty.
     """
@@ -145,7 +145,7 @@ def bind(graphdef: Any, *trees: Mapping[str, Any]) -> Any:
     """Returns the module of `graphdef` that holds the arrays of these trees."""
 
     def restore_indices(node: Any) -> Any:
-        # NNX addresses the runs of layers by integer; plain trees use strings throughout.
+        # NNX addresses the blocks by integer; plain trees use strings throughout.
         if not isinstance(node, Mapping):
             return node
         return {int(k) if k.isdigit() else k: restore_indices(v) for k, v in node.items()}
@@ -171,5 +171,5 @@ def layer_names(path: Path, declaration: Declaration) -> list[str]:
     if declaration.layers is None:
         return [".".join(path)]
     first, count = declaration.layers
-    run = path.index("layers") + 1
-    return [".".join((*path[:run], str(first + i), *path[run + 1 :])) for i in range(count)]
+    index = path.index("layers") + 1
+    return [".".join((*path[:index], str(first + i), *path[index + 1 :])) for i in range(count)]

@@ -18,7 +18,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from jaxtune.errors import JaxtuneError
-from jaxtune.layers.decoder import CausalLM
+from jaxtune.layers.decoder import Blocks, CausalLM
+from jaxtune.layers.linear import Projection
 from jaxtune.layers.tree import (
     Buffer,
     Constant,
@@ -176,7 +177,7 @@ class Definition:
           model: the abstract module, with its adapters attached.
           dtype: of frozen weights; whatever is trained is float32.
           trains: says which base weights are trained, by the name of the first layer's; those of
-            a run are trained or frozen together.
+            the same blocks are trained or frozen together.
           formats: says how frozen base weights, by path, are quantized.
         """
         self.config = dict(config)
@@ -199,8 +200,64 @@ class Definition:
 
     @property
     def vocab_size(self) -> int:
-        """How many tokens the model has: the rows of its embedding."""
-        return self.leaves[("model", "embed_tokens", "weight")].declaration.shape[0]
+        """Tokens of the vocabulary: the rows of the embedding."""
+        return self.module.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        return self.module.hidden_size
+
+    @property
+    def blocks(self) -> tuple[Blocks, ...]:
+        """The layers, in order, as stacks of equal ones."""
+        return self.module.decoder.blocks
+
+    @property
+    def layer_count(self) -> int:
+        """Number of layers."""
+        return sum(blocks.count for blocks in self.blocks)
+
+    @property
+    def mixture_layers(self) -> list[int]:
+        """Numbers of the layers with routed experts."""
+        mixtures = [blocks for blocks in self.blocks if blocks.layer.mixture is not None]
+        return [layer for _, first, count in mixtures for layer in range(first, first + count)]
+
+    @property
+    def attention(self) -> Any:
+        """The attention of the first layer: all layers of a model have the same kind."""
+        return self.blocks[0].layer.self_attn
+
+    @property
+    def reserved(self) -> int:
+        """Positions at the head of every segment that virtual tokens take."""
+        return self.module.decoder.reserved
+
+    @property
+    def prompt(self) -> Any:
+        """The module that makes the embeddings of virtual tokens, or None."""
+        return self.module.decoder.prompt
+
+    @property
+    def prefix(self) -> Any:
+        """The module of the prefix that layers share, or None without a prefix."""
+        return self.module.decoder.prefix
+
+    @property
+    def trained_rows(self) -> dict[str, Any]:
+        """The modules of trained rows, "embed_tokens" and "lm_head"; None where there is none."""
+        embedding = self.module.decoder.embed_tokens
+        return {"embed_tokens": embedding.adapter, "lm_head": self.module.lm_head_rows}
+
+    @property
+    def has_prefix(self) -> bool:
+        """Whether trained keys and values come before every segment."""
+        return self.prefix is not None
+
+    def projections(self) -> dict[Path, Projection]:
+        """Returns every projection by path, routers included; those of blocks count once."""
+        return self.module.projections()
 
     def of_kind(self, *kinds: Kind) -> dict[Path, Leaf]:
         """Returns the leaves of these trees."""

@@ -41,14 +41,14 @@ def build_mixture(
         mixture = MoE(hidden, expert_ffn, routing, shared)
         return DecoderLayer(hidden, eps, make_attention(), mixture)
 
-    runs: list[tuple[Callable[[], DecoderLayer], int]] = []
+    blocks: list[tuple[Callable[[], DecoderLayer], int]] = []
     for layer in range(layers):
         make = make_mixture if layer >= dense and layer % every == 0 else make_dense
-        if runs and runs[-1][0] is make:
-            runs[-1] = (make, runs[-1][1] + 1)
+        if blocks and blocks[-1][0] is make:
+            blocks[-1] = (make, blocks[-1][1] + 1)
         else:
-            runs.append((make, 1))
-    decoder = Decoder(vocab, hidden, eps, rope_from_config(config, rotary_dim), runs)
+            blocks.append((make, 1))
+    decoder = Decoder(vocab, hidden, eps, rope_from_config(config, rotary_dim), blocks)
     return CausalLM(decoder, vocab, hidden, read(config, "tie_word_embeddings", bool, False))
 
 

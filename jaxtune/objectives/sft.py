@@ -53,8 +53,8 @@ def sft_loss(
       terms: what is minimised beside the cross-entropy.
     """
     targets, segment_ids = batch["targets"], batch["segment_ids"]
-    hidden, routing = model.hidden_with_routing(
-        batch["tokens"], segment_ids, batch["positions"], options, key=key
+    hidden, _, routing = model.decoder(
+        batch["tokens"], segment_ids, batch["positions"], options, key
     )
     sums = cross_entropy(hidden, model.head(), targets, options.tokens_per_chunk, terms, scale)
     experts = None if routing is None else expert_sums(routing, targets, segment_ids)

@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from jaxtune.layers.cpu_bfloat16 import as_bits
 from jaxtune.quant import QuantizedWeight
 from jaxtune.training.setup import Setup
 
@@ -19,7 +17,7 @@ def step_arguments(setup: Setup) -> tuple[Any, Any, Any, Any]:
     definition, mesh = setup.definition, setup.mesh
     return (
         setup.like,
-        as_bits(definition.abstract("base", mesh), setup.options.platform),
+        definition.abstract("base", mesh),
         definition.abstract("constants", mesh),
         setup.batch_like(),
     )
@@ -64,9 +62,6 @@ def base_formats(base: Any, mesh: Mapping[str, int] | None = None) -> dict[str, 
     """Returns the bytes per device of a base by format, the largest first."""
     sizes: dict[str, int] = {}
     for leaf in jax.tree.leaves(base, is_leaf=lambda x: isinstance(x, QuantizedWeight)):
-        quantized = isinstance(leaf, QuantizedWeight)
-        # A CPU's step takes bfloat16 as its bits.
-        dtype = "bfloat16" if not quantized and leaf.dtype == jnp.uint16 else None
-        name = leaf.format.name if quantized else dtype or str(leaf.dtype)
+        name = leaf.format.name if isinstance(leaf, QuantizedWeight) else str(leaf.dtype)
         sizes[name] = sizes.get(name, 0) + bytes_per_device(leaf, mesh)
     return dict(sorted(sizes.items(), key=lambda item: -item[1]))

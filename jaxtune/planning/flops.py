@@ -15,9 +15,6 @@ from typing import Any
 import numpy as np
 from jax.extend import core
 
-from jaxtune.layers.experts.grouped import tile_size
-from jaxtune.layers.experts.moe import MoE
-from jaxtune.layers.mla import MLA
 from jaxtune.planning.arguments import step_arguments
 from jaxtune.training.setup import Setup
 
@@ -106,26 +103,15 @@ def _attention_squares(setup: Setup) -> Iterator[float]:
 
     That is the mean of the two kinds of product: over the keys' width and over the values'.
     """
-    decoder = setup.definition.module.model
-    for run, (_, layers) in zip(decoder.layers, decoder.run_layers, strict=True):
-        attention = run.self_attn
-        if isinstance(attention, MLA):
-            sizes = attention.sizes
-            width = sizes.heads * (sizes.nope + sizes.rope + sizes.v)
-        else:
-            width = 2 * attention.heads * attention.head_dim
-        yield layers * width  # two operations for each of the mean width, width / 2
+    for blocks in setup.definition.blocks:
+        yield blocks.count * blocks.layer.self_attn.flops_per_pair
 
 
 def _tiles(setup: Setup, tokens: int) -> float:
     """Returns how many tiles of rows routing fills in a mixture's layer, for a micro-batch."""
-    for run in setup.definition.module.model.layers:
-        if isinstance(run.mlp, MoE):
-            routing = run.mlp.gate.routing
-            rows = tokens * routing.top_k
-            # Where some experts are trained, two loops share the tiles between them.
-            loops = 1 if run.mlp.experts.gate_proj.chosen is None else 2
-            return rows / tile_size(rows, routing.experts) / loops
+    for blocks in setup.definition.blocks:
+        if blocks.layer.mixture is not None:
+            return blocks.layer.mixture.loop_trips(tokens)
     return 1.0
 
 

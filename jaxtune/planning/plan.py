@@ -26,7 +26,7 @@ from jaxtune.planning.arguments import base_formats, by_kind, bytes_per_device, 
 from jaxtune.planning.collectives import Collective, collectives
 from jaxtune.planning.collectives import by_kind as collectives_by_kind
 from jaxtune.planning.flops import StepFlops, step_flops
-from jaxtune.planning.topology import Topology, describe
+from jaxtune.planning.topology import Topology, find_topology
 from jaxtune.training.setup import Setup, set_up
 from jaxtune.training.train import choose_method
 
@@ -146,12 +146,12 @@ def plan(config: Any, topology: str) -> Plan:
 
     Args:
       config: resolved; of the model only config.json is needed.
-      topology: see `jaxtune.planning.topology.describe`.
+      topology: see `jaxtune.planning.topology.find_topology`.
 
     Raises:
       JaxtuneError: an unknown topology, or a setting that cannot be met.
     """
-    hardware = describe(topology)
+    hardware = find_topology(topology)
     method, _ = choose_method(config)
     model = model_config(config)
     if hardware.devices is None:

@@ -25,7 +25,7 @@ from jaxtune.planning.estimate import temporaries
 from jaxtune.planning.flops import StepFlops, step_flops
 from jaxtune.planning.plan import Plan, compile_plan, model_config
 from jaxtune.planning.roofline import estimate
-from jaxtune.planning.topology import Topology, describe
+from jaxtune.planning.topology import Topology, find_topology
 from jaxtune.training.setup import Setup, set_up
 from jaxtune.training.train import choose_method
 
@@ -119,7 +119,7 @@ def search(config: Any, topology: str, tries: int) -> Found:
 
     Args:
       config: resolved.
-      topology: see `jaxtune.planning.topology.describe`.
+      topology: see `jaxtune.planning.topology.find_topology`.
       tries: the most programs that are compiled.
 
     Raises:
@@ -127,7 +127,7 @@ def search(config: Any, topology: str, tries: int) -> Found:
     """
     if tries < 1:
         raise JaxtuneError(f"--tries is at least 1, not {tries}")
-    hardware, model = describe(topology), model_config(config)
+    hardware, model = find_topology(topology), model_config(config)
     if hardware.devices is None:
         raise JaxtuneError(f"--search compiles: {hardware.note}")
     everything = list(candidates(config, model, hardware.count))
@@ -158,9 +158,7 @@ def promise(
     base = bytes_per_device(trees["base"], mesh)
     needs = sum(bytes_per_device(tree, mesh) for tree in trees.values())
     needs += temporaries(setup, mesh)
-    decoder = setup.definition.module.model
-    layers = sum(count for _, count in decoder.run_layers)
-    hidden = decoder.embed_tokens.weight.get_value().shape[1]
+    layers, hidden = setup.definition.layer_count, setup.definition.hidden_size
     passes = 2 + (candidate.remat != "none")
     tokens = flops.tokens / math.prod(mesh[axis] for axis in RULES["batch"])
     stream = passes * layers * tokens * hidden * setup.options.dtype.itemsize

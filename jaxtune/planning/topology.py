@@ -42,7 +42,7 @@ class Topology:
     note: str = ""
 
 
-def describe(name: str) -> Topology:
+def find_topology(name: str) -> Topology:
     """Describes hardware by name.
 
     Args:

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 
-from jaxtune.layers.cpu_bfloat16 import as_bits
 from jaxtune.layers.tree import Tree
 from jaxtune.training.setup import Setup
 from jaxtune.training.state import TrainState
@@ -30,8 +29,7 @@ class Update:
           base: frozen tree.
           constants: of the method.
         """
-        self._setup, self._constants = setup, constants
-        self._base = as_bits(base, setup.options.platform)
+        self._setup, self._base, self._constants = setup, base, constants
         self._compiled: Any = None
 
     def __call__(
@@ -46,8 +44,8 @@ class Update:
     def _compile(self, arguments: tuple[Any, ...]) -> Any:
         """Compiles once for all updates, and says what the compiler says of the memory."""
         begin = time.monotonic()
-        compiled = self._setup.train_step().lower(*arguments).compile()
-        seconds, memory = time.monotonic() - begin, compiled.memory_analysis()
+        compiled = self._setup.train_step().compile(*arguments)
+        seconds, memory = time.monotonic() - begin, compiled.executable.memory_analysis()
         logger.info(
             "compiled in %.1f s; each device holds %.2f GiB of arrays and %.2f GiB of temporaries",
             seconds,

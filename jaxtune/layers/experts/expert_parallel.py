@@ -47,7 +47,7 @@ def token_spec(shape: tuple[int, ...]) -> PartitionSpec | None:
     return PartitionSpec(axes, sequence, None)
 
 
-def spread(
+def apply_over_mesh(
     module: nnx.Module,
     spec: PartitionSpec,
     x: jax.Array,

@@ -24,6 +24,7 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.typing import DTypeLike
 
+from jaxtune.layers.cpu_bfloat16 import pick
 from jaxtune.layers.experts import grouped_pallas, grouped_triton
 from jaxtune.layers.linear import is_trained, outer, plain_values, product
 from jaxtune.quant import materialize
@@ -148,15 +149,10 @@ def group(expert: jax.Array, experts: int, kernel: str = "loop") -> Groups:
 def _take(weight: Any, expert: jax.Array, dtype: Any) -> jax.Array:
     """Returns one expert's weight [out, in], as an array of `dtype`."""
 
-    def one(leaf: jax.Array) -> jax.Array:
-        if leaf.dtype != jnp.bfloat16:
-            return lax.dynamic_index_in_dim(leaf, expert, 0, keepdims=False)
-        # As bits, for the reason given in layers/cpu_bfloat16.py: this too loops over a stack.
-        bits = lax.bitcast_convert_type(leaf, jnp.uint16)
-        bits = lax.dynamic_index_in_dim(bits, expert, 0, keepdims=False)
-        return lax.bitcast_convert_type(bits, jnp.bfloat16)
+    def index(leaf: jax.Array) -> jax.Array:
+        return lax.dynamic_index_in_dim(leaf, expert, 0, keepdims=False)
 
-    return materialize(jax.tree.map(one, weight), dtype)
+    return materialize(jax.tree.map(lambda leaf: pick(leaf, index), weight), dtype)
 
 
 class _Walk(NamedTuple):

@@ -14,10 +14,16 @@ from flax import nnx
 from jax import lax
 
 from jaxtune.layers.context import Context
-from jaxtune.layers.experts.expert_parallel import spread, token_spec
-from jaxtune.layers.experts.grouped import Groups, choose_kernel, group, grouped_linear
+from jaxtune.layers.experts.expert_parallel import apply_over_mesh, token_spec
+from jaxtune.layers.experts.grouped import (
+    Groups,
+    choose_kernel,
+    group,
+    grouped_linear,
+    tile_size,
+)
 from jaxtune.layers.experts.routing_stats import Routed, routed
-from jaxtune.layers.linear import LowRank, edited_weight, linear_float32, rescale
+from jaxtune.layers.linear import LowRank, Projection, edited_weight, linear_float32, rescale
 from jaxtune.layers.mlp import MLP
 from jaxtune.layers.tree import Buffer, parameter
 
@@ -53,8 +59,10 @@ class Routing:
     float32: bool = True
 
 
-class Router(nnx.Module):
+class Router(Projection):
     """Chooses the experts of each token; its weight has a slot for a method's edit."""
+
+    is_router = True
 
     def __init__(self, hidden_size: int, routing: Routing):
         self.routing = routing
@@ -85,11 +93,6 @@ class Router(nnx.Module):
         ).astype(jnp.float32)
         return jax.nn.softmax(logits) if routing.scores == "softmax" else jax.nn.sigmoid(logits)
 
-    @property
-    def frozen(self) -> tuple[jax.Array, None]:
-        """The weight [E, H] and no bias, as an adapter's `edit` takes them."""
-        return self.weight.get_value(), None
-
     def choose(self, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns (weights float32 [N, k], experts int32 [N, k]) by scores [N, E]."""
         routing = self.routing
@@ -102,7 +105,7 @@ class Router(nnx.Module):
             weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
         return weights * routing.scale, experts.astype(jnp.int32)
 
-    def describe(
+    def routing_stats(
         self, scores: jax.Array, weights: jax.Array, experts: jax.Array, segment_ids: jax.Array
     ) -> Routed:
         """Describes a choice of experts int32 [N, k], weighted [N, k], by scores [N, E].
@@ -132,7 +135,7 @@ class Router(nnx.Module):
         return jnp.where(kept[..., None], grouped, routing.masked).reshape(choice.shape)
 
 
-class ExpertLinear(nnx.Module):
+class ExpertLinear(Projection):
     """A projection of every routed expert, [E, out, in], with two slots for a method.
 
     Attributes:
@@ -142,7 +145,7 @@ class ExpertLinear(nnx.Module):
     """
 
     def __init__(self, in_features: int, out_features: int, experts: int, axes: tuple[str, str]):
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.out_features, self.experts = in_features, out_features, experts
         self.weight = parameter((out_features, in_features), axes, experts=experts)
         self.adapter: Any = nnx.data(None)
         self.chosen: Any = nnx.data(None)
@@ -165,13 +168,8 @@ class ExpertLinear(nnx.Module):
         return y.astype(x.dtype)
 
     @property
-    def frozen(self) -> tuple[Any, None]:
-        """The weight and no bias, as an adapter's `edit` takes them."""
-        return self.weight.get_value(), None
-
-    @property
     def count(self) -> int:
-        """How many experts there are, of those on this device."""
+        """Number of experts whose weights this device holds."""
         return self.weight.get_value().shape[0]
 
 
@@ -228,6 +226,25 @@ class MoE(nnx.Module):
         shared = MLP(hidden_size, intermediate_size * shared_experts) if shared_experts else None
         self.shared_experts = nnx.data(shared)
 
+    @property
+    def activation_width(self) -> int:
+        """Values that a token has within the mixture.
+
+        For each of its experts: rows of the hidden size, in float32 and in the compute dtype, and
+        three of the expert's own width.
+        """
+        one = self.experts.gate_proj
+        return self.gate.routing.top_k * (3 * one.in_features + 3 * one.out_features)
+
+    def loop_trips(self, tokens: int) -> float:
+        """Returns the trips of one loop of a grouped product: the tiles that `tokens` tokens fill.
+
+        With some experts trained two loops share the tiles; see `grouped`.
+        """
+        rows = tokens * self.gate.routing.top_k
+        loops = 1 if self.experts.gate_proj.chosen is None else 2
+        return rows / tile_size(rows, self.gate.routing.experts) / loops
+
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         """Maps x [B, T, H] to [B, T, H]."""
         return self.with_routing(x, context)[0]
@@ -237,7 +254,7 @@ class MoE(nnx.Module):
         rows = x.reshape(-1, x.shape[-1])
         scores = self.gate.scores(rows)
         weights, experts = self.gate.choose(scores)
-        routing = self.gate.describe(scores, weights, experts, context.segment_ids)
+        routing = self.gate.routing_stats(scores, weights, experts, context.segment_ids)
         out = self._routed(x, experts, weights, context)
         if self.shared_experts is not None:
             out = out + self.shared_experts(x, context)
@@ -258,7 +275,7 @@ class MoE(nnx.Module):
             rows = x.reshape(-1, x.shape[-1])
             return apply(rows, experts, weights, context.key, self.experts).reshape(x.shape)
         chosen, weights = (a.reshape(*x.shape[:2], -1) for a in (experts, weights))
-        return spread(self.experts, spec, x, chosen, weights, context.key, apply)
+        return apply_over_mesh(self.experts, spec, x, chosen, weights, context.key, apply)
 
 
 def _apply(
