@@ -12,6 +12,7 @@ ORDER = (
     "vocabulary",
     "progress",
     "strict_json",
+    "compatibility",
     "intervals",
     "atomic_files",
     "knobs",

@@ -20,15 +20,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxtune.compatibility import private_module
 from jaxtune.layers.attention_portable import blockwise_attention
 from jaxtune.parallel.rules import devices_along, even_spec
-
-try:
-    # jax.nn.dot_product_attention reaches cuDNN without the offsets of packed segments: with it,
-    # packing would cost a [T, T] mask. The private entry takes them.
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-except ImportError:
-    cudnn = None
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +34,19 @@ SPLASH_LANES = 128
 SPLASH_BLOCK = 512
 # Segments in a row that the cuDNN kernel is compiled for. It keeps float32 [B × this, H, T].
 CUDNN_SEGMENTS = 32
+
+
+def cudnn() -> Any | None:
+    """Returns JAX's private module of cuDNN's attention, or None if JAX no longer has it.
+
+    The public `jax.nn.dot_product_attention` cannot pass the offsets of packed segments to cuDNN:
+    packing would cost a [T, T] mask.
+    """
+    return private_module(
+        "jax._src.cudnn.fused_attention_stablehlo",
+        ("dot_product_attention", "check_cudnn_version", "MaskType"),
+        "attention on GPUs is blockwise, which is slower than cuDNN's",
+    )
 
 
 @functools.cache
@@ -194,8 +201,9 @@ def cudnn_attention(
 
 def _cudnn_refusal(q: jax.Array, v: jax.Array) -> str:
     """Says why cuDNN cannot do it, or returns an empty string when it can."""
-    if cudnn is None or not hasattr(cudnn, "dot_product_attention"):
-        return "this jax has no entry to it"
+    kernels = cudnn()
+    if kernels is None:
+        return "this version of jax gives no access to it"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it does not take {q.dtype}"
     if q.shape[-1] != v.shape[-1] or q.shape[-1] > 128 or q.shape[-1] % 8:
@@ -205,7 +213,7 @@ def _cudnn_refusal(q: jax.Array, v: jax.Array) -> str:
     if not re.fullmatch(r"\d+\.\d+", capability) or float(capability) < 9.0:
         return "packed segments need compute capability 9.0"
     try:
-        cudnn.check_cudnn_version()
+        kernels.check_cudnn_version()
     except RuntimeError as error:
         return str(error)
     return ""
@@ -242,12 +250,13 @@ def _cudnn_packed(
     scale: float,
 ) -> jax.Array:
     """Calls cuDNN with a list of segments per row, as `segment_extents` gives it."""
-    assert cudnn is not None
+    kernels = cudnn()
+    assert kernels is not None  # `_cudnn_refusal` has checked
     # jax derives the strides of keys and values from the heads of q, so there must be as many.
     groups = q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
     offsets = jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1)
-    out: Any = cudnn.dot_product_attention(
+    out: Any = kernels.dot_product_attention(
         q,
         k,
         v,
@@ -256,6 +265,6 @@ def _cudnn_packed(
         q_offsets=offsets,
         kv_offsets=offsets,
         scale=scale,
-        mask_type=cudnn.MaskType.PADDING_CAUSAL,
+        mask_type=kernels.MaskType.PADDING_CAUSAL,
     )
     return out

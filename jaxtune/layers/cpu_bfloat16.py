@@ -80,7 +80,7 @@ def decode(layer: Any) -> Any:
 
 
 def pick(stack: jax.Array, index: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """Returns `index(stack)`, a slice or a gather, without a float32 copy of a bfloat16 stack."""
+    """Returns a slice or gather `index(stack)` of any shape; no bfloat16 stack is converted."""
     if stack.dtype != jnp.bfloat16:
         return index(stack)
     return lax.bitcast_convert_type(

@@ -20,13 +20,8 @@ from typing import Any, NoReturn
 
 import jax
 
+from jaxtune.compatibility import private_module
 from jaxtune.errors import JaxtuneError, Retry
-
-try:
-    # jax has no public name for the store; orbax reaches it in the same way.
-    from jax._src.distributed import global_state
-except ImportError:  # then each process fails for itself, and the heartbeat ends the others
-    global_state: Any = None
 
 KEY, SEEN = "jaxtune/failure", "jaxtune/failure_seen"
 POLL_SECONDS, GRACE_SECONDS = 1.0, 5.0
@@ -50,14 +45,35 @@ def fail(code: int, message: str, stacks: bool = False) -> NoReturn:
         faulthandler.dump_traceback(file=sys.stderr)
     _say(message)
     if _connected():
-        me = global_state.process_id
+        me = _state().process_id
         _publish({"process": me, "code": code, "message": message, "stacks": stacks})
     _exit(code)
 
 
+def distributed() -> Any | None:
+    """Returns JAX's private module with the client of the coordinator's key-value store.
+
+    JAX has no public name for the store; Orbax reaches it in the same way. None if JAX no longer
+    has it.
+    """
+    return private_module(
+        "jax._src.distributed",
+        ("global_state",),
+        "a process that fails cannot tell the others why; they end after a missed heartbeat",
+    )
+
+
+def _state() -> Any:
+    module = distributed()
+    assert module is not None  # `_connected` has checked
+    return module.global_state
+
+
 def _connected() -> bool:
-    """Says whether there are other processes, and a store in which to tell them something."""
-    return getattr(global_state, "client", None) is not None and global_state.num_processes > 1
+    """Returns whether there are other processes and a store that all of them can read."""
+    module = distributed()
+    state = None if module is None else module.global_state
+    return state is not None and state.client is not None and state.num_processes > 1
 
 
 def _say(message: str) -> None:
@@ -72,7 +88,7 @@ def _exit(code: int) -> NoReturn:
 
 
 def _publish(failure: dict[str, Any]) -> None:
-    client: Any = global_state.client
+    client = _state().client
     with contextlib.suppress(Exception):  # another was first, or the coordinator is gone
         client.key_value_set(KEY, json.dumps(failure))
     _leave_in_order()
@@ -80,20 +96,20 @@ def _publish(failure: dict[str, Any]) -> None:
 
 def _leave_in_order() -> None:
     """Lets process 0, in which the store is, stay until all others know of the failure."""
-    client: Any = global_state.client
+    client = _state().client
     with contextlib.suppress(Exception):
-        client.key_value_set(f"{SEEN}/{global_state.process_id}", "")
+        client.key_value_set(f"{SEEN}/{_state().process_id}", "")
     deadline = time.monotonic() + GRACE_SECONDS
-    while global_state.process_id == 0 and time.monotonic() < deadline:
+    while _state().process_id == 0 and time.monotonic() < deadline:
         with contextlib.suppress(Exception):
-            if len(client.key_value_dir_get(SEEN)) == global_state.num_processes:
+            if len(client.key_value_dir_get(SEEN)) == _state().num_processes:
                 return
         time.sleep(POLL_SECONDS / 5)
 
 
 def _look() -> dict[str, Any] | None:
     """Returns the failure that was published, if any was."""
-    client: Any = global_state.client
+    client = _state().client
     try:
         return json.loads(client.key_value_try_get(KEY))
     except Exception:  # nothing there, which is the rule
@@ -109,7 +125,7 @@ def _end_with(failure: dict[str, Any]) -> NoReturn:
 
 
 def _watch(stopped: threading.Event) -> None:
-    me = global_state.process_id
+    me = _state().process_id
     while not stopped.wait(POLL_SECONDS):
         failure = _look()
         if failure is not None and failure["process"] != me:

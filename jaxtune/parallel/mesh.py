@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 
+from jaxtune.compatibility import check_versions
 from jaxtune.errors import JaxtuneError
 from jaxtune.parallel.rules import MESH_AXES, even_spec
 
@@ -51,6 +52,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     Raises:
       JaxtuneError: sizes that do not make use of the devices, or do not fit how they are linked.
     """
+    check_versions()
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(sizes, len(devices))
     try:
