@@ -8,6 +8,7 @@ import pytest
 import jaxtune
 
 ORDER = (
+    "memory_errors",
     "errors",
     "vocabulary",
     "progress",

@@ -24,18 +24,26 @@ _STACKS = ("model", "layers")
 
 
 class Compiled:
-    """A compiled function of model trees.
+    """A compiled function of model trees, with the methods of `jax.stages.Compiled` in use."""
 
-    Attributes:
-      executable: JAX's, for its memory analysis and its text.
-    """
-
-    def __init__(self, executable: jax.stages.Compiled):
-        self.executable = executable
+    def __init__(self, compiled: jax.stages.Compiled):
+        self._compiled = compiled
+        self.memory_analysis, self.as_text = compiled.memory_analysis, compiled.as_text
 
     def __call__(self, *arguments: Any) -> Any:
         """Calls the function with arrays of the shapes that it was compiled for."""
-        return self.executable(*_encode(arguments))
+        return self._compiled(*_encode(arguments))
+
+
+class Lowered:
+    """A lowered function of model trees."""
+
+    def __init__(self, lowered: jax.stages.Lowered):
+        self._lowered = lowered
+
+    def compile(self) -> Compiled:
+        """Compiles the function."""
+        return Compiled(self._lowered.compile())
 
 
 class Jitted:
@@ -52,13 +60,9 @@ class Jitted:
         """Traces the function for arrays or ShapeDtypeStructs."""
         return self._jitted.trace(*_encode(arguments))
 
-    def lower(self, *arguments: Any) -> jax.stages.Lowered:
+    def lower(self, *arguments: Any) -> Lowered:
         """Lowers the function for arrays or ShapeDtypeStructs."""
-        return self._jitted.lower(*_encode(arguments))
-
-    def compile(self, *arguments: Any) -> Compiled:
-        """Compiles the function for arrays or ShapeDtypeStructs."""
-        return Compiled(self.lower(*arguments).compile())
+        return Lowered(self._jitted.lower(*_encode(arguments)))
 
 
 def jit(function: Callable[..., Any], **options: Any) -> Jitted:

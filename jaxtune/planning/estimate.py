@@ -1,6 +1,6 @@
-"""Memory of a step by formula, where there is no compiler for the hardware.
+"""Memory of a step by formulas, where there is no compiler for the hardware.
 
-What lies in memory between steps is known exactly; what a step takes besides is estimated.
+The arguments of a step are known exactly; the memory of its intermediate arrays is estimated.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ _SAVED = {"full": (), "save_attention": ("out",), "save_qkv": ("out", "qkv")}
 
 
 def temporaries(setup: Setup, mesh: Mapping[str, int]) -> int:
-    """Estimates the bytes that a step takes of a device beside its arguments.
+    """Estimates the bytes per device of a step's intermediate arrays.
 
     Args:
-      setup: of the run on any devices.
+      setup: of the run, on any devices.
       mesh: devices along each mesh axis.
     """
     config, definition = setup.config, setup.definition

@@ -44,8 +44,8 @@ class Update:
     def _compile(self, arguments: tuple[Any, ...]) -> Any:
         """Compiles once for all updates, and says what the compiler says of the memory."""
         begin = time.monotonic()
-        compiled = self._setup.train_step().compile(*arguments)
-        seconds, memory = time.monotonic() - begin, compiled.executable.memory_analysis()
+        compiled = self._setup.train_step().lower(*arguments).compile()
+        seconds, memory = time.monotonic() - begin, compiled.memory_analysis()
         logger.info(
             "compiled in %.1f s; each device holds %.2f GiB of arrays and %.2f GiB of temporaries",
             seconds,

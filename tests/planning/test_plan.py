@@ -122,7 +122,7 @@ def test_a_longer_batch_takes_more(config, planned):
         ("v5x:1x1", r'did you mean "v5'),
         ("v5e:1x1x1x1", r"is neither"),
         ("h10:8", r'did you mean "h100'),
-        ("h100:none", r'cards are counted as in "h100:8"'),
+        ("h100:none", r'is not a number of GPUs, as in "h100:8"'),
     ],
 )
 def test_an_unknown_topology_is_an_error(name, message):
