@@ -5,7 +5,7 @@ stack to float32 ahead of the loop, and hold it. Slices of integers stay slices.
 enter a compiled function as uint16 views, and each layer's slice is turned back into bfloat16.
 
 The two ends of it are `jit`, with which every function of a model's weights is compiled, and
-`decode`, in the body of the scan over layers. Stacks that are no arguments are sliced by `pick`.
+`decode`, in the body of the scan over layers. Stacks that are not arguments are sliced by `pick`.
 """
 
 from __future__ import annotations

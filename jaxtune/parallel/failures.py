@@ -1,8 +1,8 @@
-"""One process fails: the others learn why, and all end with one exit code.
+"""Failures of one process among several: all of them exit with its reason and its exit code.
 
-Without this the others would wait in a collective until the heartbeat is missed, and then abort
-without a reason. The first failure is published in the key-value store of jax's coordinator, where
-a thread of every process looks for it.
+Otherwise the others would wait in a collective until the heartbeat times out, and then abort
+without a reason. The first failing process publishes its error in the key-value store of JAX's
+coordinator, which a thread of every process polls.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from jaxtune.errors import JaxtuneError, Retry
 
 KEY, SEEN = "jaxtune/failure", "jaxtune/failure_seen"
 POLL_SECONDS, GRACE_SECONDS = 1.0, 5.0
-# What the runtimes of CPUs, GPUs and TPUs say when a peer is gone in the middle of a collective.
+# Words in the errors of the CPU, GPU and TPU runtimes when a peer is lost during a collective.
 _LOST = ("gloo", "connection", "socket", "unavailable", "heartbeat", "nccl", "peer", "coordination")
 
 
 class Preempted(Retry):
-    """All processes have saved the same step, because the machine is about to be taken away."""
+    """All processes have saved the same step, because the machine is being preempted."""
 
 
 def fail(code: int, message: str, stacks: bool = False) -> NoReturn:
-    """Ends this process at once, and the others as soon as they hear of it.
+    """Exits this process at once, and the others when they read its failure.
 
     Args:
-      code: the exit code of all.
-      message: one line, the root cause.
-      stacks: dump what every thread of every process is doing.
+      code: exit code of all processes.
+      message: the root cause, in one line.
+      stacks: whether every process prints the stacks of its threads.
     """
     if stacks:
         faulthandler.dump_traceback(file=sys.stderr)
@@ -81,7 +81,7 @@ def _say(message: str) -> None:
 
 
 def _exit(code: int) -> NoReturn:
-    # Not by way of sys.exit: jax would wait there for processes that are stuck.
+    # Not with sys.exit: JAX's exit handler would wait for processes that hang.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -89,13 +89,13 @@ def _exit(code: int) -> NoReturn:
 
 def _publish(failure: dict[str, Any]) -> None:
     client = _state().client
-    with contextlib.suppress(Exception):  # another was first, or the coordinator is gone
+    with contextlib.suppress(Exception):  # another process was first, or the coordinator is gone
         client.key_value_set(KEY, json.dumps(failure))
     _leave_in_order()
 
 
 def _leave_in_order() -> None:
-    """Lets process 0, in which the store is, stay until all others know of the failure."""
+    """Keeps process 0, which holds the store, alive until all others have read the failure."""
     client = _state().client
     with contextlib.suppress(Exception):
         client.key_value_set(f"{SEEN}/{_state().process_id}", "")
@@ -108,11 +108,11 @@ def _leave_in_order() -> None:
 
 
 def _look() -> dict[str, Any] | None:
-    """Returns the failure that was published, if any was."""
+    """Returns the published failure, or None."""
     client = _state().client
     try:
         return json.loads(client.key_value_try_get(KEY))
-    except Exception:  # nothing there, which is the rule
+    except Exception:  # no failure, the normal case
         return None
 
 
@@ -134,13 +134,13 @@ def _watch(stopped: threading.Event) -> None:
 
 @contextlib.contextmanager
 def shared(explain: Callable[[Exception], str | None]) -> Iterator[None]:
-    """Shares what goes wrong in the block with the other processes, and hears what they share.
+    """Shares errors of the block with the other processes, and exits on theirs.
 
-    With one process errors pass as they are. With several, any error but a preemption, which all
-    processes meet together, ends all of them.
+    With one process errors pass unchanged. With several, any error ends all processes, except a
+    preemption, which every process raises itself.
 
     Args:
-      explain: gives a line for errors that the user can mend, else None.
+      explain: returns one line for errors that the user can fix, else None.
     """
     if not _connected():
         yield
@@ -166,6 +166,6 @@ def _fail_with(error: Exception, message: str | None) -> NoReturn:
     if not lost:
         traceback.print_exc()
         fail(65, f"{type(error).__name__}: {error}")
-    # Why it is gone, it may have said; the watching thread then ends this process.
+    # The lost process may have published its reason: then the watching thread exits this one.
     time.sleep(GRACE_SECONDS)
-    fail(75, f"another process is gone: {str(error)[:200]}")
+    fail(75, f"lost another process: {str(error)[:200]}")
