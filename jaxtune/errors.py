@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
+from jaxtune.memory_errors import is_out_of_memory
+
 _Value = TypeVar("_Value")
 
 
@@ -53,7 +55,7 @@ def user_message(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+    if isinstance(error, MemoryError) or is_out_of_memory(error):
         return (
             "out of memory: try a larger training.accumulation, a smaller data.max_length or "
             f"training.remat=full; {str(error)[:200]}"

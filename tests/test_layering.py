@@ -8,10 +8,12 @@ import pytest
 import jaxtune
 
 ORDER = (
+    "memory_errors",
     "errors",
     "vocabulary",
     "progress",
     "strict_json",
+    "compatibility",
     "intervals",
     "atomic_files",
     "knobs",

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxtune.adapter_files.pairs import Pair, kind_of, pairs_of
-from jaxtune.adapter_files.routed_experts import EXPERT, PROJECTIONS, Experts, experts_of
+from jaxtune.adapter_files.routed_experts import EXPERT, PROJECTIONS, ExpertShapes, experts_of
 from jaxtune.adapters.method import Stored
 from jaxtune.adapters.projections.peft_files import PREFIX, target_modules
 from jaxtune.adapters.targets import ROUTER, find_pattern
@@ -127,7 +127,7 @@ def _alpha(scale: float, rank: int, rslora: bool) -> float:
 
 
 def _fused(
-    layer: str, experts: Experts, projections: Sequence[str], pairs: Mapping[str, Pair]
+    layer: str, experts: ExpertShapes, projections: Sequence[str], pairs: Mapping[str, Pair]
 ) -> tuple[int, np.ndarray, np.ndarray] | None:
     """Returns rank, A and B, scaled, of one layer's parameter; None where nothing edits it."""
     each = [

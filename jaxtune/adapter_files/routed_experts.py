@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from jaxtune.adapters.targets import linears, module_names
-from jaxtune.layers.experts.moe import ExpertLinear
-from jaxtune.layers.tree import declaration_of
+from jaxtune.adapters.targets import module_names
 from jaxtune.models.definition import Definition
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -15,7 +13,7 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)")
 
 
-class Experts(NamedTuple):
+class ExpertShapes(NamedTuple):
     """The routed experts of one layer.
 
     Attributes:
@@ -27,16 +25,15 @@ class Experts(NamedTuple):
     shapes: dict[str, tuple[int, int]]
 
 
-def experts_of(definition: Definition) -> dict[str, Experts]:
+def experts_of(definition: Definition) -> dict[str, ExpertShapes]:
     """Returns the routed experts of each layer, by names like ``model.layers.1.mlp.experts``."""
-    found: dict[str, Experts] = {}
-    for path, linear in linears(definition.module).items():
-        if not isinstance(linear, ExpertLinear):
+    found: dict[str, ExpertShapes] = {}
+    for path, linear in definition.projections().items():
+        if linear.experts is None:
             continue
-        count = declaration_of(linear.weight).experts or 0
-        for name in module_names(path, linear)[::count]:
+        for name in module_names(path, linear)[:: linear.experts]:
             match = EXPERT.fullmatch(name)
             if match is not None:
-                layer = found.setdefault(match[1], Experts(count, {}))
+                layer = found.setdefault(match[1], ExpertShapes(linear.experts, {}))
                 layer.shapes[match[3]] = (linear.out_features, linear.in_features)
     return found

@@ -8,10 +8,9 @@ from typing import Any
 from jax.typing import DTypeLike
 
 from jaxtune.adapters.method import Method
-from jaxtune.adapters.targets import linears, match_targets, module_names
+from jaxtune.adapters.targets import match_targets, module_names
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.decoder import CausalLM
-from jaxtune.layers.experts.moe import Router
 from jaxtune.layers.tree import Path
 from jaxtune.models import build_model
 from jaxtune.models.definition import Definition
@@ -39,7 +38,7 @@ def define(
     if method is None:
         return Definition(config, model, dtype, formats=_formats(model, quantization).get)
     method.attach(model)
-    # Afterwards, for a method may have cut the runs of layers anew.
+    # Afterwards, because a method may have split the blocks.
     formats = _formats(model, quantization)
     return Definition(config, model, dtype, method.trains, formats.get)
 
@@ -48,7 +47,7 @@ def _formats(model: CausalLM, quantization: Quantization | None) -> dict[Path, F
     """Returns the format of each quantized weight by path."""
     if quantization is None:
         return {}
-    modules = {p: m for p, m in linears(model).items() if not isinstance(m, Router)}
+    modules = {p: m for p, m in model.projections().items() if not m.is_router}
     names = {path: module_names(path, module) for path, module in modules.items()}
     every = [name for layers in names.values() for name in layers]
     chosen = match_targets(quantization.modules, every, key="quantize.modules")

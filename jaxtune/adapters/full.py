@@ -27,7 +27,7 @@ class Full(Method):
     freeze: tuple[str, ...] = ()
 
     def attach(self, model: CausalLM) -> None:
-        """Cuts runs of layers so that in each a weight is trained in all layers or in none.
+        """Splits blocks so that a weight is trained in all layers of its blocks or in none.
 
         Raises:
           JaxtuneError: an expression that matches nothing, or some experts of a layer alone.
@@ -54,8 +54,8 @@ class Full(Method):
                 raise JaxtuneError(f'adapter.freeze: "{pattern}" matches the beginning of no name')
         if not any(self.trains(name) for name in names):
             raise JaxtuneError("adapter.freeze leaves nothing to train")
-        last = max(sum(run) for run in model.model.run_layers)
-        model.model.split_runs(
+        last = sum(blocks.count for blocks in model.decoder.blocks)
+        model.decoder.split_blocks(
             [i for i in range(1, last) if frozen.get(i, set()) != frozen.get(i - 1, set())]
         )
 

@@ -13,15 +13,14 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxtune.adapters.method import Method
-from jaxtune.adapters.targets import linears, module_names
+from jaxtune.adapters.targets import module_names
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.decoder import CausalLM
-from jaxtune.layers.experts.moe import ExpertLinear
-from jaxtune.layers.linear import edited_weight
+from jaxtune.layers.linear import Projection, edited_weight
 from jaxtune.layers.tree import Path, Shared, declaration_of
 
 # Computes the merged array of one layer (and expert) in a dtype: a weight [out, in] or bias [out].
-Edit = Callable[[int, DTypeLike], jax.Array]
+WeightEdit = Callable[[int, DTypeLike], jax.Array]
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "which", "dtype"))
@@ -48,7 +47,7 @@ def merged_weight(linear: Any, part: int, dtype: DTypeLike = jnp.float32) -> jax
     return _merged(linear, "weight", part, dtype)
 
 
-def _chosen_weight(linear: ExpertLinear, part: int, dtype: DTypeLike) -> jax.Array:
+def _chosen_weight(linear: Projection, part: int, dtype: DTypeLike) -> jax.Array:
     place = np.unravel_index(part, declaration_of(linear.weight).stack_shape)
     return linear.chosen.merged(linear.frozen[0], place).astype(dtype)
 
@@ -66,22 +65,22 @@ def check_merges(method: Method) -> None:
         )
 
 
-def edits(model: CausalLM) -> dict[Path, Edit]:
+def edits(model: CausalLM) -> dict[Path, WeightEdit]:
     """Returns, for every edited array of a bound model, how to compute a layer's merged one.
 
     Raises:
       JaxtuneError: an edit adds a bias to a projection that has none in this architecture.
     """
-    found: dict[Path, Edit] = {}
-    embedding = model.model.embed_tokens
+    found: dict[Path, WeightEdit] = {}
+    embedding = model.decoder.embed_tokens
     if embedding.adapter is not None:
         weight, merged = embedding.weight.get_value(), embedding.adapter.merged
         found[("model", "embed_tokens", "weight")] = lambda part, dtype: merged(weight, dtype)
     if model.lm_head is not None and model.lm_head_rows is not None:
         head, rows = model.lm_head.frozen[0], model.lm_head_rows
         found[("lm_head", "weight")] = lambda part, dtype: rows.merged(head, dtype)
-    for path, linear in linears(model).items():
-        if isinstance(linear, ExpertLinear) and linear.chosen is not None:
+    for path, linear in model.projections().items():
+        if linear.chosen is not None:
             found[(*path, "weight")] = functools.partial(_chosen_weight, linear)
         if linear.adapter is None:
             continue

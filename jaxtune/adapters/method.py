@@ -100,7 +100,7 @@ class Method(abc.ABC):
         """
 
     def trains(self, name: str) -> bool:
-        """Says whether a base weight is trained: that of this Hugging Face name, and its run's."""
+        """Returns whether the base weight of this Hugging Face name is trained."""
         del name
         return False
 

@@ -6,8 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-from jaxtune.adapters.targets import linears, module_names
-from jaxtune.layers.experts.moe import ExpertLinear
+from jaxtune.adapters.targets import module_names
 from jaxtune.layers.tree import Path, layer_names
 from jaxtune.models.definition import Definition
 
@@ -39,15 +38,15 @@ def census(definition: Definition) -> list[Row]:
     modules: dict[tuple[str, str, str], set[str]] = {}
     adapters: dict[Path, Any] = {
         (*path, "adapter"): linear.adapter
-        for path, linear in linears(definition.module).items()
+        for path, linear in definition.projections().items()
         if linear.adapter is not None
     }
     replaced = {
         path: [
             name for name, here in zip(module_names(path, m), m.chosen.mask, strict=True) if here
         ]
-        for path, m in linears(definition.module).items()
-        if isinstance(m, ExpertLinear) and m.chosen is not None
+        for path, m in definition.projections().items()
+        if m.chosen is not None
     }
     for path, leaf in definition.leaves.items():
         if leaf.kind == "constants":

@@ -6,12 +6,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from flax import nnx
-
 from jaxtune.errors import JaxtuneError, closest
-from jaxtune.layers.decoder import CausalLM
-from jaxtune.layers.experts.moe import ExpertLinear, Router
-from jaxtune.layers.linear import Linear
+from jaxtune.layers.linear import Projection
 from jaxtune.layers.tree import Path, declaration_of, layer_names
 
 ALL_LINEAR = "all-linear"
@@ -22,22 +18,12 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _REGEX = re.compile(r"[*+?\[\](){}|^$\\]")
 
 
-Projection = Linear | ExpertLinear | Router
 # How the name of a router ends, in every family that has any.
 ROUTER = ".mlp.gate"
 
 
-def linears(model: CausalLM) -> dict[Path, Projection]:
-    """Returns every projection of a model by path; a run of stacked layers counts once."""
-    return {
-        tuple(str(part) for part in path): module
-        for path, module in nnx.iter_modules(model)
-        if isinstance(module, Projection)
-    }
-
-
 def module_names(path: Path, module: Projection) -> list[str]:
-    """Returns the Hugging Face module name in each layer of the run, and of each expert."""
+    """Returns the Hugging Face module name in each layer of the blocks, and of each expert."""
     return layer_names(path, declaration_of(module.weight))
 
 

@@ -25,7 +25,7 @@ from jaxtune.checkpoints.load_model import Assembled
 from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.generation.generate import Sampling, generate_tokens
 from jaxtune.layers.attention import choose_backend
-from jaxtune.layers.cpu_bfloat16 import as_bits
+from jaxtune.layers.cpu_bfloat16 import jit
 from jaxtune.layers.decoder import ForwardOptions
 from jaxtune.layers.tree import Tree, merge
 from jaxtune.models.definition import Definition
@@ -62,7 +62,7 @@ class Model:
         self.definition, self.method = parts.definition, parts.method
         self.base, self.trainable, self.constants = parts.base, parts.trainable, parts.constants
         platform = self.mesh.devices.flat[0].platform
-        prefix = parts.definition.module.model.prefix is not None
+        prefix = parts.definition.has_prefix
         backend = choose_backend(self._attention, platform, prefix)
         self.options = ForwardOptions(self._dtype, backend, "none", platform)
 
@@ -130,8 +130,8 @@ class Model:
 
     @property
     def _trees(self) -> tuple[Tree, Tree, Tree]:
-        """The three trees as compiled functions take them."""
-        return as_bits(self.base, self.options.platform), self.trainable, self.constants
+        """The three trees: base, trainable and constants."""
+        return self.base, self.trainable, self.constants
 
     def logits(
         self,
@@ -162,7 +162,7 @@ class Model:
                 raise JaxtuneError(f"{name} have shape {shape}, and tokens have {needed}")
         segments = jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids)
         place = segment_positions(segments) if positions is None else jnp.asarray(positions)
-        reserved = self.definition.module.model.reserved
+        reserved = self.definition.reserved
         if reserved:
             tokens, segments, place, text = make_room(tokens, segments, place, reserved)
         with jax.set_mesh(self.mesh):
@@ -291,7 +291,7 @@ class Model:
         )
 
 
-@functools.partial(jax.jit, static_argnames=("definition", "options"))
+@functools.partial(jit, static_argnames=("definition", "options"))
 def _logits(
     trees: tuple[Tree, Tree, Tree],
     tokens: jax.Array,
@@ -301,7 +301,7 @@ def _logits(
     options: ForwardOptions,
 ) -> jax.Array:
     model = definition.bind(*trees)
-    hidden, _ = model.hidden(tokens, segment_ids, positions, options)
+    hidden, _, _ = model.decoder(tokens, segment_ids, positions, options)
     return model.head()(hidden)
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtune.adapters.merge import Edit
+from jaxtune.adapters.merge import WeightEdit
 from jaxtune.atomic_files import new_directory
 from jaxtune.checkpoints.formats.registry import WRITERS
 from jaxtune.checkpoints.formats.safetensors import Pending, write_sharded
@@ -55,7 +55,7 @@ class _TreeValues:
         self,
         definition: Definition,
         tree: Tree,
-        edits: Mapping[TreePath, Edit],
+        edits: Mapping[TreePath, WeightEdit],
         requantizer: Requantizer | None = None,
     ):
         self._leaves, self._edits = definition.leaves, edits
@@ -155,7 +155,7 @@ def checkpoint_tensors(
     definition: Definition,
     tree: Tree,
     dtype: Any,
-    edits: Mapping[TreePath, Edit],
+    edits: Mapping[TreePath, WeightEdit],
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (Hugging Face name, value) of every weight, in layer order where there are layers.
 
@@ -173,7 +173,7 @@ def checkpoint_tensors(
 
 
 def merged_source(
-    source: TensorSource, definition: Definition, tree: Tree, edits: Mapping[TreePath, Edit]
+    source: TensorSource, definition: Definition, tree: Tree, edits: Mapping[TreePath, WeightEdit]
 ) -> ReplacedSource:
     """Returns the weights of a model in memory, edits folded in, as a checkpoint to read.
 
@@ -203,7 +203,7 @@ def save(
     extra_files: Mapping[str, Path | bytes] | None = None,
     code_from: Path | None = None,
     dtype: Any = None,
-    edits: Mapping[TreePath, Edit] | None = None,
+    edits: Mapping[TreePath, WeightEdit] | None = None,
     quantized: bool = False,
     original: TensorSource | None = None,
     shard_bytes: int = SHARD_BYTES,

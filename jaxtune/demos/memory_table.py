@@ -9,7 +9,7 @@ from typing import Any
 from jaxtune.adapters.parameter_summary import census, trained_share
 from jaxtune.config import resolve
 from jaxtune.planning.plan import Plan, compile_plan
-from jaxtune.planning.topology import describe
+from jaxtune.planning.topology import find_topology
 from jaxtune.training.setup import set_up
 from jaxtune.training.train import choose_method
 
@@ -77,7 +77,7 @@ def row_config(row: TableRow) -> dict[str, Any]:
 
 def compile_row(row: TableRow) -> tuple[Plan, float]:
     """Compiles a row; returns its plan and the share of weights that are trained."""
-    config, hardware = resolve(row_config(row)), describe(row.chips)
+    config, hardware = resolve(row_config(row)), find_topology(row.chips)
     setup = set_up(config, DEEPSEEK_7B, choose_method(config)[0], hardware.devices)
     return compile_plan(setup, hardware), trained_share(census(setup.definition))[2]
 

@@ -1,6 +1,6 @@
-"""Generation: prefill and decode in one compiled function, over a key-value cache.
+"""Generation: prefill and decode in one compiled function, with a key-value cache.
 
-Prompts are padded on the left, so that every row writes its next token at the same place.
+Prompts are padded on the left, so that all rows write their next token at the same index.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 
 from jaxtune.errors import JaxtuneError
+from jaxtune.layers.cpu_bfloat16 import jit
 from jaxtune.layers.decoder import CausalLM, ForwardOptions
 from jaxtune.layers.tree import Tree
 from jaxtune.models.definition import Definition
@@ -24,16 +25,16 @@ from jaxtune.vocabulary import check_token_ids
 
 # Prompt lengths are rounded up to a multiple of this, so that similar batches share a compilation.
 PROMPT_MULTIPLE = 32
-_SEEDS = 2**31  # JAX takes a seed as int32
+_SEEDS = 2**31  # seeds of JAX are int32
 
 
 class Sampling(NamedTuple):
-    """How the next token is chosen.
+    """Settings for choosing the next token.
 
     Attributes:
-      temperature: 0 takes the likeliest token.
+      temperature: 0 chooses the likeliest token.
       top_p: samples from the smallest set of tokens with at least this probability.
-      seed: of the samples.
+      seed: of the random samples.
     """
 
     temperature: float = 0.0
@@ -42,8 +43,8 @@ class Sampling(NamedTuple):
 
 
 class _Loop(NamedTuple):
-    index: jax.Array  # tokens generated so far
-    token: jax.Array  # int32[B], the last of them
+    index: jax.Array  # number of tokens generated so far
+    token: jax.Array  # int32[B], the last one
     done: jax.Array  # bool[B]
     output: jax.Array  # int32[B, N]
     caches: Any
@@ -58,14 +59,14 @@ def _choose(logits: jax.Array, greedy: bool, sampling: Sampling, key: jax.Array)
     ordered = jnp.sort(logits, axis=-1)[:, ::-1]
     probabilities = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    # The first token past the threshold still belongs to the set, and the likeliest always does.
+    # The set includes the token that crosses the threshold, so it always has the likeliest one.
     smallest = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), axis=-1)
     logits = jnp.where(logits >= smallest[:, None], logits, -jnp.inf)
     return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
 
 
 @functools.partial(
-    jax.jit, static_argnames=("definition", "options", "max_new_tokens", "greedy", "stop")
+    jit, static_argnames=("definition", "options", "max_new_tokens", "greedy", "stop")
 )
 def _generate(
     trees: tuple[Tree, Tree, Tree],
@@ -87,8 +88,8 @@ def _generate(
     segments = (index >= prompt - lengths[:, None]).astype(jnp.int32)
     positions = jnp.maximum(index - (prompt - lengths[:, None]), 0)
     kv_segments = jnp.concatenate([segments, jnp.ones((batch, max_new_tokens), jnp.int32)], axis=1)
-    caches = model.model.init_cache(batch, prompt + max_new_tokens, options.dtype)
-    hidden, caches = model.hidden(
+    caches = model.decoder.init_cache(batch, prompt + max_new_tokens, options.dtype)
+    hidden, caches, _ = model.decoder(
         tokens, segments, positions, options, caches=caches, kv_segment_ids=kv_segments
     )
     end = jnp.asarray(stop, jnp.int32)
@@ -104,7 +105,7 @@ def _generate(
     loop = _Loop(jnp.int32(1), token, done, output.at[:, 0].set(token), caches, key)
 
     def one_token(loop: _Loop) -> _Loop:
-        hidden, caches = model.hidden(
+        hidden, caches, _ = model.decoder(
             loop.token[:, None],
             jnp.ones((batch, 1), jnp.int32),
             (lengths + loop.index - 1)[:, None],
@@ -118,10 +119,10 @@ def _generate(
         output = lax.dynamic_update_slice(loop.output, token[:, None], (0, loop.index))
         return _Loop(loop.index + 1, token, done, output, caches, loop.key)
 
-    def goes_on(loop: _Loop) -> jax.Array:
+    def unfinished(loop: _Loop) -> jax.Array:
         return (loop.index < max_new_tokens) & ~jnp.all(loop.done)
 
-    return lax.while_loop(goes_on, one_token, loop).output
+    return lax.while_loop(unfinished, one_token, loop).output
 
 
 def generate_tokens(
@@ -141,35 +142,20 @@ def generate_tokens(
       trees: base, trainable, constants.
       prompts: token ids, at least one each.
       options: compute dtype and attention backend.
-      max_new_tokens: the most to add to each.
-      sampling: how tokens are chosen.
+      max_new_tokens: maximum number of new tokens per prompt.
+      sampling: how to choose tokens.
       stop: ids that end a row.
 
     Returns:
-      The new tokens of each prompt, without the one that stopped it.
+      The new tokens of each prompt, without the stop token.
 
     Raises:
-      JaxtuneError: an empty prompt, ids that the model does not have, or settings out of range.
+      JaxtuneError: an empty prompt, ids outside the vocabulary, or settings out of range.
     """
     if not len(prompts):
         return []
-    for index, prompt in enumerate(prompts):
-        check_token_ids(prompt, definition.vocab_size, f"prompt {index + 1}")
-        if np.ndim(prompt) != 1:
-            raise JaxtuneError(f"prompt {index + 1}: is not a list of token ids")
-        if not len(prompt):
-            raise JaxtuneError("a prompt has no tokens")
-    # A NaN is neither less than 0 nor more.
-    if (
-        max_new_tokens < 1
-        or not 0 <= sampling.temperature < math.inf
-        or not 0 < sampling.top_p <= 1
-    ):
-        raise JaxtuneError("max_new_tokens ≥ 1, temperature ≥ 0 and 0 < top_p ≤ 1 are needed")
-    if not -_SEEDS <= sampling.seed < _SEEDS:
-        raise JaxtuneError(f"seed={sampling.seed} is not within {-_SEEDS} and {_SEEDS - 1}")
-    check_token_ids(stop, definition.vocab_size, "the tokens that end an answer (eos_token_id)")
-    reserved = [0] * definition.module.model.reserved
+    _check(definition, prompts, max_new_tokens, sampling, stop)
+    reserved = [0] * definition.reserved
     prompts = [[*reserved, *prompt] for prompt in prompts]
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     width = -(-int(lengths.max()) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
@@ -191,6 +177,32 @@ def generate_tokens(
         )
     )
     return [_until_stop(row.tolist(), stop) for row in output]
+
+
+def _check(
+    definition: Definition,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop: Sequence[int],
+) -> None:
+    """Checks the arguments of `generate_tokens`."""
+    for index, prompt in enumerate(prompts):
+        check_token_ids(prompt, definition.vocab_size, f"prompt {index + 1}")
+        if np.ndim(prompt) != 1:
+            raise JaxtuneError(f"prompt {index + 1} is not a list of token ids")
+        if not len(prompt):
+            raise JaxtuneError(f"prompt {index + 1} has no tokens")
+    # Written so that a NaN fails: all comparisons with it are false.
+    if (
+        max_new_tokens < 1
+        or not 0 <= sampling.temperature < math.inf
+        or not 0 < sampling.top_p <= 1
+    ):
+        raise JaxtuneError("max_new_tokens ≥ 1, temperature ≥ 0 and 0 < top_p ≤ 1 are required")
+    if not -_SEEDS <= sampling.seed < _SEEDS:
+        raise JaxtuneError(f"seed={sampling.seed} is not within {-_SEEDS} and {_SEEDS - 1}")
+    check_token_ids(stop, definition.vocab_size, "the tokens that end an answer (eos_token_id)")
 
 
 def _until_stop(row: list[int], stop: tuple[int, ...]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Causal attention over packed segments: one interface, several backends behind it.
+"""Causal attention over packed segments: one interface with several backends.
 
 B batch, T queries, S keys, H query heads, K key-value heads, D head dimension.
 """
@@ -31,7 +31,7 @@ BACKENDS: dict[str, Callable[..., jax.Array]] = {
     "cudnn": cudnn_attention,
     "splash": splash_attention,
 }
-# Platforms of the kernels that not every device can run.
+# Platforms of the kernels; other backends run on any device.
 KERNEL_PLATFORMS = {"cudnn": ("gpu", "cuda"), "splash": ("tpu",)}
 BY_PLATFORM = {"cpu": "xla", "tpu": "splash", "gpu": "cudnn", "cuda": "cudnn", "rocm": "blockwise"}
 
@@ -42,27 +42,25 @@ def choose_backend(name: str, platform: str, prefix: bool = False) -> str:
     Args:
       name: a name from `BACKENDS`, or "auto".
       platform: "cpu", "gpu" or "tpu".
-      prefix: whether keys and values come before every segment, which the kernels cannot mask.
+      prefix: whether there is a prefix of keys and values, which the kernels cannot mask.
 
     Raises:
-      JaxtuneError: no such backend, or it cannot do what is asked for.
+      JaxtuneError: an unknown backend, or one that lacks the platform or prefixes.
     """
     if name == "auto":
         chosen = BY_PLATFORM.get(platform, "blockwise")
         if not prefix or chosen not in KERNEL_PLATFORMS:
             return chosen
-        logger.info("attention: blockwise in place of %s, which takes no prefix", chosen)
+        logger.info("attention: blockwise instead of %s, which does not support a prefix", chosen)
         return "blockwise"
     lookup(BACKENDS, name, "model.attention")
     if platform not in KERNEL_PLATFORMS.get(name, (platform,)):
         raise JaxtuneError(
             f'model.attention="{name}" runs on {KERNEL_PLATFORMS[name][0]}, not on {platform}; '
-            '"auto" takes what the platform has'
+            '"auto" chooses a backend of the platform'
         )
     if prefix and name in KERNEL_PLATFORMS:
-        raise JaxtuneError(
-            f'model.attention="{name}" takes no prefix of keys and values; "blockwise" does'
-        )
+        raise JaxtuneError(f'model.attention="{name}" does not support a prefix; use "blockwise"')
     return name
 
 
@@ -86,22 +84,22 @@ def attention(
       v: [B, S, K, Dv].
       q_segments: int[B, T]; 0 is padding.
       kv_segments: int[B, S].
-      offset: index among the keys of the first query (0 unless decoding).
+      offset: index of the first query among the keys (0 unless decoding).
       scale: factor on the scores.
       backend: a name from `BACKENDS`; with a prefix "xla" or "blockwise".
-      prefix: keys [n, K, D] and values [n, K, Dv] that every token sees, and padding does not.
+      prefix: keys [n, K, D] and values [n, K, Dv] that all tokens but padding attend to.
 
     Returns:
-      [B, T, H, Dv] in the dtype of q. Rows of padding hold finite values of no meaning.
+      [B, T, H, Dv] in the dtype of q. Rows of padding are finite and otherwise undefined.
     """
     if q.shape[1] == 1:
-        backend = "xla"  # one query: a [1, S] mask is all there is
+        backend = "xla"  # one query needs no more than a [1, S] mask
     joined = {}
     if prefix is not None:
         k, v = join_prefix(prefix[0], k), join_prefix(prefix[1], v)
         joined["prefix"] = prefix[0].shape[0]
     out = BACKENDS[backend](q, k, v, q_segments, kv_segments, offset, scale, **joined)
-    # splash names its output itself, along with what else its backward pass needs.
+    # splash names its output itself, with the other residuals of its backward pass.
     return out if backend == "splash" else checkpoint_name(out, "attention")
 
 
@@ -135,25 +133,40 @@ class Attention(nnx.Module):
         self.prefix: Any = nnx.data(None)
 
     @property
+    def token_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the arrays that later tokens attend to, per token: keys and values [K, D]."""
+        return dict.fromkeys(("k", "v"), (self.kv_heads, self.head_dim))
+
+    @property
     def prefix_width(self) -> int:
-        """Values of one prefix token: a key and a value of each key-value head."""
+        """Values of one prefix token: all of `token_shapes`."""
         return 2 * self.kv_heads * self.head_dim
 
+    @property
+    def activation_widths(self) -> dict[str, int]:
+        """Values per token of the output ("out") and of queries, keys and values ("qkv")."""
+        out = self.heads * self.head_dim
+        return {"out": out, "qkv": out + 2 * self.kv_heads * self.head_dim}
+
+    @property
+    def flops_per_pair(self) -> int:
+        """Operations for each query and key of one product of scores, or of values."""
+        return 2 * self.heads * self.head_dim
+
     def cache_shapes(self, batch: int, length: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of one layer's share of the key-value cache."""
-        shape = (batch, length, self.kv_heads, self.head_dim)
-        return {"k": shape, "v": shape}
+        """Returns the shapes of one layer's cache, by name: `token_shapes` of every token."""
+        return {name: (batch, length, *shape) for name, shape in self.token_shapes.items()}
 
     def __call__(
         self, x: jax.Array, context: Context, cache: Cache | None = None, layer: Any = 0
     ) -> tuple[jax.Array, Cache | None]:
-        """Attends within x [B, T, hidden], or to `cache` as well.
+        """Attends within x [B, T, hidden], and to the cache if there is one.
 
         Args:
           x: [B, T, hidden].
           context: positions, segments and options of the pass.
-          cache: {"k", "v"}: [layers, B, S, K, D] of this run of layers; written in place.
-          layer: index into the cache.
+          cache: {"k", "v"}: [layers, B, S, K, D] of this layer's blocks; written in place.
+          layer: index of the layer in the cache.
 
         Returns:
           ([B, T, hidden], the updated cache).
@@ -172,7 +185,7 @@ class Attention(nnx.Module):
         kv_segments, offset = context.segment_ids, 0
         if cache is not None:
             cache = context.write(cache, {"k": k, "v": v}, layer)
-            if t == 1:  # several tokens start the cache, and need not read it back
+            if t == 1:  # a pass of several tokens starts the cache and does not read it
                 k, v = (cache[name][layer].astype(x.dtype) for name in ("k", "v"))
                 kv_segments, offset = context.kv_segment_ids, context.cache_index
         out = attention(
@@ -189,7 +202,7 @@ class Attention(nnx.Module):
         return self.o_proj(out.reshape(batch, t, -1), context.key_for("o_proj")), cache
 
     def _prefix(self, context: Context) -> tuple[jax.Array, jax.Array] | None:
-        """Returns the trained keys and values [n, K, D], which no rotary embedding touches."""
+        """Returns the trained keys and values [n, K, D], which have no rotary embedding."""
         if self.prefix is None:
             return None
         k, v = jnp.split(self.prefix(context.prefix), 2, axis=-1)

@@ -1,7 +1,7 @@
 """Attention kernels of accelerators: splash on TPU, cuDNN on NVIDIA GPUs.
 
-Neither ever holds a [T, S] array. What a kernel cannot do goes to the blockwise backend, and the
-log says so once. Segments lie in one piece in their row, as packing leaves them.
+Neither holds a [T, S] array. Inputs that a kernel does not support go to the blockwise backend,
+which is logged once. Each segment is contiguous in its row, as in packed batches.
 
 B batch, T queries, S keys, H query heads, K key-value heads, D head dimension. Arguments and
 results as in `jaxtune.layers.attention.attention`.
@@ -20,26 +20,33 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxtune.compatibility import private_module
 from jaxtune.layers.attention_portable import blockwise_attention
 from jaxtune.parallel.rules import devices_along, even_spec
-
-try:
-    # jax.nn.dot_product_attention reaches cuDNN without the offsets of packed segments: with it,
-    # packing would cost a [T, T] mask. The private entry takes them.
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-except ImportError:
-    cudnn = None
 
 logger = logging.getLogger(__name__)
 
 Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
-# The lane count of a TPU's vector unit; splash wants whole lanes of queries and of keys.
+# Lanes of a TPU's vector unit; splash needs a multiple of them in queries and in keys.
 SPLASH_LANES = 128
-# The largest tile of queries and of keys that splash is given; larger ones overflow VMEM.
+# The largest tile of queries and of keys for splash; larger ones overflow VMEM.
 SPLASH_BLOCK = 512
-# Segments in a row that the cuDNN kernel is compiled for. It keeps float32 [B × this, H, T].
+# Segments per row that the cuDNN kernel is compiled for. It keeps float32 [B × this, H, T].
 CUDNN_SEGMENTS = 32
+
+
+def cudnn() -> Any | None:
+    """Returns JAX's private module of cuDNN's attention, or None if JAX no longer has it.
+
+    The public `jax.nn.dot_product_attention` cannot pass the offsets of packed segments to cuDNN:
+    packing would cost a [T, T] mask.
+    """
+    return private_module(
+        "jax._src.cudnn.fused_attention_stablehlo",
+        ("dot_product_attention", "check_cudnn_version", "MaskType"),
+        "attention on GPUs is blockwise, which is slower than cuDNN's",
+    )
 
 
 @functools.cache
@@ -50,7 +57,7 @@ def _log_once(message: str) -> None:
 def on_each_device(
     kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array
 ) -> jax.Array:
-    """Runs a kernel that the compiler cannot partition, on each device's rows and heads.
+    """Runs a kernel that the compiler cannot partition on the rows and heads of each device.
 
     Args:
       kernel: takes (q, k, v, segments) of one device and returns its [B, T, H, Dv].
@@ -60,12 +67,12 @@ def on_each_device(
       segments: int[B, T].
 
     Returns:
-      [B, T, H, Dv], split over the mesh in context like q.
+      [B, T, H, Dv], sharded over the mesh in context like q.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return kernel(q, k, v, segments)
-    # Query heads go with their key-value heads: where these do not split, neither do those.
+    # Query heads stay with their key-value heads: they are split only if these can be.
     split = k.shape[2] % devices_along("kv_heads") == 0
     axes = ("batch", None, "heads" if split else None, None)
     q_spec, k_spec, v_spec, segment_spec = (
@@ -76,13 +83,13 @@ def on_each_device(
         mesh=mesh,
         in_specs=(q_spec, k_spec, v_spec, segment_spec),
         out_specs=q_spec,
-        check_vma=False,  # a kernel does not say over which axes its output varies
+        check_vma=False,  # a kernel does not declare over which axes its output varies
     )(q, k, v, segments)
 
 
 def _not_self_attention(q: jax.Array, k: jax.Array, offset: jax.Array | int) -> str:
     same = q.shape[1] == k.shape[1] and isinstance(offset, int) and offset == 0
-    return "" if same else "queries and keys are not of the same tokens"
+    return "" if same else "queries and keys belong to different tokens"
 
 
 def splash_attention(
@@ -99,7 +106,7 @@ def splash_attention(
     Source: jax.experimental.pallas.ops.tpu.splash_attention.
     """
     if refusal := _not_self_attention(q, k, offset):
-        _log_once(f"attention: blockwise in place of splash: {refusal}")
+        _log_once(f"attention: blockwise instead of splash: {refusal}")
         out = blockwise_attention(q, k, v, q_segments, kv_segments, offset, scale)
         return checkpoint_name(out, "attention")
     kernel = functools.partial(splash_self_attention, scale=scale)
@@ -123,17 +130,17 @@ def splash_self_attention(
       v: [B, T, K, Dv].
       segments: int[B, T].
       scale: factor on the scores.
-      interpret: evaluates the kernel step by step, on any device.
+      interpret: runs the kernel in interpret mode, on any device.
 
     Returns:
       [B, T, H, Dv] in the dtype of q.
     """
-    # Imported here, for it is experimental and nothing but a TPU needs it.
+    # Imported here because it is experimental and only needed on a TPU.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     t, heads = q.shape[1:3]
-    # Padded tokens are a segment at the end of the row: no token of the row sees them.
+    # Padded tokens are a segment at the end of the row: no other token attends to them.
     pad = -t % SPLASH_LANES
     length = t + pad
     q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))
@@ -174,11 +181,11 @@ def cudnn_attention(
 ) -> jax.Array:
     """Attention of a whole sequence [B, T, H, D] with cuDNN: for NVIDIA GPUs from Hopper on.
 
-    Rows of more than `CUDNN_SEGMENTS` segments are known only when the batch is there; a batch
-    that holds one is computed blockwise.
+    The number of segments is known at run time only: a batch with a row of more than
+    `CUDNN_SEGMENTS` segments is computed blockwise.
     """
     if refusal := _not_self_attention(q, k, offset) or _cudnn_refusal(q, v):
-        _log_once(f"attention: blockwise in place of cuDNN: {refusal}")
+        _log_once(f"attention: blockwise instead of cuDNN: {refusal}")
         return blockwise_attention(q, k, v, q_segments, kv_segments, offset, scale)
 
     def kernel(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
@@ -193,34 +200,35 @@ def cudnn_attention(
 
 
 def _cudnn_refusal(q: jax.Array, v: jax.Array) -> str:
-    """Says why cuDNN cannot do it, or returns an empty string when it can."""
-    if cudnn is None or not hasattr(cudnn, "dot_product_attention"):
-        return "this jax has no entry to it"
+    """Returns why cuDNN does not support these arrays [B, T, H, D], or an empty string."""
+    kernels = cudnn()
+    if kernels is None:
+        return "this version of jax gives no access to it"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"it does not take {q.dtype}"
+        return f"it does not support {q.dtype}"
     if q.shape[-1] != v.shape[-1] or q.shape[-1] > 128 or q.shape[-1] % 8:
-        return f"it does not take head dimensions {q.shape[-1]} and {v.shape[-1]}"
-    # Devices other than NVIDIA's have none, or a name such as "gfx90a".
+        return f"it does not support head dimensions {q.shape[-1]} and {v.shape[-1]}"
+    # Devices of other vendors have none, or a name such as "gfx90a".
     capability = str(getattr(jax.devices()[0], "compute_capability", ""))
     if not re.fullmatch(r"\d+\.\d+", capability) or float(capability) < 9.0:
         return "packed segments need compute capability 9.0"
     try:
-        cudnn.check_cudnn_version()
+        kernels.check_cudnn_version()
     except RuntimeError as error:
         return str(error)
     return ""
 
 
 def segment_extents(segments: jax.Array, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Finds where the segments of each row lie, padding being one of them.
+    """Returns the extents of the segments in each row; padding counts as a segment.
 
     Args:
       segments: int[B, T].
-      most: how many segments of a row are listed.
+      most: maximum number of segments per row.
 
     Returns:
-      (first token of each segment int32[B, most], their lengths int32[B, most], whether every row
-      has at most that many: bool scalar). Entries past a row's last segment are -1.
+      (index of the first token of each segment int32[B, most], lengths int32[B, most], whether
+      every row has at most `most` segments: bool scalar). Entries past the last segment are -1.
     """
     t = segments.shape[1]
     first = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
@@ -241,13 +249,14 @@ def _cudnn_packed(
     lengths: jax.Array,
     scale: float,
 ) -> jax.Array:
-    """Calls cuDNN with a list of segments per row, as `segment_extents` gives it."""
-    assert cudnn is not None
-    # jax derives the strides of keys and values from the heads of q, so there must be as many.
+    """Calls cuDNN with q, k, v [B, T, H or K, D] and the segments from `segment_extents`."""
+    kernels = cudnn()
+    assert kernels is not None  # `_cudnn_refusal` has checked
+    # JAX derives the strides of keys and values from the heads of q, so the numbers must be equal.
     groups = q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
     offsets = jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1)
-    out: Any = cudnn.dot_product_attention(
+    out: Any = kernels.dot_product_attention(
         q,
         k,
         v,
@@ -256,6 +265,6 @@ def _cudnn_packed(
         q_offsets=offsets,
         kv_offsets=offsets,
         scale=scale,
-        mask_type=cudnn.MaskType.PADDING_CAUSAL,
+        mask_type=kernels.MaskType.PADDING_CAUSAL,
     )
     return out

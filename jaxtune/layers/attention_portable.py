@@ -1,8 +1,8 @@
 """Attention in plain JAX: backends that run on any device.
 
 B batch, T queries, S keys, H query heads, K key-value heads, D head dimension. Arguments and
-results as in `jaxtune.layers.attention.attention`, but that the keys and values of a prefix are
-joined to the others: the first `prefix` of them.
+results as in `jaxtune.layers.attention.attention`, except that the first `prefix` keys and values
+are those of a prefix.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Finite, so that a row that may attend to nothing (padding) gives a mean and not NaN.
+# Finite, so that rows without any key (padding) give a mean instead of NaN.
 MASKED = -1e30
-# Queries that the blockwise backend handles at once.
+# Queries per block of the blockwise backend.
 QUERY_BLOCK = 256
 
 
 def join_prefix(prefix: jax.Array, x: jax.Array) -> jax.Array:
-    """Puts keys or values of a prefix [n, K, D] in front of those of each row x [B, S, K, D]."""
+    """Prepends the keys or values of a prefix [n, K, D] to those of each row x [B, S, K, D]."""
     prefix = jnp.broadcast_to(prefix.astype(x.dtype), (x.shape[0], *prefix.shape))
     return jnp.concatenate([prefix, x], axis=1)
 
@@ -26,7 +26,7 @@ def join_prefix(prefix: jax.Array, x: jax.Array) -> jax.Array:
 def _mask(
     q_segments: jax.Array, kv_segments: jax.Array, offset: jax.Array | int, prefix: int
 ) -> jax.Array:
-    """Returns bool [B, T, prefix + S]: same segment, and not after the query; or of the prefix."""
+    """Returns bool [B, T, prefix + S]: the prefix, and keys of the segment up to the query."""
     batch, t = q_segments.shape
     rows = offset + jnp.arange(t)
     causal = jnp.arange(kv_segments.shape[1])[None, :] <= rows[:, None]
@@ -49,7 +49,7 @@ def xla_attention(
 ) -> jax.Array:
     """Plain attention with a [T, S] mask, in float32: for CPUs and for single-token decoding.
 
-    The heads of a group are folded into the query axis, so keys and values are never repeated.
+    The heads of a group are folded into the query axis, so that keys and values are not repeated.
     """
     (batch, t, heads, dim), kv_heads, s = q.shape, k.shape[2], k.shape[1]
     groups = heads // kv_heads
@@ -77,9 +77,9 @@ def blockwise_attention(
     scale: float,
     prefix: int = 0,
 ) -> jax.Array:
-    """Attention one block of queries at a time, recomputed in the backward pass.
+    """Attention for one block of queries at a time, recomputed in the backward pass.
 
-    Runs anywhere and never holds a [T, S] array: for accelerators without a kernel for the shape.
+    Never holds a [T, S] array: for accelerators without a kernel for the shape.
     """
     batch, t = q_segments.shape
     block = min(QUERY_BLOCK, t)

@@ -1,4 +1,4 @@
-"""What every layer of one forward pass shares."""
+"""Arrays and options that all layers of a forward pass share."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Context:
       sin: like `cos`.
       segment_ids: int[B, T]; 0 is padding.
       kv_segment_ids: int[B, S]; equal to `segment_ids` without a cache.
-      cache_index: where in the cache this pass starts. A pass of several tokens starts at 0;
-        later ones bring one token each.
-      key: for dropout in the current layer; None turns dropout off.
+      cache_index: index in the cache of the first token of this pass. A pass of several tokens
+        starts at 0; later passes have one token each.
+      key: for dropout in the current layer; None turns it off.
       backend: attention backend.
       dtype: compute dtype.
       platform: of the devices: "cpu", "gpu" or "tpu".
-      prefix: [n, width], what the prefixes of all layers are made from; None where each has its
-        own.
+      prefix: [n, width], from which all layers project their prefixes; None if each layer has a
+        prefix of its own.
     """
 
     cos: jax.Array
@@ -50,17 +50,17 @@ class Context:
     prefix: jax.Array | None = None
 
     def key_for(self, name: str) -> jax.Array | None:
-        """Returns the random key, a scalar, of a named module of the current layer."""
+        """Returns a random key, a scalar, for a named module of the current layer."""
         return None if self.key is None else jax.random.fold_in(self.key, zlib.crc32(name.encode()))
 
     def in_layer(self, layer: jax.Array) -> Context:
-        """Returns the context of one layer (int scalar): the same, with a random key of its own."""
+        """Returns the context with the random key of one layer, an int scalar."""
         if self.key is None:
             return self
         return dataclasses.replace(self, key=jax.random.fold_in(self.key, layer))
 
     def write(self, cache: Cache, values: Cache, layer: jax.Array | int) -> Cache:
-        """Puts this pass's values, each [B, T, …], into a layer of the stacked cache."""
+        """Writes values [B, T, …] of this pass into one layer of the stacked cache."""
 
         def update(stacked: jax.Array, value: jax.Array) -> jax.Array:
             start = (layer, 0, self.cache_index) + (0,) * (value.ndim - 2)

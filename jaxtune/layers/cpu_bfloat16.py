@@ -1,12 +1,16 @@
-"""Stacked bfloat16 weights as bits, for XLA's CPU backend.
+"""Stacked bfloat16 weights as uint16 arrays, for XLA's CPU backend.
 
 That backend has no bfloat16 slice: a loop over stacked layers would make it convert the whole
-stack to float32 ahead of the loop, and hold it. Slices of integers stay slices, so on a CPU the
-stacks enter the compiled function as uint16, and each layer turns its own slice back.
+stack to float32 ahead of the loop, and hold it. Slices of integers stay slices. So on a CPU stacks
+enter a compiled function as uint16 views, and each layer's slice is turned back into bfloat16.
+
+The two ends of it are `jit`, with which every function of a model's weights is compiled, and
+`decode`, in the body of the scan over layers. Stacks that are not arguments are sliced by `pick`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,44 +18,97 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxtune.layers.tree import Tree, flatten, unflatten
+from jaxtune.layers.tree import flatten, unflatten
 
 _STACKS = ("model", "layers")
 
 
-def as_bits(tree: Tree, platform: str) -> Tree:
-    """Returns the tree as a compiled function takes it on this platform.
+class Compiled:
+    """A compiled function of model trees, with the methods of `jax.stages.Compiled` in use."""
 
-    On a CPU bfloat16 arrays of stacked layers become uint16 views of the same memory; elsewhere
-    the tree is returned as it is.
+    def __init__(self, compiled: jax.stages.Compiled):
+        self._compiled = compiled
+        self.memory_analysis, self.as_text = compiled.memory_analysis, compiled.as_text
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Calls the function with arrays of the shapes that it was compiled for."""
+        return self._compiled(*_encode(arguments))
+
+
+class Lowered:
+    """A lowered function of model trees."""
+
+    def __init__(self, lowered: jax.stages.Lowered):
+        self._lowered = lowered
+
+    def compile(self) -> Compiled:
+        """Compiles the function."""
+        return Compiled(self._lowered.compile())
+
+
+class Jitted:
+    """A function of model trees under `jax.jit`; see `jit`."""
+
+    def __init__(self, function: Callable[..., Any], **options: Any):
+        self._jitted = jax.jit(function, **options)
+
+    def __call__(self, *arguments: Any, **static: Any) -> Any:
+        """Calls the function, which is compiled at the first call with arguments like these."""
+        return self._jitted(*_encode(arguments), **static)
+
+    def trace(self, *arguments: Any) -> jax.stages.Traced:
+        """Traces the function for arrays or ShapeDtypeStructs."""
+        return self._jitted.trace(*_encode(arguments))
+
+    def lower(self, *arguments: Any) -> Lowered:
+        """Lowers the function for arrays or ShapeDtypeStructs."""
+        return Lowered(self._jitted.lower(*_encode(arguments)))
+
+
+def jit(function: Callable[..., Any], **options: Any) -> Jitted:
+    """Compiles a function of model trees, as `jax.jit` does.
 
     Args:
-      tree: arrays, or ShapeDtypeStructs, by path.
-      platform: of the devices.
+      function: its positional arguments are arrays, pytrees, model trees (nested dicts by path) or
+        tuples of these; keyword arguments are static.
+      **options: those of `jax.jit`.
     """
-    if platform != "cpu":
-        return tree
-    return unflatten({path: _view(path, leaf) for path, leaf in flatten(tree)})
+    return Jitted(function, **options)
 
 
-def from_bits(tree: Any) -> Any:
-    """Turns one layer's uint16 leaves back into bfloat16, inside a compiled loop."""
+def decode(layer: Any) -> Any:
+    """Returns a pytree of one layer's arrays with uint16 leaves as bfloat16; traceable."""
     return jax.tree.map(
-        lambda a: lax.bitcast_convert_type(a, jnp.bfloat16) if a.dtype == jnp.uint16 else a, tree
+        lambda a: lax.bitcast_convert_type(a, jnp.bfloat16) if a.dtype == jnp.uint16 else a, layer
     )
 
 
-def _view(path: tuple[str, ...], leaf: Any) -> Any:
-    if path[:2] != _STACKS:
-        return leaf
-    return jax.tree.map(_view_array, leaf)
+def pick(stack: jax.Array, index: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Returns a slice or gather `index(stack)` of any shape; no bfloat16 stack is converted."""
+    if stack.dtype != jnp.bfloat16:
+        return index(stack)
+    return lax.bitcast_convert_type(
+        index(lax.bitcast_convert_type(stack, jnp.uint16)), jnp.bfloat16
+    )
 
 
-def _view_array(leaf: Any) -> Any:
-    if leaf.dtype != jnp.bfloat16:
+def _encode(argument: Any) -> Any:
+    """Replaces the bfloat16 stacks of model trees among arguments by uint16 views, on a CPU."""
+    if type(argument) is tuple:
+        return tuple(_encode(each) for each in argument)
+    if not isinstance(argument, Mapping) or _STACKS[0] not in argument:
+        return argument
+    leaves = dict(flatten(argument))
+    stacks = {p: jax.tree.map(_view, leaf) for p, leaf in leaves.items() if p[:2] == _STACKS}
+    return unflatten(leaves | stacks)
+
+
+def _view(leaf: Any) -> Any:
+    if leaf.dtype != jnp.bfloat16 or next(iter(leaf.sharding.device_set)).platform != "cpu":
         return leaf
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(leaf.shape, jnp.uint16, sharding=leaf.sharding)
+    # NumPy's views share the memory of the arrays, and so do the arrays made of them.
     shards = [
         jax.device_put(np.asarray(shard.data).view(np.uint16), shard.device)
         for shard in leaf.addressable_shards

@@ -13,7 +13,7 @@ from jaxtune.layers.tree import parameter
 
 
 class Embedding(nnx.Module):
-    """A table [vocabulary, hidden], with a slot for a method that trains some of its rows."""
+    """A table [vocabulary, hidden], with an adapter slot for trained rows."""
 
     def __init__(self, vocab_size: int, hidden_size: int):
         self.weight = parameter((vocab_size, hidden_size), ("vocab", "embed"))

@@ -1,4 +1,4 @@
-"""The head: hidden states to logits, with whatever edit its weight carries."""
+"""The head: hidden states to logits, with the edit of its weight."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from jaxtune.quant import QuantizedWeight, is_quantized
 
 
 class Rows(NamedTuple):
-    """Rows in place of some of a weight.
+    """Rows that replace some rows of a weight.
 
     Attributes:
-      ids: which, int32 [n], each once.
+      ids: int32 [n], unique indices of the rows.
       values: float32 [n, hidden].
     """
 
@@ -24,16 +24,16 @@ class Rows(NamedTuple):
 
 
 class Head(NamedTuple):
-    """The weight [vocabulary, hidden] of the head, its edit, and rows in place of some of both."""
+    """The weight [vocabulary, hidden] of the head, its edit, and rows that replace some of it."""
 
     weight: Any
     edit: Edit = Edit()
     rows: Rows | None = None
 
     def gathered(self) -> Head:
-        """Returns the head with a weight of which each device has its whole rows.
+        """Returns the head with a weight whose rows each device holds whole.
 
-        For a loop over chunks of tokens, which would gather them in every round.
+        A loop over chunks of tokens would otherwise gather them in every iteration.
         """
         weight = self.weight
         if isinstance(weight, QuantizedWeight):

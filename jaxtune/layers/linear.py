@@ -1,12 +1,12 @@
-"""The choke point: every projection of every model goes through `project`.
+"""The projection: what multiplies weights, plain or quantized, with or without a method's edit.
 
-A weight may be plain or quantized, frozen or trained, and may carry a method's edit. Products
-accumulate in float32 and are rounded once. The only residuals are the input and the weight as it
-is stored, so no dequantized copy outlives its use, and a frozen weight costs no gradient.
+Products accumulate in float32 and are rounded once. The only residuals are the input and the weight
+as it is stored: no dequantized copy is kept for the backward pass, and a frozen weight costs no
+gradient.
 
-Every edit is a value of one algebra, W' = out_scale · (W + scale · B A) · in_scale, with perhaps
-another bias. What has to know what an edit means reads it from here: `project`, the experts, the
-head, and merging.
+Every edit is a value of one algebra, W' = out_scale · (W + scale · B A) · in_scale, with an
+optional new bias. Whatever depends on the meaning of an edit takes it from here: `Linear`, the
+experts, the head, and merging.
 
 Shapes: x [..., in], weight [out, in] (as Hugging Face stores it), lora_A [r, in], lora_B [out, r].
 """
@@ -42,9 +42,9 @@ class LowRank(NamedTuple):
 
 
 class Edit(NamedTuple):
-    """What a method makes of a projection: W' = out_scale · (W + low rank) · in_scale, and a bias.
+    """The edit of a projection: W' = out_scale · (W + low rank) · in_scale, and a bias.
 
-    A part that is None changes nothing. Parts of routed experts have a leading expert axis, except
+    None leaves a part unchanged. For routed experts the parts have a leading expert axis, except
     low-rank factors that all experts share.
 
     Attributes:
@@ -61,33 +61,39 @@ class Edit(NamedTuple):
 
 
 class LinearAdapter(Protocol):
-    """What a fine-tuning method puts into the adapter slot of a projection."""
+    """The module that a fine-tuning method puts into the adapter slot of a projection."""
 
     def edit(self, weight: Any, bias: jax.Array | None, dtype: DTypeLike) -> Edit:
         """Returns the edit of a frozen weight [out, in], plain or quantized, and bias [out].
 
-        `dtype` is that of the computation: products with the weight are of arrays of this dtype.
+        `dtype` is the compute dtype: products with the weight are of arrays of this dtype.
         """
         ...
 
     def drop(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        """Returns the low-rank branch's input [..., in]; `x` itself where nothing is dropped."""
+        """Returns the input [..., in] of the low-rank term; `x` itself where nothing is dropped."""
         ...
 
 
-def product(x: jax.Array, w: jax.Array, w_axis: int) -> jax.Array:
-    """Contracts the last axis of x [..., n] with axis `w_axis` of w [out, in], in float32."""
+def product(x: jax.Array, weight: Any, w_axis: int) -> jax.Array:
+    """Contracts the last axis of x with an axis of a weight; sums in float32.
+
+    Args:
+      x: [..., n].
+      weight: [out, in], plain or quantized; it is cast to the dtype of x.
+      w_axis: of the weight: 1 for in, 0 for out.
+
+    Returns:
+      float32 [..., m].
+    """
+    if is_quantized(weight):
+        # The barrier makes dequantization wait for x. Otherwise XLA may schedule it as early as it
+        # likes, since it depends on no activation, and hold several dequantized weights at once.
+        x, weight = lax.optimization_barrier((x, weight))
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     dims = (((x.ndim - 1,), (w_axis,)), ((), ()))
-    return lax.dot_general(x, w, dims, precision, preferred_element_type=jnp.float32)
-
-
-def times_weight(x: jax.Array, weight: Any, w_axis: int) -> jax.Array:
-    """As `product`, with a weight [out, in] that may be quantized."""
-    if is_quantized(weight):
-        # Not before x is there: a compiler that dequantized ahead would hold many weights at once.
-        x, weight = lax.optimization_barrier((x, weight))
-    return product(x, materialize(weight, x.dtype), w_axis)
+    weight = materialize(weight, x.dtype)
+    return lax.dot_general(x, weight, dims, precision, preferred_element_type=jnp.float32)
 
 
 def outer(g: jax.Array, x: jax.Array) -> jax.Array:
@@ -103,38 +109,38 @@ def outer(g: jax.Array, x: jax.Array) -> jax.Array:
 def linear_float32(x: jax.Array, weight: Any) -> jax.Array:
     """Multiplies x [..., in] with a plain or quantized weight [out, in]; the result is float32.
 
-    The cotangent is rounded to the dtype of x before it meets the weight: a product of two
-    bfloat16 arrays is what matrix units are made for.
+    The cotangent is rounded to the dtype of x before it meets the weight, because matrix units
+    multiply two bfloat16 arrays at full speed.
+
+    How a frozen weight costs no gradient: the forward rule is called with symbolic zeros, that is
+    each argument comes as a pair of its value and of `perturbed`, whether it is differentiated. x
+    becomes a residual only if the weight is. Without it the backward rule returns None, the zero
+    cotangent, and the product of the weight's gradient is never traced.
     """
-    return times_weight(x, weight, 1)
-
-
-def _linear(x: jax.Array, weight: Any) -> jax.Array:
-    return linear_float32(x, weight).astype(x.dtype)
+    return product(x, weight, 1)
 
 
 def is_trained(tree: Any) -> bool:
-    """Says whether any leaf is differentiated, inside the forward rule of a custom_vjp."""
+    """Returns whether any leaf is differentiated, inside the forward rule of a custom_vjp."""
     leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: hasattr(leaf, "perturbed"))
     return any(leaf.perturbed for leaf in leaves)
 
 
 def plain_values(tree: Any) -> Any:
-    """Returns the arrays that the forward rule of a custom_vjp with symbolic zeros was given."""
+    """Returns the arrays in the arguments of a custom_vjp's forward rule with symbolic zeros."""
     return jax.tree.map(lambda p: p.value, tree, is_leaf=lambda leaf: hasattr(leaf, "perturbed"))
 
 
 def _linear_forward(x: Any, weight: Any) -> tuple[jax.Array, Any]:
     trained, x, weight = is_trained(weight), x.value, plain_values(weight)
-    # x is kept only where the weight is trained: None marks a frozen one.
-    like = jnp.zeros((), x.dtype)
+    like = jnp.zeros((), x.dtype)  # carries the dtype of x
     return linear_float32(x, weight), (x if trained else None, weight, like)
 
 
 def _linear_backward(residuals: Any, g: jax.Array) -> tuple[jax.Array, Any]:
     x, weight, like = residuals
     g = g.astype(like.dtype)
-    dx = times_weight(g, weight, 0).astype(g.dtype)
+    dx = product(g, weight, 0).astype(g.dtype)
     return dx, None if x is None else outer(g, x).astype(weight.dtype)
 
 
@@ -142,31 +148,32 @@ linear_float32.defvjp(_linear_forward, _linear_backward, symbolic_zeros=True)
 
 
 @jax.custom_vjp
-def _linear_low_rank(x: jax.Array, weight: Any, edit: LowRank) -> jax.Array:
-    return _low_rank_parts(x, weight, edit)[0]
+def _linear_low_rank(x: jax.Array, weight: Any, term: LowRank) -> jax.Array:
+    """Multiplies x [..., in] with a frozen weight plus a trained term, in the dtype of x.
+
+    One rule for the whole sum: its only residuals are x and x A, and both products of the backward
+    pass that give dx are added in float32.
+    """
+    return _low_rank_forward(x, weight, term)[0]
 
 
-def _low_rank_parts(x: jax.Array, weight: Any, edit: LowRank) -> tuple[jax.Array, jax.Array]:
-    xa = product(x, edit.lora_A.astype(x.dtype), 1).astype(x.dtype)
-    delta = product(xa, edit.lora_B.astype(x.dtype), 1)
-    return (times_weight(x, weight, 1) + edit.scale * delta).astype(x.dtype), xa
-
-
-def _low_rank_forward(x: jax.Array, weight: Any, edit: LowRank) -> tuple[jax.Array, Any]:
-    y, xa = _low_rank_parts(x, weight, edit)
-    return y, (x, xa, weight, edit)
+def _low_rank_forward(x: jax.Array, weight: Any, term: LowRank) -> tuple[jax.Array, Any]:
+    xa = product(x, term.lora_A, 1).astype(x.dtype)
+    delta = product(xa, term.lora_B, 1)
+    y = (product(x, weight, 1) + term.scale * delta).astype(x.dtype)
+    return y, (x, xa, weight, term)
 
 
 def _low_rank_backward(residuals: Any, g: jax.Array) -> tuple[jax.Array, None, LowRank]:
     x, xa, weight, (lora_A, lora_B, scale, _) = residuals
-    gb = (product(g, lora_B.astype(g.dtype), 0) * scale).astype(g.dtype)
-    dx = times_weight(g, weight, 0) + product(gb, lora_A.astype(g.dtype), 0)
-    edit = LowRank(
+    gb = (product(g, lora_B, 0) * scale).astype(g.dtype)
+    dx = product(g, weight, 0) + product(gb, lora_A, 0)
+    term = LowRank(
         outer(gb, x).astype(lora_A.dtype),
         (outer(g, xa) * scale).astype(lora_B.dtype),
         jnp.zeros_like(scale),
     )
-    return dx.astype(g.dtype), None, edit
+    return dx.astype(g.dtype), None, term
 
 
 _linear_low_rank.defvjp(_low_rank_forward, _low_rank_backward)
@@ -177,49 +184,35 @@ def rescale(x: jax.Array, scale: jax.Array | None) -> jax.Array:
     return x if scale is None else (x * scale).astype(x.dtype)
 
 
-def _add_low_rank(x: jax.Array, dropped: jax.Array, weight: Any, term: LowRank) -> jax.Array:
-    if dropped is x and term.rank_scale is None and term.scale.ndim == 0:
-        return _linear_low_rank(x, weight, term)
-    # Here a factor that is not trained costs no gradient.
-    xa = rescale(_linear(dropped, term.lora_A), term.rank_scale)
-    return _linear(x, weight) + rescale(_linear(xa, term.lora_B), term.scale)
+class Projection(nnx.Module):
+    """The face of every projection: a weight [out, in] and slots for a fine-tuning method.
 
-
-def project(
-    x: jax.Array,
-    weight: Any,
-    bias: jax.Array | None = None,
-    adapter: LinearAdapter | None = None,
-    key: jax.Array | None = None,
-) -> jax.Array:
-    """Applies a weight, its adapter and its bias.
-
-    Args:
-      x: [..., in] in the compute dtype.
-      weight: [out, in], plain or quantized. Under an adapter it is frozen.
-      bias: [out] or None.
-      adapter: the method's edit of this weight, or None.
-      key: for dropout; None turns it off.
-
-    Returns:
-      [..., out] in the dtype of x.
+    Attributes:
+      in_features: length of the input's last axis.
+      out_features: length of the output's last axis.
+      weight: [out, in], or [experts, out, in]; stacked over layers within a model.
+      adapter: the edit of the weight; None for none.
+      chosen: slot for whole trained weights of some routed experts; see `ExpertLinear`.
+      experts: number of routed experts that the weight is stacked over; None for a single weight.
+      is_router: whether the outputs are the logits of a router.
     """
-    if adapter is None:
-        y = _linear(x, weight)
-    else:
-        edit = adapter.edit(weight, bias, x.dtype)
-        x = rescale(x, edit.in_scale)
-        if edit.low_rank is None:
-            y = _linear(x, weight)
-        else:
-            y = _add_low_rank(x, adapter.drop(x, key), weight, edit.low_rank)
-        y = rescale(y, edit.out_scale)
-        bias = bias if edit.bias is None else edit.bias
-    return y if bias is None else y + bias.astype(y.dtype)
+
+    in_features: int
+    out_features: int
+    weight: nnx.Variable
+    adapter: Any
+    chosen: Any = None
+    experts: int | None = None
+    is_router: bool = False
+
+    @property
+    def frozen(self) -> tuple[Any, jax.Array | None]:
+        """The weight [out, in] and the bias [out] or None, as an adapter's `edit` takes them."""
+        return self.weight.get_value(), None
 
 
-class Linear(nnx.Module):
-    """A projection [..., in] → [..., out] with an optional bias and an adapter slot."""
+class Linear(Projection):
+    """A projection [..., in] → [..., out] with an optional bias."""
 
     def __init__(
         self,
@@ -235,20 +228,42 @@ class Linear(nnx.Module):
         self.adapter: Any = nnx.data(None)
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Projects x [..., in] to [..., out] in the dtype of x."""
-        bias = None if self.bias is None else self.bias.get_value()
-        return project(x, self.weight.get_value(), bias, self.adapter, key)
+        """Applies the weight, its edit and the bias.
+
+        Args:
+          x: [..., in] in the compute dtype.
+          key: for dropout; None turns it off.
+
+        Returns:
+          [..., out] in the dtype of x.
+        """
+        weight, bias = self.frozen
+        edit = Edit() if self.adapter is None else self.adapter.edit(weight, bias, x.dtype)
+        x, term = rescale(x, edit.in_scale), edit.low_rank
+        dropped = x if term is None or self.adapter is None else self.adapter.drop(x, key)
+        if term is None:
+            y = linear_float32(x, weight).astype(x.dtype)
+        elif dropped is x and term.rank_scale is None and term.scale.ndim == 0:
+            y = _linear_low_rank(x, weight, term)
+        else:  # products of their own, so that a factor that is not trained costs no gradient
+            xa = linear_float32(dropped, term.lora_A).astype(x.dtype)
+            xa = rescale(xa, term.rank_scale)
+            delta = rescale(linear_float32(xa, term.lora_B).astype(x.dtype), term.scale)
+            y = linear_float32(x, weight).astype(x.dtype) + delta
+        y = rescale(y, edit.out_scale)
+        bias = bias if edit.bias is None else edit.bias
+        return y if bias is None else y + bias.astype(y.dtype)
 
     @property
     def frozen(self) -> tuple[Any, jax.Array | None]:
-        """The weight [out, in] and the bias [out], as an adapter's `edit` takes them."""
+        """The weight [out, in] and the bias [out] or None, as an adapter's `edit` takes them."""
         return self.weight.get_value(), None if self.bias is None else self.bias.get_value()
 
 
-def effective_weight(linear: Linear, dtype: DTypeLike) -> tuple[jax.Array, jax.Array | None]:
-    """Returns the matrix [out, in] and the bias [out] that a projection with its edit stands for.
+def effective_weight(linear: Projection, dtype: DTypeLike) -> tuple[jax.Array, jax.Array | None]:
+    """Returns the matrix [out, in] and the bias [out] of a projection, its edit included.
 
-    For what has to see the matrix itself; applying it costs less with `project`.
+    For computations on the matrix itself; to apply a projection, call it, which costs less.
     """
     weight, bias = linear.frozen
     if linear.adapter is None:

@@ -1,7 +1,7 @@
-"""Multi-head latent attention: keys and values come out of one small latent per token.
+"""Multi-head latent attention: keys and values are projected from one small latent per token.
 
-It trains in expanded form (keys and values of every head) and decodes in absorbed form, where
-queries and outputs move into the space of the latent and the cache holds nothing else.
+Training uses the expanded form (keys and values of every head), decoding the absorbed form, which
+projects queries and outputs into the space of the latent: the cache holds latents alone.
 
 Source: DeepSeek-V2 report (2024). B batch, T queries, S keys, H heads, R latent dimension.
 """
@@ -26,7 +26,7 @@ from jaxtune.layers.norm import RMSNorm
 from jaxtune.layers.rope import rotate_half, rotate_interleaved
 from jaxtune.parallel.rules import constrain
 
-# The norms of the latents have the reference's default, whatever the config's rms_norm_eps.
+# The reference leaves the norms of the latents at their default instead of rms_norm_eps.
 LATENT_NORM_EPS = 1e-6
 
 
@@ -35,16 +35,16 @@ class MLASizes:
     """Dimensions of latent attention.
 
     Attributes:
-      hidden: of the residual stream.
+      hidden: width of the residual stream.
       heads: H.
-      q_lora: of the query's latent; None projects queries at once.
+      q_lora: width of the query's latent; None projects queries directly.
       kv_lora: R.
-      nope: of a head's query and key without rotary embedding.
-      rope: of those with it, shared by all heads' keys.
-      v: of a head's value.
+      nope: width of the part of a head's query and key without rotary embedding.
+      rope: width of the part with it, which the keys of all heads share.
+      v: width of a head's value.
       scale: factor on the scores.
-      bias: whether the projections from and to the residual stream have one.
-      interleaved: whether rotated pairs are (2i, 2i + 1), or (i, i + rope / 2).
+      bias: whether the projections from and to the residual stream have a bias.
+      interleaved: whether rotated pairs are (2i, 2i + 1) instead of (i, i + rope / 2).
     """
 
     hidden: int
@@ -79,19 +79,38 @@ class MLA(nnx.Module):
         self.prefix: Any = nnx.data(None)
 
     @property
+    def token_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the arrays that later tokens attend to, per token.
+
+        The latent past its norm [R], and the rotary key past its rotation, which all heads share.
+        """
+        return {"latent": (self.sizes.kv_lora,), "rope": (self.sizes.rope,)}
+
+    @property
     def prefix_width(self) -> int:
-        """Values of one prefix token: a latent past its norm and a shared key past its rotation."""
+        """Values of one prefix token: all of `token_shapes`."""
         return self.sizes.kv_lora + self.sizes.rope
 
-    def cache_shapes(self, batch: int, length: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of one layer's share of the cache: the latent and the shared rotary key."""
+    @property
+    def activation_widths(self) -> dict[str, int]:
+        """Values per token of the output ("out") and of queries, keys and values ("qkv")."""
         s = self.sizes
-        return {"latent": (batch, length, s.kv_lora), "rope": (batch, length, s.rope)}
+        return {"out": s.heads * s.v, "qkv": s.heads * (2 * (s.nope + s.rope) + s.v)}
+
+    @property
+    def flops_per_pair(self) -> int:
+        """Operations for each query and key of one product: the mean of scores and values."""
+        s = self.sizes
+        return s.heads * (s.nope + s.rope + s.v)
+
+    def cache_shapes(self, batch: int, length: int) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of one layer's cache, by name: `token_shapes` of every token."""
+        return {name: (batch, length, *shape) for name, shape in self.token_shapes.items()}
 
     def __call__(
         self, x: jax.Array, context: Context, cache: Cache | None = None, layer: Any = 0
     ) -> tuple[jax.Array, Cache | None]:
-        """Attends within x [B, T, hidden], or to `cache` as well; as `Attention` does."""
+        """Attends within x [B, T, hidden], and to the cache if there is one; see `Attention`."""
         s = self.sizes
         q_nope, q_rope = self._queries(x, context)
         compressed = self.kv_a_proj_with_mqa(x, context.key_for("kv_a_proj_with_mqa"))
@@ -173,7 +192,7 @@ class MLA(nnx.Module):
         k_rope: jax.Array,
         context: Context,
     ) -> jax.Array:
-        """Attends in the space of the latent, which is key and value of one shared head."""
+        """Attends to the latents, keys and values of one shared head; [B, T, H, v]."""
         s = self.sizes
         weight, bias = effective_weight(self.kv_b_proj, latent.dtype)
         to_key, to_value = jnp.split(weight.reshape(s.heads, -1, s.kv_lora), [s.nope], axis=1)
@@ -199,5 +218,6 @@ class MLA(nnx.Module):
         out = jnp.einsum("bthr,hvr->bthv", out, to_value, precision=precision)
         if bias is None:
             return out
-        # That of a key adds the same to all of a query's scores; that of a value counts once.
+        # A bias of keys adds the same to all scores of a query, which the softmax ignores. A bias
+        # of values is added once, because probabilities sum to 1.
         return out + bias.reshape(s.heads, -1)[:, s.nope :].astype(out.dtype)

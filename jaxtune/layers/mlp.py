@@ -18,6 +18,11 @@ class MLP(nnx.Module):
         self.up_proj = Linear(hidden_size, intermediate_size, axes=("mlp", "embed"), bias=bias)
         self.down_proj = Linear(intermediate_size, hidden_size, axes=("embed", "mlp"), bias=bias)
 
+    @property
+    def activation_width(self) -> int:
+        """Values that a token has within the block: gate, up and their product."""
+        return 3 * self.gate_proj.out_features
+
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         """Maps x [B, T, hidden] to [B, T, hidden]."""
         gate = checkpoint_name(self.gate_proj(x, context.key_for("gate_proj")), "gate_proj")

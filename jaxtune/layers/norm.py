@@ -22,7 +22,7 @@ class RMSNorm(nnx.Module):
         self.weight = parameter((features,), ("norm",), "ones")
 
     def __call__(self, x: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
-        """Normalises x [..., features] over its last axis; the result has `dtype`, or that of x."""
+        """Normalises x [..., features] over its last axis, to `dtype` or the dtype of x."""
         dtype = x.dtype if dtype is None else dtype
         y = x.astype(jnp.float32)
         y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)

@@ -1,4 +1,4 @@
-"""Rematerialisation policies by name: what a layer saves for its backward pass."""
+"""Rematerialisation policies by name: the activations that a layer saves for its backward pass."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def remat(body: Callable[..., Any], policy: str) -> Callable[..., Any]:
 
     Args:
       body: the function that computes one layer.
-      policy: "none" keeps every residual; "full" keeps only the layer's input; the others keep
-        the named activations as well.
+      policy: "none" keeps every residual; "full" keeps only the layer's input; the others also
+        keep the activations that they name.
 
     Raises:
       JaxtuneError: an unknown policy.
@@ -34,5 +34,6 @@ def remat(body: Callable[..., Any], policy: str) -> Callable[..., Any]:
     if policy == "none":
         return body
     saved = jax.checkpoint_policies.save_only_these_names(*_NAMES[policy])
-    # Inside a scan the loop itself keeps the recomputation from being merged with the forward.
+    # prevent_cse is not needed in a scan: the loop keeps XLA from merging the recomputation with
+    # the forward pass.
     return jax.checkpoint(body, policy=saved, prevent_cse=False)

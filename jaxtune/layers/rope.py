@@ -1,4 +1,4 @@
-"""Rotary position embeddings and their scalings, as transformers defines them.
+"""Rotary position embeddings with the scalings of transformers.
 
 Source: Su et al., 2021; transformers' modeling_rope_utils.py for the scalings.
 """
@@ -44,9 +44,9 @@ def rotate_half(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def rotate_interleaved(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates x [B, T, heads, dim] with pairs (2i, 2i + 1); the result has the two halves apart.
+    """Rotates x [B, T, heads, dim] with pairs (2i, 2i + 1), returned as pairs (i, i + dim / 2).
 
-    Where the pairs come to lie does not matter to the product of a query with a key.
+    The product of a query with a key does not depend on the order of the dimensions.
     """
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     x1, x2 = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
@@ -54,9 +54,9 @@ def rotate_interleaved(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Arra
 
 
 def yarn_softmax_scale(config: Mapping[str, Any]) -> float:
-    """Returns the factor on attention scores that yarn's ``mscale_all_dim`` asks for.
+    """Returns the factor on attention scores by yarn's ``mscale_all_dim``.
 
-    Source: DeepSeek-V2's modeling code; it is applied to keys and queries, hence squared.
+    Source: DeepSeek-V2's modeling code. It scales keys and queries, hence the square.
     """
     parameters = rope_parameters(config)
     weight = parameters.get("mscale_all_dim")
@@ -83,7 +83,7 @@ def _linear(parameters: Mapping[str, Any], dim: int) -> tuple[np.ndarray, float]
 
 
 def _llama3(parameters: Mapping[str, Any], dim: int) -> tuple[np.ndarray, float]:
-    """Long waves are slowed by `factor`, short ones kept, those between interpolated."""
+    """Divides low frequencies by `factor`, keeps high ones and interpolates between."""
     inv_freq, factor = _plain(parameters, dim), parameters["factor"]
     low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
     if low > high:
@@ -134,7 +134,7 @@ ROPE_TYPES: dict[str, Callable[[Mapping[str, Any], int], tuple[np.ndarray, float
 }
 
 
-# Their frequencies depend on the length that the model was trained with before it was stretched.
+# Types whose frequencies depend on the context length before the extension.
 _STRETCHED = ("llama3", "yarn")
 _ENTRIES = ("rope_scaling", "rope_parameters")
 _POSITIVE = (
@@ -148,18 +148,18 @@ _NUMBERS = (*_POSITIVE, "attention_factor", "beta_fast", "beta_slow", "mscale", 
 
 
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the rotary settings of a config.json in the newer style, ``rope_type`` among them.
+    """Returns the rotary settings of a config.json in the newer style, with ``rope_type``.
 
     Args:
-      config: the content of config.json; both the newer ``rope_parameters`` and the older
-        ``rope_theta`` + ``rope_scaling`` are understood.
+      config: the content of config.json, with the newer ``rope_parameters`` or the older
+        ``rope_theta`` and ``rope_scaling``.
 
     Raises:
-      JaxtuneError: both are there and say different things, or a setting that is not supported.
+      JaxtuneError: both are given and differ, or a setting is not supported.
     """
     found = {key: _normalized(config, key) for key in _ENTRIES if config.get(key)}
     if len(found) == 2:
-        # transformers would take the older entry and forget the rotary base of the newer one.
+        # transformers would read the older entry and ignore the rotary base of the newer one.
         old, new = (found[key] for key in _ENTRIES)
         differing = [key for key in {**new, **old} if old.get(key) != new.get(key)]
         if differing:
@@ -194,7 +194,7 @@ def _normalized(config: Mapping[str, Any], key: str) -> dict[str, Any]:
     if parameters["rope_type"] in _STRETCHED:
         name, longest = "original_max_position_embeddings", config.get("max_position_embeddings")
         parameters["max_position_embeddings"] = longest
-        if name in config:  # as in transformers, this one goes first
+        if name in config:  # has precedence, as in transformers
             parameters[name] = config[name]
         elif longest is not None:
             parameters.setdefault(name, longest)
@@ -203,7 +203,7 @@ def _normalized(config: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def _check_numbers(parameters: Mapping[str, Any]) -> None:
-    """Refuses values from which transformers makes no frequencies; a null is looked at in use."""
+    """Raises for values that give no frequencies in transformers; nulls are checked in use."""
     for key in _NUMBERS:
         value = parameters.get(key)
         if value is None:
@@ -219,10 +219,10 @@ def rope_from_config(config: Mapping[str, Any], dim: int) -> Rope:
 
     Args:
       config: the content of config.json.
-      dim: how many dimensions of a head are rotated.
+      dim: number of rotated dimensions per head.
 
     Raises:
-      JaxtuneError: an unknown rope type, or a scaling that lacks one of its numbers.
+      JaxtuneError: an unknown rope type, or a scaling with a missing or invalid number.
     """
     parameters = rope_parameters(config)
     if dim % 2:
@@ -235,7 +235,9 @@ def rope_from_config(config: Mapping[str, Any], dim: int) -> Rope:
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise _bad_number(parameters, error) from error
     if not (np.isfinite(inv_freq).all() and math.isfinite(scale)):
-        raise JaxtuneError(f"config.json: rope_type {kind} has numbers that make no frequencies")
+        raise JaxtuneError(
+            f"config.json: rope_type {kind} has numbers that give no finite frequencies"
+        )
     return Rope(tuple(float(f) for f in inv_freq), scale)
 
 
@@ -243,7 +245,7 @@ def _bad_number(parameters: Mapping[str, Any], error: Exception) -> JaxtuneError
     where = f"config.json: rope_type {parameters['rope_type']}"
     if isinstance(error, KeyError):
         return JaxtuneError(f"{where} lacks {error}")
-    # A null may be a choice (attention_factor), so it is looked for where it went wrong.
+    # Some nulls are valid (attention_factor), so the error names one only after a failure.
     nulls = [key for key, value in parameters.items() if value is None]
     reason = f"{nulls[0]} is null" if nulls and isinstance(error, TypeError) else str(error)
     return JaxtuneError(f"{where} has a bad number: {reason}")

@@ -1,9 +1,9 @@
-"""Declared parameters: how a module says what it holds, and how trees and modules meet.
+"""Parameter declarations, and conversion between modules and trees.
 
-A module declares each parameter once, with `parameter`. The declaration drives initialisation,
-conversion both ways, PEFT keys, target patterns, sharding, planning and error messages. Outside
-modules parameters live in plain nested dicts, named as Hugging Face names them; layers of equal
-structure are stacked along a leading axis, one stack per run of layers.
+A module declares each parameter once, with `parameter`. The declaration determines initialisation,
+conversion both ways, PEFT keys, target patterns, sharding, planning and error messages. Outside of
+modules parameters are in plain nested dicts, named as Hugging Face names them; layers of equal
+structure are stacked along a leading axis, one stack for each of the blocks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Weight(nnx.Variable):
 
 
 class Buffer(Weight):
-    """A tensor of the checkpoint that no method trains, such as a router's correction bias."""
+    """A tensor of the checkpoint that is never trained, such as a router's correction bias."""
 
 
 class Trainable(nnx.Variable):
@@ -34,24 +34,24 @@ class Trainable(nnx.Variable):
 
 
 class Constant(nnx.Variable):
-    """An array that belongs to a method and is neither trained nor part of the base."""
+    """An array of a method that is neither trained nor part of the base."""
 
 
 class Shared(Constant):
-    """A constant that several modules share, whatever their layer: it is never stacked."""
+    """A constant that modules of all layers share: it is never stacked."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Declaration:
-    """What is known of a parameter before it exists.
+    """The description of a parameter, without its values.
 
     Attributes:
-      shape: of one layer (and one expert), as the checkpoint has it.
+      shape: shape in the checkpoint, of one layer and one expert.
       axes: logical axis of each dimension, for sharding.
       init: "normal", "zeros" or "ones".
-      layers: (first layer, count) when stacked over a run of layers.
-      experts: how many, when stacked over routed experts.
-      dtype: where the checkpoint's own is kept whatever the model's is; a name, or empty.
+      layers: (first layer, count) when stacked over blocks.
+      experts: number of routed experts, when stacked over them.
+      dtype: name of a fixed dtype; empty for that of the model.
     """
 
     shape: tuple[int, ...]
@@ -63,19 +63,19 @@ class Declaration:
 
     @property
     def stack_shape(self) -> tuple[int, ...]:
-        """The leading axes: layers, then experts, where there are any."""
+        """The leading axes: layers, then experts, if stacked over them."""
         return ((self.layers[1],) if self.layers else ()) + (
             (self.experts,) if self.experts else ()
         )
 
     @property
     def stacked_shape(self) -> tuple[int, ...]:
-        """Shape with the leading axes."""
+        """`shape` after the leading axes."""
         return (*self.stack_shape, *self.shape)
 
     @property
     def stacked_axes(self) -> tuple[str | None, ...]:
-        """Logical axes with the leading ones."""
+        """`axes` after the leading ones."""
         layers = ("layers",) if self.layers else ()
         return (*layers, *(("experts",) if self.experts else ()), *self.axes)
 
@@ -88,7 +88,7 @@ def parameter(
     experts: int | None = None,
     dtype: str = "",
 ) -> nnx.Variable:
-    """Declares a parameter: an abstract array until a tree is bound to the module."""
+    """Declares a parameter [*shape]: an abstract array until a tree is bound to the module."""
     declaration = Declaration(shape, axes, init, experts=experts, dtype=dtype)
     abstract = jax.ShapeDtypeStruct(declaration.stacked_shape, dtype or jnp.float32)
     return kind(abstract, declaration=declaration)
@@ -101,12 +101,12 @@ def variables(module: nnx.Module) -> Iterator[tuple[Path, nnx.Variable]]:
 
 
 def declaration_of(variable: nnx.Variable) -> Declaration:
-    """Returns what `parameter` declared."""
+    """Returns the declaration of a variable made by `parameter`."""
     return variable.get_metadata()["declaration"]
 
 
 def stack(module: _Module, first: int, count: int) -> _Module:
-    """Turns one layer's abstract module into that of `count` layers starting at layer `first`."""
+    """Stacks the abstract module of one layer over the `count` layers from layer `first` on."""
     for _, variable in nnx.iter_graph(module):
         if isinstance(variable, nnx.Variable) and not isinstance(variable, Shared):
             declaration = dataclasses.replace(declaration_of(variable), layers=(first, count))
@@ -117,7 +117,7 @@ def stack(module: _Module, first: int, count: int) -> _Module:
 
 
 def flatten(tree: Mapping[str, Any], prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Yields the leaves of a nested dict with their paths; whatever is not a dict is a leaf."""
+    """Yields the leaves of a nested dict with their paths; only mappings are inner nodes."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from flatten(value, (*prefix, str(key)))
@@ -126,7 +126,7 @@ def flatten(tree: Mapping[str, Any], prefix: Path = ()) -> Iterator[tuple[Path, 
 
 
 def unflatten(leaves: Mapping[Path, Any]) -> Tree:
-    """Builds the nested dict whose leaves are these."""
+    """Builds the nested dict with these leaves."""
     tree: Tree = {}
     for path, value in leaves.items():
         node = tree
@@ -137,15 +137,15 @@ def unflatten(leaves: Mapping[Path, Any]) -> Tree:
 
 
 def merge(*trees: Mapping[str, Any]) -> Tree:
-    """Joins nested dicts; a leaf of several is that of the last."""
+    """Merges nested dicts; later leaves replace earlier ones of the same path."""
     return unflatten({path: leaf for tree in trees for path, leaf in flatten(tree)})
 
 
 def bind(graphdef: Any, *trees: Mapping[str, Any]) -> Any:
-    """Returns the module of `graphdef` that holds the arrays of these trees."""
+    """Returns the module of `graphdef` with the arrays of these trees."""
 
     def restore_indices(node: Any) -> Any:
-        # NNX addresses the runs of layers by integer; plain trees use strings throughout.
+        # NNX addresses the elements of lists by integers; plain trees have string keys only.
         if not isinstance(node, Mapping):
             return node
         return {int(k) if k.isdigit() else k: restore_indices(v) for k, v in node.items()}
@@ -154,7 +154,7 @@ def bind(graphdef: Any, *trees: Mapping[str, Any]) -> Any:
 
 
 def layer_names(path: Path, declaration: Declaration) -> list[str]:
-    """Returns the Hugging Face name of each part of a leaf, in the order of its leading axes.
+    """Returns the Hugging Face names of a stacked leaf's parts, in the order of its leading axes.
 
     ``("model", "layers", "1", "mlp", …)`` with layers (3, 2) gives ``model.layers.3.mlp.…`` and
     ``model.layers.4.mlp.…``; a leaf over experts has a name for each of them,
@@ -171,5 +171,5 @@ def layer_names(path: Path, declaration: Declaration) -> list[str]:
     if declaration.layers is None:
         return [".".join(path)]
     first, count = declaration.layers
-    run = path.index("layers") + 1
-    return [".".join((*path[:run], str(first + i), *path[run + 1 :])) for i in range(count)]
+    index = path.index("layers") + 1
+    return [".".join((*path[:index], str(first + i), *path[index + 1 :])) for i in range(count)]

@@ -24,7 +24,7 @@ def build_model(config: Mapping[str, Any]) -> CausalLM:
     """Builds the abstract model that a config.json describes.
 
     Raises:
-      JaxtuneError: an unknown ``model_type``, or a setting that the architecture lacks.
+      JaxtuneError: an unknown ``model_type``, or a setting that is not supported.
     """
     kind = read(config, "model_type", str)
     build = lookup(ARCHITECTURES, kind, "config.json: model_type")

@@ -24,7 +24,7 @@ def build(config: Mapping[str, Any]) -> CausalLM:
     routing = Routing(
         experts=size(config, "n_routed_experts"),
         top_k=top_k,
-        # The reference leaves the weight of a single expert as it is.
+        # The reference does not normalize the weight of a single expert.
         normalize=top_k > 1 and read(config, "norm_topk_prob", bool, False),
         float32=False,
     )

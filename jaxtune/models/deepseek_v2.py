@@ -14,7 +14,7 @@ from jaxtune.layers.experts.moe import Routing
 from jaxtune.models.hf_config import read, require, size
 from jaxtune.models.mixture import build_mixture, latent_attention
 
-# What transformers' DeepseekV2Config takes for keys that are not there.
+# Defaults of transformers' DeepseekV2Config.
 ABSENT = {"n_shared_experts": 2, "q_lora_rank": 1536}
 
 
@@ -36,7 +36,7 @@ def build(config: Mapping[str, Any]) -> CausalLM:
         top_k=size(config, "num_experts_per_tok"),
         groups=size(config, "n_group") if limited else 1,
         top_groups=size(config, "topk_group") if limited else 1,
-        # norm_topk_prob is in the config, and the reference does not read it.
+        # The reference does not read norm_topk_prob.
         scale=read(config, "routed_scaling_factor", float, 1.0),
     )
     return build_mixture(config, *latent_attention(config), routing)

@@ -14,7 +14,7 @@ from jaxtune.layers.experts.moe import Routing
 from jaxtune.models.hf_config import read, require, size
 from jaxtune.models.mixture import build_mixture, latent_attention
 
-# What transformers' DeepseekV3Config takes for keys that are not there.
+# Defaults of transformers' DeepseekV3Config.
 ABSENT = {
     "first_k_dense_replace": 3,
     "n_shared_experts": 1,

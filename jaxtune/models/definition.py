@@ -1,7 +1,7 @@
-"""An abstract model with everything that is known of its parameters, and the three plain trees.
+"""An abstract model with a description of each parameter, and its three trees.
 
-``base`` is frozen, ``trainable`` is all that the gradient and the optimizer see, ``constants``
-belong to a method and are neither. Full fine-tuning is the case where the base is trainable.
+``base`` is frozen, ``trainable`` is differentiated and optimized, and ``constants`` are arrays of a
+method that are neither. In full fine-tuning the weights of the base are trainable.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from jaxtune.errors import JaxtuneError
-from jaxtune.layers.decoder import CausalLM
+from jaxtune.layers.decoder import Blocks, CausalLM
+from jaxtune.layers.linear import Projection
 from jaxtune.layers.tree import (
     Buffer,
     Constant,
@@ -46,11 +47,11 @@ class Leaf:
     """One array of a model.
 
     Attributes:
-      kind: which tree holds it.
+      kind: the tree that holds it.
       declaration: its shape, axes and initialiser.
-      dtype: as held; of a quantized weight what it is written in where it is not quantized.
-      in_checkpoint: whether it belongs to the base model, and not to a method.
-      format: of a quantized weight.
+      dtype: in memory; for a quantized weight the dtype of its dequantized export.
+      in_checkpoint: whether it belongs to the base model instead of a method.
+      format: of a quantized weight; None for a plain one.
     """
 
     kind: Kind
@@ -61,7 +62,7 @@ class Leaf:
 
     @property
     def stored_as(self) -> str:
-        """Name of the format, or of the dtype where the weight is not quantized."""
+        """Name of the format of a quantized weight, else of the dtype."""
         return str(self.dtype) if self.format is None else self.format.name
 
     @property
@@ -75,7 +76,7 @@ class Leaf:
         return each * math.prod(self.declaration.stack_shape)
 
     def abstract(self, mesh: Mesh | None = None) -> Any:
-        """Returns a ShapeDtypeStruct, or a `QuantizedWeight` of them; sharded if on a mesh."""
+        """Returns a ShapeDtypeStruct, or a `QuantizedWeight` of them; with shardings on a mesh."""
         declaration, shape = self.declaration, self.declaration.stacked_shape
         if self.format is None:
             sharding = named_sharding(mesh, declaration.stacked_axes, shape) if mesh else None
@@ -92,14 +93,14 @@ class Leaf:
 
 
 def check_experts(definition: Definition, mesh_shape: Mapping[str, int]) -> None:
-    """Refuses a mesh that does not share out the experts of a layer evenly.
+    """Checks that the mesh divides the experts of a layer evenly.
 
     Args:
       definition: of the model.
       mesh_shape: devices along each mesh axis.
 
     Raises:
-      JaxtuneError: it does not; the message says which sizes do.
+      JaxtuneError: it does not; the message lists sizes that do.
     """
     shares = mesh_shape["expert"]
     for experts in {leaf.declaration.experts or 0 for leaf in definition.leaves.values()}:
@@ -116,9 +117,9 @@ def _divisors(number: int) -> str:
 
 
 def undivided(definition: Definition, mesh_shape: Mapping[str, int]) -> list[str]:
-    """Returns a line for each size of weights that a mesh axis does not divide.
+    """Returns a line for each weight dimension that its mesh axis does not divide.
 
-    Each device holds such a weight whole along that axis, which changes no result and takes memory.
+    Each device holds such a weight whole along this axis, which costs memory and changes no result.
 
     Args:
       definition: of the model.
@@ -147,17 +148,19 @@ def undivided(definition: Definition, mesh_shape: Mapping[str, int]) -> list[str
 
 
 def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Returns a shape of two dimensions as what it is."""
+    """Returns a shape of two dimensions as (rows, columns)."""
     rows, columns = shape
     return rows, columns
 
 
 class Definition:
-    """The static half of a model: what its trees look like, without their values.
+    """The static description of a model and its trees, without values.
+
+    Other packages use a model through these properties and do not reach into `module`.
 
     Attributes:
       config: the content of config.json.
-      module: the abstract model with its adapters, to be read and not changed.
+      module: the abstract model with its adapters; read-only.
       leaves: every array by path.
     """
 
@@ -174,10 +177,10 @@ class Definition:
         Args:
           config: the content of config.json.
           model: the abstract module, with its adapters attached.
-          dtype: of frozen weights; whatever is trained is float32.
-          trains: says which base weights are trained, by the name of the first layer's; those of
-            a run are trained or frozen together.
-          formats: says how frozen base weights, by path, are quantized.
+          dtype: of frozen weights; trained ones are float32.
+          trains: returns whether a base weight is trained, by its name in the first layer of its
+            blocks, which are trained or frozen together.
+          formats: returns the quantized format of a frozen base weight by its path, or None.
         """
         self.config = dict(config)
         self.module = model
@@ -199,23 +202,79 @@ class Definition:
 
     @property
     def vocab_size(self) -> int:
-        """How many tokens the model has: the rows of its embedding."""
-        return self.leaves[("model", "embed_tokens", "weight")].declaration.shape[0]
+        """Tokens of the vocabulary: the rows of the embedding."""
+        return self.module.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        return self.module.hidden_size
+
+    @property
+    def blocks(self) -> tuple[Blocks, ...]:
+        """The layers, in order, as stacks of equal ones."""
+        return self.module.decoder.blocks
+
+    @property
+    def layer_count(self) -> int:
+        """Number of layers."""
+        return sum(blocks.count for blocks in self.blocks)
+
+    @property
+    def mixture_layers(self) -> list[int]:
+        """Numbers of the layers with routed experts."""
+        mixtures = [blocks for blocks in self.blocks if blocks.layer.mixture is not None]
+        return [layer for _, first, count in mixtures for layer in range(first, first + count)]
+
+    @property
+    def attention(self) -> Any:
+        """The attention of the first layer: all layers of a model have the same kind."""
+        return self.blocks[0].layer.self_attn
+
+    @property
+    def reserved(self) -> int:
+        """Positions at the head of every segment that virtual tokens take."""
+        return self.module.decoder.reserved
+
+    @property
+    def prompt(self) -> Any:
+        """The module that makes the embeddings of virtual tokens, or None."""
+        return self.module.decoder.prompt
+
+    @property
+    def prefix(self) -> Any:
+        """The module of the prefix that layers share, or None without a prefix."""
+        return self.module.decoder.prefix
+
+    @property
+    def trained_rows(self) -> dict[str, Any]:
+        """The modules of trained rows, "embed_tokens" and "lm_head"; None where there is none."""
+        embedding = self.module.decoder.embed_tokens
+        return {"embed_tokens": embedding.adapter, "lm_head": self.module.lm_head_rows}
+
+    @property
+    def has_prefix(self) -> bool:
+        """Whether trained keys and values come before every segment."""
+        return self.prefix is not None
+
+    def projections(self) -> dict[Path, Projection]:
+        """Returns every projection by path, routers included; those of blocks count once."""
+        return self.module.projections()
 
     def of_kind(self, *kinds: Kind) -> dict[Path, Leaf]:
         """Returns the leaves of these trees."""
         return {path: leaf for path, leaf in self.leaves.items() if leaf.kind in kinds}
 
     def in_checkpoint(self) -> dict[Path, Leaf]:
-        """Returns the leaves that a checkpoint of the base model holds."""
+        """Returns the leaves that belong to the base model's checkpoint."""
         return {path: leaf for path, leaf in self.leaves.items() if leaf.in_checkpoint}
 
     def abstract(self, kind: Kind, mesh: Mesh | None = None) -> Tree:
-        """Returns a tree of ShapeDtypeStructs, with their shardings where a mesh is given."""
+        """Returns a tree of ShapeDtypeStructs, with shardings if a mesh is given."""
         return unflatten({path: leaf.abstract(mesh) for path, leaf in self.of_kind(kind).items()})
 
     def bind(self, *trees: Mapping[str, Any]) -> CausalLM:
-        """Returns the model that holds the arrays of these trees."""
+        """Returns the model with the arrays of these trees."""
         return bind(self._graphdef, *trees)
 
     def split(self, tree: Mapping[str, Any]) -> dict[Kind, Tree]:

@@ -1,4 +1,4 @@
-"""What llama, qwen2 and qwen3 have in common: how a config becomes layers."""
+"""The dense architectures, llama, qwen2 and qwen3: from config.json to layers."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def build_dense(
     qk_norm: bool,
     default_head_dim: int | None = None,
 ) -> CausalLM:
-    """Builds an abstract model in which every layer is attention and a gated feed-forward block.
+    """Builds an abstract model of layers with attention and a gated feed-forward block.
 
     Args:
       config: the content of config.json.
       bias: whether q, k and v have a bias.
-      output_bias: whether o has one.
-      mlp_bias: whether the feed-forward projections have one.
+      output_bias: whether o has a bias.
+      mlp_bias: whether the feed-forward projections have a bias.
       qk_norm: whether each head of q and k is normalised before the rotary embedding.
-      default_head_dim: where config.json has none; by default hidden_size / heads.
+      default_head_dim: head_dim if config.json has none; by default hidden_size / heads.
 
     Raises:
       JaxtuneError: a missing or unsupported setting.

@@ -1,6 +1,6 @@
-"""Reading config.json: the value that is there, or an error that names the key.
+"""Reading config.json: a value, or an error that names the key.
 
-A null is not an absent key: it means what it means to transformers, or is refused.
+A null differs from an absent key: it has its meaning in transformers, or raises.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logits_scaling": (None, 1),
     "final_logit_softcapping": (None,),
 }
-"""Keys that change what some models of transformers compute and that no architecture here reads,
-with the values that change nothing."""
+"""Keys that change the computation of some models in transformers and that no architecture here
+reads, with their neutral values."""
 
 
 def read(
@@ -50,12 +50,12 @@ def read(
     Args:
       config: the content of config.json.
       key: to read.
-      kind: type of the value; a whole number is a float as well.
-      default: of an absent key; without one the key is needed.
-      null: what a null stands for; by default it is false for a truth value and refused otherwise.
+      kind: type of the value; an int is accepted as a float.
+      default: value of an absent key; without a default the key is required.
+      null: value of a null; by default False for a bool and an error otherwise.
 
     Raises:
-      JaxtuneError: the key is needed and absent, or its value has another type.
+      JaxtuneError: a required key is absent, or its value has another type.
     """
     value = config.get(key, default)
     if value is None and null is not _MISSING:
@@ -81,11 +81,11 @@ def size(
     null: Any = _MISSING,
     most: int = 2**24,
 ) -> int:
-    """Returns a number of units, layers or tokens; see `read`.
+    """Returns a positive number of units, layers or tokens; see `read`.
 
     Raises:
-      JaxtuneError: the number is not within 1 and `most`, which bounds what a hostile config.json
-        can make a program allocate before a tensor contradicts it.
+      JaxtuneError: the number is not within 1 and `most`, which limits the memory that a hostile
+        config.json can allocate before its tensors contradict it.
     """
     value = read(config, key, int, default, null=null)
     if not 1 <= value <= most:
@@ -94,15 +94,15 @@ def size(
 
 
 def require(config: Mapping[str, Any], key: str, supported: tuple[Any, ...]) -> None:
-    """Checks a setting that would change the mathematics: absent or one of `supported`.
+    """Checks that a setting is absent or one of the `supported` values.
 
     Raises:
-      JaxtuneError: another value; the message names the key and what is supported.
+      JaxtuneError: another value; the message names the key and the supported values.
     """
     if key not in config:
         return
     value = config[key]
-    # 1 and true are equal to Python, and not the same setting.
+    # 1 == True in Python, but they are different settings.
     if not any(
         value == one and isinstance(value, bool) == isinstance(one, bool) for one in supported
     ):
@@ -112,19 +112,19 @@ def require(config: Mapping[str, Any], key: str, supported: tuple[Any, ...]) -> 
 
 
 def check_supported(config: Mapping[str, Any]) -> None:
-    """Checks the settings that all architectures share and that are not read.
+    """Checks settings that all architectures share and that are not read elsewhere.
 
     Raises:
-      JaxtuneError: one that changes what the model computes; the message names it.
+      JaxtuneError: a setting that changes the computation; the message names it.
     """
     for key, values in NEUTRAL.items():
         require(config, key, values)
     require(config, "hidden_act", ("silu", "swish"))
     _check_windows(config)
-    # Nothing here depends on it; training compares it with the lengths of rows.
+    # Only checked: training compares it with the lengths of rows.
     size(config, "max_position_embeddings", 1, null=1, most=2**40)
     pad, vocabulary = read(config, "pad_token_id", int, None, null=None), size(config, "vocab_size")
-    # transformers counts a negative one from the end, and opens no model with one beyond.
+    # In transformers a negative id counts from the end, and one beyond the vocabulary raises.
     if pad is not None and not -vocabulary <= pad < vocabulary:
         raise JaxtuneError(
             f'config.json: "pad_token_id" is {pad}, and the vocabulary has ids 0 to '
@@ -133,9 +133,9 @@ def check_supported(config: Mapping[str, Any]) -> None:
 
 
 def _check_windows(config: Mapping[str, Any]) -> None:
-    """Refuses layers whose attention ends at a window.
+    """Raises for layers with a sliding window.
 
-    As in transformers ``layer_types`` decides where it is given; otherwise the layers from
+    As in transformers ``layer_types`` has precedence; otherwise the layers from
     ``max_window_layers`` on have the window.
     """
     types = config.get("layer_types")

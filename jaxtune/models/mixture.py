@@ -1,4 +1,4 @@
-"""What DeepSeek's mixtures of experts share: which layers are dense, and latent attention."""
+"""DeepSeek's mixtures of experts: from config.json to layers."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from jaxtune.models.hf_config import read, size
 def build_mixture(
     config: Mapping[str, Any], make_attention: Callable[[], Any], rotary_dim: int, routing: Routing
 ) -> CausalLM:
-    """Builds an abstract model whose first layers are dense and whose others are mixtures.
+    """Builds an abstract model of dense layers followed by mixtures of experts.
 
     Args:
       config: the content of config.json.
-      make_attention: makes a layer's attention.
-      rotary_dim: how many dimensions of a head are rotated.
-      routing: how experts are chosen.
+      make_attention: returns the attention of a layer.
+      rotary_dim: number of rotated dimensions per head.
+      routing: of the mixtures.
     """
     hidden, vocab = size(config, "hidden_size"), size(config, "vocab_size")
     ffn, expert_ffn = size(config, "intermediate_size"), size(config, "moe_intermediate_size")
@@ -41,22 +41,22 @@ def build_mixture(
         mixture = MoE(hidden, expert_ffn, routing, shared)
         return DecoderLayer(hidden, eps, make_attention(), mixture)
 
-    runs: list[tuple[Callable[[], DecoderLayer], int]] = []
+    blocks: list[tuple[Callable[[], DecoderLayer], int]] = []
     for layer in range(layers):
         make = make_mixture if layer >= dense and layer % every == 0 else make_dense
-        if runs and runs[-1][0] is make:
-            runs[-1] = (make, runs[-1][1] + 1)
+        if blocks and blocks[-1][0] is make:
+            blocks[-1] = (make, blocks[-1][1] + 1)
         else:
-            runs.append((make, 1))
-    decoder = Decoder(vocab, hidden, eps, rope_from_config(config, rotary_dim), runs)
+            blocks.append((make, 1))
+    decoder = Decoder(vocab, hidden, eps, rope_from_config(config, rotary_dim), blocks)
     return CausalLM(decoder, vocab, hidden, read(config, "tie_word_embeddings", bool, False))
 
 
 def check_routing(routing: Routing) -> None:
-    """Refuses a choice of experts that cannot be made.
+    """Checks the sizes of a routing.
 
     Raises:
-      JaxtuneError: sizes that do not fit one another; the message names their keys.
+      JaxtuneError: sizes that contradict each other; the message names their keys.
     """
     experts, groups, per_group = routing.experts, routing.groups, routing.experts // routing.groups
     problem = ""
@@ -83,11 +83,11 @@ def check_routing(routing: Routing) -> None:
 def latent_attention(
     config: Mapping[str, Any], *, interleaved: bool = True
 ) -> tuple[Callable[[], MLA], int]:
-    """Returns what makes a layer's latent attention, and how many dimensions it rotates.
+    """Returns a constructor of latent attention, and its number of rotated dimensions.
 
     Args:
       config: the content of config.json.
-      interleaved: whether the pairs that are rotated are (2i, 2i + 1), or (i, i + dim / 2).
+      interleaved: whether rotated pairs are (2i, 2i + 1) instead of (i, i + dim / 2).
     """
     nope, rope = size(config, "qk_nope_head_dim"), size(config, "qk_rope_head_dim")
     q_lora = config.get("q_lora_rank")

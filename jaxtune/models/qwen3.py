@@ -1,4 +1,4 @@
-"""The Qwen3 architecture: R1-0528-Qwen3. Each head of q and k is normalised before it is rotated.
+"""The Qwen3 architecture: R1-0528-Qwen3. Queries and keys are normalised before their rotation.
 
 Source: transformers' modeling_qwen3.py.
 """
@@ -12,7 +12,7 @@ from jaxtune.layers.decoder import CausalLM
 from jaxtune.models.dense import build_dense
 from jaxtune.models.hf_config import read
 
-# transformers' Qwen3Config default, whatever the hidden size.
+# Default of transformers' Qwen3Config, which does not depend on the hidden size.
 HEAD_DIM = 128
 
 

@@ -1,4 +1,4 @@
-"""The load-balancing loss of a mixture of experts, as a sum that shares the weight of the loss."""
+"""The load-balancing loss of a mixture of experts, as a sum with the divisor of the main loss."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class ExpertSums(NamedTuple):
     """Sums over the tokens of a batch, float32.
 
     Attributes:
-      balance: the balance losses of its sequences, summed over layers, each times the sequence's
-        targets; a scalar. Divided by all targets it is their weighted mean.
-      load: [layers, E], tokens that chose each expert.
+      balance: balance losses of the sequences, summed over layers, each multiplied by the number of
+        targets in the sequence; a scalar. Divided by all targets it is their weighted mean.
+      load: [layers, E], number of tokens that chose each expert.
     """
 
     balance: jax.Array
@@ -27,17 +27,17 @@ class ExpertSums(NamedTuple):
 def expert_sums(routing: Routed, targets: jax.Array, segment_ids: jax.Array) -> ExpertSums:
     """Sums the routing of a batch.
 
-    A sequence counts as much as its targets do in the loss, so that one weight divides both, and
-    neither the split into micro-batches nor packing changes the balance loss of a batch.
+    Each sequence is weighted by its targets, as in the loss: one divisor serves both, and neither
+    packing nor the split into micro-batches changes the balance loss of a batch.
 
     Args:
-      routing: of every mixture, with a leading axis of layers.
+      routing: routing of every mixture, with a leading axis of layers.
       targets: int[B, T].
       segment_ids: int[B, T], at most T; 0 is padding.
     """
 
     def of_row(counted: jax.Array, segments: jax.Array) -> jax.Array:
-        """Returns for each token its sequence's targets per token."""
+        """Returns float32 [T]: the targets per token of each token's sequence."""
 
         def total(values: jax.Array) -> jax.Array:
             return jax.ops.segment_sum(values, segments, segments.shape[0] + 1)

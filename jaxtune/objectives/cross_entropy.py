@@ -1,8 +1,8 @@
 """Token cross-entropy that never holds [tokens, vocabulary] logits.
 
-The sequence is cut into chunks. When a gradient is wanted, each chunk's is computed in the forward
-pass, while its logits are at hand: nothing is recomputed, and all that is kept is the gradient
-with respect to the hidden states and, if it is trained, the head.
+The sequence is cut into chunks. Under differentiation the forward pass computes the gradient of
+each chunk while its logits are in memory. Nothing is recomputed, and the only residuals are the
+gradients with respect to the hidden states and, if it is trained, the head.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from jaxtune.layers.head import Head
 from jaxtune.layers.linear import plain_values
 from jaxtune.parallel.rules import devices_along
 
-IGNORE = -100  # the target of a position that is not trained on, as in PyTorch
+IGNORE = -100  # target of a position without a loss, as in PyTorch
 
 
 class LossTerms(NamedTuple):
-    """What is minimised beside the cross-entropy; 0 leaves a term out.
+    """Terms of the loss in addition to the cross-entropy; 0 leaves a term out.
 
     Attributes:
-      label_smoothing: ε of targets that are 1 - ε of the token and ε of the uniform distribution.
+      label_smoothing: ε of targets mixed from 1 - ε of the token and ε of the uniform distribution.
       z_loss: factor on the square of the log-normaliser, which keeps logits near 0.
     """
 
@@ -40,11 +40,11 @@ class TokenLoss(NamedTuple):
     """Sums over target tokens, float32 scalars.
 
     Attributes:
-      loss: what is minimised; alone among these it has a gradient.
-      weight: how many targets there are.
-      correct: targets that are the likeliest token.
+      loss: the minimised sum, the only one with a gradient.
+      weight: number of targets.
+      correct: number of targets that are the likeliest token.
       nll: −log p of the targets.
-      uniform: cross-entropy of the uniform distribution, where there is smoothing; else 0.
+      uniform: cross-entropy of the uniform distribution; 0 without label smoothing.
       squared_norm: squares of the log-normaliser.
     """
 
@@ -68,12 +68,13 @@ def cross_entropy(
 
     Args:
       hidden: [B, T, D], after the last norm.
-      head: gives the logits.
+      head: computes the logits.
       targets: int[B, T]; the token to predict at each position, or `IGNORE`.
-      tokens_per_chunk: how many tokens' logits exist at a time on each device.
-      terms: what is minimised besides.
-      scale: by which the caller multiplies the loss, float32 scalar. The gradient is computed at
-        this scale from the start, so that float16 can hold it; no value changes but by rounding.
+      tokens_per_chunk: number of tokens whose logits each device holds at a time.
+      terms: additional terms of the loss.
+      scale: the factor by which the caller multiplies the loss, float32 scalar. The gradient is
+        computed at this scale, so that float16 can represent it; the result differs by rounding
+        alone.
 
     Returns:
       Sums over all targets; divide by `weight` once, over the whole batch.
@@ -81,7 +82,7 @@ def cross_entropy(
     Source: Szegedy et al., 2016 (label smoothing); Chowdhery et al., 2022 (z-loss).
     """
     batch, length = targets.shape
-    # Each device's rows count: a chunk gathers a head that is spread over devices.
+    # Per device, because every chunk gathers the head: the fewer chunks the better.
     rows = max(1, batch // devices_along("batch"))
     chunk = min(length, max(1, tokens_per_chunk // rows))
     pad = -length % chunk
@@ -169,15 +170,21 @@ def _summed(
 def _forward(
     hidden: Any, head: Any, targets: Any, starts: Any, scale: Any, terms: LossTerms
 ) -> tuple[Any, Any]:
-    # An edited head has a frozen weight, whose gradient would be as large as the weight.
+    """Returns the sums, and as residuals the gradients of the loss times `scale`.
+
+    With symbolic zeros each argument's leaves are pairs of a value and `perturbed`. Gradients are
+    computed only for the head's perturbed leaves: an edited head has a frozen weight, whose
+    gradient would be as large as the weight.
+    """
     leaves, structure = jax.tree.flatten(head, is_leaf=lambda leaf: hasattr(leaf, "perturbed"))
     trained = [leaf.perturbed for leaf in leaves]
     hidden, leaves, targets, starts, scale = plain_values((hidden, leaves, targets, starts, scale))
     head = jax.tree.unflatten(structure, leaves)
     if not any(trained[: len(jax.tree.leaves(head.weight))]):
-        # A trained one stays in shares, as the sum of its gradient does.
+        # A trained weight stays sharded, like the sum of its gradient.
         leaves = jax.tree.leaves(head.gathered())
 
+    # The logits as a function of the trained leaves and the hidden states alone.
     def logits_of(changed: list[jax.Array], x: jax.Array) -> jax.Array:
         rest = iter(changed)
         values = [next(rest) if t else leaf for t, leaf in zip(trained, leaves, strict=True)]
@@ -195,19 +202,26 @@ def _forward(
         d_head = jax.tree.map(lambda a, g: a + g.astype(jnp.float32), d_head, grads[0])
         return (jax.tree.map(jnp.add, sums, more), d_head), grads[1]
 
+    # The scan adds up the head's gradient over chunks and stacks those of the hidden states.
     zeros = [jnp.zeros(leaf.shape, jnp.float32) for leaf in changed]
     (sums, d_head), d_hidden = lax.scan(body, (_zero_sums(), zeros), starts)
     d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(hidden.shape)
+    # Residuals are arrays, so a scalar carries the dtype that a gradient is to be rounded to.
     rest = iter(zip(d_head, [jnp.zeros((), leaf.dtype) for leaf in changed], strict=True))
     d_head = [next(rest) if t else None for t in trained]
     return sums, (d_hidden, jax.tree.unflatten(structure, d_head), scale)
 
 
 def _backward(terms: LossTerms, residuals: Any, cotangents: Any) -> Any:
+    """Multiplies the residual gradients with the cotangent of the loss.
+
+    The caller multiplies the loss by `scale`, so the cotangent contains it; the residuals do
+    already, hence the division, which is exact because loss scales are powers of two.
+    """
     del terms
     d_hidden, d_head, scale = residuals
     g = cotangents[0] / scale
-    # Pairs of a gradient and a scalar of the dtype it shall have; None for what is frozen.
+    # Leaves are pairs of a gradient and a scalar of its final dtype, or None for frozen ones.
     d_head = jax.tree.map(
         lambda pair: None if pair is None else (pair[0] * g).astype(pair[1].dtype),
         d_head,

@@ -13,16 +13,16 @@ from jaxtune.objectives.cross_entropy import NO_TERMS, LossTerms, cross_entropy
 
 
 class BatchSums(NamedTuple):
-    """What an objective gives for a batch: sums, float32.
+    """The sums of an objective over a batch, float32.
 
     Attributes:
-      loss: what is minimised; a scalar.
-      weight: what to divide it by, once, over the whole batch; a scalar.
-      correct: targets that are the likeliest token; a scalar.
-      nll: −log p of the targets: what is reported as the loss; a scalar.
-      uniform: cross-entropy of the uniform distribution, under label smoothing; a scalar.
-      squared_norm: squares of the log-normalisers of the targets; a scalar.
-      experts: of the routing; None for a model without experts.
+      loss: the minimised sum; a scalar.
+      weight: its divisor, applied once over the whole batch; a scalar.
+      correct: number of targets that are the likeliest token; a scalar.
+      nll: −log p of the targets, reported as the loss; a scalar.
+      uniform: cross-entropy of the uniform distribution, with label smoothing; a scalar.
+      squared_norm: squared log-normalisers of the targets; a scalar.
+      experts: sums of the routing; None for a model without experts.
     """
 
     loss: jax.Array
@@ -42,19 +42,19 @@ def sft_loss(
     scale: jax.Array | None = None,
     terms: LossTerms = NO_TERMS,
 ) -> BatchSums:
-    """Returns the summed loss of a batch and what to divide it by.
+    """Returns the summed loss of a batch, with its divisor.
 
     Args:
       model: a bound model.
       batch: ``tokens``, ``targets``, ``segment_ids`` and ``positions``, each int[B, T].
       options: of the forward pass.
       key: for dropout and noise; None turns them off.
-      scale: by which the caller multiplies the loss; see `cross_entropy`.
-      terms: what is minimised beside the cross-entropy.
+      scale: the caller's factor on the loss; see `cross_entropy`.
+      terms: additional terms of the loss.
     """
     targets, segment_ids = batch["targets"], batch["segment_ids"]
-    hidden, routing = model.hidden_with_routing(
-        batch["tokens"], segment_ids, batch["positions"], options, key=key
+    hidden, _, routing = model.decoder(
+        batch["tokens"], segment_ids, batch["positions"], options, key
     )
     sums = cross_entropy(hidden, model.head(), targets, options.tokens_per_chunk, terms, scale)
     experts = None if routing is None else expert_sums(routing, targets, segment_ids)

@@ -1,8 +1,8 @@
-"""One process fails: the others learn why, and all end with one exit code.
+"""Failures of one process among several: all of them exit with its reason and its exit code.
 
-Without this the others would wait in a collective until the heartbeat is missed, and then abort
-without a reason. The first failure is published in the key-value store of jax's coordinator, where
-a thread of every process looks for it.
+Otherwise the others would wait in a collective until the heartbeat times out, and then abort
+without a reason. The first failing process publishes its error in the key-value store of JAX's
+coordinator, which a thread of every process polls.
 """
 
 from __future__ import annotations
@@ -20,44 +20,60 @@ from typing import Any, NoReturn
 
 import jax
 
+from jaxtune.compatibility import private_module
 from jaxtune.errors import JaxtuneError, Retry
-
-try:
-    # jax has no public name for the store; orbax reaches it in the same way.
-    from jax._src.distributed import global_state
-except ImportError:  # then each process fails for itself, and the heartbeat ends the others
-    global_state: Any = None
 
 KEY, SEEN = "jaxtune/failure", "jaxtune/failure_seen"
 POLL_SECONDS, GRACE_SECONDS = 1.0, 5.0
-# What the runtimes of CPUs, GPUs and TPUs say when a peer is gone in the middle of a collective.
+# Words in the errors of the CPU, GPU and TPU runtimes when a peer is lost during a collective.
 _LOST = ("gloo", "connection", "socket", "unavailable", "heartbeat", "nccl", "peer", "coordination")
 
 
 class Preempted(Retry):
-    """All processes have saved the same step, because the machine is about to be taken away."""
+    """All processes have saved the same step, because the machine is being preempted."""
 
 
 def fail(code: int, message: str, stacks: bool = False) -> NoReturn:
-    """Ends this process at once, and the others as soon as they hear of it.
+    """Exits this process at once, and the others when they read its failure.
 
     Args:
-      code: the exit code of all.
-      message: one line, the root cause.
-      stacks: dump what every thread of every process is doing.
+      code: exit code of all processes.
+      message: the root cause, in one line.
+      stacks: whether every process prints the stacks of its threads.
     """
     if stacks:
         faulthandler.dump_traceback(file=sys.stderr)
     _say(message)
     if _connected():
-        me = global_state.process_id
+        me = _state().process_id
         _publish({"process": me, "code": code, "message": message, "stacks": stacks})
     _exit(code)
 
 
+def distributed() -> Any | None:
+    """Returns JAX's private module with the client of the coordinator's key-value store.
+
+    JAX has no public name for the store; Orbax reaches it in the same way. None if JAX no longer
+    has it.
+    """
+    return private_module(
+        "jax._src.distributed",
+        ("global_state",),
+        "a process that fails cannot tell the others why; they end after a missed heartbeat",
+    )
+
+
+def _state() -> Any:
+    module = distributed()
+    assert module is not None  # `_connected` has checked
+    return module.global_state
+
+
 def _connected() -> bool:
-    """Says whether there are other processes, and a store in which to tell them something."""
-    return getattr(global_state, "client", None) is not None and global_state.num_processes > 1
+    """Returns whether there are other processes and a store that all of them can read."""
+    module = distributed()
+    state = None if module is None else module.global_state
+    return state is not None and state.client is not None and state.num_processes > 1
 
 
 def _say(message: str) -> None:
@@ -65,38 +81,38 @@ def _say(message: str) -> None:
 
 
 def _exit(code: int) -> NoReturn:
-    # Not by way of sys.exit: jax would wait there for processes that are stuck.
+    # Not with sys.exit: JAX's exit handler would wait for processes that hang.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def _publish(failure: dict[str, Any]) -> None:
-    client: Any = global_state.client
-    with contextlib.suppress(Exception):  # another was first, or the coordinator is gone
+    client = _state().client
+    with contextlib.suppress(Exception):  # another process was first, or the coordinator is gone
         client.key_value_set(KEY, json.dumps(failure))
     _leave_in_order()
 
 
 def _leave_in_order() -> None:
-    """Lets process 0, in which the store is, stay until all others know of the failure."""
-    client: Any = global_state.client
+    """Keeps process 0, which holds the store, alive until all others have read the failure."""
+    client = _state().client
     with contextlib.suppress(Exception):
-        client.key_value_set(f"{SEEN}/{global_state.process_id}", "")
+        client.key_value_set(f"{SEEN}/{_state().process_id}", "")
     deadline = time.monotonic() + GRACE_SECONDS
-    while global_state.process_id == 0 and time.monotonic() < deadline:
+    while _state().process_id == 0 and time.monotonic() < deadline:
         with contextlib.suppress(Exception):
-            if len(client.key_value_dir_get(SEEN)) == global_state.num_processes:
+            if len(client.key_value_dir_get(SEEN)) == _state().num_processes:
                 return
         time.sleep(POLL_SECONDS / 5)
 
 
 def _look() -> dict[str, Any] | None:
-    """Returns the failure that was published, if any was."""
-    client: Any = global_state.client
+    """Returns the published failure, or None."""
+    client = _state().client
     try:
         return json.loads(client.key_value_try_get(KEY))
-    except Exception:  # nothing there, which is the rule
+    except Exception:  # no failure, the normal case
         return None
 
 
@@ -109,7 +125,7 @@ def _end_with(failure: dict[str, Any]) -> NoReturn:
 
 
 def _watch(stopped: threading.Event) -> None:
-    me = global_state.process_id
+    me = _state().process_id
     while not stopped.wait(POLL_SECONDS):
         failure = _look()
         if failure is not None and failure["process"] != me:
@@ -118,13 +134,13 @@ def _watch(stopped: threading.Event) -> None:
 
 @contextlib.contextmanager
 def shared(explain: Callable[[Exception], str | None]) -> Iterator[None]:
-    """Shares what goes wrong in the block with the other processes, and hears what they share.
+    """Shares errors of the block with the other processes, and exits on theirs.
 
-    With one process errors pass as they are. With several, any error but a preemption, which all
-    processes meet together, ends all of them.
+    With one process errors pass unchanged. With several, any error ends all processes, except a
+    preemption, which every process raises itself.
 
     Args:
-      explain: gives a line for errors that the user can mend, else None.
+      explain: returns one line for errors that the user can fix, else None.
     """
     if not _connected():
         yield
@@ -150,6 +166,6 @@ def _fail_with(error: Exception, message: str | None) -> NoReturn:
     if not lost:
         traceback.print_exc()
         fail(65, f"{type(error).__name__}: {error}")
-    # Why it is gone, it may have said; the watching thread then ends this process.
+    # The lost process may have published its reason: then the watching thread exits this one.
     time.sleep(GRACE_SECONDS)
-    fail(75, f"another process is gone: {str(error)[:200]}")
+    fail(75, f"lost another process: {str(error)[:200]}")

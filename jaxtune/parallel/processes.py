@@ -1,7 +1,7 @@
-"""The processes of a run: how they find one another, and what they do together.
+"""The processes of a run: how they find one another, and collective operations of the host.
 
-Every process runs the same program on its own devices. `leads` says which of them writes files;
-all others of these functions have to be called by every process, in the same order.
+Every process runs the same program on its own devices. `leads` is true for the one that writes
+files. Every process must call all other functions, in the same order.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from jax.experimental import multihost_utils
 from jaxtune.errors import JaxtuneError, Retry
 
 COORDINATOR, PROCESSES, PROCESS = "JAXTUNE_COORDINATOR", "JAXTUNE_PROCESSES", "JAXTUNE_PROCESS"
-HEARTBEAT_SECONDS, START_SECONDS = 100, 300  # jax's own
+HEARTBEAT_SECONDS, START_SECONDS = 100, 300  # the defaults of JAX
 
 
 class Addresses(NamedTuple):
-    """Where the processes of a run meet.
+    """The coordinator and the numbering of the processes of a run.
 
     Attributes:
       coordinator: ``host:port`` of process 0.
-      processes: how many there are.
-      process: which one this is, from 0.
+      processes: number of processes.
+      process: index of this process, from 0.
     """
 
     coordinator: str
@@ -41,16 +41,16 @@ def find_addresses(
     process: int | None,
     environ: Mapping[str, str],
 ) -> Addresses | None:
-    """Returns the addresses that flags or the environment give, flags first; None: neither does.
+    """Returns the addresses in flags or else in the environment, or None without any.
 
     Args:
-      coordinator: of the flag ``--coordinator``, if given.
-      processes: of the flag ``--processes``, if given.
-      process: of the flag ``--process``, if given.
-      environ: the environment, of which JAXTUNE_COORDINATOR and its like are read.
+      coordinator: value of ``--coordinator``, if given.
+      processes: value of ``--processes``, if given.
+      process: value of ``--process``, if given.
+      environ: the environment, with JAXTUNE_COORDINATOR, JAXTUNE_PROCESSES and JAXTUNE_PROCESS.
 
     Raises:
-      JaxtuneError: some of the three without the others, or values that are no addresses.
+      JaxtuneError: only some of the three are given, or values are invalid.
     """
     given = {
         COORDINATOR: environ.get(COORDINATOR) if coordinator is None else coordinator,
@@ -72,51 +72,52 @@ def find_addresses(
         )
     except ValueError:
         values = f"{PROCESSES}={given[PROCESSES]}, {PROCESS}={given[PROCESS]}"
-        raise JaxtuneError(f"{values}: these are numbers") from None
+        raise JaxtuneError(f"{values}: both must be numbers") from None
     host, _, port = found.coordinator.rpartition(":")
     if not host or not port.isdigit():
         raise JaxtuneError(f'--coordinator is HOST:PORT of process 0, not "{found.coordinator}"')
     if not 0 <= found.process < found.processes:
         raise JaxtuneError(
-            f"--process={found.process} is not one of {found.processes} processes, which count "
-            "from 0"
+            f"--process={found.process} is not within 0 and {found.processes - 1} (--processes="
+            f"{found.processes})"
         )
     return found
 
 
 def initialize(addresses: Addresses | None, heartbeat_seconds: int = HEARTBEAT_SECONDS) -> None:
-    """Joins the processes of this run, before anything else makes use of a device.
+    """Joins the processes of this run; to be called before any device is used.
 
-    Without addresses jax looks for those of Cloud TPU, SLURM, Open MPI and Kubernetes; where it
-    finds none, this process is the only one. Where the others are not there within five minutes,
-    jax ends this process (SIGABRT).
+    Without addresses, JAX detects those of Cloud TPU, SLURM, Open MPI and Kubernetes; otherwise
+    this process is the only one. If the other processes do not join within five minutes, JAX ends
+    this one (SIGABRT).
 
     Args:
-      addresses: as given, if any.
-      heartbeat_seconds: after so much silence a process counts as dead, and the others stop.
+      addresses: from `find_addresses`.
+      heartbeat_seconds: seconds without a heartbeat before a process counts as dead and the others
+        stop.
 
     Raises:
-      JaxtuneError: an environment that says too little.
-      Retry: the coordinator cannot be started, or turns this process away.
+      JaxtuneError: the environment lacks a part of the addresses.
+      Retry: the coordinator cannot be started, or rejects this process.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     options: dict[str, Any] = {
         "heartbeat_timeout_seconds": heartbeat_seconds,
         "initialization_timeout": START_SECONDS,
-        # Who has finished waits for the others, whose last evaluation may take a while.
+        # A finished process waits for the others, whose last evaluation may take a while.
         "shutdown_timeout_seconds": START_SECONDS,
     }
     try:
         if addresses is None:
             addresses = _detect(options)
         if addresses is not None:
-            # A single process listens to itself; several do on every interface.
+            # A single process listens on the loopback interface, several on all interfaces.
             alone = addresses.coordinator if addresses.processes == 1 else None
             jax.distributed.initialize(
                 coordinator_address=addresses.coordinator,
                 num_processes=addresses.processes,
                 process_id=addresses.process,
-                # What is given is not completed from a cluster's environment.
+                # Do not complete the addresses from a cluster's environment.
                 cluster_detection_method="deactivate",
                 coordinator_bind_address=alone,
                 **options,
@@ -128,11 +129,11 @@ def initialize(addresses: Addresses | None, heartbeat_seconds: int = HEARTBEAT_S
 
 
 def _detect(options: Mapping[str, Any]) -> Addresses | None:
-    """Joins the processes that jax finds; returns where to wait for nobody if it finds none."""
+    """Initializes from a cluster that JAX detects; otherwise returns a loopback address."""
     if "OMPI_COMM_WORLD_SIZE" in os.environ and "OMPI_MCA_orte_hnp_uri" not in os.environ:
-        # From its release 5 on Open MPI no longer says where its processes may meet.
+        # Open MPI from release 5 on no longer sets a variable with the coordinator.
         raise JaxtuneError(
-            "Open MPI 5 names no coordinator: give --coordinator HOST:PORT, --processes "
+            "Open MPI 5 does not name a coordinator: give --coordinator HOST:PORT, --processes "
             "$OMPI_COMM_WORLD_SIZE and --process $OMPI_COMM_WORLD_RANK"
         )
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
@@ -141,13 +142,13 @@ def _detect(options: Mapping[str, Any]) -> Addresses | None:
         )
     try:
         jax.distributed.initialize(**options)
-    except ValueError:  # it lacks an address: no cluster that it knows
+    except ValueError:  # JAX has detected no cluster
         return _alone()
     return None
 
 
 def _alone() -> Addresses:
-    """Returns an address of this machine alone, which no proxy is asked about."""
+    """Returns a loopback address for a single process, without a proxy."""
     os.environ.setdefault("no_grpc_proxy", "127.0.0.1")
     jax.config.update("jax_check_proxy_envs", False)
     with socket.socket() as free:
@@ -156,25 +157,25 @@ def _alone() -> Addresses:
 
 
 def leads() -> bool:
-    """Says whether this is the process that writes the run's files and log."""
+    """Returns whether this process writes the files and the log of the run."""
     return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Waits until every process is here; `name` tells the places apart."""
+    """Waits until every process has reached the barrier with this name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def agree(value: int) -> int:
-    """Returns the value that process 0 has, an int32."""
+    """Returns the value of process 0, an int32."""
     if jax.process_count() == 1:
         return value
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def fetch(tree: Any) -> Any:
-    """Returns a pytree whose arrays this process can read whole, wherever their parts lie."""
+    """Returns a pytree of arrays of any shape that this process can read whole."""
     if jax.process_count() == 1:
         return tree
     return jax.tree.map(_fetch, tree)
@@ -189,7 +190,7 @@ def _fetch(leaf: Any) -> Any:
 
 
 def put(value: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-    """Places an array that every process has whole: each one takes its own shards to its devices.
+    """Shards an array that every process holds whole: each places its own shards on its devices.
 
     Args:
       value: NumPy array, or an array of jax, of any shape and dtype.

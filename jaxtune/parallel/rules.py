@@ -1,7 +1,7 @@
-"""The one table from logical axes to mesh axes, and the two functions that apply it.
+"""The table from logical axes to mesh axes, and the functions that apply it.
 
-Every parameter, optimizer moment, batch and activation names its axes logically ("heads",
-"embed", "batch"); this table decides which mesh axis splits each.
+Every parameter, optimizer moment, batch and activation has logical axes ("heads", "embed",
+"batch"); the table maps each of them to the mesh axes that split it.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
 
 
 def devices_along(axis: str) -> int:
-    """Returns how many devices of the mesh in context split a logical axis; 1 without a mesh."""
+    """Returns the number of devices that split a logical axis; 1 without a mesh in context."""
     if not _partitioned():
         return 1
     return math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in RULES[axis])
 
 
 def _partitioned() -> bool:
-    """Says whether the compiler is to split what is traced over a mesh."""
+    """Returns whether the compiler partitions the traced function over a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and AxisType.Manual not in mesh.axis_types
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pins the sharding of an activation of any shape, one axis name for each of its dimensions.
+    """Constrains the sharding of an activation of any shape by the logical axes of its dimensions.
 
-    Dimensions that the mesh does not divide stay whole. Without a mesh in context, or where a
-    function is mapped over devices, it does nothing.
+    Dimensions that the mesh does not divide stay whole. Has no effect without a mesh in context and
+    inside `jax.shard_map`.
     """
     if not _partitioned():
         return x
@@ -67,12 +67,12 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 def even_spec(
     axes: Sequence[str | None], shape: Sequence[int], mesh_shape: Mapping[str, int]
 ) -> PartitionSpec:
-    """Returns the PartitionSpec of an array, leaving out what does not divide a dimension evenly.
+    """Returns the PartitionSpec of an array, without mesh axes that do not divide a dimension.
 
-    XLA splits arrays into equal parts only; what it cannot split, each device holds whole.
+    XLA splits arrays into equal parts; each device holds other dimensions whole.
 
     Args:
-      axes: logical, one for each dimension.
+      axes: logical axis of each dimension.
       shape: of the array.
       mesh_shape: devices along each mesh axis.
     """

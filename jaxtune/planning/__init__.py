@@ -1,4 +1,4 @@
-"""What a run needs, and how long it takes, before it starts."""
+"""Memory and time of a run, before it starts."""
 
 from jaxtune.planning.plan import Plan, plan
 

@@ -1,4 +1,4 @@
-"""What a run gives to its training step, described and measured without allocating it."""
+"""The arguments of a training step: shapes, dtypes and sizes, without allocating them."""
 
 from __future__ import annotations
 
@@ -7,26 +7,24 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from jaxtune.layers.cpu_bfloat16 import as_bits
 from jaxtune.quant import QuantizedWeight
 from jaxtune.training.setup import Setup
 
 
 def step_arguments(setup: Setup) -> tuple[Any, Any, Any, Any]:
-    """Describes what a run gives to its training step: (state, base, constants, batch)."""
+    """Returns the step's arguments (state, base, constants, batch) as ShapeDtypeStructs."""
     definition, mesh = setup.definition, setup.mesh
     return (
         setup.like,
-        as_bits(definition.abstract("base", mesh), setup.options.platform),
+        definition.abstract("base", mesh),
         definition.abstract("constants", mesh),
         setup.batch_like(),
     )
 
 
 def by_kind(arguments: tuple[Any, Any, Any, Any]) -> dict[str, Any]:
-    """Names the trees that `step_arguments` gives, the state taken apart."""
+    """Returns the trees of `step_arguments` by name, with the state split into its parts."""
     state, base, constants, batch = arguments
     return {
         "base": base,
@@ -38,11 +36,11 @@ def by_kind(arguments: tuple[Any, Any, Any, Any]) -> dict[str, Any]:
 
 
 def bytes_per_device(tree: Any, mesh: Mapping[str, int] | None = None) -> int:
-    """Returns the bytes of one device's share of a tree of ShapeDtypeStructs with shardings.
+    """Returns the bytes per device of a tree of ShapeDtypeStructs with shardings.
 
     Args:
-      tree: described arrays.
-      mesh: devices along each mesh axis, in place of those that the shardings are of.
+      tree: ShapeDtypeStructs of any shape.
+      mesh: devices along each mesh axis; by default those of the shardings.
     """
     total = 0
     for leaf in jax.tree.leaves(tree):
@@ -56,17 +54,14 @@ def _shard_shape(leaf: Any, mesh: Mapping[str, int] | None) -> tuple[int, ...]:
     spec = (*leaf.sharding.spec, *[None] * leaf.ndim)[: leaf.ndim]
     parts = [(entry,) if isinstance(entry, str) else entry or () for entry in spec]
     shares = [math.prod(mesh[axis] for axis in axes) for axes in parts]
-    # What does not divide stays whole; so the rules have it.
+    # A dimension that the devices do not divide stays whole; see `even_spec`.
     return tuple(n // k if n % k == 0 else n for n, k in zip(leaf.shape, shares, strict=True))
 
 
 def base_formats(base: Any, mesh: Mapping[str, int] | None = None) -> dict[str, int]:
-    """Returns the bytes per device of a base by format, the largest first."""
+    """Returns the bytes per device of a base by storage format, the largest first."""
     sizes: dict[str, int] = {}
     for leaf in jax.tree.leaves(base, is_leaf=lambda x: isinstance(x, QuantizedWeight)):
-        quantized = isinstance(leaf, QuantizedWeight)
-        # A CPU's step takes bfloat16 as its bits.
-        dtype = "bfloat16" if not quantized and leaf.dtype == jnp.uint16 else None
-        name = leaf.format.name if quantized else dtype or str(leaf.dtype)
+        name = leaf.format.name if isinstance(leaf, QuantizedWeight) else str(leaf.dtype)
         sizes[name] = sizes.get(name, 0) + bytes_per_device(leaf, mesh)
     return dict(sorted(sizes.items(), key=lambda item: -item[1]))

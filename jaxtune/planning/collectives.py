@@ -1,4 +1,4 @@
-"""What devices send to each other in a step, read off the compiled program."""
+"""The collectives of a compiled step: their kinds, sizes and number."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Collective:
     Attributes:
       kind: of `KINDS`.
       dtype: of its largest array, as the compiler writes it: "bf16", "u8".
-      times: how often it runs in a step.
-      sent: bytes that each device sends each time, by a ring's count.
-      group: devices that take part.
+      times: number of runs in a step.
+      sent: bytes that each device sends per run, with a ring algorithm.
+      group: number of participating devices.
     """
 
     kind: str
@@ -44,8 +44,8 @@ def collectives(text: str, devices: int) -> list[Collective]:
     """Lists the collectives of a compiled step.
 
     Args:
-      text: of the compiled module.
-      devices: how many it is compiled for.
+      text: the compiled module as text.
+      devices: number of devices that it is compiled for.
     """
     program = Program(text)
     alone: list[Collective] = []
@@ -59,8 +59,8 @@ def collectives(text: str, devices: int) -> list[Collective]:
         if channel is None or not instruction.fused:
             alone.append(measured)
             continue
-        # A TPU runs one collective in several fusions, which bear the number of one channel: a
-        # chain, whose parts may lie before, in and after a loop whose work hides them.
+        # A TPU runs one collective as a chain of fusions with the same channel number. Parts of the
+        # chain may lie before, in and after a loop whose computation hides them.
         chain = re.search(r'chain_id="(\d+)"', instruction.rest)
         starts = any(_START in line for line in program.computations[instruction.fused[-1]])
         parts = fused.setdefault((kind, channel[1], chain[1] if chain else ""), {})
@@ -72,8 +72,8 @@ def collectives(text: str, devices: int) -> list[Collective]:
     return [collective for collective in alone if collective.sent]
 
 
-def by_kind(found: list[Collective]) -> dict[str, dict[str, int]]:
-    """Sums collectives up: for each kind, how many run in a step and the bytes that are sent."""
+def totals_by_kind(found: list[Collective]) -> dict[str, dict[str, int]]:
+    """Returns, for each kind of collective, its runs and the bytes sent per step and device."""
     table: dict[str, dict[str, int]] = {}
     for each in found:
         row = table.setdefault(each.kind, {"count": 0, "bytes": 0})
@@ -104,7 +104,7 @@ def _measured(instruction: Instruction, kind: str, times: float, devices: int) -
 
 
 def _group(rest: str, devices: int) -> int:
-    """Reads how many devices take part from the three ways in which groups are written."""
+    """Returns the number of participating devices; XLA writes groups in three ways."""
     if "source_target_pairs" in rest:
         return 2
     if match := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):

@@ -1,4 +1,4 @@
-"""The compiler for NVIDIA GPUs on a machine without one: it is given a description of an H100."""
+"""The compiler for NVIDIA GPUs on machines without one, for the description of an H100."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jax.experimental import topologies
 
 HOW_TO_INSTALL = 'pip install "jaxtune[gpu-plan]"'
 
-# What the compiler asks of a device: https://github.com/openxla/xla, tools/hlo_opt/gpu_specs.
+# Properties of a device for the compiler: https://github.com/openxla/xla, tools/hlo_opt/gpu_specs.
 _DEVICE = {
     "threads_per_block_limit": 1024,
     "threads_per_warp": 32,
@@ -49,7 +49,7 @@ _DEVICE = {
 
 
 def available() -> bool:
-    """Says whether the compiler is installed."""
+    """Returns whether the compiler is installed."""
     return (
         importlib.util.find_spec("jax_plugins") is not None
         and importlib.util.find_spec("jax_plugins.xla_cuda12") is not None
@@ -58,7 +58,7 @@ def available() -> bool:
 
 
 def _toolkit() -> Path | None:
-    """Returns where the wheels keep ptxas and libdevice."""
+    """Returns the directory of ptxas and libdevice in the wheels, or None."""
     spec = importlib.util.find_spec("nvidia")
     places = [] if spec is None else list(spec.submodule_search_locations or [])
     found = [Path(place) / "cuda_nvcc" for place in places]
@@ -66,11 +66,11 @@ def _toolkit() -> Path | None:
 
 
 def devices(count: int) -> Sequence[Any]:
-    """Returns so many H100s that can be compiled for and hold no data."""
+    """Returns `count` H100s, which can be compiled for and hold no data."""
     toolkit = _toolkit()
-    flags = "--xla_gpu_autotune_level=0"  # there is no card to try kernels on
+    flags = "--xla_gpu_autotune_level=0"  # there is no GPU to time kernels on
     if toolkit is not None and "xla_gpu_cuda_data_dir" not in os.environ.get("XLA_FLAGS", ""):
-        # The plugin reads both when it is loaded.
+        # The plugin reads both variables when it is loaded.
         os.environ["XLA_FLAGS"] = (
             f"{os.environ.get('XLA_FLAGS', '')} {flags} --xla_gpu_cuda_data_dir={toolkit}".strip()
         )

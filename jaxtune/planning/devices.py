@@ -1,4 +1,4 @@
-"""Chips and cards: what they hold, how fast they are, and who says so."""
+"""Accelerator specifications (memory, FLOP/s, bandwidth) with their sources."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jaxtune.errors import lookup
 GIB = 2**30
 MIB = 2**20
 
-# A CUDA context with its libraries and compiled kernels, out of what a card has.
+# Memory of a GPU that a CUDA context takes, with libraries and compiled kernels.
 _CUDA_CONTEXT = GIB
 
 
@@ -18,12 +18,12 @@ class Chip:
     """One accelerator.
 
     Attributes:
-      name: as `--topology` and `--device` take it.
+      name: as in `--topology` and `--device`.
       capacity_bytes: memory that a program may use.
-      flops: bfloat16 products with float32 sums, dense, per second.
-      memory_bandwidth: bytes per second, of the device's own memory.
-      link_bandwidth: bytes per second that it can send to the others, all links together.
-      source: where the figures are from.
+      flops: dense bfloat16 FLOP/s with float32 accumulation.
+      memory_bandwidth: bytes per second of the device's memory.
+      link_bandwidth: bytes per second sent to other devices, over all links, one way.
+      source: of the figures.
     """
 
     name: str
@@ -37,9 +37,9 @@ class Chip:
 _CLOUD = "https://cloud.google.com/tpu/docs/"
 _AMPERE = "NVIDIA Ampere GA102 GPU architecture whitepaper, v2"
 
-# Memory of a TPU is what libtpu's compiler names as available when a program does not fit: the
-# chips hold a little more (16, 95 and 32 GB), part of which the system keeps. Links are one way:
-# half of the figure for both ways in the pages named.
+# Memory of a TPU is the limit in libtpu's error for a program that does not fit: slightly less than
+# that of the chip (16, 95 and 32 GB), because the system reserves some. Link bandwidth is one way:
+# half of the bidirectional figure in the sources.
 TPUS = {
     chip.name: chip
     for chip in (
@@ -49,8 +49,8 @@ TPUS = {
     )
 }
 
-# Memory as nvidia-smi shows it, less a CUDA context; links are NVLink where a card has it, or
-# PCI Express 4.0 × 16 at 32 GB/s, one way.
+# Memory as reported by nvidia-smi, less a CUDA context. Links are NVLink if the GPU has it, or PCI
+# Express 4.0 × 16 at 32 GB/s, one way.
 GPUS = {
     name: Chip(name, mib * MIB - _CUDA_CONTEXT, flops, memory, link, source)
     for name, mib, flops, memory, link, source in (
@@ -70,9 +70,9 @@ GPUS = {
 
 
 def gpu(name: str) -> Chip:
-    """Returns a card by name.
+    """Returns a GPU by name.
 
     Raises:
-      JaxtuneError: an unknown card; the message names the closest one.
+      JaxtuneError: an unknown GPU; the message names the closest one.
     """
     return lookup(GPUS, name, "device")

@@ -1,8 +1,8 @@
 """Floating-point operations of a training step, counted in its jaxpr.
 
-A step is traced with portable operations (plain attention, expert loops) and no mesh, so that what
-is counted is the whole step's arithmetic on any hardware. Of attention, which kernels do in their
-own ways, only widths are read; its products are counted by formula.
+A step is traced with portable operations (plain attention, loops over experts) and no mesh: the
+count is that of the whole step on any hardware. Attention kernels differ in their products, which
+are counted by formulas from the widths of attention.
 """
 
 from __future__ import annotations
@@ -15,13 +15,10 @@ from typing import Any
 import numpy as np
 from jax.extend import core
 
-from jaxtune.layers.experts.grouped import tile_size
-from jaxtune.layers.experts.moe import MoE
-from jaxtune.layers.mla import MLA
 from jaxtune.planning.arguments import step_arguments
 from jaxtune.training.setup import Setup
 
-# Products of attention over a square of scores: scores and values forward, four backward.
+# Products of attention over a [T, T] square: scores and values forward, four backward.
 _FORWARD, _BACKWARD = 2, 4
 
 
@@ -31,9 +28,10 @@ class Products:
 
     Attributes:
       plain: operations of products without batch dimensions: projections, experts, the head.
-      batched: of those with batch dimensions: attention.
-      weight_bytes: of two-dimensional operands that meet larger ones: weights, each time.
-      other_bytes: of everything else that plain products read and write.
+      batched: operations of products with batch dimensions: attention.
+      weight_bytes: bytes of weights that plain products read: two-dimensional operands whose other
+        operand has more dimensions, counted at every read.
+      other_bytes: all other bytes that plain products read and write.
     """
 
     plain: float = 0.0
@@ -51,15 +49,14 @@ class Products:
 
 @dataclasses.dataclass(frozen=True)
 class StepFlops:
-    """Operations of one update, over all devices.
+    """Operations of one optimizer step, over all devices.
 
     Attributes:
-      tokens: in a batch, padding and virtual ones included.
-      model: what the method asks for: no recomputation, and attention counted causally.
-      hardware: what is executed, recomputation included.
-      weight_bytes: weights as the products read them; each device reads its share of these for
-        every micro-batch.
-      other_bytes: of what else products read and write.
+      tokens: tokens of a batch, padding and virtual tokens included.
+      model: operations without recomputation, with causal attention.
+      hardware: operations that are executed, recomputation included.
+      weight_bytes: bytes of weights that products read, over all micro-batches.
+      other_bytes: all other bytes that products read and write.
     """
 
     tokens: int
@@ -70,7 +67,7 @@ class StepFlops:
 
 
 def step_flops(setup: Setup) -> StepFlops:
-    """Counts the operations of one update of a run."""
+    """Counts the operations of one step of a run."""
     rows, length = setup.batch_like()["tokens"].shape
     micro = rows // setup.config.training.accumulation
     trips = _tiles(setup, micro * length)
@@ -89,43 +86,32 @@ def step_flops(setup: Setup) -> StepFlops:
 
 
 def _squares_executed(backend: str, remat: str) -> float:
-    """Returns how many products over a whole square of scores a backend's passes amount to."""
+    """Returns the products of a backend's passes, in units of one over a whole [T, T] square."""
     again = remat != "none"
-    if backend == "xla":  # saving the output does not save the scores
+    if backend == "xla":  # a saved output does not include the scores
         return _FORWARD * (1 + again) + _BACKWARD
     if backend == "blockwise":
         return _FORWARD * (2 + again) + _BACKWARD
-    # Kernels walk over half the square and compute scores again: splash in either of its two
-    # backward kernels, which share one more product; cuDNN once.
+    # Kernels visit half of the square and recompute the scores in the backward pass: splash in each
+    # of its two backward kernels, which also share one more product, cuDNN once.
     forward = _FORWARD * (2 if remat == "full" or (again and backend != "splash") else 1)
     return (forward + (7 if backend == "splash" else 5)) / 2
 
 
 def _attention_squares(setup: Setup) -> Iterator[float]:
-    """Yields, by run of layers, the operations of one product per pair of tokens.
+    """Yields the operations of one product of attention per pair of tokens, for each of the blocks.
 
-    That is the mean of the two kinds of product: over the keys' width and over the values'.
+    It is the mean of the two kinds of product, over the width of keys and that of values.
     """
-    decoder = setup.definition.module.model
-    for run, (_, layers) in zip(decoder.layers, decoder.run_layers, strict=True):
-        attention = run.self_attn
-        if isinstance(attention, MLA):
-            sizes = attention.sizes
-            width = sizes.heads * (sizes.nope + sizes.rope + sizes.v)
-        else:
-            width = 2 * attention.heads * attention.head_dim
-        yield layers * width  # two operations for each of the mean width, width / 2
+    for blocks in setup.definition.blocks:
+        yield blocks.count * blocks.layer.self_attn.flops_per_pair
 
 
 def _tiles(setup: Setup, tokens: int) -> float:
-    """Returns how many tiles of rows routing fills in a mixture's layer, for a micro-batch."""
-    for run in setup.definition.module.model.layers:
-        if isinstance(run.mlp, MoE):
-            routing = run.mlp.gate.routing
-            rows = tokens * routing.top_k
-            # Where some experts are trained, two loops share the tiles between them.
-            loops = 1 if run.mlp.experts.gate_proj.chosen is None else 2
-            return rows / tile_size(rows, routing.experts) / loops
+    """Returns the trips of a mixture's loops over tiles for a micro-batch; see `MoE.loop_trips`."""
+    for blocks in setup.definition.blocks:
+        if blocks.layer.mixture is not None:
+            return blocks.layer.mixture.loop_trips(tokens)
     return 1.0
 
 
@@ -140,7 +126,7 @@ def count(jaxpr: Any, trips: float = 1.0) -> Products:
 
     Args:
       jaxpr: a `jax.extend.core.Jaxpr`, closed or not.
-      trips: of loops whose number of trips depends on the data.
+      trips: assumed for loops whose number of trips depends on the data.
     """
     total = Products()
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
@@ -164,7 +150,7 @@ def count(jaxpr: Any, trips: float = 1.0) -> Products:
 
 
 def _known_trips(equation: Any, trips: float) -> float:
-    """Returns the trips of a loop from one literal to another, and `trips` of any other."""
+    """Returns the trips of a loop between literal bounds, else `trips`."""
     literals = [np.asarray(v.val) for v in equation.invars if isinstance(v, core.Literal)]
     counts = [int(value) for value in literals if np.issubdtype(value.dtype, np.integer)]
     return float(max(counts)) if len(counts) >= 2 and max(counts) > 0 else trips

@@ -1,4 +1,4 @@
-"""Reading a compiled program: which instructions it has, and how often each one runs."""
+"""Parsing compiled programs: their instructions, and how often each one runs."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Instruction:
 
     Attributes:
       opcode: such as "all-gather".
-      result: its type as text, such as "bf16[8,128]{1,0}" or a tuple of these.
+      result: type of its result as text, such as "bf16[8,128]{1,0}" or a tuple of these.
       rest: operands and attributes, as text.
-      computation: the loop body (or the entry) that it belongs to.
-      fused: the names of the computations called on the way from there.
+      computation: the loop body, or the entry computation, that contains it.
+      fused: names of the computations on the call path from there.
     """
 
     opcode: str
@@ -40,13 +40,13 @@ class Instruction:
 
 
 def nbytes(dtype: str, dims: str) -> int:
-    """Returns the size of an array of so many "4,128" elements, without padding."""
+    """Returns the bytes of an array with dimensions such as "4,128", without padding."""
     bits = _BITS.get(dtype) or int(re.sub(r"^[a-z]+(\d+).*$", r"\1", dtype) or 8)
     return math.prod(int(dim) for dim in dims.split(",") if dim) * bits // 8
 
 
 class Program:
-    """The text of a compiled module, by computation."""
+    """The text of a compiled module, split into computations."""
 
     def __init__(self, text: str):
         self.computations: dict[str, list[str]] = {}
@@ -60,9 +60,9 @@ class Program:
                 lines.append(line.strip())
 
     def executed(self) -> Iterator[tuple[Instruction, float]]:
-        """Yields each instruction and how often it runs.
+        """Yields each instruction with its number of runs.
 
-        A loop whose trips depend on the data counts once; of branches the longest counts.
+        A loop whose trips depend on the data counts once; of branches only the longest counts.
         """
         yield from self._walk(self.entry, self.entry, (), 1.0)
 
@@ -88,7 +88,7 @@ class Program:
                     yield from self._walk(called, loop, (*fused, called), times)
 
     def _trips(self, rest: str) -> int | None:
-        """Reads the trips of a loop that counts from 0, or returns None."""
+        """Returns the trips of a loop that counts from 0, or None for another loop."""
         if known := re.search(r'known_trip_count":\{"n":"(\d+)"', rest):
             return int(known[1])
         condition = self.computations.get(_named(r"condition=%?([\w.\-]+)", rest), [])

@@ -1,4 +1,4 @@
-"""How long a step takes at least, and about how long it will take."""
+"""Time of a step by a roofline model: a lower bound, and an estimate."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from collections.abc import Mapping
 from jaxtune.planning.devices import Chip
 from jaxtune.planning.flops import StepFlops
 
-# Shares of a chip's peaks that good programs reach. Of the products: jaxtune's own are not measured
-# on accelerators yet; published training runs use 41-46 % of the peak for model operations
-# (NeMo on H100s, MaxText on v6e), of which recomputation is a part that is not counted.
+# Fractions of a chip's peaks that good programs reach. Published training runs use 41-46 % of the
+# peak FLOP/s for model operations, not counting recomputation (NeMo on H100s, MaxText on v6e).
+# jaxtune's own are not measured on accelerators yet.
 PRODUCTS, MEMORY, LINKS = 0.5, 0.8, 0.8
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Time of one update.
+    """Time of one step.
 
     Attributes:
-      products: seconds of a device's matrix products at its peak.
-      memory: seconds to read and write what these products take and give, at its peak.
-      links: seconds to send what collectives send, at their peak.
-      seconds: about how long an update takes: the slowest of the three at `PRODUCTS`, `MEMORY` and
-        `LINKS` of the peaks, the others hidden behind it.
+      products: seconds of a device's matrix products at its peak FLOP/s.
+      memory: seconds to read and write the operands of these products at peak bandwidth.
+      links: seconds to send the data of collectives at peak bandwidth.
+      seconds: estimated time: the slowest of the three at the fractions `PRODUCTS`, `MEMORY` and
+        `LINKS` of the peaks, which hides the others.
       tokens_per_second: over all devices.
     """
 
@@ -35,12 +35,12 @@ class Estimate:
 
     @property
     def at_best(self) -> float:
-        """Seconds of an update that nothing can beat: the slowest of the three at its peak."""
+        """Lower bound in seconds: the slowest of the three at its peak."""
         return max(self.products, self.memory, self.links)
 
     @property
     def bound(self) -> str:
-        """What takes longest."""
+        """The slowest of the three: "products", "memory" or "links"."""
         parts = {
             "products": self.products / PRODUCTS,
             "memory": self.memory / MEMORY,
@@ -50,11 +50,11 @@ class Estimate:
 
 
 def estimate(chip: Chip, flops: StepFlops, mesh: Mapping[str, int], sent: float) -> Estimate:
-    """Estimates the time of an update.
+    """Estimates the time of a step.
 
     Args:
-      chip: what each device is.
-      flops: of the step, over all devices.
+      chip: specification of each device.
+      flops: operations of the step, over all devices.
       mesh: devices along each mesh axis.
       sent: bytes that each device sends in collectives.
     """
@@ -62,7 +62,7 @@ def estimate(chip: Chip, flops: StepFlops, mesh: Mapping[str, int], sent: float)
     for size in mesh.values():
         devices *= size
     products = flops.hardware / devices / chip.flops
-    # Tensor parallelism splits a weight for good; devices along other axes each read the whole.
+    # Tensor parallelism splits the weight of a product; devices along other axes read it whole.
     read = flops.weight_bytes / mesh.get("tensor", 1) + flops.other_bytes / devices
     memory, links = read / chip.memory_bandwidth, sent / chip.link_bandwidth
     seconds = max(products / PRODUCTS, memory / MEMORY, links / LINKS)
@@ -70,7 +70,7 @@ def estimate(chip: Chip, flops: StepFlops, mesh: Mapping[str, int], sent: float)
 
 
 def assumptions(chip: Chip) -> list[str]:
-    """Says what the estimate takes for granted, a line each."""
+    """Returns the assumptions of the estimate, one line each."""
     return [
         f"peaks of the {chip.name}: {chip.flops / 1e12:g} TFLOP/s bfloat16, "
         f"{chip.memory_bandwidth / 1e9:g} GB/s memory, {chip.link_bandwidth / 1e9:g} GB/s links "

@@ -1,4 +1,4 @@
-"""The best ways to run a config on given hardware: meshes, remat policies and micro-batches."""
+"""Search for the fastest mesh, remat policy and micro-batch size of a config."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from jaxtune.planning.estimate import temporaries
 from jaxtune.planning.flops import StepFlops, step_flops
 from jaxtune.planning.plan import Plan, compile_plan, model_config
 from jaxtune.planning.roofline import estimate
-from jaxtune.planning.topology import Topology, describe
+from jaxtune.planning.topology import Topology, find_topology
 from jaxtune.progress import track
 from jaxtune.training.setup import Setup, set_up
 from jaxtune.training.train import choose_method
@@ -35,12 +35,12 @@ _SHOWN = 5
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A choice of what changes neither the result nor the batch.
+    """Settings that change neither the result nor the batch.
 
     Attributes:
-      mesh: devices along axes; those left out have one.
-      remat: policy.
-      accumulation: micro-batches per update.
+      mesh: (axis, devices) pairs; other axes have one device.
+      remat: rematerialisation policy.
+      accumulation: micro-batches per step.
     """
 
     mesh: tuple[tuple[str, int], ...]
@@ -48,14 +48,14 @@ class Candidate:
     accumulation: int
 
     def apply(self, config: Any) -> Any:
-        """Returns the config with this choice."""
+        """Returns the config with these settings."""
         tree = config.to_dict()
         tree["mesh"] = dict.fromkeys(tree["mesh"], 1) | dict(self.mesh)
         tree["training"] |= {"remat": self.remat, "accumulation": self.accumulation}
         return resolve(tree)
 
     def lines(self) -> list[str]:
-        """Returns the lines of a config file that make this choice."""
+        """Returns the lines of a config file with these settings."""
         mesh = dict.fromkeys(MESH_AXES, 1) | dict(self.mesh)
         return [
             *(f"c.mesh.{axis} = {size}" for axis, size in mesh.items()),
@@ -66,14 +66,14 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
-      topology: the hardware, as asked for.
-      ranked: candidates that fit, the quickest first.
-      tried: how many were compiled.
-      left: how many were not.
-      nearest: of those that do not fit, the one that needs least; None where nothing was tried.
+      topology: name of the hardware.
+      ranked: candidates that fit, the fastest first.
+      tried: number of candidates that were compiled.
+      left: number of candidates that were not.
+      nearest: the smallest plan that does not fit; None if all fit.
     """
 
     topology: str
@@ -83,7 +83,7 @@ class Found:
     nearest: Plan | None
 
     def to_json(self) -> str:
-        """Renders what was found as JSON, the quickest first."""
+        """Returns the result as JSON, the fastest candidate first."""
         rows = [
             {"config": candidate.lines(), **json.loads(plan.to_json())}
             for candidate, plan in self.ranked
@@ -92,12 +92,12 @@ class Found:
         return json.dumps(content, indent=2) + "\n"
 
     def render(self) -> str:
-        """Renders the best of what was found, with lines to paste into a config."""
+        """Returns the best candidates as text, with lines to paste into a config."""
         head = f"{self.tried} tried for {self.topology}, {len(self.ranked)} fit"
         lines = [head + (f"; {self.left} left untried" if self.left else "")]
         if not self.ranked and self.nearest is not None:
             short = (self.nearest.total - self.nearest.capacity) / GIB
-            lines.append(f"nothing fits: {short:.2f} GiB too much at the least")
+            lines.append(f"nothing fits: {short:.2f} GiB are missing at least")
         for place, (candidate, plan) in enumerate(self.ranked[:_SHOWN], 1):
             speed = "" if plan.time is None else f"{plan.time.tokens_per_second:,.0f} tokens/s, "
             mesh = " × ".join(f"{axis} {size}" for axis, size in candidate.mesh) or "one device"
@@ -111,29 +111,30 @@ class Found:
 
 
 def search(config: Any, topology: str, tries: int) -> Found:
-    """Compiles the most promising ways to run a config, and ranks those that fit.
+    """Compiles the most promising candidates for a config, and ranks those that fit.
 
-    Every try keeps the batch and the result: only the mesh, `training.remat` and
-    `training.accumulation` change. A formula says what is promising, the compiler what fits.
+    Candidates differ in the mesh, `training.remat` and `training.accumulation` and so compute the
+    same result from the same batch. Formulas decide the order in which they are compiled; the
+    compiler decides which ones fit.
 
     Args:
       config: resolved.
-      topology: see `jaxtune.planning.topology.describe`.
-      tries: the most programs that are compiled.
+      topology: name of the hardware; see `jaxtune.planning.topology.find_topology`.
+      tries: maximum number of candidates to compile.
 
     Raises:
       JaxtuneError: nothing to try, or no compiler for the hardware.
     """
     if tries < 1:
         raise JaxtuneError(f"--tries is at least 1, not {tries}")
-    hardware, model = describe(topology), model_config(config)
+    hardware, model = find_topology(topology), model_config(config)
     if hardware.devices is None:
-        raise JaxtuneError(f"--search compiles: {hardware.note}")
+        raise JaxtuneError(f"--search needs a compiler: {hardware.note}")
     everything = list(candidates(config, model, hardware.count))
     if not everything:
         raise JaxtuneError(
-            f"training.batch_size={config.training.batch_size} divides over no mesh of "
-            f"{hardware.count} devices: take a multiple of them"
+            f"training.batch_size={config.training.batch_size} does not divide over "
+            f"{hardware.count} devices: set it to a multiple of {hardware.count}"
         )
     guess = functools.cache(functools.partial(_alone, config, model))
     everything.sort(key=lambda each: promise(each, guess(each.remat, each.accumulation), hardware))
@@ -141,7 +142,7 @@ def search(config: Any, topology: str, tries: int) -> Found:
 
 
 def _alone(config: Any, model: Any, remat: str, accumulation: int) -> tuple[Setup, StepFlops]:
-    """Sets a candidate up on one device, which suffices for formulas."""
+    """Sets up a candidate on one device, which is enough for formulas."""
     chosen = Candidate((), remat, accumulation).apply(config)
     setup = set_up(chosen, model, choose_method(chosen)[0], jax.devices("cpu")[:1])
     return setup, step_flops(setup)
@@ -150,22 +151,20 @@ def _alone(config: Any, model: Any, remat: str, accumulation: int) -> tuple[Setu
 def promise(
     candidate: Candidate, alone: tuple[Setup, StepFlops], hardware: Topology
 ) -> tuple[bool, float]:
-    """Returns what candidates are sorted by: whether one is likely too large, then its time."""
+    """Returns the sort key of a candidate: whether it is likely too large, then its time."""
     setup, flops = alone
     mesh = dict.fromkeys(MESH_AXES, 1) | dict(candidate.mesh)
     trees = by_kind(step_arguments(setup))
     base = bytes_per_device(trees["base"], mesh)
     needs = sum(bytes_per_device(tree, mesh) for tree in trees.values())
     needs += temporaries(setup, mesh)
-    decoder = setup.definition.module.model
-    layers = sum(count for _, count in decoder.run_layers)
-    hidden = decoder.embed_tokens.weight.get_value().shape[1]
+    layers, hidden = setup.definition.layer_count, setup.definition.hidden_size
     passes = 2 + (candidate.remat != "none")
     tokens = flops.tokens / math.prod(mesh[axis] for axis in RULES["batch"])
     stream = passes * layers * tokens * hidden * setup.options.dtype.itemsize
     sent = passes * candidate.accumulation * base * (mesh["fsdp"] - 1)
     sent += 4 * stream * (mesh["tensor"] > 1) + 2 * stream * (mesh["expert"] - 1)
-    chip = hardware.chip or TPUS["v5e"]  # of a CPU only the order matters
+    chip = hardware.chip or TPUS["v5e"]  # any chip will do for a CPU: only the order matters
     return needs > 1.25 * hardware.capacity_bytes, estimate(chip, flops, mesh, sent).seconds
 
 
@@ -185,7 +184,7 @@ def _try(config: Any, model: Any, order: list[Candidate], hardware: Topology, tr
                 method, _ = choose_method(chosen)
                 setup = set_up(chosen, model, method, hardware.devices)
             except JaxtuneError as error:
-                logger.info("%s: %s", candidate, error)  # what does not divide so
+                logger.info("%s: %s", candidate, error)  # sizes that the mesh does not divide
                 continue
             result = compile_plan(setup, hardware)
             (ranked if result.fits else misfits).append((candidate, result))
@@ -196,7 +195,7 @@ def _try(config: Any, model: Any, order: list[Candidate], hardware: Topology, tr
 
 
 def _needs_more(candidate: Candidate, misfit: Candidate) -> bool:
-    """Says whether a candidate is like one that did not fit, and saves as much or more."""
+    """Returns whether a candidate needs at least the memory of one that did not fit."""
     return (
         candidate.mesh == misfit.mesh
         and candidate.accumulation <= misfit.accumulation
@@ -205,7 +204,7 @@ def _needs_more(candidate: Candidate, misfit: Candidate) -> bool:
 
 
 def candidates(config: Any, model: Any, devices: int) -> Iterator[Candidate]:
-    """Yields what may be tried, whether it can be set up or not."""
+    """Yields all candidates, including some that the model cannot be set up with."""
     batch = config.training.batch_size
     mixture = any(model.get(key) for key in ("n_routed_experts", "num_experts"))
     powers = [2**n for n in range(devices.bit_length()) if devices % 2**n == 0]

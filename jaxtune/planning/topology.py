@@ -1,4 +1,4 @@
-"""Hardware that is described and need not be there."""
+"""Target topologies for ahead-of-time compilation; no device is required."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jaxtune.errors import JaxtuneError, closest, lookup
 from jaxtune.planning import cuda
 from jaxtune.planning.devices import GPUS, TPUS, Chip, gpu
 
-_BLOCKWISE = "blockwise, for cuDNN says only on a card what it supports; it needs less memory"
+_BLOCKWISE = "blockwise, because cuDNN needs a GPU to check its support; it takes less memory"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +25,13 @@ class Topology:
     """Devices to compile for.
 
     Attributes:
-      name: as asked for.
-      devices: of jax; on a described topology they can be compiled for and hold no data. None
-        where there is no compiler for them: what a run takes is then estimated.
-      count: how many.
+      name: as given.
+      devices: JAX devices; those of a described topology hold no data. None without a compiler for
+        them: plans are then estimated.
+      count: number of devices.
       capacity_bytes: memory of each device that a program may use.
-      chip: what is known of a device; None for a CPU.
-      note: what a reader of the plan has to know; may be empty.
+      chip: specification of a device; None for a CPU.
+      note: a remark for the reader of the plan; may be empty.
     """
 
     name: str
@@ -42,12 +42,12 @@ class Topology:
     note: str = ""
 
 
-def describe(name: str) -> Topology:
-    """Describes hardware by name.
+def find_topology(name: str) -> Topology:
+    """Returns the topology with a name.
 
     Args:
       name: "cpu" for this machine; a TPU generation and its chips, "v5e:1x1", "v5p:2x2x1"; or
-        NVIDIA's cards, "h100:8", "rtx4090".
+        NVIDIA GPUs, "h100:8", "rtx4090".
 
     Raises:
       JaxtuneError: an unknown name, a shape that does not exist, or no compiler for a TPU.
@@ -64,32 +64,34 @@ def describe(name: str) -> Topology:
         return Topology(name, devices, len(devices), chip.capacity_bytes, chip)
     raise JaxtuneError(
         f'topology "{name}" is neither "cpu" nor a TPU generation and its chips, as in "v5e:1x1" '
-        f'or "v5p:2x2x1" (generations: {", ".join(TPUS)}), nor cards, as in "h100:8"'
+        f'or "v5p:2x2x1" (generations: {", ".join(TPUS)}), nor GPUs, as in "h100:8"'
         f"{closest(kind, [*TPUS, *GPUS])}"
     )
 
 
 def describe_cards(name: str) -> Topology:
-    """Describes NVIDIA's cards, "rtx4090" or "h100:8", by the nearest chip with a compiler.
+    """Returns the topology of NVIDIA GPUs, "rtx4090" or "h100:8".
+
+    They are compiled for the nearest chip with a compiler, if there is one.
 
     Raises:
-      JaxtuneError: an unknown card.
+      JaxtuneError: an unknown GPU.
     """
     kind, _, number = name.partition(":")
     chip = gpu(kind)
     if number and not (number.isdigit() and int(number) > 0):
-        raise JaxtuneError(f'"{name}": cards are counted as in "{kind}:8"')
+        raise JaxtuneError(f'"{name}" is not a number of GPUs, as in "{kind}:8"')
     count = int(number or 1)
-    judged = f"compiled for {{}} and judged by what the {kind} holds"
+    judged = f"compiled for {{}} and compared with the memory of the {kind}"
     if cuda.available():
-        note = "" if kind == "h100" else f"no compiler here describes it: {judged}; "
+        note = "" if kind == "h100" else f"there is no compiler for it: {judged}; "
         note = f"{note.format('H100s')}attention is compiled {_BLOCKWISE}"
         return Topology(name, cuda.devices(count), count, chip.capacity_bytes, chip, note)
-    missing = f"needs the GPU compiler to be planned exactly: {cuda.HOW_TO_INSTALL}"
+    missing = f"needs the GPU compiler for an exact plan: {cuda.HOW_TO_INSTALL}"
     if kind == "h100" or count > 1 or importlib.util.find_spec("libtpu") is None:
         return Topology(name, None, count, chip.capacity_bytes, chip, f"{kind} {missing}")
     devices = _tpu_devices("v5p:1x1x1", "1x1x1")
-    note = f"{judged.format('a v5p, the nearest chip with a compiler here,')}; {kind} {missing}"
+    note = f"{judged.format('a v5p, the nearest chip with a compiler,')}; {kind} {missing}"
     return Topology(name, devices, count, chip.capacity_bytes, chip, note)
 
 
@@ -98,13 +100,14 @@ def _tpu_devices(name: str, shape: str) -> Sequence[Any]:
         raise JaxtuneError(
             f'topology "{name}" needs the TPU compiler: pip install "jaxtune[tpu-plan]"'
         )
-    # libtpu asks the machine which TPU it has, and waits for an answer where there is none. What
-    # it is told here is overruled by the topology. No chip is used, so several may compile at once.
+    # libtpu queries the machine for its TPU and waits for an answer even without one. These
+    # variables answer; the topology overrides them. No chip is used, so several processes may
+    # compile at once.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    # Hosts hold 2 × 2 chips unless told otherwise; only a single chip has a host to itself.
+    # By default hosts have 2 × 2 chips; a single chip needs a host of its own.
     one_chip = set(shape.split("x")) == {"1"}
     bounds = {"chips_per_host_bounds": (1, 1, 1)} if one_chip else {}
     try:
@@ -114,7 +117,7 @@ def _tpu_devices(name: str, shape: str) -> Sequence[Any]:
 
 
 def available_memory() -> int:
-    """Returns the bytes of memory that a new program can have on this machine."""
+    """Returns the bytes of memory that are available to a new process on this machine."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():

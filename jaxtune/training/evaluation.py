@@ -12,10 +12,9 @@ import numpy as np
 from jaxtune.checkpoints.chat import Chat
 from jaxtune.data import DataOrder, Examples, eval_batches, eval_order
 from jaxtune.errors import JaxtuneError
-from jaxtune.layers.cpu_bfloat16 import as_bits
 from jaxtune.layers.tree import Tree
 from jaxtune.parallel.processes import fetch
-from jaxtune.training.expert_load import load_summary, load_table, mixture_layers
+from jaxtune.training.expert_load import load_summary, load_table
 from jaxtune.training.generation_eval import (
     ANSWER_SCORES,
     answer_questions,
@@ -72,7 +71,7 @@ def bind_evaluation(
     """
     if not sets:
         return None
-    compiled, base = setup.eval_step(), as_bits(base, setup.options.platform)
+    compiled = setup.eval_step()
     count = setup.config.evaluation.generate
     if count and jax.process_count() > 1:
         raise JaxtuneError("evaluation.generate is for runs of one process: set it to 0")
@@ -106,7 +105,7 @@ def bind_evaluation(
         load = total.experts.load
         scores |= {name: float(value) for name, value in load_summary(load).items()}
         scores["balance_loss"] = float(total.experts.balance / total.weight)
-        return scores | {"expert_load": load_table(load, mixture_layers(setup.definition))}
+        return scores | {"expert_load": load_table(load, setup.definition.mixture_layers)}
 
     return evaluate
 

@@ -8,18 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtune.models.definition import Definition
-
-
-def mixture_layers(definition: Definition) -> list[int]:
-    """Returns the layers of a model that have routed experts."""
-    layers: set[int] = set()
-    for leaf in definition.in_checkpoint().values():
-        if leaf.declaration.experts is not None and leaf.declaration.layers is not None:
-            first, count = leaf.declaration.layers
-            layers |= set(range(first, first + count))
-    return sorted(layers)
-
 
 def relative_load(load: Any) -> Any:
     """Returns tokens per expert [layers, E] over the even share of the layer: 1 is even."""

@@ -5,23 +5,17 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 
 from jaxtune.errors import JaxtuneError
+from jaxtune.memory_errors import is_out_of_memory, read_shortage
 from jaxtune.parallel.rules import RULES
 from jaxtune.training.setup import Setup
 
 GIB = 2**30
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-# What XLA says on a CPU, a GPU, a TPU: an allocation that failed, or a program that is too large.
-_NEEDED = re.compile(
-    r"(?:allocat\w+|request for|Used|temporaries \()\s*([\d.]+)\s*([KMGT]?)i?(?:B|bytes)?\b"
-)
-_LIMIT = re.compile(r"Used [\d.]+[KMGT] of ([\d.]+)([KMGT])")
 # Values that a decoder layer keeps for its backward pass, per token and hidden unit: Korthikanti et
 # al., 2022, have 34 bytes of them in 16 bits, without those of attention's scores.
 _SAVED_PER_LAYER = 17
@@ -48,7 +42,7 @@ def out_of_memory_named(setup: Setup) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not is_out_of_memory(error):
             raise
         raise JaxtuneError(explain(str(error), setup)) from error
 
@@ -60,7 +54,8 @@ def explain(text: str, setup: Setup) -> str:
       text: of XLA's error.
       setup: of the run.
     """
-    needed, limit = _size(_NEEDED.search(text)), _size(_LIMIT.search(text))
+    program, array, limit = read_shortage(text)
+    needed = array if program is None else program
     # A program that is too large as a whole, or one more array.
     more = "" if limit is not None else " more"
     if limit is None:
@@ -118,7 +113,3 @@ def _device_bytes(device: Any) -> int | None:
     if device.platform == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return (device.memory_stats() or {}).get("bytes_limit")
-
-
-def _size(match: Any) -> int | None:
-    return None if match is None else int(float(match[1]) * _UNITS[match[2]])

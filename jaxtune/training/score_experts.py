@@ -17,13 +17,12 @@ from jaxtune.checkpoints.source import TensorSource
 from jaxtune.data import Examples, eval_batches
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.attention import choose_backend
-from jaxtune.layers.cpu_bfloat16 import as_bits
+from jaxtune.layers.cpu_bfloat16 import jit
 from jaxtune.layers.decoder import ForwardOptions
 from jaxtune.layers.tree import Tree
 from jaxtune.models.definition import Definition
 from jaxtune.parallel.mesh import make_mesh, named_sharding
 from jaxtune.parallel.processes import fetch, put
-from jaxtune.training.expert_load import mixture_layers
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +51,7 @@ def score_experts(config: Any, source: TensorSource, examples: Examples) -> Expe
     mesh, training = make_mesh(config.mesh), config.training
     quantization = huggingface.choose_quantization(config.quantize, source.config)
     parts = assemble(source, training.dtype, mesh, quantization=quantization)
-    layers = mixture_layers(parts.definition)
+    layers = parts.definition.mixture_layers
     if not layers:
         raise JaxtuneError(
             f"adapter.method=esft trains routed experts, and {source.config.get('model_type')} "
@@ -61,7 +60,7 @@ def score_experts(config: Any, source: TensorSource, examples: Examples) -> Expe
     platform = mesh.devices.flat[0].platform
     backend = choose_backend(config.model.attention, platform, False)
     options = ForwardOptions(jnp.dtype(training.dtype), backend, "none", platform)
-    step, base = _make_step(parts.definition, options), as_bits(parts.base, platform)
+    step = _make_step(parts.definition, options)
     total = _Sums(0.0, 0.0, 0.0)
     rows = eval_batches(
         sample,
@@ -76,7 +75,7 @@ def score_experts(config: Any, source: TensorSource, examples: Examples) -> Expe
                 for name, value in row.items()
             }
             batch = {name: put(value, shardings[name]) for name, value in row.items()}
-            sums = jax.tree.map(np.float64, jax.device_get(fetch(step(base, batch))))
+            sums = jax.tree.map(np.float64, jax.device_get(fetch(step(parts.base, batch))))
             total = _Sums(*(a + b for a, b in zip(total, sums, strict=True)))
     chosen = total.load.sum(axis=1, keepdims=True)
     tables = (total.load / chosen, total.gates / total.tokens)
@@ -106,12 +105,10 @@ def summarize(scores: ExpertScores, section: Any) -> str:
 def _make_step(definition: Definition, options: ForwardOptions) -> Any:
     """Builds the jitted ``(base, batch) → _Sums``."""
 
-    @jax.jit
+    @jit
     def step(base: Tree, batch: Mapping[str, jax.Array]) -> _Sums:
         model, segments = definition.bind(base), batch["segment_ids"]
-        _, routing = model.hidden_with_routing(
-            batch["tokens"], segments, batch["positions"], options
-        )
+        _, _, routing = model.decoder(batch["tokens"], segments, batch["positions"], options)
         assert routing is not None  # the definition has routed experts
         return _Sums(jnp.sum(segments != 0), routing.load, routing.gates)
 

@@ -30,7 +30,6 @@ from jaxtune.parallel.processes import put
 from jaxtune.parallel.rules import RULES
 from jaxtune.quant import Quantization
 from jaxtune.training.bad_steps import GuardSettings
-from jaxtune.training.expert_load import mixture_layers
 from jaxtune.training.optimizer import make_optimizer, make_schedule
 from jaxtune.training.state import TrainState, initial_state, state_like
 from jaxtune.training.step import StepSettings, make_eval_step, make_train_step
@@ -69,7 +68,7 @@ class Setup:
     @property
     def reserved(self) -> int:
         """Tokens at the head of each example that the method fills."""
-        return self.definition.module.model.reserved
+        return self.definition.reserved
 
     @property
     def guard(self) -> GuardSettings:
@@ -155,7 +154,7 @@ def set_up(
             f"quantize.format={config.quantize.format}: adapter.method={method.name} trains all of "
             "quantize.modules, and what is trained is not quantized"
         )
-    if training.balance_loss and not mixture_layers(definition):
+    if training.balance_loss and not definition.mixture_layers:
         raise JaxtuneError(
             f"training.balance_loss={training.balance_loss:g} has nothing to balance: "
             f"{model_config.get('model_type')} has no routed experts"
@@ -164,7 +163,7 @@ def set_up(
     check_experts(definition, mesh.shape)
     _check_batches(config, definition, mesh)
     platform = mesh.devices.flat[0].platform
-    prefix = definition.module.model.prefix is not None
+    prefix = definition.has_prefix
     backend = choose_backend(config.model.attention, platform, prefix)
     options = ForwardOptions(
         jnp.dtype(training.dtype), backend, training.remat, platform, training.neftune_alpha
@@ -199,7 +198,7 @@ def _check_batches(config: Any, definition: Definition, mesh: Mesh) -> None:
                 f"{count} {what} do not divide over {shares} devices (mesh.data × mesh.fsdp × "
                 "mesh.expert)"
             )
-    length = config.data.max_length + definition.module.model.reserved
+    length = config.data.max_length + definition.reserved
     if length % mesh.shape["sequence"]:
         raise JaxtuneError(
             f"rows of {length} tokens (data.max_length and virtual tokens) do not divide over "

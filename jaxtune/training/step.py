@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from jaxtune.layers.cpu_bfloat16 import jit
 from jaxtune.layers.decoder import CausalLM, ForwardOptions
 from jaxtune.layers.tree import Tree
 from jaxtune.models.definition import Definition
@@ -140,7 +141,7 @@ def make_train_step(
         return state, metrics | {"skipped": verdict.astype(jnp.float32)}
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+    return jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def _terms(settings: StepSettings, sums: BatchSums, weight: jax.Array) -> dict[str, jax.Array]:
@@ -166,7 +167,7 @@ def _dropout_key(settings: StepSettings, step: jax.Array, micro: jax.Array) -> j
 def make_eval_step(definition: Definition, objective: Objective, options: ForwardOptions) -> Any:
     """Builds the jitted ``(trainable, base, constants, batch) → BatchSums``, without dropout."""
 
-    @jax.jit
+    @jit
     def eval_step(trainable: Tree, base: Tree, constants: Tree, batch: Batch) -> BatchSums:
         model = definition.bind(base, trainable, constants)
         return objective(model, batch, options._replace(remat="none"), None, None)

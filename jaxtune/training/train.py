@@ -48,7 +48,6 @@ from jaxtune.training.evaluation import (
     held_out_batches,
     score_names,
 )
-from jaxtune.training.expert_load import mixture_layers
 from jaxtune.training.loop import fit
 from jaxtune.training.out_of_memory import out_of_memory_named
 from jaxtune.training.profile import profile_window
@@ -193,7 +192,7 @@ def _check_stopping(config: Any, sets: Mapping[str, Examples], setup: Setup) -> 
         missing = "evaluation.every is 0" if sets else "nothing is held out: set data.eval"
         raise JaxtuneError(f"evaluation.stop_patience={evaluation.stop_patience}: {missing}")
     if sets and not never:
-        experts = bool(mixture_layers(setup.definition))
+        experts = bool(setup.definition.mixture_layers)
         check_metric(evaluation.stop_metric, score_names(config, sets, experts))
 
 
@@ -228,7 +227,7 @@ def reserved_tokens(config: Any, model_config: Mapping[str, Any]) -> int:
     method, _ = choose_method(config)
     if not hasattr(method, "virtual_tokens"):
         return 0
-    return define(model_config, config.training.dtype, method).module.model.reserved
+    return define(model_config, config.training.dtype, method).reserved
 
 
 def _adapter_writer(

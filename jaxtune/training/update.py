@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 
-from jaxtune.layers.cpu_bfloat16 import as_bits
 from jaxtune.layers.tree import Tree
 from jaxtune.training.setup import Setup
 from jaxtune.training.state import TrainState
@@ -30,8 +29,7 @@ class Update:
           base: frozen tree.
           constants: of the method.
         """
-        self._setup, self._constants = setup, constants
-        self._base = as_bits(base, setup.options.platform)
+        self._setup, self._base, self._constants = setup, base, constants
         self._compiled: Any = None
 
     def __call__(

@@ -21,10 +21,10 @@ def frozen(name):
     return name.startswith(FREEZE[:2]) or name.endswith("input_layernorm.weight")
 
 
-def test_a_run_is_cut_where_what_is_trained_changes(tiny):
+def test_blocks_are_split_where_what_is_trained_changes(tiny):
     config = read_json(tiny("llama") / "config.json")
     definition = define(config, "bfloat16", Full(FREEZE))
-    assert definition.module.model.run_layers == ((0, 1), (1, 2))
+    assert [(blocks.first, blocks.count) for blocks in definition.blocks] == [(0, 1), (1, 2)]
     for path, leaf in definition.leaves.items():
         first = leaf.declaration.layers[0] if leaf.declaration.layers else 0
         name = ".".join((*path[:2], str(first), *path[3:])) if "layers" in path else ".".join(path)

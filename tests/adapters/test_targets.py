@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from jaxtune.adapters.targets import linears, match_targets, module_names
+from jaxtune.adapters.targets import match_targets, module_names
 from jaxtune.checkpoints.huggingface import read_json
 from jaxtune.errors import JaxtuneError
 from jaxtune.models import build_model
@@ -14,7 +14,9 @@ from jaxtune.models import build_model
 @pytest.fixture(scope="module")
 def names(tiny):
     model = build_model(read_json(tiny("llama") / "config.json"))
-    return [name for path, module in linears(model).items() for name in module_names(path, module)]
+    return [
+        name for path, module in model.projections().items() for name in module_names(path, module)
+    ]
 
 
 def test_every_projection_has_the_name_that_transformers_gives_it(names, tiny):

@@ -16,7 +16,7 @@ from jaxtune.parallel.mesh import make_mesh
 from jaxtune.parallel.rules import MESH_AXES
 from jaxtune.planning import plan
 from jaxtune.planning.devices import GIB
-from jaxtune.planning.topology import describe
+from jaxtune.planning.topology import find_topology
 
 pytestmark = pytest.mark.slow
 
@@ -44,7 +44,7 @@ def planned(tmp_path):
 
 
 def test_a_mesh_that_no_grid_of_chips_divides_into_is_refused():
-    devices = describe("v5p:4x4x4").devices
+    devices = find_topology("v5p:4x4x4").devices
     sizes = dict.fromkeys(MESH_AXES, 1)
     assert make_mesh(sizes | {"fsdp": 4, "expert": 16}, devices).size == 64
     with pytest.raises(JaxtuneError, match=r"mesh\.expert=8.* do not divide into axes"):
@@ -57,7 +57,7 @@ def test_a_mesh_that_no_grid_of_chips_divides_into_is_refused():
 )
 def test_splash_never_holds_every_score(heads, kv_heads, dim, value_dim):
     t = 4096
-    sharding = SingleDeviceSharding(describe("v5e:1x1").devices[0])
+    sharding = SingleDeviceSharding(find_topology("v5e:1x1").devices[0])
 
     def loss(q, k, v, segments):
         out = BACKENDS["splash"](q, k, v, segments, segments, 0, dim**-0.5)
@@ -84,7 +84,7 @@ def test_splash_never_holds_every_score(heads, kv_heads, dim, value_dim):
 
 @pytest.mark.parametrize("policy, kernels", [("full", 4), ("save_attention", 3)])
 def test_saved_attention_is_not_computed_again(policy, kernels):
-    sharding = SingleDeviceSharding(describe("v5e:1x1").devices[0])
+    sharding = SingleDeviceSharding(find_topology("v5e:1x1").devices[0])
     x = jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16, sharding=sharding)
     segments = jax.ShapeDtypeStruct((2, 256), jnp.int32, sharding=sharding)
 
@@ -154,4 +154,4 @@ def test_what_the_compiler_refuses_for_its_size_does_not_fit(planned):
 
 def test_a_shape_that_no_pod_has_is_an_error():
     with pytest.raises(JaxtuneError, match='topology "v5e:3x3"'):
-        describe("v5e:3x3")
+        find_topology("v5e:3x3")

@@ -8,7 +8,7 @@ from jaxtune.adapters.projections.lora import Lora
 from jaxtune.config import resolve
 from jaxtune.planning.arguments import step_arguments
 from jaxtune.planning.collectives import collectives
-from jaxtune.planning.topology import describe
+from jaxtune.planning.topology import find_topology
 from jaxtune.training.setup import set_up
 
 pytestmark = pytest.mark.slow
@@ -28,7 +28,7 @@ def test_codes_travel_and_no_product_meets_every_expert():
     )
     model = MIXTURE | {"n_routed_experts": EXPERTS}
     method = Lora(4, 8.0, targets=("o_proj",))
-    setup = set_up(config, model, method, describe("v5e:2x2").devices)
+    setup = set_up(config, model, method, find_topology("v5e:2x2").devices)
     with jax.set_mesh(setup.mesh):
         step = setup.train_step().lower(*step_arguments(setup)).compile()
     # A device holds half of the experts; a product that met them all would have such an axis,

@@ -9,7 +9,7 @@ from jaxtune.adapters.full import Full
 from jaxtune.adapters.projections.lora import Lora
 from jaxtune.config import resolve
 from jaxtune.planning.plan import step_arguments
-from jaxtune.planning.topology import describe
+from jaxtune.planning.topology import find_topology
 from jaxtune.training.setup import set_up
 
 pytestmark = pytest.mark.slow
@@ -41,7 +41,7 @@ def compiled(experts, method):
     """Compiles the training step of a mixture for one v5e chip."""
     config = resolve({"data": {"max_length": LENGTH}, "training": {"batch_size": ROWS}})
     model = MIXTURE | {"n_routed_experts": experts}
-    setup = set_up(config, model, method, describe("v5e:1x1").devices)
+    setup = set_up(config, model, method, find_topology("v5e:1x1").devices)
     with jax.set_mesh(setup.mesh):
         step = setup.train_step().lower(*step_arguments(setup)).compile()
     temporaries = step.memory_analysis().temp_size_in_bytes

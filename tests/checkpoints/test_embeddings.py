@@ -158,9 +158,9 @@ def test_what_is_no_array_of_ids_or_no_way_to_sample_is_refused(tiny):
         with pytest.raises(JaxtuneError, match=message):
             model.logits(tokens, **options)
     for prompts, sampling, message in (
-        ([1, 2], Sampling(), "prompt 1: is not a list of token ids"),
-        ([[[1]]], Sampling(), "prompt 1: is not a list of token ids"),
-        ([[]], Sampling(), "a prompt has no tokens"),
+        ([1, 2], Sampling(), "prompt 1 is not a list of token ids"),
+        ([[[1]]], Sampling(), "prompt 1 is not a list of token ids"),
+        ([[]], Sampling(), "prompt 1 has no tokens"),
         ([[1]], Sampling(float("nan")), "temperature"),
         ([[1]], Sampling(float("inf")), "temperature"),
         ([[1]], Sampling(1.0, seed=2**31), "seed=2147483648 is not within"),

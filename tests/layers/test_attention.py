@@ -146,7 +146,7 @@ def test_what_a_kernel_refuses_is_done_blockwise_and_logged_once(backend, name, 
         results = [BACKENDS[backend](*arguments) for _ in range(2)]
     np.testing.assert_array_equal(results[0], BACKENDS["blockwise"](*arguments))
     assert [record.message for record in caplog.records] == [
-        f"attention: blockwise in place of {name}: queries and keys are not of the same tokens"
+        f"attention: blockwise instead of {name}: queries and keys belong to different tokens"
     ]
 
 
@@ -235,7 +235,7 @@ def test_the_platform_decides_and_a_wrong_choice_is_an_error():
     assert choose_backend("blockwise", "tpu") == "blockwise"
     assert choose_backend("auto", "tpu", prefix=True) == "blockwise"
     assert choose_backend("auto", "cpu", prefix=True) == "xla"
-    with pytest.raises(JaxtuneError, match='takes no prefix of keys and values; "blockwise" does'):
+    with pytest.raises(JaxtuneError, match='does not support a prefix; use "blockwise"'):
         choose_backend("splash", "tpu", prefix=True)
     with pytest.raises(JaxtuneError, match=r'model\.attention="splash" runs on tpu, not on cpu'):
         choose_backend("splash", "cpu")

@@ -108,11 +108,11 @@ def test_a_gpu_gets_one_kernel_for_each_product(dtype, weight_dtype, out, featur
 
 
 def test_old_and_other_gpus_get_the_loop():
-    assert grouped_triton.what_lacks("8.0") is None
-    assert grouped_triton.what_lacks("12.0") is None
-    assert "compute capability 7.5" in str(grouped_triton.what_lacks("7.5"))
-    assert "gfx942" in str(grouped_triton.what_lacks("gfx942"))
-    assert "None" in str(grouped_triton.what_lacks(None))
+    assert grouped_triton.unsupported("8.0") is None
+    assert grouped_triton.unsupported("12.0") is None
+    assert "compute capability 7.5" in str(grouped_triton.unsupported("7.5"))
+    assert "gfx942" in str(grouped_triton.unsupported("gfx942"))
+    assert "None" in str(grouped_triton.unsupported(None))
 
 
 def test_the_platform_and_the_mesh_choose_the_kernel(caplog):
@@ -122,5 +122,5 @@ def test_the_platform_and_the_mesh_choose_the_kernel(caplog):
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ("data",))):
         assert [choose_kernel("gpu") for _ in range(2)] == ["loop", "loop"]
     assert [record.message for record in caplog.records] == [
-        "routed experts: a loop in place of the gpu kernel, as the mesh has 2 devices"
+        "routed experts: a loop instead of the gpu kernel: the mesh has 2 devices"
     ]

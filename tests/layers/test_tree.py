@@ -24,12 +24,12 @@ LEAVES = {("a", "0", "w"): 1, ("a", "0", "b"): 2, ("c",): 3}
 
 
 class Net(nnx.Module):
-    """Two runs of layers, of one and of two, and a norm: what a decoder is made of."""
+    """Blocks of one layer and of two, and a norm: what a decoder is made of."""
 
     def __init__(self):
-        runs = ((0, 1), (1, 2))
+        blocks = ((0, 1), (1, 2))
         self.layers = nnx.List(
-            [stack(Linear(2, 3, axes=("mlp", "embed"), bias=True), *run) for run in runs]
+            [stack(Linear(2, 3, axes=("mlp", "embed"), bias=True), *layers) for layers in blocks]
         )
         self.norm = RMSNorm(2, 1e-6)
 

@@ -24,7 +24,7 @@ def test_flags_come_before_the_environment():
         ({"coordinator": "a:1", "processes": 2, "JAXTUNE_PROCESS": "x"}, "JAXTUNE_PROCESS=x"),
         ({"coordinator": "a", "processes": 2, "process": 0}, "HOST:PORT"),
         ({"coordinator": "a:b", "processes": 2, "process": 0}, "HOST:PORT"),
-        ({"coordinator": "a:1", "processes": 2, "process": 2}, "--process=2 is not one of 2"),
+        ({"coordinator": "a:1", "processes": 2, "process": 2}, "--process=2 is not within 0 and 1"),
     ],
 )
 def test_a_bad_address_is_named(flags, message):

@@ -220,7 +220,7 @@ def decode(model, tokens, prefill):
     @jax.jit
     def extend(part, caches, start):
         width = part.shape[1]
-        hidden, caches = bound.hidden(
+        hidden, caches, _ = bound.decoder(
             part,
             segments[:, :width],
             jnp.broadcast_to(start + jnp.arange(width), part.shape),
@@ -232,7 +232,7 @@ def decode(model, tokens, prefill):
         return bound.head()(hidden), caches
 
     logits, caches = extend(
-        tokens[:, :prefill], bound.model.init_cache(batch, length, jnp.float32), 0
+        tokens[:, :prefill], bound.decoder.init_cache(batch, length, jnp.float32), 0
     )
     parts = [logits]
     for i in range(prefill, length):

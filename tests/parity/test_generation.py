@@ -80,7 +80,7 @@ def test_decoding_with_a_cache_gives_the_logits_of_one_pass(model_type, tiny):
     def extend(part, caches, start):
         width = part.shape[1]
         place = jnp.broadcast_to(start + jnp.arange(width), part.shape)
-        hidden, caches = bound.hidden(
+        hidden, caches, _ = bound.decoder(
             part,
             segments[:, :width],
             place,
@@ -91,7 +91,7 @@ def test_decoding_with_a_cache_gives_the_logits_of_one_pass(model_type, tiny):
         )
         return bound.head()(hidden), caches
 
-    logits, caches = extend(tokens[:, :5], bound.model.init_cache(2, 12, jnp.float32), 0)
+    logits, caches = extend(tokens[:, :5], bound.decoder.init_cache(2, 12, jnp.float32), 0)
     parts = [logits]
     for i in range(5, 12):
         logits, caches = extend(tokens[:, i : i + 1], caches, i)

@@ -161,7 +161,7 @@ def test_decoding_gives_the_tokens_of_whole_passes(model_type, method, checkpoin
 def test_packed_rows_have_the_gradient_of_single_ones(model_type, method, checkpoint):
     parts = with_effect(load_parts(checkpoint(model_type), METHODS[method]))
     rows = make_examples(8, longest=LENGTH, seed=4)
-    reserved = parts.definition.module.model.reserved
+    reserved = parts.definition.reserved
     assert reserved == (N if method == "lstm" else 0)
     unpacked = as_batch(rows, 8, LENGTH, packing=False, reserved=reserved)
     packed = as_batch(rows, 4, 2 * LENGTH + 2 * reserved, packing=True, reserved=reserved)

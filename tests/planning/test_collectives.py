@@ -10,13 +10,13 @@ import textwrap
 
 import pytest
 
-from jaxtune.planning.collectives import by_kind, collectives
+from jaxtune.planning.collectives import collectives, totals_by_kind
 
 PROGRAM = """
 import jax, jax.numpy as jnp, json
 from jax import lax
 from jax.sharding import PartitionSpec as P
-from jaxtune.planning.collectives import by_kind, collectives
+from jaxtune.planning.collectives import totals_by_kind, collectives
 
 mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
@@ -30,7 +30,7 @@ def body(x):
 
 f = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=P("b"), out_specs=P("b"), check_vma=False))
 text = f.lower(jax.ShapeDtypeStruct((4 * 256,), jnp.float32)).compile().as_text()
-print(json.dumps(by_kind(collectives(text, 8))))
+print(json.dumps(totals_by_kind(collectives(text, 8))))
 """
 
 
@@ -118,7 +118,7 @@ def test_what_a_tpu_compiler_writes_is_understood():
         ("reduce-scatter", "f32", 1, 8 * 4 * 7, 8),
         ("reduce-scatter", "f32", 30, 8 * 4 * 7, 8),
     }
-    assert by_kind(found)["all-gather"] == {"count": 32, "bytes": 16 + 30 * 48 + 256}
+    assert totals_by_kind(found)["all-gather"] == {"count": 32, "bytes": 16 + 30 * 48 + 256}
 
 
 @pytest.mark.parametrize("line", ["", "no computation at all", "ENTRY %main () -> f32[] {"])

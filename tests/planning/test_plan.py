@@ -11,7 +11,7 @@ import pytest
 from jaxtune.config import resolve
 from jaxtune.errors import JaxtuneError
 from jaxtune.planning import plan
-from jaxtune.planning.topology import available_memory, describe
+from jaxtune.planning.topology import available_memory, find_topology
 from jaxtune.quant.nf4 import NormalFloat4
 
 LLAMA = {
@@ -122,16 +122,16 @@ def test_a_longer_batch_takes_more(config, planned):
         ("v5x:1x1", r'did you mean "v5'),
         ("v5e:1x1x1x1", r"is neither"),
         ("h10:8", r'did you mean "h100'),
-        ("h100:none", r'cards are counted as in "h100:8"'),
+        ("h100:none", r'is not a number of GPUs, as in "h100:8"'),
     ],
 )
 def test_an_unknown_topology_is_an_error(name, message):
     with pytest.raises(JaxtuneError, match=message):
-        describe(name)
+        find_topology(name)
 
 
 def test_the_cpu_has_the_memory_of_this_machine():
-    topology = describe("cpu")
+    topology = find_topology("cpu")
     assert list(topology.devices) == jax.devices("cpu")
     assert 2**28 < topology.capacity_bytes <= available_memory() * 1.5
 

@@ -7,7 +7,7 @@ import pytest
 from jaxtune.adapters.projections.lora import Lora
 from jaxtune.config import resolve
 from jaxtune.planning.plan import step_arguments
-from jaxtune.training.expert_load import load_summary, load_table, mixture_layers
+from jaxtune.training.expert_load import load_summary, load_table
 from jaxtune.training.setup import set_up
 
 LENGTH, EXPERTS = 37, 11
@@ -51,7 +51,7 @@ def test_no_token_is_no_load():
 
 
 def test_the_layers_with_experts_are_found():
-    assert mixture_layers(prepared().definition) == [2, 4]
+    assert prepared().definition.mixture_layers == [2, 4]
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.01])

@@ -13,16 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
 
 from jaxtune.adapters.esft.expert_scores import Choice, ExpertScores, parse_choice, read_choice
 from jaxtune.adapters.method import Method, Start, Stored
-from jaxtune.adapters.targets import linears, module_names
+from jaxtune.adapters.targets import module_names
 from jaxtune.errors import JaxtuneError
-from jaxtune.layers.cpu_bfloat16 import from_bits
+from jaxtune.layers.cpu_bfloat16 import pick
 from jaxtune.layers.decoder import CausalLM
 from jaxtune.layers.experts.grouped import Replaced
-from jaxtune.layers.experts.moe import ExpertLinear
+from jaxtune.layers.linear import Projection
 from jaxtune.layers.tree import (
     Constant,
     Path,
@@ -41,12 +40,12 @@ PEFT_TYPE = "ESFT"
 
 
 class ChosenExperts(nnx.Module):
-    """The trained weights of some experts of a projection, in every layer of its run.
+    """The trained weights of some experts of a projection, in every layer of its blocks.
 
     Layers with fewer experts than others are padded with zeros, which no row meets.
     """
 
-    def __init__(self, linear: ExpertLinear, experts: tuple[tuple[int, ...], ...]):
+    def __init__(self, linear: Projection, experts: tuple[tuple[int, ...], ...]):
         declared = declaration_of(linear.weight)
         most = max(len(chosen) for chosen in experts)
         # Spread over devices within each matrix: so few experts seldom divide evenly.
@@ -59,7 +58,7 @@ class ChosenExperts(nnx.Module):
         return Replaced(frozen, self.weight.get_value(), self.slot.get_value().astype(jnp.int32))
 
     def merged(self, frozen: Any, place: tuple[Any, ...]) -> jax.Array:
-        """Returns the weight [out, in] of a (layer, expert) of the run, as it is now."""
+        """Returns the weight [out, in] of a (layer, expert) of the blocks, as it is now."""
         layer, expert = (int(index) for index in place)
         chosen = self.experts[layer]
         if expert in chosen:
@@ -68,7 +67,7 @@ class ChosenExperts(nnx.Module):
 
     @property
     def mask(self) -> list[bool]:
-        """Whether an expert is trained, of each layer and expert of the run."""
+        """Whether an expert is trained, of each layer and expert of the blocks."""
         each = range(declaration_of(self.slot).experts or 0)
         return [expert in chosen for chosen in self.experts for expert in each]
 
@@ -114,9 +113,9 @@ class Esft(Method):
                 "to train; write the file with jaxtune experts score"
             )
         wanted, found = dict(self.experts), set()
-        for linear in linears(model).values():
+        for linear in model.projections().values():
             declared = declaration_of(linear.weight)
-            if not isinstance(linear, ExpertLinear) or declared.layers is None:
+            if linear.experts is None or declared.layers is None:
                 continue
             first, count = declared.layers
             chosen = tuple(wanted.get(layer, ()) for layer in range(first, first + count))
@@ -206,9 +205,9 @@ class Esft(Method):
 def _each(
     definition: Definition,
 ) -> Iterator[tuple[Path, dict[tuple[int, int], str], ChosenExperts]]:
-    """Yields each slot's path, its module names by (layer, slot) in the run, and what fills it."""
-    for path, linear in linears(definition.module).items():
-        if isinstance(linear, ExpertLinear) and linear.chosen is not None:
+    """Yields each slot's path, its module names by (layer, slot) in the blocks, and its module."""
+    for path, linear in definition.projections().items():
+        if linear.chosen is not None:
             names, chosen = module_names(path, linear), linear.chosen
             each = len(names) // len(chosen.experts)
             yield (
@@ -236,13 +235,7 @@ def _gather(frozen: Any, experts: jax.Array, real: jax.Array) -> jax.Array:
     """Takes float32 [L, K, out, in] out of a stack [L, E, out, in]; zeros where nothing is real."""
     layers = jnp.arange(experts.shape[0])[:, None]
 
-    def take(part: jax.Array) -> jax.Array:
-        if part.dtype != jnp.bfloat16:
-            return part[layers, experts]
-        # As bits, for XLA's CPU backend would make a float32 copy of the whole stack.
-        return from_bits(lax.bitcast_convert_type(part, jnp.uint16)[layers, experts])
-
-    taken = jax.tree.map(take, frozen)
+    taken = jax.tree.map(lambda part: pick(part, lambda p: p[layers, experts]), frozen)
     plain = taken.dequantize(jnp.float32) if isinstance(taken, QuantizedWeight) else taken
     return jnp.where(real[..., None, None], plain.astype(jnp.float32), 0.0)
 

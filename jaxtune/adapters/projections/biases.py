@@ -39,7 +39,7 @@ def check(model: CausalLM, trains: Callable[[str], bool], key: str) -> bool:
       key: of the setting that asks for it, for messages.
 
     Raises:
-      JaxtuneError: one is trained in some layers of a run, which has one stack of them, alone.
+      JaxtuneError: one is trained in some layers of its blocks and not in all of them.
     """
     found = False
     for path, variable in variables(model):

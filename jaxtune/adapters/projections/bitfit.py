@@ -24,9 +24,9 @@ from jaxtune.adapters.projections.slots import (
     adapters,
     shared_settings,
 )
-from jaxtune.adapters.targets import Projection, in_layers
+from jaxtune.adapters.targets import in_layers
 from jaxtune.errors import JaxtuneError
-from jaxtune.layers.linear import Edit
+from jaxtune.layers.linear import Edit, Projection
 from jaxtune.layers.tree import (
     Constant,
     Trainable,
@@ -40,7 +40,7 @@ from jaxtune.models.definition import Definition
 
 
 class BiasAdapter(SlotAdapter):
-    """The bias of a projection, in every layer of its run."""
+    """The bias of a projection, in every layer of its blocks."""
 
     def __init__(self, linear: Projection, settings: tuple[bool | None, ...]):
         declared = declaration_of(linear.weight)

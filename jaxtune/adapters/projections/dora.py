@@ -20,8 +20,7 @@ from jaxtune.adapters.method import Start, Stored
 from jaxtune.adapters.projections.factors import Factor, read_settings
 from jaxtune.adapters.projections.lora import Lora, LoraAdapter, settings_from_config
 from jaxtune.adapters.projections.slots import Part, adapters
-from jaxtune.adapters.targets import Projection
-from jaxtune.layers.linear import Edit, LowRank, product
+from jaxtune.layers.linear import Edit, LowRank, Projection, product
 from jaxtune.layers.tree import (
     Constant,
     Trainable,

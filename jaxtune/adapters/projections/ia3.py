@@ -18,9 +18,8 @@ from jaxtune.adapters.method import Stored
 from jaxtune.adapters.projections.modules_to_save import saved_modules
 from jaxtune.adapters.projections.peft_files import PREFIX, edit_tensors, from_disk, peft_config
 from jaxtune.adapters.projections.slots import LinearMethod, Part, SlotAdapter, shared_settings
-from jaxtune.adapters.targets import Projection
 from jaxtune.errors import JaxtuneError
-from jaxtune.layers.linear import Edit
+from jaxtune.layers.linear import Edit, Projection
 from jaxtune.layers.tree import Constant, Trainable, declaration_of, parameter
 from jaxtune.models.definition import Definition
 
@@ -29,7 +28,7 @@ OUTPUTS, INPUTS = "outputs", "inputs"
 
 
 class IA3Adapter(SlotAdapter):
-    """The scale of a projection's outputs or inputs, in every layer of its run."""
+    """The scale of a projection's outputs or inputs, in every layer of its blocks."""
 
     def __init__(self, linear: Projection, settings: tuple[str | None, ...]):
         self.end = next(end for end in settings if end)
@@ -99,7 +98,7 @@ class IA3(LinearMethod):
         """Makes the scale of one end.
 
         Raises:
-          JaxtuneError: layers of one run would have to be scaled at different ends.
+          JaxtuneError: layers of the same blocks would have to be scaled at different ends.
         """
         if {OUTPUTS, INPUTS} <= set(settings):
             what = "scales the inputs of a projection in some layers and its outputs in others"

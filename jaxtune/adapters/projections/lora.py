@@ -28,10 +28,10 @@ from jaxtune.adapters.projections.slots import (
     adapters,
     shared_settings,
 )
-from jaxtune.adapters.targets import Projection, find_pattern, is_target, parse_patterns
+from jaxtune.adapters.targets import find_pattern, is_target, parse_patterns
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.decoder import CausalLM
-from jaxtune.layers.linear import Edit, LowRank
+from jaxtune.layers.linear import Edit, LowRank, Projection
 from jaxtune.layers.tree import (
     Constant,
     Trainable,
@@ -46,7 +46,7 @@ from jaxtune.models.definition import Definition
 
 
 class LoraAdapter(SlotAdapter):
-    """The factors of a projection, in every layer of its run.
+    """The factors of a projection, in every layer of its blocks.
 
     Layers of lower rank are padded with zeros, which stay zero: each factor's gradient is a
     product with the other.
@@ -195,7 +195,7 @@ class Lora(LinearMethod):
         wanted = self.new_tokens + len(self.train_tokens)
         if not wanted:
             return {}
-        vocab_size = declaration_of(model.model.embed_tokens.weight).shape[0]
+        vocab_size = model.vocab_size
         if wanted >= vocab_size:
             raise JaxtuneError(
                 f"{self._tokens_key}={wanted} is not less than all {vocab_size} tokens"
@@ -272,7 +272,7 @@ class Lora(LinearMethod):
 
 
 def _edited(names: Sequence[str], adapter: SlotAdapter) -> list[str]:
-    """Returns the modules of a run's projection that the method does not leave alone."""
+    """Returns the modules of a projection, over its blocks, that the method edits."""
     return [name for name, one in zip(names, adapter.settings, strict=True) if one is not None]
 
 

@@ -118,7 +118,7 @@ def attach(model: CausalLM, rows: Mapping[str, Sequence[int]], key: str) -> None
     Raises:
       JaxtuneError: a token that the model has no row for.
     """
-    vocab_size, hidden_size = model.model.embed_tokens.weight.get_value().shape
+    vocab_size, hidden_size = model.vocab_size, model.hidden_size
     for module, ids in rows.items():
         if max(ids) >= vocab_size:
             raise JaxtuneError(
@@ -127,7 +127,7 @@ def attach(model: CausalLM, rows: Mapping[str, Sequence[int]], key: str) -> None
             )
         filled = TokenRows(tuple(ids), hidden_size)
         if module == EMBEDDING:
-            model.model.embed_tokens.adapter = filled
+            model.decoder.embed_tokens.adapter = filled
         else:
             model.lm_head_rows = filled
 
@@ -172,8 +172,7 @@ def write(definition: Definition, trainable: Mapping[Path, Any], stored: Stored)
 
 
 def _attached(definition: Definition) -> list[tuple[_Place, tuple[int, ...]]]:
-    model = definition.module
-    slots = {EMBEDDING: model.model.embed_tokens.adapter, HEAD: model.lm_head_rows}
+    slots = definition.trained_rows
     return [(_PLACES[name], rows.ids) for name, rows in slots.items() if rows is not None]
 
 

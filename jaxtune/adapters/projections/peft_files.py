@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxtune.adapters.method import BASE_COPY, Stored
 from jaxtune.adapters.projections.modules_to_save import is_whole, saved_modules
-from jaxtune.adapters.targets import TIED_HEAD, linears, module_names
+from jaxtune.adapters.targets import TIED_HEAD, module_names
 from jaxtune.errors import JaxtuneError
 from jaxtune.models.definition import Definition
 
@@ -35,7 +35,7 @@ def from_disk(given: Iterable[tuple[str, Any]], names: Collection[str]) -> dict[
 def target_modules(definition: Definition, names: Collection[str]) -> list[str]:
     """Returns PEFT's names of modules: short where they say it all, or else whole paths."""
     suffixes = {name.rsplit(".", 1)[-1] for name in names}
-    every = [n for p, m in linears(definition.module).items() for n in module_names(p, m)]
+    every = [n for p, m in definition.projections().items() for n in module_names(p, m)]
     by_suffix = {n for n in every if n.rsplit(".", 1)[-1] in suffixes}
     return sorted(suffixes if by_suffix == set(names) else names)
 

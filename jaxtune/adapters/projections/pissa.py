@@ -24,8 +24,8 @@ from jaxtune.adapters.projections.factors import Factor
 from jaxtune.adapters.projections.lora import Lora, LoraAdapter, settings_from_config
 from jaxtune.adapters.projections.peft_files import PREFIX
 from jaxtune.adapters.projections.slots import adapters, pack
-from jaxtune.adapters.targets import Projection
 from jaxtune.errors import JaxtuneError
+from jaxtune.layers.linear import Projection
 from jaxtune.layers.tree import (
     Constant,
     Path,

@@ -28,17 +28,14 @@ from jaxtune.adapters.projections.modules_to_save import (
 )
 from jaxtune.adapters.projections.peft_files import PREFIX
 from jaxtune.adapters.targets import (
-    Projection,
     in_layers,
-    linears,
     match_targets,
     module_names,
     parse_layers,
 )
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.decoder import CausalLM
-from jaxtune.layers.experts.moe import Router
-from jaxtune.layers.linear import Edit
+from jaxtune.layers.linear import Edit, Projection
 from jaxtune.layers.tree import (
     Declaration,
     Path,
@@ -68,7 +65,7 @@ class Part:
 
 
 class SlotAdapter(nnx.Module, abc.ABC):
-    """What fills the slot of a projection, in every layer of its run.
+    """What fills the slot of a projection, in every layer of its blocks.
 
     Layers (and experts) that the method leaves alone have a share of the arrays all the same.
 
@@ -145,7 +142,7 @@ class LinearMethod(Method):
 
     @abc.abstractmethod
     def adapter(self, linear: Projection, settings: tuple[Any, ...]) -> SlotAdapter:
-        """Makes the abstract adapter of one run's projection, as of one layer."""
+        """Makes the abstract adapter of a projection, as of one layer of its blocks."""
 
     @abc.abstractmethod
     def peft_config(self, definition: Definition, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,18 +163,18 @@ class LinearMethod(Method):
     def attach(self, model: CausalLM) -> None:
         """Fills the adapter slot of every chosen projection."""
         check_saved(model, self.modules_to_save, self.key("modules_to_save"))
-        modules = linears(model)
+        modules = model.projections()
         chosen = self.choose({n: m for path, m in modules.items() for n in module_names(path, m)})
         for path, linear in modules.items():
             settings = tuple(chosen.get(name) for name in module_names(path, linear))
             if all(setting is None for setting in settings):
                 continue
-            if self.dropout and (path == ("lm_head",) or isinstance(linear, Router)):
+            if self.dropout and (path == ("lm_head",) or linear.is_router):
                 name = "lm_head" if path == ("lm_head",) else "a router (mlp.gate)"
                 targets = self.key("targets", "target_modules")
                 raise JaxtuneError(f"adapter.dropout must be 0 where {targets} has {name}")
             adapter = self.adapter(linear, settings)
-            if isinstance(linear, Router) and adapter.edits_bias(linear):
+            if linear.is_router and adapter.edits_bias(linear):
                 raise JaxtuneError(f"{'.'.join(path)} is a router, which has no bias to train")
             if self.trains(".".join((*path, "weight"))):
                 raise JaxtuneError(
@@ -248,7 +245,7 @@ def pack(definition: Definition, stored: Stored) -> tuple[Tree, Tree]:
 
 def adapters(definition: Definition) -> Iterator[tuple[Path, list[str], SlotAdapter]]:
     """Yields each edited projection's path, its module names and its adapter."""
-    for path, linear in linears(definition.module).items():
+    for path, linear in definition.projections().items():
         if linear.adapter is not None:
             yield path, module_names(path, linear), linear.adapter
 

@@ -20,10 +20,9 @@ from jaxtune.adapters.method import Stored
 from jaxtune.adapters.projections.modules_to_save import saved_modules
 from jaxtune.adapters.projections.peft_files import edit_tensors, from_disk, peft_config
 from jaxtune.adapters.projections.slots import LinearMethod, Part, SlotAdapter, shared_settings
-from jaxtune.adapters.targets import Projection, linears
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.decoder import CausalLM
-from jaxtune.layers.linear import Edit, LowRank
+from jaxtune.layers.linear import Edit, LowRank, Projection
 from jaxtune.layers.tree import (
     Constant,
     Shared,
@@ -42,7 +41,7 @@ _KEY = re.compile(r"(.+)\.vera_lambda_([bd])")
 
 
 class VeraAdapter(SlotAdapter):
-    """The two vectors of a projection, in every layer of its run; the matrices are shared."""
+    """The two vectors of a projection, in every layer of its blocks; the matrices are shared."""
 
     def __init__(self, linear: Projection, settings: tuple[int | None, ...], dropout: float):
         self.rank = next(rank for rank in settings if rank)
@@ -114,7 +113,7 @@ class Vera(LinearMethod):
     def attach(self, model: CausalLM) -> None:
         """Fills the slots; every adapter holds the same two matrices."""
         super().attach(model)
-        edited = [linear for linear in linears(model).values() if linear.adapter is not None]
+        edited = [linear for linear in model.projections().values() if linear.adapter is not None]
         shape_A = (self.rank, max(linear.in_features for linear in edited))
         shape_B = (max(linear.out_features for linear in edited), self.rank)
         vera_A, vera_B = (

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from jaxtune.adapters.method import Method, Stored
-from jaxtune.adapters.virtual.common import check_match, checked, draw, hidden_size
+from jaxtune.adapters.virtual.common import check_match, checked, draw
 from jaxtune.adapters.virtual.encoder import Dense, drop
 from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.layers.context import Context
@@ -98,15 +98,15 @@ class Bottlenecks(Method):
 
     def attach(self, model: CausalLM) -> None:
         """Fills the adapter slots of every layer."""
-        hidden, decoder = hidden_size(model), model.model
+        hidden = model.hidden_size
         lookup(ACTIVATIONS, self.activation, "adapter.activation")
-        for run, layers in zip(decoder.layers, decoder.run_layers, strict=True):
+        for layer, *layers in model.decoder.blocks:
             if self.attention:
                 name = "attention_adapters"
-                run.attention_adapters = stack(Bottleneck(hidden, name, self), *layers)
+                layer.attention_adapters = stack(Bottleneck(hidden, name, self), *layers)
             if self.feed_forward:
                 name = "output_adapters"
-                run.output_adapters = stack(Bottleneck(hidden, name, self), *layers)
+                layer.output_adapters = stack(Bottleneck(hidden, name, self), *layers)
 
     def init(self, definition: Definition, seed: int) -> tuple[Tree, Tree]:
         """Draws the projections down and leaves all else at zero: the identity."""
@@ -127,7 +127,7 @@ class Bottlenecks(Method):
         return Stored(
             {
                 "config": self._settings(),
-                "hidden_size": hidden_size(definition.module),
+                "hidden_size": definition.hidden_size,
                 "model_class": (config.get("architectures") or [None])[0],
                 "model_name": config.get("_name_or_path"),
                 "model_type": config.get("model_type"),
@@ -139,7 +139,7 @@ class Bottlenecks(Method):
 
     def restore(self, definition: Definition, stored: Stored) -> tuple[Tree, Tree]:
         """Stacks AdapterHub's tensors over the layers."""
-        check_match(stored, {"hidden_size": hidden_size(definition.module)})
+        check_match(stored, {"hidden_size": definition.hidden_size})
         needed: set[str] = set()
         trainable: dict[Path, jax.Array] = {}
         for path, leaf in definition.of_kind("trainable").items():
@@ -153,7 +153,7 @@ class Bottlenecks(Method):
         return unflatten(trainable), {}
 
     def _keys(self, path: Path, leaf: Leaf) -> Iterator[str]:
-        """Yields AdapterHub's key of a parameter in each layer of its run."""
+        """Yields AdapterHub's key of a parameter in each layer of its blocks."""
         for name in layer_names(path, leaf.declaration):
             module, part, kind = name.rsplit(".", 2)
             part = f"{part}.0" if part == "adapter_down" else part

@@ -12,19 +12,13 @@ import numpy as np
 
 from jaxtune.adapters.method import Stored
 from jaxtune.errors import JaxtuneError
-from jaxtune.layers.decoder import CausalLM
-from jaxtune.layers.tree import Path, Tree, declaration_of, unflatten
+from jaxtune.layers.tree import Path, Tree, unflatten
 from jaxtune.models.definition import Definition
 
 # The key of virtual tokens, [n, …], in PEFT's files.
 EMBEDDINGS = "prompt_embeddings"
 WEIGHTS_FILE = "adapter_model.safetensors"
 ENCODER_FILE = "encoder.safetensors"
-
-
-def hidden_size(model: CausalLM) -> int:
-    """Returns the dimension of the residual stream."""
-    return declaration_of(model.model.embed_tokens.weight).shape[1]
 
 
 def draw(definition: Definition, seed: int, std: float) -> Tree:
@@ -119,7 +113,7 @@ def prompt_config(definition: Definition, virtual_tokens: int) -> dict[str, Any]
         "base_model_name_or_path": definition.config.get("_name_or_path"),
         "num_virtual_tokens": virtual_tokens,
         "num_transformer_submodules": 1,
-        "num_layers": sum(layers for _, layers in definition.module.model.run_layers),
+        "num_layers": definition.layer_count,
         "num_attention_heads": definition.config.get("num_attention_heads"),
         "modules_to_save": None,
         "inference_mode": True,

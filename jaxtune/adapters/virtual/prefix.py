@@ -9,7 +9,7 @@ Source: Li and Liang, 2021; Liu et al., 2021 (P-Tuning v2).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -30,8 +30,7 @@ from jaxtune.adapters.virtual.common import (
     refuse_extras,
 )
 from jaxtune.adapters.virtual.encoder import Dense
-from jaxtune.layers.decoder import CausalLM, Decoder
-from jaxtune.layers.mla import MLA
+from jaxtune.layers.decoder import Blocks, CausalLM
 from jaxtune.layers.tree import Path, Trainable, Tree, bind, flatten, parameter, stack, unflatten
 from jaxtune.models.definition import Definition
 
@@ -103,12 +102,12 @@ class Prefix(Method):
 
     def attach(self, model: CausalLM) -> None:
         """Fills the prefix slot of every layer's attention, and that of the decoder."""
-        decoder, n, hidden = model.model, self.virtual_tokens, self.encoder_hidden_size
-        for run, layers in zip(decoder.layers, decoder.run_layers, strict=True):
-            width = run.self_attn.prefix_width
+        decoder, n, hidden = model.decoder, self.virtual_tokens, self.encoder_hidden_size
+        for layer, *layers in decoder.blocks:
+            width = layer.self_attn.prefix_width
             prefix = ProjectedPrefix(hidden, width) if self.projection else OwnPrefix(n, width)
-            run.self_attn.prefix = stack(prefix, *layers)
-        token_dim = _storage(decoder)["token_dim"]
+            layer.self_attn.prefix = stack(prefix, *layers)
+        token_dim = _storage(decoder.blocks[0].layer.self_attn)["token_dim"]
         projected = PrefixEncoder(n, token_dim, hidden) if self.projection else None
         decoder.prefix = projected or PrefixCount(n)
 
@@ -120,16 +119,16 @@ class Prefix(Method):
     def store(self, definition: Definition, trainable: Tree, constants: Tree) -> Stored:
         """Returns the prefixes of all layers, side by side, and the encoder apart from them."""
         del constants
-        decoder, values = definition.module.model, dict(flatten(trainable))
-        config = prompt_config(definition, self.virtual_tokens) | _storage(decoder)
+        blocks, values = definition.blocks, dict(flatten(trainable))
+        config = prompt_config(definition, self.virtual_tokens) | _storage(definition.attention)
         hidden = self.encoder_hidden_size if self.projection else config["token_dim"]
         config |= {"prefix_projection": self.projection, "encoder_hidden_size": hidden}
         if not self.projection:
-            slabs = [np.asarray(values[path]) for path in _slots(decoder, "embedding")]
+            slabs = [np.asarray(values[path]) for path in _slots(blocks, "embedding")]
             embeddings = np.concatenate(slabs).transpose(1, 0, 2).reshape(self.virtual_tokens, -1)
             return Stored(config, {EMBEDDINGS: embeddings})
         weight, bias = (
-            np.concatenate([np.asarray(values[p]) for p in _slots(decoder, "projection", name)])
+            np.concatenate([np.asarray(values[p]) for p in _slots(blocks, "projection", name)])
             for name in ("weight", "bias")
         )
         encoder = {
@@ -139,7 +138,7 @@ class Prefix(Method):
             "transform.2.weight": weight.reshape(-1, weight.shape[-1]),
             "transform.2.bias": bias.reshape(-1),
         }
-        shared = bind(nnx.graphdef(decoder.prefix), trainable["model"]["prefix"])()
+        shared = bind(nnx.graphdef(definition.prefix), trainable["model"]["prefix"])()
         highest = jax.lax.Precision.HIGHEST
         embeddings = jnp.matmul(shared, encoder["transform.2.weight"].T, precision=highest)
         embeddings = np.asarray(embeddings) + encoder["transform.2.bias"]
@@ -147,16 +146,16 @@ class Prefix(Method):
 
     def restore(self, definition: Definition, stored: Stored) -> tuple[Tree, Tree]:
         """Cuts the prefixes, or the encoder's last layer, into layers."""
-        decoder, n = definition.module.model, self.virtual_tokens
-        width = decoder.layers[0].self_attn.prefix_width
-        layers = sum(layers for _, layers in decoder.run_layers)
-        check_match(stored, _storage(decoder) | {"num_layers": layers})
+        blocks, n = definition.blocks, self.virtual_tokens
+        width, layers = definition.attention.prefix_width, definition.layer_count
+        storage = _storage(definition.attention)
+        check_match(stored, storage | {"num_layers": layers})
         if not self.projection:
             shape = (n, layers * width)
             value = checked(stored.tensors, EMBEDDINGS, shape, WEIGHTS_FILE)
             value = value.reshape(n, layers, width).transpose(1, 0, 2)
-            return _cut(decoder, {("embedding",): value}), {}
-        token_dim, hidden = _storage(decoder)["token_dim"], self.encoder_hidden_size
+            return _cut(blocks, {("embedding",): value}), {}
+        token_dim, hidden = storage["token_dim"], self.encoder_hidden_size
         shapes = {
             "embedding.weight": (n, token_dim),
             "transform.0.weight": (hidden, token_dim),
@@ -169,7 +168,7 @@ class Prefix(Method):
             for name, shape in shapes.items()
         }
         tree = _cut(
-            decoder,
+            blocks,
             {
                 ("projection", "weight"): encoder["transform.2.weight"].reshape(layers, width, -1),
                 ("projection", "bias"): encoder["transform.2.bias"].reshape(layers, width),
@@ -185,38 +184,38 @@ class Prefix(Method):
         return tree, {}
 
 
-def _storage(decoder: Decoder) -> dict[str, Any]:
-    """Returns how an adapter_config.json says what a prefix of this attention consists of."""
-    attention = decoder.layers[0].self_attn
-    if isinstance(attention, MLA):
+def _storage(attention: Any) -> dict[str, Any]:
+    """Returns the settings of an adapter_config.json that describe a prefix of this attention."""
+    shapes = attention.token_shapes
+    if "latent" in shapes:
+        (kv_lora_rank,), (rope,) = shapes["latent"], shapes["rope"]
         return {
             "peft_type": LATENT,
             "token_dim": attention.prefix_width,
-            "kv_lora_rank": attention.sizes.kv_lora,
-            "qk_rope_head_dim": attention.sizes.rope,
+            "kv_lora_rank": kv_lora_rank,
+            "qk_rope_head_dim": rope,
         }
+    heads, head_dim = shapes["k"]
     return {
         "peft_type": "PREFIX_TUNING",
-        "token_dim": attention.prefix_width // 2,
-        "num_attention_heads": attention.kv_heads,
+        "token_dim": heads * head_dim,
+        "num_attention_heads": heads,
     }
 
 
-def _slots(decoder: Decoder, *name: str) -> Iterator[Path]:
-    """Yields the path of a prefix's array in each run of layers."""
-    for run in range(len(decoder.run_layers)):
-        yield ("model", "layers", str(run), "self_attn", "prefix", *name)
+def _slots(blocks: Sequence[Blocks], *name: str) -> Iterator[Path]:
+    """Yields the path of a prefix's array in each of the blocks."""
+    for index in range(len(blocks)):
+        yield ("model", "layers", str(index), "self_attn", "prefix", *name)
 
 
-def _cut(decoder: Decoder, values: dict[Path, np.ndarray]) -> Tree:
-    """Cuts arrays over all layers into those of each run."""
+def _cut(blocks: Sequence[Blocks], values: dict[Path, np.ndarray]) -> Tree:
+    """Cuts arrays over all layers into those of each of the blocks."""
     return unflatten(
         {
             path: jnp.asarray(value[first : first + layers])
             for name, value in values.items()
-            for path, (first, layers) in zip(
-                _slots(decoder, *name), decoder.run_layers, strict=True
-            )
+            for path, (_, first, layers) in zip(_slots(blocks, *name), blocks, strict=True)
         }
     )
 

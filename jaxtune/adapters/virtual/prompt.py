@@ -23,7 +23,6 @@ from jaxtune.adapters.virtual.common import (
     checked,
     count,
     draw,
-    hidden_size,
     prompt_config,
     refuse_extras,
 )
@@ -64,7 +63,7 @@ class Prompt(Method):
 
     def attach(self, model: CausalLM) -> None:
         """Fills the prompt slot of the decoder."""
-        model.model.prompt = VirtualTokens(self.virtual_tokens, hidden_size(model))
+        model.decoder.prompt = VirtualTokens(self.virtual_tokens, model.hidden_size)
 
     def start(self, tokenizer: Any, embeddings: Callable[[], np.ndarray]) -> Stored | None:
         """Looks up the text, repeated or cut to n tokens as PEFT does: embeddings [n, hidden]."""
@@ -91,7 +90,7 @@ class Prompt(Method):
         del constants
         config = prompt_config(definition, self.virtual_tokens) | {
             "peft_type": "PROMPT_TUNING",
-            "token_dim": hidden_size(definition.module),
+            "token_dim": definition.hidden_size,
             # How it started no longer matters, and the text would ask for a tokenizer.
             "prompt_tuning_init": "RANDOM",
             "prompt_tuning_init_text": None,
@@ -101,7 +100,7 @@ class Prompt(Method):
 
     def restore(self, definition: Definition, stored: Stored) -> tuple[Tree, Tree]:
         """Returns the embeddings as the only trainable."""
-        hidden = hidden_size(definition.module)
+        hidden = definition.hidden_size
         check_match(stored, {"token_dim": hidden})
         shape = (self.virtual_tokens, hidden)
         value = checked(stored.tensors, EMBEDDINGS, shape, WEIGHTS_FILE)

@@ -23,7 +23,6 @@ from jaxtune.adapters.virtual.common import (
     checked,
     count,
     draw,
-    hidden_size,
     prompt_config,
 )
 from jaxtune.adapters.virtual.encoder import LSTM, Dense
@@ -91,7 +90,7 @@ class PTuning(Method):
                 "adapter.dropout must be 0 with P-Tuning: it drops between the layers of an LSTM, "
                 "and the encoder has none"
             )
-        model.model.prompt = PromptEncoder(hidden_size(model), self)
+        model.decoder.prompt = PromptEncoder(model.hidden_size, self)
 
     def init(self, definition: Definition, seed: int) -> tuple[Tree, Tree]:
         """Draws the network as PEFT does."""
@@ -102,7 +101,7 @@ class PTuning(Method):
         del constants
         config = prompt_config(definition, self.virtual_tokens) | {
             "peft_type": "P_TUNING",
-            "token_dim": hidden_size(definition.module),
+            "token_dim": definition.hidden_size,
             "encoder_reparameterization_type": self.encoder,
             "encoder_hidden_size": self.encoder_hidden_size,
             "encoder_num_layers": self.num_layers,
@@ -110,12 +109,12 @@ class PTuning(Method):
         }
         tree = trainable["model"]["prompt"]
         encoder = {_name(path): np.asarray(v, np.float32) for path, v in flatten(tree)}
-        made = bind(nnx.graphdef(definition.module.model.prompt), tree)(None)
+        made = bind(nnx.graphdef(definition.prompt), tree)(None)
         return Stored(config, {EMBEDDINGS: np.asarray(made)}, encoder)
 
     def restore(self, definition: Definition, stored: Stored) -> tuple[Tree, Tree]:
         """Returns the network as the trainable."""
-        check_match(stored, {"token_dim": hidden_size(definition.module)})
+        check_match(stored, {"token_dim": definition.hidden_size})
         tree = definition.abstract("trainable")["model"]["prompt"]
         values = {
             path: jnp.asarray(checked(stored.encoder or {}, _name(path), like.shape, ENCODER_FILE))

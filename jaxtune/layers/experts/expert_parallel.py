@@ -1,12 +1,12 @@
 """Routed experts over the devices of a mesh.
 
-Tokens are split over all devices, and experts along the mesh axis "expert". Each device gathers
-the tokens of those that hold the other experts, meets them with its own experts, and the sums go
-back to where the tokens are. What "fsdp" splits of a weight is gathered for one layer at a time, as
-it is stored: a quantized stack travels as its codes. How many rows an expert gets decides what a
-device computes, as on a single device; no token is dropped.
+Tokens are sharded over all devices, and experts along the mesh axis "expert". Each device gathers
+the tokens of the devices along this axis and applies its own experts; the sums are scattered back
+to the devices of the tokens. Weights sharded over "fsdp" are gathered for one layer at a time, in
+their stored form: a quantized stack is sent as codes. As on a single device, an expert computes as
+many rows as choose it, and no token is dropped.
 
-The compiler would not find this by itself: it would gather all rows on every device.
+The compiler does not find this partition by itself: it gathers all rows on every device.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from jaxtune.parallel.rules import partition_spec
 AXIS = "expert"
 
 # rows [N, H], experts int32 [N, k], weights [N, k], a random key or None, the experts of this
-# device → [N, H]; an expert of E or more is another device's.
+# device → [N, H]. An index of E or more marks an expert of another device.
 Apply = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None, Any], jax.Array]
 
 
 def token_spec(shape: tuple[int, ...]) -> PartitionSpec | None:
-    """Returns how tokens [B, T, …] are split over the mesh in context, or None where they are not.
+    """Returns the sharding of tokens [B, T, …] for `apply_over_mesh`, or None without a mesh.
 
-    The hidden dimension is whole in between, so "tensor" splits the sequence.
+    The hidden dimension is whole here, so "tensor" splits the sequence. None as well if the devices
+    do not divide the tokens.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
@@ -43,11 +44,11 @@ def token_spec(shape: tuple[int, ...]) -> PartitionSpec | None:
     axes = (batch,) if isinstance(batch, str) else tuple(batch or ())
     parts = (math.prod(mesh.shape[axis] for axis in group) for group in (axes, sequence))
     if any(size % part for size, part in zip(shape, parts, strict=False)):
-        return None  # a few tokens, as in decoding, are left to the compiler
+        return None  # a few tokens, as in decoding: the compiler partitions them
     return PartitionSpec(axes, sequence, None)
 
 
-def spread(
+def apply_over_mesh(
     module: nnx.Module,
     spec: PartitionSpec,
     x: jax.Array,
@@ -59,16 +60,16 @@ def spread(
     """Applies stacked experts to tokens, on the devices of the mesh in context.
 
     Args:
-      module: holds the experts' weights; see `parameter(…, experts=E)`.
-      spec: of the tokens, from `token_spec`.
+      module: the experts' weights; see `parameter(…, experts=E)`.
+      spec: sharding of the tokens, from `token_spec`.
       x: [B, T, H].
-      experts: int32 [B, T, k], chosen for each token.
-      weights: [B, T, k] of what they return.
+      experts: int32 [B, T, k], the chosen experts of each token.
+      weights: [B, T, k], factors on their outputs.
       key: for dropout; None turns it off.
-      apply: what each device does with its rows and its part of the module.
+      apply: the computation of a device with its rows and its experts.
 
     Returns:
-      [B, T, H], split as `spec` says.
+      [B, T, H] with the sharding `spec`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     shares = mesh.shape[AXIS]
@@ -100,7 +101,7 @@ def spread(
         mesh=mesh,
         in_specs=(specs, spec, spec, spec, PartitionSpec()),
         out_specs=spec,
-        check_vma=False,  # loops whose trips depend on the data do not say how they vary
+        check_vma=False,  # loops with data-dependent trips do not declare how they vary
     )(state, x, experts, weights, key)
 
 
@@ -118,8 +119,8 @@ def _gathered(a: jax.Array) -> jax.Array:
 
 
 def _own_experts(state: Any) -> int:
-    """Returns how many experts a part of the stacks holds."""
+    """Returns the number of experts in this device's part of the stacks."""
     for variable in jax.tree.leaves(state, is_leaf=_is_variable):
         if declaration_of(variable).experts is not None:
             return jax.tree.leaves(variable)[0].shape[0]
-    raise AssertionError("a module of experts has weights of experts")
+    raise AssertionError("no weight of the module is stacked over experts")

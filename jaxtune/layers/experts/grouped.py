@@ -1,12 +1,24 @@
 """Grouped products: many rows, each multiplied with the weight of its own expert.
 
-Rows are sorted by expert and each expert's share is padded to a multiple of a tile, so that a tile
-meets one weight. The products walk over the tiles that hold rows: the cost grows with the number of
-rows, whatever the number of experts, and nothing is dropped.
+Rows are sorted by expert, and the rows of each expert are padded to a multiple of a tile, so that
+all rows of a tile have the same weight. Products visit only tiles with rows: the cost grows with
+the number of rows and not with that of experts, and no row is dropped.
 
-The walk is a loop that any platform can compile, or the kernels of `grouped_pallas` on a TPU and
-of `grouped_triton` on an NVIDIA GPU. The loop turns a quantized weight into an array one expert at
-a time, so that it never holds a stack.
+Products are loops over tiles on any platform, the kernels of `grouped_pallas` on TPUs, or those of
+`grouped_triton` on NVIDIA GPUs. A loop dequantizes the weight of one expert at a time and never
+holds a dequantized stack.
+
+Tiles of 4 rows for experts 0 to 2 with 5, 0 and 2 rows (tiles = 3):
+
+    tile 0   0 0 0 0     tile_expert 0
+    tile 1   0 · · ·     tile_expert 0
+    tile 2   2 2 · ·     tile_expert 2
+    tile 3, tile 4       without rows
+
+The number of tiles is static, ⌈N / tile⌉ + E, the worst case of E tiles that are not full; how many
+of them hold rows (`tiles`) is known at run time only, hence the loops with dynamic trips. Where
+some experts are trained in place of frozen ones (`Replaced`), two such loops visit disjoint sets of
+tiles: those of frozen experts, and those of trained ones; see `_walks`.
 
 N rows routed, P padded rows, E experts, K trained in place of frozen ones.
 """
@@ -24,6 +36,7 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.typing import DTypeLike
 
+from jaxtune.layers.cpu_bfloat16 import pick
 from jaxtune.layers.experts import grouped_pallas, grouped_triton
 from jaxtune.layers.linear import is_trained, outer, plain_values, product
 from jaxtune.quant import materialize
@@ -31,8 +44,8 @@ from jaxtune.quant import materialize
 logger = logging.getLogger(__name__)
 
 MAX_TILE = 128
-# Rows of the smallest tile: a TPU lays bfloat16 out in tiles of 16 rows, and the tensor cores of a
-# GPU multiply 16 at a time.
+# Rows of the smallest tile: a TPU stores bfloat16 in tiles of 16 rows, and the tensor cores of a
+# GPU multiply 16 rows at a time.
 MIN_TILE = {"loop": 8, "pallas": 16, "triton": 16}
 
 
@@ -43,15 +56,15 @@ MIN_TILE = {"loop": 8, "pallas": 16, "triton": 16}
 )
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """How routed rows lie in tiles.
+    """The layout of routed rows in tiles.
 
     Attributes:
-      source: int32[P], the row that each padded row holds; N where it holds none.
-      slot: int32[N], the padded row that holds each row; P where none does.
-      tile_expert: int32[P / tile].
-      tiles: int32 scalar, how many tiles hold rows: at most ⌈N / tile⌉ + E.
+      source: int32[P], the row in each padded row; N for padding.
+      slot: int32[N], the padded row of each row; P for a row without an expert.
+      tile_expert: int32[P / tile], the expert of each tile.
+      tiles: int32 scalar, number of tiles with rows: at most ⌈N / tile⌉ + E.
       tile: rows per tile.
-      kernel: what multiplies plain weights: "loop", "pallas" (TPU) or "triton" (GPU).
+      kernel: for plain weights: "loop", "pallas" (TPU) or "triton" (GPU).
     """
 
     source: jax.Array
@@ -68,12 +81,12 @@ def _log_once(message: str) -> None:
 
 
 class Replaced(NamedTuple):
-    """Weights of experts, some of which are trained in the place of their frozen ones.
+    """Weights of experts, some of which are trained in place of frozen ones.
 
     Attributes:
-      frozen: [E, out, in], plain or quantized; of a replaced expert it is never read.
+      frozen: [E, out, in], plain or quantized; those of replaced experts are never read.
       trained: [K, out, in].
-      slot: int32[E], which of `trained` takes an expert's place; -1 for none.
+      slot: int32[E], the index in `trained` of each expert; -1 for a frozen one.
     """
 
     frozen: Any
@@ -82,35 +95,35 @@ class Replaced(NamedTuple):
 
 
 def choose_kernel(platform: str) -> str:
-    """Returns what multiplies best on a platform, with the mesh in context.
+    """Returns the fastest kernel for a platform and the mesh in context.
 
-    What keeps an accelerator from its kernels is logged once.
+    An accelerator without its kernel is logged once, with the reason.
     """
     kernel = {"tpu": "pallas", "gpu": "triton", "cuda": "triton"}.get(platform, "loop")
     mesh = jax.sharding.get_abstract_mesh()
     if kernel == "loop":
         return kernel
-    # A kernel is not partitioned by the compiler, a loop is.
+    # The compiler partitions loops, but not kernels.
     alone = mesh.empty or mesh.size == 1 or all(kind is AxisType.Manual for kind in mesh.axis_types)
     lacking = None if alone else f"the mesh has {mesh.size} devices"
     if lacking is None and kernel == "triton":
         lacking = _gpu_lacks()
     if lacking is None:
         return kernel
-    _log_once(f"routed experts: a loop in place of the {platform} kernel, as {lacking}")
+    _log_once(f"routed experts: a loop instead of the {platform} kernel: {lacking}")
     return "loop"
 
 
 def _gpu_lacks() -> str | None:
     try:
         device = jax.local_devices(backend="gpu")[0]
-    except RuntimeError:  # compiled for described GPUs, which Pallas takes for Hopper
-        return grouped_triton.what_lacks("9.0")
-    return grouped_triton.what_lacks(getattr(device, "compute_capability", None))
+    except RuntimeError:  # compiling for a described GPU, which Pallas assumes to be a Hopper
+        return grouped_triton.unsupported("9.0")
+    return grouped_triton.unsupported(getattr(device, "compute_capability", None))
 
 
 def tile_size(rows: int, experts: int, kernel: str = "loop") -> int:
-    """Returns rows per tile: a power of two, so that an average expert fills a few."""
+    """Returns the rows per tile, a power of two; an average expert fills a few tiles."""
     average = max(rows // (4 * experts), 1)
     return min(MAX_TILE, max(MIN_TILE[kernel], 1 << (average.bit_length() - 1)))
 
@@ -119,9 +132,9 @@ def group(expert: jax.Array, experts: int, kernel: str = "loop") -> Groups:
     """Sorts rows into tiles.
 
     Args:
-      expert: int32[N], the expert of each row; E for a row that meets none.
+      expert: int32[N], the expert of each row; E for a row without one.
       experts: E.
-      kernel: what is going to multiply them; see `choose_kernel`.
+      kernel: of the products to come; see `choose_kernel`.
     """
     rows = expert.shape[0]
     tile = tile_size(rows, experts, kernel)
@@ -148,25 +161,22 @@ def group(expert: jax.Array, experts: int, kernel: str = "loop") -> Groups:
 def _take(weight: Any, expert: jax.Array, dtype: Any) -> jax.Array:
     """Returns one expert's weight [out, in], as an array of `dtype`."""
 
-    def one(leaf: jax.Array) -> jax.Array:
-        if leaf.dtype != jnp.bfloat16:
-            return lax.dynamic_index_in_dim(leaf, expert, 0, keepdims=False)
-        # As bits, for the reason given in layers/cpu_bfloat16.py: this too loops over a stack.
-        bits = lax.bitcast_convert_type(leaf, jnp.uint16)
-        bits = lax.dynamic_index_in_dim(bits, expert, 0, keepdims=False)
-        return lax.bitcast_convert_type(bits, jnp.bfloat16)
+    def index(leaf: jax.Array) -> jax.Array:
+        return lax.dynamic_index_in_dim(leaf, expert, 0, keepdims=False)
 
-    return materialize(jax.tree.map(one, weight), dtype)
+    return materialize(jax.tree.map(lambda leaf: pick(leaf, index), weight), dtype)
 
 
 class _Walk(NamedTuple):
-    """The tiles that meet a stack of weights.
+    """A loop over the tiles that multiply with one stack of weights.
+
+    Trip i, for i below `count`, multiplies tile `tiles[i]` with `weights[owner[tiles[i]]]`.
 
     Attributes:
       weights: the stack.
-      tiles: int32[P / tile], those that meet it first.
-      count: int32 scalar, how many meet it.
-      owner: int32[P / tile], which of the weights a tile meets.
+      tiles: int32[P / tile], a permutation of the tiles: first those of this loop.
+      count: int32 scalar, number of tiles of this loop.
+      owner: int32[P / tile], index of each tile's weight in the stack.
     """
 
     weights: Any
@@ -176,12 +186,13 @@ class _Walk(NamedTuple):
 
 
 def _walks(weight: Any, groups: Groups) -> list[_Walk]:
-    """Returns the walks over all tiles that hold rows; the last one meets what may be trained."""
+    """Returns loops that visit each tile with rows once, the last over what may be trained."""
     index = jnp.arange(groups.tile_expert.shape[0])
     if not isinstance(weight, Replaced):
         return [_Walk(weight, index, groups.tiles, groups.tile_expert)]
     slot = weight.slot[groups.tile_expert]
 
+    # A stable argsort of a boolean moves the chosen tiles to the front and keeps their order.
     def over(chosen: jax.Array, weights: Any, owner: jax.Array) -> _Walk:
         chosen = chosen & (index < groups.tiles)
         return _Walk(weights, jnp.argsort(~chosen, stable=True), jnp.sum(chosen), owner)
@@ -193,7 +204,7 @@ def _walks(weight: Any, groups: Groups) -> list[_Walk]:
 def _multiply(
     x: jax.Array, weight: Any, groups: Groups, axis: int, features: int, dtype: DTypeLike
 ) -> jax.Array:
-    """Contracts the last axis of x [P, …] with an axis of each tile's weight; sums in float32."""
+    """Contracts the last axis of x [P, …] with an axis of each tile's weight, summed in float32."""
     tile, where = groups.tile, (groups.tile_expert, groups.tiles)
     if groups.kernel == "triton" and isinstance(weight, jax.Array):
         return grouped_triton.multiply(x, weight, *where, axis, dtype)
@@ -222,7 +233,7 @@ def grouped_linear(x: jax.Array, weight: Any, groups: Groups, features: int) -> 
       features: out.
 
     Returns:
-      float32 [P, out]; rows of tiles that hold nothing are zero.
+      float32 [P, out]; zero in tiles without rows.
     """
     return _grouped(x, weight, groups, features)
 
@@ -252,7 +263,7 @@ def _backward(features: int, residuals: Any, g: jax.Array) -> Any:
 
 
 def _outer_sums(g: jax.Array, x: jax.Array, weight: Any, groups: Groups) -> jax.Array:
-    """Sums g [P, out] ⊗ x [P, in] over the rows of each trained expert, like its weights."""
+    """Sums g [P, out] ⊗ x [P, in] over the rows of each trained expert: [E or K, out, in]."""
     tile, where = groups.tile, (groups.tile_expert, groups.tiles)
     if groups.kernel != "loop" and not isinstance(weight, Replaced):
         experts = weight.shape[0]

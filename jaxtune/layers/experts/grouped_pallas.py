@@ -1,8 +1,8 @@
 """Grouped products as Pallas kernels for TPUs.
 
-A tile of rows meets one weight, so a kernel is a product per tile whose weight is looked up by the
-tile's expert. A block of the weight stays in VMEM from one tile of an expert to the next. Operands
-are plain arrays: a quantized stack would have to be dequantized whole.
+All rows of a tile have the same weight: the kernel multiplies each tile with the weight of its
+expert. A block of the weight stays in VMEM from one tile of an expert to the next. Operands are
+plain arrays: a quantized stack would have to be dequantized whole.
 
 P padded rows, E experts.
 """
@@ -18,18 +18,18 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxtune.layers.linear import outer, product
 
-# Bytes of a weight's block, of which VMEM holds two beside the rows.
+# Bytes of a block of a weight; VMEM holds two of them in addition to the rows.
 WEIGHT_BLOCK = 4 * 2**20
-# Rows and columns of a gradient's block, float32.
+# Rows and columns of a block of a gradient, float32.
 GRADIENT_BLOCK = 512
 LANES = 128
 
 
 def features_per_block(contracted: int, features: int, itemsize: int) -> int:
-    """Returns how many features of a weight, at least a lane of each, make up a block.
+    """Returns the features per block of a weight, at least one lane of them.
 
     Args:
-      contracted: length of the axis that is summed over, which is never cut.
+      contracted: length of the contracted axis, which is not split.
       features: of the result.
       itemsize: bytes of a number.
     """
@@ -37,7 +37,7 @@ def features_per_block(contracted: int, features: int, itemsize: int) -> int:
 
 
 def _cost(products: int, *operands: jax.Array) -> pl.CostEstimate:
-    """Tells the compiler what it cannot see inside a kernel."""
+    """Returns the cost of a kernel, which the compiler cannot derive."""
     read = sum(operand.size * operand.dtype.itemsize for operand in operands)
     return pl.CostEstimate(flops=2 * products, bytes_accessed=read, transcendentals=0)
 
@@ -51,11 +51,11 @@ def multiply(
       x: [P, …].
       weight: [E, out, in].
       tile_expert: int32[P / tile].
-      tiles: int32 scalar, how many tiles hold rows.
+      tiles: int32 scalar, number of tiles with rows.
       axis: of one expert's weight: 1 for in, 0 for out.
 
     Returns:
-      float32 [P, features]; rows of tiles that hold nothing are zero.
+      float32 [P, features]; zero in tiles without rows.
     """
     (rows, contracted), features = x.shape, weight.shape[2 - axis]
     tile = rows // tile_expert.shape[0]
@@ -103,7 +103,7 @@ def outer_sums(
       g: [P, out].
       x: [P, in].
       tile_expert: int32[P / tile], ascending.
-      tiles: int32 scalar, how many tiles hold rows.
+      tiles: int32 scalar, number of tiles with rows.
       experts: E.
 
     Returns:
@@ -146,7 +146,7 @@ def outer_sums(
         cost_estimate=_cost(rows * out * features, g, x),
         name="grouped_outer_sums",
     )(tile_expert, tiles[None], g, x)
-    # No tile has written what belongs to an expert without rows.
+    # The blocks of experts without rows have not been written by any tile.
     held = jnp.arange(count) < tiles
     chosen = jnp.zeros(experts, bool).at[tile_expert].max(held)
     return jnp.where(chosen[:, None, None], total, 0.0)

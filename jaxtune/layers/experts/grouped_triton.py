@@ -1,9 +1,9 @@
 """Grouped products as Pallas kernels for NVIDIA GPUs, compiled by Triton.
 
-A tile of rows meets one weight, so a program multiplies a tile with a block of the weight of the
-tile's expert, and a gradient's program walks over the tiles of one expert. Each program owns what
-it writes and writes it once: nothing is left unwritten and nothing is added atomically. Operands
-are plain arrays: a quantized stack would have to be dequantized whole.
+All rows of a tile have the same weight: a program multiplies a tile with a block of it. For
+gradients a program sums over the tiles of one expert. Each program writes its own block once, so
+that every element is written and none is added to atomically. Operands are plain arrays: a
+quantized stack would have to be dequantized whole.
 
 P padded rows, E experts.
 """
@@ -28,10 +28,10 @@ try:
 except ImportError:
     triton: Any = None
 
-# The largest block of a result's features, and the smallest that tensor cores multiply.
+# The largest block of output features, and the smallest for tensor cores.
 FEATURES_BLOCK, SMALLEST_BLOCK = 128, 16
-# Bytes of a block along the axis that is summed over: a swizzled row of shared memory. Three
-# stages of two such blocks, 128 high, take 96 KiB, which each GPU from Ampere on has.
+# Bytes of a block along the contracted axis: a swizzled row of shared memory. Three stages of two
+# such blocks with 128 rows take 96 KiB, which all GPUs from Ampere on have.
 SUMMED_BYTES = 128
 # Tensor cores multiply bfloat16 from this compute capability (Ampere) on.
 LEAST_CAPABILITY = 8.0
@@ -39,11 +39,11 @@ LEAST_CAPABILITY = 8.0
 INTERPRET = False
 
 
-def what_lacks(compute_capability: str | None) -> str | None:
-    """Says what keeps these kernels from a GPU, or None where nothing does.
+def unsupported(compute_capability: str | None) -> str | None:
+    """Returns why a GPU cannot run these kernels, or None if it can.
 
     Args:
-      compute_capability: of the device, "9.0"; other vendors have names, as in "gfx942".
+      compute_capability: of the device, "9.0"; a name such as "gfx942" for other vendors.
     """
     if triton is None:
         return "this jaxlib has no Triton"
@@ -55,12 +55,12 @@ def what_lacks(compute_capability: str | None) -> str | None:
 
 
 def _block(features: int, largest: int) -> int:
-    """Returns the power of two that covers features, within what a block may have."""
+    """Returns the size of a block: the power of two from `features` on, within the limits."""
     return min(max(1 << (features - 1).bit_length(), SMALLEST_BLOCK), largest)
 
 
 def _within(ref: Any, place: tuple[Any, ...]) -> jax.Array | None:
-    """Says which numbers of a block lie in the array; None where all do.
+    """Returns the mask of a block's elements that lie within the array; None if all do.
 
     Args:
       ref: the array.
@@ -83,17 +83,17 @@ def _load(ref: Any, *place: Any) -> jax.Array:
 
 
 def _store(ref: Any, value: jax.Array, *place: Any) -> None:
-    """Stores what lies within the array, in its dtype."""
+    """Stores the elements of a block that lie within the array, in its dtype."""
     triton.store(ref.at[place], value.astype(ref.dtype), mask=_within(ref, place))
 
 
 def _call(kernel: Any, grid: tuple[int, ...], result: jax.ShapeDtypeStruct, rows: int) -> Any:
-    """Wraps a kernel whose operands are whole arrays; its blocks of sums have this many rows."""
+    """Wraps a kernel whose operands are whole arrays, for accumulators with `rows` rows."""
     return pl.pallas_call(
         kernel,
         out_shape=result,
         grid=grid,
-        # The sums of a square block would fill the registers of four warps.
+        # The accumulator of a square block would fill the registers of four warps.
         compiler_params=triton.CompilerParams(num_warps=8 if rows == FEATURES_BLOCK else 4),
         interpret=INTERPRET,
     )
@@ -113,12 +113,12 @@ def multiply(
       x: [P, …].
       weight: [E, out, in]; its blocks are cast to the dtype of x.
       tile_expert: int32[P / tile].
-      tiles: int32 scalar, how many tiles hold rows.
+      tiles: int32 scalar, number of tiles with rows.
       axis: of one expert's weight: 1 for in, 0 for out.
       dtype: of the result. Sums are float32 and rounded once.
 
     Returns:
-      [P, features]; rows of tiles that hold nothing are zero.
+      [P, features]; zero in tiles without rows.
     """
     (rows, contracted), features = x.shape, weight.shape[2 - axis]
     tile = rows // tile_expert.shape[0]
@@ -136,12 +136,12 @@ def multiply(
             w = _load(weight, chosen, *place).astype(x.dtype)
             return total + product(_load(x, mine, summed), w, axis)
 
-        # Not a choice between two literals, which Pallas gives another integer type than the loop.
+        # A product instead of a choice between literals, whose integer type differs in Pallas.
         steps = pl.cdiv(contracted, depth) * (index < tiles[0]).astype(jnp.int32)
         total = lax.fori_loop(0, steps, add, jnp.zeros((tile, width), jnp.float32))
         _store(y, total, mine, columns)
 
-    # Neighbours share the rows, and then the expert: its weight stays in the L2 cache.
+    # Consecutive programs share the rows, then the expert, whose weight stays in the L2 cache.
     grid = (pl.cdiv(features, width), tile_expert.shape[0])
     result = jax.ShapeDtypeStruct((rows, features), dtype)
     return _call(grouped_multiply, grid, result, tile)(tile_expert, tiles[None], x, weight)
@@ -161,7 +161,7 @@ def outer_sums(
       g: [P, out].
       x: [P, in].
       tile_expert: int32[P / tile], ascending.
-      tiles: int32 scalar, how many tiles hold rows.
+      tiles: int32 scalar, number of tiles with rows.
       experts: E.
       dtype: of the result. Sums are float32 and rounded once.
 

@@ -14,30 +14,36 @@ from flax import nnx
 from jax import lax
 
 from jaxtune.layers.context import Context
-from jaxtune.layers.experts.expert_parallel import spread, token_spec
-from jaxtune.layers.experts.grouped import Groups, choose_kernel, group, grouped_linear
+from jaxtune.layers.experts.expert_parallel import apply_over_mesh, token_spec
+from jaxtune.layers.experts.grouped import (
+    Groups,
+    choose_kernel,
+    group,
+    grouped_linear,
+    tile_size,
+)
 from jaxtune.layers.experts.routing_stats import Routed, routed
-from jaxtune.layers.linear import LowRank, edited_weight, linear_float32, rescale
+from jaxtune.layers.linear import LowRank, Projection, edited_weight, linear_float32, rescale
 from jaxtune.layers.mlp import MLP
 from jaxtune.layers.tree import Buffer, parameter
 
 
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """How a family chooses experts.
+    """The routing of a model family.
 
     Attributes:
       experts: E.
       top_k: k.
       scores: "softmax" or "sigmoid" of the router's logits.
-      groups: experts are in this many groups; 1 for none.
-      top_groups: only experts of the best groups are chosen.
-      group_top: a group's score is the sum of this many of its best.
+      groups: number of groups of experts; 1 for none.
+      top_groups: number of best groups, whose experts may be chosen.
+      group_top: number of best experts whose scores add up to a group's score.
       masked: score of experts outside the best groups.
-      normalize: whether the chosen scores are divided by their sum.
+      normalize: whether the weights of the chosen experts are divided by their sum.
       scale: factor on the weights.
-      correction_bias: whether a bias is added to the scores for the choice, not for the weights.
-      float32: whether the router computes in float32 rather than in the compute dtype.
+      correction_bias: whether a bias is added to the scores for the choice, but not the weights.
+      float32: whether the router computes in float32 instead of the compute dtype.
     """
 
     experts: int
@@ -53,8 +59,10 @@ class Routing:
     float32: bool = True
 
 
-class Router(nnx.Module):
-    """Chooses the experts of each token; its weight has a slot for a method's edit."""
+class Router(Projection):
+    """Chooses the experts of each token."""
+
+    is_router = True
 
     def __init__(self, hidden_size: int, routing: Routing):
         self.routing = routing
@@ -85,11 +93,6 @@ class Router(nnx.Module):
         ).astype(jnp.float32)
         return jax.nn.softmax(logits) if routing.scores == "softmax" else jax.nn.sigmoid(logits)
 
-    @property
-    def frozen(self) -> tuple[jax.Array, None]:
-        """The weight [E, H] and no bias, as an adapter's `edit` takes them."""
-        return self.weight.get_value(), None
-
     def choose(self, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns (weights float32 [N, k], experts int32 [N, k]) by scores [N, E]."""
         routing = self.routing
@@ -102,16 +105,16 @@ class Router(nnx.Module):
             weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
         return weights * routing.scale, experts.astype(jnp.int32)
 
-    def describe(
+    def routing_stats(
         self, scores: jax.Array, weights: jax.Array, experts: jax.Array, segment_ids: jax.Array
     ) -> Routed:
-        """Describes a choice of experts int32 [N, k], weighted [N, k], by scores [N, E].
+        """Returns the statistics of a choice of experts int32 [N, k], weighted [N, k].
 
-        The tokens are those of int[B, T]. Weights are described without the family's factor.
+        Scores are [N, E], for the tokens of int[B, T]. Weights are counted without `Routing.scale`.
         """
         counted, (batch, length) = experts, segment_ids.shape
         if self.e_score_correction_bias is not None:
-            # V3's report counts the experts of the highest scores, whatever bias and groups say.
+            # V3's report counts the experts with the highest scores, without bias and groups.
             _, counted = lax.top_k(scores, self.routing.top_k)
         if self.routing.scores == "sigmoid":
             scores = scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
@@ -132,17 +135,17 @@ class Router(nnx.Module):
         return jnp.where(kept[..., None], grouped, routing.masked).reshape(choice.shape)
 
 
-class ExpertLinear(nnx.Module):
-    """A projection of every routed expert, [E, out, in], with two slots for a method.
+class ExpertLinear(Projection):
+    """The projections of all routed experts, [E, out, in].
 
     Attributes:
-      adapter: the edit of all experts' weights.
-      chosen: what trains whole weights of some experts: its `replace` takes the frozen stack and
-        returns a `Replaced`, its `merged` takes it and the indices of a layer and an expert.
+      chosen: slot for a module with whole trained weights of some experts. Its `replace` maps the
+        frozen stack to a `Replaced`; its `merged` maps it, and the indices of a layer and an
+        expert, to the weight of that expert.
     """
 
     def __init__(self, in_features: int, out_features: int, experts: int, axes: tuple[str, str]):
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.out_features, self.experts = in_features, out_features, experts
         self.weight = parameter((out_features, in_features), axes, experts=experts)
         self.adapter: Any = nnx.data(None)
         self.chosen: Any = nnx.data(None)
@@ -165,18 +168,13 @@ class ExpertLinear(nnx.Module):
         return y.astype(x.dtype)
 
     @property
-    def frozen(self) -> tuple[Any, None]:
-        """The weight and no bias, as an adapter's `edit` takes them."""
-        return self.weight.get_value(), None
-
-    @property
     def count(self) -> int:
-        """How many experts there are, of those on this device."""
+        """Number of experts whose weights this device holds."""
         return self.weight.get_value().shape[0]
 
 
 def _of_rows(values: Any, groups: Groups) -> Any:
-    """Gives each padded row its expert's value: [E, …] → [P, …]; None stays None."""
+    """Returns the value of each padded row's expert: [E, …] → [P, …]; None for None."""
     if values is None:
         return None
     return jnp.repeat(values[groups.tile_expert], groups.tile, axis=0)
@@ -198,7 +196,7 @@ def _low_rank(x: jax.Array, term: LowRank, groups: Groups, out_features: int) ->
 
 
 class Experts(nnx.Module):
-    """The routed experts: a gated feed-forward block each."""
+    """The routed experts, each a gated feed-forward block."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, experts: int):
         up, down = ("mlp", "embed"), ("embed", "mlp")
@@ -215,7 +213,7 @@ class Experts(nnx.Module):
 
 
 class MoE(nnx.Module):
-    """Routed experts, weighted, plus shared experts, which are one wider block.
+    """The weighted sum of routed experts, plus shared experts as one wider block.
 
     Source: Dai et al., 2024 (DeepSeekMoE); DeepSeek-V2 and V3 reports for the routing.
     """
@@ -228,16 +226,35 @@ class MoE(nnx.Module):
         shared = MLP(hidden_size, intermediate_size * shared_experts) if shared_experts else None
         self.shared_experts = nnx.data(shared)
 
+    @property
+    def activation_width(self) -> int:
+        """Values that a token has within the mixture.
+
+        For each of its experts: rows of the hidden size, in float32 and in the compute dtype, and
+        three of the expert's own width.
+        """
+        one = self.experts.gate_proj
+        return self.gate.routing.top_k * (3 * one.in_features + 3 * one.out_features)
+
+    def loop_trips(self, tokens: int) -> float:
+        """Returns the trips of one loop of a grouped product: the tiles that `tokens` tokens fill.
+
+        With some experts trained two loops share the tiles; see `grouped`.
+        """
+        rows = tokens * self.gate.routing.top_k
+        loops = 1 if self.experts.gate_proj.chosen is None else 2
+        return rows / tile_size(rows, self.gate.routing.experts) / loops
+
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         """Maps x [B, T, H] to [B, T, H]."""
         return self.with_routing(x, context)[0]
 
     def with_routing(self, x: jax.Array, context: Context) -> tuple[jax.Array, Routed]:
-        """Maps x [B, T, H] to [B, T, H], and says how its tokens were routed."""
+        """Maps x [B, T, H] to [B, T, H]; also returns the routing of its tokens."""
         rows = x.reshape(-1, x.shape[-1])
         scores = self.gate.scores(rows)
         weights, experts = self.gate.choose(scores)
-        routing = self.gate.describe(scores, weights, experts, context.segment_ids)
+        routing = self.gate.routing_stats(scores, weights, experts, context.segment_ids)
         out = self._routed(x, experts, weights, context)
         if self.shared_experts is not None:
             out = out + self.shared_experts(x, context)
@@ -246,7 +263,7 @@ class MoE(nnx.Module):
     def _routed(
         self, x: jax.Array, experts: jax.Array, weights: jax.Array, context: Context
     ) -> jax.Array:
-        """Sums what chosen experts [N, k] return for x [B, T, H], weighted [N, k]; [B, T, H]."""
+        """Returns [B, T, H]: the outputs of experts [N, k] for x [B, T, H], weighted by [N, k]."""
 
         def apply(
             rows: jax.Array, chosen: jax.Array, weights: jax.Array, key: Any, experts: Experts
@@ -258,20 +275,20 @@ class MoE(nnx.Module):
             rows = x.reshape(-1, x.shape[-1])
             return apply(rows, experts, weights, context.key, self.experts).reshape(x.shape)
         chosen, weights = (a.reshape(*x.shape[:2], -1) for a in (experts, weights))
-        return spread(self.experts, spec, x, chosen, weights, context.key, apply)
+        return apply_over_mesh(self.experts, spec, x, chosen, weights, context.key, apply)
 
 
 def _apply(
     rows: jax.Array, chosen: jax.Array, weights: jax.Array, experts: Experts, context: Context
 ) -> jax.Array:
-    """Sums what experts return for rows [N, H], chosen [N, k] and weighted [N, k]; [N, H].
+    """Returns [N, H]: the outputs of experts [N, k] for rows [N, H], weighted by [N, k].
 
-    A choice past the last expert counts for nothing.
+    Indices past the last expert contribute nothing.
     """
     top_k, count = chosen.shape[1], experts.gate_proj.count
     kernel = choose_kernel(context.platform)
     groups = group(chosen.reshape(-1), count, kernel)
-    # One row more, of zeros, is what padding holds.
+    # Padding reads an additional row of zeros.
     padded = jnp.pad(rows, ((0, 1), (0, 0)))[jnp.minimum(groups.source // top_k, len(rows))]
     y = experts(padded, groups, context)
     returned = y[groups.slot].reshape(*chosen.shape, -1)

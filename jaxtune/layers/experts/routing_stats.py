@@ -1,4 +1,4 @@
-"""What a mixture of experts says of its routing: how even the choice is, and who was chosen.
+"""Statistics of a mixture's routing: the balance loss and the load of each expert.
 
 B batch, T time, E experts, k experts per token.
 """
@@ -15,10 +15,10 @@ class Routed(NamedTuple):
     """The routing of one layer, or of several with a leading axis of layers.
 
     Attributes:
-      balance: float32 [B, T], the balance loss of the sequence that each token belongs to, as
-        this token's scores have a share in it: the mean over the tokens of a sequence is its loss.
-      load: float32 [E], how many tokens chose each expert; padding is not counted.
-      gates: float32 [E], the sum of their weights for it.
+      balance: float32 [B, T], each token's term of the balance loss of its sequence, which is the
+        mean over the tokens of the sequence.
+      load: float32 [E], number of tokens that chose each expert, without padding.
+      gates: float32 [E], sum of their weights for each expert.
     """
 
     balance: jax.Array
@@ -33,17 +33,17 @@ def routed(
     counted: jax.Array,
     segment_ids: jax.Array,
 ) -> Routed:
-    """Describes the routing of a layer.
+    """Returns the statistics of a layer's routing.
 
-    The balance loss of a sequence of n tokens is Σ_i f_i P_i over experts, with P_i the mean score
-    and f_i = E / (k n) times the tokens that chose expert i. It is 1 where the choice is even, and
-    its gradient flows through P alone. A packed segment is a sequence of its own.
+    The balance loss of a sequence of n tokens is Σ_i f_i P_i over experts, where P_i is the mean
+    score of expert i and f_i is E / (k n) times the number of tokens that chose it. It is 1 for an
+    even choice, and its gradient flows through P alone. Each packed segment is a sequence.
 
     Args:
-      scores: float32 [B, T, E], those of a token sum to 1.
-      experts: int[B, T, k], chosen by each token.
-      weights: float32 [B, T, k], of the chosen.
-      counted: int[B, T, k], the experts whose tokens f counts.
+      scores: float32 [B, T, E], which sum to 1 for each token.
+      experts: int[B, T, k], the chosen experts of each token.
+      weights: float32 [B, T, k], weights of the chosen experts.
+      counted: int[B, T, k], the experts of each token that f counts.
       segment_ids: int[B, T], at most T; 0 is padding.
 
     Source: Dai et al., 2024 (DeepSeekMoE), equations 12 to 14; DeepSeek-V2 report, 23 to 25;
@@ -67,6 +67,6 @@ def routed(
 
 
 def _chosen(experts: jax.Array, count: int, weights: jax.Array | None = None) -> jax.Array:
-    """Returns float32 [..., E] with the weight, or 1, of each expert that is among int[..., k]."""
+    """Returns float32 [..., E]: the weight, or 1, of each expert in int[..., k], else 0."""
     chosen = jax.nn.one_hot(experts, count, dtype=jnp.float32)
     return jnp.sum(chosen if weights is None else chosen * weights[..., None], axis=-2)
