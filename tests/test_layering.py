@@ -14,7 +14,7 @@ ORDER = (
     "strict_json",
     "intervals",
     "atomic_files",
-    "knobs",
+    "registry",
     "config",
     "parallel",
     "quant",

@@ -174,8 +174,7 @@ class Run:
 
     def _source(self) -> tuple[Any, Path, TensorSource]:
         """Returns the config on a mesh of one device, whatever the run had, and the checkpoint."""
-        alone = [f"mesh.{axis}=1" for axis in MESH_AXES]
-        config = config_module.resolve(self.config.to_dict(), alone)
+        config = self.config.replace(mesh=dict.fromkeys(MESH_AXES, 1))
         location = huggingface.resolve_path(config.model.path, config.model.revision)
         return config, location, huggingface.open_source(location)
 

@@ -8,7 +8,7 @@ import datetime
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from jaxtune.chats.ends import span_ends
 from jaxtune.chats.messages import read_arguments
 from jaxtune.chats.template import ChatTemplate, read_template
 from jaxtune.chats.tokens import IGNORE, Tokens, tokenize_batch
+from jaxtune.config import DataConfig
 from jaxtune.data.files import Record
 from jaxtune.data.fitting import TOO_LONG, OverLong, fit
 from jaxtune.data.formats import FORMATS, detect, unread_keys
@@ -324,9 +325,9 @@ def _joined(arrays: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(arrays) if arrays else _none()
 
 
-def settings_from(section: Any, *, seed: int, vocab_size: int | None) -> Settings:
+def settings_from(section: DataConfig, *, seed: int, vocab_size: int | None) -> Settings:
     """Returns the settings that the ``data`` section of a config makes."""
     fields = {field.name for field in dataclasses.fields(Settings)}
     others = {"seed", "vocab_size", "clock", "template_text"}
-    values = {name: section[name] for name in fields - others}
+    values = {name: getattr(section, name) for name in fields - others}
     return Settings(**values, seed=seed, vocab_size=vocab_size)

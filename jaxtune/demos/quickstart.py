@@ -13,6 +13,7 @@ from rich.table import Table
 
 from jaxtune.api import Model, Run, train
 from jaxtune.api.evaluate_run import evaluate
+from jaxtune.config import Config
 from jaxtune.data import read_rows
 from jaxtune.errors import JaxtuneError
 from jaxtune.progress import track
@@ -30,7 +31,7 @@ class Question(NamedTuple):
     answer: str
 
 
-def quickstart(config: Any, workdir: str | Path) -> dict[str, Any]:
+def quickstart(config: Config, workdir: str | Path) -> dict[str, Any]:
     """Measures the base model, trains it, measures again and shows both.
 
     Every part that is done already is left as it is, so that an interrupted quickstart goes on.

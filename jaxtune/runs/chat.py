@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxtune.config import Config
 from jaxtune.checkpoints.chat import Chat, adapter_chat, base_chat
 from jaxtune.checkpoints.huggingface import read_json
 from jaxtune.checkpoints.source import TensorSource
@@ -27,7 +28,7 @@ from jaxtune.runs.directory import RunDirectory
 _logger = logging.getLogger(__name__)
 
 
-def start_chat(config: Any, source: TensorSource) -> Chat:
+def start_chat(config: Config, source: TensorSource) -> Chat:
     """Returns how the model that training starts from is talked to.
 
     An adapter that it starts from (``adapter.init_from``) brings its template along, as anywhere.
@@ -44,12 +45,12 @@ def start_chat(config: Any, source: TensorSource) -> Chat:
     return (adapter_chat(Path(start), base) if start else None) or base
 
 
-def configured_chat(config: Any, source: TensorSource) -> Chat:
+def configured_chat(config: Config, source: TensorSource) -> Chat:
     """Returns what a run of a config begins with: `start_chat` with the template it chooses."""
     return _templated(start_chat(config, source), config)
 
 
-def reading(config: Any, chat: Chat) -> dict[str, Any]:
+def reading(config: Config, chat: Chat) -> dict[str, Any]:
     """Returns how data is read with a chat: options of `DataReader`.
 
     Args:
@@ -63,7 +64,7 @@ def reading(config: Any, chat: Chat) -> dict[str, Any]:
 
 
 def begin_chat(
-    run: RunDirectory, config: Any, base: Chat, clock: datetime.datetime | None = None
+    run: RunDirectory, config: Config, base: Chat, clock: datetime.datetime | None = None
 ) -> Chat:
     """Returns the chat of a run, which a new run keeps from now on.
 
@@ -110,7 +111,7 @@ def end_tokens(ends: Mapping[int, int], chat: Chat) -> list[int]:
     return sorted(ends.keys() & {*added, *chat.eos_token_ids})
 
 
-def run_chat(run: RunDirectory, config: Any, source: TensorSource) -> Chat:
+def run_chat(run: RunDirectory, config: Config, source: TensorSource) -> Chat:
     """Returns how the model of a run is talked to, after the fact.
 
     Args:
@@ -127,7 +128,7 @@ def run_chat(run: RunDirectory, config: Any, source: TensorSource) -> Chat:
     return _kept(run, base)
 
 
-def _templated(base: Chat, config: Any) -> Chat:
+def _templated(base: Chat, config: Config) -> Chat:
     """Returns the chat with the template of a config and its arguments, which travel with it."""
     chat = base.with_template(read_template(config.data.chat_template))
     arguments = read_arguments(config.data.chat_template_kwargs, "data")

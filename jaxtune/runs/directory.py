@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxtune import config as config_module
+from jaxtune.config import Config, from_json
 from jaxtune.adapters.esft.expert_scores import ExpertScores, read_scores
 from jaxtune.atomic_files import new_directory, recover
 from jaxtune.runs.checkpoints import disk_full_named, write_atomically
@@ -52,7 +52,7 @@ class RunDirectory:
         return self.config.is_file()
 
     @contextlib.contextmanager
-    def start(self, config: config_module.Config = None) -> Iterator[config_module.Config]:
+    def start(self, config: Config | None = None) -> Iterator[Config]:
         """Begins a run here or goes on with the one that is here; holds it while the block runs.
 
         Args:
@@ -77,7 +77,7 @@ class RunDirectory:
                     "see it; the directory has to be on a file system that all of them share"
                 )
             frozen = self.read_config()
-            changes = _differences(_flat(frozen), _flat(config or frozen))
+            changes = _differences(frozen.flat(), (config or frozen).flat())
             if changes:
                 raise JaxtuneError(
                     f"{self.path}: the run that is here has another config: {changes}; go on "
@@ -86,15 +86,15 @@ class RunDirectory:
             yield frozen
 
     @contextlib.contextmanager
-    def _prepared(self, config: config_module.Config) -> Iterator[None]:
+    def _prepared(self, config: Config | None) -> Iterator[None]:
         """Holds the directory, with the config and whole adapters in it."""
         with disk_full_named(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         with _locked(self.path):
             fresh = config is not None and not self.exists()
-            if fresh:
+            if config is not None and fresh:
                 with disk_full_named(self.path):
-                    write_atomically(self.config, config_module.to_json(config))
+                    write_atomically(self.config, config.to_json())
             for adapter in (self.adapter_last, self.adapter_best):
                 recover(adapter)
             try:
@@ -114,7 +114,7 @@ class RunDirectory:
         with contextlib.suppress(OSError):  # something of the user's is in it
             self.path.rmdir()
 
-    def read_config(self) -> config_module.Config:
+    def read_config(self) -> Config:
         """Returns the frozen config of the run that is here.
 
         Raises:
@@ -123,7 +123,7 @@ class RunDirectory:
         if not self.exists():
             raise JaxtuneError(f"{self.path}: no run here (no config.json)")
         try:
-            return config_module.from_json(self.config)
+            return from_json(self.config)
         except json.JSONDecodeError as error:
             raise JaxtuneError(f"{self.config}:{error.lineno}: not JSON: {error.msg}") from error
 
@@ -243,14 +243,6 @@ def _locked(directory: Path) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
-
-
-def _flat(config: config_module.Config) -> dict[str, Any]:
-    return {
-        f"{section}.{name}": value
-        for section, entries in config.to_dict().items()
-        for name, value in entries.items()
-    }
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import jax
 
+from jaxtune.config import Config
 from jaxtune.runs.checkpoints import Checkpoints, disk_full_named
 from jaxtune.runs.directory import RunDirectory
 from jaxtune.runs.metrics import MetricLog
@@ -51,7 +52,7 @@ def fit(
     evaluate: Callable[[Any], Mapping[str, Any]] | None,
     save_adapter: Callable[[Any, Path], Any] | None,
     run: RunDirectory,
-    config: Any,
+    config: Config,
     steps: int | None = None,
     timeline: Timeline | None = None,
 ) -> Any:

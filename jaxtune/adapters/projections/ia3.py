@@ -19,6 +19,7 @@ from jaxtune.adapters.projections.modules_to_save import saved_modules
 from jaxtune.adapters.projections.peft_files import PREFIX, edit_tensors, from_disk, peft_config
 from jaxtune.adapters.projections.slots import LinearMethod, Part, SlotAdapter, shared_settings
 from jaxtune.adapters.targets import Projection
+from jaxtune.config import AdapterConfig
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.linear import Edit
 from jaxtune.layers.tree import Constant, Trainable, declaration_of, parameter
@@ -131,7 +132,7 @@ class IA3(LinearMethod):
         return config | {"feedforward_modules": sorted(short)}
 
 
-def from_config(section: Any) -> IA3:
+def from_config(section: AdapterConfig) -> IA3:
     """Returns the method that the ``adapter`` section of a config describes."""
     targets, feedforward = tuple(section.targets), tuple(section.feedforward)
     return IA3(targets, feedforward, **shared_settings(section))

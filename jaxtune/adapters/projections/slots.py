@@ -35,6 +35,7 @@ from jaxtune.adapters.targets import (
     module_names,
     parse_layers,
 )
+from jaxtune.config import AdapterConfig
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.decoder import CausalLM
 from jaxtune.layers.experts.moe import Router
@@ -253,7 +254,7 @@ def adapters(definition: Definition) -> Iterator[tuple[Path, list[str], SlotAdap
             yield path, module_names(path, linear), linear.adapter
 
 
-def shared_settings(section: Any) -> dict[str, Any]:
+def shared_settings(section: AdapterConfig) -> dict[str, Any]:
     """Returns what every such method takes of the ``adapter`` section of a config."""
     return {
         "layers": parse_layers(section.layers),
