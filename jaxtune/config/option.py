@@ -11,7 +11,7 @@ from typing import Any
 
 import ml_collections
 
-from jaxtune.errors import JaxtuneError, closest
+from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.intervals import parse_interval
 
 
@@ -87,9 +87,7 @@ class Option:
 
     def _check_range(self, key: str, value: Any) -> None:
         if self.choices and value not in self.choices:
-            near = closest(value, filter(None, self.choices))
-            known = ", ".join(filter(None, self.choices))
-            raise JaxtuneError(f"{key} takes one of {known}, not {value!r}{near}")
+            lookup({choice: None for choice in self.choices if choice}, value, key)
         if isinstance(value, float) and not math.isfinite(value):
             raise JaxtuneError(f"{key} takes a finite number, not {value!r}")
         if self.minimum is not None and value < self.minimum:

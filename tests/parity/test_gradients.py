@@ -13,9 +13,9 @@ from jaxtune.adapters.full import Full
 from jaxtune.adapters.projections.lora import Lora
 from jaxtune.checkpoints.huggingface import checkpoint_tensors
 from jaxtune.layers.decoder import ForwardOptions
-from jaxtune.registry import REMAT_POLICIES
 from jaxtune.layers.tree import flatten
 from jaxtune.objectives.sft import sft_loss
+from jaxtune.registry import REMAT_POLICIES
 
 pytestmark = pytest.mark.usefixtures("compiled_lightly")
 
