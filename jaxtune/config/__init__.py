@@ -18,13 +18,14 @@ from jaxtune.config.training import (
     ProfileConfig,
     TrainingConfig,
 )
-from jaxtune.config.tree import OPTIONS, Config
+from jaxtune.config.tree import OPTIONS, Config, ConfigLike
 
 __all__ = [
     "OPTIONS",
     "AdapterConfig",
     "CheckpointConfig",
     "Config",
+    "ConfigLike",
     "DataConfig",
     "EvaluationConfig",
     "LoggingConfig",

@@ -121,9 +121,9 @@ class Section:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
 
 
-def options_of(section: Any) -> dict[str, Option]:
+def options_of(section: Section) -> dict[str, Option]:
     """Returns the options of a section by name, in the order of its fields."""
-    return {field.name: field.metadata["option"] for field in dataclasses.fields(section)}
+    return {field.name: field.metadata["option"] for field in dataclasses.fields(section)}  # type: ignore[arg-type]
 
 
 def _interval(key: str, value: Any) -> int | str:

@@ -13,7 +13,7 @@ import ml_collections
 from jaxtune.config.effect import text, unused_options
 from jaxtune.config.length import TrainingDict, check_length, replace_length
 from jaxtune.config.option import Option
-from jaxtune.config.tree import OPTIONS, SECTIONS, Config
+from jaxtune.config.tree import OPTIONS, SECTIONS, Config, ConfigLike
 from jaxtune.errors import JaxtuneError, closest
 
 _log = logging.getLogger(__name__)
@@ -27,9 +27,7 @@ def default() -> ml_collections.ConfigDict:
     return config
 
 
-def resolve(
-    config: Config | ml_collections.ConfigDict | Mapping[str, Any], overrides: Sequence[str] = ()
-) -> Config:
+def resolve(config: ConfigLike, overrides: Sequence[str] = ()) -> Config:
     """Checks a whole config, applies overrides and freezes it.
 
     Options that take no effect with the chosen method, weight format, optimizer or schedule are
@@ -86,7 +84,7 @@ def _option(key: str) -> Option:
     return OPTIONS[key]
 
 
-def _read(config: Any) -> dict[str, Any]:
+def _read(config: ConfigLike) -> dict[str, Any]:
     """Returns all options of a tree by ``section.name``, checked."""
     if isinstance(config, Config):
         return config.flat()

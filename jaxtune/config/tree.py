@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
+
+import ml_collections
 
 from jaxtune.config.adapter import AdapterConfig
 from jaxtune.config.data import DataConfig
@@ -61,6 +63,9 @@ class Config:
         """Returns the content of a run's ``config.json``."""
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
 
+
+ConfigLike: TypeAlias = Config | ml_collections.ConfigDict | Mapping[str, Any]
+"""What `jaxtune.config.resolve` takes: a resolved config, or a tree of sections."""
 
 SECTIONS: dict[str, Any] = {name: getattr(Config(), name) for name in Config.__annotations__}
 """The sections with their defaults, by name."""

@@ -8,7 +8,7 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -141,7 +141,9 @@ def search(config: Config, topology: str, tries: int) -> Found:
     return _try(config, model, everything, hardware, tries)
 
 
-def _alone(config: Config, model: Any, remat: str, accumulation: int) -> tuple[Setup, StepFlops]:
+def _alone(
+    config: Config, model: Mapping[str, Any], remat: str, accumulation: int
+) -> tuple[Setup, StepFlops]:
     """Sets a candidate up on one device, which suffices for formulas."""
     chosen = Candidate((), remat, accumulation).apply(config)
     setup = set_up(chosen, model, choose_method(chosen)[0], jax.devices("cpu")[:1])
@@ -171,7 +173,7 @@ def promise(
 
 
 def _try(
-    config: Config, model: Any, order: list[Candidate], hardware: Topology, tries: int
+    config: Config, model: Mapping[str, Any], order: list[Candidate], hardware: Topology, tries: int
 ) -> Found:
     ranked: list[tuple[Candidate, Plan]] = []
     misfits: list[tuple[Candidate, Plan]] = []
@@ -209,7 +211,7 @@ def _needs_more(candidate: Candidate, misfit: Candidate) -> bool:
     )
 
 
-def candidates(config: Config, model: Any, devices: int) -> Iterator[Candidate]:
+def candidates(config: Config, model: Mapping[str, Any], devices: int) -> Iterator[Candidate]:
     """Yields what may be tried, whether it can be set up or not."""
     batch = config.training.batch_size
     mixture = any(model.get(key) for key in ("n_routed_experts", "num_experts"))
