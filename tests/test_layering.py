@@ -16,7 +16,7 @@ ORDER = (
     "compatibility",
     "intervals",
     "atomic_files",
-    "knobs",
+    "registry",
     "config",
     "parallel",
     "quant",

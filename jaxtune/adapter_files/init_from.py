@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxtune.adapters.method import Method, Stored
-from jaxtune.knobs import KNOBS
+from jaxtune.config import AdapterConfig
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ _SETTINGS = {
 _TRAINING = ("method", "dropout", "init_from")
 
 
-def continued(method: Method, stored: Stored, section: Any) -> Method:
+def continued(method: Method, stored: Stored, section: AdapterConfig) -> Method:
     """Returns the method of an adapter to start from as a config trains it, and logs what counts.
 
     Args:
@@ -51,9 +51,9 @@ def continued(method: Method, stored: Stored, section: Any) -> Method:
         method = dataclasses.replace(method, dropout=section.dropout)  # type: ignore[type-var]
     _log.info("starting from %s: %s", section.init_from, _brought(stored.config))
     replaced = [
-        f"adapter.{knob}={_text(getattr(section, knob))}"
-        for knob, about in KNOBS["adapter"].items()
-        if knob not in _TRAINING and getattr(section, knob) != about.default
+        f"adapter.{field.name}={_text(value)}"
+        for field in dataclasses.fields(section)
+        if (value := getattr(section, field.name)) != field.default and field.name not in _TRAINING
     ]
     if replaced:
         _log.warning(

@@ -1,33 +1,20 @@
-"""Fine-tuning methods. A new one is one file and one line in each registry that it belongs to."""
+"""Fine-tuning methods.
+
+A new one is one file, a line in `jaxtune.registry.METHODS` and, if PEFT has it, one in
+`PEFT_TYPES`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-from jaxtune.adapters import full
 from jaxtune.adapters.esft import esft
-from jaxtune.adapters.full import Full
 from jaxtune.adapters.method import Method, Stored, is_adapterhub
-from jaxtune.adapters.projections import bitfit, dora, ia3, lora, pissa, vera
-from jaxtune.adapters.projections.lora import Lora
+from jaxtune.adapters.projections import bitfit, dora, ia3, lora, vera
 from jaxtune.adapters.virtual import bottleneck, prefix, prompt, ptuning
-from jaxtune.errors import JaxtuneError, lookup
-
-METHODS: dict[str, Callable[[Any], Method]] = {
-    "lora": lora.from_config,
-    "dora": dora.from_config,
-    "pissa": pissa.from_config,
-    "ia3": ia3.from_config,
-    "bitfit": bitfit.from_config,
-    "vera": vera.from_config,
-    "esft": esft.from_config,
-    "full": full.from_config,
-    "bottleneck": bottleneck.from_config,
-    "prefix": prefix.from_config,
-    "prompt": prompt.from_config,
-    "ptuning": ptuning.from_config,
-}
+from jaxtune.config import AdapterConfig
+from jaxtune.errors import lookup
+from jaxtune.registry import METHODS
 
 
 def _lora_from_peft(stored: Stored) -> Method:
@@ -47,21 +34,13 @@ PEFT_TYPES: dict[str, Callable[[Stored], Method]] = {
 }
 
 
-def method_from_config(section: Any) -> Method:
-    """Returns the method that the ``adapter`` section of a config asks for.
+def method_from_config(section: AdapterConfig) -> Method:
+    """Returns the method that the ``adapter`` section of a config selects.
 
     Raises:
-      JaxtuneError: no such method, or tokens to train with one that does not train tokens.
+      JaxtuneError: an unknown method, or a setting that the method cannot use.
     """
-    method = lookup(METHODS, section.method, "adapter.method")(section)
-    # Full fine-tuning trains the rows of all tokens.
-    if (section.new_tokens or section.train_tokens) and not isinstance(method, (Lora, Full)):
-        knob = "new_tokens" if section.new_tokens else "train_tokens"
-        raise JaxtuneError(
-            f"adapter.{knob} has no effect with adapter.method={section.method}: lora, dora and "
-            "pissa train the rows of tokens"
-        )
-    return method
+    return lookup(METHODS, section.method, "adapter.method").load()(section)
 
 
 def method_from_peft(stored: Stored) -> Method:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from jaxtune.adapters.method import Method, Stored
+from jaxtune.config import AdapterConfig
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.decoder import CausalLM
 from jaxtune.layers.tree import Tree, declaration_of, layer_names, variables
@@ -77,7 +78,7 @@ class Full(Method):
         raise JaxtuneError("adapter.method=full has no adapter to restore")
 
 
-def from_config(section: Any) -> Full:
+def from_config(section: AdapterConfig) -> Full:
     """Returns the method that the ``adapter`` section of a config describes.
 
     Raises:

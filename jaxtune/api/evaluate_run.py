@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxtune import config as config_module
 from jaxtune.adapters.merge import edits
 from jaxtune.api.load_run import Trained, load_trained
 from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.chat import Chat
 from jaxtune.checkpoints.source import TensorSource
+from jaxtune.config import Config
 from jaxtune.data import Examples
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.tree import merge
@@ -51,7 +51,7 @@ def evaluate(
     source, held_out = _open(run, config, data)
     if answer_all:
         count = max(map(len, held_out.sets.values()))
-        config = config_module.resolve(config.to_dict(), [f"evaluation.generate={count}"])
+        config = config.replace(evaluation={"generate": count})
     scores = _score(load_trained(run, config, source, adapter), held_out)
     if not answer_all:
         scores.pop("samples", None)
@@ -80,7 +80,7 @@ def merge_losses(run: RunDirectory, adapter: str, quantized: Path) -> dict[str, 
     wide = huggingface.merged_source(
         source, definition, merge(*trees), edits(definition.bind(*trees))
     )
-    plain = config_module.resolve(config.to_dict(), ["quantize.format="])
+    plain = config.replace(quantize={"format": ""})
     losses = {
         "with_adapter": _score(trained, held_out)["loss"],
         "merged": _score(load_trained(run, plain, wide, "none"), held_out)["loss"],
@@ -91,7 +91,7 @@ def merge_losses(run: RunDirectory, adapter: str, quantized: Path) -> dict[str, 
     return losses | {"merged_quantized": scores["loss"]}
 
 
-def _open(run: RunDirectory, config: Any, data: str = "") -> tuple[TensorSource, _HeldOut]:
+def _open(run: RunDirectory, config: Config, data: str = "") -> tuple[TensorSource, _HeldOut]:
     """Returns the checkpoint of a run and the examples of `data`, or those that it held out."""
     location = huggingface.resolve_path(config.model.path, config.model.revision)
     source = huggingface.open_source(location)

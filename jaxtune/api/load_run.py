@@ -10,6 +10,7 @@ from jaxtune.adapters import Method, Stored, method_from_peft
 from jaxtune.adapters.method import NoMethod
 from jaxtune.checkpoints.load_model import Assembled, assemble
 from jaxtune.checkpoints.source import TensorSource
+from jaxtune.config import Config
 from jaxtune.runs.directory import RunDirectory
 from jaxtune.training.setup import Setup, set_up
 from jaxtune.training.train import choose_method, trained_arrays
@@ -29,7 +30,7 @@ class Trained(NamedTuple):
 
 def load_trained(
     run: RunDirectory,
-    config: Any,
+    config: Config,
     source: TensorSource,
     adapter: str,
     devices: Sequence[Any] | None = None,
@@ -61,7 +62,7 @@ def load_trained(
     return Trained(setup, parts)
 
 
-def _choose(run: RunDirectory, config: Any, adapter: str) -> tuple[Method, Stored | None]:
+def _choose(run: RunDirectory, config: Config, adapter: str) -> tuple[Method, Stored | None]:
     if adapter == "none":
         return NoMethod(), None
     method, _ = choose_method(config)

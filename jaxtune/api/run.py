@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 
-from jaxtune import config as config_module
 from jaxtune.adapter_files import EXPORTS
 from jaxtune.adapter_files.peft import read_adapter, write_adapter
 from jaxtune.adapters import Method, Stored
@@ -28,6 +27,7 @@ from jaxtune.checkpoints.load_model import assemble
 from jaxtune.checkpoints.overlay import trained
 from jaxtune.checkpoints.requantize import REPORT, read_report, write_report
 from jaxtune.checkpoints.source import TensorSource
+from jaxtune.config import ConfigLike, load_file, resolve
 from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.parallel.mesh import single_device_mesh
 from jaxtune.parallel.rules import MESH_AXES
@@ -174,8 +174,7 @@ class Run:
 
     def _source(self) -> tuple[Any, Path, TensorSource]:
         """Returns the config on a mesh of one device, whatever the run had, and the checkpoint."""
-        alone = [f"mesh.{axis}=1" for axis in MESH_AXES]
-        config = config_module.resolve(self.config.to_dict(), alone)
+        config = self.config.replace(mesh=dict.fromkeys(MESH_AXES, 1))
         location = huggingface.resolve_path(config.model.path, config.model.revision)
         return config, location, huggingface.open_source(location)
 
@@ -221,7 +220,7 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def train(config: Any = None, workdir: str | Path = "") -> Run:
+def train(config: ConfigLike | str | Path | None = None, workdir: str | Path = "") -> Run:
     """Trains a model, or goes on with the run that is in `workdir`.
 
     Args:
@@ -235,6 +234,6 @@ def train(config: Any = None, workdir: str | Path = "") -> Run:
     if not str(workdir):
         raise JaxtuneError("workdir is empty: name a directory for the run")
     if isinstance(config, (str, Path)):
-        config = config_module.load_file(config)
-    training.train(None if config is None else config_module.resolve(config), workdir)
+        config = load_file(config)
+    training.train(None if config is None else resolve(config), workdir)
     return Run(workdir)

@@ -17,6 +17,7 @@ from jaxtune.checkpoints.loading import load
 from jaxtune.checkpoints.saving import checkpoint_tensors, convert, merged_source, save
 from jaxtune.checkpoints.source import ALL, TensorSource
 from jaxtune.checkpoints.weights import FORMS, has_weights, open_weights, read_json
+from jaxtune.config import QuantizeConfig
 from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.quant import Format, Quantization, quantization_from_config
 
@@ -159,7 +160,9 @@ def read_config(directory: Path) -> dict[str, Any]:
     return open_source(directory).config if config.get(TIED) and weights else config
 
 
-def choose_quantization(section: Any, model_config: Mapping[str, Any]) -> Quantization | None:
+def choose_quantization(
+    section: QuantizeConfig, model_config: Mapping[str, Any]
+) -> Quantization | None:
     """Returns how the base is quantized: as a config's ``quantize`` section says.
 
     Where the checkpoint is stored in the same format, its own settings are kept, and with them

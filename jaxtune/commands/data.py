@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from jaxtune.commands.arguments import add_config, choice
+from jaxtune.config import Config
 from jaxtune.errors import JaxtuneError
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
     actions[arguments.action](config, arguments)
 
 
-def _reader(config: Any, **options: Any) -> tuple[DataReader, TensorSource, Any]:
+def _reader(config: Config, **options: Any) -> tuple[DataReader, TensorSource, Any]:
     """Returns the data reader that a run would use, the model's checkpoint and its tokenizer."""
     from jaxtune.checkpoints import huggingface
     from jaxtune.runs.chat import configured_chat, reader_options
@@ -73,7 +74,7 @@ def _reader(config: Any, **options: Any) -> tuple[DataReader, TensorSource, Any]
     return data_reader(config, source, chat.tokenizer, **options), source, chat.tokenizer
 
 
-def _inspect(config: Any, arguments: argparse.Namespace) -> None:
+def _inspect(config: Config, arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from jaxtune.data.report import show_example
@@ -90,7 +91,7 @@ def _inspect(config: Any, arguments: argparse.Namespace) -> None:
         console.print(text, soft_wrap=True)
 
 
-def _stats(config: Any, arguments: argparse.Namespace) -> None:
+def _stats(config: Config, arguments: argparse.Namespace) -> None:
     from jaxtune.data.report import count_overlap, render_statistics, statistics
     from jaxtune.data.splits import Splits, hold_out, resolve_overlap
     from jaxtune.training.evaluation import held_out_order
@@ -124,14 +125,14 @@ def _stats(config: Any, arguments: argparse.Namespace) -> None:
         print("\n\n".join(render_statistics(name, part) for name, part in numbers.items()))
 
 
-def _timeline(config: Any, train: Examples, source: TensorSource) -> Timeline:
+def _timeline(config: Config, train: Examples, source: TensorSource) -> Timeline:
     from jaxtune.training.durations import Timeline
     from jaxtune.training.train import make_order, reserved_tokens
 
     return Timeline(make_order(config, train, reserved_tokens(config, source.config)))
 
 
-def _order(config: Any, arguments: argparse.Namespace) -> None:
+def _order(config: Config, arguments: argparse.Namespace) -> None:
     """Prints the rows of each step of the run."""
     del arguments
     reader, source, _ = _reader(config)
@@ -148,7 +149,7 @@ def _order(config: Any, arguments: argparse.Namespace) -> None:
             number, within = number + 1, 0
 
 
-def _prepare(config: Any, arguments: argparse.Namespace) -> None:
+def _prepare(config: Config, arguments: argparse.Namespace) -> None:
     begin = time.monotonic()
     reader, *_ = _reader(config, keep=True, workers=max(arguments.workers, 1))
     splits = reader.splits()

@@ -29,7 +29,8 @@ def run(arguments: argparse.Namespace) -> None:
     path = Path(arguments.to)
     if path.exists():
         raise JaxtuneError(f"{path}: already exists; remove it or choose another path")
-    config = resolve(load_file(arguments.config), arguments.overrides)
+    overrides = ["adapter.method=esft", *arguments.overrides]
+    config = resolve(load_file(arguments.config), overrides)
     scores = score_training_data(config)
     print(summarize(scores, config.adapter))
     path.write_text(scores.to_json(), encoding="utf-8")

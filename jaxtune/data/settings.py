@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jaxtune.chats.messages import read_arguments
 from jaxtune.chats.template import ChatTemplate, read_template
+from jaxtune.config import DataConfig
 from jaxtune.data.fitting import TOO_LONG
 from jaxtune.data.row_formats import FORMATS
 from jaxtune.data.samples import ReadingOptions
@@ -110,9 +111,9 @@ def read_prompt_templates(path: str) -> tuple[str, ...]:
     return wordings
 
 
-def data_settings(section: Any, *, seed: int, vocab_size: int | None) -> DataSettings:
+def data_settings(section: DataConfig, *, seed: int, vocab_size: int | None) -> DataSettings:
     """Returns the settings of the ``data`` section of a config."""
     fields = {field.name for field in dataclasses.fields(DataSettings)}
     others = {"seed", "vocab_size", "clock", "template_text"}
-    values = {name: section[name] for name in fields - others}
+    values = {name: getattr(section, name) for name in fields - others}
     return DataSettings(**values, seed=seed, vocab_size=vocab_size)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from jaxtune.chats.clock import now
+from jaxtune.config import Config
 from jaxtune.data.encode import Problem
 from jaxtune.data.examples import Examples, join
 from jaxtune.data.prepare import default_cache, load_examples
@@ -46,7 +47,7 @@ class DataReader:
 
     def __init__(
         self,
-        config: Any,
+        config: Config,
         tokenizer: PreTrainedTokenizerBase | None,
         vocab_size: int | None,
         *,

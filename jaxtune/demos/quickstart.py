@@ -14,12 +14,13 @@ from rich.table import Table
 from jaxtune.api import train
 from jaxtune.api.evaluate_run import evaluate
 from jaxtune.atomic_files import write_atomically
+from jaxtune.config import Config
 from jaxtune.runs.directory import RunDirectory
 
 SAMPLES = 5
 
 
-def quickstart(config: Any, workdir: str | Path) -> dict[str, Any]:
+def quickstart(config: Config, workdir: str | Path) -> dict[str, Any]:
     """Scores the base model, trains it, scores the trained model and prints both.
 
     Finished parts are kept, so that an interrupted quickstart can be resumed.

@@ -15,21 +15,18 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.errors import JaxtuneError, lookup
-from jaxtune.layers.attention_kernels import cudnn_attention, splash_attention
-from jaxtune.layers.attention_portable import blockwise_attention, join_prefix, xla_attention
+from jaxtune.layers.attention_portable import join_prefix
 from jaxtune.layers.context import Cache, Context
 from jaxtune.layers.linear import Linear
 from jaxtune.layers.norm import RMSNorm
 from jaxtune.layers.rope import rotate_half
 from jaxtune.parallel.rules import constrain
+from jaxtune.registry import ATTENTION_BACKENDS
 
 logger = logging.getLogger(__name__)
 
 BACKENDS: dict[str, Callable[..., jax.Array]] = {
-    "xla": xla_attention,
-    "blockwise": blockwise_attention,
-    "cudnn": cudnn_attention,
-    "splash": splash_attention,
+    name: entry.load() for name, entry in ATTENTION_BACKENDS.items()
 }
 # Platforms of the kernels; other backends run on any device.
 KERNEL_PLATFORMS = {"cudnn": ("gpu", "cuda"), "splash": ("tpu",)}

@@ -8,15 +8,7 @@ from typing import Any
 import jax
 
 from jaxtune.errors import lookup
-
-_NAMES: dict[str, tuple[str, ...]] = {
-    "full": (),
-    "save_attention": ("attention",),
-    "save_qkv": ("attention", "q_proj", "k_proj", "v_proj"),
-    "save_mlp": ("attention", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"),
-}
-# From the least memory to the most speed.
-POLICIES = ("full", "save_attention", "save_qkv", "save_mlp", "none")
+from jaxtune.registry import REMAT_POLICIES
 
 
 def remat(body: Callable[..., Any], policy: str) -> Callable[..., Any]:
@@ -30,10 +22,10 @@ def remat(body: Callable[..., Any], policy: str) -> Callable[..., Any]:
     Raises:
       JaxtuneError: an unknown policy.
     """
-    lookup(dict.fromkeys(POLICIES), policy, "training.remat")
-    if policy == "none":
+    names = lookup(REMAT_POLICIES, policy, "training.remat")
+    if names is None:
         return body
-    saved = jax.checkpoint_policies.save_only_these_names(*_NAMES[policy])
+    saved = jax.checkpoint_policies.save_only_these_names(*names)
     # prevent_cse is not needed in a scan: the loop keeps XLA from merging the recomputation with
     # the forward pass.
     return jax.checkpoint(body, policy=saved, prevent_cse=False)

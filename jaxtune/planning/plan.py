@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from jaxtune.checkpoints import huggingface
-from jaxtune.config import resolve
+from jaxtune.config import Config, resolve
 from jaxtune.errors import JaxtuneError
 from jaxtune.memory_errors import is_out_of_memory, read_shortage
 from jaxtune.models.definition import check_experts, undivided
@@ -30,7 +30,7 @@ from jaxtune.training.setup import Setup, set_up
 from jaxtune.training.train import choose_method
 
 
-def plan(config: Any, topology: str) -> Plan:
+def plan(config: Config, topology: str) -> Plan:
     """Plans the training step of a run for a topology; no weight is read.
 
     Args:
@@ -48,7 +48,7 @@ def plan(config: Any, topology: str) -> Plan:
     return compile_plan(set_up(config, model, method, hardware.devices), hardware)
 
 
-def model_config(config: Any) -> dict[str, Any]:
+def model_config(config: Config) -> dict[str, Any]:
     """Returns the content of the model's config.json; weights are not needed."""
     path, revision = config.model.path, config.model.revision
     location = huggingface.resolve_path(path, revision, files=("config.json",))
@@ -109,9 +109,9 @@ def _time(
     return roofline.estimate(hardware.chip, flops, mesh, sent)
 
 
-def _estimated(config: Any, model: Mapping[str, Any], method: Any, hardware: Topology) -> Plan:
+def _estimated(config: Config, model: Mapping[str, Any], method: Any, hardware: Topology) -> Plan:
     """Plans without a compiler: arguments are exact, everything else is estimated by formulas."""
-    sizes = mesh_shape(config.mesh, hardware.count)
+    sizes = mesh_shape(config.mesh.to_dict(), hardware.count)
     mesh: dict[str, int] = dict(zip(MESH_AXES, sizes, strict=True))
     alone = resolve({**config.to_dict(), "mesh": dict.fromkeys(MESH_AXES, 1)})
     setup = set_up(alone, model, method, jax.devices("cpu")[:1])

@@ -8,14 +8,13 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 
-from jaxtune.config import resolve
+from jaxtune.config import Config
 from jaxtune.errors import JaxtuneError
-from jaxtune.layers.remat import POLICIES
 from jaxtune.parallel.rules import MESH_AXES, RULES
 from jaxtune.planning.arguments import by_kind, bytes_per_device, step_arguments
 from jaxtune.planning.devices import GIB, TPUS
@@ -25,6 +24,7 @@ from jaxtune.planning.plan import Plan, compile_plan, model_config
 from jaxtune.planning.roofline import estimate
 from jaxtune.planning.topology import Topology, find_topology
 from jaxtune.progress import track
+from jaxtune.registry import REMAT_POLICIES
 from jaxtune.training.setup import Setup, set_up
 from jaxtune.training.train import choose_method
 
@@ -47,12 +47,12 @@ class Candidate:
     remat: str
     accumulation: int
 
-    def apply(self, config: Any) -> Any:
+    def apply(self, config: Config) -> Config:
         """Returns the config with these settings."""
-        tree = config.to_dict()
-        tree["mesh"] = dict.fromkeys(tree["mesh"], 1) | dict(self.mesh)
-        tree["training"] |= {"remat": self.remat, "accumulation": self.accumulation}
-        return resolve(tree)
+        return config.replace(
+            mesh=dict.fromkeys(MESH_AXES, 1) | dict(self.mesh),
+            training={"remat": self.remat, "accumulation": self.accumulation},
+        )
 
     def lines(self) -> list[str]:
         """Returns the lines of a config file with these settings."""
@@ -110,7 +110,7 @@ class Found:
         return "\n".join(lines) + "\n"
 
 
-def search(config: Any, topology: str, tries: int) -> Found:
+def search(config: Config, topology: str, tries: int) -> Found:
     """Compiles the most promising candidates for a config, and ranks those that fit.
 
     Candidates differ in the mesh, `training.remat` and `training.accumulation` and so compute the
@@ -141,7 +141,7 @@ def search(config: Any, topology: str, tries: int) -> Found:
     return _try(config, model, everything, hardware, tries)
 
 
-def _alone(config: Any, model: Any, remat: str, accumulation: int) -> tuple[Setup, StepFlops]:
+def _alone(config: Config, model: Any, remat: str, accumulation: int) -> tuple[Setup, StepFlops]:
     """Sets up a candidate on one device, which is enough for formulas."""
     chosen = Candidate((), remat, accumulation).apply(config)
     setup = set_up(chosen, model, choose_method(chosen)[0], jax.devices("cpu")[:1])
@@ -168,7 +168,9 @@ def promise(
     return needs > 1.25 * hardware.capacity_bytes, estimate(chip, flops, mesh, sent).seconds
 
 
-def _try(config: Any, model: Any, order: list[Candidate], hardware: Topology, tries: int) -> Found:
+def _try(
+    config: Config, model: Mapping[str, Any], order: list[Candidate], hardware: Topology, tries: int
+) -> Found:
     ranked: list[tuple[Candidate, Plan]] = []
     misfits: list[tuple[Candidate, Plan]] = []
     left = len(order)
@@ -196,14 +198,15 @@ def _try(config: Any, model: Any, order: list[Candidate], hardware: Topology, tr
 
 def _needs_more(candidate: Candidate, misfit: Candidate) -> bool:
     """Returns whether a candidate needs at least the memory of one that did not fit."""
+    order = list(REMAT_POLICIES)
     return (
         candidate.mesh == misfit.mesh
         and candidate.accumulation <= misfit.accumulation
-        and POLICIES.index(candidate.remat) >= POLICIES.index(misfit.remat)
+        and order.index(candidate.remat) >= order.index(misfit.remat)
     )
 
 
-def candidates(config: Any, model: Any, devices: int) -> Iterator[Candidate]:
+def candidates(config: Config, model: Any, devices: int) -> Iterator[Candidate]:
     """Yields all candidates, including some that the model cannot be set up with."""
     batch = config.training.batch_size
     mixture = any(model.get(key) for key in ("n_routed_experts", "num_experts"))
@@ -217,5 +220,5 @@ def candidates(config: Any, model: Any, devices: int) -> Iterator[Candidate]:
         shares = math.prod(sizes[axis] for axis in RULES["batch"])
         for accumulation in (n for n in range(1, batch + 1) if batch % (n * shares) == 0):
             if accumulation & (accumulation - 1) == 0:
-                for remat in POLICIES:
+                for remat in REMAT_POLICIES:
                     yield Candidate(mesh, remat, accumulation)

@@ -1,26 +1,23 @@
 """Weight formats: what a frozen weight may be stored as besides a plain array.
 
-A format is one file with a `Format`, and one line in `FORMATS`.
+A format is one file with a `Format`, whose fields are options of the ``quantize`` section, and one
+line in `jaxtune.registry.WEIGHT_FORMATS`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.typing import DTypeLike
 
+from jaxtune.config import QuantizeConfig
 from jaxtune.errors import lookup
-from jaxtune.quant.fp8 import Float8
-from jaxtune.quant.int4 import Int4
-from jaxtune.quant.int8 import Int8
-from jaxtune.quant.nf4 import NormalFloat4
 from jaxtune.quant.weight import Format, QuantizedWeight
+from jaxtune.registry import WEIGHT_FORMATS
 
 __all__ = [
-    "FORMATS",
     "Format",
     "Quantization",
     "QuantizedWeight",
@@ -28,14 +25,6 @@ __all__ = [
     "materialize",
     "quantization_from_config",
 ]
-
-FORMATS: dict[str, Callable[[Any], Format]] = {
-    "nf4": lambda section: NormalFloat4(section.double),
-    "int4": lambda section: Int4(section.group_size, section.symmetric),
-    "int8": lambda section: Int8(),
-    "fp8": lambda section: Float8(),
-}
-"""Makes a format with the settings of the ``quantize`` section of a config."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,16 +40,17 @@ class Quantization:
     modules: tuple[str, ...] = ("all-linear",)
 
 
-def quantization_from_config(section: Any) -> Quantization | None:
-    """Returns what the ``quantize`` section of a config asks for; None for 16 or 32 bits.
+def quantization_from_config(section: QuantizeConfig) -> Quantization | None:
+    """Returns what the ``quantize`` section of a config selects; None for 16 or 32 bits.
 
     Raises:
       JaxtuneError: an unknown format.
     """
     if not section.format:
         return None
-    make = lookup(FORMATS, section.format, "quantize.format")
-    return Quantization(make(section), tuple(section.modules))
+    entry = lookup(WEIGHT_FORMATS, section.format, "quantize.format")
+    settings = {name: getattr(section, name) for name in entry.options if name != "modules"}
+    return Quantization(entry.load()(**settings), section.modules)
 
 
 def is_quantized(weight: Any) -> bool:

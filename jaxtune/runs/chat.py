@@ -20,6 +20,7 @@ from jaxtune.chats.messages import read_arguments
 from jaxtune.checkpoints.chat import Chat, adapter_chat, base_chat
 from jaxtune.checkpoints.huggingface import read_json
 from jaxtune.checkpoints.source import TensorSource
+from jaxtune.config import Config
 from jaxtune.data import Examples
 from jaxtune.parallel.processes import barrier, leads
 from jaxtune.runs.directory import RunDirectory
@@ -27,7 +28,7 @@ from jaxtune.runs.directory import RunDirectory
 _logger = logging.getLogger(__name__)
 
 
-def initial_chat(config: Any, source: TensorSource) -> Chat:
+def initial_chat(config: Config, source: TensorSource) -> Chat:
     """Returns the chat settings of the model that training starts from.
 
     The template of an initial adapter (``adapter.init_from``) takes precedence over the base's.
@@ -44,12 +45,12 @@ def initial_chat(config: Any, source: TensorSource) -> Chat:
     return (adapter_chat(Path(start), base) if start else None) or base
 
 
-def configured_chat(config: Any, source: TensorSource) -> Chat:
+def configured_chat(config: Config, source: TensorSource) -> Chat:
     """Returns `initial_chat` with the chat template that the config selects."""
     return _apply_template(initial_chat(config, source), config)
 
 
-def reader_options(config: Any, chat: Chat) -> dict[str, Any]:
+def reader_options(config: Config, chat: Chat) -> dict[str, Any]:
     """Returns the options of `DataReader` that follow from chat settings.
 
     Args:
@@ -63,7 +64,7 @@ def reader_options(config: Any, chat: Chat) -> dict[str, Any]:
 
 
 def create_run_chat(
-    run: RunDirectory, config: Any, base: Chat, clock: datetime.datetime | None = None
+    run: RunDirectory, config: Config, base: Chat, clock: datetime.datetime | None = None
 ) -> Chat:
     """Returns the chat settings of a run, after writing them if the run is new.
 
@@ -110,7 +111,7 @@ def find_end_tokens(ends: Mapping[int, int], chat: Chat) -> list[int]:
     return sorted(ends.keys() & {*added, *chat.eos_token_ids})
 
 
-def load_run_chat(run: RunDirectory, config: Any, source: TensorSource) -> Chat:
+def load_run_chat(run: RunDirectory, config: Config, source: TensorSource) -> Chat:
     """Returns the chat settings of an existing run.
 
     Args:
@@ -127,7 +128,7 @@ def load_run_chat(run: RunDirectory, config: Any, source: TensorSource) -> Chat:
     return _read(run, base)
 
 
-def _apply_template(base: Chat, config: Any) -> Chat:
+def _apply_template(base: Chat, config: Config) -> Chat:
     """Returns the chat with the config's template, which has its arguments as defaults."""
     chat = base.with_template(read_template(config.data.chat_template))
     arguments = read_arguments(config.data.chat_template_kwargs, "data")

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxtune import config as config_module
 from jaxtune.adapters.esft.expert_scores import ExpertScores, read_scores
 from jaxtune.atomic_files import new_directory, recover, report_full_disk, write_atomically
+from jaxtune.config import Config, from_json
 from jaxtune.errors import JaxtuneError
 from jaxtune.parallel.processes import barrier, leads
 from jaxtune.runs.metrics import EVALUATIONS, METRICS
@@ -52,7 +52,7 @@ class RunDirectory:
         return self.config.is_file()
 
     @contextlib.contextmanager
-    def start(self, config: config_module.Config = None) -> Iterator[config_module.Config]:
+    def start(self, config: Config | None = None) -> Iterator[Config]:
         """Starts or resumes a run; locks the directory for the duration of the block.
 
         Args:
@@ -77,7 +77,7 @@ class RunDirectory:
                     "directory must be on a file system that all processes share"
                 )
             frozen = self.read_config()
-            changes = _format_changes(_flatten(frozen), _flatten(config or frozen))
+            changes = _format_changes(frozen.flat(), (config or frozen).flat())
             if changes:
                 raise JaxtuneError(
                     f"{self.path}: contains a run with another config: {changes}; resume it "
@@ -86,15 +86,15 @@ class RunDirectory:
             yield frozen
 
     @contextlib.contextmanager
-    def _hold(self, config: config_module.Config) -> Iterator[None]:
+    def _hold(self, config: Config | None) -> Iterator[None]:
         """Locks the directory, writes the config of a new run and completes cut-off renames."""
         with report_full_disk(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         with _locked(self.path):
             fresh = config is not None and not self.exists()
-            if fresh:
+            if config is not None and fresh:
                 with report_full_disk(self.path):
-                    write_atomically(self.config, config_module.to_json(config))
+                    write_atomically(self.config, config.to_json())
             for adapter in (self.adapter_last, self.adapter_best):
                 recover(adapter)
             try:
@@ -114,7 +114,7 @@ class RunDirectory:
         with contextlib.suppress(OSError):  # the directory contains files of the user
             self.path.rmdir()
 
-    def read_config(self) -> config_module.Config:
+    def read_config(self) -> Config:
         """Returns the frozen config of the run.
 
         Raises:
@@ -123,7 +123,7 @@ class RunDirectory:
         if not self.exists():
             raise JaxtuneError(f"{self.path}: not a run directory (no config.json)")
         try:
-            return config_module.from_json(self.config)
+            return from_json(self.config)
         except json.JSONDecodeError as error:
             message = f"{self.config}:{error.lineno}: invalid JSON: {error.msg}"
             raise JaxtuneError(message) from error
@@ -244,14 +244,6 @@ def _locked(directory: Path) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
-
-
-def _flatten(config: config_module.Config) -> dict[str, Any]:
-    return {
-        f"{section}.{name}": value
-        for section, entries in config.to_dict().items()
-        for name, value in entries.items()
-    }
 
 
 def _format_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

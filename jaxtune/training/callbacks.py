@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jaxtune.config import Config
 from jaxtune.runs.checkpoints import Checkpoints
 from jaxtune.runs.directory import RunDirectory
 from jaxtune.runs.metrics import MetricLog
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 class Milestones:
     """What is due after an update, and how it is done; see `fit` for the parts."""
 
-    config: Any
+    config: Config
     evaluate: Callable[[Any], Mapping[str, Any]] | None
     save_adapter: Callable[[Any, Path], Any] | None
     run: RunDirectory

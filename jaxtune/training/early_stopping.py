@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from jaxtune.config import EvaluationConfig
 from jaxtune.errors import JaxtuneError, closest
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,9 @@ def check_metric(metric: str, scores: Iterable[str]) -> None:
         )
 
 
-def consider(tally: Tally, number: int, scores: Mapping[str, Any], settings: Any) -> bool:
+def consider(
+    tally: Tally, number: int, scores: Mapping[str, Any], settings: EvaluationConfig
+) -> bool:
     """Takes note of an evaluation.
 
     Args:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jaxtune.checkpoints.chat import Chat
+from jaxtune.config import Config
 from jaxtune.data import DataOrder, Examples, eval_batches, eval_order
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.tree import Tree
@@ -25,18 +26,18 @@ from jaxtune.training.setup import Setup
 
 
 def held_out_batches(
-    config: Any, examples: Examples, reserved: int = 0
+    config: Config, examples: Examples, reserved: int = 0
 ) -> Iterator[Mapping[str, Any]]:
     """Returns the batches of one evaluation."""
     return eval_batches(examples, **_batch_settings(config), reserved=reserved)
 
 
-def held_out_order(config: Any, examples: Examples) -> DataOrder:
+def held_out_order(config: Config, examples: Examples) -> DataOrder:
     """Returns the order of the batches of one evaluation."""
     return eval_order(examples, **_batch_settings(config))
 
 
-def _batch_settings(config: Any) -> dict[str, Any]:
+def _batch_settings(config: Config) -> dict[str, Any]:
     return {
         "batch_size": config.evaluation.batch_size,
         "length": config.data.max_length,
@@ -110,7 +111,7 @@ def bind_evaluation(
     return evaluate
 
 
-def score_names(config: Any, sets: Mapping[str, Any], experts: bool) -> list[str]:
+def score_names(config: Config, sets: Mapping[str, Any], experts: bool) -> list[str]:
     """Returns the names of the scores that `bind_evaluation` of a config gives."""
     names = ["loss", "perplexity", "token_accuracy"]
     names += list(ANSWER_SCORES) if config.evaluation.generate else []

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import jax
 
 from jaxtune.atomic_files import report_full_disk
+from jaxtune.config import Config
 from jaxtune.runs.checkpoints import Checkpoints
 from jaxtune.runs.directory import RunDirectory
 from jaxtune.runs.metrics import MetricLog
@@ -52,7 +53,7 @@ def fit(
     evaluate: Callable[[Any], Mapping[str, Any]] | None,
     save_adapter: Callable[[Any, Path], Any] | None,
     run: RunDirectory,
-    config: Any,
+    config: Config,
     steps: int | None = None,
     timeline: Timeline | None = None,
 ) -> Any:

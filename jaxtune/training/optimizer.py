@@ -1,55 +1,53 @@
-"""The optimizer of a run: learning-rate schedule, gradient clipping, update rule."""
+"""The optimizer of a run: learning-rate schedules, gradient clipping and update rules."""
 
 from __future__ import annotations
 
 import logging
 import math
 import re
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import optax
 
+from jaxtune.config import OptimizerConfig
 from jaxtune.errors import JaxtuneError, closest, lookup
+from jaxtune.registry import OPTIMIZERS, SCHEDULES
 
 logger = logging.getLogger(__name__)
 
 
-def _constant(peak: float, steps: int, settings: Any) -> optax.Schedule:
+def constant(peak: float, steps: int, decay: int) -> optax.Schedule:
+    """Returns the schedule that stays at the peak. See `SCHEDULES` in `jaxtune.registry`."""
+    del steps, decay
     return optax.constant_schedule(peak)
 
 
-def _linear(peak: float, steps: int, settings: Any) -> optax.Schedule:
+def linear(peak: float, steps: int, decay: int) -> optax.Schedule:
+    """Returns the linear decay to 0 over the steps after the warm-up."""
+    del decay
     return optax.linear_schedule(peak, 0.0, max(steps, 1))
 
 
-def _cosine(peak: float, steps: int, settings: Any) -> optax.Schedule:
+def cosine(peak: float, steps: int, decay: int) -> optax.Schedule:
+    """Returns half a cosine from the peak to 0 over the steps after the warm-up."""
+    del decay
     return optax.cosine_decay_schedule(peak, max(steps, 1))
 
 
-def _wsd(peak: float, steps: int, settings: Any) -> optax.Schedule:
-    decay = min(settings.decay_steps, steps)
+def warmup_stable_decay(peak: float, steps: int, decay: int) -> optax.Schedule:
+    """Returns the schedule that is constant and then decays linearly in the last `decay` steps."""
+    decay = min(decay, steps)
     falling = optax.linear_schedule(peak, 0.0, max(decay, 1))
     return optax.join_schedules([optax.constant_schedule(peak), falling], [steps - decay])
 
 
-SCHEDULES: dict[str, Callable[[float, int, Any], optax.Schedule]] = {
-    "constant": _constant,
-    "linear": _linear,
-    "cosine": _cosine,
-    "wsd": _wsd,
-}
-"""What follows the warm-up, by name: ``(peak, updates left, optimizer section) -> schedule``.
-
-Shares of the run are whole numbers of updates in the section by then.
-"""
-
-
 def _decayed(
-    rule: optax.GradientTransformation, settings: Any, schedule: optax.Schedule, mask: Any
+    rule: optax.GradientTransformation,
+    settings: OptimizerConfig,
+    schedule: optax.Schedule,
+    mask: Any,
 ) -> optax.GradientTransformation:
     """Chains a rule with decoupled decay and the learning rate."""
     return optax.chain(
@@ -59,81 +57,70 @@ def _decayed(
     )
 
 
-def _adamw(settings: Any) -> optax.GradientTransformation:
+def adamw(settings: OptimizerConfig) -> optax.GradientTransformation:
+    """Returns Adam's rule (Loshchilov and Hutter, 2019); decay and rate come after it."""
     return optax.scale_by_adam(
         b1=settings.b1, b2=settings.b2, eps=settings.eps, mu_dtype=settings.moment_dtype
     )
 
 
-def _adafactor(settings: Any) -> optax.GradientTransformation:
-    """The rule at an absolute rate, without the first moment: its point is to need no memory."""
-    if settings.moment_dtype != "float32":
-        raise JaxtuneError(
-            f"optimizer.moment_dtype={settings.moment_dtype}: adafactor keeps no first moment"
-        )
+def adafactor(settings: OptimizerConfig) -> optax.GradientTransformation:
+    """Returns Adafactor's rule (Shazeer and Stern, 2018) at an absolute learning rate.
+
+    The first moment is left out: saving memory is the point of the rule.
+    """
+    del settings
     return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
 
 
-def _lion(settings: Any) -> optax.GradientTransformation:
+def lion(settings: OptimizerConfig) -> optax.GradientTransformation:
+    """Returns Lion's rule (Chen et al., 2023)."""
     return optax.scale_by_lion(b1=settings.b1, b2=settings.b2, mu_dtype=settings.moment_dtype)
 
 
-def _sgd(settings: Any) -> optax.GradientTransformation:
+def sgd(settings: OptimizerConfig) -> optax.GradientTransformation:
+    """Returns stochastic gradient descent with momentum (Polyak, 1964)."""
     return optax.trace(settings.b1, accumulator_dtype=settings.moment_dtype)
 
 
-OPTIMIZERS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
-    "adamw": _adamw,
-    "adafactor": _adafactor,
-    "lion": _lion,
-    "sgd": _sgd,
-}
-"""Update rules by name: ``optimizer section -> transformation``, before decay and rate.
-
-Source: Loshchilov and Hutter, 2019; Shazeer and Stern, 2018; Chen et al., 2023; Polyak, 1964.
-"""
-
-
-def make_schedule(config: Any, steps: int | None = None) -> optax.Schedule:
+def make_schedule(
+    settings: OptimizerConfig, steps: int, *, provisional: bool = False
+) -> optax.Schedule:
     """Makes the learning-rate schedule of a run.
 
-    The rate rises linearly from 0 over ``optimizer.warmup_steps`` updates and then follows
+    The rate rises linearly from 0 over ``optimizer.warmup_steps`` steps and then follows
     ``optimizer.schedule``; all but constant reach 0 at the end of the run.
 
     Args:
-      config: the resolved config.
-      steps: updates of the run; ``training.steps`` by default, which stands in for a length in
-        epochs or tokens until that is known.
+      settings: the ``optimizer`` section.
+      steps: length of the run.
+      provisional: whether the length is a stand-in for one in epochs or tokens.
 
     Returns:
-      A function of the update's number, from 0 (int32 scalar), to its rate (float32 scalar).
+      A function of the step's index, from 0 (int32 scalar), to its rate (float32 scalar).
 
     Raises:
       JaxtuneError: an unknown schedule.
 
     Source: the ``get_*_schedule*`` functions of transformers have the same values.
     """
-    unknown = steps is None and bool(config.training.epochs or config.training.tokens)
-    steps = int(config.training.steps if steps is None else steps)
-    settings: Any = ml_collections.ConfigDict(config.optimizer)
-    for name in ("warmup_steps", "decay_steps"):
-        settings[name] = count_updates(settings[name], steps)
-    after = lookup(SCHEDULES, settings.schedule, key="optimizer.schedule")
-    warmup, peak = settings.warmup_steps, settings.learning_rate
-    if warmup > steps and not unknown:
+    warmup, peak = count_steps(settings.warmup_steps, steps), settings.learning_rate
+    decay = count_steps(settings.decay_steps, steps)
+    after = lookup(SCHEDULES, settings.schedule, key="optimizer.schedule").load()
+    if warmup > steps and not provisional:
         logger.warning(
-            "optimizer.warmup_steps=%d is more than the %d updates of the run: it ends before the "
-            "learning rate is what optimizer.learning_rate says",
+            "optimizer.warmup_steps=%d exceeds the %d steps of the run: the learning rate does not "
+            "reach optimizer.learning_rate",
             warmup,
             steps,
         )
     rising = optax.linear_schedule(0.0, peak, max(warmup, 1))
-    falling = after(peak, max(steps - warmup, 0), settings)
+    falling = after(peak, max(steps - warmup, 0), decay)
     return optax.join_schedules([rising, falling], boundaries=[warmup])
 
 
-def count_updates(value: float, steps: int) -> int:
-    """Returns a number of updates, of which a value below 1 is a share, rounded up."""
+def count_steps(value: float, steps: int) -> int:
+    """Returns a number of steps; a float is a share of `steps` and is rounded up."""
     return math.ceil(value * steps) if isinstance(value, float) else value
 
 
@@ -174,7 +161,7 @@ def scale_rates(multipliers: Any) -> optax.GradientTransformation:
     return optax.GradientTransformation(optax.init_empty_state, update)
 
 
-def rate_multipliers(settings: Any, trainable: Any) -> Any:
+def rate_multipliers(settings: OptimizerConfig, trainable: Any) -> Any:
     """Returns the learning rate of each leaf over that of the run.
 
     Args:
@@ -238,9 +225,9 @@ def _name(path: jax.tree_util.KeyPath) -> str:
 
 
 def decay_mask(trainable: Any) -> Any:
-    """Says which trainables weight decay applies to: all but norms and biases.
+    """Returns which trainables weight decay applies to: all but norms and biases.
 
-    Names decide, for arrays stacked over layers have a rank of one more than in the model.
+    The names decide, since arrays stacked over layers have one more dimension than in the model.
 
     Args:
       trainable: pytree of arrays, named by its paths.
@@ -258,24 +245,22 @@ def decay_mask(trainable: Any) -> Any:
 
 
 def make_optimizer(
-    config: Any, trainable: Any, schedule: optax.Schedule | None = None
+    settings: OptimizerConfig, trainable: Any, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
-    """Makes the optimizer of a run: clipping, then the update rule at the scheduled rate.
+    """Makes the optimizer of a run: clipping, then the rule at the scheduled rate.
 
     Args:
-      config: the resolved config.
+      settings: the ``optimizer`` section.
       trainable: pytree of float32 arrays or shapes; second moments take their dtype.
-      schedule: that of `make_schedule` by default.
+      schedule: of the learning rate; see `make_schedule`.
 
     Returns:
       The transformation from gradients to the updates to add, both shaped as `trainable`.
 
     Raises:
-      JaxtuneError: an unknown optimizer or schedule, or rates of nothing that is trained.
+      JaxtuneError: an unknown optimizer, or a group rate that matches nothing trained.
     """
-    settings = config.optimizer
-    rule = lookup(OPTIMIZERS, settings.name, key="optimizer.name")(settings)
-    schedule = make_schedule(config) if schedule is None else schedule
+    rule = lookup(OPTIMIZERS, settings.name, key="optimizer.name").load()(settings)
     parts = [_decayed(rule, settings, schedule, decay_mask(trainable))]
     if settings.clip_norm:
         parts.insert(0, clip_by_global_norm(settings.clip_norm))

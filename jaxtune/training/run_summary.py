@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxtune.adapters.parameter_summary import census, trained_share
 from jaxtune.data import Examples
-from jaxtune.training.optimizer import count_updates
+from jaxtune.training.optimizer import count_steps
 from jaxtune.training.setup import BATCH_ARRAYS, Setup
 
 BATCHES = 2  # whose content is hashed: enough to tell two orders of the data apart
@@ -70,7 +70,7 @@ def describe(setup: Setup, train: Split, held_out: Split | None) -> dict[str, An
 def _learning_rates(setup: Setup) -> dict[str, float]:
     """Returns the rate of the first, a middle and the last update, and of the end of warm-up."""
     last = max(setup.steps - 1, 0)
-    warmup = count_updates(setup.config.optimizer.warmup_steps, setup.steps)
+    warmup = count_steps(setup.config.optimizer.warmup_steps, setup.steps)
     steps = {0, warmup, last // 2, last}
     return {
         str(step + 1): float(np.asarray(setup.schedule(step)))

@@ -14,6 +14,7 @@ from jaxtune.adapters.esft.expert_scores import ExpertScores
 from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.load_model import assemble
 from jaxtune.checkpoints.source import TensorSource
+from jaxtune.config import AdapterConfig, Config
 from jaxtune.data import Examples, eval_batches
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.attention import choose_backend
@@ -35,7 +36,7 @@ class _Sums(NamedTuple):
     gates: Any
 
 
-def score_experts(config: Any, source: TensorSource, examples: Examples) -> ExpertScores:
+def score_experts(config: Config, source: TensorSource, examples: Examples) -> ExpertScores:
     """Scores every routed expert of the base model on a sample of the training data.
 
     Args:
@@ -48,7 +49,7 @@ def score_experts(config: Any, source: TensorSource, examples: Examples) -> Expe
     """
     sample = take_sample(examples, config.adapter.expert_sample, config.training.seed)
     logger.info("scoring experts on %d of %d examples", len(sample), len(examples))
-    mesh, training = make_mesh(config.mesh), config.training
+    mesh, training = make_mesh(config.mesh.to_dict()), config.training
     quantization = huggingface.choose_quantization(config.quantize, source.config)
     parts = assemble(source, training.dtype, mesh, quantization=quantization)
     layers = parts.definition.mixture_layers
@@ -90,7 +91,7 @@ def take_sample(examples: Examples, tokens: int, seed: int) -> Examples:
     return examples.select(kept)
 
 
-def summarize(scores: ExpertScores, section: Any) -> str:
+def summarize(scores: ExpertScores, section: AdapterConfig) -> str:
     """Says how many experts of each layer the ``adapter`` section of a config would train."""
     kind, threshold = section.expert_score, section.expert_threshold
     lines = [f"experts of each layer whose {kind} scores sum to {threshold:g}:"]

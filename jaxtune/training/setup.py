@@ -17,10 +17,10 @@ from jax.sharding import Mesh
 from jaxtune.adapters.define import define
 from jaxtune.adapters.method import Method
 from jaxtune.checkpoints.huggingface import choose_quantization
-from jaxtune.errors import JaxtuneError, lookup
+from jaxtune.config import Config
+from jaxtune.errors import JaxtuneError
 from jaxtune.layers.attention import choose_backend
 from jaxtune.layers.decoder import ForwardOptions
-from jaxtune.layers.remat import POLICIES
 from jaxtune.layers.tree import Tree
 from jaxtune.models.definition import Definition, check_experts
 from jaxtune.objectives.cross_entropy import LossTerms
@@ -54,7 +54,7 @@ class Setup:
       like: shapes, dtypes and shardings of the training state.
     """
 
-    config: Any
+    config: Config
     method: Method
     definition: Definition
     quantization: Quantization | None
@@ -78,8 +78,10 @@ class Setup:
 
     def lasting(self, steps: int) -> Setup:
         """Returns the set-up of a run of so many updates, which its schedule follows."""
-        schedule = make_schedule(self.config, steps)
-        optimizer = make_optimizer(self.config, self.definition.abstract("trainable"), schedule)
+        schedule = make_schedule(self.config.optimizer, steps)
+        optimizer = make_optimizer(
+            self.config.optimizer, self.definition.abstract("trainable"), schedule
+        )
         return dataclasses.replace(self, steps=steps, schedule=schedule, optimizer=optimizer)
 
     def initial_state(self, trainable: Tree) -> TrainState:
@@ -129,7 +131,7 @@ class Setup:
 
 
 def set_up(
-    config: Any,
+    config: Config,
     model_config: Mapping[str, Any],
     method: Method,
     devices: Sequence[Any] | None = None,
@@ -147,7 +149,6 @@ def set_up(
     """
     training = config.training
     quantization = choose_quantization(config.quantize, model_config)
-    lookup(dict.fromkeys(POLICIES), training.remat, "training.remat")
     definition = define(model_config, training.dtype, method, quantization)
     if quantization is not None and not any(leaf.format for leaf in definition.leaves.values()):
         raise JaxtuneError(
@@ -159,7 +160,7 @@ def set_up(
             f"training.balance_loss={training.balance_loss:g} has nothing to balance: "
             f"{model_config.get('model_type')} has no routed experts"
         )
-    mesh = make_mesh(config.mesh, devices)
+    mesh = make_mesh(config.mesh.to_dict(), devices)
     check_experts(definition, mesh.shape)
     _check_batches(config, definition, mesh)
     platform = mesh.devices.flat[0].platform
@@ -168,8 +169,9 @@ def set_up(
     options = ForwardOptions(
         jnp.dtype(training.dtype), backend, training.remat, platform, training.neftune_alpha
     )
-    schedule = make_schedule(config)
-    optimizer = make_optimizer(config, definition.abstract("trainable"), schedule)
+    unknown = bool(training.epochs or training.tokens)
+    schedule = make_schedule(config.optimizer, training.steps, provisional=unknown)
+    optimizer = make_optimizer(config.optimizer, definition.abstract("trainable"), schedule)
     return Setup(
         config=config,
         method=method,
@@ -184,7 +186,7 @@ def set_up(
     )
 
 
-def _check_batches(config: Any, definition: Definition, mesh: Mesh) -> None:
+def _check_batches(config: Config, definition: Definition, mesh: Mesh) -> None:
     """Refuses batches that the devices cannot share evenly."""
     rows = config.training.batch_size // config.training.accumulation
     shares = math.prod(mesh.shape[axis] for axis in RULES["batch"])

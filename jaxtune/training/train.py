@@ -26,6 +26,7 @@ from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.chat import Chat
 from jaxtune.checkpoints.load_model import assemble
 from jaxtune.checkpoints.source import TensorSource
+from jaxtune.config import Config
 from jaxtune.data import BatchLoader, DataOrder, DataReader, Examples, Splits
 from jaxtune.errors import JaxtuneError
 from jaxtune.intervals import parse_interval
@@ -60,7 +61,7 @@ logger = logging.getLogger(__name__)
 
 
 def train(
-    config: Any, workdir: str | Path, *, clock: datetime.datetime | None = None
+    config: Config | None, workdir: str | Path, *, clock: datetime.datetime | None = None
 ) -> RunDirectory:
     """Trains, or goes on with the run that is in `workdir`.
 
@@ -139,7 +140,7 @@ def train(
     return run
 
 
-def choose_method(config: Any) -> tuple[Method, Stored | None]:
+def choose_method(config: Config) -> tuple[Method, Stored | None]:
     """Returns the method of a config, and the adapter to start from if it names one."""
     if not config.adapter.init_from:
         return method_from_config(config.adapter), None
@@ -154,7 +155,7 @@ def choose_method(config: Any) -> tuple[Method, Stored | None]:
 
 
 def _expert_scores(
-    run: RunDirectory, config: Any, source: TensorSource, read: Callable[[], Splits]
+    run: RunDirectory, config: Config, source: TensorSource, read: Callable[[], Splits]
 ) -> ExpertScores:
     """Returns the scores of the run that is here, or scores the data of a new one."""
     if not run.expert_scores.is_file():
@@ -162,7 +163,7 @@ def _expert_scores(
     return run.read_expert_scores()
 
 
-def score_training_data(config: Any) -> ExpertScores:
+def score_training_data(config: Config) -> ExpertScores:
     """Scores the experts of a config's model on its training data; see `score_experts`."""
     location = huggingface.resolve_path(config.model.path, config.model.revision)
     source = huggingface.open_source(location)
@@ -177,14 +178,14 @@ def _log_setup(setup: Setup) -> None:
     logger.info("\n%s", render(census(setup.definition)))
 
 
-def data_reader(config: Any, source: TensorSource, tokenizer: Any, **options: Any) -> DataReader:
+def data_reader(config: Config, source: TensorSource, tokenizer: Any, **options: Any) -> DataReader:
     """Returns what reads data as a config says; `options` are those of `DataReader`."""
     model = source.config
     options["max_positions"] = model.get("max_position_embeddings")
     return DataReader(config, tokenizer, model.get("vocab_size"), **options)
 
 
-def _check_stopping(config: Any, sets: Mapping[str, Examples], setup: Setup) -> None:
+def _check_stopping(config: Config, sets: Mapping[str, Examples], setup: Setup) -> None:
     """Refuses to stop by what is never measured."""
     evaluation = config.evaluation
     never = not parse_interval("evaluation.every", evaluation.every).amount
@@ -196,18 +197,18 @@ def _check_stopping(config: Any, sets: Mapping[str, Examples], setup: Setup) -> 
         check_metric(evaluation.stop_metric, score_names(config, sets, experts))
 
 
-def make_loader(config: Any, examples: Examples, reserved: int = 0) -> BatchLoader:
+def make_loader(config: Config, examples: Examples, reserved: int = 0) -> BatchLoader:
     """Makes the endless stream of training batches; see `BatchLoader` for what is reserved."""
     settings = _order_settings(config)
     return BatchLoader(examples, **settings, reserved=reserved, mask_tokens=config.data.mask_tokens)
 
 
-def make_order(config: Any, examples: Examples, reserved: int = 0) -> DataOrder:
+def make_order(config: Config, examples: Examples, reserved: int = 0) -> DataOrder:
     """Makes the order of the loader of `make_loader`, without hashing the examples."""
     return DataOrder(examples, **_order_settings(config), reserved=reserved)
 
 
-def _order_settings(config: Any) -> dict[str, Any]:
+def _order_settings(config: Config) -> dict[str, Any]:
     return {
         "batch_size": config.training.batch_size,
         "length": config.data.max_length,
@@ -217,7 +218,7 @@ def _order_settings(config: Any) -> dict[str, Any]:
     }
 
 
-def reserved_tokens(config: Any, model_config: Mapping[str, Any]) -> int:
+def reserved_tokens(config: Config, model_config: Mapping[str, Any]) -> int:
     """Returns the tokens at the head of each example that the method of a config fills.
 
     Args:

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 import jaxtune
-from jaxtune.adapters import METHODS, PEFT_TYPES
+from jaxtune.adapters import PEFT_TYPES, method_from_config
 from jaxtune.adapters.parameter_summary import census
 from jaxtune.config import resolve
+from jaxtune.registry import METHODS, Entry
 from jaxtune.training.setup import set_up
 
 pytestmark = pytest.mark.usefixtures("compiled_lightly")
@@ -21,7 +22,7 @@ SLOW = ("qwen2", "deepseek", "deepseek_v2")
 
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch):
-    monkeypatch.setitem(METHODS, "gain", gain.from_config)
+    monkeypatch.setitem(METHODS, "gain", Entry("gain:from_config", ("targets",)))
     monkeypatch.setitem(PEFT_TYPES, "GAIN", gain.from_peft)
 
 
@@ -56,7 +57,7 @@ def test_it_works_with_every_architecture(tiny, families, rows, tmp_path, kind, 
     setup = set_up(
         run.config,
         json.loads((model / "config.json").read_text()),
-        METHODS["gain"](run.config.adapter),
+        method_from_config(run.config.adapter),
     )
     trained = {row.group for row in census(setup.definition) if row.kind == "trained"}
     assert any("self_attn" in group for group in trained)
@@ -75,4 +76,4 @@ def test_it_works_with_every_architecture(tiny, families, rows, tmp_path, kind, 
 
 def test_a_config_names_it_like_any_other():
     section = resolve({"adapter": {"method": "gain", "targets": ("q_proj",)}}).adapter
-    assert METHODS[section.method](section) == gain.Gain(("q_proj",))
+    assert method_from_config(section) == gain.Gain(("q_proj",))

@@ -13,9 +13,9 @@ from jaxtune.adapters.full import Full
 from jaxtune.adapters.projections.lora import Lora
 from jaxtune.checkpoints.huggingface import checkpoint_tensors
 from jaxtune.layers.decoder import ForwardOptions
-from jaxtune.layers.remat import POLICIES
 from jaxtune.layers.tree import flatten
 from jaxtune.objectives.sft import sft_loss
+from jaxtune.registry import REMAT_POLICIES
 
 pytestmark = pytest.mark.usefixtures("compiled_lightly")
 
@@ -73,7 +73,7 @@ def test_every_remat_policy_gives_the_same_gradient(method, tiny):
     # The factor A has no gradient while B is zero; that of B is where dropout shows.
     kept = [path for path, value in theirs.items() if np.any(np.asarray(value))]
     assert kept
-    for policy in POLICIES:
+    for policy in REMAT_POLICIES:
         again, tree = gradient(parts, policy, key)
         ours = dict(flatten(tree))
         assert relative(again, loss) <= RECOMPUTED

@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtune.adapters.esft.expert_scores import Choice, ExpertScores, parse_choice, read_choice
 from jaxtune.adapters.method import Method, Start, Stored
 from jaxtune.adapters.targets import module_names
+from jaxtune.config import AdapterConfig
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.cpu_bfloat16 import pick
 from jaxtune.layers.decoder import CausalLM
@@ -240,7 +241,7 @@ def _gather(frozen: Any, experts: jax.Array, real: jax.Array) -> jax.Array:
     return jnp.where(real[..., None, None], plain.astype(jnp.float32), 0.0)
 
 
-def from_config(section: Any) -> Esft:
+def from_config(section: AdapterConfig) -> Esft:
     """Returns the method that the ``adapter`` section of a config describes.
 
     Raises:

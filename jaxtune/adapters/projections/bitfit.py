@@ -25,6 +25,7 @@ from jaxtune.adapters.projections.slots import (
     shared_settings,
 )
 from jaxtune.adapters.targets import in_layers
+from jaxtune.config import AdapterConfig
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.linear import Edit, Projection
 from jaxtune.layers.tree import (
@@ -118,7 +119,7 @@ class BitFit(LinearMethod):
         return peft_config("BITFIT", definition, settings)
 
 
-def from_config(section: Any) -> BitFit:
+def from_config(section: AdapterConfig) -> BitFit:
     """Returns the method that the ``adapter`` section of a config describes."""
     return BitFit(tuple(section.targets), **shared_settings(section))
 

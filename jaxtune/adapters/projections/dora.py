@@ -20,6 +20,7 @@ from jaxtune.adapters.method import Start, Stored
 from jaxtune.adapters.projections.factors import Factor, read_settings
 from jaxtune.adapters.projections.lora import Lora, LoraAdapter, settings_from_config
 from jaxtune.adapters.projections.slots import Part, adapters
+from jaxtune.config import AdapterConfig
 from jaxtune.layers.linear import Edit, LowRank, Projection, product
 from jaxtune.layers.tree import (
     Constant,
@@ -123,7 +124,7 @@ class Dora(Lora):
         return unflatten(trainable), unflatten(constants)
 
 
-def from_config(section: Any) -> Dora:
+def from_config(section: AdapterConfig) -> Dora:
     """Returns the method that the ``adapter`` section of a config describes."""
     return Dora(**settings_from_config(section))
 

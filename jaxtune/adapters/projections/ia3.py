@@ -18,6 +18,7 @@ from jaxtune.adapters.method import Stored
 from jaxtune.adapters.projections.modules_to_save import saved_modules
 from jaxtune.adapters.projections.peft_files import PREFIX, edit_tensors, from_disk, peft_config
 from jaxtune.adapters.projections.slots import LinearMethod, Part, SlotAdapter, shared_settings
+from jaxtune.config import AdapterConfig
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.linear import Edit, Projection
 from jaxtune.layers.tree import Constant, Trainable, declaration_of, parameter
@@ -130,7 +131,7 @@ class IA3(LinearMethod):
         return config | {"feedforward_modules": sorted(short)}
 
 
-def from_config(section: Any) -> IA3:
+def from_config(section: AdapterConfig) -> IA3:
     """Returns the method that the ``adapter`` section of a config describes."""
     targets, feedforward = tuple(section.targets), tuple(section.feedforward)
     return IA3(targets, feedforward, **shared_settings(section))

@@ -29,6 +29,7 @@ from jaxtune.adapters.projections.slots import (
     shared_settings,
 )
 from jaxtune.adapters.targets import find_pattern, is_target, parse_patterns
+from jaxtune.config import AdapterConfig
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.decoder import CausalLM
 from jaxtune.layers.linear import Edit, LowRank, Projection
@@ -301,7 +302,7 @@ def from_peft(stored: Stored) -> Lora:
     return Lora(**read_settings(stored))
 
 
-def settings_from_config(section: Any) -> dict[str, Any]:
+def settings_from_config(section: AdapterConfig) -> dict[str, Any]:
     """Returns what LoRA and its variants take of the ``adapter`` section of a config."""
     ranks = parse_patterns("adapter.rank_pattern", section.rank_pattern)
     alphas = parse_patterns("adapter.alpha_pattern", section.alpha_pattern)
@@ -322,6 +323,6 @@ def settings_from_config(section: Any) -> dict[str, Any]:
     }
 
 
-def from_config(section: Any) -> Lora:
+def from_config(section: AdapterConfig) -> Lora:
     """Returns the method that the ``adapter`` section of a config describes."""
     return Lora(**settings_from_config(section))

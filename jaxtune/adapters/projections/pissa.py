@@ -24,6 +24,7 @@ from jaxtune.adapters.projections.factors import Factor
 from jaxtune.adapters.projections.lora import Lora, LoraAdapter, settings_from_config
 from jaxtune.adapters.projections.peft_files import PREFIX
 from jaxtune.adapters.projections.slots import adapters, pack
+from jaxtune.config import AdapterConfig
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.linear import Projection
 from jaxtune.layers.tree import (
@@ -197,6 +198,6 @@ def _halves(stored: Stored) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray
     return trained, first
 
 
-def from_config(section: Any) -> Pissa:
+def from_config(section: AdapterConfig) -> Pissa:
     """Returns the method that the ``adapter`` section of a config describes."""
     return Pissa(**settings_from_config(section))

@@ -33,6 +33,7 @@ from jaxtune.adapters.targets import (
     module_names,
     parse_layers,
 )
+from jaxtune.config import AdapterConfig
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.decoder import CausalLM
 from jaxtune.layers.linear import Edit, Projection
@@ -250,7 +251,7 @@ def adapters(definition: Definition) -> Iterator[tuple[Path, list[str], SlotAdap
             yield path, module_names(path, linear), linear.adapter
 
 
-def shared_settings(section: Any) -> dict[str, Any]:
+def shared_settings(section: AdapterConfig) -> dict[str, Any]:
     """Returns what every such method takes of the ``adapter`` section of a config."""
     return {
         "layers": parse_layers(section.layers),

@@ -20,6 +20,7 @@ from jaxtune.adapters.method import Stored
 from jaxtune.adapters.projections.modules_to_save import saved_modules
 from jaxtune.adapters.projections.peft_files import edit_tensors, from_disk, peft_config
 from jaxtune.adapters.projections.slots import LinearMethod, Part, SlotAdapter, shared_settings
+from jaxtune.config import AdapterConfig
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.decoder import CausalLM
 from jaxtune.layers.linear import Edit, LowRank, Projection
@@ -187,7 +188,7 @@ def _with_matrices(constants: Tree, make: Any) -> Tree:
     )
 
 
-def from_config(section: Any) -> Vera:
+def from_config(section: AdapterConfig) -> Vera:
     """Returns the method that the ``adapter`` section of a config describes."""
     settings = shared_settings(section)
     return Vera(section.rank, section.dropout, tuple(section.targets), **settings)

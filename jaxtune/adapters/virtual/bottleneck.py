@@ -21,12 +21,14 @@ from flax import nnx
 from jaxtune.adapters.method import Method, Stored
 from jaxtune.adapters.virtual.common import check_match, checked, draw
 from jaxtune.adapters.virtual.encoder import Dense, drop
+from jaxtune.config import AdapterConfig
 from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.layers.context import Context
 from jaxtune.layers.decoder import CausalLM
 from jaxtune.layers.linear import linear_float32
 from jaxtune.layers.tree import Path, Tree, flatten, layer_names, stack, unflatten
 from jaxtune.models.definition import Definition, Leaf
+from jaxtune.registry import PLACEMENTS
 
 WEIGHTS_FILE = "adapter.safetensors"
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -208,14 +210,9 @@ NEUTRAL: dict[str, Any] = {
     "shared_W_phm": False,
     "shared_phm_rule": True,
 }
+
+
 # Which blocks have an adapter (attention, feed-forward), and what it reads.
-PLACEMENTS = {
-    "houlsby": (True, True, "block"),
-    "pfeiffer": (False, True, "sum"),
-    "parallel": (False, True, "stream"),
-}
-
-
 def from_adapterhub(stored: Stored) -> Bottlenecks:
     """Returns the method, with its settings, of an adapter that AdapterHub's package wrote.
 
@@ -250,7 +247,7 @@ def _number(config: Mapping[str, Any], key: str, minimum: float = -math.inf) -> 
     return float(value)
 
 
-def from_config(section: Any) -> Bottlenecks:
+def from_config(section: AdapterConfig) -> Bottlenecks:
     """Returns the method that the ``adapter`` section of a config describes."""
     attention, feed_forward, reads = PLACEMENTS[section.placement]
     return Bottlenecks(

@@ -30,6 +30,7 @@ from jaxtune.adapters.virtual.common import (
     refuse_extras,
 )
 from jaxtune.adapters.virtual.encoder import Dense
+from jaxtune.config import AdapterConfig
 from jaxtune.layers.decoder import Blocks, CausalLM
 from jaxtune.layers.tree import Path, Trainable, Tree, bind, flatten, parameter, stack, unflatten
 from jaxtune.models.definition import Definition
@@ -235,6 +236,6 @@ def from_peft(stored: Stored) -> Prefix:
     return Prefix(n, True, count(stored, "encoder_hidden_size"))
 
 
-def from_config(section: Any) -> Prefix:
+def from_config(section: AdapterConfig) -> Prefix:
     """Returns the method that the ``adapter`` section of a config describes."""
     return Prefix(section.virtual_tokens, section.prefix_projection, section.encoder_hidden_size)

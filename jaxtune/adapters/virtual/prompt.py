@@ -26,6 +26,7 @@ from jaxtune.adapters.virtual.common import (
     prompt_config,
     refuse_extras,
 )
+from jaxtune.config import AdapterConfig
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.decoder import CausalLM
 from jaxtune.layers.tree import Trainable, Tree, parameter
@@ -117,6 +118,6 @@ def from_peft(stored: Stored) -> Prompt:
     return Prompt(count(stored, "num_virtual_tokens"))
 
 
-def from_config(section: Any) -> Prompt:
+def from_config(section: AdapterConfig) -> Prompt:
     """Returns the method that the ``adapter`` section of a config describes."""
     return Prompt(section.virtual_tokens, section.prompt_init_text)

@@ -26,6 +26,7 @@ from jaxtune.adapters.virtual.common import (
     prompt_config,
 )
 from jaxtune.adapters.virtual.encoder import LSTM, Dense
+from jaxtune.config import AdapterConfig
 from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.layers.decoder import CausalLM
 from jaxtune.layers.tree import Path, Trainable, Tree, bind, flatten, parameter, unflatten
@@ -146,7 +147,7 @@ def from_peft(stored: Stored) -> Method:
     return PTuning(plain.virtual_tokens, kind, hidden, layers, dropout if kind == "LSTM" else 0.0)
 
 
-def from_config(section: Any) -> PTuning:
+def from_config(section: AdapterConfig) -> PTuning:
     """Returns the method that the ``adapter`` section of a config describes."""
     return PTuning(
         section.virtual_tokens,

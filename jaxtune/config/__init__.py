@@ -1,0 +1,43 @@
+"""The config of a run: typed sections, checked and frozen.
+
+A config file is Python with a ``get_config()`` that starts from `default` and changes what it
+wants; the command line overrides single keys (``--config.adapter.rank=8``). `resolve` checks the
+whole tree and freezes it. A run directory stores the frozen tree.
+"""
+
+from jaxtune.config.adapter import AdapterConfig
+from jaxtune.config.data import DataConfig
+from jaxtune.config.files import load_file
+from jaxtune.config.model import MeshConfig, ModelConfig, QuantizeConfig
+from jaxtune.config.resolve import default, from_json, resolve, to_json
+from jaxtune.config.training import (
+    CheckpointConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    ProfileConfig,
+    TrainingConfig,
+)
+from jaxtune.config.tree import OPTIONS, Config, ConfigLike
+
+__all__ = [
+    "OPTIONS",
+    "AdapterConfig",
+    "CheckpointConfig",
+    "Config",
+    "ConfigLike",
+    "DataConfig",
+    "EvaluationConfig",
+    "LoggingConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ProfileConfig",
+    "QuantizeConfig",
+    "TrainingConfig",
+    "default",
+    "from_json",
+    "load_file",
+    "resolve",
+    "to_json",
+]

@@ -1,0 +1,65 @@
+"""Options that take no effect with the chosen method, weight format, optimizer or schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from jaxtune.config.tree import OPTIONS
+from jaxtune.registry import SELECTORS, Entry
+
+
+class Unused(NamedTuple):
+    """An option without effect.
+
+    Attributes:
+      key: ``section.name`` of the option.
+      selector: key of the option whose value rules it out, such as ``adapter.method``.
+      choice: that value; empty where nothing is chosen.
+      readers: the choices that read the option.
+      read: the options that the choice reads.
+    """
+
+    key: str
+    selector: str
+    choice: str
+    readers: tuple[str, ...]
+    read: tuple[str, ...]
+
+    def error(self, value: Any) -> str:
+        """Returns the error message for the option set to `value` on the command line."""
+        where = f"with {self.selector}={self.choice}" if self.choice else f"without {self.selector}"
+        message = f"{self.key}={text(value)} has no effect {where}: {', '.join(self.readers)} read"
+        message += "s it" if len(self.readers) == 1 else " it"
+        if not self.choice:
+            return message
+        own = [key.removeprefix(f"{self.key.partition('.')[0]}.") for key in self.read]
+        return f"{message}; {self.choice} reads {', '.join(own) or 'no options of its own'}"
+
+
+def unused_options(values: Mapping[str, Any]) -> Iterator[Unused]:
+    """Yields the options that take no effect, whatever their value.
+
+    An option belongs to a selector if one of the selector's choices lists it, and takes effect if
+    the current choice does. Options that no choice lists always take effect.
+
+    Args:
+      values: all options of a config by ``section.name``.
+    """
+    for selector, choices in SELECTORS.items():
+        read = {name: _keys(selector, entry) for name, entry in choices.items()}
+        current = read.get(values[selector], ())
+        for key in OPTIONS:
+            readers = tuple(name for name, keys in read.items() if key in keys)
+            if readers and key not in current:
+                yield Unused(key, selector, values[selector], readers, current)
+
+
+def text(value: Any) -> str:
+    """Returns a value as the command line takes it."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _keys(selector: str, entry: Entry) -> tuple[str, ...]:
+    section = selector.partition(".")[0]
+    return tuple(name if "." in name else f"{section}.{name}" for name in entry.options)

@@ -1,0 +1,123 @@
+"""From a config file's tree and command-line overrides to a checked, frozen `Config`."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from jaxtune.config.effect import text, unused_options
+from jaxtune.config.length import TrainingDict, check_length, replace_length
+from jaxtune.config.option import Option
+from jaxtune.config.tree import OPTIONS, SECTIONS, Config, ConfigLike
+from jaxtune.errors import JaxtuneError, closest
+
+_log = logging.getLogger(__name__)
+
+
+def default() -> ml_collections.ConfigDict:
+    """Returns the documented default tree, locked: setting a key that does not exist raises."""
+    config = ml_collections.ConfigDict(Config().to_dict(), type_safe=False)
+    config.training = TrainingDict(Config().to_dict()["training"], type_safe=False)
+    config.lock()
+    return config
+
+
+def resolve(config: ConfigLike, overrides: Sequence[str] = ()) -> Config:
+    """Checks a whole config, applies overrides and freezes it.
+
+    Options that take no effect with the chosen method, weight format, optimizer or schedule are
+    listed in one warning.
+
+    Args:
+      config: a tree of sections; keys that are absent take their default.
+      overrides: ``"section.name=value"`` strings, applied in order. A length of the run among them
+        (``training.steps``, ``epochs`` or ``tokens``) replaces the config's.
+
+    Returns:
+      The config.
+
+    Raises:
+      JaxtuneError: an unknown key (the message names the closest one), a bad value, or an override
+        that takes no effect.
+    """
+    values = _read(config)
+    overridden: dict[str, None] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise JaxtuneError(f"--config.{key} needs a value: --config.{key}=…")
+        option = _option(key)
+        values[key] = option.check(key, option.parse(key, text))
+        overridden[key] = None
+    tree = _tree(values)
+    replace_length(tree["training"], list(overridden))
+    check_length(tree["training"])
+    batch, micro = tree["training"]["batch_size"], tree["training"]["accumulation"]
+    if batch % micro:
+        raise JaxtuneError(
+            f"training.batch_size={batch} does not divide into training.accumulation={micro} "
+            "micro-batches"
+        )
+    _check_effect(values, list(overridden), warn=not isinstance(config, Config))
+    return Config(**{name: type(SECTIONS[name])(**options) for name, options in tree.items()})
+
+
+def from_json(path: str | Path) -> Config:
+    """Reads the config of a run; the config file that made it is never run again."""
+    values = _read(json.loads(Path(path).read_text(encoding="utf-8")))
+    return Config(**{name: type(SECTIONS[name])(**part) for name, part in _tree(values).items()})
+
+
+def to_json(config: Config) -> str:
+    """Returns the content of a run's ``config.json``."""
+    return config.to_json()
+
+
+def _option(key: str) -> Option:
+    if key not in OPTIONS:
+        raise JaxtuneError(f'unknown config key "{key}"{closest(key, OPTIONS)}')
+    return OPTIONS[key]
+
+
+def _read(config: ConfigLike) -> dict[str, Any]:
+    """Returns all options of a tree by ``section.name``, checked."""
+    if isinstance(config, Config):
+        return config.flat()
+    if not isinstance(config, (Mapping, ml_collections.ConfigDict)):
+        raise JaxtuneError(f"a config is a tree of sections, not {config!r}")
+    values = Config().flat()
+    for section, entries in dict(config).items():
+        if section not in SECTIONS or not isinstance(entries, (Mapping, ml_collections.ConfigDict)):
+            raise JaxtuneError(f'unknown config section "{section}"{closest(section, SECTIONS)}')
+        for name, value in dict(entries).items():
+            key = f"{section}.{name}"
+            values[key] = _option(key).check(key, value)
+    return values
+
+
+def _tree(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    tree: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        tree[section][name] = value
+    return tree
+
+
+def _check_effect(values: Mapping[str, Any], overridden: Sequence[str], *, warn: bool) -> None:
+    """Raises for an override without effect; may warn of other options without effect."""
+    without: dict[str, list[str]] = {}
+    for unused in unused_options(values):
+        value = values[unused.key]
+        if unused.key in overridden:
+            raise JaxtuneError(unused.error(value))
+        if value != OPTIONS[unused.key].default:
+            choice = f"{unused.selector}={unused.choice}"
+            without.setdefault(choice, []).append(f"{unused.key}={text(value)}")
+    if warn and without:
+        groups = (f"{', '.join(options)} (with {choice})" for choice, options in without.items())
+        _log.warning("config values without effect: %s", "; ".join(groups))

@@ -1,0 +1,172 @@
+"""The sections of the training run: length, optimizer, checkpoints, evaluations and logs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jaxtune.config.option import Section, option
+from jaxtune.registry import OPTIMIZERS, REMAT_POLICIES, SCHEDULES
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig(Section):
+    """The ``training`` section. ``steps``, ``epochs`` and ``tokens`` are one setting."""
+
+    steps: int = option(
+        100, "length of the run in optimizer steps, unless epochs or tokens are set", minimum=0
+    )
+    epochs: float = option(0.0, "length of the run in passes over the data; 0: unset", minimum=0)
+    tokens: int = option(0, "length of the run in tokens, padding not counted; 0: unset", minimum=0)
+    batch_size: int = option(8, "rows per optimizer step, over all devices", minimum=1)
+    accumulation: int = option(1, "micro-batches per optimizer step", minimum=1)
+    seed: int = option(0, "seed of initial values, data order, dropout and noise", minimum=0)
+    dtype: str = option(
+        "bfloat16",
+        "dtype of base weights and computation; trainable weights are float32, and float16 uses "
+        "loss scaling",
+        choices=("bfloat16", "float16", "float32"),
+    )
+    remat: str = option(
+        "full",
+        "rematerialization in the backward pass: full (each layer), save_attention, save_qkv, "
+        "save_mlp or none",
+        choices=REMAT_POLICIES,
+    )
+    balance_loss: float = option(
+        0.0,
+        "factor on the load-balancing loss of routed experts, which is added to the loss and "
+        "reported separately; 0: off",
+        minimum=0,
+    )
+    watchdog_minutes: float = option(
+        0.0,
+        "minutes without a finished step, evaluation or save after which the run prints its stack "
+        "and exits with code 75; 0: off",
+        minimum=0,
+    )
+    label_smoothing: float = option(
+        0.0,
+        "share of each target that is spread evenly over the vocabulary; not part of the reported "
+        "loss",
+        minimum=0,
+        maximum=0.999,
+    )
+    z_loss: float = option(
+        0.0,
+        "factor on the squared log-normalizer of the logits; not part of the reported loss; 0: off",
+        minimum=0,
+    )
+    neftune_alpha: float = option(
+        0.0, "NEFTune: scale of the noise added to embeddings in training; 0: off", minimum=0
+    )
+    max_bad_steps: int = option(5, "consecutive skipped steps after which the run stops", minimum=1)
+    spike_factor: float = option(
+        0.0,
+        "skip a step whose loss or gradient norm exceeds this multiple of its running mean; 0: off",
+        minimum=0,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig(Section):
+    """The ``optimizer`` section."""
+
+    name: str = option("adamw", "adamw, adafactor, lion or sgd", choices=OPTIMIZERS)
+    learning_rate: float = option(2e-4, "peak learning rate", minimum=0)
+    schedule: str = option(
+        "cosine", "constant, linear, cosine or wsd, after the warm-up", choices=SCHEDULES
+    )
+    warmup_steps: int | float = option(
+        0, "steps of linear warm-up from 0, or a share of the run below 1", minimum=0, share=True
+    )
+    decay_steps: int | float = option(
+        0.1,
+        "wsd: steps of the linear decay at the end, or a share of the run below 1",
+        minimum=0,
+        share=True,
+    )
+    group_rates: tuple[str, ...] = option(
+        (),
+        "learning rates of parameter groups, such as lora_B=4e-4 or embed_tokens=0.1x; a pattern "
+        "matches whole names within a path, and the first match applies",
+        names=True,
+    )
+    lora_plus_ratio: float = option(
+        1.0, "LoRA+: learning rate of the factors B over that of A", minimum=0
+    )
+    weight_decay: float = option(
+        0.0, "decoupled weight decay; norms and biases are excluded", minimum=0
+    )
+    clip_norm: float = option(1.0, "largest global gradient norm; 0: no clipping", minimum=0)
+    b1: float = option(0.9, "decay rate of the first moment; sgd: momentum", minimum=0, maximum=1)
+    b2: float = option(
+        0.999,
+        "decay rate of the second moment; lion: of the momentum, usually 0.99",
+        minimum=0,
+        maximum=1,
+    )
+    eps: float = option(1e-8, "adamw: added to the root of the second moment", minimum=0)
+    moment_dtype: str = option(
+        "float32",
+        "dtype of the first moment (sgd: of the momentum)",
+        choices=("float32", "bfloat16"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig(Section):
+    """The ``checkpoint`` section."""
+
+    every: int | str = option(
+        50,
+        "interval between checkpoints: steps, or 0.5 epochs, 10 minutes, 1M tokens; 0: only at "
+        "the end",
+        interval=True,
+    )
+    keep: int = option(
+        2, "number of checkpoints kept, in addition to the best one of full fine-tuning", minimum=2
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig(Section):
+    """The ``evaluation`` section."""
+
+    every: int | str = option(
+        50, "interval between evaluations, as in checkpoint.every; 0: none", interval=True
+    )
+    batch_size: int = option(8, "rows per evaluation batch", minimum=1)
+    stop_metric: str = option(
+        "loss", "evaluation metric that selects the best adapter and stops the run early"
+    )
+    stop_patience: int = option(
+        0, "evaluations in a row without improvement that stop the run; 0: never", minimum=0
+    )
+    stop_min_change: float = option(
+        0.0, "smallest change of the metric that counts as improvement", minimum=0
+    )
+    generate: int = option(
+        0,
+        "held-out prompts answered at each evaluation, for exact_match and samples.jsonl",
+        minimum=0,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggingConfig(Section):
+    """The ``logging`` section."""
+
+    every: int | str = option(
+        1, "interval between lines of metrics.jsonl, as in checkpoint.every; 0: none", interval=True
+    )
+    tensorboard: bool = option(True, "write TensorBoard events as well as metrics.jsonl")
+    wandb: str = option("", "Weights & Biases project to log to; empty: none")
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileConfig(Section):
+    """The ``profile`` section."""
+
+    steps: tuple[str, ...] = option(
+        (), "first and last step of an XProf trace, such as 10,20", names=True
+    )
