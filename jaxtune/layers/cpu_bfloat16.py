@@ -28,7 +28,8 @@ class Compiled:
 
     def __init__(self, compiled: jax.stages.Compiled):
         self._compiled = compiled
-        self.memory_analysis, self.as_text = compiled.memory_analysis, compiled.as_text
+        self.memory_analysis, self.cost_analysis = compiled.memory_analysis, compiled.cost_analysis
+        self.as_text = compiled.as_text
 
     def __call__(self, *arguments: Any) -> Any:
         """Calls the function with arrays of the shapes that it was compiled for."""
