@@ -93,7 +93,7 @@ def test_a_setting_that_is_not_supported(changes, message):
         ({"rope_type": "linear"}, "rope_type linear lacks 'factor'"),
         ({"rope_type": "linear", "factor": "two"}, "rope_type linear has"),
         ({"rope_type": "linear", "factor": 0}, '"factor" is 0, not a positive number'),
-        (YARN | {"attention_factor": 1e999}, "rope_type yarn has numbers that make no freq"),
+        (YARN | {"attention_factor": 1e999}, "rope_type yarn has numbers that give no finite freq"),
         ({"rope_type": "llama3", "factor": 8.0}, "rope_type llama3 lacks 'low_freq_factor'"),
         (
             {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0},
