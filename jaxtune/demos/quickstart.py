@@ -13,10 +13,10 @@ from rich.table import Table
 
 from jaxtune.api import Model, Run, train
 from jaxtune.api.evaluate_run import evaluate
+from jaxtune.atomic_files import write_atomically
 from jaxtune.data import read_rows
 from jaxtune.errors import JaxtuneError
 from jaxtune.progress import track
-from jaxtune.runs.checkpoints import write_atomically
 from jaxtune.runs.directory import RunDirectory
 
 ROWS_PER_BATCH = 32

@@ -9,13 +9,11 @@ restores a flipped byte without a word and takes an empty directory for the late
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
-import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,58 +23,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
+from jaxtune.atomic_files import disk_full_named, write_atomically
 from jaxtune.errors import JaxtuneError, closest
 from jaxtune.parallel.processes import agree, leads
 
 logger = logging.getLogger(__name__)
 
 STATE, EXTRA, MANIFEST, QUARANTINE = "state", "extra.json", "manifest.json", "quarantine"
-
-
-@contextlib.contextmanager
-def disk_full_named(directory: str | Path) -> Iterator[None]:
-    """Turns a full disk (or an exhausted quota) into an error that names the directory.
-
-    Args:
-      directory: where the block writes.
-
-    Raises:
-      JaxtuneError: the block failed for want of space; any other error passes unchanged.
-    """
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        full = {errno.ENOSPC, errno.EDQUOT}
-        # Orbax writes arrays through TensorStore, which reports the system's error as text.
-        texts = {f"[os_error_code='{code}']" for code in full}
-        if getattr(error, "errno", None) in full or any(text in str(error) for text in texts):
-            raise JaxtuneError(f"no space left on the disk of {directory}") from error
-        raise
-
-
-def write_atomically(path: str | Path, text: str) -> None:
-    """Writes a UTF-8 text file so that a reader sees the old content or the new, never a part.
-
-    Args:
-      path: the file; its directory exists.
-      text: the new content.
-    """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    handle = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)  # without this a power cut may undo the rename
-    finally:
-        os.close(handle)
 
 
 class Checkpoints:

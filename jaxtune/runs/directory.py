@@ -12,8 +12,7 @@ from typing import Any
 
 from jaxtune import config as config_module
 from jaxtune.adapters.esft.expert_scores import ExpertScores, read_scores
-from jaxtune.atomic_files import new_directory, recover
-from jaxtune.runs.checkpoints import disk_full_named, write_atomically
+from jaxtune.atomic_files import disk_full_named, new_directory, recover, write_atomically
 from jaxtune.errors import JaxtuneError
 from jaxtune.parallel.processes import barrier, leads
 from jaxtune.runs.metrics import EVALUATIONS, METRICS

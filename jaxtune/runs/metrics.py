@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from tensorboardX import SummaryWriter
 
-from jaxtune.runs.checkpoints import write_atomically
+from jaxtune.atomic_files import write_atomically
 from jaxtune.errors import JaxtuneError
 from jaxtune.parallel.processes import leads
 

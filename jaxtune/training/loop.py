@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 import jax
 
-from jaxtune.runs.checkpoints import Checkpoints, disk_full_named
+from jaxtune.atomic_files import disk_full_named
+from jaxtune.runs.checkpoints import Checkpoints
 from jaxtune.runs.directory import RunDirectory
 from jaxtune.runs.metrics import MetricLog
 from jaxtune.training.callbacks import Milestones
