@@ -14,13 +14,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxtune.chats.builtin import read_template, with_arguments
+from jaxtune.chats.clock import now, read_clock
+from jaxtune.chats.messages import read_arguments
 from jaxtune.checkpoints.chat import Chat, adapter_chat, base_chat
 from jaxtune.checkpoints.huggingface import read_json
 from jaxtune.checkpoints.source import TensorSource
 from jaxtune.data import Examples
-from jaxtune.chats.builtin import read_template, with_arguments
-from jaxtune.chats.clock import now, read_clock
-from jaxtune.chats.messages import read_arguments
 from jaxtune.parallel.processes import barrier, leads
 from jaxtune.runs.directory import RunDirectory
 
