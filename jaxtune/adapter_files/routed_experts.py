@@ -15,7 +15,7 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)")
 
 
-class Experts(NamedTuple):
+class RoutedExperts(NamedTuple):
     """The routed experts of one layer.
 
     Attributes:
@@ -27,9 +27,9 @@ class Experts(NamedTuple):
     shapes: dict[str, tuple[int, int]]
 
 
-def experts_of(definition: Definition) -> dict[str, Experts]:
+def experts_of(definition: Definition) -> dict[str, RoutedExperts]:
     """Returns the routed experts of each layer, by names like ``model.layers.1.mlp.experts``."""
-    found: dict[str, Experts] = {}
+    found: dict[str, RoutedExperts] = {}
     for path, linear in linears(definition.module).items():
         if not isinstance(linear, ExpertLinear):
             continue
@@ -37,6 +37,6 @@ def experts_of(definition: Definition) -> dict[str, Experts]:
         for name in module_names(path, linear)[::count]:
             match = EXPERT.fullmatch(name)
             if match is not None:
-                layer = found.setdefault(match[1], Experts(count, {}))
+                layer = found.setdefault(match[1], RoutedExperts(count, {}))
                 layer.shapes[match[3]] = (linear.out_features, linear.in_features)
     return found

@@ -8,7 +8,7 @@ from typing import Any
 from jaxtune.adapters import full
 from jaxtune.adapters.esft import esft
 from jaxtune.adapters.full import Full
-from jaxtune.adapters.method import Method, Stored, is_adapterhub
+from jaxtune.adapters.method import Method, StoredAdapter, is_adapterhub
 from jaxtune.adapters.projections import bitfit, dora, ia3, lora, pissa, vera
 from jaxtune.adapters.projections.lora import Lora
 from jaxtune.adapters.virtual import bottleneck, prefix, prompt, ptuning
@@ -30,11 +30,11 @@ METHODS: dict[str, Callable[[Any], Method]] = {
 }
 
 
-def _lora_from_peft(stored: Stored) -> Method:
+def _lora_from_peft(stored: StoredAdapter) -> Method:
     return dora.from_peft(stored) if stored.config.get("use_dora") else lora.from_peft(stored)
 
 
-PEFT_TYPES: dict[str, Callable[[Stored], Method]] = {
+PEFT_TYPES: dict[str, Callable[[StoredAdapter], Method]] = {
     "LORA": _lora_from_peft,
     "IA3": ia3.from_peft,
     "BITFIT": bitfit.from_peft,
@@ -64,7 +64,7 @@ def method_from_config(section: Any) -> Method:
     return method
 
 
-def method_from_peft(stored: Stored) -> Method:
+def method_from_peft(stored: StoredAdapter) -> Method:
     """Returns the method, with its settings, of an adapter in PEFT's format, or AdapterHub's."""
     if is_adapterhub(stored.config):
         return bottleneck.from_adapterhub(stored)

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from typing import Any, ClassVar
 
-from jaxtune.adapters.method import Method, Stored
+from jaxtune.adapters.method import Method, StoredAdapter
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.decoder import CausalLM
 from jaxtune.layers.tree import Tree, declaration_of, layer_names, variables
@@ -68,11 +68,11 @@ class Full(Method):
         del definition, seed
         return {}, {}
 
-    def store(self, definition: Definition, trainable: Tree, constants: Tree) -> Stored:
+    def store(self, definition: Definition, trainable: Tree, constants: Tree) -> StoredAdapter:
         """Refuses: what was trained is the model."""
         raise JaxtuneError("adapter.method=full has no adapter to store: export it as merged")
 
-    def restore(self, definition: Definition, stored: Stored) -> tuple[Tree, Tree]:
+    def restore(self, definition: Definition, stored: StoredAdapter) -> tuple[Tree, Tree]:
         """Refuses: there is no such adapter."""
         raise JaxtuneError("adapter.method=full has no adapter to restore")
 

@@ -10,7 +10,7 @@ import jax
 
 from jaxtune import config as config_module
 from jaxtune.adapters.merge import edits
-from jaxtune.api.load_run import Trained, load_trained
+from jaxtune.api.load_run import LoadedRun, load_run
 from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.chat import Chat
 from jaxtune.checkpoints.source import TensorSource
@@ -46,7 +46,7 @@ def evaluate(run: RunDirectory, adapter: str = "best", data: str = "") -> dict[s
     """
     config = run.read_config()
     source, held_out = _open(run, config, data)
-    return _score(load_trained(run, config, source, adapter), held_out)
+    return _score(load_run(run, config, source, adapter), held_out)
 
 
 def merge_losses(run: RunDirectory, adapter: str, quantized: Path) -> dict[str, float]:
@@ -65,7 +65,7 @@ def merge_losses(run: RunDirectory, adapter: str, quantized: Path) -> dict[str, 
     """
     config = run.read_config()
     source, held_out = _open(run, config)
-    trained = load_trained(run, config, source, adapter)
+    trained = load_run(run, config, source, adapter)
     definition, parts = trained.setup.definition, trained.parts
     trees = parts.base, parts.trainable, parts.constants
     wide = huggingface.merged_source(
@@ -74,11 +74,11 @@ def merge_losses(run: RunDirectory, adapter: str, quantized: Path) -> dict[str, 
     plain = config_module.resolve(config.to_dict(), ["quantize.format="])
     losses = {
         "with_adapter": _score(trained, held_out)["loss"],
-        "merged": _score(load_trained(run, plain, wide, "none"), held_out)["loss"],
+        "merged": _score(load_run(run, plain, wide, "none"), held_out)["loss"],
     }
     del trained, parts, trees, wide
     written = huggingface.open_source(quantized)
-    scores = _score(load_trained(run, config, written, "none"), held_out)
+    scores = _score(load_run(run, config, written, "none"), held_out)
     return losses | {"merged_quantized": scores["loss"]}
 
 
@@ -95,7 +95,7 @@ def _open(run: RunDirectory, config: Any, data: str = "") -> tuple[TensorSource,
     return source, _HeldOut(sets, chat)
 
 
-def _score(trained: Trained, held_out: _HeldOut) -> dict[str, Any]:
+def _score(trained: LoadedRun, held_out: _HeldOut) -> dict[str, Any]:
     setup, parts = trained
     with jax.set_mesh(setup.mesh):
         scoring = bind_evaluation(setup, parts.base, parts.constants, *held_out)

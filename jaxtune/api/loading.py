@@ -12,14 +12,14 @@ from jax.sharding import Mesh
 from jaxtune import config as config_module
 from jaxtune.adapter_files.peft import read_adapter
 from jaxtune.adapters.define import define
-from jaxtune.api.adapter_set import NamedAdapters
+from jaxtune.api.adapter_set import AdapterSet
 from jaxtune.api.model import DTYPES, Choice, Model
 from jaxtune.chats.ends import turn_ends
 from jaxtune.chats.template import read_template
 from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.chat import Chat, adapter_chat, base_chat, combined_chat
 from jaxtune.checkpoints.embeddings import untied, with_vocabulary
-from jaxtune.checkpoints.load_model import assemble
+from jaxtune.checkpoints.load_model import load_model
 from jaxtune.checkpoints.source import TensorSource
 from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.parallel.mesh import single_device_mesh
@@ -65,7 +65,7 @@ def load(
         raise JaxtuneError("adapter and adapters are both given: name them all in adapters")
     template = read_template(chat_template, "chat_template")
     directories = dict(adapters or {}) if adapter is None else {ONLY: adapter}
-    model = load_model(
+    model = load_with_adapters(
         path,
         quantize,
         dtype,
@@ -79,7 +79,7 @@ def load(
     return model if adapter is None else model.use(ONLY)
 
 
-def load_model(
+def load_with_adapters(
     path: str | Path,
     quantize: str | Mapping[str, Any] | None,
     dtype: str,
@@ -113,14 +113,14 @@ def load_model(
     stored = {name: read_adapter(directory) for name, directory in directories.items()}
     mesh = single_device_mesh() if mesh is None else mesh
     location, source, quantization = _open(path, quantize, dtype, revision)
-    bare = assemble(source, dtype, mesh, quantization=quantization, progress=progress)
+    bare = load_model(source, dtype, mesh, quantization=quantization, progress=progress)
     return Model(
         bare,
         location,
         mesh,
         dtype=dtype,
         attention=attention,
-        adapters=NamedAdapters(bare, source, dtype, stored, quantization),
+        adapters=AdapterSet(bare, source, dtype, stored, quantization),
         chats=chats or _Chats(location, source.config, directories, chat_template),
     )
 

@@ -14,18 +14,18 @@ import jax
 from jaxtune import config as config_module
 from jaxtune.adapter_files import EXPORTS
 from jaxtune.adapter_files.peft import read_adapter, write_adapter
-from jaxtune.adapters import Method, Stored
+from jaxtune.adapters import Method, StoredAdapter
 from jaxtune.adapters.define import define
 from jaxtune.adapters.merge import check_merges
 from jaxtune.api.evaluate_run import merge_losses
-from jaxtune.api.load_run import load_trained
-from jaxtune.api.loading import ONLY, choose_template, load_model
+from jaxtune.api.load_run import load_run
+from jaxtune.api.loading import ONLY, choose_template, load_with_adapters
 from jaxtune.api.model import Choice, Model
 from jaxtune.chats.template import read_template
 from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.chat import Chat
-from jaxtune.checkpoints.load_model import assemble
-from jaxtune.checkpoints.overlay import trained
+from jaxtune.checkpoints.load_model import load_model
+from jaxtune.checkpoints.overlay import with_trained_weights
 from jaxtune.checkpoints.requantize import REPORT, read_report, write_report
 from jaxtune.checkpoints.source import TensorSource
 from jaxtune.errors import JaxtuneError, lookup
@@ -86,7 +86,7 @@ class Run:
         }
         chats = self._chats(read_template(chat_template, "chat_template"))
         if adapter == "none":
-            return load_model(path, chats=chats, **options)
+            return load_with_adapters(path, chats=chats, **options)
         method, _ = training.choose_method(settings)
         quantized = bool(settings.quantize.format)
         if method.edits_base or (quantized and not method.has_adapter):
@@ -94,7 +94,7 @@ class Run:
         if not method.has_adapter:
             return self._fully_trained(method, options, adapter, chats)
         directories = {ONLY: self.adapter_directory(adapter)}
-        model = load_model(path, adapters=directories, chats=chats, **options)
+        model = load_with_adapters(path, adapters=directories, chats=chats, **options)
         return model.use(ONLY)
 
     def save_merged(
@@ -138,7 +138,7 @@ class Run:
         """
         return self.directory.adapter(which)
 
-    def adapter(self, which: str = "best", target: str = "peft") -> Stored:
+    def adapter(self, which: str = "best", target: str = "peft") -> StoredAdapter:
         """Returns the best or last adapter as another program loads it.
 
         Args:
@@ -193,7 +193,7 @@ class Run:
 
     def _as_trained(self, adapter: str, chats: Callable[[Choice], Chat]) -> Model:
         config, location, source = self._source()
-        setup, parts = load_trained(self.directory, config, source, adapter, jax.devices()[:1])
+        setup, parts = load_run(self.directory, config, source, adapter, jax.devices()[:1])
         attention, dtype = config.model.attention, config.training.dtype
         return Model(parts, location, setup.mesh, dtype=dtype, attention=attention, chats=chats)
 
@@ -209,9 +209,9 @@ class Run:
         setup = set_up(config, source.config, method, jax.devices()[:1])
         arrays = training.trained_arrays(self.directory, setup, which)
         # What is not trained, such as a router's correction bias, stays as it is in the checkpoint.
-        source = trained(source, setup.definition, arrays)
+        source = with_trained_weights(source, setup.definition, arrays)
         mesh, dtype, attention = single_device_mesh(), options["dtype"], options["attention"]
-        parts = assemble(source, dtype, mesh)
+        parts = load_model(source, dtype, mesh)
         return Model(parts, location, mesh, dtype=dtype, attention=attention, chats=chats)
 
 

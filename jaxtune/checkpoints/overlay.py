@@ -17,7 +17,7 @@ from jaxtune.models.definition import Definition
 from jaxtune.quant import Format
 
 
-class ReplacedSource:
+class OverlaySource:
     """A checkpoint with the values of some tensors replaced by float32 ones of the same shapes."""
 
     def __init__(self, source: TensorSource, values: Mapping[str, Callable[[], np.ndarray]]):
@@ -61,16 +61,18 @@ class ReplacedSource:
         return self._source.where(name)
 
 
-def edited(source: TensorSource, edit: BaseEdit) -> ReplacedSource:
+def with_base_edit(source: TensorSource, edit: BaseEdit) -> OverlaySource:
     """Returns a checkpoint as a method changes it before any rounding or quantization."""
 
     def value(name: str) -> np.ndarray:
         return edit(name, source.read(name).astype(np.float32))
 
-    return ReplacedSource(source, {name: functools.partial(value, name) for name in edit.names})
+    return OverlaySource(source, {name: functools.partial(value, name) for name in edit.names})
 
 
-def trained(source: TensorSource, definition: Definition, trainable: Tree) -> ReplacedSource:
+def with_trained_weights(
+    source: TensorSource, definition: Definition, trainable: Tree
+) -> OverlaySource:
     """Returns a checkpoint with what a run has trained of it.
 
     Args:
@@ -88,4 +90,4 @@ def trained(source: TensorSource, definition: Definition, trainable: Tree) -> Re
         for part, name in enumerate(layer_names(path, declared)):
             place = np.unravel_index(part, declared.stack_shape)
             values[name] = functools.partial(value, stack, place)
-    return ReplacedSource(source, values)
+    return OverlaySource(source, values)

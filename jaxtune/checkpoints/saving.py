@@ -18,12 +18,12 @@ from jaxtune.adapters.merge import Edit
 from jaxtune.atomic_files import new_directory
 from jaxtune.checkpoints.formats.registry import WRITERS
 from jaxtune.checkpoints.formats.safetensors import Pending, write_sharded
-from jaxtune.checkpoints.loading import check_names
-from jaxtune.checkpoints.overlay import ReplacedSource
+from jaxtune.checkpoints.overlay import OverlaySource
 from jaxtune.checkpoints.quantize import read_quantized
 from jaxtune.checkpoints.remote_code import keep_named_code
 from jaxtune.checkpoints.requantize import Requantizer, warn_of_loss, write_report
 from jaxtune.checkpoints.source import TensorSource
+from jaxtune.checkpoints.streaming import check_names
 from jaxtune.layers.tree import Path as TreePath
 from jaxtune.layers.tree import Tree, flatten, layer_names
 from jaxtune.models.definition import Definition, as_matrix
@@ -174,7 +174,7 @@ def checkpoint_tensors(
 
 def merged_source(
     source: TensorSource, definition: Definition, tree: Tree, edits: Mapping[TreePath, Edit]
-) -> ReplacedSource:
+) -> OverlaySource:
     """Returns the weights of a model in memory, edits folded in, as a checkpoint to read.
 
     Args:
@@ -191,7 +191,7 @@ def merged_source(
     for path, leaf in definition.in_checkpoint().items():
         for part, name in enumerate(layer_names(path, leaf.declaration)):
             replaced[name] = functools.partial(value, path, part, name, leaf.dtype)
-    return ReplacedSource(source, replaced)
+    return OverlaySource(source, replaced)
 
 
 def save(

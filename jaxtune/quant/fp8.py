@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxtune.quant.packing import spread
-from jaxtune.quant.weight import Format, Part, Parts
+from jaxtune.quant.nibbles import spread
+from jaxtune.quant.weight import Format, Parts, PartSpec
 
 LARGEST = 448.0  # of float8_e4m3fn
 
@@ -34,13 +34,13 @@ class Float8(Format):
 
     block: tuple[int, int] = (128, 128)
 
-    def parts(self, shape: tuple[int, int]) -> dict[str, Part]:
+    def parts(self, shape: tuple[int, int]) -> dict[str, PartSpec]:
         """Returns codes, as bytes, and the scale of each block."""
         blocks = tuple(-(-n // size) for n, size in zip(shape, self.block, strict=True))
         return {
             # Bytes, for XLA's CPU backend has no slice of 8-bit floats.
-            "codes": Part(shape, jnp.uint8, (0, 1)),
-            "scale": Part(blocks, jnp.float32, (None, None)),
+            "codes": PartSpec(shape, jnp.uint8, (0, 1)),
+            "scale": PartSpec(blocks, jnp.float32, (None, None)),
         }
 
     def row_multiple(self, columns: int) -> int:

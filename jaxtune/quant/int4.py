@@ -13,8 +13,8 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxtune.quant.packing import in_groups, pack, packed_size, spread, unpack
-from jaxtune.quant.weight import Format, Part, Parts
+from jaxtune.quant.nibbles import in_groups, pack, packed_size, spread, unpack
+from jaxtune.quant.weight import Format, Parts, PartSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,16 +34,16 @@ class Int4(Format):
     def _size(self, columns: int) -> int:
         return self.group_size or columns
 
-    def parts(self, shape: tuple[int, int]) -> dict[str, Part]:
+    def parts(self, shape: tuple[int, int]) -> dict[str, PartSpec]:
         """Returns codes, bfloat16 scales and, where asymmetric, zero points."""
         rows, columns = shape
         groups = (-(-columns // self._size(columns)), rows)
         parts = {
-            "codes": Part((packed_size(columns), rows), jnp.uint8, (1, 0)),
-            "scale": Part(groups, jnp.bfloat16, (1, 0)),
+            "codes": PartSpec((packed_size(columns), rows), jnp.uint8, (1, 0)),
+            "scale": PartSpec(groups, jnp.bfloat16, (1, 0)),
         }
         if not self.symmetric:
-            parts["zero"] = Part(groups, jnp.uint8, (1, 0))
+            parts["zero"] = PartSpec(groups, jnp.uint8, (1, 0))
         return parts
 
     def encode(self, weight: jax.Array) -> Parts:

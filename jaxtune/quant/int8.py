@@ -12,7 +12,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxtune.quant.weight import Format, Part, Parts
+from jaxtune.quant.weight import Format, Parts, PartSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,11 +21,11 @@ class Int8(Format):
 
     name: ClassVar[str] = "int8"
 
-    def parts(self, shape: tuple[int, int]) -> dict[str, Part]:
+    def parts(self, shape: tuple[int, int]) -> dict[str, PartSpec]:
         """Returns codes and the largest magnitude of each row."""
         return {
-            "codes": Part(shape, jnp.int8, (0, 1)),
-            "absmax": Part(shape[:1], jnp.float32, (0,)),
+            "codes": PartSpec(shape, jnp.int8, (0, 1)),
+            "absmax": PartSpec(shape[:1], jnp.float32, (0,)),
         }
 
     def encode(self, weight: jax.Array) -> Parts:

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxtune.quant.packing import look_up, pack, packed_size, spread, unpack
-from jaxtune.quant.weight import Format, Part, Parts
+from jaxtune.quant.nibbles import look_up, pack, packed_size, spread, unpack
+from jaxtune.quant.weight import Format, Parts, PartSpec
 
 BLOCK = 64
 NESTED_BLOCK = 256
@@ -70,19 +70,19 @@ class NormalFloat4(Format):
 
     double: bool = True
 
-    def parts(self, shape: tuple[int, int]) -> dict[str, Part]:
+    def parts(self, shape: tuple[int, int]) -> dict[str, PartSpec]:
         """Returns codes and scales, with the scales' own scales where they are quantized."""
         rows, columns = shape
         blocks, axes = _block_shape(shape), (1, 0) if columns % BLOCK == 0 else (None,)
-        codes = Part((packed_size(columns), rows), jnp.uint8, (1, 0))
+        codes = PartSpec((packed_size(columns), rows), jnp.uint8, (1, 0))
         if not self.double:
-            return {"codes": codes, "absmax": Part(blocks, jnp.float32, axes)}
+            return {"codes": codes, "absmax": PartSpec(blocks, jnp.float32, axes)}
         nested = (-(-math.prod(blocks) // NESTED_BLOCK),)
         return {
             "codes": codes,
-            "absmax": Part(blocks, jnp.uint8, axes),
-            "nested_absmax": Part(nested, jnp.float32, (None,)),
-            "nested_offset": Part((), jnp.float32, ()),
+            "absmax": PartSpec(blocks, jnp.uint8, axes),
+            "nested_absmax": PartSpec(nested, jnp.float32, (None,)),
+            "nested_offset": PartSpec((), jnp.float32, ()),
         }
 
     def row_multiple(self, columns: int) -> int:

@@ -18,7 +18,7 @@ from jaxtune.parallel.rules import constrain
 Parts = dict[str, Any]
 
 
-class Part(NamedTuple):
+class PartSpec(NamedTuple):
     """One array of a quantized weight [out, in].
 
     Attributes:
@@ -44,7 +44,7 @@ class Format(abc.ABC):
     name: ClassVar[str]
 
     @abc.abstractmethod
-    def parts(self, shape: tuple[int, int]) -> dict[str, Part]:
+    def parts(self, shape: tuple[int, int]) -> dict[str, PartSpec]:
         """Returns the arrays that a weight [out, in] is stored in."""
 
     @abc.abstractmethod
@@ -139,5 +139,5 @@ def _decode(format: Format, matrix: tuple[int, int], lead: int, parts: Parts) ->
     return decode(parts)
 
 
-def _along(part: Part, axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
+def _along(part: PartSpec, axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
     return tuple(None if axis is None else axes[axis] for axis in part.axes)

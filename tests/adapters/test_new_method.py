@@ -8,7 +8,7 @@ import pytest
 
 import jaxtune
 from jaxtune.adapters import METHODS, PEFT_TYPES
-from jaxtune.adapters.parameter_summary import census
+from jaxtune.adapters.parameter_summary import parameter_summary
 from jaxtune.config import resolve
 from jaxtune.training.setup import set_up
 
@@ -58,7 +58,7 @@ def test_it_works_with_every_architecture(tiny, families, rows, tmp_path, kind, 
         json.loads((model / "config.json").read_text()),
         METHODS["gain"](run.config.adapter),
     )
-    trained = {row.group for row in census(setup.definition) if row.kind == "trained"}
+    trained = {row.group for row in parameter_summary(setup.definition) if row.kind == "trained"}
     assert any("self_attn" in group for group in trained)
     assert (kind in MIXTURES) == any("mlp.experts" in group for group in trained)
 

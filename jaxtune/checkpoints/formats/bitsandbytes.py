@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from jaxtune.checkpoints.formats.packed_source import (
-    CompanionSource,
+    PackedSource,
     Specified,
     pack_rows,
     unpack_rows,
@@ -49,7 +49,7 @@ _ZERO = 7  # the code of zero, which fills the last byte of an odd number of cod
 _SPARE = 24  # characters of the longest number, beyond those of "0.0"
 
 
-def stored_format(settings: Mapping[str, Any], path: Path) -> Format:
+def bitsandbytes_format(settings: Mapping[str, Any], path: Path) -> Format:
     """Returns the format of a checkpoint from its ``quantization_config``.
 
     Raises:
@@ -71,11 +71,11 @@ def open_bitsandbytes(source: TensorSource) -> TensorSource:
     Raises:
       JaxtuneError: a setting that is not known, or tensors that do not belong together.
     """
-    form = stored_format(source.config["quantization_config"], source.path)
+    form = bitsandbytes_format(source.config["quantization_config"], source.path)
     return NF4Source(source, form) if isinstance(form, NormalFloat4) else Int8Source(source)
 
 
-class NF4Source(CompanionSource):
+class NF4Source(PackedSource):
     """A checkpoint in NF4."""
 
     def __init__(self, source: TensorSource, form: NormalFloat4):
@@ -181,7 +181,7 @@ class NF4Source(CompanionSource):
         return parts
 
 
-class Int8Source(CompanionSource):
+class Int8Source(PackedSource):
     """A checkpoint in int8."""
 
     def __init__(self, source: TensorSource):
@@ -223,7 +223,7 @@ class Int8Source(CompanionSource):
 
 
 def nf4_settings(form: NormalFloat4, plain: Sequence[str], dtype: str) -> dict[str, Any]:
-    """Returns the ``quantization_config`` of a checkpoint in NF4; see `stored.Writer`."""
+    """Returns the ``quantization_config`` of a checkpoint in NF4; see `registry.FormatWriter`."""
     return {
         "quant_method": METHOD,
         "load_in_4bit": True,
@@ -243,7 +243,7 @@ def nf4_tensors(
     dtype: str,
     part: Callable[[str], np.ndarray],
 ) -> dict[str, Pending]:
-    """Returns the tensors of a weight [out, in] in NF4; see `stored.Writer`."""
+    """Returns the tensors of a weight [out, in] in NF4; see `registry.FormatWriter`."""
     size = -(-math.prod(shape) // 2)
     blocks = -(-math.prod(shape) // BLOCK)
     scale = np.uint8 if form.double else np.float32
@@ -288,7 +288,7 @@ def _row_by_row(packed: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 def int8_settings(form: Int8, plain: Sequence[str], dtype: str) -> dict[str, Any]:
-    """Returns the ``quantization_config`` of a checkpoint in int8; see `stored.Writer`."""
+    """Returns the ``quantization_config`` of a checkpoint in int8; see `registry.FormatWriter`."""
     del form, dtype
     return {
         "quant_method": METHOD,
@@ -307,7 +307,7 @@ def int8_tensors(
     dtype: str,
     part: Callable[[str], np.ndarray],
 ) -> dict[str, Pending]:
-    """Returns the tensors of a weight [out, in] in int8; see `stored.Writer`."""
+    """Returns the tensors of a weight [out, in] in int8; see `registry.FormatWriter`."""
     del form, dtype
     tensors = {
         "codes": Pending(shape, np.int8, lambda: part("codes")),

@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxtune.checkpoints.formats.packed_source import (
-    CompanionSource,
+    PackedSource,
     Specified,
     pack_rows,
     unpack_rows,
@@ -46,7 +46,7 @@ _SCHEME: dict[str, tuple[Any, ...]] = {
 }
 
 
-def stored_format(settings: Mapping[str, Any], path: Path) -> Int4:
+def compressed_tensors_format(settings: Mapping[str, Any], path: Path) -> Int4:
     """Returns the format of a checkpoint from its ``quantization_config``.
 
     Raises:
@@ -87,7 +87,7 @@ def _to_words(codes: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(padded[:, ::2] | (padded[:, 1::2] << 4)).view("<i4")
 
 
-class PackedInt4Source(CompanionSource):
+class PackedInt4Source(PackedSource):
     """A checkpoint in int4."""
 
     def __init__(self, source: TensorSource):
@@ -96,7 +96,7 @@ class PackedInt4Source(CompanionSource):
         Raises:
           JaxtuneError: a setting that is not known, or a tensor that is missing or wrong.
         """
-        self._int4 = stored_format(source.config["quantization_config"], source.path)
+        self._int4 = compressed_tensors_format(source.config["quantization_config"], source.path)
         endings = _ENDINGS if self._int4.symmetric else _ASYMMETRIC_ENDINGS
         super().__init__(source, self._int4, endings)
 
@@ -156,7 +156,7 @@ class PackedInt4Source(CompanionSource):
 
 
 def int4_settings(form: Int4, plain: Sequence[str], dtype: str) -> dict[str, Any]:
-    """Returns the ``quantization_config`` of a checkpoint in int4; see `stored.Writer`."""
+    """Returns the ``quantization_config`` of a checkpoint in int4; see `registry.FormatWriter`."""
     del dtype
     weights = {
         "num_bits": 4,
@@ -188,7 +188,7 @@ def int4_tensors(
     dtype: str,
     part: Callable[[str], np.ndarray],
 ) -> dict[str, Pending]:
-    """Returns the tensors of a weight [out, in] in int4; see `stored.Writer`."""
+    """Returns the tensors of a weight [out, in] in int4; see `registry.FormatWriter`."""
     del dtype
     rows, columns = shape
     words, groups = -(-columns // PER_WORD), form.parts(shape)["scale"].shape[0]

@@ -141,7 +141,7 @@ def block_size(settings: Mapping[str, Any], path: Path) -> tuple[int, int]:
     return block[0], block[1]
 
 
-def stored_format(settings: Mapping[str, Any], path: Path) -> Float8:
+def deepseek_fp8_format(settings: Mapping[str, Any], path: Path) -> Float8:
     """Returns the format of a checkpoint from its ``quantization_config``.
 
     Raises:
@@ -151,7 +151,7 @@ def stored_format(settings: Mapping[str, Any], path: Path) -> Float8:
 
 
 def fp8_settings(form: Float8, plain: Sequence[str], dtype: str) -> dict[str, Any]:
-    """Returns the ``quantization_config`` of a checkpoint in fp8; see `stored.Writer`."""
+    """Returns the ``quantization_config`` of a checkpoint in fp8; see `registry.FormatWriter`."""
     del dtype
     return {
         "quant_method": METHOD,
@@ -169,7 +169,7 @@ def fp8_tensors(
     dtype: str,
     part: Callable[[str], np.ndarray],
 ) -> dict[str, Pending]:
-    """Returns the tensors of a weight [out, in] in fp8; see `stored.Writer`."""
+    """Returns the tensors of a weight [out, in] in fp8; see `registry.FormatWriter`."""
     del dtype
     name, kind = f"{module}.weight", ml_dtypes.float8_e4m3fn
     blocks = form.parts(shape)["scale"].shape

@@ -14,7 +14,7 @@ from jaxtune.checkpoints.quantize import CHUNK, host_device
 from jaxtune.checkpoints.source import ALL, TensorSource
 from jaxtune.errors import JaxtuneError
 from jaxtune.quant import Format
-from jaxtune.quant.packing import pack, packed_size, unpack
+from jaxtune.quant.nibbles import pack, packed_size, unpack
 
 _pack = jax.jit(pack)
 _unpack = jax.jit(unpack, static_argnums=1)
@@ -32,7 +32,7 @@ class Specified(NamedTuple):
     dtypes: tuple[str, ...]
 
 
-class CompanionSource(abc.ABC):
+class PackedSource(abc.ABC):
     """Such a checkpoint, read as one whose weights are whole and in float32.
 
     A subclass says which tensors make up a weight, and decodes them.
@@ -167,7 +167,7 @@ def row_chunks(start: int, stop: int, columns: int) -> Iterator[tuple[int, int]]
 
 
 def pack_rows(codes: Callable[[int, int], np.ndarray], shape: tuple[int, int]) -> np.ndarray:
-    """Packs 4-bit codes as `jaxtune.quant.packing` has them: uint8 [packed_size(in), out].
+    """Packs 4-bit codes as `jaxtune.quant.nibbles` has them: uint8 [packed_size(in), out].
 
     Args:
       codes: gives the codes from one row up to another, uint8 [rows, in], each under 16.

@@ -15,7 +15,7 @@ import jaxtune.config
 from jaxtune.adapters.define import define
 from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints import quantize as quantizing
-from jaxtune.checkpoints.formats import packed_source as companions
+from jaxtune.checkpoints.formats import packed_source
 from jaxtune.checkpoints.formats.compressed_tensors import PER_WORD
 from jaxtune.cli import main
 from jaxtune.errors import JaxtuneError
@@ -83,7 +83,7 @@ def test_a_quantized_model_comes_back_bit_for_bit(tiny, tmp_path, form, monkeypa
     section = jaxtune.config.resolve({"quantize": {"format": form.name}}).quantize
     chosen = huggingface.choose_quantization(section, config)
     assert chosen.format == form
-    monkeypatch.setattr(companions, "CHUNK", 100)  # several chunks of every weight
+    monkeypatch.setattr(packed_source, "CHUNK", 100)  # several chunks of every weight
     again = load(tmp_path / "q", chosen, "bfloat16")[1]
     assert_same(tree, again)
     experts = [leaf for path, leaf in flatten(tree) if "experts" in path]
@@ -95,7 +95,7 @@ def test_it_reads_as_its_dequantized_weights(tiny, tmp_path, form, monkeypatch):
     definition, tree = load(tiny("deepseek_v3", **MOE), Quantization(form))
     directory = huggingface.save(tmp_path / "q", definition, tree, quantized=True)
     source = huggingface.open_source(directory)
-    monkeypatch.setattr(companions, "CHUNK", 100)
+    monkeypatch.setattr(packed_source, "CHUNK", 100)
     for path, leaf in flatten(tree):
         if not isinstance(leaf, QuantizedWeight):
             continue
