@@ -13,6 +13,7 @@ from jaxtune.adapters.merge import edits
 from jaxtune.api.load_run import LoadedRun, load_run
 from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.chat import Chat
+from jaxtune.checkpoints.open_model import open_model
 from jaxtune.checkpoints.source import TensorSource
 from jaxtune.data import Examples
 from jaxtune.errors import JaxtuneError
@@ -84,8 +85,7 @@ def merge_losses(run: RunDirectory, adapter: str, quantized: Path) -> dict[str, 
 
 def _open(run: RunDirectory, config: Any, data: str = "") -> tuple[TensorSource, _HeldOut]:
     """Returns the checkpoint of a run and the examples of `data`, or those that it held out."""
-    location = huggingface.resolve_path(config.model.path, config.model.revision)
-    source = huggingface.open_source(location)
+    source = open_model(config.model.path, config.model.revision).source
     chat = run_chat(run, config, source)
     reader = data_reader(config, source, chat.tokenizer, **reading(config, chat))
     data = data or config.data.eval

@@ -22,12 +22,11 @@ from jaxtune.api.load_run import load_run
 from jaxtune.api.loading import ONLY, choose_template, load_with_adapters
 from jaxtune.api.model import Choice, Model
 from jaxtune.chats.template import read_template
-from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.chat import Chat
 from jaxtune.checkpoints.load_model import load_model
+from jaxtune.checkpoints.open_model import OpenModel, open_model
 from jaxtune.checkpoints.overlay import with_trained_weights
 from jaxtune.checkpoints.requantize import REPORT, read_report, write_report
-from jaxtune.checkpoints.source import TensorSource
 from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.parallel.mesh import single_device_mesh
 from jaxtune.parallel.rules import MESH_AXES
@@ -172,30 +171,38 @@ class Run:
         stored = self.adapter(adapter, target)
         return write_adapter(directory, stored, self._chats("")(None).files())
 
-    def _source(self) -> tuple[Any, Path, TensorSource]:
-        """Returns the config on a mesh of one device, whatever the run had, and the checkpoint."""
+    @functools.cached_property
+    def _base(self) -> OpenModel:
+        """The checkpoint that the run started from."""
+        return open_model(self.config.model.path, self.config.model.revision)
+
+    def _single_device_config(self) -> Any:
+        """Returns the config on a mesh of one device, whatever mesh the run had."""
         alone = [f"mesh.{axis}=1" for axis in MESH_AXES]
-        config = config_module.resolve(self.config.to_dict(), alone)
-        location = huggingface.resolve_path(config.model.path, config.model.revision)
-        return config, location, huggingface.open_source(location)
+        return config_module.resolve(self.config.to_dict(), alone)
 
     def _chats(self, template: str) -> Callable[[Choice], Chat]:
         """Returns how the model is talked to: as the run was trained, whatever is in use."""
-        config = self.config
 
         @functools.cache
         def chat() -> Chat:
-            location = huggingface.resolve_path(config.model.path, config.model.revision)
-            source = huggingface.open_source(location)
-            return choose_template(run_chat(self.directory, config, source), template)
+            return choose_template(
+                run_chat(self.directory, self.config, self._base.source), template
+            )
 
         return lambda choice: chat()
 
     def _as_trained(self, adapter: str, chats: Callable[[Choice], Chat]) -> Model:
-        config, location, source = self._source()
+        config, source = self._single_device_config(), self._base.source
         setup, parts = load_run(self.directory, config, source, adapter, jax.devices()[:1])
-        attention, dtype = config.model.attention, config.training.dtype
-        return Model(parts, location, setup.mesh, dtype=dtype, attention=attention, chats=chats)
+        return Model(
+            parts,
+            self._base.directory,
+            setup.mesh,
+            dtype=config.training.dtype,
+            attention=config.model.attention,
+            chats=chats,
+        )
 
     def _fully_trained(
         self,
@@ -205,14 +212,21 @@ class Run:
         chats: Callable[[Choice], Chat],
     ) -> Model:
         # Rounded to the dtype of the run, as it is exported, and not as the masters are.
-        config, location, source = self._source()
+        config, source = self._single_device_config(), self._base.source
         setup = set_up(config, source.config, method, jax.devices()[:1])
         arrays = training.trained_arrays(self.directory, setup, which)
         # What is not trained, such as a router's correction bias, stays as it is in the checkpoint.
         source = with_trained_weights(source, setup.definition, arrays)
-        mesh, dtype, attention = single_device_mesh(), options["dtype"], options["attention"]
+        mesh, dtype = single_device_mesh(), options["dtype"]
         parts = load_model(source, dtype, mesh)
-        return Model(parts, location, mesh, dtype=dtype, attention=attention, chats=chats)
+        return Model(
+            parts,
+            self._base.directory,
+            mesh,
+            dtype=dtype,
+            attention=options["attention"],
+            chats=chats,
+        )
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:

@@ -60,12 +60,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _reader(config: Any, **options: Any) -> tuple[DataReader, TensorSource, Any]:
     """Returns what reads the data as a run does, the model's checkpoint and its tokenizer."""
-    from jaxtune.checkpoints import huggingface
+    from jaxtune.checkpoints.open_model import open_model
     from jaxtune.runs.chat import configured_chat, reading
     from jaxtune.training.train import data_reader
 
-    location = huggingface.resolve_path(config.model.path, config.model.revision)
-    source = huggingface.open_source(location)
+    source = open_model(config.model.path, config.model.revision).source
     chat = configured_chat(config, source)
     options |= reading(config, chat)
     return data_reader(config, source, chat.tokenizer, **options), source, chat.tokenizer

@@ -22,9 +22,9 @@ from jaxtune.adapters.esft.expert_scores import ExpertScores
 from jaxtune.adapters.method import is_adapterhub
 from jaxtune.adapters.parameter_summary import parameter_summary, render
 from jaxtune.atomic_files import write_files
-from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.chat import Chat
 from jaxtune.checkpoints.load_model import load_model
+from jaxtune.checkpoints.open_model import open_model
 from jaxtune.checkpoints.source import TensorSource
 from jaxtune.data import DataOrder, DataReader, Examples, Loader, Splits
 from jaxtune.errors import JaxtuneError
@@ -80,8 +80,7 @@ def train(
     with run.start(config) as config:
         check_wandb(config.logging.wandb)
         profile_window(config.profile.steps)
-        location = huggingface.resolve_path(config.model.path, config.model.revision)
-        source = huggingface.open_source(location)
+        source = open_model(config.model.path, config.model.revision).source
         chat = begin_chat(run, config, start_chat(config, source), clock)
         tokenizer, kept = chat.tokenizer, reading(config, chat)
         read = functools.cache(lambda: data_reader(config, source, tokenizer, **kept).splits())
@@ -165,8 +164,7 @@ def _expert_scores(
 
 def score_training_data(config: Any) -> ExpertScores:
     """Scores the experts of a config's model on its training data; see `score_experts`."""
-    location = huggingface.resolve_path(config.model.path, config.model.revision)
-    source = huggingface.open_source(location)
+    source = open_model(config.model.path, config.model.revision).source
     chat = configured_chat(config, source)
     splits = data_reader(config, source, chat.tokenizer, **reading(config, chat)).splits()
     return score_experts(config, source, splits.train)
