@@ -11,7 +11,9 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jaxtune.quant.codes import AnyArray
 from jaxtune.quant.weight import Format, Parts, PartSpec
 
 
@@ -34,8 +36,8 @@ class Int8(Format):
         codes = jnp.round(weight * (127 / jnp.where(absmax == 0, 1, absmax))[:, None])
         return {"codes": codes.astype(jnp.int8), "absmax": absmax}
 
-    def decode(self, parts: Mapping[str, jax.Array], shape: tuple[int, int]) -> jax.Array:
-        """Returns float32 [out, in]."""
+    def decode(self, parts: Mapping[str, AnyArray], shape: tuple[int, int]) -> AnyArray:
+        """Returns float32 [out, in]; JAX or NumPy."""
         del shape
-        scaled = parts["codes"].astype(jnp.float32) * parts["absmax"][:, None]
-        return scaled * jnp.float32(1 / 127)
+        scaled = parts["codes"].astype(np.float32) * parts["absmax"][:, None]
+        return scaled * np.float32(1 / 127)

@@ -14,6 +14,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxtune.parallel.rules import constrain
+from jaxtune.quant.codes import AnyArray
 
 Parts = dict[str, Any]
 
@@ -69,8 +70,8 @@ class Format(abc.ABC):
         return parts
 
     @abc.abstractmethod
-    def decode(self, parts: Mapping[str, jax.Array], shape: tuple[int, int]) -> jax.Array:
-        """Returns float32 [out, in]; traceable."""
+    def decode(self, parts: Mapping[str, AnyArray], shape: tuple[int, int]) -> AnyArray:
+        """Returns float32 [out, in]; traceable, and NumPy in for NumPy out."""
 
     def nbytes(self, shape: tuple[int, int]) -> int:
         """Returns the size of a weight [out, in] in bytes."""

@@ -309,10 +309,10 @@ FAULTS = {
         (replaced(NAME + "_shape", lambda shape: shape * 0), "is [0, 0], not two positive numbers"),
     ],
     "fp8": [
-        (without(NAME + "_scale_inv"), f'"{NAME}" is fp8 and has no _scale_inv'),
+        (without(NAME + "_scale_inv"), f'"{NAME}" is fp8 and has no "{NAME}_scale_inv"'),
         (
             replaced(NAME + "_scale_inv", lambda scale: scale.astype(ml_dtypes.bfloat16)),
-            f'"{NAME}_scale_inv" is bfloat16, not float32',
+            f'"{NAME}_scale_inv" is bfloat16 [',
         ),
     ],
 }

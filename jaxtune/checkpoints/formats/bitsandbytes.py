@@ -31,7 +31,15 @@ from jaxtune.checkpoints.source import TensorSource
 from jaxtune.errors import JaxtuneError
 from jaxtune.quant import Format
 from jaxtune.quant.int8 import Int8
-from jaxtune.quant.nf4 import BLOCK, DYNAMIC, NESTED_BLOCK, NF4, NormalFloat4
+from jaxtune.quant.nf4 import (
+    BLOCK,
+    DYNAMIC,
+    NESTED_BLOCK,
+    NF4,
+    NormalFloat4,
+    decode_scales,
+    decode_values,
+)
 
 METHOD = "bitsandbytes"
 _NF4_ENDINGS = {
@@ -158,7 +166,8 @@ class NF4Source(PackedSource):
         if not self._double:
             return absmax
         nested = self._stored(weight, "nested_absmax")[np.arange(first, last) // NESTED_BLOCK]
-        return DYNAMIC[absmax] * nested + np.float32(self._states[weight]["nested_offset"])
+        offset = np.float32(self._states[weight]["nested_offset"])
+        return decode_scales(absmax, nested, offset)
 
     def _decode(self, weight: str, first: int, last: int) -> np.ndarray:
         columns = self._shape(weight)[1]
@@ -166,7 +175,7 @@ class NF4Source(PackedSource):
         block = start // BLOCK
         scales = np.repeat(self._scales(weight, block, -(-stop // BLOCK)), BLOCK)
         scales = scales[start - block * BLOCK :][: stop - start]
-        return NF4[self._codes(weight, first, last)] * scales.reshape(-1, columns)
+        return decode_values(self._codes(weight, first, last), scales.reshape(-1, columns))
 
     def _parts(self, weight: str) -> dict[str, np.ndarray]:
         rows, columns = self._shape(weight)
@@ -215,8 +224,8 @@ class Int8Source(PackedSource):
         return {key: specified[key] for key in self._tensors[weight]}
 
     def _decode(self, weight: str, first: int, last: int) -> np.ndarray:
-        codes = self._stored(weight, "codes")[first:last].astype(np.float32)
-        return codes * self._stored(weight, "absmax")[first:last, None] * np.float32(1 / 127)
+        parts = {key: part[first:last] for key, part in self._parts(weight).items()}
+        return self.form.decode(parts, (last - first, self._shape(weight)[1]))
 
     def _parts(self, weight: str) -> dict[str, np.ndarray]:
         return {key: self._stored(weight, key) for key in ("codes", "absmax")}

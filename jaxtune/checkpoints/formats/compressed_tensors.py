@@ -27,7 +27,7 @@ from jaxtune.checkpoints.formats.packed_source import (
 from jaxtune.checkpoints.formats.safetensors import Pending
 from jaxtune.checkpoints.source import TensorSource
 from jaxtune.errors import JaxtuneError
-from jaxtune.quant.int4 import Int4
+from jaxtune.quant.int4 import Int4, decode_values
 
 METHOD = "compressed-tensors"
 PER_WORD = 8  # codes in an int32
@@ -142,9 +142,10 @@ class PackedInt4Source(PackedSource):
             wide = np.repeat(groups[first:last].astype(np.float32), size, axis=1)
             return wide[:, :columns]
 
-        codes = self._codes(weight, first, last).astype(np.float32)
-        zero = np.float32(8) if self._int4.symmetric else spread(self._zeros(weight).T)
-        return (codes - zero) * spread(self._stored(weight, "scale"))
+        codes, scale = self._codes(weight, first, last), spread(self._stored(weight, "scale"))
+        if self._int4.symmetric:
+            return decode_values(codes, scale)
+        return decode_values(codes, scale, spread(self._zeros(weight).T))
 
     def _parts(self, weight: str) -> dict[str, np.ndarray] | None:
         scale = self._stored(weight, "scale")
