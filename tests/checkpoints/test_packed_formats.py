@@ -1,5 +1,6 @@
 """Quantized checkpoints on disk: they come back bit for bit, and what is wrong is named."""
 
+import dataclasses
 import json
 import logging
 
@@ -216,6 +217,24 @@ def test_a_plain_model_is_not_written_quantized(tiny, tmp_path):
     plain = jaxtune.load(tiny("llama"), progress=False)
     with pytest.raises(JaxtuneError, match="nothing in this model is"):
         plain.save_pretrained(tmp_path / "q", quantized=True)
+    assert not (tmp_path / "q").exists()
+
+
+@dataclasses.dataclass(frozen=True)
+class Unwritten(Int8):
+    """A weight format that files do not have."""
+
+    name = "unwritten"
+
+
+def test_a_format_without_a_writer_is_named(tiny, tmp_path):
+    definition, tree = load(tiny("llama"), Quantization(Unwritten()))
+    with pytest.raises(JaxtuneError) as raised:
+        huggingface.save(tmp_path / "q", definition, tree, quantized=True)
+    assert "unwritten cannot be written (formats with a writer: fp8, int4, int8, nf4)" in str(
+        raised.value
+    )
+    assert "\n" not in str(raised.value)
     assert not (tmp_path / "q").exists()
 
 
