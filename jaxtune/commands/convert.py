@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         metavar="DTYPE",
-        type=choice("bfloat16", "float32"),
+        type=choice("bfloat16", "float16", "float32"),
         default="bfloat16",
         help="of the weights that are not quantized",
     )
