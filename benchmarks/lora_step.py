@@ -58,7 +58,7 @@ def run_jaxtune(checkpoint: str, dtype: str, options: argparse.Namespace) -> dic
     from jaxtune import config as config_module
     from jaxtune.adapters import method_from_config
     from jaxtune.checkpoints.huggingface import open_source
-    from jaxtune.checkpoints.load_model import assemble
+    from jaxtune.checkpoints.load_model import load_model
     from jaxtune.training.setup import set_up
     from jaxtune.training.update import Update
 
@@ -73,7 +73,7 @@ def run_jaxtune(checkpoint: str, dtype: str, options: argparse.Namespace) -> dic
     source = open_source(Path(checkpoint))
     method = method_from_config(config.adapter)
     setup = set_up(config, source.config, method)
-    parts = assemble(source, dtype, setup.mesh, method=method)
+    parts = load_model(source, dtype, setup.mesh, method=method)
     ids = tokens(batch, length).astype(np.int32)
     targets = np.concatenate([ids[:, 1:], np.full((batch, 1), -100, np.int32)], axis=1)
     arrays = {

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from jaxtune.adapters import method_from_config
 from jaxtune.adapters.define import define
-from jaxtune.adapters.parameter_summary import census, trained_share
+from jaxtune.adapters.parameter_summary import parameter_summary, trained_share
 from jaxtune.config import load_file, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,7 +58,7 @@ def guide_of(method: str) -> str:
 def row(name: str, section: object, model: dict[str, object]) -> str:
     """Returns a line of the table."""
     method = method_from_config(section)
-    trained, _, share = trained_share(census(define(model, "bfloat16", method)))
+    trained, _, share = trained_share(parameter_summary(define(model, "bfloat16", method)))
     percent, guide = 100 * share, GUIDES.get(guide_of(method.name))
     verdict, given = "", ""
     if guide:

@@ -6,10 +6,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxtune.api import Model, Run, convert, load, train
+    from jaxtune.api import Model, Run, Sampling, convert, load, train
     from jaxtune.errors import JaxtuneError
 
-__all__ = ["JaxtuneError", "Model", "Run", "convert", "load", "train"]
+__all__ = ["JaxtuneError", "Model", "Run", "Sampling", "convert", "load", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -234,3 +234,10 @@ def test_a_traceback_can_be_asked_for(capsys, monkeypatch, tmp_path):
 
     with pytest.raises(JaxtuneError):
         main(["train", "--workdir", str(tmp_path / "run")])
+
+
+def test_sampling_is_public():
+    import jaxtune
+    from jaxtune.generation.generate import Sampling
+
+    assert jaxtune.Sampling is Sampling and "Sampling" in jaxtune.__all__

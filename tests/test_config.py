@@ -15,7 +15,7 @@ import pytest
 import jaxtune
 from jaxtune import JaxtuneError, config
 from jaxtune.checkpoints import huggingface
-from jaxtune.checkpoints.load_model import assemble
+from jaxtune.checkpoints.load_model import load_model
 from jaxtune.checkpoints.tokenizer import load_tokenizer
 from jaxtune.config import OPTIONS, default, load_file, resolve
 from jaxtune.training import train as training
@@ -442,7 +442,7 @@ class Prepared:
         return hashlib.sha256(lowered.as_text().encode()).hexdigest()
 
     def start(self):
-        parts = assemble(
+        parts = load_model(
             self.source,
             self.config.training.dtype,
             self.setup.mesh,

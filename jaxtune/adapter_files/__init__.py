@@ -6,8 +6,11 @@ from collections.abc import Callable
 
 from jaxtune.adapter_files.fused import fuse
 from jaxtune.adapter_files.vllm import for_vllm
-from jaxtune.adapters.method import Stored
+from jaxtune.adapters.method import StoredAdapter
 from jaxtune.models.definition import Definition
 
 # How programs load adapters that are not as a run stores them, given the base model.
-EXPORTS: dict[str, Callable[[Stored, Definition], Stored]] = {"peft": fuse, "vllm": for_vllm}
+EXPORTS: dict[str, Callable[[StoredAdapter, Definition], StoredAdapter]] = {
+    "peft": fuse,
+    "vllm": for_vllm,
+}

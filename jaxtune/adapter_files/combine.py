@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxtune.adapter_files.pairs import Pair, kind_of, pairs_of, plain_config
-from jaxtune.adapters.method import BASE_COPY, Stored
+from jaxtune.adapters.method import BASE_COPY, StoredAdapter
 from jaxtune.adapters.projections.modules_to_save import whole_weights
 from jaxtune.adapters.projections.peft_files import PREFIX
 from jaxtune.errors import JaxtuneError, lookup
@@ -207,7 +207,7 @@ COMBINATIONS: dict[str, Combination] = {
 }
 
 
-def read_pairs(name: str, stored: Stored) -> dict[str, Pair]:
+def read_pairs(name: str, stored: StoredAdapter) -> dict[str, Pair]:
     """Returns the factors of an adapter on disk by module.
 
     Raises:
@@ -231,11 +231,11 @@ def read_pairs(name: str, stored: Stored) -> dict[str, Pair]:
 
 
 def combine(
-    adapters: Mapping[str, Stored],
+    adapters: Mapping[str, StoredAdapter],
     weights: Mapping[str, float],
     method: str = "cat",
     options: Options | None = None,
-) -> Stored:
+) -> StoredAdapter:
     """Combines LoRA adapters into one.
 
     A module that only some of them edit is combined of those alone.
@@ -268,7 +268,7 @@ def combine(
         tensors[f"{PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(lora_B)
     combined = [adapters[name] for name in weights]
     tensors |= {k: v for s in combined for k, v in s.tensors.items() if k.endswith(BASE_COPY)}
-    return Stored(_config([stored.config for stored in combined], ranks), tensors)
+    return StoredAdapter(_config([stored.config for stored in combined], ranks), tensors)
 
 
 def _check_shapes(module: str, names: Sequence[str], pairs: Sequence[Pair]) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxtune.adapter_files.pairs import Pair, kind_of, pairs_of
 from jaxtune.adapter_files.routed_experts import EXPERT, PROJECTIONS, ExpertShapes, experts_of
-from jaxtune.adapters.method import Stored
+from jaxtune.adapters.method import StoredAdapter
 from jaxtune.adapters.projections.peft_files import PREFIX, target_modules
 from jaxtune.adapters.targets import ROUTER, find_pattern
 from jaxtune.errors import JaxtuneError
@@ -52,7 +52,7 @@ class Slot(NamedTuple):
     alpha: float
 
 
-def fuse(stored: Stored, definition: Definition) -> Stored:
+def fuse(stored: StoredAdapter, definition: Definition) -> StoredAdapter:
     """Returns an adapter as PEFT loads it beside transformers' fused experts.
 
     Args:
@@ -102,7 +102,7 @@ def fuse(stored: Stored, definition: Definition) -> Stored:
         "target_parameters": sorted(parameters),
         "peft_version": "0.19.0",
     }
-    return Stored(config | _patterns(modules | parameters), tensors)
+    return StoredAdapter(config | _patterns(modules | parameters), tensors)
 
 
 def _unfused(pairs: Mapping[str, Pair], rslora: bool) -> tuple[dict[str, Slot], dict[str, Slot]]:
@@ -173,7 +173,7 @@ def _patterns(slots: Mapping[str, Slot]) -> dict[str, Any]:
     }
 
 
-def split(stored: Stored) -> Stored:
+def split(stored: StoredAdapter) -> StoredAdapter:
     """Returns an adapter without `target_parameters`: with keys and factors for each expert.
 
     Raises:
@@ -230,7 +230,7 @@ def _ends(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def _which(layer: str, inner: bool, targets: Sequence[str], stored: Stored) -> str:
+def _which(layer: str, inner: bool, targets: Sequence[str], stored: StoredAdapter) -> str:
     """Returns the parameter that factors of a layer's experts edit."""
     both = f"{PREFIX}{layer}.base_layer.lora_A.weight" in stored.tensors
     found = [p for p in (GATE_UP, DOWN) if any(_ends(f"{layer}.{p}", t) for t in targets)]

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from jaxtune.adapters.method import Method, Stored
+from jaxtune.adapters.method import Method, StoredAdapter
 from jaxtune.config import AdapterConfig
 
 _log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ _SETTINGS = {
 _TRAINING = ("method", "dropout", "init_from")
 
 
-def continued(method: Method, stored: Stored, section: AdapterConfig) -> Method:
+def init_from(method: Method, stored: StoredAdapter, section: AdapterConfig) -> Method:
     """Returns the method of an adapter to start from as a config trains it, and logs what counts.
 
     Args:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtune.adapters.method import Stored
+from jaxtune.adapters.method import StoredAdapter
 from jaxtune.adapters.projections.factors import Factor, read_settings
 from jaxtune.adapters.projections.peft_files import PREFIX
 
@@ -31,7 +31,7 @@ class Pair(NamedTuple):
         return np.float32(self.scale) * (self.lora_B @ self.lora_A)
 
 
-def kind_of(stored: Stored) -> str:
+def kind_of(stored: StoredAdapter) -> str:
     """Returns what users call the method of an adapter on disk: "LoRA", "DoRA", "IA3", …"""
     config = stored.config
     kind = str(config.get("peft_type", "AdapterHub's"))
@@ -40,7 +40,7 @@ def kind_of(stored: Stored) -> str:
     return "DoRA" if config.get("use_dora") else "LoRA"
 
 
-def pairs_of(stored: Stored) -> dict[str, Pair]:
+def pairs_of(stored: StoredAdapter) -> dict[str, Pair]:
     """Returns the factors of a LoRA adapter on disk by Hugging Face module name.
 
     Raises:

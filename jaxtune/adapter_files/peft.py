@@ -19,7 +19,7 @@ from jaxtune.adapter_files.agreement import check_agreement
 from jaxtune.adapter_files.fused import split
 from jaxtune.adapter_files.settings import check_settings
 from jaxtune.adapters.esft import esft
-from jaxtune.adapters.method import Stored, is_adapterhub
+from jaxtune.adapters.method import StoredAdapter, is_adapterhub
 from jaxtune.atomic_files import new_directory, write_files
 from jaxtune.checkpoints.formats.safetensors import read_all, write_file
 from jaxtune.checkpoints.formats.torch_pickle import printable
@@ -37,7 +37,7 @@ EXPERTS = "expert_cfg.json"
 EXPERT_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
-def read_adapter(directory: str | Path, *, encoder: bool = False) -> Stored:
+def read_adapter(directory: str | Path, *, encoder: bool = False) -> StoredAdapter:
     """Reads an adapter directory; edits of fused experts come as those of each expert.
 
     Args:
@@ -56,11 +56,11 @@ def read_adapter(directory: str | Path, *, encoder: bool = False) -> Stored:
     made = encoder and (directory / ENCODER).is_file()
     tensors = read_weights(directory, (weights, TORCH_WEIGHTS[weights]))
     check_agreement(config, tensors)
-    stored = Stored(config, tensors, read_all(directory / ENCODER) if made else None)
+    stored = StoredAdapter(config, tensors, read_all(directory / ENCODER) if made else None)
     return split(stored)
 
 
-def _read_experts(directory: Path) -> Stored:
+def _read_experts(directory: Path) -> StoredAdapter:
     """Reads what ESFT's programs write: any number of files, safetensors where there are some."""
     found = (sorted(directory.glob(pattern)) for pattern in EXPERT_WEIGHTS)
     files = next((paths for paths in found if paths), [])
@@ -77,7 +77,7 @@ def _read_experts(directory: Path) -> Stored:
                     "well: remove the one that is out of date"
                 )
             tensors[key] = file.read(name)
-    return Stored(read_json(directory / EXPERTS) | {"peft_type": esft.PEFT_TYPE}, tensors)
+    return StoredAdapter(read_json(directory / EXPERTS) | {"peft_type": esft.PEFT_TYPE}, tensors)
 
 
 def _weights_file(config: Mapping[str, Any]) -> str:
@@ -85,7 +85,7 @@ def _weights_file(config: Mapping[str, Any]) -> str:
 
 
 def write_adapter(
-    directory: str | Path, stored: Stored, files: Mapping[str, bytes] | None = None
+    directory: str | Path, stored: StoredAdapter, files: Mapping[str, bytes] | None = None
 ) -> Path:
     """Writes a new adapter directory that PEFT loads, whole or not at all.
 
@@ -100,7 +100,7 @@ def write_adapter(
     return Path(directory)
 
 
-def write_adapter_files(directory: Path, stored: Stored) -> None:
+def write_adapter_files(directory: Path, stored: StoredAdapter) -> None:
     """Writes the files of an adapter into an existing directory."""
     weights = _weights_file(stored.config)
     for name, tensors in ((weights, stored.tensors), (ENCODER, stored.encoder)):

@@ -37,7 +37,7 @@ TARGETS = frozenset(
 _LENGTH = 60
 
 
-class Settings(NamedTuple):
+class KnownSettings(NamedTuple):
     """The settings of one kind of adapter.
 
     Attributes:
@@ -50,8 +50,8 @@ class Settings(NamedTuple):
     inert: frozenset[str] = frozenset()
 
 
-def _settings(read: str, inert: str = "", common: frozenset[str] = TARGETS) -> Settings:
-    return Settings(frozenset(read.split()) | common, frozenset(inert.split()))
+def _settings(read: str, inert: str = "", common: frozenset[str] = TARGETS) -> KnownSettings:
+    return KnownSettings(frozenset(read.split()) | common, frozenset(inert.split()))
 
 
 _PROMPT = frozenset(
@@ -65,7 +65,7 @@ _PROMPT = frozenset(
 )
 _PREFIX = _settings("encoder_hidden_size prefix_projection", "init_weights", _PROMPT)
 
-KINDS: dict[str, Settings] = {
+KINDS: dict[str, KnownSettings] = {
     "LORA": _settings(
         "alpha_pattern bias init_lora_weights lora_alpha lora_dropout r rank_pattern "
         "target_parameters trainable_token_indices use_dora use_rslora",
@@ -80,7 +80,9 @@ KINDS: dict[str, Settings] = {
     ),
     ESFT: _settings("experts non_expert_modules shared_experts"),
     "PREFIX_TUNING": _PREFIX,
-    "LATENT_PREFIX": Settings(_PREFIX.read | {"kv_lora_rank", "qk_rope_head_dim"}, _PREFIX.inert),
+    "LATENT_PREFIX": KnownSettings(
+        _PREFIX.read | {"kv_lora_rank", "qk_rope_head_dim"}, _PREFIX.inert
+    ),
     "PROMPT_TUNING": _settings(
         "",
         "prompt_tuning_init prompt_tuning_init_text tokenizer_kwargs tokenizer_name_or_path",

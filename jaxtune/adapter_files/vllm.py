@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxtune.adapter_files.pairs import Pair, kind_of, pairs_of, plain_config
 from jaxtune.adapter_files.routed_experts import EXPERT, PROJECTIONS, experts_of
-from jaxtune.adapters.method import Stored
+from jaxtune.adapters.method import StoredAdapter
 from jaxtune.adapters.projections.modules_to_save import whole_weights
 from jaxtune.adapters.projections.peft_files import PREFIX, target_modules
 from jaxtune.adapters.targets import ROUTER
@@ -29,7 +29,7 @@ _MERGE = "write the whole model with --format merged"
 _VIRTUAL = ("PREFIX_TUNING", "LATENT_PREFIX", "PROMPT_TUNING", "P_TUNING", "AdapterHub's")
 
 
-def for_vllm(stored: Stored, definition: Definition) -> Stored:
+def for_vllm(stored: StoredAdapter, definition: Definition) -> StoredAdapter:
     """Returns a LoRA adapter with the same edits in a form that vLLM loads.
 
     Args:
@@ -53,10 +53,10 @@ def for_vllm(stored: Stored, definition: Definition) -> Stored:
         tensors[f"{PREFIX}{module}.lora_B.weight"] = np.pad(scaled, ((0, 0), (0, more)))
     base = stored.config.get("base_model_name_or_path")
     config = plain_config(base, target_modules(definition, pairs))
-    return Stored(config | {"r": rank, "lora_alpha": rank}, tensors)
+    return StoredAdapter(config | {"r": rank, "lora_alpha": rank}, tensors)
 
 
-def _refuse(stored: Stored) -> None:
+def _refuse(stored: StoredAdapter) -> None:
     config, kind = stored.config, kind_of(stored)
     if kind in _VIRTUAL:
         raise JaxtuneError(

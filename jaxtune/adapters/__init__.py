@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from jaxtune.adapters.esft import esft
-from jaxtune.adapters.method import Method, Stored, is_adapterhub
+from jaxtune.adapters.method import Method, StoredAdapter, is_adapterhub
 from jaxtune.adapters.projections import bitfit, dora, ia3, lora, vera
 from jaxtune.adapters.virtual import bottleneck, prefix, prompt, ptuning
 from jaxtune.config import AdapterConfig
@@ -17,11 +17,11 @@ from jaxtune.errors import lookup
 from jaxtune.registry import METHODS
 
 
-def _lora_from_peft(stored: Stored) -> Method:
+def _lora_from_peft(stored: StoredAdapter) -> Method:
     return dora.from_peft(stored) if stored.config.get("use_dora") else lora.from_peft(stored)
 
 
-PEFT_TYPES: dict[str, Callable[[Stored], Method]] = {
+PEFT_TYPES: dict[str, Callable[[StoredAdapter], Method]] = {
     "LORA": _lora_from_peft,
     "IA3": ia3.from_peft,
     "BITFIT": bitfit.from_peft,
@@ -43,7 +43,7 @@ def method_from_config(section: AdapterConfig) -> Method:
     return lookup(METHODS, section.method, "adapter.method").load()(section)
 
 
-def method_from_peft(stored: Stored) -> Method:
+def method_from_peft(stored: StoredAdapter) -> Method:
     """Returns the method, with its settings, of an adapter in PEFT's format, or AdapterHub's."""
     if is_adapterhub(stored.config):
         return bottleneck.from_adapterhub(stored)

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from typing import ClassVar
 
-from jaxtune.adapters.method import Method, Stored
+from jaxtune.adapters.method import Method, StoredAdapter
 from jaxtune.config import AdapterConfig
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.decoder import CausalLM
@@ -69,11 +69,11 @@ class Full(Method):
         del definition, seed
         return {}, {}
 
-    def store(self, definition: Definition, trainable: Tree, constants: Tree) -> Stored:
+    def store(self, definition: Definition, trainable: Tree, constants: Tree) -> StoredAdapter:
         """Refuses: what was trained is the model."""
         raise JaxtuneError("adapter.method=full has no adapter to store: export it as merged")
 
-    def restore(self, definition: Definition, stored: Stored) -> tuple[Tree, Tree]:
+    def restore(self, definition: Definition, stored: StoredAdapter) -> tuple[Tree, Tree]:
         """Refuses: there is no such adapter."""
         raise JaxtuneError("adapter.method=full has no adapter to restore")
 

@@ -19,7 +19,7 @@ from jaxtune.models.definition import Definition
 BASE_COPY = ".base_layer.weight"
 
 
-class Stored(NamedTuple):
+class StoredAdapter(NamedTuple):
     """An adapter as PEFT stores it.
 
     Attributes:
@@ -104,7 +104,7 @@ class Method(abc.ABC):
         del name
         return False
 
-    def start(self, tokenizer: Any, embeddings: Callable[[], np.ndarray]) -> Stored | None:
+    def start(self, tokenizer: Any, embeddings: Callable[[], np.ndarray]) -> StoredAdapter | None:
         """Returns an adapter to start from that takes the base model to make; None draws one.
 
         Args:
@@ -125,7 +125,7 @@ class Method(abc.ABC):
         del tokenizer
         return self
 
-    def with_stored(self, stored: Stored) -> Method:
+    def with_stored(self, stored: StoredAdapter) -> Method:
         """Returns the method with what a stored adapter of its own says that a config cannot.
 
         Args:
@@ -147,7 +147,7 @@ class Method(abc.ABC):
     def init(self, definition: Definition, seed: int) -> tuple[Tree, Tree]:
         """Returns (trainable, constants) at the start, without trained base weights."""
 
-    def base_edit(self, definition: Definition, stored: Stored | None) -> BaseEdit | None:
+    def base_edit(self, definition: Definition, stored: StoredAdapter | None) -> BaseEdit | None:
         """Returns what changes weights of the base while they stream in, or None.
 
         What comes of it has to depend on the weights alone, for a run that goes on streams the
@@ -179,7 +179,7 @@ class Method(abc.ABC):
         return trees
 
     @abc.abstractmethod
-    def store(self, definition: Definition, trainable: Tree, constants: Tree) -> Stored:
+    def store(self, definition: Definition, trainable: Tree, constants: Tree) -> StoredAdapter:
         """Returns the adapter in PEFT's format.
 
         Raises:
@@ -187,7 +187,7 @@ class Method(abc.ABC):
         """
 
     @abc.abstractmethod
-    def restore(self, definition: Definition, stored: Stored) -> tuple[Tree, Tree]:
+    def restore(self, definition: Definition, stored: StoredAdapter) -> tuple[Tree, Tree]:
         """Returns (trainable, constants) of an adapter that `store` or PEFT wrote."""
 
 
@@ -206,10 +206,10 @@ class NoMethod(Method):
         del definition, seed
         return {}, {}
 
-    def store(self, definition: Definition, trainable: Tree, constants: Tree) -> Stored:
+    def store(self, definition: Definition, trainable: Tree, constants: Tree) -> StoredAdapter:
         """Refuses: nothing is trained."""
         raise JaxtuneError("a model without a method has no adapter to store")
 
-    def restore(self, definition: Definition, stored: Stored) -> tuple[Tree, Tree]:
+    def restore(self, definition: Definition, stored: StoredAdapter) -> tuple[Tree, Tree]:
         """Refuses: there is no such adapter."""
         raise JaxtuneError("a model without a method has no adapter to restore")

@@ -1,4 +1,4 @@
-"""The census of a model: what is trained and what is frozen, by module, with counts and bytes."""
+"""Summary of a model's parameters: trained and frozen, by module, with counts and bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxtune.models.definition import Definition
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class ParameterGroup:
     """One group of arrays.
 
     Attributes:
@@ -32,9 +32,9 @@ class Row:
     format: str
 
 
-def census(definition: Definition) -> list[Row]:
+def parameter_summary(definition: Definition) -> list[ParameterGroup]:
     """Counts every array of a model, trained groups first."""
-    rows: dict[tuple[str, str, str], Row] = {}
+    rows: dict[tuple[str, str, str], ParameterGroup] = {}
     modules: dict[tuple[str, str, str], set[str]] = {}
     adapters: dict[Path, Any] = {
         (*path, "adapter"): linear.adapter
@@ -69,7 +69,7 @@ def census(definition: Definition) -> list[Row]:
         group = ".".join(part for part in path[:-1] if not part.isdigit() and part not in skipped)
         kind = "trained" if leaf.kind == "trainable" else "frozen"
         key = (kind, group, leaf.stored_as)
-        row = rows.get(key, Row(group, kind, 0, 0, 0, leaf.stored_as))
+        row = rows.get(key, ParameterGroup(group, kind, 0, 0, 0, leaf.stored_as))
         modules.setdefault(key, set()).update(names)
         rows[key] = dataclasses.replace(
             row,
@@ -80,15 +80,15 @@ def census(definition: Definition) -> list[Row]:
     return sorted(rows.values(), key=lambda row: (row.kind != "trained", row.group))
 
 
-def trained_share(rows: list[Row]) -> tuple[int, int, float]:
+def trained_share(rows: list[ParameterGroup]) -> tuple[int, int, float]:
     """Returns (trained parameters, all parameters, their ratio)."""
     trained = sum(row.parameters for row in rows if row.kind == "trained")
     total = sum(row.parameters for row in rows)
     return trained, total, trained / total
 
 
-def render(rows: list[Row]) -> str:
-    """Renders a census as a table of text: every trained group, and the frozen ones as one."""
+def render(rows: list[ParameterGroup]) -> str:
+    """Renders a summary as a table of text: every trained group, and all frozen ones together."""
     trained, total, share = trained_share(rows)
     lines = [f"{'trained':<36}{'modules':>8}{'parameters':>14}{'share':>9}{'MiB':>9}  format"]
     for row in rows:

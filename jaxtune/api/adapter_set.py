@@ -7,22 +7,22 @@ from collections.abc import Mapping
 from jax.typing import DTypeLike
 
 from jaxtune.adapter_files.combine import Options, combine
-from jaxtune.adapters import Stored
-from jaxtune.checkpoints.load_model import Assembled, attach
+from jaxtune.adapters import StoredAdapter
+from jaxtune.checkpoints.load_model import LoadedModel, attach_adapter
 from jaxtune.checkpoints.source import TensorSource
 from jaxtune.errors import lookup
 from jaxtune.quant import Quantization
 
 
-class NamedAdapters:
+class AdapterSet:
     """A base model with the adapters that it may be used with, all in memory."""
 
     def __init__(
         self,
-        bare: Assembled,
+        bare: LoadedModel,
         source: TensorSource,
         dtype: DTypeLike,
-        stored: Mapping[str, Stored],
+        stored: Mapping[str, StoredAdapter],
         quantization: Quantization | None = None,
     ):
         """Attaches every adapter.
@@ -41,12 +41,12 @@ class NamedAdapters:
         self._source, self._dtype, self._quantization = source, dtype, quantization
         self._attached = {name: self._attach(one) for name, one in self.stored.items()}
 
-    def _attach(self, stored: Stored) -> Assembled:
-        return attach(self.bare, self._source, self._dtype, stored, self._quantization)
+    def _attach(self, stored: StoredAdapter) -> LoadedModel:
+        return attach_adapter(self.bare, self._source, self._dtype, stored, self._quantization)
 
     def select(
         self, choice: str | Mapping[str, float] | None, method: str, options: Options | None
-    ) -> Assembled:
+    ) -> LoadedModel:
         """Returns the model with one adapter, with several combined, or with none.
 
         Args:

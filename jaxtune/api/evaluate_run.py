@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxtune.adapters.merge import edits
-from jaxtune.api.load_run import Trained, load_trained
+from jaxtune.api.load_run import LoadedRun, load_run
 from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.chat import Chat
 from jaxtune.checkpoints.source import TensorSource
@@ -52,7 +52,7 @@ def evaluate(
     if answer_all:
         count = max(map(len, held_out.sets.values()))
         config = config.replace(evaluation={"generate": count})
-    scores = _score(load_trained(run, config, source, adapter), held_out)
+    scores = _score(load_run(run, config, source, adapter), held_out)
     if not answer_all:
         scores.pop("samples", None)
     return scores
@@ -74,7 +74,7 @@ def merge_losses(run: RunDirectory, adapter: str, quantized: Path) -> dict[str, 
     """
     config = run.read_config()
     source, held_out = _open(run, config)
-    trained = load_trained(run, config, source, adapter)
+    trained = load_run(run, config, source, adapter)
     definition, parts = trained.setup.definition, trained.parts
     trees = parts.base, parts.trainable, parts.constants
     wide = huggingface.merged_source(
@@ -83,11 +83,11 @@ def merge_losses(run: RunDirectory, adapter: str, quantized: Path) -> dict[str, 
     plain = config.replace(quantize={"format": ""})
     losses = {
         "with_adapter": _score(trained, held_out)["loss"],
-        "merged": _score(load_trained(run, plain, wide, "none"), held_out)["loss"],
+        "merged": _score(load_run(run, plain, wide, "none"), held_out)["loss"],
     }
     del trained, parts, trees, wide
     written = huggingface.open_source(quantized)
-    scores = _score(load_trained(run, config, written, "none"), held_out)
+    scores = _score(load_run(run, config, written, "none"), held_out)
     return losses | {"merged_quantized": scores["loss"]}
 
 
@@ -104,7 +104,7 @@ def _open(run: RunDirectory, config: Config, data: str = "") -> tuple[TensorSour
     return source, _HeldOut(sets, chat)
 
 
-def _score(trained: Trained, held_out: _HeldOut) -> dict[str, Any]:
+def _score(trained: LoadedRun, held_out: _HeldOut) -> dict[str, Any]:
     setup, parts = trained
     with jax.set_mesh(setup.mesh):
         scoring = bind_evaluation(setup, parts.base, parts.constants, *held_out)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jaxtune.adapter_files.peft import read_adapter
-from jaxtune.adapters import Method, Stored, method_from_peft
+from jaxtune.adapters import Method, StoredAdapter, method_from_peft
 from jaxtune.adapters.method import NoMethod
-from jaxtune.checkpoints.load_model import Assembled, assemble
+from jaxtune.checkpoints.load_model import LoadedModel, load_model
 from jaxtune.checkpoints.source import TensorSource
 from jaxtune.config import Config
 from jaxtune.runs.directory import RunDirectory
@@ -16,7 +16,7 @@ from jaxtune.training.setup import Setup, set_up
 from jaxtune.training.train import choose_method, trained_arrays
 
 
-class Trained(NamedTuple):
+class LoadedRun(NamedTuple):
     """A run's model in memory.
 
     Attributes:
@@ -25,16 +25,16 @@ class Trained(NamedTuple):
     """
 
     setup: Setup
-    parts: Assembled
+    parts: LoadedModel
 
 
-def load_trained(
+def load_run(
     run: RunDirectory,
     config: Config,
     source: TensorSource,
     adapter: str,
     devices: Sequence[Any] | None = None,
-) -> Trained:
+) -> LoadedRun:
     """Loads a run's model over the very base that it was trained over.
 
     Args:
@@ -49,7 +49,7 @@ def load_trained(
     """
     method, stored = _choose(run, config, adapter)
     setup = set_up(config, source.config, method, devices)
-    parts = assemble(
+    parts = load_model(
         source,
         config.training.dtype,
         setup.mesh,
@@ -59,10 +59,10 @@ def load_trained(
     )
     if adapter != "none" and not method.has_adapter:
         parts = parts._replace(trainable=trained_arrays(run, setup, adapter))
-    return Trained(setup, parts)
+    return LoadedRun(setup, parts)
 
 
-def _choose(run: RunDirectory, config: Config, adapter: str) -> tuple[Method, Stored | None]:
+def _choose(run: RunDirectory, config: Config, adapter: str) -> tuple[Method, StoredAdapter | None]:
     if adapter == "none":
         return NoMethod(), None
     method, _ = choose_method(config)

@@ -12,15 +12,15 @@ from jax.sharding import Mesh
 from jaxtune import config as config_module
 from jaxtune.adapter_files.peft import read_adapter
 from jaxtune.adapters.define import define
-from jaxtune.api.adapter_set import NamedAdapters
+from jaxtune.api.adapter_set import AdapterSet
 from jaxtune.api.model import DTYPES, Choice, Model
 from jaxtune.chats.ends import turn_end_tokens
 from jaxtune.chats.template import read_template
 from jaxtune.checkpoints import huggingface
-from jaxtune.checkpoints.chat import Chat, adapter_chat, base_chat, combined_chat
+from jaxtune.checkpoints.chat import Chat, adapter_chat, combined_chat
 from jaxtune.checkpoints.embeddings import untied, with_vocabulary
-from jaxtune.checkpoints.load_model import assemble
-from jaxtune.checkpoints.source import TensorSource
+from jaxtune.checkpoints.load_model import load_model
+from jaxtune.checkpoints.open_model import OpenModel, open_model
 from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.parallel.mesh import single_device_mesh
 from jaxtune.quant import Quantization
@@ -65,7 +65,7 @@ def load(
         raise JaxtuneError("adapter and adapters are both given: name them all in adapters")
     template = read_template(chat_template, "chat_template")
     directories = dict(adapters or {}) if adapter is None else {ONLY: adapter}
-    model = load_model(
+    model = load_with_adapters(
         path,
         quantize,
         dtype,
@@ -79,7 +79,7 @@ def load(
     return model if adapter is None else model.use(ONLY)
 
 
-def load_model(
+def load_with_adapters(
     path: str | Path,
     quantize: str | Mapping[str, Any] | None,
     dtype: str,
@@ -112,16 +112,17 @@ def load_model(
     directories = dict(adapters or {})
     stored = {name: read_adapter(directory) for name, directory in directories.items()}
     mesh = single_device_mesh() if mesh is None else mesh
-    location, source, quantization = _open(path, quantize, dtype, revision)
-    bare = assemble(source, dtype, mesh, quantization=quantization, progress=progress)
+    opened, quantization = _open(path, quantize, dtype, revision)
+    source = opened.source
+    bare = load_model(source, dtype, mesh, quantization=quantization, progress=progress)
     return Model(
         bare,
-        location,
+        opened.directory,
         mesh,
         dtype=dtype,
         attention=attention,
-        adapters=NamedAdapters(bare, source, dtype, stored, quantization),
-        chats=chats or _Chats(location, source.config, directories, chat_template),
+        adapters=AdapterSet(bare, source, dtype, stored, quantization),
+        chats=chats or _Chats(opened, directories, chat_template),
     )
 
 
@@ -138,12 +139,11 @@ class _Chats:
 
     def __init__(
         self,
-        location: Path,
-        config: Mapping[str, Any],
+        model: OpenModel,
         directories: Mapping[str, str | Path],
         template: str,
     ):
-        self._base = functools.cache(lambda: choose_template(base_chat(location, config), template))
+        self._base = functools.cache(lambda: choose_template(model.chat, template))
         self._directories, self._template = directories, template
 
     def __call__(self, choice: Choice) -> Chat:
@@ -193,28 +193,26 @@ def convert(
     Raises:
       JaxtuneError: the checkpoint or a setting is not usable, or the directory is taken.
     """
-    location, source, quantization = _open(path, quantize, dtype, revision)
-    source = untied(source) if untie else source
+    opened, quantization = _open(path, quantize, dtype, revision)
+    source = untied(opened.source) if untie else opened.source
     source = source if vocab_size is None else with_vocabulary(source, vocab_size)
-    chat = base_chat(location, source.config)
     return huggingface.convert(
         directory,
         define(source.config, dtype, quantization=quantization),
         source,
-        code_from=location if location.is_dir() else None,
-        tokenizer=chat.tokenizer,
-        extra_files=chat.generation_files(),
+        code_from=opened.directory if opened.directory.is_dir() else None,
+        tokenizer=opened.chat.tokenizer,
+        extra_files=opened.chat.generation_files(),
         progress=progress,
     )
 
 
 def _open(
     path: str | Path, quantize: str | Mapping[str, Any] | None, dtype: str, revision: str
-) -> tuple[Path, TensorSource, Quantization | None]:
-    """Returns where a checkpoint is, its tensors, and how they are to be quantized."""
+) -> tuple[OpenModel, Quantization | None]:
+    """Returns a model's files, and how its weights are to be quantized."""
     lookup(dict.fromkeys(DTYPES), dtype, "dtype")
     section = {"format": quantize} if isinstance(quantize, str) else dict(quantize or {})
     settings = config_module.resolve({"quantize": section}).quantize
-    location = huggingface.resolve_path(str(path), revision)
-    source = huggingface.open_source(location)
-    return location, source, huggingface.choose_quantization(settings, source.config)
+    opened = open_model(path, revision)
+    return opened, huggingface.choose_quantization(settings, opened.source.config)

@@ -16,12 +16,12 @@ from jax.typing import ArrayLike
 
 from jaxtune.adapter_files.combine import Options
 from jaxtune.adapters.merge import check_merges, edits
-from jaxtune.api.adapter_set import NamedAdapters
+from jaxtune.api.adapter_set import AdapterSet
 from jaxtune.chats.template import encode_prompt
 from jaxtune.chats.tokens import tokenize_prompt
 from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.chat import Chat, base_chat
-from jaxtune.checkpoints.load_model import Assembled
+from jaxtune.checkpoints.load_model import LoadedModel
 from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.generation.generate import Sampling, generate_tokens
 from jaxtune.layers.attention import choose_backend
@@ -43,13 +43,13 @@ class Model:
 
     def __init__(
         self,
-        parts: Assembled,
+        parts: LoadedModel,
         source: Path,
         mesh: Mesh,
         *,
         dtype: Any,
         attention: str = "auto",
-        adapters: NamedAdapters | None = None,
+        adapters: AdapterSet | None = None,
         chats: Callable[[Choice], Chat] | None = None,
     ):
         self.source, self.mesh = source, mesh
@@ -58,7 +58,7 @@ class Model:
         self._choice: Choice = None
         self._hold(parts)
 
-    def _hold(self, parts: Assembled) -> None:
+    def _hold(self, parts: LoadedModel) -> None:
         self.definition, self.method = parts.definition, parts.method
         self.base, self.trainable, self.constants = parts.base, parts.trainable, parts.constants
         platform = self.mesh.devices.flat[0].platform

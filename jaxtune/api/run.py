@@ -13,21 +13,20 @@ import jax
 
 from jaxtune.adapter_files import EXPORTS
 from jaxtune.adapter_files.peft import read_adapter, write_adapter
-from jaxtune.adapters import Method, Stored
+from jaxtune.adapters import Method, StoredAdapter
 from jaxtune.adapters.define import define
 from jaxtune.adapters.merge import check_merges
 from jaxtune.api.evaluate_run import merge_losses
-from jaxtune.api.load_run import load_trained
-from jaxtune.api.loading import ONLY, choose_template, load_model
+from jaxtune.api.load_run import load_run
+from jaxtune.api.loading import ONLY, choose_template, load_with_adapters
 from jaxtune.api.model import Choice, Model
 from jaxtune.chats.template import read_template
-from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.chat import Chat
-from jaxtune.checkpoints.load_model import assemble
-from jaxtune.checkpoints.overlay import trained
+from jaxtune.checkpoints.load_model import load_model
+from jaxtune.checkpoints.open_model import OpenModel, open_model
+from jaxtune.checkpoints.overlay import with_trained_weights
 from jaxtune.checkpoints.requantize import REPORT, read_report, write_report
-from jaxtune.checkpoints.source import TensorSource
-from jaxtune.config import ConfigLike, load_file, resolve
+from jaxtune.config import Config, ConfigLike, load_file, resolve
 from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.parallel.mesh import single_device_mesh
 from jaxtune.parallel.rules import MESH_AXES
@@ -86,7 +85,7 @@ class Run:
         }
         chats = self._chats(read_template(chat_template, "chat_template"))
         if adapter == "none":
-            return load_model(path, chats=chats, **options)
+            return load_with_adapters(path, chats=chats, **options)
         method, _ = training.choose_method(settings)
         quantized = bool(settings.quantize.format)
         if method.edits_base or (quantized and not method.has_adapter):
@@ -94,7 +93,7 @@ class Run:
         if not method.has_adapter:
             return self._fully_trained(method, options, adapter, chats)
         directories = {ONLY: self.adapter_directory(adapter)}
-        model = load_model(path, adapters=directories, chats=chats, **options)
+        model = load_with_adapters(path, adapters=directories, chats=chats, **options)
         return model.use(ONLY)
 
     def save_merged(
@@ -138,7 +137,7 @@ class Run:
         """
         return self.directory.adapter(which)
 
-    def adapter(self, which: str = "best", target: str = "peft") -> Stored:
+    def adapter(self, which: str = "best", target: str = "peft") -> StoredAdapter:
         """Returns the best or last adapter as another program loads it.
 
         Args:
@@ -172,29 +171,36 @@ class Run:
         stored = self.adapter(adapter, target)
         return write_adapter(directory, stored, self._chats("")(None).files())
 
-    def _source(self) -> tuple[Any, Path, TensorSource]:
-        """Returns the config on a mesh of one device, whatever the run had, and the checkpoint."""
-        config = self.config.replace(mesh=dict.fromkeys(MESH_AXES, 1))
-        location = huggingface.resolve_path(config.model.path, config.model.revision)
-        return config, location, huggingface.open_source(location)
+    @functools.cached_property
+    def _base(self) -> OpenModel:
+        """The checkpoint that the run started from."""
+        return open_model(self.config.model.path, self.config.model.revision)
+
+    def _single_device_config(self) -> Config:
+        """Returns the config on a mesh of one device, whatever mesh the run had."""
+        return self.config.replace(mesh=dict.fromkeys(MESH_AXES, 1))
 
     def _chats(self, template: str) -> Callable[[Choice], Chat]:
         """Returns how the model is talked to: as the run was trained, whatever is in use."""
-        config = self.config
 
         @functools.cache
         def chat() -> Chat:
-            location = huggingface.resolve_path(config.model.path, config.model.revision)
-            source = huggingface.open_source(location)
-            return choose_template(load_run_chat(self.directory, config, source), template)
+            loaded = load_run_chat(self.directory, self.config, self._base.source)
+            return choose_template(loaded, template)
 
         return lambda choice: chat()
 
     def _as_trained(self, adapter: str, chats: Callable[[Choice], Chat]) -> Model:
-        config, location, source = self._source()
-        setup, parts = load_trained(self.directory, config, source, adapter, jax.devices()[:1])
-        attention, dtype = config.model.attention, config.training.dtype
-        return Model(parts, location, setup.mesh, dtype=dtype, attention=attention, chats=chats)
+        config, source = self._single_device_config(), self._base.source
+        setup, parts = load_run(self.directory, config, source, adapter, jax.devices()[:1])
+        return Model(
+            parts,
+            self._base.directory,
+            setup.mesh,
+            dtype=config.training.dtype,
+            attention=config.model.attention,
+            chats=chats,
+        )
 
     def _fully_trained(
         self,
@@ -204,14 +210,21 @@ class Run:
         chats: Callable[[Choice], Chat],
     ) -> Model:
         # Rounded to the dtype of the run, as it is exported, and not as the masters are.
-        config, location, source = self._source()
+        config, source = self._single_device_config(), self._base.source
         setup = set_up(config, source.config, method, jax.devices()[:1])
         arrays = training.trained_arrays(self.directory, setup, which)
         # What is not trained, such as a router's correction bias, stays as it is in the checkpoint.
-        source = trained(source, setup.definition, arrays)
-        mesh, dtype, attention = single_device_mesh(), options["dtype"], options["attention"]
-        parts = assemble(source, dtype, mesh)
-        return Model(parts, location, mesh, dtype=dtype, attention=attention, chats=chats)
+        source = with_trained_weights(source, setup.definition, arrays)
+        mesh, dtype = single_device_mesh(), options["dtype"]
+        parts = load_model(source, dtype, mesh)
+        return Model(
+            parts,
+            self._base.directory,
+            mesh,
+            dtype=dtype,
+            attention=options["attention"],
+            chats=chats,
+        )
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxtune.checkpoints.source import ALL, TensorSource
+from jaxtune.checkpoints.source import ALL, TensorSource, WrappedSource
 from jaxtune.errors import JaxtuneError
 from jaxtune.models.hf_config import read
 from jaxtune.quant import Format
@@ -21,7 +20,7 @@ _ROWS = 2048  # that are compared or summed at a time
 _logger = logging.getLogger(__name__)
 
 
-class EmbeddingSource:
+class EmbeddingSource(WrappedSource):
     """A checkpoint whose embedding or head is another tensor of it, or has more rows."""
 
     def __init__(
@@ -39,9 +38,9 @@ class EmbeddingSource:
           aliases: by the name of a tensor, the name of the one that is read in its place.
           rows: of embedding and head; those that the checkpoint lacks are the mean of its own.
         """
-        self._source, self._aliases, self._rows = source, dict(aliases or {}), rows
-        self.path: Path = source.path
-        self.config: dict[str, Any] = {**source.config, **changes}
+        super().__init__(source)
+        self.config = {**source.config, **changes}
+        self._aliases, self._rows = dict(aliases or {}), rows
         self._mean = functools.lru_cache(maxsize=2)(self._mean_row)
 
     def _name(self, name: str) -> str:

@@ -13,9 +13,9 @@ import numpy as np
 from jaxtune.checkpoints.embeddings import TIED, with_stored_head
 from jaxtune.checkpoints.formats.gguf import GGUFSource
 from jaxtune.checkpoints.formats.registry import READERS
-from jaxtune.checkpoints.loading import load
 from jaxtune.checkpoints.saving import checkpoint_tensors, convert, merged_source, save
 from jaxtune.checkpoints.source import ALL, TensorSource
+from jaxtune.checkpoints.streaming import load
 from jaxtune.checkpoints.weights import FORMS, has_weights, open_weights, read_json
 from jaxtune.config import QuantizeConfig
 from jaxtune.errors import JaxtuneError, lookup

@@ -9,11 +9,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from jaxtune.adapters import Method, Stored, method_from_peft
+from jaxtune.adapters import Method, StoredAdapter, method_from_peft
 from jaxtune.adapters.define import define
 from jaxtune.adapters.method import Start
 from jaxtune.checkpoints import huggingface
-from jaxtune.checkpoints.overlay import edited
+from jaxtune.checkpoints.overlay import with_base_edit
 from jaxtune.checkpoints.source import TensorSource
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.tree import Tree, merge
@@ -21,7 +21,7 @@ from jaxtune.models.definition import Definition
 from jaxtune.quant import Quantization
 
 
-class Assembled(NamedTuple):
+class LoadedModel(NamedTuple):
     """A model in memory.
 
     Attributes:
@@ -41,17 +41,17 @@ class Assembled(NamedTuple):
     method: Method | None = None
 
 
-def assemble(
+def load_model(
     source: TensorSource,
     dtype: DTypeLike,
     mesh: Mesh,
     *,
     method: Method | None = None,
     quantization: Quantization | None = None,
-    stored: Stored | None = None,
+    stored: StoredAdapter | None = None,
     seed: int = 0,
     progress: bool = True,
-) -> Assembled:
+) -> LoadedModel:
     """Loads the weights and starts the method's own arrays.
 
     Args:
@@ -72,7 +72,7 @@ def assemble(
         _check_copies(source, stored)
     edit = None if method is None else method.base_edit(definition, stored)
     start = Start(edit) if stored is None else None
-    read_from = source if edit is None else edited(source, edit)
+    read_from = source if edit is None else with_base_edit(source, edit)
     weights, ignored = huggingface.load(definition, read_from, mesh, progress=progress)
     added: tuple[Tree, Tree] = ({}, {})
     if method is not None:
@@ -81,16 +81,16 @@ def assemble(
         added = method.complete(definition, weights, added, start)
     parts: dict[Any, Tree] = definition.split(merge(weights, *added))
     trees = parts["base"], parts["trainable"], parts["constants"]
-    return Assembled(definition, *trees, ignored, method)
+    return LoadedModel(definition, *trees, ignored, method)
 
 
-def attach(
-    bare: Assembled,
+def attach_adapter(
+    bare: LoadedModel,
     source: TensorSource,
     dtype: DTypeLike,
-    stored: Stored,
+    stored: StoredAdapter,
     quantization: Quantization | None = None,
-) -> Assembled:
+) -> LoadedModel:
     """Puts an adapter beside weights that are loaded already, and are not copied.
 
     Args:
@@ -111,12 +111,12 @@ def attach(
     added = method.restore(definition, stored)
     added = method.complete(definition, bare.base, added, None)
     parts: dict[Any, Tree] = definition.split(merge(bare.base, *added))
-    return Assembled(
+    return LoadedModel(
         definition, parts["base"], parts["trainable"], parts["constants"], bare.ignored, method
     )
 
 
-def _check_copies(source: TensorSource, stored: Stored) -> None:
+def _check_copies(source: TensorSource, stored: StoredAdapter) -> None:
     """Refuses an adapter that brings frozen weights other than those of the checkpoint."""
     for name, copy in stored.base_copies().items():
         ours = source.read(name) if name in source.names() else None

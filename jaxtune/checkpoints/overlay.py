@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxtune.adapters.method import BaseEdit
-from jaxtune.checkpoints.source import ALL, TensorSource
+from jaxtune.checkpoints.source import ALL, TensorSource, WrappedSource
 from jaxtune.layers.tree import Tree, flatten, layer_names
 from jaxtune.models.definition import Definition
 from jaxtune.quant import Format
 
 
-class ReplacedSource:
+class OverlaySource(WrappedSource):
     """A checkpoint with the values of some tensors replaced by float32 ones of the same shapes."""
 
     def __init__(self, source: TensorSource, values: Mapping[str, Callable[[], np.ndarray]]):
@@ -27,19 +26,10 @@ class ReplacedSource:
           source: the checkpoint.
           values: by tensor name, what gives the new value.
         """
-        self._source, self._values = source, values
-        self.path: Path = source.path
-        self.config: dict[str, Any] = source.config
+        super().__init__(source)
+        self._values = values
         # A tensor may be read some rows at a time, and its value may be costly.
         self._value = functools.lru_cache(maxsize=1)(lambda name: self._values[name]())
-
-    def names(self) -> list[str]:
-        """Returns the names of all tensors."""
-        return self._source.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Returns a tensor's shape."""
-        return self._source.shape(name)
 
     def dtype(self, name: str) -> np.dtype:
         """Returns the dtype that `read` gives: float32 for what is replaced."""
@@ -56,21 +46,19 @@ class ReplacedSource:
         """Returns parts, of the format's shapes, if stored in just this format and not replaced."""
         return None if name in self._values else self._source.read_parts(name, form)
 
-    def where(self, name: str) -> str:
-        """Returns the file that the checkpoint has a tensor in."""
-        return self._source.where(name)
 
-
-def edited(source: TensorSource, edit: BaseEdit) -> ReplacedSource:
+def with_base_edit(source: TensorSource, edit: BaseEdit) -> OverlaySource:
     """Returns a checkpoint as a method changes it before any rounding or quantization."""
 
     def value(name: str) -> np.ndarray:
         return edit(name, source.read(name).astype(np.float32))
 
-    return ReplacedSource(source, {name: functools.partial(value, name) for name in edit.names})
+    return OverlaySource(source, {name: functools.partial(value, name) for name in edit.names})
 
 
-def trained(source: TensorSource, definition: Definition, trainable: Tree) -> ReplacedSource:
+def with_trained_weights(
+    source: TensorSource, definition: Definition, trainable: Tree
+) -> OverlaySource:
     """Returns a checkpoint with what a run has trained of it.
 
     Args:
@@ -88,4 +76,4 @@ def trained(source: TensorSource, definition: Definition, trainable: Tree) -> Re
         for part, name in enumerate(layer_names(path, declared)):
             place = np.unravel_index(part, declared.stack_shape)
             values[name] = functools.partial(value, stack, place)
-    return ReplacedSource(source, values)
+    return OverlaySource(source, values)

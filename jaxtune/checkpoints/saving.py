@@ -16,14 +16,15 @@ import numpy as np
 
 from jaxtune.adapters.merge import WeightEdit
 from jaxtune.atomic_files import new_directory
-from jaxtune.checkpoints.formats.registry import WRITERS
+from jaxtune.checkpoints.formats.registry import WRITERS, FormatWriter
 from jaxtune.checkpoints.formats.safetensors import Pending, write_sharded
-from jaxtune.checkpoints.loading import check_names
-from jaxtune.checkpoints.overlay import ReplacedSource
+from jaxtune.checkpoints.overlay import OverlaySource
 from jaxtune.checkpoints.quantize import read_quantized
 from jaxtune.checkpoints.remote_code import keep_named_code
 from jaxtune.checkpoints.requantize import Requantizer, warn_of_loss, write_report
 from jaxtune.checkpoints.source import TensorSource
+from jaxtune.checkpoints.streaming import check_names
+from jaxtune.errors import JaxtuneError
 from jaxtune.layers.tree import Path as TreePath
 from jaxtune.layers.tree import Tree, flatten, layer_names
 from jaxtune.models.definition import Definition, as_matrix
@@ -142,7 +143,7 @@ def _pending(
         if quantized and leaf.format is not None:
             shape = as_matrix(leaf.declaration.shape)
             give = functools.partial(values.quantized, path, part, name)
-            write = WRITERS[leaf.format.name].tensors
+            write = _writer(leaf.format).tensors
             module = name.removesuffix(".weight")
             yield from write(module, leaf.format, shape, str(computed), give).items()
             continue
@@ -174,7 +175,7 @@ def checkpoint_tensors(
 
 def merged_source(
     source: TensorSource, definition: Definition, tree: Tree, edits: Mapping[TreePath, WeightEdit]
-) -> ReplacedSource:
+) -> OverlaySource:
     """Returns the weights of a model in memory, edits folded in, as a checkpoint to read.
 
     Args:
@@ -191,7 +192,7 @@ def merged_source(
     for path, leaf in definition.in_checkpoint().items():
         for part, name in enumerate(layer_names(path, leaf.declaration)):
             replaced[name] = functools.partial(value, path, part, name, leaf.dtype)
-    return ReplacedSource(source, replaced)
+    return OverlaySource(source, replaced)
 
 
 def save(
@@ -319,9 +320,23 @@ def _config(definition: Definition, dtype: Any, quantized: bool) -> dict[str, An
     forms = {leaf.format for leaf in leaves if leaf.format is not None}
     if quantized and forms:
         (form,) = forms
-        settings = WRITERS[form.name].settings(form, _plain_modules(definition), kind)
+        settings = _writer(form).settings(form, _plain_modules(definition), kind)
         config["quantization_config"] = settings
     return config
+
+
+def _writer(form: Format) -> FormatWriter:
+    """Returns what writes a weight format.
+
+    Raises:
+      JaxtuneError: there is no writer for it.
+    """
+    if form.name not in WRITERS:
+        raise JaxtuneError(
+            f"weight format {form.name} cannot be written (formats with a writer: "
+            f"{', '.join(sorted(WRITERS))}): save the model dequantized"
+        )
+    return WRITERS[form.name]
 
 
 def _plain_modules(definition: Definition) -> list[str]:

@@ -84,6 +84,44 @@ class TensorSource(Protocol):
         ...
 
 
+class WrappedSource:
+    """A checkpoint that hands everything on to another; subclasses override what they change.
+
+    Attributes:
+      path: directory or file.
+      config: content of config.json.
+    """
+
+    def __init__(self, source: TensorSource):
+        self._source = source
+        self.path: Path = source.path
+        self.config: dict[str, Any] = source.config
+
+    def names(self) -> list[str]:
+        """Returns the names of all tensors."""
+        return self._source.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns a tensor's shape without reading it."""
+        return self._source.shape(name)
+
+    def dtype(self, name: str) -> np.dtype:
+        """Returns the dtype of the array that `read` returns."""
+        return self._source.dtype(name)
+
+    def read(self, name: str, rows: slice = ALL) -> np.ndarray:
+        """Returns a tensor of the shape `shape(name)`, or rows of it."""
+        return self._source.read(name, rows)
+
+    def read_parts(self, name: str, form: Format) -> dict[str, np.ndarray] | None:
+        """Returns a tensor's parts, of the format's shapes, if it is stored in this very format."""
+        return self._source.read_parts(name, form)
+
+    def where(self, name: str) -> str:
+        """Returns the file that holds a tensor, for error messages."""
+        return self._source.where(name)
+
+
 def refuse_pointer(path: Path) -> None:
     """Refuses the few lines of text that Git leaves in place of a large file.
 

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         metavar="DTYPE",
-        type=choice("bfloat16", "float32"),
+        type=choice("bfloat16", "float16", "float32"),
         default="bfloat16",
         help="dtype of the weights that are not quantized (default: bfloat16)",
     )

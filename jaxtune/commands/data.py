@@ -63,12 +63,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _reader(config: Config, **options: Any) -> tuple[DataReader, TensorSource, Any]:
     """Returns the data reader that a run would use, the model's checkpoint and its tokenizer."""
-    from jaxtune.checkpoints import huggingface
+    from jaxtune.checkpoints.open_model import open_model
     from jaxtune.runs.chat import configured_chat, reader_options
     from jaxtune.training.train import data_reader
 
-    location = huggingface.resolve_path(config.model.path, config.model.revision)
-    source = huggingface.open_source(location)
+    source = open_model(config.model.path, config.model.revision).source
     chat = configured_chat(config, source)
     options |= reader_options(config, chat)
     return data_reader(config, source, chat.tokenizer, **options), source, chat.tokenizer

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jaxtune.adapters.parameter_summary import census, trained_share
+from jaxtune.adapters.parameter_summary import parameter_summary, trained_share
 from jaxtune.config import resolve
 from jaxtune.planning.plan import Plan, compile_plan
 from jaxtune.planning.topology import find_topology
@@ -79,7 +79,7 @@ def compile_row(row: TableRow) -> tuple[Plan, float]:
     """Compiles a row; returns its plan and the share of weights that are trained."""
     config, hardware = resolve(row_config(row)), find_topology(row.chips)
     setup = set_up(config, DEEPSEEK_7B, choose_method(config)[0], hardware.devices)
-    return compile_plan(setup, hardware), trained_share(census(setup.definition))[2]
+    return compile_plan(setup, hardware), trained_share(parameter_summary(setup.definition))[2]
 
 
 def row_cells(row: TableRow) -> list[str]:

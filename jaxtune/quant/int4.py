@@ -12,9 +12,10 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxtune.quant.packing import in_groups, pack, packed_size, spread, unpack
-from jaxtune.quant.weight import Format, Part, Parts
+from jaxtune.quant.codes import AnyArray, in_groups, pack, packed_size, spread, unpack
+from jaxtune.quant.weight import Format, Parts, PartSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,16 +35,16 @@ class Int4(Format):
     def _size(self, columns: int) -> int:
         return self.group_size or columns
 
-    def parts(self, shape: tuple[int, int]) -> dict[str, Part]:
+    def parts(self, shape: tuple[int, int]) -> dict[str, PartSpec]:
         """Returns codes, bfloat16 scales and, where asymmetric, zero points."""
         rows, columns = shape
         groups = (-(-columns // self._size(columns)), rows)
         parts = {
-            "codes": Part((packed_size(columns), rows), jnp.uint8, (1, 0)),
-            "scale": Part(groups, jnp.bfloat16, (1, 0)),
+            "codes": PartSpec((packed_size(columns), rows), jnp.uint8, (1, 0)),
+            "scale": PartSpec(groups, jnp.bfloat16, (1, 0)),
         }
         if not self.symmetric:
-            parts["zero"] = Part(groups, jnp.uint8, (1, 0))
+            parts["zero"] = PartSpec(groups, jnp.uint8, (1, 0))
         return parts
 
     def encode(self, weight: jax.Array) -> Parts:
@@ -66,16 +67,27 @@ class Int4(Format):
         parts: Parts = {"codes": pack(codes), "scale": scale.T}
         return parts if zero is None else {**parts, "zero": zero.astype(jnp.uint8).T}
 
-    def decode(self, parts: Mapping[str, jax.Array], shape: tuple[int, int]) -> jax.Array:
-        """Returns float32 [out, in]."""
+    def decode(self, parts: Mapping[str, AnyArray], shape: tuple[int, int]) -> AnyArray:
+        """Returns float32 [out, in]; JAX or NumPy."""
         columns = shape[1]
         size = self._size(columns)
-        codes = unpack(parts["codes"], columns).astype(jnp.float32)
-        scale = spread(parts["scale"].astype(jnp.float32), size, columns)
+        codes = unpack(parts["codes"], columns)
+        scale = spread(parts["scale"].astype(np.float32), size, columns)
         if self.symmetric:
-            return ((codes - 8) * scale).T
-        zero = spread(parts["zero"].astype(jnp.float32), size, columns)
-        return ((codes - zero) * scale).T
+            return decode_values(codes, scale).T
+        zero = spread(parts["zero"].astype(np.float32), size, columns)
+        return decode_values(codes, scale, zero).T
+
+
+def decode_values(codes: AnyArray, scale: AnyArray, zero: AnyArray | float = 8) -> AnyArray:
+    """Returns scale · (code − zero), float32, value by value; JAX or NumPy.
+
+    Args:
+      codes: uint8 of any shape.
+      scale: float32 of that shape.
+      zero: zero points, float32 of that shape; 8 for all values of a symmetric weight.
+    """
+    return (codes.astype(np.float32) - zero) * scale
 
 
 def _unless_zero(scale: jax.Array) -> jax.Array:

@@ -11,8 +11,10 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxtune.quant.weight import Format, Part, Parts
+from jaxtune.quant.codes import AnyArray
+from jaxtune.quant.weight import Format, Parts, PartSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,11 +23,11 @@ class Int8(Format):
 
     name: ClassVar[str] = "int8"
 
-    def parts(self, shape: tuple[int, int]) -> dict[str, Part]:
+    def parts(self, shape: tuple[int, int]) -> dict[str, PartSpec]:
         """Returns codes and the largest magnitude of each row."""
         return {
-            "codes": Part(shape, jnp.int8, (0, 1)),
-            "absmax": Part(shape[:1], jnp.float32, (0,)),
+            "codes": PartSpec(shape, jnp.int8, (0, 1)),
+            "absmax": PartSpec(shape[:1], jnp.float32, (0,)),
         }
 
     def encode(self, weight: jax.Array) -> Parts:
@@ -34,8 +36,8 @@ class Int8(Format):
         codes = jnp.round(weight * (127 / jnp.where(absmax == 0, 1, absmax))[:, None])
         return {"codes": codes.astype(jnp.int8), "absmax": absmax}
 
-    def decode(self, parts: Mapping[str, jax.Array], shape: tuple[int, int]) -> jax.Array:
-        """Returns float32 [out, in]."""
+    def decode(self, parts: Mapping[str, AnyArray], shape: tuple[int, int]) -> AnyArray:
+        """Returns float32 [out, in]; JAX or NumPy."""
         del shape
-        scaled = parts["codes"].astype(jnp.float32) * parts["absmax"][:, None]
-        return scaled * jnp.float32(1 / 127)
+        scaled = parts["codes"].astype(np.float32) * parts["absmax"][:, None]
+        return scaled * np.float32(1 / 127)

@@ -12,15 +12,23 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxtune.quant.packing import look_up, pack, packed_size, spread, unpack
-from jaxtune.quant.weight import Format, Part, Parts
+from jaxtune.quant.codes import (
+    AnyArray,
+    array_namespace,
+    look_up,
+    pack,
+    packed_size,
+    spread,
+    unpack,
+)
+from jaxtune.quant.weight import Format, Parts, PartSpec
 
 BLOCK = 64
 NESTED_BLOCK = 256
@@ -70,19 +78,19 @@ class NormalFloat4(Format):
 
     double: bool = True
 
-    def parts(self, shape: tuple[int, int]) -> dict[str, Part]:
+    def parts(self, shape: tuple[int, int]) -> dict[str, PartSpec]:
         """Returns codes and scales, with the scales' own scales where they are quantized."""
         rows, columns = shape
         blocks, axes = _block_shape(shape), (1, 0) if columns % BLOCK == 0 else (None,)
-        codes = Part((packed_size(columns), rows), jnp.uint8, (1, 0))
+        codes = PartSpec((packed_size(columns), rows), jnp.uint8, (1, 0))
         if not self.double:
-            return {"codes": codes, "absmax": Part(blocks, jnp.float32, axes)}
+            return {"codes": codes, "absmax": PartSpec(blocks, jnp.float32, axes)}
         nested = (-(-math.prod(blocks) // NESTED_BLOCK),)
         return {
             "codes": codes,
-            "absmax": Part(blocks, jnp.uint8, axes),
-            "nested_absmax": Part(nested, jnp.float32, (None,)),
-            "nested_offset": Part((), jnp.float32, ()),
+            "absmax": PartSpec(blocks, jnp.uint8, axes),
+            "nested_absmax": PartSpec(nested, jnp.float32, (None,)),
+            "nested_offset": PartSpec((), jnp.float32, ()),
         }
 
     def row_multiple(self, columns: int) -> int:
@@ -115,32 +123,57 @@ class NormalFloat4(Format):
             "nested_offset": offset,
         }
 
-    def decode(self, parts: Mapping[str, jax.Array], shape: tuple[int, int]) -> jax.Array:
-        """Returns float32 [out, in]."""
+    def decode(self, parts: Mapping[str, AnyArray], shape: tuple[int, int]) -> AnyArray:
+        """Returns float32 [out, in]; JAX or NumPy."""
         rows, columns = shape
         absmax = self._absmax(parts)
+        scales: Any
         if columns % BLOCK == 0:
             scales = spread(absmax, BLOCK, columns)
         else:
-            scales = jnp.repeat(absmax, BLOCK)[: rows * columns].reshape(shape).T
-        return (look_up(NF4, unpack(parts["codes"], columns)) * scales).T
+            repeat = array_namespace(absmax).repeat
+            scales = repeat(absmax, BLOCK)[: rows * columns].reshape(shape).T
+        return decode_values(unpack(parts["codes"], columns), scales).T
 
-    def _absmax(self, parts: Mapping[str, jax.Array]) -> jax.Array:
+    def _absmax(self, parts: Mapping[str, AnyArray]) -> AnyArray:
         if not self.double:
             return parts["absmax"]
-        codes = parts["absmax"]
-        nested = jnp.repeat(parts["nested_absmax"], NESTED_BLOCK)[: codes.size]
-        offset = parts["nested_offset"]
-        scaled = look_up(DYNAMIC, codes) * nested.reshape(codes.T.shape).T
-        return _rounded(scaled, offset) + offset
+        codes, nested = parts["absmax"], parts["nested_absmax"]
+        nested = array_namespace(nested).repeat(nested, NESTED_BLOCK)[: codes.size]
+        return decode_scales(codes, nested.reshape(codes.T.shape).T, parts["nested_offset"])
 
 
-def _rounded(product: jax.Array, other: jax.Array) -> jax.Array:
-    """Returns a float32 product as it is, but so that no compiler fuses it with a sum to come.
+def decode_values(codes: AnyArray, scales: AnyArray) -> AnyArray:
+    """Returns float32 values of 4-bit codes.
 
-    bitsandbytes rounds before it adds. Barriers do not outlive the passes that fuse; flipping no
-    bits does, where only the data say that there are none to flip: `other` is no NaN.
+    Args:
+      codes: uint8 of any shape, JAX or NumPy.
+      scales: float32 of that shape: the scale of each value's block.
     """
+    return look_up(NF4, codes) * scales
+
+
+def decode_scales(codes: AnyArray, nested: AnyArray, offset: Any) -> AnyArray:
+    """Returns the float32 scales of 8-bit codes.
+
+    Args:
+      codes: uint8 of any shape, JAX or NumPy.
+      nested: float32 of that shape: the scale of each code's block.
+      offset: float32 scalar.
+    """
+    return _rounded(look_up(DYNAMIC, codes) * nested, offset) + offset
+
+
+def _rounded(product: AnyArray, other: Any) -> AnyArray:
+    """Returns a float32 product unchanged, rounded before anything is added to it.
+
+    bitsandbytes rounds the product before it adds; a fused multiply-add would not, and the last bit
+    would differ. XLA drops optimization barriers before it fuses. An XOR with zero survives if the
+    compiler cannot know that it is zero: here the mask is 0 because `other` is not NaN, which only
+    the data tell. NumPy fuses nothing.
+    """
+    if isinstance(product, np.ndarray):
+        return product
     no_bits = (other != other).astype(jnp.uint32)
     bits = lax.bitcast_convert_type(product, jnp.uint32) ^ no_bits
     return lax.bitcast_convert_type(bits, jnp.float32)

@@ -14,11 +14,12 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxtune.parallel.rules import constrain
+from jaxtune.quant.codes import AnyArray
 
 Parts = dict[str, Any]
 
 
-class Part(NamedTuple):
+class PartSpec(NamedTuple):
     """One array of a quantized weight [out, in].
 
     Attributes:
@@ -44,7 +45,7 @@ class Format(abc.ABC):
     name: ClassVar[str]
 
     @abc.abstractmethod
-    def parts(self, shape: tuple[int, int]) -> dict[str, Part]:
+    def parts(self, shape: tuple[int, int]) -> dict[str, PartSpec]:
         """Returns the arrays that a weight [out, in] is stored in."""
 
     @abc.abstractmethod
@@ -69,8 +70,8 @@ class Format(abc.ABC):
         return parts
 
     @abc.abstractmethod
-    def decode(self, parts: Mapping[str, jax.Array], shape: tuple[int, int]) -> jax.Array:
-        """Returns float32 [out, in]; traceable."""
+    def decode(self, parts: Mapping[str, AnyArray], shape: tuple[int, int]) -> AnyArray:
+        """Returns float32 [out, in]; traceable, and NumPy in for NumPy out."""
 
     def nbytes(self, shape: tuple[int, int]) -> int:
         """Returns the size of a weight [out, in] in bytes."""
@@ -139,5 +140,5 @@ def _decode(format: Format, matrix: tuple[int, int], lead: int, parts: Parts) ->
     return decode(parts)
 
 
-def _along(part: Part, axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
+def _along(part: PartSpec, axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
     return tuple(None if axis is None else axes[axis] for axis in part.axes)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtune.adapters.parameter_summary import census, trained_share
+from jaxtune.adapters.parameter_summary import parameter_summary, trained_share
 from jaxtune.data import Examples
 from jaxtune.training.optimizer import count_steps
 from jaxtune.training.setup import BATCH_ARRAYS, Setup
@@ -42,7 +42,7 @@ def describe(setup: Setup, train: Split, held_out: Split | None) -> dict[str, An
       What JSON can hold: the model's modules with their parameters and bytes, the mesh, the
       method, the learning rate along the run, the data with a hash of the first batches.
     """
-    rows = census(setup.definition)
+    rows = parameter_summary(setup.definition)
     trained, parameters, _ = trained_share(rows)
     return {
         "model": {

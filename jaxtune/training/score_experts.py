@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxtune.adapters.esft.expert_scores import ExpertScores
 from jaxtune.checkpoints import huggingface
-from jaxtune.checkpoints.load_model import assemble
+from jaxtune.checkpoints.load_model import load_model
 from jaxtune.checkpoints.source import TensorSource
 from jaxtune.config import AdapterConfig, Config
 from jaxtune.data import Examples, eval_batches
@@ -51,7 +51,7 @@ def score_experts(config: Config, source: TensorSource, examples: Examples) -> E
     logger.info("scoring experts on %d of %d examples", len(sample), len(examples))
     mesh, training = make_mesh(config.mesh.to_dict()), config.training
     quantization = huggingface.choose_quantization(config.quantize, source.config)
-    parts = assemble(source, training.dtype, mesh, quantization=quantization)
+    parts = load_model(source, training.dtype, mesh, quantization=quantization)
     layers = parts.definition.mixture_layers
     if not layers:
         raise JaxtuneError(

@@ -14,17 +14,17 @@ from typing import Any
 
 import jax
 
-from jaxtune.adapter_files.init_from import continued
+from jaxtune.adapter_files.init_from import init_from
 from jaxtune.adapter_files.peft import read_adapter, write_adapter_files
-from jaxtune.adapters import Method, Stored, method_from_config, method_from_peft
+from jaxtune.adapters import Method, StoredAdapter, method_from_config, method_from_peft
 from jaxtune.adapters.define import define
 from jaxtune.adapters.esft.expert_scores import ExpertScores
 from jaxtune.adapters.method import is_adapterhub
-from jaxtune.adapters.parameter_summary import census, render
+from jaxtune.adapters.parameter_summary import parameter_summary, render
 from jaxtune.atomic_files import write_files
-from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.chat import Chat
-from jaxtune.checkpoints.load_model import assemble
+from jaxtune.checkpoints.load_model import load_model
+from jaxtune.checkpoints.open_model import open_model
 from jaxtune.checkpoints.source import TensorSource
 from jaxtune.config import Config
 from jaxtune.data import BatchLoader, DataOrder, DataReader, Examples, Splits
@@ -80,8 +80,7 @@ def train(
     with run.start(config) as config:
         check_wandb(config.logging.wandb)
         profile_window(config.profile.steps)
-        location = huggingface.resolve_path(config.model.path, config.model.revision)
-        source = huggingface.open_source(location)
+        source = open_model(config.model.path, config.model.revision).source
         chat = create_run_chat(run, config, initial_chat(config, source), clock)
         tokenizer, kept = chat.tokenizer, reader_options(config, chat)
         read = functools.cache(lambda: data_reader(config, source, tokenizer, **kept).splits())
@@ -100,7 +99,7 @@ def train(
         logger.info("training for %s", timeline.describe(setup.steps))
         if stored is None:
             stored = method.start(tokenizer, lambda: source.read("model.embed_tokens.weight"))
-        parts = assemble(
+        parts = load_model(
             source,
             config.training.dtype,
             setup.mesh,
@@ -140,7 +139,7 @@ def train(
     return run
 
 
-def choose_method(config: Config) -> tuple[Method, Stored | None]:
+def choose_method(config: Config) -> tuple[Method, StoredAdapter | None]:
     """Returns the method of a config, and the adapter to start from if it names one."""
     if not config.adapter.init_from:
         return method_from_config(config.adapter), None
@@ -151,7 +150,7 @@ def choose_method(config: Config) -> tuple[Method, Stored | None]:
             f"adapter.init_from holds a {method.name} adapter, not adapter.method="
             f"{config.adapter.method}"
         )
-    return continued(method, stored, config.adapter), stored
+    return init_from(method, stored, config.adapter), stored
 
 
 def _expert_scores(
@@ -165,8 +164,7 @@ def _expert_scores(
 
 def score_training_data(config: Config) -> ExpertScores:
     """Scores the experts of a config's model on its training data; see `score_experts`."""
-    location = huggingface.resolve_path(config.model.path, config.model.revision)
-    source = huggingface.open_source(location)
+    source = open_model(config.model.path, config.model.revision).source
     chat = configured_chat(config, source)
     splits = data_reader(config, source, chat.tokenizer, **reader_options(config, chat)).splits()
     return score_experts(config, source, splits.train)
@@ -175,7 +173,7 @@ def score_training_data(config: Config) -> ExpertScores:
 def _log_setup(setup: Setup) -> None:
     mesh = {axis: size for axis, size in setup.mesh.shape.items() if size > 1} or "one device"
     logger.info("mesh: %s, attention: %s", mesh, setup.options.attention)
-    logger.info("\n%s", render(census(setup.definition)))
+    logger.info("\n%s", render(parameter_summary(setup.definition)))
 
 
 def data_reader(config: Config, source: TensorSource, tokenizer: Any, **options: Any) -> DataReader:

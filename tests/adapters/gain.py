@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 
 from jaxtune.adapters.projections.peft_files import edit_tensors, peft_config
-from jaxtune.adapters.projections.slots import LinearMethod, Part, SlotAdapter
+from jaxtune.adapters.projections.slots import AdapterPart, LinearMethod, SlotAdapter
 from jaxtune.layers.linear import Edit
 from jaxtune.layers.tree import Trainable, declaration_of, parameter
 
@@ -21,7 +21,7 @@ class GainAdapter(SlotAdapter):
         self.gain = parameter((), (), "zeros", Trainable, declaration_of(linear.weight).experts)
 
     def parts(self, setting):
-        return {"gain": Part(".gain", (), (1,))}
+        return {"gain": AdapterPart(".gain", (), (1,))}
 
     def start(self, name, shape, key):
         return jnp.zeros(shape)

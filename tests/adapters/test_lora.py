@@ -14,7 +14,7 @@ from jaxtune.adapters.merge import edits, merged_weight
 from jaxtune.adapters.projections.lora import Factor, Lora
 from jaxtune.checkpoints.formats.safetensors import read_all
 from jaxtune.checkpoints.huggingface import open_source, read_json
-from jaxtune.checkpoints.load_model import assemble
+from jaxtune.checkpoints.load_model import load_model
 from jaxtune.config import resolve
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.tree import flatten, unflatten
@@ -136,7 +136,7 @@ class TestPadding:
             }
         )
         setup = set_up(settings, config, mixed, jax.devices()[:1])
-        parts = assemble(open_source(tiny("llama")), "float32", setup.mesh, method=mixed)
+        parts = load_model(open_source(tiny("llama")), "float32", setup.mesh, method=mixed)
         tokens = np.random.default_rng(0).integers(0, 160, (2, 16), dtype=np.int32)
         batch = setup.put_batch(
             {
@@ -260,7 +260,7 @@ class TestMerging:
         tokens = np.random.default_rng(0).integers(0, 160, (2, 12))
         attached = jaxtune.load(tiny("llama"), dtype="float32", progress=False)
         method = Lora(factors=tuple(MIXED.items()))
-        parts = assemble(open_source(tiny("llama")), "float32", attached.mesh, method=method)
+        parts = load_model(open_source(tiny("llama")), "float32", attached.mesh, method=method)
         attached.definition, attached.base = parts.definition, parts.base
         attached.trainable, attached.constants = filled(parts.trainable), parts.constants
         merged = jaxtune.load(attached.save_pretrained(tmp_path / "out"), dtype="float32")

@@ -8,7 +8,7 @@ import pytest
 
 import jaxtune
 from jaxtune.adapters import PEFT_TYPES, method_from_config
-from jaxtune.adapters.parameter_summary import census
+from jaxtune.adapters.parameter_summary import parameter_summary
 from jaxtune.config import resolve
 from jaxtune.registry import METHODS, Entry
 from jaxtune.training.setup import set_up
@@ -59,7 +59,7 @@ def test_it_works_with_every_architecture(tiny, families, rows, tmp_path, kind, 
         json.loads((model / "config.json").read_text()),
         method_from_config(run.config.adapter),
     )
-    trained = {row.group for row in census(setup.definition) if row.kind == "trained"}
+    trained = {row.group for row in parameter_summary(setup.definition) if row.kind == "trained"}
     assert any("self_attn" in group for group in trained)
     assert (kind in MIXTURES) == any("mlp.experts" in group for group in trained)
 

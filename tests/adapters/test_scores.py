@@ -8,7 +8,7 @@ from jaxtune.adapters import method_from_config, method_from_peft
 from jaxtune.adapters.define import define
 from jaxtune.adapters.esft.esft import Esft
 from jaxtune.adapters.esft.expert_scores import ExpertScores, read_choice, read_scores
-from jaxtune.adapters.method import Stored
+from jaxtune.adapters.method import StoredAdapter
 from jaxtune.config import resolve
 from jaxtune.errors import JaxtuneError
 
@@ -105,4 +105,4 @@ def test_experts_that_the_model_lacks_are_refused(method, message):
 
 def test_an_adapter_without_experts_is_refused():
     with pytest.raises(JaxtuneError, match=r'adapter_config\.json: "experts" is empty'):
-        method_from_peft(Stored({"peft_type": "ESFT", "experts": {}}, {}))
+        method_from_peft(StoredAdapter({"peft_type": "ESFT", "experts": {}}, {}))

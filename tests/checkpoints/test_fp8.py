@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -13,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import jaxtune
-from jaxtune.checkpoints.formats.deepseek_fp8 import dequantize
 from jaxtune.checkpoints.huggingface import open_source
 from jaxtune.errors import JaxtuneError
+from jaxtune.quant.fp8 import Float8
 
 FP8_MAX = 448.0
 # Rows and columns differ, and neither divides a size of the tiny model: a transposed block shows.
@@ -67,7 +66,7 @@ def test_dequantized_values_are_exact(shape, block):
     bits = rng.integers(0, 256, shape, np.uint8)  # every value there is, NaN among them
     scales = tuple(-(-size // part) for size, part in zip(shape, block, strict=True))
     scale = (rng.uniform(1, 2, scales) * 2.0 ** rng.integers(-30, 10, scales)).astype(np.float32)
-    ours = dequantize(bits.view(ml_dtypes.float8_e4m3fn), scale, block)
+    ours = Float8(block).decode({"codes": bits, "scale": scale}, shape)
     assert ours.dtype == np.float32
     np.testing.assert_array_equal(ours, written_out(bits, scale, block))
 
@@ -189,11 +188,11 @@ def integer_scale(tensors):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (without_scale, f'"{WEIGHT}" is fp8 and has no _scale_inv'),
-        (scale_of_another_shape, f'"{WEIGHT}_scale_inv" is [2, 2], not [2, 3]'),
-        (scale_without_weight, f"{WEIGHT}_scale_inv"),
-        (scale_of_a_plain_weight, f'"{WEIGHT}" is bfloat16, yet has a _scale_inv'),
-        (integer_scale, f'"{WEIGHT}_scale_inv" is int32, not float32'),
+        (without_scale, f'"{WEIGHT}" is fp8 and has no "{WEIGHT}_scale_inv"'),
+        (scale_of_another_shape, f'"{WEIGHT}_scale_inv" is float32 [2, 2], not float32 [2, 3]'),
+        (scale_without_weight, f'{WEIGHT} is stored as fp8 and has no "{WEIGHT}"'),
+        (scale_of_a_plain_weight, f'"{WEIGHT}" is bfloat16 [36, 64], not float8_e4m3fn [36, 64]'),
+        (integer_scale, f'"{WEIGHT}_scale_inv" is int32 [2, 3], not float32 [2, 3]'),
     ],
 )
 def test_what_does_not_fit_is_one_line(checkpoints, tmp_path, spoil, message):

@@ -22,7 +22,7 @@ from jaxtune.adapters.projections.vera import Vera
 from jaxtune.api import Model
 from jaxtune.api.evaluate_run import evaluate
 from jaxtune.checkpoints import huggingface
-from jaxtune.checkpoints.load_model import assemble
+from jaxtune.checkpoints.load_model import load_model
 from jaxtune.checkpoints.requantize import REPORT
 from jaxtune.cli import main
 from jaxtune.config import resolve
@@ -80,7 +80,7 @@ def open_model(directory, method, form):
     quantization = quantization_from_config(section)
     source, mesh = huggingface.open_source(directory), single_device_mesh()
     options = {"method": method, "quantization": quantization, "progress": False}
-    parts = assemble(source, "float32", mesh, **options)
+    parts = load_model(source, "float32", mesh, **options)
     leaves = dict(flatten(parts.trainable))
     keys = jax.random.split(jax.random.key(3), len(leaves))
     moved = {

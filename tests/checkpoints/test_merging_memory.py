@@ -18,7 +18,7 @@ def work(directory, to):
     from jaxtune.adapters.merge import edits
     from jaxtune.adapters.projections.lora import Lora
     from jaxtune.checkpoints import huggingface
-    from jaxtune.checkpoints.load_model import assemble
+    from jaxtune.checkpoints.load_model import load_model
     from jaxtune.layers.tree import flatten, merge, unflatten
     from jaxtune.parallel.mesh import single_device_mesh
     from jaxtune.quant import Quantization
@@ -28,7 +28,7 @@ def work(directory, to):
         source = huggingface.open_source(Path(path))
         options = {"method": Lora(8, 8.0, targets=("all-linear",)), "progress": False}
         options["quantization"] = Quantization(NormalFloat4())
-        parts = assemble(source, "bfloat16", single_device_mesh(), **options)
+        parts = load_model(source, "bfloat16", single_device_mesh(), **options)
         ones = {path: jnp.ones_like(value) for path, value in flatten(parts.trainable)}
         return source, parts._replace(trainable=unflatten(ones))
 

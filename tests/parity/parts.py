@@ -10,15 +10,15 @@ from oracles import IGNORE, Example
 
 from jaxtune.adapters.method import Method
 from jaxtune.checkpoints.huggingface import open_source
-from jaxtune.checkpoints.load_model import Assembled, assemble
+from jaxtune.checkpoints.load_model import LoadedModel, load_model
 from jaxtune.data.batches import Batch, eval_batches
 from jaxtune.data.examples import Examples
 from jaxtune.parallel.mesh import single_device_mesh
 
 
-def load_parts(directory: Path, method: Method) -> Assembled:
+def load_parts(directory: Path, method: Method) -> LoadedModel:
     """Loads a checkpoint in float32 with a method attached."""
-    return assemble(
+    return load_model(
         open_source(directory), "float32", single_device_mesh(), method=method, progress=False
     )
 

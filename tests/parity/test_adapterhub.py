@@ -23,7 +23,7 @@ from test_training import LENGTH, run_config, write_rows
 import jaxtune
 from jaxtune.adapter_files.peft import read_adapter, write_adapter
 from jaxtune.adapters import method_from_peft
-from jaxtune.adapters.parameter_summary import census
+from jaxtune.adapters.parameter_summary import parameter_summary
 from jaxtune.adapters.virtual.bottleneck import ACTIVATIONS, PLACEMENTS, Bottlenecks
 from jaxtune.generation.generate import Sampling
 from jaxtune.layers.tree import flatten, unflatten
@@ -99,7 +99,9 @@ def test_bottlenecks_start_as_the_base_and_are_stored_whole(
     plain = opened(directory)
     np.testing.assert_array_equal(opened(directory, target).logits(TOKENS), plain.logits(TOKENS))
     slots = ["output_adapters"] + ["attention_adapters"] * (placement == "houlsby")
-    groups = {row.group: row for row in census(parts.definition) if row.kind == "trained"}
+    groups = {
+        row.group: row for row in parameter_summary(parts.definition) if row.kind == "trained"
+    }
     assert set(groups) == {f"{s}.adapter_{side}" for s in slots for side in ("down", "up")}
     assert all(row.modules == 3 for row in groups.values())
     leaves = dict(flatten(parts.trainable))

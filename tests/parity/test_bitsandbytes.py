@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import jaxtune
 from jaxtune.adapter_files.combine import plain_config
 from jaxtune.adapter_files.peft import write_adapter
-from jaxtune.adapters.method import Stored
+from jaxtune.adapters.method import StoredAdapter
 from jaxtune.adapters.projections.peft_files import PREFIX
 from jaxtune.checkpoints import huggingface
 from jaxtune.layers.tree import flatten, layer_names
@@ -192,7 +192,7 @@ def test_an_adapter_merged_into_nf4_is_what_they_quantize(tiny, tmp_path, double
         rows, columns = EDITED[name.rsplit(".", 1)[-1]]
         tensors[f"{PREFIX}{name}.lora_A.weight"] = rng.normal(0, 0.2, (4, columns))
         tensors[f"{PREFIX}{name}.lora_B.weight"] = rng.normal(0, 0.2, (rows, 4))
-    stored = Stored(
+    stored = StoredAdapter(
         plain_config(None, list(EDITED)) | {"r": 4, "lora_alpha": 8},
         {key: value.astype(np.float32) for key, value in tensors.items()},
     )

@@ -30,7 +30,7 @@ import jaxtune
 from jaxtune.adapter_files.peft import read_adapter, write_adapter
 from jaxtune.adapters import method_from_peft
 from jaxtune.adapters.esft.expert_scores import ExpertScores
-from jaxtune.adapters.parameter_summary import census, trained_share
+from jaxtune.adapters.parameter_summary import parameter_summary, trained_share
 from jaxtune.config import resolve
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.tree import flatten
@@ -158,15 +158,15 @@ def test_the_loss_falls(trained, form):
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_the_census_counts_the_chosen_experts_once(trained):
+def test_the_summary_counts_the_chosen_experts_once(trained):
     directory, runs = trained
-    rows = census(runs[""].model("last").definition)
+    rows = parameter_summary(runs[""].model("last").definition)
     assert {row.group: (row.modules, row.parameters) for row in rows if row.kind == "trained"} == {
         f"mlp.experts.{name}": (4, 4 * SIZE) for name in PROJECTIONS
     }
     count, total, _ = trained_share(rows)
     assert count == len(NAMES) * SIZE
-    assert total == trained_share(census(jaxtune.load(directory).definition))[1]
+    assert total == trained_share(parameter_summary(jaxtune.load(directory).definition))[1]
 
 
 def test_merging_changes_the_chosen_experts_and_no_other_bit(trained, tmp_path):

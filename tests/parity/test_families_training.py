@@ -28,7 +28,7 @@ from test_training import GRAD_NORM, LENGTH, assert_same_training, run_config, w
 import jaxtune
 from jaxtune.adapter_files.peft import read_adapter, write_adapter
 from jaxtune.adapters import method_from_peft
-from jaxtune.adapters.parameter_summary import census
+from jaxtune.adapters.parameter_summary import parameter_summary
 
 pytestmark = pytest.mark.usefixtures("compiled_lightly")
 
@@ -113,12 +113,12 @@ def trained(request, families, tmp_path_factory):
     return directory, jaxtune.train(config, scratch / "run")
 
 
-def test_the_loss_falls_and_the_census_names_every_group(trained):
+def test_the_loss_falls_and_the_summary_names_every_group(trained):
     _, run = trained
     losses = [line["loss"] for line in run.metrics()]
     assert len(losses) == 20
     assert losses[-1] < 0.8 * losses[0]
-    rows = [row for row in census(run.model("last").definition) if row.kind == "trained"]
+    rows = [row for row in parameter_summary(run.model("last").definition) if row.kind == "trained"]
     experts, mixtures, layers = 8, 2, 3
     expected = {f"self_attn.{name}": layers for name in ATTENTION}
     for name in FEED_FORWARD:

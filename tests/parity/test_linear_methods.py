@@ -19,7 +19,7 @@ from test_training import LENGTH, run_config, write_rows
 import jaxtune
 from jaxtune.adapter_files.peft import write_adapter
 from jaxtune.adapters import method_from_peft
-from jaxtune.adapters.parameter_summary import census, trained_share
+from jaxtune.adapters.parameter_summary import parameter_summary, trained_share
 from jaxtune.adapters.projections.bitfit import BitFit
 from jaxtune.adapters.projections.dora import Dora
 from jaxtune.adapters.projections.ia3 import IA3
@@ -134,7 +134,7 @@ def test_it_leaves_all_other_layers_and_experts_alone(name, directory, base, tmp
     assert_same_logits(as_model(restored, directory).logits(TOKENS), expected)
     stored_values = sum(value.size for key, value in stored.tensors.items() if "vera_A" not in key)
     if name not in ("vera", "pissa"):  # whose files hold more than what was trained
-        assert trained_share(census(parts.definition))[0] == stored_values
+        assert trained_share(parameter_summary(parts.definition))[0] == stored_values
 
 
 def test_bitfit_trains_the_biases_that_there_are_and_merges_them(tiny, tmp_path):

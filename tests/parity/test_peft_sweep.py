@@ -26,7 +26,7 @@ from jaxtune.adapter_files.settings import ALWAYS, KINDS, TARGETS, check_setting
 from jaxtune.adapters.merge import edits
 from jaxtune.api import Model
 from jaxtune.checkpoints.huggingface import open_source
-from jaxtune.checkpoints.load_model import assemble, attach
+from jaxtune.checkpoints.load_model import attach_adapter, load_model
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.tree import flatten, unflatten
 from jaxtune.parallel.mesh import single_device_mesh
@@ -47,7 +47,7 @@ class Base:
         self.source = open_source(directory)
         self.torch = load_torch(directory)
         mesh = single_device_mesh()
-        self.bare = assemble(self.source, "float32", mesh, progress=False)
+        self.bare = load_model(self.source, "float32", mesh, progress=False)
         self.plain = torch_logits(self.torch, TOKENS)
 
     def theirs(self, config, target):
@@ -62,7 +62,7 @@ class Base:
 
     def ours(self, directory):
         """Returns jaxtune's logits of an adapter, folded into the weights where it has a place."""
-        parts = attach(self.bare, self.source, "float32", read_adapter(directory))
+        parts = attach_adapter(self.bare, self.source, "float32", read_adapter(directory))
         if not parts.method.can_merge:
             return self._logits(parts)
         trees = parts.base, parts.trainable, parts.constants

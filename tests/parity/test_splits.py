@@ -20,7 +20,7 @@ from test_training import keep_gradient
 
 from jaxtune.adapters.projections.lora import Lora
 from jaxtune.checkpoints.huggingface import open_source
-from jaxtune.checkpoints.load_model import assemble
+from jaxtune.checkpoints.load_model import load_model
 from jaxtune.config import resolve
 from jaxtune.layers.decoder import ForwardOptions
 from jaxtune.layers.tree import flatten
@@ -49,7 +49,7 @@ def compute(directory):
     rows = make_examples(8, longest=32, seed=4)
     for devices in (1, 2, 8):
         mesh = make_mesh(resolve({}).mesh, jax.devices()[:devices])
-        parts = assemble(
+        parts = load_model(
             open_source(directory), "float32", mesh, method=Lora(4, 8.0), progress=False
         )
         optimizer = keep_gradient()

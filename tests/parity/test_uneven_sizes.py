@@ -24,7 +24,7 @@ from test_training import keep_gradient
 import jaxtune
 from jaxtune.adapters.projections.lora import Lora
 from jaxtune.checkpoints.huggingface import open_source
-from jaxtune.checkpoints.load_model import assemble
+from jaxtune.checkpoints.load_model import load_model
 from jaxtune.config import resolve
 from jaxtune.errors import JaxtuneError
 from jaxtune.generation.generate import Sampling
@@ -80,7 +80,7 @@ def compute(name, directory):
 def train(directory, mesh):
     """Returns the loss and the gradient of LoRA factors by path."""
     method = Lora(4, 8.0, targets=("all-linear",))
-    parts = assemble(open_source(directory), "float32", mesh, method=method, progress=False)
+    parts = load_model(open_source(directory), "float32", mesh, method=method, progress=False)
     optimizer = keep_gradient()
     like = state_like(parts.definition, optimizer, mesh)
     step = make_train_step(

@@ -26,7 +26,7 @@ from test_training import (
 import jaxtune
 from jaxtune.adapter_files.peft import read_adapter, write_adapter
 from jaxtune.adapters import method_from_peft
-from jaxtune.adapters.parameter_summary import census
+from jaxtune.adapters.parameter_summary import parameter_summary
 from jaxtune.adapters.virtual.prefix import Prefix
 from jaxtune.adapters.virtual.prompt import Prompt
 from jaxtune.adapters.virtual.ptuning import PTuning
@@ -114,7 +114,7 @@ def test_what_is_stored_is_what_was_trained(model_type, method, checkpoint, tmp_
     assert method_from_peft(again) == METHODS[method]
     trainable, _ = METHODS[method].restore(parts.definition, again)
     jax.tree.map(np.testing.assert_array_equal, trainable, parts.trainable)
-    groups = {row.group for row in census(parts.definition) if row.kind == "trained"}
+    groups = {row.group for row in parameter_summary(parts.definition) if row.kind == "trained"}
     assert groups == TRAINED[method]
 
 

@@ -15,7 +15,7 @@ from test_peft import with_random_factors
 import jaxtune
 from jaxtune.adapter_files.peft import write_adapter
 from jaxtune.adapter_files.vllm import for_vllm
-from jaxtune.adapters.method import Stored
+from jaxtune.adapters.method import StoredAdapter
 from jaxtune.adapters.projections.dora import Dora
 from jaxtune.adapters.projections.ia3 import IA3
 from jaxtune.adapters.projections.lora import Lora
@@ -128,7 +128,7 @@ def lora(tiny):
 def test_what_vllm_refuses_is_named_with_what_is_left(change, message, lora):
     definition, stored = lora
     with pytest.raises(jaxtune.JaxtuneError, match=message):
-        for_vllm(Stored(stored.config | change, stored.tensors), definition)
+        for_vllm(StoredAdapter(stored.config | change, stored.tensors), definition)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from jaxtune.quant.codes import unpack
 from jaxtune.quant.nf4 import BLOCK, DYNAMIC, NF4, NormalFloat4, quantize_scales
-from jaxtune.quant.packing import unpack
 from jaxtune.quant.weight import QuantizedWeight
 
 # Rows of whole blocks and not, few and many blocks, a tensor within one block, an odd count.

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from jaxtune.adapters.esft.expert_scores import Choice, ExpertScores, parse_choice, read_choice
-from jaxtune.adapters.method import Method, Start, Stored
+from jaxtune.adapters.method import Method, Start, StoredAdapter
 from jaxtune.adapters.targets import module_names
 from jaxtune.config import AdapterConfig
 from jaxtune.errors import JaxtuneError
@@ -153,14 +153,14 @@ class Esft(Method):
             trainable[(*path, "weight")] = _gather(frozen, *_indices(chosen))
         return unflatten(trainable), trees[1]
 
-    def store(self, definition: Definition, trainable: Tree, constants: Tree) -> Stored:
+    def store(self, definition: Definition, trainable: Tree, constants: Tree) -> StoredAdapter:
         """Returns ESFT's config and the weights of chosen experts under their names."""
         del constants
         values, tensors = dict(flatten(trainable)), {}
         for path, names, _ in _each(definition):
             value = np.asarray(values[(*path, "weight")], np.float32)
             tensors |= {f"{name}.weight": value[place].copy() for place, name in names.items()}
-        return Stored(
+        return StoredAdapter(
             {
                 "peft_type": PEFT_TYPE,
                 "task_type": "CAUSAL_LM",
@@ -173,7 +173,7 @@ class Esft(Method):
             tensors,
         )
 
-    def restore(self, definition: Definition, stored: Stored) -> tuple[Tree, Tree]:
+    def restore(self, definition: Definition, stored: StoredAdapter) -> tuple[Tree, Tree]:
         """Packs the weights of chosen experts.
 
         Raises:
@@ -252,7 +252,7 @@ def from_config(section: AdapterConfig) -> Esft:
     return Esft(read_choice(path, kind, threshold) if path else (), kind, threshold)
 
 
-def from_peft(stored: Stored) -> Esft:
+def from_peft(stored: StoredAdapter) -> Esft:
     """Returns the method, with its experts, of an adapter that jaxtune or ESFT's program wrote.
 
     Raises:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxtune.adapters.method import Stored
+from jaxtune.adapters.method import StoredAdapter
 from jaxtune.adapters.projections.peft_files import PREFIX
 from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.layers.decoder import CausalLM
@@ -55,7 +55,7 @@ def check(model: CausalLM, trains: Callable[[str], bool], key: str) -> bool:
     return found
 
 
-def wrapped(stored: Stored, modules: Collection[str]) -> Stored:
+def wrapped(stored: StoredAdapter, modules: Collection[str]) -> StoredAdapter:
     """Names the biases of edited modules as PEFT does."""
 
     def key(name: str) -> str:
@@ -66,7 +66,7 @@ def wrapped(stored: Stored, modules: Collection[str]) -> Stored:
     return stored._replace(tensors={key(name): value for name, value in stored.tensors.items()})
 
 
-def unwrapped(stored: Stored) -> Stored:
+def unwrapped(stored: StoredAdapter) -> StoredAdapter:
     """Names all biases as the checkpoint does, behind PEFT's prefix."""
     tensors = {
         f"{name.removesuffix(_WRAPPED)}{END}" if name.endswith(_WRAPPED) else name: value
@@ -76,7 +76,7 @@ def unwrapped(stored: Stored) -> Stored:
     return stored._replace(tensors=tensors)
 
 
-def check_known(stored: Stored, names: Collection[str]) -> None:
+def check_known(stored: StoredAdapter, names: Collection[str]) -> None:
     """Raises a JaxtuneError for a bias in a file, as of `unwrapped`, that is not one of `names`."""
     for key in stored.tensors:
         if is_bias(key) and key.removeprefix(PREFIX) not in names:
@@ -90,7 +90,7 @@ def setting(config: dict[str, Any]) -> str:
     return value
 
 
-def without(stored: Stored) -> dict[str, np.ndarray]:
+def without(stored: StoredAdapter) -> dict[str, np.ndarray]:
     """Returns the tensors; biases [out] are left out where any are trained."""
     if setting(stored.config) == "none":
         return dict(stored.tensors)

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxtune.adapters.method import Start, Stored
+from jaxtune.adapters.method import Start, StoredAdapter
 from jaxtune.adapters.projections.modules_to_save import saved_modules
 from jaxtune.adapters.projections.peft_files import PREFIX, edit_tensors, from_disk, peft_config
 from jaxtune.adapters.projections.slots import (
+    AdapterPart,
     LinearMethod,
-    Part,
     SlotAdapter,
     adapters,
     shared_settings,
@@ -50,9 +50,9 @@ class BiasAdapter(SlotAdapter):
         self.chosen_here = parameter((), (), "ones", Constant, experts)
         self.settings = settings
 
-    def parts(self, setting: bool) -> dict[str, Part]:
+    def parts(self, setting: bool) -> dict[str, AdapterPart]:
         """Returns the bias."""
-        return {"bias": Part(".bias", (self.features,))}
+        return {"bias": AdapterPart(".bias", (self.features,))}
 
     def start(self, name: str, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
         """Starts at zero, of the stacked shape, until the base's biases are there."""
@@ -124,7 +124,7 @@ def from_config(section: AdapterConfig) -> BitFit:
     return BitFit(tuple(section.targets), **shared_settings(section))
 
 
-def from_peft(stored: Stored) -> BitFit:
+def from_peft(stored: StoredAdapter) -> BitFit:
     """Returns the method, with its settings, of an adapter that jaxtune wrote.
 
     Raises:

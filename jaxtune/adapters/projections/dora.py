@@ -16,10 +16,10 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from jaxtune.adapters.method import Start, Stored
+from jaxtune.adapters.method import Start, StoredAdapter
 from jaxtune.adapters.projections.factors import Factor, read_settings
 from jaxtune.adapters.projections.lora import Lora, LoraAdapter, settings_from_config
-from jaxtune.adapters.projections.slots import Part, adapters
+from jaxtune.adapters.projections.slots import AdapterPart, adapters
 from jaxtune.config import AdapterConfig
 from jaxtune.layers.linear import Edit, LowRank, Projection, product
 from jaxtune.layers.tree import (
@@ -45,9 +45,9 @@ class DoraAdapter(LoraAdapter):
         self.lora_magnitude_vector = parameter(shape, axes, "ones", Trainable, experts)
         self.squares = parameter(shape, axes, "ones", Constant, experts)
 
-    def parts(self, setting: Factor) -> dict[str, Part]:
+    def parts(self, setting: Factor) -> dict[str, AdapterPart]:
         """Returns the factors and the magnitudes."""
-        magnitude = Part(".lora_magnitude_vector", (self.out_features,))
+        magnitude = AdapterPart(".lora_magnitude_vector", (self.out_features,))
         return super().parts(setting) | {"lora_magnitude_vector": magnitude}
 
     def start(self, name: str, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
@@ -129,7 +129,7 @@ def from_config(section: AdapterConfig) -> Dora:
     return Dora(**settings_from_config(section))
 
 
-def from_peft(stored: Stored) -> Dora:
+def from_peft(stored: StoredAdapter) -> Dora:
     """Returns the method, with its settings, of a LoRA adapter with magnitudes.
 
     Raises:

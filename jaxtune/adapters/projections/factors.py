@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from jaxtune.adapters.method import Stored
+from jaxtune.adapters.method import StoredAdapter
 from jaxtune.adapters.projections import biases
 from jaxtune.adapters.projections import new_tokens as tokens
 from jaxtune.adapters.projections.modules_to_save import saved_modules
@@ -38,7 +38,7 @@ class Factor:
 _STARTS = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
 
 
-def read_settings(stored: Stored) -> dict[str, Any]:
+def read_settings(stored: StoredAdapter) -> dict[str, Any]:
     """Returns what `Lora` takes of a LoRA adapter that PEFT wrote.
 
     Raises:
@@ -66,13 +66,13 @@ def read_settings(stored: Stored) -> dict[str, Any]:
     }
 
 
-def _read_factors(stored: Stored) -> dict[str, Factor]:
+def _read_factors(stored: StoredAdapter) -> dict[str, Factor]:
     """Returns each module's rank and alpha; every tensor has to be one of a whole set."""
     config, factors = stored.config, {}
     needed = ["lora_A.weight", "lora_B.weight"]
     needed += ["lora_magnitude_vector"] if config.get("use_dora") else []
     others = tokens.without(stored._replace(tensors=biases.without(stored)))
-    for key, value in edit_tensors(Stored(config, others), "a LoRA factor"):
+    for key, value in edit_tensors(StoredAdapter(config, others), "a LoRA factor"):
         match = _KEY.fullmatch(key)
         dimensions = 2 if key.endswith(".weight") else 1
         if match is None or match[2] not in needed or value.ndim != dimensions:

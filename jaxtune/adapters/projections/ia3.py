@@ -14,10 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxtune.adapters.method import Stored
+from jaxtune.adapters.method import StoredAdapter
 from jaxtune.adapters.projections.modules_to_save import saved_modules
 from jaxtune.adapters.projections.peft_files import PREFIX, edit_tensors, from_disk, peft_config
-from jaxtune.adapters.projections.slots import LinearMethod, Part, SlotAdapter, shared_settings
+from jaxtune.adapters.projections.slots import (
+    AdapterPart,
+    LinearMethod,
+    SlotAdapter,
+    shared_settings,
+)
 from jaxtune.config import AdapterConfig
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.linear import Edit, Projection
@@ -42,10 +47,10 @@ class IA3Adapter(SlotAdapter):
         self.chosen_here = parameter((), (), "ones", Constant, experts)
         self.settings = settings
 
-    def parts(self, setting: str) -> dict[str, Part]:
+    def parts(self, setting: str) -> dict[str, AdapterPart]:
         """Returns the scale, which PEFT stores as a column or as a row."""
         stored = (self.features, 1) if setting == OUTPUTS else (1, self.features)
-        return {"ia3_l": Part(".ia3_l", (self.features,), stored)}
+        return {"ia3_l": AdapterPart(".ia3_l", (self.features,), stored)}
 
     def start(self, name: str, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
         """Starts at one, the identity, of the stacked shape."""
@@ -137,7 +142,7 @@ def from_config(section: AdapterConfig) -> IA3:
     return IA3(targets, feedforward, **shared_settings(section))
 
 
-def from_peft(stored: Stored) -> IA3:
+def from_peft(stored: StoredAdapter) -> IA3:
     """Returns the method, with its settings, of an adapter that PEFT wrote.
 
     Raises:

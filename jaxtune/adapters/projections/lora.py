@@ -15,15 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxtune.adapters.method import Start, Stored
+from jaxtune.adapters.method import Start, StoredAdapter
 from jaxtune.adapters.projections import biases
 from jaxtune.adapters.projections import new_tokens as tokens
 from jaxtune.adapters.projections.factors import Factor, read_settings
 from jaxtune.adapters.projections.modules_to_save import saved_arrays
 from jaxtune.adapters.projections.peft_files import from_disk, peft_config
 from jaxtune.adapters.projections.slots import (
+    AdapterPart,
     LinearMethod,
-    Part,
     SlotAdapter,
     adapters,
     shared_settings,
@@ -66,11 +66,11 @@ class LoraAdapter(SlotAdapter):
         self.settings = factors
         self.dropout = dropout
 
-    def parts(self, setting: Factor) -> dict[str, Part]:
+    def parts(self, setting: Factor) -> dict[str, AdapterPart]:
         """Returns both factors."""
         return {
-            "lora_A": Part(".lora_A.weight", (setting.rank, self.in_features)),
-            "lora_B": Part(".lora_B.weight", (self.out_features, setting.rank)),
+            "lora_A": AdapterPart(".lora_A.weight", (setting.rank, self.in_features)),
+            "lora_B": AdapterPart(".lora_B.weight", (self.out_features, setting.rank)),
         }
 
     def start(self, name: str, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
@@ -214,7 +214,7 @@ class Lora(LinearMethod):
         ids = tokens.look_up(self.new_tokens, self.train_tokens, tokenizer)
         return dataclasses.replace(self, token_ids=ids)
 
-    def with_stored(self, stored: Stored) -> Lora:
+    def with_stored(self, stored: StoredAdapter) -> Lora:
         """Takes the tokens over that were trained."""
         ids = dict(tokens.on_disk(stored)).get(tokens.EMBEDDING)
         return dataclasses.replace(self, token_ids=ids) if ids else self
@@ -234,7 +234,7 @@ class Lora(LinearMethod):
         rows = tokens.start(definition, dict(flatten(weights)))
         return merge(trees[0], unflatten(rows)), trees[1]
 
-    def store(self, definition: Definition, trainable: Tree, constants: Tree) -> Stored:
+    def store(self, definition: Definition, trainable: Tree, constants: Tree) -> StoredAdapter:
         """Returns adapter_config.json, the factors, and the rows of new tokens."""
         stored = super().store(definition, trainable, constants)
         tokens.write(definition, dict(flatten(trainable)), stored)
@@ -243,7 +243,7 @@ class Lora(LinearMethod):
         edited = [n for _, names, one in adapters(definition) for n in _edited(names, one)]
         return biases.wrapped(stored, set(edited))
 
-    def restore(self, definition: Definition, stored: Stored) -> tuple[Tree, Tree]:
+    def restore(self, definition: Definition, stored: StoredAdapter) -> tuple[Tree, Tree]:
         """Packs PEFT's tensors into stacked arrays."""
         if self.bias != "none":
             stored = biases.unwrapped(stored)
@@ -293,7 +293,7 @@ def _by_pattern(
     return {name: default if p is None else values[p] for name, p in found.items()}
 
 
-def from_peft(stored: Stored) -> Lora:
+def from_peft(stored: StoredAdapter) -> Lora:
     """Returns the method, with its settings, of a LoRA adapter without magnitudes.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxtune.adapters.method import Stored
+from jaxtune.adapters.method import StoredAdapter
 from jaxtune.adapters.targets import UNTIE
 from jaxtune.errors import JaxtuneError, closest
 from jaxtune.layers.decoder import CausalLM
@@ -24,7 +24,7 @@ _EMBEDDINGS = {
 _BUFFER = "e_score_correction_bias"
 
 
-def saved_modules(stored: Stored) -> tuple[str, ...]:
+def saved_modules(stored: StoredAdapter) -> tuple[str, ...]:
     """Returns the modules that an adapter on disk stores whole.
 
     Raises:
@@ -39,7 +39,7 @@ def saved_modules(stored: Stored) -> tuple[str, ...]:
     return tuple(saved) + tuple(name for name in whole if not is_saved(name, saved))
 
 
-def whole_weights(stored: Stored) -> tuple[str, Any] | None:
+def whole_weights(stored: StoredAdapter) -> tuple[str, Any] | None:
     """Returns the setting of an adapter on disk that stands for whole weights, and its value."""
     saved, tokens = saved_modules(stored), stored.config.get("trainable_token_indices")
     if saved:
@@ -101,7 +101,9 @@ def check_saved(model: CausalLM, saved: Sequence[str], key: str) -> None:
             )
 
 
-def read_saved(definition: Definition, stored: Stored, prefix: str) -> dict[Path, np.ndarray]:
+def read_saved(
+    definition: Definition, stored: StoredAdapter, prefix: str
+) -> dict[Path, np.ndarray]:
     """Returns the modules of an adapter on disk that are stored whole, float32, by path.
 
     Raises:

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jaxtune.adapters.method import Stored
+from jaxtune.adapters.method import StoredAdapter
 from jaxtune.errors import JaxtuneError, closest
 from jaxtune.layers.decoder import CausalLM
 from jaxtune.layers.head import Rows
@@ -142,7 +142,7 @@ def start(definition: Definition, weights: Mapping[Path, Any]) -> dict[Path, jax
     return {place.rows: rows(weights[place.weight], ids) for place, ids in _attached(definition)}
 
 
-def read(definition: Definition, stored: Stored) -> dict[Path, jax.Array]:
+def read(definition: Definition, stored: StoredAdapter) -> dict[Path, jax.Array]:
     """Returns the rows [n, hidden] of an adapter on disk, by path.
 
     Raises:
@@ -161,7 +161,7 @@ def read(definition: Definition, stored: Stored) -> dict[Path, jax.Array]:
     return found
 
 
-def write(definition: Definition, trainable: Mapping[Path, Any], stored: Stored) -> None:
+def write(definition: Definition, trainable: Mapping[Path, Any], stored: StoredAdapter) -> None:
     """Adds trained rows and their ids to what is stored; PEFT ties those of a tied head itself."""
     setting = {}
     for place, ids in _attached(definition):
@@ -176,7 +176,7 @@ def _attached(definition: Definition) -> list[tuple[_Place, tuple[int, ...]]]:
     return [(_PLACES[name], rows.ids) for name, rows in slots.items() if rows is not None]
 
 
-def on_disk(stored: Stored) -> TokenIds:
+def on_disk(stored: StoredAdapter) -> TokenIds:
     """Returns the tokens that an adapter on disk has trained.
 
     Raises:
@@ -202,7 +202,7 @@ def on_disk(stored: Stored) -> TokenIds:
     return tuple(rows.items())
 
 
-def without(stored: Stored) -> dict[str, np.ndarray]:
+def without(stored: StoredAdapter) -> dict[str, np.ndarray]:
     """Returns the tensors, of any shape, of an adapter on disk that are no rows of its tokens."""
     keys = {_PLACES[module].key for module, _ in on_disk(stored)}
     # PEFT writes no rows for an empty list of tokens.

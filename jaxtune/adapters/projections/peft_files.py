@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtune.adapters.method import BASE_COPY, Stored
+from jaxtune.adapters.method import BASE_COPY, StoredAdapter
 from jaxtune.adapters.projections.modules_to_save import is_whole, saved_modules
 from jaxtune.adapters.targets import TIED_HEAD, module_names
 from jaxtune.errors import JaxtuneError
@@ -52,7 +52,7 @@ def peft_config(kind: str, definition: Definition, names: Collection[str]) -> di
     }
 
 
-def edit_tensors(stored: Stored, what: str) -> Iterator[tuple[str, np.ndarray]]:
+def edit_tensors(stored: StoredAdapter, what: str) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the tensors of a file that are edits, of any shape, by key without PEFT's prefix.
 
     What is left out are modules that are stored whole, and a head's copy of the base.

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.sparse.linalg import svds
 
-from jaxtune.adapters.method import BaseEdit, Start, Stored
+from jaxtune.adapters.method import BaseEdit, Start, StoredAdapter
 from jaxtune.adapters.projections.factors import Factor
 from jaxtune.adapters.projections.lora import Lora, LoraAdapter, settings_from_config
 from jaxtune.adapters.projections.peft_files import PREFIX
@@ -111,7 +111,7 @@ class Pissa(Lora):
         """Makes the factors and room for their start."""
         return PissaAdapter(linear, settings, self.dropout)
 
-    def base_edit(self, definition: Definition, stored: Stored | None) -> _Subtract:
+    def base_edit(self, definition: Definition, stored: StoredAdapter | None) -> _Subtract:
         """Returns what subtracts the principal part of every target, as it was stored if it was.
 
         Raises:
@@ -135,10 +135,10 @@ class Pissa(Lora):
         if start is None:
             return trainable, constants
         assert isinstance(start.base_edit, _Subtract)
-        first = pack(definition, Stored({}, start.base_edit.tensors))[0]
+        first = pack(definition, StoredAdapter({}, start.base_edit.tensors))[0]
         return merge(trainable, first), merge(constants, _as_starts(first))
 
-    def store(self, definition: Definition, trainable: Tree, constants: Tree) -> Stored:
+    def store(self, definition: Definition, trainable: Tree, constants: Tree) -> StoredAdapter:
         """Returns [A; A₀] and [B, −B₀]: the adapter as LoRA of the checkpoint itself."""
         names = {start: factor for factor, start in _STARTS.items()}
         started: dict[Path, Any] = {
@@ -154,13 +154,13 @@ class Pissa(Lora):
                 tensors[key] = np.concatenate([value, first.tensors[key]], axis=0)
             elif key.endswith("lora_B.weight"):
                 tensors[key] = np.concatenate([value, -first.tensors[key]], axis=1)
-        return Stored(trained.config, tensors)
+        return StoredAdapter(trained.config, tensors)
 
-    def restore(self, definition: Definition, stored: Stored) -> tuple[Tree, Tree]:
+    def restore(self, definition: Definition, stored: StoredAdapter) -> tuple[Tree, Tree]:
         """Takes [A; A₀] and [B, −B₀] apart again."""
         trained, first = _halves(stored)
-        trainable, constants = super().restore(definition, Stored(stored.config, trained))
-        started = pack(definition, Stored({}, first))[0]
+        trainable, constants = super().restore(definition, StoredAdapter(stored.config, trained))
+        started = pack(definition, StoredAdapter({}, first))[0]
         return trainable, merge(constants, _as_starts(started))
 
     def peft_config(self, definition: Definition, settings: Mapping[str, Factor]) -> dict[str, Any]:
@@ -186,7 +186,7 @@ def _as_starts(trainable: Tree) -> Tree:
     )
 
 
-def _halves(stored: Stored) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def _halves(stored: StoredAdapter) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Returns what was trained, with what has no start, and the starting factors, by key."""
     trained, first = dict(stored.tensors), {}
     for key, value in stored.tensors.items():

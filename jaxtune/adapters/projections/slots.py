@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jaxtune.adapters.method import Method, Stored
+from jaxtune.adapters.method import Method, StoredAdapter
 from jaxtune.adapters.projections.modules_to_save import (
     check_saved,
     is_saved,
@@ -51,7 +51,7 @@ from jaxtune.models.definition import Definition
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class AdapterPart:
     """A trained array of one projection of one layer (and expert).
 
     Attributes:
@@ -80,7 +80,7 @@ class SlotAdapter(nnx.Module, abc.ABC):
     dropout: float = 0.0
 
     @abc.abstractmethod
-    def parts(self, setting: Any) -> dict[str, Part]:
+    def parts(self, setting: Any) -> dict[str, AdapterPart]:
         """Returns the trained arrays of a layer with this setting, by attribute."""
 
     @abc.abstractmethod
@@ -197,7 +197,7 @@ class LinearMethod(Method):
                 trainable[(*path, "adapter", name)] = value
         return _trees(definition, trainable)
 
-    def store(self, definition: Definition, trainable: Tree, constants: Tree) -> Stored:
+    def store(self, definition: Definition, trainable: Tree, constants: Tree) -> StoredAdapter:
         """Returns adapter_config.json and the parts of each projection of each layer."""
         del constants
         values, tensors = dict(flatten(trainable)), {}
@@ -218,9 +218,11 @@ class LinearMethod(Method):
             value = np.asarray(values[path], np.float32).reshape(-1, *declared.shape)
             tensors |= {PREFIX + name: value[i].copy() for i, name in enumerate(names)}
         config = self.peft_config(definition, settings)
-        return Stored(config | {"modules_to_save": list(self.modules_to_save) or None}, tensors)
+        return StoredAdapter(
+            config | {"modules_to_save": list(self.modules_to_save) or None}, tensors
+        )
 
-    def restore(self, definition: Definition, stored: Stored) -> tuple[Tree, Tree]:
+    def restore(self, definition: Definition, stored: StoredAdapter) -> tuple[Tree, Tree]:
         """Packs PEFT's tensors into stacked arrays, and takes modules over that are whole."""
         trainable, constants = pack(definition, stored)
         whole = read_saved(definition, stored, PREFIX)
@@ -228,7 +230,7 @@ class LinearMethod(Method):
         return merge(trainable, unflatten(arrays)), constants
 
 
-def pack(definition: Definition, stored: Stored) -> tuple[Tree, Tree]:
+def pack(definition: Definition, stored: StoredAdapter) -> tuple[Tree, Tree]:
     """Packs the parts of every adapter, by PEFT's keys, into (trainable, constants)."""
     trainable: dict[Path, np.ndarray] = {}
     for path, names, adapter in adapters(definition):
@@ -273,7 +275,7 @@ def _flat(value: np.ndarray, declaration: Declaration) -> np.ndarray:
     return value.reshape(math.prod(declaration.stack_shape), *declaration.shape)
 
 
-def _slices(part: Part) -> tuple[slice, ...]:
+def _slices(part: AdapterPart) -> tuple[slice, ...]:
     return tuple(slice(size) for size in part.shape)
 
 
@@ -304,7 +306,7 @@ def _trees(definition: Definition, trainable: Mapping[Path, np.ndarray]) -> tupl
     return unflatten(trained), unflatten(constants)
 
 
-def _tensor(stored: Stored, name: str, part: Part) -> np.ndarray:
+def _tensor(stored: StoredAdapter, name: str, part: AdapterPart) -> np.ndarray:
     key, shape = f"{PREFIX}{name}{part.key}", part.stored or part.shape
     what = f"{name}{part.key.removesuffix('.weight')}"
     if key not in stored.tensors:

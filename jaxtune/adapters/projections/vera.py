@@ -16,10 +16,15 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jaxtune.adapters.method import Stored
+from jaxtune.adapters.method import StoredAdapter
 from jaxtune.adapters.projections.modules_to_save import saved_modules
 from jaxtune.adapters.projections.peft_files import edit_tensors, from_disk, peft_config
-from jaxtune.adapters.projections.slots import LinearMethod, Part, SlotAdapter, shared_settings
+from jaxtune.adapters.projections.slots import (
+    AdapterPart,
+    LinearMethod,
+    SlotAdapter,
+    shared_settings,
+)
 from jaxtune.config import AdapterConfig
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.decoder import CausalLM
@@ -57,11 +62,11 @@ class VeraAdapter(SlotAdapter):
         self.settings = settings
         self.dropout = dropout
 
-    def parts(self, setting: int) -> dict[str, Part]:
+    def parts(self, setting: int) -> dict[str, AdapterPart]:
         """Returns both vectors."""
         return {
-            "vera_lambda_b": Part(".vera_lambda_b", (self.out_features,)),
-            "vera_lambda_d": Part(".vera_lambda_d", (self.rank,)),
+            "vera_lambda_b": AdapterPart(".vera_lambda_b", (self.out_features,)),
+            "vera_lambda_d": AdapterPart(".vera_lambda_d", (self.rank,)),
         }
 
     def start(self, name: str, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
@@ -138,7 +143,7 @@ class Vera(LinearMethod):
 
         return trainable, _with_matrices(constants, draw)
 
-    def store(self, definition: Definition, trainable: Tree, constants: Tree) -> Stored:
+    def store(self, definition: Definition, trainable: Tree, constants: Tree) -> StoredAdapter:
         """Returns the vectors and, once, the matrices."""
         stored = super().store(definition, trainable, constants)
         for path, value in flatten(constants):
@@ -146,7 +151,7 @@ class Vera(LinearMethod):
                 stored.tensors[f"base_model.{path[-1]}"] = np.asarray(value, np.float32)
         return stored
 
-    def restore(self, definition: Definition, stored: Stored) -> tuple[Tree, Tree]:
+    def restore(self, definition: Definition, stored: StoredAdapter) -> tuple[Tree, Tree]:
         """Packs the vectors and takes the matrices over.
 
         Raises:
@@ -194,7 +199,7 @@ def from_config(section: AdapterConfig) -> Vera:
     return Vera(section.rank, section.dropout, tuple(section.targets), **settings)
 
 
-def from_peft(stored: Stored) -> Vera:
+def from_peft(stored: StoredAdapter) -> Vera:
     """Returns the method, with its settings, of an adapter that PEFT wrote.
 
     Raises:
@@ -213,7 +218,7 @@ def from_peft(stored: Stored) -> Vera:
         if key.removeprefix("base_model.") not in MATRICES
     }
     modules: set[str] = set()
-    for key, value in edit_tensors(Stored(config, vectors), "a vector of VeRA"):
+    for key, value in edit_tensors(StoredAdapter(config, vectors), "a vector of VeRA"):
         match = _KEY.fullmatch(key)
         if match is None or value.ndim != 1:
             raise JaxtuneError(f'adapter_model.safetensors: "{key}" is not a vector of VeRA')

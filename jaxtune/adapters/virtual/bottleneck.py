@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxtune.adapters.method import Method, Stored
+from jaxtune.adapters.method import Method, StoredAdapter
 from jaxtune.adapters.virtual.common import check_match, checked, draw
 from jaxtune.adapters.virtual.encoder import Dense, drop
 from jaxtune.config import AdapterConfig
@@ -116,7 +116,7 @@ class Bottlenecks(Method):
         kept = ("adapter_down", "weight")
         return unflatten({p: v if p[-2:] == kept else jnp.zeros_like(v) for p, v in drawn}), {}
 
-    def store(self, definition: Definition, trainable: Tree, constants: Tree) -> Stored:
+    def store(self, definition: Definition, trainable: Tree, constants: Tree) -> StoredAdapter:
         """Returns the config and the tensors as AdapterHub has them."""
         del constants
         values = dict(flatten(trainable))
@@ -126,7 +126,7 @@ class Bottlenecks(Method):
             for key, value in zip(self._keys(path, leaf), values[path], strict=True)
         }
         config = definition.config
-        return Stored(
+        return StoredAdapter(
             {
                 "config": self._settings(),
                 "hidden_size": definition.hidden_size,
@@ -139,7 +139,7 @@ class Bottlenecks(Method):
             tensors,
         )
 
-    def restore(self, definition: Definition, stored: Stored) -> tuple[Tree, Tree]:
+    def restore(self, definition: Definition, stored: StoredAdapter) -> tuple[Tree, Tree]:
         """Stacks AdapterHub's tensors over the layers."""
         check_match(stored, {"hidden_size": definition.hidden_size})
         needed: set[str] = set()
@@ -213,7 +213,7 @@ NEUTRAL: dict[str, Any] = {
 
 
 # Which blocks have an adapter (attention, feed-forward), and what it reads.
-def from_adapterhub(stored: Stored) -> Bottlenecks:
+def from_adapterhub(stored: StoredAdapter) -> Bottlenecks:
     """Returns the method, with its settings, of an adapter that AdapterHub's package wrote.
 
     Raises:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtune.adapters.method import Stored
+from jaxtune.adapters.method import StoredAdapter
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.tree import Path, Tree, unflatten
 from jaxtune.models.definition import Definition
@@ -65,7 +65,7 @@ def checked(
     return value.astype(np.float32)
 
 
-def count(stored: Stored, key: str) -> int:
+def count(stored: StoredAdapter, key: str) -> int:
     """Returns a positive whole number of adapter_config.json.
 
     Raises:
@@ -77,7 +77,7 @@ def count(stored: Stored, key: str) -> int:
     return value
 
 
-def refuse_extras(stored: Stored) -> None:
+def refuse_extras(stored: StoredAdapter) -> None:
     """Refuses an adapter that holds more than virtual tokens.
 
     Raises:
@@ -92,7 +92,7 @@ def refuse_extras(stored: Stored) -> None:
             raise JaxtuneError(f'{WEIGHTS_FILE}: "{key}" is no virtual token')
 
 
-def check_match(stored: Stored, needed: Mapping[str, Any]) -> None:
+def check_match(stored: StoredAdapter, needed: Mapping[str, Any]) -> None:
     """Compares adapter_config.json with what the model needs of it.
 
     Raises:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxtune.adapters.method import Method, Stored
+from jaxtune.adapters.method import Method, StoredAdapter
 from jaxtune.adapters.virtual.common import (
     EMBEDDINGS,
     ENCODER_FILE,
@@ -117,7 +117,7 @@ class Prefix(Method):
         std = 1.0 if self.projection else definition.config.get("initializer_range") or 0.02
         return draw(definition, seed, std), {}
 
-    def store(self, definition: Definition, trainable: Tree, constants: Tree) -> Stored:
+    def store(self, definition: Definition, trainable: Tree, constants: Tree) -> StoredAdapter:
         """Returns the prefixes of all layers, side by side, and the encoder apart from them."""
         del constants
         blocks, values = definition.blocks, dict(flatten(trainable))
@@ -127,7 +127,7 @@ class Prefix(Method):
         if not self.projection:
             slabs = [np.asarray(values[path]) for path in _slots(blocks, "embedding")]
             embeddings = np.concatenate(slabs).transpose(1, 0, 2).reshape(self.virtual_tokens, -1)
-            return Stored(config, {EMBEDDINGS: embeddings})
+            return StoredAdapter(config, {EMBEDDINGS: embeddings})
         weight, bias = (
             np.concatenate([np.asarray(values[p]) for p in _slots(blocks, "projection", name)])
             for name in ("weight", "bias")
@@ -143,9 +143,9 @@ class Prefix(Method):
         highest = jax.lax.Precision.HIGHEST
         embeddings = jnp.matmul(shared, encoder["transform.2.weight"].T, precision=highest)
         embeddings = np.asarray(embeddings) + encoder["transform.2.bias"]
-        return Stored(config, {EMBEDDINGS: embeddings}, encoder)
+        return StoredAdapter(config, {EMBEDDINGS: embeddings}, encoder)
 
-    def restore(self, definition: Definition, stored: Stored) -> tuple[Tree, Tree]:
+    def restore(self, definition: Definition, stored: StoredAdapter) -> tuple[Tree, Tree]:
         """Cuts the prefixes, or the encoder's last layer, into layers."""
         blocks, n = definition.blocks, self.virtual_tokens
         width, layers = definition.attention.prefix_width, definition.layer_count
@@ -221,7 +221,7 @@ def _cut(blocks: Sequence[Blocks], values: dict[Path, np.ndarray]) -> Tree:
     )
 
 
-def from_peft(stored: Stored) -> Prefix:
+def from_peft(stored: StoredAdapter) -> Prefix:
     """Returns the method of a prefix in PEFT's or the latent format.
 
     Without the encoder that made it, a prefix goes on as it is.

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxtune.adapters.method import Method, Stored
+from jaxtune.adapters.method import Method, StoredAdapter
 from jaxtune.adapters.virtual.common import (
     EMBEDDINGS,
     WEIGHTS_FILE,
@@ -66,7 +66,7 @@ class Prompt(Method):
         """Fills the prompt slot of the decoder."""
         model.decoder.prompt = VirtualTokens(self.virtual_tokens, model.hidden_size)
 
-    def start(self, tokenizer: Any, embeddings: Callable[[], np.ndarray]) -> Stored | None:
+    def start(self, tokenizer: Any, embeddings: Callable[[], np.ndarray]) -> StoredAdapter | None:
         """Looks up the text, repeated or cut to n tokens as PEFT does: embeddings [n, hidden]."""
         if not self.init_text:
             return None
@@ -79,14 +79,14 @@ class Prompt(Method):
         table = embeddings()
         check_token_ids(ids, table.shape[0], "adapter.prompt_init_text")
         rows = np.asarray(table[np.asarray(ids)], np.float32)
-        return Stored({"token_dim": rows.shape[1]}, {EMBEDDINGS: rows})
+        return StoredAdapter({"token_dim": rows.shape[1]}, {EMBEDDINGS: rows})
 
     def init(self, definition: Definition, seed: int) -> tuple[Tree, Tree]:
         """Draws embeddings as the model's own were."""
         std = definition.config.get("initializer_range") or 0.02
         return draw(definition, seed, std), {}
 
-    def store(self, definition: Definition, trainable: Tree, constants: Tree) -> Stored:
+    def store(self, definition: Definition, trainable: Tree, constants: Tree) -> StoredAdapter:
         """Returns the embeddings as they are."""
         del constants
         config = prompt_config(definition, self.virtual_tokens) | {
@@ -97,9 +97,9 @@ class Prompt(Method):
             "prompt_tuning_init_text": None,
         }
         embeddings = np.asarray(trainable["model"]["prompt"]["embedding"], np.float32)
-        return Stored(config, {EMBEDDINGS: embeddings})
+        return StoredAdapter(config, {EMBEDDINGS: embeddings})
 
-    def restore(self, definition: Definition, stored: Stored) -> tuple[Tree, Tree]:
+    def restore(self, definition: Definition, stored: StoredAdapter) -> tuple[Tree, Tree]:
         """Returns the embeddings as the only trainable."""
         hidden = definition.hidden_size
         check_match(stored, {"token_dim": hidden})
@@ -108,7 +108,7 @@ class Prompt(Method):
         return {"model": {"prompt": {"embedding": jnp.asarray(value)}}}, {}
 
 
-def from_peft(stored: Stored) -> Prompt:
+def from_peft(stored: StoredAdapter) -> Prompt:
     """Returns the method of virtual tokens that PEFT stored.
 
     Raises:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxtune.adapters.method import Method, Stored
+from jaxtune.adapters.method import Method, StoredAdapter
 from jaxtune.adapters.virtual import prompt
 from jaxtune.adapters.virtual.common import (
     EMBEDDINGS,
@@ -97,7 +97,7 @@ class PTuning(Method):
         """Draws the network as PEFT does."""
         return draw(definition, seed, 1.0), {}
 
-    def store(self, definition: Definition, trainable: Tree, constants: Tree) -> Stored:
+    def store(self, definition: Definition, trainable: Tree, constants: Tree) -> StoredAdapter:
         """Returns what the network makes, and the network apart from it."""
         del constants
         config = prompt_config(definition, self.virtual_tokens) | {
@@ -111,9 +111,9 @@ class PTuning(Method):
         tree = trainable["model"]["prompt"]
         encoder = {_name(path): np.asarray(v, np.float32) for path, v in flatten(tree)}
         made = bind(nnx.graphdef(definition.prompt), tree)(None)
-        return Stored(config, {EMBEDDINGS: np.asarray(made)}, encoder)
+        return StoredAdapter(config, {EMBEDDINGS: np.asarray(made)}, encoder)
 
-    def restore(self, definition: Definition, stored: Stored) -> tuple[Tree, Tree]:
+    def restore(self, definition: Definition, stored: StoredAdapter) -> tuple[Tree, Tree]:
         """Returns the network as the trainable."""
         check_match(stored, {"token_dim": definition.hidden_size})
         tree = definition.abstract("trainable")["model"]["prompt"]
@@ -131,7 +131,7 @@ def _name(path: Path) -> str:
     return ".".join(str(2 * int(part)) if part.isdigit() else part for part in path)
 
 
-def from_peft(stored: Stored) -> Method:
+def from_peft(stored: StoredAdapter) -> Method:
     """Returns the method of P-Tuning's virtual tokens; without its network it is prompt tuning.
 
     Raises:

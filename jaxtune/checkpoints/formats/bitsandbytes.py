@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from jaxtune.checkpoints.formats.packed_source import (
-    CompanionSource,
+    PackedSource,
     Specified,
     pack_rows,
     unpack_rows,
@@ -31,7 +31,15 @@ from jaxtune.checkpoints.source import TensorSource
 from jaxtune.errors import JaxtuneError
 from jaxtune.quant import Format
 from jaxtune.quant.int8 import Int8
-from jaxtune.quant.nf4 import BLOCK, DYNAMIC, NESTED_BLOCK, NF4, NormalFloat4
+from jaxtune.quant.nf4 import (
+    BLOCK,
+    DYNAMIC,
+    NESTED_BLOCK,
+    NF4,
+    NormalFloat4,
+    decode_scales,
+    decode_values,
+)
 
 METHOD = "bitsandbytes"
 _NF4_ENDINGS = {
@@ -49,7 +57,7 @@ _ZERO = 7  # the code of zero, which fills the last byte of an odd number of cod
 _SPARE = 24  # characters of the longest number, beyond those of "0.0"
 
 
-def stored_format(settings: Mapping[str, Any], path: Path) -> Format:
+def bitsandbytes_format(settings: Mapping[str, Any], path: Path) -> Format:
     """Returns the format of a checkpoint from its ``quantization_config``.
 
     Raises:
@@ -71,11 +79,11 @@ def open_bitsandbytes(source: TensorSource) -> TensorSource:
     Raises:
       JaxtuneError: a setting that is not known, or tensors that do not belong together.
     """
-    form = stored_format(source.config["quantization_config"], source.path)
+    form = bitsandbytes_format(source.config["quantization_config"], source.path)
     return NF4Source(source, form) if isinstance(form, NormalFloat4) else Int8Source(source)
 
 
-class NF4Source(CompanionSource):
+class NF4Source(PackedSource):
     """A checkpoint in NF4."""
 
     def __init__(self, source: TensorSource, form: NormalFloat4):
@@ -158,7 +166,8 @@ class NF4Source(CompanionSource):
         if not self._double:
             return absmax
         nested = self._stored(weight, "nested_absmax")[np.arange(first, last) // NESTED_BLOCK]
-        return DYNAMIC[absmax] * nested + np.float32(self._states[weight]["nested_offset"])
+        offset = np.float32(self._states[weight]["nested_offset"])
+        return decode_scales(absmax, nested, offset)
 
     def _decode(self, weight: str, first: int, last: int) -> np.ndarray:
         columns = self._shape(weight)[1]
@@ -166,7 +175,7 @@ class NF4Source(CompanionSource):
         block = start // BLOCK
         scales = np.repeat(self._scales(weight, block, -(-stop // BLOCK)), BLOCK)
         scales = scales[start - block * BLOCK :][: stop - start]
-        return NF4[self._codes(weight, first, last)] * scales.reshape(-1, columns)
+        return decode_values(self._codes(weight, first, last), scales.reshape(-1, columns))
 
     def _parts(self, weight: str) -> dict[str, np.ndarray]:
         rows, columns = self._shape(weight)
@@ -181,7 +190,7 @@ class NF4Source(CompanionSource):
         return parts
 
 
-class Int8Source(CompanionSource):
+class Int8Source(PackedSource):
     """A checkpoint in int8."""
 
     def __init__(self, source: TensorSource):
@@ -215,15 +224,15 @@ class Int8Source(CompanionSource):
         return {key: specified[key] for key in self._tensors[weight]}
 
     def _decode(self, weight: str, first: int, last: int) -> np.ndarray:
-        codes = self._stored(weight, "codes")[first:last].astype(np.float32)
-        return codes * self._stored(weight, "absmax")[first:last, None] * np.float32(1 / 127)
+        parts = {key: part[first:last] for key, part in self._parts(weight).items()}
+        return self.form.decode(parts, (last - first, self._shape(weight)[1]))
 
     def _parts(self, weight: str) -> dict[str, np.ndarray]:
         return {key: self._stored(weight, key) for key in ("codes", "absmax")}
 
 
 def nf4_settings(form: NormalFloat4, plain: Sequence[str], dtype: str) -> dict[str, Any]:
-    """Returns the ``quantization_config`` of a checkpoint in NF4; see `stored.Writer`."""
+    """Returns the ``quantization_config`` of a checkpoint in NF4; see `registry.FormatWriter`."""
     return {
         "quant_method": METHOD,
         "load_in_4bit": True,
@@ -243,7 +252,7 @@ def nf4_tensors(
     dtype: str,
     part: Callable[[str], np.ndarray],
 ) -> dict[str, Pending]:
-    """Returns the tensors of a weight [out, in] in NF4; see `stored.Writer`."""
+    """Returns the tensors of a weight [out, in] in NF4; see `registry.FormatWriter`."""
     size = -(-math.prod(shape) // 2)
     blocks = -(-math.prod(shape) // BLOCK)
     scale = np.uint8 if form.double else np.float32
@@ -288,7 +297,7 @@ def _row_by_row(packed: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 def int8_settings(form: Int8, plain: Sequence[str], dtype: str) -> dict[str, Any]:
-    """Returns the ``quantization_config`` of a checkpoint in int8; see `stored.Writer`."""
+    """Returns the ``quantization_config`` of a checkpoint in int8; see `registry.FormatWriter`."""
     del form, dtype
     return {
         "quant_method": METHOD,
@@ -307,7 +316,7 @@ def int8_tensors(
     dtype: str,
     part: Callable[[str], np.ndarray],
 ) -> dict[str, Pending]:
-    """Returns the tensors of a weight [out, in] in int8; see `stored.Writer`."""
+    """Returns the tensors of a weight [out, in] in int8; see `registry.FormatWriter`."""
     del form, dtype
     tensors = {
         "codes": Pending(shape, np.int8, lambda: part("codes")),

@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxtune.checkpoints.formats.packed_source import (
-    CompanionSource,
+    PackedSource,
     Specified,
     pack_rows,
     unpack_rows,
@@ -27,7 +27,7 @@ from jaxtune.checkpoints.formats.packed_source import (
 from jaxtune.checkpoints.formats.safetensors import Pending
 from jaxtune.checkpoints.source import TensorSource
 from jaxtune.errors import JaxtuneError
-from jaxtune.quant.int4 import Int4
+from jaxtune.quant.int4 import Int4, decode_values
 
 METHOD = "compressed-tensors"
 PER_WORD = 8  # codes in an int32
@@ -46,7 +46,7 @@ _SCHEME: dict[str, tuple[Any, ...]] = {
 }
 
 
-def stored_format(settings: Mapping[str, Any], path: Path) -> Int4:
+def compressed_tensors_format(settings: Mapping[str, Any], path: Path) -> Int4:
     """Returns the format of a checkpoint from its ``quantization_config``.
 
     Raises:
@@ -87,7 +87,7 @@ def _to_words(codes: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(padded[:, ::2] | (padded[:, 1::2] << 4)).view("<i4")
 
 
-class PackedInt4Source(CompanionSource):
+class PackedInt4Source(PackedSource):
     """A checkpoint in int4."""
 
     def __init__(self, source: TensorSource):
@@ -96,7 +96,7 @@ class PackedInt4Source(CompanionSource):
         Raises:
           JaxtuneError: a setting that is not known, or a tensor that is missing or wrong.
         """
-        self._int4 = stored_format(source.config["quantization_config"], source.path)
+        self._int4 = compressed_tensors_format(source.config["quantization_config"], source.path)
         endings = _ENDINGS if self._int4.symmetric else _ASYMMETRIC_ENDINGS
         super().__init__(source, self._int4, endings)
 
@@ -142,9 +142,10 @@ class PackedInt4Source(CompanionSource):
             wide = np.repeat(groups[first:last].astype(np.float32), size, axis=1)
             return wide[:, :columns]
 
-        codes = self._codes(weight, first, last).astype(np.float32)
-        zero = np.float32(8) if self._int4.symmetric else spread(self._zeros(weight).T)
-        return (codes - zero) * spread(self._stored(weight, "scale"))
+        codes, scale = self._codes(weight, first, last), spread(self._stored(weight, "scale"))
+        if self._int4.symmetric:
+            return decode_values(codes, scale)
+        return decode_values(codes, scale, spread(self._zeros(weight).T))
 
     def _parts(self, weight: str) -> dict[str, np.ndarray] | None:
         scale = self._stored(weight, "scale")
@@ -156,7 +157,7 @@ class PackedInt4Source(CompanionSource):
 
 
 def int4_settings(form: Int4, plain: Sequence[str], dtype: str) -> dict[str, Any]:
-    """Returns the ``quantization_config`` of a checkpoint in int4; see `stored.Writer`."""
+    """Returns the ``quantization_config`` of a checkpoint in int4; see `registry.FormatWriter`."""
     del dtype
     weights = {
         "num_bits": 4,
@@ -188,7 +189,7 @@ def int4_tensors(
     dtype: str,
     part: Callable[[str], np.ndarray],
 ) -> dict[str, Pending]:
-    """Returns the tensors of a weight [out, in] in int4; see `stored.Writer`."""
+    """Returns the tensors of a weight [out, in] in int4; see `registry.FormatWriter`."""
     del dtype
     rows, columns = shape
     words, groups = -(-columns // PER_WORD), form.parts(shape)["scale"].shape[0]

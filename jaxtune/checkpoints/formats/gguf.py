@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from gguf.quants import dequantize
 from jaxtune.checkpoints.formats.gguf_header import TensorInfo, read_header
 from jaxtune.checkpoints.source import ALL
 from jaxtune.errors import JaxtuneError, closest, lookup
+from jaxtune.layers.rope import rope_from_config
 from jaxtune.quant import Format
 
 _ROWS_PER_CHUNK = 2048  # keeps the decoder's temporaries far below a large tensor
@@ -272,30 +272,17 @@ class GGUFSource:
         """Recovers llama3 scaling from the divisor that the file holds for each frequency."""
         divisors = self._decode(info, _ROPE_FACTORS)
         theta = self._key("rope.freq_base", 10000.0)
-        # A divisor that came out of a float32 division is a hair off the factor behind it.
+        # The largest divisor is the factor, but for the rounding of a float32 division.
         scaling = {"rope_type": "llama3", "factor": round(float(divisors.max()), 4)} | _LLAMA3_ROPE
-        expected = llama3_divisors(scaling, theta, head_dim)
+        plain = np.array(rope_from_config({"rope_theta": theta}, head_dim).inv_freq)
+        try:
+            scaled = rope_from_config({"rope_theta": theta, "rope_scaling": scaling}, head_dim)
+            expected = plain / np.array(scaled.inv_freq)
+        except JaxtuneError:  # a factor that is not positive
+            expected = np.zeros(0)
         # The divisors were computed in float32, from frequencies that went through a power.
         if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
             raise JaxtuneError(
                 f'{self.path}: tensor "{_ROPE_FACTORS}" is not the llama3 scaling of {_LLAMA3_ROPE}'
             )
         return scaling
-
-
-def llama3_divisors(scaling: Mapping[str, Any], theta: float, head_dim: int) -> np.ndarray:
-    """Returns by how much llama3 scaling divides each rotary frequency.
-
-    Args:
-      scaling: a ``rope_scaling`` entry of type llama3.
-      theta: the base of the frequencies.
-      head_dim: size of a head.
-
-    Returns:
-      float64[head_dim / 2]: 1 for short waves, ``factor`` for long ones, a blend in between.
-    """
-    frequencies = theta ** -(np.arange(0, head_dim, 2) / head_dim)
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * np.pi)
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    share = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return 1.0 / ((1.0 - share) / scaling["factor"] + share)

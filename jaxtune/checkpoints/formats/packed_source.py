@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from jaxtune.checkpoints.quantize import CHUNK, host_device
-from jaxtune.checkpoints.source import ALL, TensorSource
+from jaxtune.checkpoints.source import ALL, TensorSource, WrappedSource
 from jaxtune.errors import JaxtuneError
 from jaxtune.quant import Format
-from jaxtune.quant.packing import pack, packed_size, unpack
+from jaxtune.quant.codes import pack, packed_size, unpack
 
 _pack = jax.jit(pack)
 _unpack = jax.jit(unpack, static_argnums=1)
@@ -32,7 +32,7 @@ class Specified(NamedTuple):
     dtypes: tuple[str, ...]
 
 
-class CompanionSource(abc.ABC):
+class PackedSource(WrappedSource, abc.ABC):
     """Such a checkpoint, read as one whose weights are whole and in float32.
 
     A subclass says which tensors make up a weight, and decodes them.
@@ -57,9 +57,8 @@ class CompanionSource(abc.ABC):
         Raises:
           JaxtuneError: a tensor is missing, or of the wrong shape or dtype.
         """
-        self._source, self.form = source, form
-        self.path: Path = source.path
-        self.config: dict[str, Any] = source.config
+        super().__init__(source)
+        self.form = form
         self._tensors: dict[str, dict[str, str]] = {}
         present = set(source.names())
         for module in _modules(source, endings):
@@ -107,6 +106,11 @@ class CompanionSource(abc.ABC):
     def _shape(self, weight: str) -> tuple[int, int]:
         """Returns the shape of a quantized weight."""
 
+    @property
+    def _row_multiple(self) -> int:
+        """Number of rows that are decoded together at the least."""
+        return 1
+
     @abc.abstractmethod
     def _decode(self, weight: str, first: int, last: int) -> np.ndarray:
         """Returns some rows of a quantized weight, float32 [last − first, in]."""
@@ -121,20 +125,20 @@ class CompanionSource(abc.ABC):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns a tensor's shape."""
-        return self._shape(name) if name in self._tensors else self._source.shape(name)
+        return self._shape(name) if name in self._tensors else super().shape(name)
 
     def dtype(self, name: str) -> np.dtype:
         """Returns the dtype that `read` gives: float32 for a quantized weight."""
-        return np.dtype(np.float32) if name in self._tensors else self._source.dtype(name)
+        return np.dtype(np.float32) if name in self._tensors else super().dtype(name)
 
     def read(self, name: str, rows: slice = ALL) -> np.ndarray:
         """Returns a tensor of the shape `shape(name)`, or rows of it, dequantized if need be."""
         if name not in self._tensors:
-            return self._source.read(name, rows)
+            return super().read(name, rows)
         height, columns = self._shape(name)
         start, stop, _ = rows.indices(height)
         values = np.empty((stop - start, columns), np.float32)
-        for first, last in row_chunks(start, stop, columns):
+        for first, last in row_chunks(start, stop, columns, self._row_multiple):
             values[first - start : last - start] = self._decode(name, first, last)
         return values
 
@@ -159,15 +163,23 @@ def _modules(source: TensorSource, endings: Mapping[str, str]) -> list[str]:
     return list(found)
 
 
-def row_chunks(start: int, stop: int, columns: int) -> Iterator[tuple[int, int]]:
-    """Yields the bounds of chunks of rows; each holds an even number of rows but for the last."""
-    step = max(CHUNK // columns // 2, 1) * 2
-    for first in range(start, stop, step):
-        yield first, min(first + step, stop)
+def row_chunks(start: int, stop: int, columns: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """Yields the bounds (first, last + 1) of chunks of rows.
+
+    Chunks begin at multiples of 2 and of `multiple`, except for the first, so that no byte of two
+    codes and no block of rows is in two of them.
+    """
+    multiple = math.lcm(2, multiple)
+    step = max(CHUNK // columns // multiple, 1) * multiple
+    first = start
+    while first < stop:
+        last = min((first // step + 1) * step, stop)
+        yield first, last
+        first = last
 
 
 def pack_rows(codes: Callable[[int, int], np.ndarray], shape: tuple[int, int]) -> np.ndarray:
-    """Packs 4-bit codes as `jaxtune.quant.packing` has them: uint8 [packed_size(in), out].
+    """Packs 4-bit codes as `jaxtune.quant.codes` has them: uint8 [packed_size(in), out].
 
     Args:
       codes: gives the codes from one row up to another, uint8 [rows, in], each under 16.

@@ -17,7 +17,7 @@ from jaxtune.checkpoints.source import TensorSource
 from jaxtune.quant import Format
 
 
-class Reader(NamedTuple):
+class FormatReader(NamedTuple):
     """How a kind of quantized checkpoint is read.
 
     Attributes:
@@ -29,7 +29,7 @@ class Reader(NamedTuple):
     form: Callable[[Mapping[str, Any], Path], Format]
 
 
-class Writer(NamedTuple):
+class FormatWriter(NamedTuple):
     """How a format is written.
 
     Attributes:
@@ -45,19 +45,21 @@ class Writer(NamedTuple):
     ]
 
 
-READERS: dict[str, Reader] = {
-    deepseek_fp8.METHOD: Reader(deepseek_fp8.Float8Source, deepseek_fp8.stored_format),
-    bitsandbytes.METHOD: Reader(bitsandbytes.open_bitsandbytes, bitsandbytes.stored_format),
-    compressed_tensors.METHOD: Reader(
-        compressed_tensors.PackedInt4Source, compressed_tensors.stored_format
+READERS: dict[str, FormatReader] = {
+    deepseek_fp8.METHOD: FormatReader(deepseek_fp8.Float8Source, deepseek_fp8.deepseek_fp8_format),
+    bitsandbytes.METHOD: FormatReader(
+        bitsandbytes.open_bitsandbytes, bitsandbytes.bitsandbytes_format
+    ),
+    compressed_tensors.METHOD: FormatReader(
+        compressed_tensors.PackedInt4Source, compressed_tensors.compressed_tensors_format
     ),
 }
 """By the ``quant_method`` of a config.json."""
 
-WRITERS: dict[str, Writer] = {
-    "nf4": Writer(bitsandbytes.nf4_settings, bitsandbytes.nf4_tensors),
-    "int8": Writer(bitsandbytes.int8_settings, bitsandbytes.int8_tensors),
-    "int4": Writer(compressed_tensors.int4_settings, compressed_tensors.int4_tensors),
-    "fp8": Writer(deepseek_fp8.fp8_settings, deepseek_fp8.fp8_tensors),
+WRITERS: dict[str, FormatWriter] = {
+    "nf4": FormatWriter(bitsandbytes.nf4_settings, bitsandbytes.nf4_tensors),
+    "int8": FormatWriter(bitsandbytes.int8_settings, bitsandbytes.int8_tensors),
+    "int4": FormatWriter(compressed_tensors.int4_settings, compressed_tensors.int4_tensors),
+    "fp8": FormatWriter(deepseek_fp8.fp8_settings, deepseek_fp8.fp8_tensors),
 }
 """By the name of a format."""

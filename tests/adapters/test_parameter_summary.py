@@ -1,4 +1,4 @@
-"""The census counts what there is: by hand for a tiny model, and as PEFT counts."""
+"""Parameter summaries agree with counts made by hand, and with PEFT's."""
 
 import pytest
 from peft import LoraConfig, get_peft_model
@@ -8,7 +8,12 @@ from jaxtune.adapter_files.peft import read_adapter
 from jaxtune.adapters import method_from_peft
 from jaxtune.adapters.define import define
 from jaxtune.adapters.full import Full
-from jaxtune.adapters.parameter_summary import Row, census, render, trained_share
+from jaxtune.adapters.parameter_summary import (
+    ParameterGroup,
+    parameter_summary,
+    render,
+    trained_share,
+)
 from jaxtune.adapters.projections.lora import Lora
 from jaxtune.checkpoints.huggingface import read_json
 
@@ -25,31 +30,31 @@ def config(tiny):
 
 def test_lora_by_hand(config):
     method = Lora(rank=4, targets=("q_proj", "k_proj", "lm_head"))
-    rows = census(define(config, "bfloat16", method))
+    rows = parameter_summary(define(config, "bfloat16", method))
     q, k, head = 4 * (64 + 64), 4 * (64 + 32), 4 * (64 + 160)
     assert [row for row in rows if row.kind == "trained"] == [
-        Row("lm_head", "trained", 1, head, head * 4, "float32"),
-        Row("self_attn.k_proj", "trained", 3, 3 * k, 3 * k * 4, "float32"),
-        Row("self_attn.q_proj", "trained", 3, 3 * q, 3 * q * 4, "float32"),
+        ParameterGroup("lm_head", "trained", 1, head, head * 4, "float32"),
+        ParameterGroup("self_attn.k_proj", "trained", 3, 3 * k, 3 * k * 4, "float32"),
+        ParameterGroup("self_attn.q_proj", "trained", 3, 3 * q, 3 * q * 4, "float32"),
     ]
     frozen = {row.group: row for row in rows if row.kind == "frozen"}
-    assert frozen["mlp.up_proj"] == Row(
+    assert frozen["mlp.up_proj"] == ParameterGroup(
         "mlp.up_proj", "frozen", 3, 3 * 96 * 64, 3 * 96 * 64 * 2, "bfloat16"
     )
-    assert frozen["norm"] == Row("norm", "frozen", 1, 64, 128, "bfloat16")
+    assert frozen["norm"] == ParameterGroup("norm", "frozen", 1, 64, 128, "bfloat16")
     trained = head + 3 * (q + k)
     assert trained_share(rows) == (trained, BASE + trained, trained / (BASE + trained))
 
 
 def test_full_training_trains_everything_in_float32(config):
-    rows = census(define(config, "bfloat16", Full()))
+    rows = parameter_summary(define(config, "bfloat16", Full()))
     assert trained_share(rows) == (BASE, BASE, 1.0)
     assert sum(row.bytes for row in rows) == 4 * BASE
 
 
 def test_biases_belong_to_their_module(tiny):
     definition = define(read_json(tiny("qwen2") / "config.json"), "float32")
-    row = next(row for row in census(definition) if row.group == "self_attn.q_proj")
+    row = next(row for row in parameter_summary(definition) if row.group == "self_attn.q_proj")
     assert (row.modules, row.parameters) == (3, 3 * (64 * 64 + 64))
 
 
@@ -71,14 +76,14 @@ def test_the_count_is_that_of_peft(tiny, config, tmp_path, settings):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny("llama")), lora)
     trained, total = model.get_nb_trainable_parameters()
     model.save_pretrained(tmp_path, save_embedding_layers=False)
-    rows = census(define(config, "float32", method_from_peft(read_adapter(tmp_path))))
+    rows = parameter_summary(define(config, "float32", method_from_peft(read_adapter(tmp_path))))
     assert trained_share(rows)[:2] == (trained, total)
     modules = {n for n, _ in model.named_modules() if n.endswith("lora_A.default")}
     assert sum(row.modules for row in rows if row.kind == "trained") == len(modules)
 
 
 def test_the_table_names_groups_shares_and_bytes(config):
-    text = render(census(define(config, "bfloat16", Lora(rank=4, targets=("q_proj",)))))
+    text = render(parameter_summary(define(config, "bfloat16", Lora(rank=4, targets=("q_proj",)))))
     lines = text.splitlines()
     assert lines[0].split() == ["trained", "modules", "parameters", "share", "MiB", "format"]
     assert lines[1].split() == ["self_attn.q_proj", "3", "1,536", "1.340%", "0.0", "float32"]

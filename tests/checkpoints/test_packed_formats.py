@@ -1,5 +1,6 @@
 """Quantized checkpoints on disk: they come back bit for bit, and what is wrong is named."""
 
+import dataclasses
 import json
 import logging
 
@@ -15,7 +16,7 @@ import jaxtune.config
 from jaxtune.adapters.define import define
 from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints import quantize as quantizing
-from jaxtune.checkpoints.formats import packed_source as companions
+from jaxtune.checkpoints.formats import packed_source
 from jaxtune.checkpoints.formats.compressed_tensors import PER_WORD
 from jaxtune.cli import main
 from jaxtune.errors import JaxtuneError
@@ -83,7 +84,7 @@ def test_a_quantized_model_comes_back_bit_for_bit(tiny, tmp_path, form, monkeypa
     section = jaxtune.config.resolve({"quantize": {"format": form.name}}).quantize
     chosen = huggingface.choose_quantization(section, config)
     assert chosen.format == form
-    monkeypatch.setattr(companions, "CHUNK", 100)  # several chunks of every weight
+    monkeypatch.setattr(packed_source, "CHUNK", 100)  # several chunks of every weight
     again = load(tmp_path / "q", chosen, "bfloat16")[1]
     assert_same(tree, again)
     experts = [leaf for path, leaf in flatten(tree) if "experts" in path]
@@ -95,7 +96,7 @@ def test_it_reads_as_its_dequantized_weights(tiny, tmp_path, form, monkeypatch):
     definition, tree = load(tiny("deepseek_v3", **MOE), Quantization(form))
     directory = huggingface.save(tmp_path / "q", definition, tree, quantized=True)
     source = huggingface.open_source(directory)
-    monkeypatch.setattr(companions, "CHUNK", 100)
+    monkeypatch.setattr(packed_source, "CHUNK", 100)
     for path, leaf in flatten(tree):
         if not isinstance(leaf, QuantizedWeight):
             continue
@@ -219,6 +220,24 @@ def test_a_plain_model_is_not_written_quantized(tiny, tmp_path):
     assert not (tmp_path / "q").exists()
 
 
+@dataclasses.dataclass(frozen=True)
+class Unwritten(Int8):
+    """A weight format that files do not have."""
+
+    name = "unwritten"
+
+
+def test_a_format_without_a_writer_is_named(tiny, tmp_path):
+    definition, tree = load(tiny("llama"), Quantization(Unwritten()))
+    with pytest.raises(JaxtuneError) as raised:
+        huggingface.save(tmp_path / "q", definition, tree, quantized=True)
+    assert "unwritten cannot be written (formats with a writer: fp8, int4, int8, nf4)" in str(
+        raised.value
+    )
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "q").exists()
+
+
 NAME = "model.layers.1.self_attn.q_proj.weight"
 STATE = NAME + ".quant_state.bitsandbytes__nf4"
 
@@ -309,10 +328,10 @@ FAULTS = {
         (replaced(NAME + "_shape", lambda shape: shape * 0), "is [0, 0], not two positive numbers"),
     ],
     "fp8": [
-        (without(NAME + "_scale_inv"), f'"{NAME}" is fp8 and has no _scale_inv'),
+        (without(NAME + "_scale_inv"), f'"{NAME}" is fp8 and has no "{NAME}_scale_inv"'),
         (
             replaced(NAME + "_scale_inv", lambda scale: scale.astype(ml_dtypes.bfloat16)),
-            f'"{NAME}_scale_inv" is bfloat16, not float32',
+            f'"{NAME}_scale_inv" is bfloat16 [',
         ),
     ],
 }
