@@ -129,6 +129,75 @@ def test_a_bad_override_is_refused_by_name(override, message):
 
 
 @pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["adapter.method=esft", "adapter.rank=64"],
+            "adapter.rank=64 has no effect with adapter.method=esft: lora, dora, pissa, vera read "
+            "it; esft reads expert_scores, expert_score, expert_threshold, expert_sample",
+        ),
+        (["adapter.method=prompt", "adapter.rank=64"], "no effect with adapter.method=prompt"),
+        (["adapter.method=full", "adapter.rank=64"], "full reads freeze"),
+        (["adapter.virtual_tokens=9"], "prompt, ptuning, prefix read it; lora reads rank, alpha"),
+        (["adapter.method=ia3", "adapter.new_tokens=2"], "no effect with adapter.method=ia3"),
+        (["adapter.method=full", "optimizer.lora_plus_ratio=2"], "lora, dora, pissa read it"),
+        (
+            ["quantize.format=nf4", "quantize.group_size=32"],
+            "no effect with quantize.format=nf4: int4 reads it; nf4 reads modules, double",
+        ),
+        (["quantize.double=false"], "no effect without quantize.format: nf4 reads it"),
+        (
+            ["optimizer.name=sgd", "optimizer.b2=0.9"],
+            "optimizer.b2=0.9 has no effect with optimizer.name=sgd: adamw, lion read it; sgd "
+            "reads b1, moment_dtype",
+        ),
+        (["optimizer.decay_steps=3"], "cosine reads no options of its own"),
+    ],
+)
+def test_an_override_without_effect_is_refused(overrides, message):
+    with pytest.raises(JaxtuneError) as error:
+        resolve({}, overrides)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(JaxtuneError):  # of a resolved config too, as when a run is resumed
+        resolve(resolve({}), overrides)
+
+
+def test_config_values_without_effect_are_one_warning(caplog):
+    mine = default()
+    mine.adapter.rank = 4
+    mine.adapter.targets = ("q_proj",)
+    mine.optimizer.b2 = 0.9
+    resolve(mine)
+    assert not caplog.records
+    resolve(mine, ["adapter.method=esft", "optimizer.name=sgd"])
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "config values without effect: adapter.rank=4, adapter.targets=q_proj (with "
+        "adapter.method=esft); optimizer.b2=0.9 (with optimizer.name=sgd)"
+    )
+
+
+def test_the_length_set_last_replaces_the_others(caplog):
+    caplog.set_level("INFO", "jaxtune")
+    mine = default()
+    mine.training.epochs = 2
+    mine.training.steps = 100
+    assert resolve(mine).training.epochs == 0.0
+    mine.training.epochs = 3
+    assert resolve(mine).training == resolve({"training": {"epochs": 3}}).training
+    assert not caplog.records
+    changed = resolve(mine, ["training.tokens=500"]).training
+    assert (changed.epochs, changed.tokens) == (0.0, 500)
+    assert "training.tokens=500 replaces training.epochs=3.0 of the config" in caplog.text
+    for lengths in (
+        ["training.steps=4", "training.epochs=2"],
+        ["training.epochs=2", "training.tokens=9"],
+    ):
+        with pytest.raises(JaxtuneError, match="a run has one length"):
+            resolve({}, lengths)
+
+
+@pytest.mark.parametrize(
     ("tree", "message"),
     [
         ({"adaptr": {"rank": 8}}, 'unknown config section "adaptr"; did you mean "adapter"?'),

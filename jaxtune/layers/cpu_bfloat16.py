@@ -46,6 +46,10 @@ class Lowered:
         """Compiles the function."""
         return Compiled(self._lowered.compile())
 
+    def as_text(self) -> str:
+        """Returns the program as text."""
+        return self._lowered.as_text()
+
 
 class Jitted:
     """A function of model trees under `jax.jit`; see `jit`."""

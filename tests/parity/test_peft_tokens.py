@@ -83,7 +83,6 @@ def test_rows_of_real_tokens_are_trained_in_embedding_and_head(tied, padded, cha
     [
         ({"new_tokens": 259}, r"adapter\.new_tokens=259: the tokenizer has 258 tokens"),
         ({"train_tokens": "<|im_edn|>"}, r'no token "<\|im_edn\|>"; did you mean "<\|im_end\|>"'),
-        ({"new_tokens": 2, "method": "ia3"}, r"new_tokens has no effect with adapter\.method=ia3"),
         (
             {"new_tokens": 2},
             r"adapter\.new_tokens: token 257 has no row in the model, which has 160",
