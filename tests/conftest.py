@@ -51,15 +51,31 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path not in slow)
 
 
+def pytest_collection_finish():
+    """Takes what is imported by now out of garbage collection and has it run less often.
+
+    Tracing makes so many objects that passes over the modules of torch, transformers and jax would
+    take a tenth of the suite's time.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _forget_compiled_functions():
-    """Compiled functions go with their file: Linux gives a process 65,530 memory maps, and XLA on
-    a CPU takes several for each function, so a long run of tests would end in a crash."""
-    yield
-    import jax
+    """Frees compiled functions after a file once they are many.
 
-    jax.clear_caches()
-    gc.collect()
+    Linux gives a process 65,530 memory maps, and XLA on a CPU takes several for each function, so
+    a long session would end in a crash.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or maps.read_bytes().count(b"\n") > 25_000:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="module")
