@@ -7,16 +7,20 @@ FULL := .venv/installed-for-tests
 # A file stays on one worker, which makes its fixtures once. tests/conftest.py orders the files.
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: install quickstart test test-slow test-all test-large test-slurm lint gpu-plan clean
+.PHONY: install quickstart test test-quick test-slow test-all test-large test-slurm lint gpu-plan clean
 
 install: $(FULL)
 
 quickstart: $(LIGHT)
 	$(BIN)/jaxtune quickstart
 
-test test-slow test-all test-large: export JAX_PLATFORMS := cpu
+test-quick test-slow test-all test-large: export JAX_PLATFORMS := cpu
 
-test: $(FULL)
+# The quick tests, with the installation they need, in 8 minutes of two idle cores.
+test:
+	@.ci/timed "make test" 8 $(MAKE) --no-print-directory test-quick
+
+test-quick: $(FULL)
 	$(PYTEST) -m "not slow"
 
 test-slow: $(FULL)
