@@ -3,7 +3,7 @@
   jaxtune train --config configs/code.py --config.data.train=mine.jsonl \
       --workdir runs/code
 
-What it takes of each device, 15.09 GiB of 31.25:
+Memory per device, 15.09 GiB of 31.25:
 
   jaxtune plan --config configs/code.py --topology v6e:1x1
 

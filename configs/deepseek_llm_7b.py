@@ -3,7 +3,7 @@
   jaxtune train --config configs/deepseek_llm_7b.py --config.data.train=mine.jsonl \
       --workdir runs/deepseek_llm_7b
 
-What it takes of each device, 15.43 GiB of 15.75:
+Memory per device, 15.43 GiB of 15.75:
 
   jaxtune plan --config configs/deepseek_llm_7b.py --topology v5e:1x1
 

@@ -3,7 +3,7 @@
   jaxtune train --config configs/deepseek_v2_lite.py --config.data.train=mine.jsonl \
       --workdir runs/deepseek_v2_lite
 
-What it takes of each device, 9.26 GiB of 15.75:
+Memory per device, 9.26 GiB of 15.75:
 
   jaxtune plan --config configs/deepseek_v2_lite.py --topology v5e:1x1
 

@@ -3,7 +3,7 @@
   jaxtune train --config configs/deepseek_v3.py --config.data.train=mine.jsonl \
       --workdir runs/deepseek_v3
 
-What it takes of each device:
+Memory per device:
 
   jaxtune plan --config configs/deepseek_v3.py --topology v5p:4x4x4
 

@@ -3,7 +3,7 @@
   jaxtune train --config configs/dialogue.py --config.data.train=mine.jsonl \
       --workdir runs/dialogue
 
-What it takes of each device, 15.20 GiB of 15.75:
+Memory per device, 15.20 GiB of 15.75:
 
   jaxtune plan --config configs/dialogue.py --topology v5e:1x1
 

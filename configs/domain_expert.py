@@ -4,7 +4,7 @@
       --config.data.eval=held_out.jsonl \
       --workdir runs/domain_expert
 
-What it takes of each device, 15.45 GiB of 15.75:
+Memory per device, 15.45 GiB of 15.75:
 
   jaxtune plan --config configs/domain_expert.py --topology v5e:1x1
 

@@ -3,7 +3,7 @@
   jaxtune train --config configs/full.py --config.data.train=mine.jsonl \
       --workdir runs/full
 
-What it takes of each device, 41.92 GiB of 95.74:
+Memory per device, 41.92 GiB of 95.74:
 
   jaxtune plan --config configs/full.py --topology v5p:2x2x1
 

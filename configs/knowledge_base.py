@@ -3,7 +3,7 @@
   jaxtune train --config configs/knowledge_base.py --config.data.train=mine.jsonl \
       --workdir runs/knowledge_base
 
-What it takes of each device, 15.17 GiB of 15.75:
+Memory per device, 15.17 GiB of 15.75:
 
   jaxtune plan --config configs/knowledge_base.py --topology v5e:1x1
 

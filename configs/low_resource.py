@@ -3,7 +3,7 @@
   jaxtune train --config configs/low_resource.py --config.data.train=mine.jsonl \
       --workdir runs/low_resource
 
-What it takes of each device, 5.40 GiB of 15.75:
+Memory per device, 5.40 GiB of 15.75:
 
   jaxtune plan --config configs/low_resource.py --topology v5e:1x1
 

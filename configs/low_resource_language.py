@@ -3,7 +3,7 @@
   jaxtune train --config configs/low_resource_language.py --config.data.train=mine.jsonl \
       --workdir runs/low_resource_language
 
-What it takes of each device, 18.82 GiB of 31.25:
+Memory per device, 18.82 GiB of 31.25:
 
   jaxtune plan --config configs/low_resource_language.py --topology v6e:1x1
 

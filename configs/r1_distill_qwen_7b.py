@@ -3,12 +3,12 @@
   jaxtune train --config configs/r1_distill_qwen_7b.py --config.data.train=mine.jsonl \
       --workdir runs/r1_distill_qwen_7b
 
-What it takes of each device, 16.58 GiB of 31.25:
+Memory per device, 16.58 GiB of 31.25:
 
   jaxtune plan --config configs/r1_distill_qwen_7b.py --topology v6e:1x1
 
-Answers begin with their reasoning, `<think>…</think>`. The template that the checkpoint comes with
-deletes it from what is to be learnt, so the built-in one is used. Rows without reasoning would
+Answers begin with their reasoning, `<think>…</think>`. The chat template of the checkpoint
+removes it from the training text, so the built-in one is used. Rows without reasoning would
 teach the model to skip it.
 """
 

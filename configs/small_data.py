@@ -4,7 +4,7 @@
       --config.data.eval=held_out.jsonl \
       --workdir runs/small_data
 
-What it takes of each device, 14.03 GiB of 15.75:
+Memory per device, 14.03 GiB of 15.75:
 
   jaxtune plan --config configs/small_data.py --topology v5e:1x1
 

@@ -3,7 +3,7 @@
   jaxtune train --config configs/style.py --config.data.train=mine.jsonl \
       --workdir runs/style
 
-What it takes of each device, 15.22 GiB of 15.75:
+Memory per device, 15.22 GiB of 15.75:
 
   jaxtune plan --config configs/style.py --topology v5e:1x1
 

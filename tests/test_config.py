@@ -491,7 +491,7 @@ class Prepared:
         loader = training.make_loader(self.config, examples, self.setup.reserved)
         steps = Timeline(loader.order).total_steps(self.config.training)
         return describe(
-            self.setup.lasting(steps),
+            self.setup.with_total_steps(steps),
             Split(examples, loader),
             Split(
                 held_out,

@@ -1,8 +1,8 @@
 """Writes the quickstart data set from `quickstart_facts.tsv`; the same bytes every time.
 
 Run it as ``python configs/data/make_quickstart.py``. Each row asks for the record behind one
-sentence; the answer is copied out of that sentence in a fixed order, so that what is learnt is a
-format and not a fact. Entities and sentence patterns of the held-out rows never occur in training.
+sentence; the answer is copied out of that sentence in a fixed order, so that the model learns a
+format and not facts. Entities and sentence patterns of the held-out rows never occur in training.
 """
 
 from __future__ import annotations

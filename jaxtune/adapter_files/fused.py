@@ -33,7 +33,7 @@ GATE_UP, DOWN = "gate_up_proj", "down_proj"
 # expert's projections for the fused parameter, in dense layers and shared experts as well: there
 # the weight is named as a parameter.
 _FAMILIES = ("deepseek_v2", "deepseek_v3")
-# Ends of modules that PEFT edits as parameters there: a router is no linear layer.
+# Ends of modules that PEFT edits as parameters there: a router is not a linear layer.
 _PARAMETERS = (*PROJECTIONS, ROUTER)
 # Since then, the rows of A are inputs; before, they were outputs.
 _SINCE = (0, 19)
@@ -157,7 +157,7 @@ def _fused(
 
 
 def _share(row: Sequence[Pair | None]) -> bool:
-    """Says whether all projections of an expert have one A, or none of them has any."""
+    """Returns whether all projections of an expert share one A, or none of them has one."""
     pairs = [pair for pair in row if pair is not None]
     same = all(np.array_equal(pair.lora_A, pairs[0].lora_A) for pair in pairs)
     return not pairs or (same and len(pairs) == len(row))
@@ -265,7 +265,7 @@ def _edits(
     if len(lora_A) % rank or lora_B.shape[1] != len(lora_A):
         raise JaxtuneError(
             f"adapter_model.safetensors: the factors of {name} have {len(lora_A)} rows and "
-            f"{lora_B.shape[1]} columns, which are no experts of rank {rank}"
+            f"{lora_B.shape[1]} columns, which do not divide into experts of rank {rank}"
         )
     stack_A = lora_A.reshape(-1, rank, lora_A.shape[1])
     stack_B = np.moveaxis(lora_B.reshape(len(lora_B), rank, -1), -1, 0)

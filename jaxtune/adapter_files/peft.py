@@ -2,8 +2,8 @@
 
 Their weights may be in PyTorch's own files, adapter_model.bin, where there are no safetensors.
 
-A network that made an adapter's tensors lies beside them, in encoder.safetensors: PEFT, which keeps
-none, does not look at it, and training goes on from it.
+The network that computed an adapter's tensors is stored in encoder.safetensors. PEFT keeps no such
+file and ignores it; training resumes from it.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class Full(Method):
         )
 
     def trains(self, name: str) -> bool:
-        """Says yes to every weight that is not frozen."""
+        """Returns whether the weight is not frozen."""
         return not any(re.match(pattern, name) for pattern in self.freeze)
 
     def init(self, definition: Definition, seed: int) -> tuple[Tree, Tree]:
@@ -89,6 +89,6 @@ def from_config(section: AdapterConfig) -> Full:
             re.compile(pattern)
         except re.error as error:
             raise JaxtuneError(
-                f'adapter.freeze: "{pattern}" is no valid expression: {error}'
+                f'adapter.freeze: "{pattern}" is not a valid regular expression: {error}'
             ) from None
     return Full(tuple(section.freeze))

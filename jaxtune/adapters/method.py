@@ -25,8 +25,8 @@ class StoredAdapter(NamedTuple):
     Attributes:
       config: the content of adapter_config.json.
       tensors: of adapter_model.safetensors, by key; shapes are those of PEFT's files.
-      encoder: of encoder.safetensors: what made the tensors, for training to go on with. None
-        where nothing did, or where it is not wanted.
+      encoder: tensors of encoder.safetensors, the network that computed `tensors`, from which
+        training resumes. None where there is no network, or where it was not read.
     """
 
     config: dict[str, Any]
@@ -43,7 +43,7 @@ class StoredAdapter(NamedTuple):
 
 
 def is_adapterhub(config: Mapping[str, Any]) -> bool:
-    """Says whether an adapter_config.json is AdapterHub's rather than PEFT's."""
+    """Returns whether an adapter_config.json is AdapterHub's rather than PEFT's."""
     return "peft_type" not in config and "config" in config
 
 
@@ -150,8 +150,8 @@ class Method(abc.ABC):
     def base_edit(self, definition: Definition, stored: StoredAdapter | None) -> BaseEdit | None:
         """Returns what changes weights of the base while they stream in, or None.
 
-        What comes of it has to depend on the weights alone, for a run that goes on streams the
-        same checkpoint in again.
+        The result must depend on the weights alone, since a resumed run streams the same
+        checkpoint again.
 
         Args:
           definition: of the model.

@@ -58,7 +58,7 @@ def parameter_summary(definition: Definition) -> list[ParameterGroup]:
         if path[-2] == "chosen":  # some layers are padded
             names = replaced[path[:-2]]
             count = len(names) * math.prod(declaration.shape[1:])
-        elif path[:-1] in replaced:  # their frozen values take room and are no parameters
+        elif path[:-1] in replaced:  # their frozen values take memory but are not parameters
             others = set(names) - set(replaced[path[:-1]])
             count, names = count // len(names) * len(others), sorted(others)
         if adapter is not None:  # some layers are padded, others left alone

@@ -67,7 +67,9 @@ def _matches(target: str, name: str, key: str) -> bool:
             # Patterns that mean projections often match whole blocks. A router has to be named.
             return re.fullmatch(target, name) is not None and not name.endswith(ROUTER)
         except re.error as error:
-            raise JaxtuneError(f'{key}: "{target}" is no valid expression: {error}') from None
+            raise JaxtuneError(
+                f'{key}: "{target}" is not a valid regular expression: {error}'
+            ) from None
     return name == target or name.endswith("." + target)
 
 
@@ -78,7 +80,7 @@ def layer_of(name: str) -> int | None:
 
 
 def is_target(targets: Sequence[str], layers: Collection[int], name: str) -> bool:
-    """Says whether `targets`, in these layers or in all, name a module; see `match_targets`."""
+    """Returns whether `targets`, in these layers or in all, match a module's name."""
     inside = not layers or layer_of(name) in layers
     return inside and any(_matches(target, name, "adapter.targets") for target in targets)
 

@@ -234,12 +234,12 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def train(config: ConfigLike | str | Path | None = None, workdir: str | Path = "") -> Run:
-    """Trains a model, or goes on with the run that is in `workdir`.
+    """Trains a model, or resumes the run in `workdir`.
 
     Args:
       config: from `jaxtune.config.default`, a mapping of sections, or a path of a config file;
-        None goes on with the run that is there.
-      workdir: the run's directory: everything is written there.
+        None resumes the run in `workdir`.
+      workdir: the run's directory, which receives all files.
 
     Raises:
       JaxtuneError: anything the user can mend.

@@ -70,7 +70,7 @@ def _has(source: Path | None, module: str) -> bool:
 
 
 def _belongs(file: Path) -> bool:
-    """Returns whether a file lies in its checkpoint, and is no link to a file elsewhere.
+    """Returns whether a file lies in its checkpoint and does not link to a file elsewhere.
 
     The hub's cache links snapshots/COMMIT/NAME to blobs/HASH.
     """

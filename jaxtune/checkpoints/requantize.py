@@ -179,7 +179,7 @@ class Requantizer:
 
 
 def warn_of_loss(report: Mapping[str, Any]) -> None:
-    """Says so in the log where less than half of an edit is left."""
+    """Logs a warning if less than half of an edit is left."""
     kept = report["all"]["kept"]
     if kept is not None and kept < FEW:
         _logger.warning(

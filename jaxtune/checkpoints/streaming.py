@@ -100,7 +100,7 @@ def check_names(definition: Definition, source: TensorSource) -> dict[str, str]:
             ("missing", missing, _hint(missing, extra)),
             ("not in the architecture", extra, ""),
             ("of the wrong shape", shapes, ""),
-            ("of a dtype that is no weight's", dtypes, ""),
+            ("of a dtype that weights do not have", dtypes, ""),
         )
         if names
     ]

@@ -205,7 +205,7 @@ def _from_gguf(path: Path, metadata: Mapping[str, Any]) -> PreTrainedTokenizerFa
     tokens, merges = entry("tokens", []), entry("merges", [])
     kinds = entry("token_type", [int(TokenType.NORMAL)] * len(tokens))
     if not all(isinstance(values, list) for values in (tokens, merges, kinds)):
-        raise JaxtuneError(f"{path}: tokenizer.ggml.tokens, merges or token_type is no list")
+        raise JaxtuneError(f"{path}: tokenizer.ggml.tokens, merges or token_type is not a list")
     if not tokens or len(kinds) != len(tokens):
         raise JaxtuneError(f"{path}: {len(tokens)} tokenizer.ggml.tokens, {len(kinds)} token types")
     backend = _byte_level_bpe(path, splitting, tokens, kinds, merges)
@@ -255,7 +255,8 @@ def _byte_level_bpe(
         # tokenizers panics, past every except clause, on some of these.
         if not {left, right, left + right} <= vocabulary.keys():
             raise JaxtuneError(
-                f'{path}: tokenizer.ggml.merges[{number}]="{merge}" joins or makes what is no token'
+                f'{path}: tokenizer.ggml.merges[{number}]="{merge}" joins or '
+                "produces an unknown token"
             )
         pairs.append((left, right))
     backend = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=splitting.ignore_merges))

@@ -54,7 +54,7 @@ def quantization_from_config(section: QuantizeConfig) -> Quantization | None:
 
 
 def is_quantized(weight: Any) -> bool:
-    """Says whether a weight is something other than a plain array."""
+    """Returns whether a weight is stored in a weight format rather than as a plain array."""
     return hasattr(weight, "dequantize")
 
 

@@ -2,7 +2,7 @@
 
 With double quantization the scales themselves are 8-bit codes, in blocks of 256, around their mean.
 Codes and scales are, bit for bit, those of bitsandbytes: blocks run over the weight row by row,
-across the ends of rows where a row is no multiple of 64.
+across the ends of rows where a row is not a multiple of 64.
 
 Source: Dettmers et al., 2023 (QLoRA); Dettmers et al., 2021 (the 8-bit map).
 """

@@ -57,12 +57,12 @@ class Format(abc.ABC):
         """
 
     def row_multiple(self, columns: int) -> int:
-        """Returns how many rows of so many columns have to be encoded together."""
+        """Returns the number of rows of `columns` values that must be encoded together."""
         del columns
         return 1
 
     def by_rows(self, shape: tuple[int, int]) -> bool:
-        """Says whether some rows of a weight [out, in] can be encoded without the others."""
+        """Returns whether rows of a weight [out, in] can be encoded independently."""
         return all(0 in part.axes for part in self.parts(shape).values())
 
     def finish(self, parts: Parts) -> Parts:

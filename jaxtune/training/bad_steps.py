@@ -1,7 +1,7 @@
 """What keeps a bad update away from the weights: not-a-number, float16's range, spikes.
 
 The judgement is part of the jitted step, and all that it remembers is part of the training state:
-a run that goes on after an interruption judges as one that was never interrupted.
+a resumed run decides as an uninterrupted one would.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def judge(
     """Judges an update.
 
     A loss scale halves when gradients overflow under it and doubles after 2000 updates that do
-    not. An overflow at a scale of 1, or a loss that is not finite, is no matter of the scale.
+    not. An overflow at a scale of 1, or a loss that is not finite, is not caused by the scale.
 
     Args:
       guard: what is remembered.

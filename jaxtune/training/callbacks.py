@@ -61,12 +61,12 @@ class Milestones:
             self._save(number, state)
         self.checkpoints.wait()
         raise Preempted(
-            f"stopped by SIGTERM after step {number}, which is saved; jaxtune train --workdir "
-            f"{self.run.path} goes on"
+            f"stopped by SIGTERM after step {number}, which is saved; resume with jaxtune train "
+            f"--workdir {self.run.path}"
         )
 
     def finish(self) -> None:
-        """Says what the best was and where it is."""
+        """Logs the best evaluation and where its adapter is."""
         tally, metric = self.tally, self.config.evaluation.stop_metric
         if tally.skipped:
             counts = ", ".join(f"{count} {reason}" for reason, count in tally.skipped.items())

@@ -127,7 +127,7 @@ def _plural(word: str, count: float) -> str:
 
 
 class Due:
-    """Says after which updates something is due."""
+    """Decides after which steps an event is due."""
 
     def __init__(self, key: str, value: int | str, timeline: Timeline | None = None):
         """Starts the clock of an interval in minutes; any other is a matter of the steps alone.
@@ -147,7 +147,7 @@ class Due:
         self._timeline = timeline
 
     def __call__(self, number: int) -> bool:
-        """Says whether it is due after update `number`, of which each is asked about in order."""
+        """Returns whether it is due after step `number`; called for every step in order."""
         if self.never:
             return False
         if self._unit != "minutes":

@@ -59,7 +59,7 @@ def check_metric(metric: str, scores: Iterable[str]) -> None:
     if metric not in usable:
         hint = " (it needs evaluation.generate)" if metric.endswith("exact_match") else ""
         raise JaxtuneError(
-            f'evaluation.stop_metric="{metric}" is no score of an evaluation'
+            f'evaluation.stop_metric="{metric}" is not a metric of an evaluation'
             f"{closest(metric, usable)} (known: {', '.join(usable)}){hint}"
         )
 

@@ -57,7 +57,7 @@ def answer_questions(
       ``answer`` and `ANSWER_SCORES`.
     """
     flat = [(name, question) for name, some in questions.items() for question in some]
-    # An answer that is longer than the longest right one is wrong, however it goes on.
+    # An answer longer than the longest correct one is wrong, whatever follows.
     longest = max(len(question.answer) for _, question in flat) + 1
     order = sorted(range(len(flat)), key=lambda index: len(flat[index][1].prompt))
     rows, answers = setup.config.evaluation.batch_size, {}

@@ -1,4 +1,4 @@
-"""The training loop: update, log, evaluate, save, and go on after any interruption."""
+"""The training loop: step, log, evaluate, save, and resume after an interruption."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def fit(
 ) -> Any:
     """Trains to the end, from the run's newest undamaged checkpoint if it has one.
 
-    On a deterministic backend a run that was killed at any moment goes on to the same losses,
-    bit for bit, as one that was not.
+    On a deterministic backend, a run that was killed at any moment resumes to bitwise the same
+    losses as an uninterrupted one.
 
     Args:
       state: the state of a new run, a pytree of `jax.Array` with an attribute ``trainable``. It
@@ -156,7 +156,7 @@ def _resume(state: Any, loader: Loader, checkpoints: Checkpoints) -> tuple[Any, 
         leaf.delete()  # or the device would hold two states while one is restored
     state, extra = checkpoints.restore(latest, like)
     loader.restore(extra["loader"])
-    logger.info("going on after step %d, from %s", latest, checkpoints.directory)
+    logger.info("resuming after step %d, from %s", latest, checkpoints.directory)
     tally = Tally(**extra["tally"])
     checkpoints.pinned = tally.best_step
     return state, tally, latest
@@ -164,12 +164,12 @@ def _resume(state: Any, loader: Loader, checkpoints: Checkpoints) -> tuple[Any, 
 
 @contextlib.contextmanager
 def _explained_interrupt(checkpoints: Checkpoints, run: RunDirectory) -> Iterator[None]:
-    """Lets a save in progress complete when the user interrupts, and says how to go on."""
+    """Completes a save in progress when the user interrupts, and logs how to resume."""
     try:
         yield
     except KeyboardInterrupt:
         checkpoints.wait()
         saved = checkpoints.steps()
         where = f"the checkpoint of step {saved[-1]}" if saved else "the start (no checkpoint yet)"
-        logger.warning("interrupted; jaxtune train --workdir %s goes on from %s", run.path, where)
+        logger.warning("interrupted; jaxtune train --workdir %s resumes from %s", run.path, where)
         raise

@@ -48,7 +48,7 @@ def out_of_memory_named(setup: Setup) -> Iterator[None]:
 
 
 def explain(text: str, setup: Setup) -> str:
-    """Says in one line what was needed, what there was and what to change first.
+    """Returns one line: the memory needed, the memory available and what to change first.
 
     Args:
       text: of XLA's error.

@@ -17,10 +17,10 @@ __all__ = ["Preempted", "Watchdog", "preempted", "watchdog"]
 
 
 def preempted(step: int) -> bool:
-    """Says whether SIGTERM has reached any process and this is the step that all of them save.
+    """Returns whether SIGTERM reached any process and this is the step that all save.
 
-    Every process asks after every update. Without `jax.distributed.initialize`, which the command
-    line calls, nothing listens to SIGTERM, and the answer is no.
+    Every process calls this after every step. Without `jax.distributed.initialize`, which the
+    command line calls, nothing listens to SIGTERM, and the result is False.
 
     Args:
       step: number of the update that is done.
@@ -42,13 +42,13 @@ class Watchdog:
         self._stopped = threading.Event()
 
     def step(self) -> None:
-        """Says that an update is done."""
+        """Reports a finished step."""
         if self._last is None and self._seconds:
             threading.Thread(target=self._run, name="watchdog", daemon=True).start()
         self._last = time.monotonic()
 
     def stop(self) -> None:
-        """Says that there are no more updates."""
+        """Stops watching."""
         self._stopped.set()
 
     def _run(self) -> None:

@@ -1,4 +1,4 @@
-"""What a run says while it goes on: metrics, a bar or lines of progress, warnings."""
+"""The output of a run in progress: metrics, a bar or lines of progress, warnings."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class Recorder:
             self._skipped(number, verdict, reason, values)
 
     def _estimate(self, number: int) -> None:
-        """Says how long the run is going to take, once, by the first updates after compilation."""
+        """Logs the expected duration of the run once, from the first steps after compilation."""
         if self._first is None:
             self._first = (number, time.monotonic())
         elif number == self._first[0] + _ESTIMATED_BY < self._steps:
@@ -178,7 +178,7 @@ class Display:
     """A progress bar on a terminal; elsewhere a line in the log now and then."""
 
     def __init__(self, start: int, steps: int):
-        """Prepares the bar of a run of `steps` updates that goes on after update `start`."""
+        """Prepares the bar of a run of `steps` steps that resumes after step `start`."""
         self._steps = steps
         self._bar = Bar(
             TextColumn("step"),

@@ -84,7 +84,7 @@ def score_experts(config: Config, source: TensorSource, examples: Examples) -> E
 
 
 def take_sample(examples: Examples, tokens: int, seed: int) -> Examples:
-    """Draws whole examples at random until they have so many tokens, or there are no more."""
+    """Draws whole examples at random until they hold `tokens` tokens, or all are drawn."""
     order = np.random.default_rng(seed).permutation(len(examples))
     sizes = np.cumsum(examples.lengths[order])
     kept = sorted(order[: int(np.searchsorted(sizes, tokens)) + 1].tolist())
@@ -92,7 +92,7 @@ def take_sample(examples: Examples, tokens: int, seed: int) -> Examples:
 
 
 def summarize(scores: ExpertScores, section: AdapterConfig) -> str:
-    """Says how many experts of each layer the ``adapter`` section of a config would train."""
+    """Returns text: the number of experts per layer that an ``adapter`` section selects."""
     kind, threshold = section.expert_score, section.expert_threshold
     lines = [f"experts of each layer whose {kind} scores sum to {threshold:g}:"]
     for layer, experts in scores.choose(kind, threshold):

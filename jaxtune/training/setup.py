@@ -76,8 +76,8 @@ class Setup:
         training = self.config.training
         return GuardSettings(training.dtype == "float16", training.spike_factor)
 
-    def lasting(self, steps: int) -> Setup:
-        """Returns the set-up of a run of so many updates, which its schedule follows."""
+    def with_total_steps(self, steps: int) -> Setup:
+        """Returns a copy whose learning-rate schedule spans `steps` steps."""
         schedule = make_schedule(self.config.optimizer, steps)
         optimizer = make_optimizer(
             self.config.optimizer, self.definition.abstract("trainable"), schedule

@@ -63,10 +63,10 @@ logger = logging.getLogger(__name__)
 def train(
     config: Config | None, workdir: str | Path, *, clock: datetime.datetime | None = None
 ) -> RunDirectory:
-    """Trains, or goes on with the run that is in `workdir`.
+    """Trains, or resumes the run in `workdir`.
 
     Args:
-      config: resolved config of a new run; None goes on with the one that is there.
+      config: resolved config of a new run; None resumes the existing run.
       workdir: the run's directory.
       clock: the time that the chat template of a new run prints; now by default.
 
@@ -95,7 +95,7 @@ def train(
         _check_stopping(config, sets, setup)
         loader = make_loader(config, examples, setup.reserved)
         timeline = Timeline(loader.order)
-        setup = setup.lasting(timeline.total_steps(config.training))
+        setup = setup.with_total_steps(timeline.total_steps(config.training))
         logger.info("training for %s", timeline.describe(setup.steps))
         if stored is None:
             stored = method.start(tokenizer, lambda: source.read("model.embed_tokens.weight"))

@@ -72,7 +72,7 @@ def test_an_expert_config_lists_the_experts_itself(tmp_path):
         ("{", ": not valid JSON: "),
         ("[]", ": not a JSON object"),
         ('{"a": 1}', ": holds no scores of experts (token_scores and gate_scores by layer)"),
-        ('{"experts": [1]}', ': "experts" is no list of experts for each layer'),
+        ('{"experts": [1]}', ': "experts" is not a list of experts per layer'),
         (
             '{"experts": {}, "shared_experts": true}',
             ': "shared_experts"=True is not supported',

@@ -73,7 +73,7 @@ def test_an_expression_is_of_the_whole_path(names):
         ([r"layers\.7\..*"], r'"layers\.7\..*" matches no module'),
         (["embed_tokens"], '"embed_tokens" matches no module'),
         (["model.layers.3.self_attn.q_proj"], "matches no module"),
-        ([r"(q_proj"], 'adapter.targets: "(q_proj" is no valid expression: '),
+        ([r"(q_proj"], 'adapter.targets: "(q_proj" is not a valid regular expression: '),
     ],
 )
 def test_a_target_that_matches_nothing_lists_what_there_is(names, targets, message):

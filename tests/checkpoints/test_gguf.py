@@ -330,7 +330,7 @@ def test_a_block_type_that_cannot_be_decoded_is_named(tmp_path):
 
 
 def test_a_count_of_zero_is_refused(tmp_path):
-    with pytest.raises(JaxtuneError, match=r"head_count_kv=0 is no positive integer"):
+    with pytest.raises(JaxtuneError, match=r"head_count_kv=0 is not a positive integer"):
         GGUFSource(write_tiny(tmp_path / "tiny.gguf", kv_heads=0))
 
 

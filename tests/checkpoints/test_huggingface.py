@@ -229,7 +229,7 @@ class TestTensors:
         def quantize(values):
             values["model.norm.weight"] = torch.ones(64, dtype=torch.int8)
 
-        assert "dtype that is no weight's: model.norm.weight is int8" in refusal(
+        assert "dtype that weights do not have: model.norm.weight is int8" in refusal(
             self.edit(copy(), quantize)
         )
 

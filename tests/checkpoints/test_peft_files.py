@@ -109,7 +109,7 @@ def test_weights_that_are_not_there_or_cut(tiny, adapter):
             {"init_lora_weights": "pissa"},
             "adapter_config.json: \"init_lora_weights\"='pissa' stands for factors beside",
         ),
-        ({"lora_alpha": "x"}, "adapter_config.json: \"lora_alpha\" has 'x', which is no number"),
+        ({"lora_alpha": "x"}, "adapter_config.json: \"lora_alpha\" is 'x', not a number"),
         ({"lora_alpha": 1e999}, 'adapter_config.json: "lora_alpha" has inf'),
         ({"lora_dropout": 1.5}, 'adapter_config.json: "lora_dropout"=1.5 is not within 0 and 1'),
         ({"alpha_pattern": {"(": 1}}, 'adapter_config.json: "alpha_pattern" has no valid'),

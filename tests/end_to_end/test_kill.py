@@ -81,7 +81,7 @@ def test_a_run_killed_at_any_moment_resumes_bit_for_bit(small_config, jaxtune_co
     finished = jaxtune_command("train", "--workdir", workdir)
     _, error = finished.communicate()
     assert finished.returncode == 0, error
-    assert "going on after step" in error
+    assert "resuming after step" in error
     for name in ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl"):
         assert comparable(workdir, name) == comparable(tmp_path / "unbroken", name)
     metrics = comparable(workdir)
@@ -146,5 +146,5 @@ def test_an_interrupted_run_says_how_to_go_on(small_config, jaxtune_command, tmp
     process.send_signal(signal.SIGINT)
     _, error = process.communicate()
     assert process.returncode == 130
-    assert f"interrupted; jaxtune train --workdir {workdir} goes on from the checkpoint" in error
+    assert f"interrupted; jaxtune train --workdir {workdir} resumes from the checkpoint" in error
     assert "Traceback" not in error

@@ -126,7 +126,7 @@ def test_a_terminated_job_is_requeued_and_ends_as_an_unbroken_run(
     wait_until(lambda: cluster.job(job)["JobState"] == "PENDING")
     cluster.command("scontrol", "update", f"JobId={job}", "StartTime=now")
     wait_until(lambda: cluster.job(job)["JobState"] == "COMPLETED")
-    assert "going on after step" in cluster.log(job)
+    assert "resuming after step" in cluster.log(job)
     start(2, tmp_path / "unbroken").succeed()
     assert read_losses(workdir) == read_losses(tmp_path / "unbroken")
 

@@ -255,7 +255,7 @@ def adapters_by_name(definition):
         ({"layers": "3"}, r"adapter\.layers: there is no layer 3 \(the last is 2\)"),
         ({"layers": "2-1"}, r'adapter\.layers: "2-1" is neither a layer nor a range like 4-7'),
         ({"rank_pattern": "k_proj=2"}, r'adapter\.rank_pattern: "k_proj" is the first to match no'),
-        ({"rank_pattern": "q_proj=0"}, r'adapter\.rank_pattern: "q_proj=0" is no rank'),
+        ({"rank_pattern": "q_proj=0"}, r'adapter\.rank_pattern: "q_proj=0" is not a rank'),
         ({"alpha_pattern": "q_proj"}, r'adapter\.alpha_pattern: "q_proj" is not a pattern and its'),
         ({"new_tokens": 160}, r"adapter\.new_tokens=160 is not less than all 160 tokens"),
         ({"new_tokens": 1, "modules_to_save": "embed_tokens"}, r"both train embed_tokens"),

@@ -123,7 +123,7 @@ def test_an_over_fitting_run_stops_and_keeps_its_best(method, tiny_chat, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"evaluation": {"stop_metric": "los"}}, 'stop_metric="los" is no score of an evaluation'),
+        ({"evaluation": {"stop_metric": "los"}}, 'stop_metric="los" is not a metric'),
         ({"data": {"eval": ""}, "evaluation": {"stop_patience": 2}}, "nothing is held out"),
         ({"evaluation": {"stop_patience": 2, "every": 0}}, r"evaluation\.every is 0"),
         ({"logging": {"wandb": "mine"}}, "requires the package wandb, which is not installed"),

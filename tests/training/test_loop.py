@@ -276,7 +276,7 @@ def test_an_interrupt_saves_nothing_half_and_says_how_to_go_on(tmp_path, unbroke
 
     with caplog.at_level(logging.WARNING), pytest.raises(KeyboardInterrupt):
         train(tmp_path, settings(), evaluate=press)
-    expected = f"jaxtune train --workdir {tmp_path} goes on from the checkpoint of step 6"
+    expected = f"jaxtune train --workdir {tmp_path} resumes from the checkpoint of step 6"
     assert expected in caplog.text
     run = RunDirectory(tmp_path)
     assert sorted(p.name for p in run.checkpoints.iterdir()) == ["3", "6"]

@@ -37,9 +37,9 @@ def test_of_some_scores_more_is_better(metric):
 
 def test_a_score_that_nothing_gives_is_named_with_the_closest():
     names = ["loss", "perplexity", "token_accuracy", "law/loss", "tokens"]
-    with pytest.raises(JaxtuneError, match=r'stop_metric="los" is no score.*did you mean "loss"'):
+    with pytest.raises(JaxtuneError, match=r'"los" is not a metric.*did you mean "loss"'):
         check_metric("los", names)
     with pytest.raises(JaxtuneError, match=r"it needs evaluation\.generate"):
         check_metric("exact_match", names)
-    with pytest.raises(JaxtuneError, match='"tokens" is no score'):
+    with pytest.raises(JaxtuneError, match='"tokens" is not a metric'):
         check_metric("tokens", names)  # there is no better and worse of it

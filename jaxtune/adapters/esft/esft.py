@@ -198,7 +198,7 @@ class Esft(Method):
             trainable[(*path, "weight")] = jnp.asarray(packed)
         for key in sorted(stored.tensors.keys() - needed):
             raise JaxtuneError(
-                f'adapter_model.safetensors: "{key}" is no weight of a chosen expert'
+                f'adapter_model.safetensors: "{key}" is not a weight of a chosen expert'
             )
         return unflatten(trainable), self.init(definition, 0)[1]
 

@@ -114,7 +114,7 @@ def parse_choice(content: Mapping[str, Any], file: str) -> Choice:
             for layer, experts in content["experts"].items()
         }
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise JaxtuneError(f'{file}: "experts" is no list of experts for each layer') from None
+        raise JaxtuneError(f'{file}: "experts" is not a list of experts per layer') from None
     return tuple(sorted((layer, experts) for layer, experts in chosen.items() if experts))
 
 

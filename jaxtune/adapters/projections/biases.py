@@ -26,7 +26,7 @@ _REPEATED = (".modules_to_save.bias", ".original_module.bias")
 
 
 def is_bias(name: str) -> bool:
-    """Says whether a name of a weight, or a key of PEFT's, is that of a bias of the base."""
+    """Returns whether a weight's name, or a key of PEFT's, names a bias of the base."""
     return name.endswith(END)
 
 

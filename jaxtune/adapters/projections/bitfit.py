@@ -70,7 +70,7 @@ class BiasAdapter(SlotAdapter):
         return Edit(bias=jnp.where(here, self.bias.get_value(), 0.0 if bias is None else bias))
 
     def edits_bias(self, linear: Projection) -> bool:
-        """Says yes."""
+        """Returns True: the bias is what the method edits."""
         del linear
         return True
 

@@ -105,5 +105,5 @@ def _pattern(patterns: Any, name: str, default: Any) -> float:
 
 def _number(key: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise JaxtuneError(f'adapter_config.json: "{key}" has {value!r}, which is no number')
+        raise JaxtuneError(f'adapter_config.json: "{key}" is {value!r}, not a number')
     return float(value)

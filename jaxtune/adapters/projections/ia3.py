@@ -71,7 +71,7 @@ class IA3Adapter(SlotAdapter):
         return Edit(out_scale=scale, bias=None if bias is None else bias * scale)
 
     def edits_bias(self, linear: Projection) -> bool:
-        """Says yes where outputs with a bias are scaled."""
+        """Returns whether the scaled outputs have a bias."""
         return self.end == OUTPUTS and linear.frozen[1] is not None
 
 

@@ -144,7 +144,7 @@ class Lora(LinearMethod):
         return {n: Factor(int(ranks[n]), float(alphas[n]), self.rslora) for n in names}
 
     def trains(self, name: str) -> bool:
-        """Says yes to what is stored whole, and to the biases that are asked for."""
+        """Returns whether a weight is in modules_to_save or is a bias selected by `bias`."""
         return super().trains(name) or (biases.is_bias(name) and self._trains_bias(name))
 
     def _trains_bias(self, name: str) -> bool:
@@ -308,7 +308,7 @@ def settings_from_config(section: AdapterConfig) -> dict[str, Any]:
     alphas = parse_patterns("adapter.alpha_pattern", section.alpha_pattern)
     for pattern, rank in ranks.items():
         if rank < 1 or rank != int(rank):
-            raise JaxtuneError(f'adapter.rank_pattern: "{pattern}={rank:g}" is no rank')
+            raise JaxtuneError(f'adapter.rank_pattern: "{pattern}={rank:g}" is not a rank')
     return shared_settings(section) | {
         "rank": section.rank,
         "alpha": section.alpha,

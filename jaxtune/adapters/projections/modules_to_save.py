@@ -28,7 +28,7 @@ def saved_modules(stored: StoredAdapter) -> tuple[str, ...]:
     """Returns the modules that an adapter on disk stores whole.
 
     Raises:
-      JaxtuneError: the setting is no list of names.
+      JaxtuneError: the setting is not a list of names.
     """
     saved = stored.config.get("modules_to_save") or []
     if not isinstance(saved, (list, tuple)) or not all(isinstance(name, str) for name in saved):

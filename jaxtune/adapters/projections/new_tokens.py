@@ -180,7 +180,7 @@ def on_disk(stored: StoredAdapter) -> TokenIds:
     """Returns the tokens that an adapter on disk has trained.
 
     Raises:
-      JaxtuneError: other modules than the embedding and the head, or what are no tokens.
+      JaxtuneError: modules other than the embedding and the head, or invalid token ids.
     """
     found = stored.config.get(SETTING) or {}
     rows: dict[str, tuple[int, ...]] = {}
@@ -203,7 +203,7 @@ def on_disk(stored: StoredAdapter) -> TokenIds:
 
 
 def without(stored: StoredAdapter) -> dict[str, np.ndarray]:
-    """Returns the tensors, of any shape, of an adapter on disk that are no rows of its tokens."""
+    """Returns the tensors of an adapter on disk except the rows of its tokens."""
     keys = {_PLACES[module].key for module, _ in on_disk(stored)}
     # PEFT writes no rows for an empty list of tokens.
     return {k: v for k, v in stored.tensors.items() if k not in keys and v.shape[:1] != (0,)}

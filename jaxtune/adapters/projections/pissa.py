@@ -90,7 +90,7 @@ def principal_factors(weight: np.ndarray, factor: Factor) -> tuple[np.ndarray, n
     if min(weight.shape) < _LARGE or factor.rank >= min(weight.shape) // 2:
         left, values, right = np.linalg.svd(weight, full_matrices=False)
     else:
-        # The start vector is fixed: a run that goes on finds the very same factors.
+        # The start vector is fixed, so that a resumed run computes the same factors.
         start = np.ones(min(weight.shape), np.float32)
         found: Any = svds(weight, k=factor.rank, v0=start)
         left, values, right = found[0][:, ::-1], found[1][::-1], found[2][::-1]

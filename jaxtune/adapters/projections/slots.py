@@ -103,7 +103,7 @@ class SlotAdapter(nnx.Module, abc.ABC):
         return jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
 
     def edits_bias(self, linear: Projection) -> bool:
-        """Says whether an edit of this projection has a bias."""
+        """Returns whether an edit of this projection has a bias."""
         del linear
         return False
 
@@ -158,7 +158,7 @@ class LinearMethod(Method):
         return [name for name in names if name in matched]
 
     def trains(self, name: str) -> bool:
-        """Says yes to the arrays of modules that are stored whole."""
+        """Returns whether the weight belongs to a module in modules_to_save."""
         return is_saved(name.rpartition(".")[0], self.modules_to_save)
 
     def attach(self, model: CausalLM) -> None:

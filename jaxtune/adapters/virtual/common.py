@@ -89,7 +89,7 @@ def refuse_extras(stored: StoredAdapter) -> None:
             raise JaxtuneError(f'adapter_config.json: "{key}"={value!r} is not supported')
     for key in stored.tensors:
         if key != EMBEDDINGS:
-            raise JaxtuneError(f'{WEIGHTS_FILE}: "{key}" is no virtual token')
+            raise JaxtuneError(f'{WEIGHTS_FILE}: "{key}" is not an array of virtual tokens')
 
 
 def check_match(stored: StoredAdapter, needed: Mapping[str, Any]) -> None:

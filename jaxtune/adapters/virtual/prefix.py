@@ -62,7 +62,7 @@ class ProjectedPrefix(nnx.Module):
 
 
 class PrefixCount(nnx.Module):
-    """Says how many virtual tokens the layers' own prefixes have."""
+    """Carries the number of virtual tokens of the layers' own prefixes."""
 
     def __init__(self, virtual_tokens: int):
         self.virtual_tokens = virtual_tokens
@@ -224,7 +224,7 @@ def _cut(blocks: Sequence[Blocks], values: dict[Path, np.ndarray]) -> Tree:
 def from_peft(stored: StoredAdapter) -> Prefix:
     """Returns the method of a prefix in PEFT's or the latent format.
 
-    Without the encoder that made it, a prefix goes on as it is.
+    Without the encoder that computed it, the prefix itself is trained further.
 
     Raises:
       JaxtuneError: adapter_config.json lacks a number, or the adapter holds something else.

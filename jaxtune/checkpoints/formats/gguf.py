@@ -200,7 +200,7 @@ class GGUFSource:
         value = self._key(key, default)
         if not isinstance(value, int) or value < 1:
             raise JaxtuneError(
-                f"{self.path}: {self._architecture}.{key}={value!r} is no positive integer"
+                f"{self.path}: {self._architecture}.{key}={value!r} is not a positive integer"
             )
         return value
 

@@ -154,7 +154,7 @@ def _read_header(cursor: _Cursor) -> Header:
         relative[name] = _read_tensor_info(cursor, name)
     alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1:
-        raise JaxtuneError(f"{path}: general.alignment={alignment!r} is no positive integer")
+        raise JaxtuneError(f"{path}: general.alignment={alignment!r} is not a positive integer")
     data_start = -(-cursor.position // alignment) * alignment
     tensors = {}
     for name, info in relative.items():
