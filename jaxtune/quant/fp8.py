@@ -63,7 +63,23 @@ class Float8(Format):
 
     def decode(self, parts: Mapping[str, AnyArray], shape: tuple[int, int]) -> AnyArray:
         """Returns float32 [out, in]; JAX or NumPy."""
-        return _values(parts["codes"]) * self._over(parts["scale"], shape)
+        codes, scale = parts["codes"], parts["scale"]
+        if isinstance(codes, np.ndarray) and isinstance(scale, np.ndarray):
+            return self._decode_rows(codes, scale)
+        return _values(codes) * self._over(scale, shape)
+
+    def _decode_rows(self, codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        """Returns float32 [out, in]: one row of blocks at a time, in place.
+
+        A look-up takes 8 bytes of index per value, which stay within a cache this way.
+        """
+        tall, wide = self.block
+        values = np.empty(codes.shape, np.float32)
+        for first in range(0, codes.shape[0], tall):
+            rows = slice(first, first + tall)
+            across = np.repeat(scale[first // tall], wide)[: codes.shape[1]]
+            np.multiply(np.take(_TABLE, codes[rows]), across, out=values[rows])
+        return values
 
     def _over(self, scale: AnyArray, shape: tuple[int, int]) -> AnyArray:
         """Repeats each block's scale over the block."""

@@ -34,6 +34,6 @@ def faulty(self):
 
 
 sys.argv = [argument.replace("{process}", process) for argument in sys.argv]
-logging.getLogger("jaxtune.checkpoints.loading").setLevel(logging.DEBUG)
+logging.getLogger("jaxtune.checkpoints.streaming").setLevel(logging.DEBUG)
 BatchLoader.__next__ = faulty
 main()

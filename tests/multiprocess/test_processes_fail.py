@@ -1,5 +1,6 @@
 """One process is stopped, killed, stuck or fails: all end, in time, with the code that says it."""
 
+import re
 import signal
 import time
 
@@ -35,7 +36,11 @@ def test_sigterm_while_the_step_is_compiled_waits_for_its_first_update(start, tm
         time.sleep(0.02)
     run.send(signal.SIGTERM)
     code, output = run.finish()
-    assert code == 75 and "stopped by SIGTERM after step 1, which is saved" in output, output
+    # The processes agree on one of the first steps after the signal; how many a cached
+    # compilation leaves time for is not the point.
+    assert code == 75 and re.search(
+        r"stopped by SIGTERM after step [1-3], which is saved", output
+    ), output
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ def compute(directory):
     """Yields (name, loss, gradient by path) of each way."""
     rows = make_examples(8, longest=32, seed=4)
     for devices in (1, 2, 8):
-        mesh = make_mesh(resolve({}).mesh, jax.devices()[:devices])
+        mesh = make_mesh(resolve({}).mesh.to_dict(), jax.devices()[:devices])
         parts = load_model(
             open_source(directory), "float32", mesh, method=Lora(4, 8.0), progress=False
         )
