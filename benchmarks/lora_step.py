@@ -60,7 +60,7 @@ def run_jaxtune(checkpoint: str, dtype: str, options: argparse.Namespace) -> dic
     from jaxtune.checkpoints.huggingface import open_source
     from jaxtune.checkpoints.load_model import load_model
     from jaxtune.training.setup import set_up
-    from jaxtune.training.update import Update
+    from jaxtune.training.step import CompiledStep
 
     batch, length = options.batch, options.length
     config = config_module.resolve(
@@ -84,7 +84,7 @@ def run_jaxtune(checkpoint: str, dtype: str, options: argparse.Namespace) -> dic
     }
     with jax.set_mesh(setup.mesh):
         state = setup.initial_state(parts.trainable)
-        step = Update(setup, parts.base, parts.constants)
+        step = CompiledStep(setup.train_step(), parts.base, parts.constants, setup.put_batch)
         begin = time.monotonic()
         state, metrics = step(state, arrays)
         losses = [float(metrics["loss"])]

@@ -21,7 +21,7 @@ from jaxtune.config import OPTIONS, default, load_file, resolve
 from jaxtune.training import train as training
 from jaxtune.training.durations import Timeline
 from jaxtune.training.evaluation import held_out_batches
-from jaxtune.training.run_summary import Split, describe
+from jaxtune.training.run_summary import SplitSummary, summarize
 from jaxtune.training.setup import set_up
 
 # The keys that users' files and scripts rely on.
@@ -490,10 +490,10 @@ class Prepared:
         examples, held_out = splits.train, splits.held_out
         loader = training.make_loader(self.config, examples, self.setup.reserved)
         steps = Timeline(loader.order).total_steps(self.config.training)
-        return describe(
+        return summarize(
             self.setup.with_total_steps(steps),
-            Split(examples, loader),
-            Split(
+            SplitSummary(examples, loader),
+            SplitSummary(
                 held_out,
                 held_out_batches(self.config, held_out, self.setup.reserved),
             ),

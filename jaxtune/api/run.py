@@ -242,10 +242,8 @@ def train(config: ConfigLike | str | Path | None = None, workdir: str | Path = "
       workdir: the run's directory, which receives all files.
 
     Raises:
-      JaxtuneError: anything the user can mend.
+      JaxtuneError: an error that the user can fix.
     """
-    if not str(workdir):
-        raise JaxtuneError("workdir is empty: name a directory for the run")
     if isinstance(config, (str, Path)):
         config = load_file(config)
     training.train(None if config is None else resolve(config), workdir)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 
 from jaxtune.commands.arguments import CONFIG_HELP, add_config, add_workdir
+from jaxtune.config import Config, load_file, resolve
 from jaxtune.errors import user_message
 
 SUMMARY = "Start or resume a training run."
@@ -38,30 +40,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
     from jaxtune.parallel import failures, processes
+    from jaxtune.training.train import train
 
     addresses = processes.find_addresses(
         arguments.coordinator, arguments.processes, arguments.process, os.environ
     )
-    if not arguments.owns_process:
-        _train(arguments)
-        return
-    processes.initialize(addresses, arguments.heartbeat)
-    if not processes.leads():
-        logging.getLogger("jaxtune").setLevel(logging.WARNING)  # process 0 logs for all
-    with failures.shared(user_message):
-        _train(arguments)
+    shared_failures = contextlib.nullcontext()
+    if arguments.owns_process:
+        processes.initialize(addresses, arguments.heartbeat)
+        if not processes.leads():
+            logging.getLogger("jaxtune").setLevel(logging.WARNING)  # process 0 logs for all
+        shared_failures = failures.shared(user_message)
+    with shared_failures:
+        directory = train(_config(arguments), arguments.workdir)
+        if processes.leads():
+            print(f"done: {directory.steps_done()} steps, results in {directory.path}")
 
 
-def _train(arguments: argparse.Namespace) -> None:
-    import jaxtune
-    from jaxtune.config import load_file, resolve
-    from jaxtune.parallel.processes import leads
+def _config(arguments: argparse.Namespace) -> Config | None:
+    """Returns the config of a new run, or that of the existing run with overrides, if any."""
+    from jaxtune.api.run import Run
 
-    config = None
     if arguments.config:
-        config = resolve(load_file(arguments.config), arguments.overrides)
-    elif arguments.overrides:
-        config = resolve(jaxtune.Run(arguments.workdir).config, arguments.overrides)
-    run = jaxtune.train(config, arguments.workdir)
-    if leads():
-        print(f"done: {run.directory.steps_done()} steps, results in {run.path}")
+        return resolve(load_file(arguments.config), arguments.overrides)
+    if arguments.overrides:
+        return resolve(Run(arguments.workdir).config, arguments.overrides)
+    return None

@@ -9,7 +9,7 @@ from jaxtune.data.prepare import load_examples
 from jaxtune.data.row_formats import FORMATS, DataFormat
 from jaxtune.data.rows import Row, read_rows
 from jaxtune.data.settings import DataSettings, data_settings
-from jaxtune.data.splits import DataReader, Splits
+from jaxtune.data.splits import DataReader, ReaderOptions, Splits
 
 __all__ = [
     "FORMATS",
@@ -22,6 +22,7 @@ __all__ = [
     "DataReader",
     "DataSettings",
     "Examples",
+    "ReaderOptions",
     "Row",
     "SourceSlice",
     "Splits",

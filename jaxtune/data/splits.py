@@ -6,7 +6,7 @@ import dataclasses
 import datetime
 import logging
 import re
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import numpy as np
 
@@ -40,6 +40,16 @@ class Splits(NamedTuple):
     def held_out(self) -> Examples | None:
         """All held-out examples; None if there are none."""
         return join([*self.sets.values()]) if self.sets else None
+
+
+class ReaderOptions(TypedDict, total=False):
+    """Options of `DataReader`, all optional."""
+
+    keep: bool
+    workers: int
+    problems: list[Problem] | None
+    chat_template: str | None
+    clock: datetime.datetime | None
 
 
 class DataReader:

@@ -28,8 +28,15 @@ class Compiled:
 
     def __init__(self, compiled: jax.stages.Compiled):
         self._compiled = compiled
-        self.memory_analysis, self.cost_analysis = compiled.memory_analysis, compiled.cost_analysis
-        self.as_text = compiled.as_text
+        self.cost_analysis = compiled.cost_analysis
+
+    def memory_analysis(self) -> Any:
+        """Returns the compiler's memory figures, in bytes per device."""
+        return self._compiled.memory_analysis()
+
+    def as_text(self) -> str:
+        """Returns the optimized program as text."""
+        return self._compiled.as_text() or ""
 
     def __call__(self, *arguments: Any) -> Any:
         """Calls the function with arrays of the shapes that it was compiled for."""

@@ -21,7 +21,7 @@ from jaxtune.checkpoints.chat import Chat, adapter_chat, base_chat
 from jaxtune.checkpoints.huggingface import read_json
 from jaxtune.checkpoints.source import TensorSource
 from jaxtune.config import Config
-from jaxtune.data import Examples
+from jaxtune.data import Examples, ReaderOptions
 from jaxtune.parallel.processes import barrier, leads
 from jaxtune.runs.directory import RunDirectory
 
@@ -50,7 +50,7 @@ def configured_chat(config: Config, source: TensorSource) -> Chat:
     return _apply_template(initial_chat(config, source), config)
 
 
-def reader_options(config: Config, chat: Chat) -> dict[str, Any]:
+def reader_options(config: Config, chat: Chat) -> ReaderOptions:
     """Returns the options of `DataReader` that follow from chat settings.
 
     Args:

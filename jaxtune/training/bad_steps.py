@@ -1,7 +1,7 @@
-"""What keeps a bad update away from the weights: not-a-number, float16's range, spikes.
+"""Skipping bad steps: values that are not finite, float16 overflows and spikes.
 
-The judgement is part of the jitted step, and all that it remembers is part of the training state:
-a resumed run decides as an uninterrupted one would.
+The check is part of the jitted step and its memory is part of the training state, so a resumed run
+decides as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -11,25 +11,26 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-MADE, NOT_FINITE, OVERFLOW, SPIKE = range(4)
+APPLIED, NOT_FINITE, OVERFLOW, SPIKE = range(4)
 REASONS = {
     NOT_FINITE: "not finite",
     OVERFLOW: "float16 overflow",
     SPIKE: "spike",
 }
-"""Why an update was skipped, by the metric ``skipped`` of a step; `MADE` is 0."""
+"""Reasons for a skipped step, by the metric ``skipped`` of a step; 0 is `APPLIED`."""
 
-# Of torch.amp.GradScaler, but for the ceiling, which keeps the scale itself far from infinity.
-_FIRST_SCALE, _LAST_SCALE, _GROWTH_INTERVAL = 2.0**16, 2.0**24, 2000
-_WINDOW = 20  # updates that the running means look back on
+# The values of torch.amp.GradScaler, plus a largest scale, which keeps the scale finite.
+_INITIAL_SCALE, _LARGEST_SCALE, _GROWTH_INTERVAL = 2.0**16, 2.0**24, 2000
+_WINDOW = 20  # steps of the running means
 
 
 class GuardSettings(NamedTuple):
-    """What a step guards against, besides numbers that are not finite.
+    """Conditions under which a step is skipped, in addition to values that are not finite.
 
     Attributes:
-      scaling: whether gradients are computed at a scale, as float16 needs.
-      spike_factor: loss or gradient norm over its running mean that makes a spike; 0: none.
+      scaling: whether gradients are computed with a loss scale, as float16 needs.
+      spike_factor: ratio of loss or gradient norm to its running mean from which a step is a
+        spike; 0 turns the check off.
     """
 
     scaling: bool = False
@@ -40,14 +41,14 @@ NO_GUARD = GuardSettings()
 
 
 class Guard(NamedTuple):
-    """What the judgement remembers: scalars.
+    """The state of the check: scalars.
 
     Attributes:
-      scale: float32, the loss scale; 1 where gradients are not scaled.
-      steady: int32, updates since it last changed.
-      loss: float32, running mean over the updates that were made.
-      grad_norm: float32, the same of the gradient norm before clipping.
-      seen: int32, updates in these means.
+      scale: float32, loss scale; 1 where gradients are not scaled.
+      steady: int32, steps since the scale last changed.
+      loss: float32, running mean of the loss over applied steps.
+      grad_norm: float32, running mean of the gradient norm before clipping.
+      seen: int32, applied steps in these means.
     """
 
     scale: Any
@@ -57,10 +58,10 @@ class Guard(NamedTuple):
     seen: Any
 
 
-def first_guard(settings: GuardSettings) -> Guard:
-    """Returns what is remembered before the first update."""
-    scale = _FIRST_SCALE if settings.scaling else 1.0
-    # Arrays of their own, for a step donates each of them.
+def initial_guard(settings: GuardSettings) -> Guard:
+    """Returns the state of the check before the first step."""
+    scale = _INITIAL_SCALE if settings.scaling else 1.0
+    # Separate arrays, since a step donates each of them.
     return Guard(
         scale=jnp.float32(scale),
         steady=jnp.int32(0),
@@ -70,50 +71,48 @@ def first_guard(settings: GuardSettings) -> Guard:
     )
 
 
-def judge(
+def check_step(
     guard: Guard, loss: jax.Array, grad_norm: jax.Array, settings: GuardSettings
 ) -> tuple[jax.Array, Guard]:
-    """Judges an update.
+    """Decides whether a step is applied.
 
-    A loss scale halves when gradients overflow under it and doubles after 2000 updates that do
-    not. An overflow at a scale of 1, or a loss that is not finite, is not caused by the scale.
+    The loss scale is halved when gradients overflow and doubled after 2000 steps without an
+    overflow. An overflow at scale 1, or a loss that is not finite, is not caused by the scale.
 
     Args:
-      guard: what is remembered.
-      loss: float32 scalar, without the scale.
-      grad_norm: float32 scalar, without the scale, before clipping.
-      settings: static.
+      guard: state of the check.
+      loss: float32 scalar, without the loss scale.
+      grad_norm: float32 scalar, without the loss scale, before clipping.
+      settings: static settings.
 
     Returns:
-      `MADE` or a key of `REASONS`, int32, and what to remember from now on.
+      `APPLIED` or a key of `REASONS`, int32, and the new state of the check.
 
     Source: torch.amp.GradScaler for the scale.
     """
-    sound = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    verdict = jnp.where(sound, MADE, NOT_FINITE)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    outcome = jnp.where(finite, APPLIED, NOT_FINITE)
     if settings.scaling:
-        range_left = jnp.isfinite(loss) & (guard.scale > 1)
-        verdict = jnp.where(~sound & range_left, OVERFLOW, verdict)
+        reducible = jnp.isfinite(loss) & (guard.scale > 1)
+        outcome = jnp.where(~finite & reducible, OVERFLOW, outcome)
     if settings.spike_factor:
         factor = settings.spike_factor
         high = (loss > factor * guard.loss) | (grad_norm > factor * guard.grad_norm)
-        verdict = jnp.where(sound & high & (guard.seen >= _WINDOW), SPIKE, verdict)
-    made = verdict == MADE
+        outcome = jnp.where(finite & high & (guard.seen >= _WINDOW), SPIKE, outcome)
+    applied = outcome == APPLIED
     weight = 1 / jnp.minimum(guard.seen + 1, _WINDOW).astype(jnp.float32)
 
     def mean(old: jax.Array, new: jax.Array) -> jax.Array:
-        return jnp.where(made, old + weight * (new - old), old)
+        return jnp.where(applied, old + weight * (new - old), old)
 
     scale, steady = guard.scale, guard.steady
     if settings.scaling:
-        steady = jnp.where(made, steady + 1, steady)
+        steady = jnp.where(applied, steady + 1, steady)
         grows = steady >= _GROWTH_INTERVAL
-        scale = jnp.where(grows, jnp.minimum(2 * scale, _LAST_SCALE), scale)
-        over = verdict == OVERFLOW
-        scale = jnp.where(over, jnp.maximum(scale / 2, 1.0), scale)
-        steady = jnp.where(grows | over, 0, steady)
-    seen = jnp.where(made, guard.seen + 1, guard.seen)
-    remembered = Guard(
-        scale, steady, mean(guard.loss, loss), mean(guard.grad_norm, grad_norm), seen
-    )
-    return verdict.astype(jnp.int32), remembered
+        scale = jnp.where(grows, jnp.minimum(2 * scale, _LARGEST_SCALE), scale)
+        overflow = outcome == OVERFLOW
+        scale = jnp.where(overflow, jnp.maximum(scale / 2, 1.0), scale)
+        steady = jnp.where(grows | overflow, 0, steady)
+    seen = jnp.where(applied, guard.seen + 1, guard.seen)
+    new = Guard(scale, steady, mean(guard.loss, loss), mean(guard.grad_norm, grad_norm), seen)
+    return outcome.astype(jnp.int32), new

@@ -1,4 +1,4 @@
-"""What happens between updates: evaluations, checkpoints, adapters, and the end of a run."""
+"""Actions between steps: evaluation, checkpoints, adapter export, and the end of a run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from jaxtune.config import Config
 from jaxtune.runs.checkpoints import Checkpoints
@@ -22,41 +22,52 @@ logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
-class Milestones:
-    """What is due after an update, and how it is done; see `fit` for the parts."""
+class Callbacks:
+    """Evaluation, checkpoints, adapter export and preemption after a step.
+
+    Attributes:
+      config, evaluate, save_adapter, run, loader, timeline: those of `Trainer`.
+      checkpoints: checkpoints of the run, open.
+      log: metric files.
+      recorder: output of the run, which is flushed before an evaluation or a save.
+      tally: counters of the run.
+    """
 
     config: Config
     evaluate: Callable[[Any], Mapping[str, Any]] | None
     save_adapter: Callable[[Any, Path], Any] | None
     run: RunDirectory
-    checkpoints: Checkpoints
     loader: Any
+    timeline: Timeline | None
+    checkpoints: Checkpoints
     log: MetricLog
     recorder: Recorder
     tally: Tally
-    timeline: Timeline | None = None
 
     def __post_init__(self) -> None:
         self._evaluating = Due("evaluation.every", self.config.evaluation.every, self.timeline)
         self._saving = Due("checkpoint.every", self.config.checkpoint.every, self.timeline)
         self._saved: int | None = None
 
-    def reach(self, number: int, state: Any, last: bool = False) -> None:
-        """Does what is due after update `number`; the last one is due for everything."""
+    def after_step(self, number: int, state: Any, last: bool = False) -> None:
+        """Evaluates and saves where due after step `number`; both are due after the last step.
+
+        Raises:
+          Preempted: a preemption notice was received; the step is saved.
+        """
         best, saving = False, self._saving(number)
         evaluates = self.evaluate is not None and not self._evaluating.never
         if evaluates and (self._evaluating(number) or last):
             best = self._evaluate(number, state)
-        # A checkpoint is all there is to keep the best of full fine-tuning in.
-        only_here = best and self.save_adapter is None
-        # After the evaluation: a resumed run does not evaluate the step that it starts from.
-        if last or saving or only_here or self.tally.stopped:
+        # The best weights of full fine-tuning exist in a checkpoint only.
+        only_copy = best and self.save_adapter is None
+        # After the evaluation: a resumed run does not evaluate the step of its checkpoint again.
+        if last or saving or only_copy or self.tally.stopped:
             self._save(number, state)
+        if not last and not self.tally.stopped and preempted(number):
+            self._leave(number, state)
 
-    def leave_if_preempted(self, number: int, state: Any) -> None:
-        """Saves update `number` and ends the run with `Preempted` if that is asked for."""
-        if not preempted(number):
-            return
+    def _leave(self, number: int, state: Any) -> NoReturn:
         if self._saved != number:
             self._save(number, state)
         self.checkpoints.wait()
@@ -70,7 +81,7 @@ class Milestones:
         tally, metric = self.tally, self.config.evaluation.stop_metric
         if tally.skipped:
             counts = ", ".join(f"{count} {reason}" for reason, count in tally.skipped.items())
-            logger.warning("updates that were skipped: %s", counts)
+            logger.warning("skipped steps: %s", counts)
         if tally.best_step is None:
             return
         where: object = self.run.adapter_best
@@ -85,7 +96,7 @@ class Milestones:
         )
 
     def _evaluate(self, number: int, state: Any) -> bool:
-        """Returns whether nothing was better so far."""
+        """Evaluates, and returns whether the score is the best so far."""
         assert self.evaluate is not None
         with self.recorder.paused():
             scores = dict(self.evaluate(state.trainable))

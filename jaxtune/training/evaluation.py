@@ -1,4 +1,4 @@
-"""What is measured on held-out examples while a run trains and after it."""
+"""Evaluation on held-out examples, during a run and after it."""
 
 from __future__ import annotations
 
@@ -29,20 +29,23 @@ def held_out_batches(
     config: Config, examples: Examples, reserved: int = 0
 ) -> Iterator[Mapping[str, Any]]:
     """Returns the batches of one evaluation."""
-    return eval_batches(examples, **_batch_settings(config), reserved=reserved)
+    return eval_batches(
+        examples,
+        batch_size=config.evaluation.batch_size,
+        length=config.data.max_length,
+        packing=config.data.packing,
+        reserved=reserved,
+    )
 
 
 def held_out_order(config: Config, examples: Examples) -> DataOrder:
     """Returns the order of the batches of one evaluation."""
-    return eval_order(examples, **_batch_settings(config))
-
-
-def _batch_settings(config: Config) -> dict[str, Any]:
-    return {
-        "batch_size": config.evaluation.batch_size,
-        "length": config.data.max_length,
-        "packing": config.data.packing,
-    }
+    return eval_order(
+        examples,
+        batch_size=config.evaluation.batch_size,
+        length=config.data.max_length,
+        packing=config.data.packing,
+    )
 
 
 def bind_evaluation(
@@ -52,30 +55,30 @@ def bind_evaluation(
     sets: Mapping[str, Examples],
     chat: Chat | None = None,
 ) -> Callable[[Tree], dict[str, Any]] | None:
-    """Returns the evaluation as the loop calls it, or None without a held-out set.
+    """Returns the evaluation as a function ``trainable -> scores``; None without a held-out set.
 
-    It gives ``loss`` (mean over target tokens, nats), ``perplexity``, ``token_accuracy`` (share of
-    targets that are the likeliest token) and ``tokens`` (targets), over all sets together and, with
-    its name before as in ``law/loss``, of each that has a name. Of a mixture of experts there are
-    `load_summary`, ``balance_loss`` (summed over layers) and ``expert_load``, the table of
-    `load_table`. With ``evaluation.generate`` there are `ANSWER_SCORES` and ``samples``.
+    Scores are ``loss`` (mean over target tokens, nats), ``perplexity``, ``token_accuracy`` (share
+    of targets with the highest probability) and ``tokens`` (targets), over all sets together and
+    for each named set, as in ``law/loss``. A mixture of experts adds `load_summary`,
+    ``balance_loss`` (summed over layers) and ``expert_load``, the table of `load_table`.
+    ``evaluation.generate`` adds `ANSWER_SCORES` and ``samples``.
 
     Args:
-      setup: of the run.
+      setup: setup of the run.
       base: frozen tree.
-      constants: of the method.
-      sets: held-out examples by name; a single set may have an empty one.
-      chat: its tokenizer turns answers into text, and its tokens end them.
+      constants: constants of the method.
+      sets: held-out examples by name; a single set may have an empty name.
+      chat: tokenizer and end tokens of generated answers.
 
     Raises:
-      JaxtuneError: answers are asked for, and there is no tokenizer, or more than one process.
+      JaxtuneError: ``evaluation.generate`` without a tokenizer or with several processes.
     """
     if not sets:
         return None
     compiled = setup.eval_step()
     count = setup.config.evaluation.generate
     if count and jax.process_count() > 1:
-        raise JaxtuneError("evaluation.generate is for runs of one process: set it to 0")
+        raise JaxtuneError("evaluation.generate requires a single process: set it to 0")
     if count and (chat is None or chat.tokenizer is None):
         raise JaxtuneError("evaluation.generate needs a tokenizer, and the model has none")
     questions = {name: read_questions(examples, count) for name, examples in sets.items() if count}
@@ -112,7 +115,7 @@ def bind_evaluation(
 
 
 def score_names(config: Config, sets: Mapping[str, Any], experts: bool) -> list[str]:
-    """Returns the names of the scores that `bind_evaluation` of a config gives."""
+    """Returns the names of the scores of `bind_evaluation` for a config."""
     names = ["loss", "perplexity", "token_accuracy"]
     names += list(ANSWER_SCORES) if config.evaluation.generate else []
     named = [f"{name}/{score}" for name in filter(None, sets) for score in names]
@@ -123,7 +126,7 @@ def _scores(sums: Any) -> dict[str, Any]:
     loss = float(sums.nll / sums.weight)
     return {
         "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),  # float64 ends beyond
+        "perplexity": math.exp(min(loss, 700.0)),  # the largest exponent of float64
         "token_accuracy": float(sums.correct / sums.weight),
         "tokens": float(sums.weight),
     }

@@ -1,4 +1,4 @@
-"""The output of a run in progress: metrics, a bar or lines of progress, warnings."""
+"""The output of a run in progress: metrics, a progress bar or lines, warnings."""
 
 from __future__ import annotations
 
@@ -20,52 +20,54 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from jaxtune.config import Config
 from jaxtune.errors import JaxtuneError
 from jaxtune.progress import Bar
 from jaxtune.runs.metrics import MetricLog
 from jaxtune.training.bad_steps import OVERFLOW, REASONS
-from jaxtune.training.durations import Due
+from jaxtune.training.durations import Due, Timeline
 from jaxtune.training.early_stopping import Tally
 
 logger = logging.getLogger(__name__)
 
-_ESTIMATED_BY = 3  # updates
-SECONDS_BETWEEN_LINES = 30.0  # of progress, where there is no terminal to draw a bar on
+_ESTIMATED_BY = 3  # steps
+SECONDS_BETWEEN_LINES = 30.0  # of progress, without a terminal
 
 
 class Recorder:
-    """Reads metrics one update late, so that the next update is queued before the host waits."""
+    """Reads metrics one step late, so that the next step is queued before the host waits."""
 
     def __init__(
         self,
         log: MetricLog,
         display: Display,
         tally: Tally,
-        due: Due,
-        max_bad_steps: int,
+        config: Config,
         steps: int,
+        timeline: Timeline | None,
     ):
         """Starts the clock of the first line.
 
         Args:
-          log: to write to.
-          display: to show progress on.
-          tally: to count in.
-          due: which updates have a line.
-          max_bad_steps: updates in a row that may be skipped before the run stops.
-          steps: updates of the run.
+          log: metric files.
+          display: progress bar or lines.
+          tally: counters of the run, which are updated.
+          config: resolved config: the interval of lines and the limit of skipped steps.
+          steps: number of steps of the run.
+          timeline: progress through the data, for intervals in epochs or tokens.
         """
-        self._log, self._display, self._tally, self._due = log, display, tally, due
-        self._max_bad = max_bad_steps
+        self._log, self._display, self._tally = log, display, tally
+        self._due = Due("logging.every", config.logging.every, timeline)
+        self._max_bad = config.training.max_bad_steps
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
-        self._tokens, self._clock = 0, time.monotonic()  # of the line being gathered
+        self._tokens, self._clock = 0, time.monotonic()  # since the last line
         self._waited, self._batch, self._rows = 0.0, None, 0
-        self._first: tuple[int, float] | None = None  # update and time of the first one read
+        self._first: tuple[int, float] | None = None  # number and time of the first step
         self._steps = steps
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Counts the time of the block as spent on waiting for data."""
+        """Counts the time of the block as waiting for data."""
         begin = time.monotonic()
         yield
         self._waited += time.monotonic() - begin
@@ -73,32 +75,32 @@ class Recorder:
     def put(
         self, number: int, metrics: Mapping[str, jax.Array], batch: Any = None, rows: int = 0
     ) -> None:
-        """Takes the metrics of an update that may still run, and reads those of the one before.
+        """Queues the metrics of a step, which may still run, and reads those of the previous step.
 
         Args:
-          number: of the update.
-          metrics: of the update, scalars.
-          batch: what it was made from, NumPy arrays of any shape: its line has a hash of them.
-          rows: of the data, shown so far.
+          number: number of the step.
+          metrics: metrics of the step, scalars.
+          batch: batch of the step, NumPy arrays of any shape; its hash is logged.
+          rows: number of data rows shown so far.
         """
         self.flush()
         self._pending, self._batch, self._rows = (number, metrics), batch, rows
 
     def flush(self) -> None:
-        """Waits for the update last put, checks its metrics and writes them down.
+        """Waits for the queued step, checks its metrics and logs them.
 
         Raises:
-          JaxtuneError: a number is not finite in an update that was made, or too many in a row
-            were not.
+          JaxtuneError: an applied step has a metric that is not finite, or too many steps in a row
+            were skipped.
         """
         if self._pending is None:
             return
         (number, metrics), self._pending = self._pending, None
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
-        # The loss leads: jit has sorted the names, and it is what one looks for.
+        # The loss comes first; jit has sorted the names.
         values = {"loss": values["loss"], **values}
-        verdict = int(values.pop("skipped", 0))
-        reason = REASONS.get(verdict)
+        outcome = int(values.pop("skipped", 0))
+        reason = REASONS.get(outcome)
         if reason is None:
             check_finite(number, values)
             self._tally.bad_in_a_row = 0
@@ -118,14 +120,14 @@ class Recorder:
         if self._due(number):
             line: dict[str, Any] = values
             if reason is not None:
-                # JSON has no word for what is not finite.
+                # JSON has no literal for nan and inf.
                 line = {k: v if math.isfinite(v) else None for k, v in values.items()}
                 line["skipped"] = reason
             line = line | {"batch": _hash(self._batch)}
             self._log.train(number, line)
             self._tokens, self._clock, self._waited = 0, time.monotonic(), 0.0
         if reason is not None:
-            self._skipped(number, verdict, reason, values)
+            self._skipped(number, outcome, reason, values)
 
     def _estimate(self, number: int) -> None:
         """Logs the expected duration of the run once, from the first steps after compilation."""
@@ -136,23 +138,23 @@ class Recorder:
             left = each * (self._steps - number)
             end = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + left))
             logger.info(
-                "an update takes %.3g s: about %.1f minutes are left, to %s, beside evaluations",
+                "%.3g s per step: about %.1f minutes left, until %s, plus evaluations",
                 each,
                 left / 60,
                 end,
             )
 
-    def _skipped(self, number: int, verdict: int, reason: str, values: dict[str, float]) -> None:
+    def _skipped(self, number: int, outcome: int, reason: str, values: dict[str, float]) -> None:
         tally = self._tally
         tally.skipped[reason] = tally.skipped.get(reason, 0) + 1
         numbers = f"loss {values['loss']:.6g}, grad_norm {values['grad_norm']:.6g}"
-        if verdict == OVERFLOW:
-            # What finding the right scale takes: no fault of the data or the settings.
+        if outcome == OVERFLOW:
+            # Part of the search for the scale: not caused by data or settings.
             numbers += f", at a loss scale of {values['loss_scale']:g}, which halves"
         else:
             tally.bad_in_a_row += 1
         logger.warning(
-            "step %d: update skipped (%s: %s); %d so far",
+            "step %d skipped (%s: %s); %d so far",
             number,
             reason,
             numbers,
@@ -161,13 +163,13 @@ class Recorder:
         if tally.bad_in_a_row >= self._max_bad:
             raise JaxtuneError(
                 f"step {number}: {reason}: {numbers}; stopped after training.max_bad_steps="
-                f"{self._max_bad} skipped updates in a row, none of which was saved (a lower "
+                f"{self._max_bad} skipped steps in a row, none of which was saved (a lower "
                 "optimizer.learning_rate or optimizer.clip_norm may help)"
             )
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Flushes, and keeps the time of the block out of the tokens per second."""
+        """Flushes, and excludes the time of the block from the tokens per second."""
         self.flush()
         begin = time.monotonic()
         yield
@@ -175,7 +177,7 @@ class Recorder:
 
 
 class Display:
-    """A progress bar on a terminal; elsewhere a line in the log now and then."""
+    """A progress bar on a terminal; otherwise a log line at intervals."""
 
     def __init__(self, start: int, steps: int):
         """Prepares the bar of a run of `steps` steps that resumes after step `start`."""
@@ -203,7 +205,7 @@ class Display:
         self._bar.stop()
 
     def show(self, number: int, loss: float, speed: float) -> None:
-        """Shows that update `number` is done, with its loss and the tokens per second."""
+        """Shows that step `number` is done, with its loss and the tokens per second."""
         self._bar.update(self._task, completed=number, loss=loss, speed=speed)
         if time.monotonic() >= self._due:
             self._due = time.monotonic() + SECONDS_BETWEEN_LINES
@@ -211,7 +213,7 @@ class Display:
 
 
 def _hash(batch: Any) -> str:
-    """Returns 8 digits that tell batches apart: of zlib, for it is as quick as a copy."""
+    """Returns the CRC-32 of a batch as 8 hexadecimal digits."""
     checksum = 0
     for leaf in jax.tree.leaves(batch):
         checksum = zlib.crc32(np.asarray(leaf).tobytes(), checksum)
@@ -219,10 +221,10 @@ def _hash(batch: Any) -> str:
 
 
 def check_finite(number: int, values: Mapping[str, float], prefix: str = "") -> None:
-    """Stops a run at a number that is not finite.
+    """Raises if a metric is not finite.
 
     Raises:
-      JaxtuneError: naming it.
+      JaxtuneError: the message names the metric.
     """
     for name, value in values.items():
         if not math.isfinite(value):

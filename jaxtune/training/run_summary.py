@@ -1,4 +1,4 @@
-"""What a run is going to do, read off the real objects before its first step."""
+"""The summary of a run, taken from its real objects before the first step."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from jaxtune.data import Examples
 from jaxtune.training.optimizer import count_steps
 from jaxtune.training.setup import BATCH_ARRAYS, Setup
 
-BATCHES = 2  # whose content is hashed: enough to tell two orders of the data apart
+BATCHES = 2  # number of hashed batches, enough to distinguish two orders of the data
 
 
-class Split(NamedTuple):
-    """Examples and the batches made of them; describing takes the first few.
+class SplitSummary(NamedTuple):
+    """Examples and their batches, of which `summarize` consumes the first ones.
 
     Attributes:
-      examples: in the order of their file.
+      examples: examples in the order of their files.
       batches: int32[B, T] arrays by name.
     """
 
@@ -30,17 +30,17 @@ class Split(NamedTuple):
     batches: Iterator[Mapping[str, np.ndarray]]
 
 
-def describe(setup: Setup, train: Split, held_out: Split | None) -> dict[str, Any]:
-    """Describes a prepared run, so that two can be compared.
+def summarize(setup: Setup, train: SplitSummary, held_out: SplitSummary | None) -> dict[str, Any]:
+    """Summarizes a prepared run, so that two runs can be compared.
 
     Args:
-      setup: the static half of the run.
-      train: what to train on.
-      held_out: what to evaluate on, if anything.
+      setup: static half of the run.
+      train: training examples and batches.
+      held_out: held-out examples and batches, if any.
 
     Returns:
-      What JSON can hold: the model's modules with their parameters and bytes, the mesh, the
-      method, the learning rate along the run, the data with a hash of the first batches.
+      JSON values: modules of the model with their parameters and bytes, the mesh, the method, the
+      learning rate along the run, the data with a hash of the first batches.
     """
     rows = parameter_summary(setup.definition)
     trained, parameters, _ = trained_share(rows)
@@ -68,7 +68,7 @@ def describe(setup: Setup, train: Split, held_out: Split | None) -> dict[str, An
 
 
 def _learning_rates(setup: Setup) -> dict[str, float]:
-    """Returns the rate of the first, a middle and the last update, and of the end of warm-up."""
+    """Returns the learning rate of the first, middle and last step and of the end of warm-up."""
     last = max(setup.steps - 1, 0)
     warmup = count_steps(setup.config.optimizer.warmup_steps, setup.steps)
     steps = {0, warmup, last // 2, last}
@@ -79,7 +79,7 @@ def _learning_rates(setup: Setup) -> dict[str, float]:
     }
 
 
-def _data(split: Split) -> dict[str, Any]:
+def _data(split: SplitSummary) -> dict[str, Any]:
     examples, first = split.examples, list(itertools.islice(split.batches, BATCHES))
     return {
         "examples": len(examples),

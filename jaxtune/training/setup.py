@@ -1,5 +1,5 @@
-"""Everything of a run that is known before a weight is loaded: what `jaxtune plan` compiles and
-`jaxtune train` runs is set up here, once."""
+"""The static half of a run, known before a weight is loaded: `jaxtune plan` compiles it and
+`jaxtune train` runs it."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from jaxtune.checkpoints.huggingface import choose_quantization
 from jaxtune.config import Config
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.attention import choose_backend
+from jaxtune.layers.cpu_bfloat16 import Jitted
 from jaxtune.layers.decoder import ForwardOptions
 from jaxtune.layers.tree import Tree
 from jaxtune.models.definition import Definition, check_experts
@@ -42,15 +43,15 @@ class Setup:
     """The static half of a run.
 
     Attributes:
-      config: resolved.
-      method: with its settings.
-      definition: of the model with the method attached.
-      quantization: of its frozen weights, if any.
-      mesh: the devices.
-      options: of the forward pass.
-      steps: updates of the run.
-      schedule: of the learning rate.
-      optimizer: clipping and update rule.
+      config: resolved config.
+      method: adapter method with its settings.
+      definition: model definition with the method attached.
+      quantization: quantization of the frozen weights, if any.
+      mesh: mesh of devices.
+      options: options of the forward pass.
+      steps: number of steps of the run.
+      schedule: learning-rate schedule.
+      optimizer: gradient clipping and update rule.
       like: shapes, dtypes and shardings of the training state.
     """
 
@@ -67,12 +68,12 @@ class Setup:
 
     @property
     def reserved(self) -> int:
-        """Tokens at the head of each example that the method fills."""
+        """Number of virtual tokens at the beginning of each example."""
         return self.definition.reserved
 
     @property
     def guard(self) -> GuardSettings:
-        """What an update is guarded against."""
+        """Conditions under which a step is skipped."""
         training = self.config.training
         return GuardSettings(training.dtype == "float16", training.spike_factor)
 
@@ -85,11 +86,11 @@ class Setup:
         return dataclasses.replace(self, steps=steps, schedule=schedule, optimizer=optimizer)
 
     def initial_state(self, trainable: Tree) -> TrainState:
-        """Returns the state before the first update; see `initial_state`."""
+        """Returns the state before the first step; see `initial_state`."""
         return initial_state(trainable, self.optimizer, self.like, self.guard)
 
-    def train_step(self) -> Any:
-        """Builds the jitted update; see `make_train_step`."""
+    def train_step(self) -> Jitted:
+        """Builds the jitted step; see `make_train_step`."""
         training = self.config.training
         terms = LossTerms(training.label_smoothing, training.z_loss)
         settings = StepSettings(
@@ -110,8 +111,8 @@ class Setup:
             self.like,
         )
 
-    def eval_step(self) -> Any:
-        """Builds the jitted evaluation; see `make_eval_step`."""
+    def eval_step(self) -> Jitted:
+        """Builds the jitted evaluation step; see `make_eval_step`."""
         return make_eval_step(self.definition, sft_loss, self.options)
 
     def put_batch(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -121,7 +122,7 @@ class Setup:
         return {name: put(batch[name], sharding) for name in BATCH_ARRAYS}
 
     def batch_like(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Describes a training batch."""
+        """Returns a training batch as ShapeDtypeStructs with shardings."""
         length = self.config.data.max_length + self.reserved
         shape = (self.config.training.batch_size, length)
         sharding = named_sharding(self.mesh, ("batch", "sequence"), shape)
@@ -136,16 +137,16 @@ def set_up(
     method: Method,
     devices: Sequence[Any] | None = None,
 ) -> Setup:
-    """Sets a run up without allocating anything.
+    """Sets up a run without allocating arrays.
 
     Args:
-      config: resolved.
-      model_config: the content of the model's config.json.
-      method: what is trained.
-      devices: to train on; those of this process by default.
+      config: resolved config.
+      model_config: content of the model's config.json.
+      method: adapter method, or full fine-tuning.
+      devices: devices to train on; all devices by default.
 
     Raises:
-      JaxtuneError: a setting that cannot be met; the message names the key.
+      JaxtuneError: a setting cannot be met; the message names the key.
     """
     training = config.training
     quantization = choose_quantization(config.quantize, model_config)
@@ -153,12 +154,12 @@ def set_up(
     if quantization is not None and not any(leaf.format for leaf in definition.leaves.values()):
         raise JaxtuneError(
             f"quantize.format={config.quantize.format}: adapter.method={method.name} trains all of "
-            "quantize.modules, and what is trained is not quantized"
+            "quantize.modules, and trained weights cannot be quantized"
         )
     if training.balance_loss and not definition.mixture_layers:
         raise JaxtuneError(
-            f"training.balance_loss={training.balance_loss:g} has nothing to balance: "
-            f"{model_config.get('model_type')} has no routed experts"
+            f"training.balance_loss={training.balance_loss:g} needs routed experts, and "
+            f"{model_config.get('model_type')} has none"
         )
     mesh = make_mesh(config.mesh.to_dict(), devices)
     check_experts(definition, mesh.shape)
@@ -187,7 +188,7 @@ def set_up(
 
 
 def _check_batches(config: Config, definition: Definition, mesh: Mesh) -> None:
-    """Refuses batches that the devices cannot share evenly."""
+    """Raises if a batch cannot be divided evenly over the devices."""
     rows = config.training.batch_size // config.training.accumulation
     shares = math.prod(mesh.shape[axis] for axis in RULES["batch"])
     parts = {"rows per micro-batch (training.batch_size / training.accumulation)": rows}
@@ -197,12 +198,12 @@ def _check_batches(config: Config, definition: Definition, mesh: Mesh) -> None:
     for what, count in parts.items():
         if count % shares:
             raise JaxtuneError(
-                f"{count} {what} do not divide over {shares} devices (mesh.data × mesh.fsdp × "
-                "mesh.expert)"
+                f"{count} {what} cannot be divided evenly over {shares} devices (mesh.data × "
+                "mesh.fsdp × mesh.expert)"
             )
     length = config.data.max_length + definition.reserved
     if length % mesh.shape["sequence"]:
         raise JaxtuneError(
-            f"rows of {length} tokens (data.max_length and virtual tokens) do not divide over "
-            f"mesh.sequence={mesh.shape['sequence']}"
+            f"rows of {length} tokens (data.max_length and virtual tokens) cannot be divided "
+            f"evenly over mesh.sequence={mesh.shape['sequence']}"
         )

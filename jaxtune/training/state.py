@@ -1,4 +1,4 @@
-"""What a step of training reads and writes."""
+"""The state of a training run on the devices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtune.layers.tree import Tree
 from jaxtune.models.definition import Definition
 from jaxtune.parallel.processes import put
-from jaxtune.training.bad_steps import NO_GUARD, Guard, GuardSettings, first_guard
+from jaxtune.training.bad_steps import NO_GUARD, Guard, GuardSettings, initial_guard
 
 
 @functools.partial(
@@ -24,13 +24,13 @@ from jaxtune.training.bad_steps import NO_GUARD, Guard, GuardSettings, first_gua
 )
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that changes while training, and all that a checkpoint has to hold of the arrays.
+    """The arrays that change during training, all of which a checkpoint holds.
 
     Attributes:
-      step: int32 scalar, updates made so far; one that was skipped does not count.
-      trainable: float32 tree.
-      opt_state: of the optax optimizer.
-      guard: what bad updates are known by.
+      step: int32 scalar, number of applied steps; skipped steps are not counted.
+      trainable: float32 tree of trainable weights.
+      opt_state: state of the optax optimizer.
+      guard: state of the check for bad steps.
     """
 
     step: Any
@@ -42,9 +42,10 @@ class TrainState:
 def state_like(
     definition: Definition, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """Describes the state: ShapeDtypeStructs with shardings.
+    """Returns the state as ShapeDtypeStructs with shardings.
 
-    Moments lie where their weights do; what has another shape, as factored moments, on all devices.
+    Moments have the sharding of their weights; arrays of other shapes, such as factored moments,
+    are replicated.
     """
     trainable = definition.abstract("trainable", mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -63,7 +64,7 @@ def state_like(
     )
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
     guard = jax.tree.map(
-        lambda leaf: placed(leaf, replicated), jax.eval_shape(lambda: first_guard(NO_GUARD))
+        lambda leaf: placed(leaf, replicated), jax.eval_shape(lambda: initial_guard(NO_GUARD))
     )
     return TrainState(step, trainable, opt_state, guard)
 
@@ -74,9 +75,9 @@ def initial_state(
     like: TrainState,
     guard: GuardSettings = NO_GUARD,
 ) -> TrainState:
-    """Returns the state before the first update, placed as `like` says."""
+    """Returns the state before the first step, with the shardings of `like`."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
     trainable = jax.tree.map(put, trainable, shardings.trainable)
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trainable)
-    first = jax.tree.map(put, first_guard(guard), shardings.guard)
+    first = jax.tree.map(put, initial_guard(guard), shardings.guard)
     return TrainState(put(jnp.int32(0), shardings.step), trainable, opt_state, first)

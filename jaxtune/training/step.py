@@ -1,26 +1,33 @@
-"""The jitted steps: one update over accumulated micro-batches, and one batch of evaluation."""
+"""The jitted steps of a run: an optimizer step over micro-batches, and one evaluation batch."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
+import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
-from jaxtune.layers.cpu_bfloat16 import jit
+from jaxtune.layers.cpu_bfloat16 import Compiled, Jitted, jit
 from jaxtune.layers.decoder import CausalLM, ForwardOptions
 from jaxtune.layers.tree import Tree
 from jaxtune.models.definition import Definition
 from jaxtune.objectives.cross_entropy import NO_TERMS, LossTerms
 from jaxtune.objectives.sft import BatchSums
 from jaxtune.parallel.rules import constrain
-from jaxtune.training.bad_steps import MADE, NO_GUARD, GuardSettings, judge
+from jaxtune.training.bad_steps import APPLIED, NO_GUARD, GuardSettings, check_step
 from jaxtune.training.expert_load import load_summary
 from jaxtune.training.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+GIB = 2**30
 
 Batch = Mapping[str, jax.Array]
 Objective = Callable[
@@ -29,15 +36,15 @@ Objective = Callable[
 
 
 class StepSettings(NamedTuple):
-    """What a training step is compiled for.
+    """Static settings of a training step.
 
     Attributes:
-      accumulation: micro-batches per update.
-      seed: of dropout and noise.
-      dropout: whether anything is dropped or made noisy, and so needs random keys.
-      balance_loss: factor on the balance loss of a mixture of experts; 0 leaves it out.
-      guard: which updates are not made.
-      terms: of the loss, to be reported.
+      accumulation: micro-batches per step.
+      seed: seed of dropout and noise.
+      dropout: whether dropout or noise is used, and random keys are needed.
+      balance_loss: factor of the balance loss of a mixture of experts; 0 leaves it out.
+      guard: conditions under which a step is skipped.
+      terms: additional terms of the loss, which are reported.
     """
 
     accumulation: int
@@ -56,24 +63,66 @@ def make_train_step(
     options: ForwardOptions,
     settings: StepSettings,
     like: TrainState,
-) -> Any:
-    """Builds the jitted update ``(state, base, constants, batch) → (state, metrics)``.
+) -> Jitted:
+    """Builds the jitted step ``(state, base, constants, batch) → (state, metrics)``.
 
     The batch has [rows, T] arrays and is cut into `settings.accumulation` micro-batches of
-    consecutive rows. Losses and gradients are summed over all of them, and divided once by the
-    number of target tokens in the whole batch, so the split changes nothing. The state is donated.
+    consecutive rows. Losses and gradients are summed over all micro-batches and divided once by
+    the number of target tokens in the whole batch, so the result does not depend on the split. The
+    state is donated.
 
-    An update whose loss or gradient norm is not finite, or a spike, is not made: weights, moments
-    and the count of updates stay as they are. See `judge`.
+    A step whose loss or gradient norm is not finite, or is a spike, is skipped: weights, moments
+    and the step count keep their values. See `check_step`.
 
     Metrics are float32 scalars: ``loss`` (−log p, mean over target tokens), ``grad_norm`` (before
-    clipping), ``learning_rate``, ``tokens`` (all but padding), ``targets`` (those with a loss) and
-    ``skipped`` (`MADE` or a key of `REASONS`). Terms of the loss that have a factor are reported
-    beside it and without it: ``smoothing_loss``, ``z_loss``, and of a mixture of experts
-    ``balance_loss`` (summed over layers), beside the numbers of `load_summary`. ``loss_scale`` is
-    there where gradients are scaled.
+    clipping), ``learning_rate``, ``tokens`` (without padding), ``targets`` (tokens with a loss) and
+    ``skipped`` (`APPLIED` or a key of `REASONS`). Terms of the loss with a factor are reported
+    separately, without the factor: ``smoothing_loss``, ``z_loss`` and, for a mixture of experts,
+    ``balance_loss`` (summed over layers) together with the values of `load_summary`.
+    ``loss_scale`` is present where gradients are scaled.
     """
-    guarded = settings.guard
+    differentiate = jax.grad(_make_loss(definition, objective, options, settings), has_aux=True)
+    scaling, count = settings.guard.scaling, settings.accumulation
+
+    def train_step(
+        state: TrainState, base: Tree, constants: Tree, batch: Batch
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        def micro_batch(total: Tree, xs: tuple[jax.Array, Batch]) -> tuple[Tree, BatchSums]:
+            index, micro = xs
+            micro = {name: constrain(rows, "batch", "sequence") for name, rows in micro.items()}
+            key = _dropout_key(settings, state.step, index)
+            scale = state.guard.scale if scaling else None
+            gradient, sums = differentiate(state.trainable, base, constants, micro, key, scale)
+            return jax.tree.map(jnp.add, total, gradient), sums
+
+        # [rows, T] → [accumulation, rows per micro-batch, T]; a scan holds the activations of one
+        # micro-batch at a time.
+        split = {name: rows.reshape(count, -1, rows.shape[-1]) for name, rows in batch.items()}
+        zero = jax.tree.map(jnp.zeros_like, state.trainable)
+        if count == 1:
+            only = {name: rows[0] for name, rows in split.items()}
+            gradient, sums = micro_batch(zero, (jnp.int32(0), only))
+        else:
+            gradient, each = lax.scan(micro_batch, zero, (jnp.arange(count), split))
+            sums = jax.tree.map(lambda values: jnp.sum(values, axis=0), each)
+        weight = jnp.maximum(sums.weight, 1.0)
+        divisor = weight * state.guard.scale if scaling else weight
+        gradient = jax.tree.map(lambda g: g / divisor, gradient)
+        metrics = _metrics(settings, state, batch, gradient, sums)
+        metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
+        loss = sums.loss / weight
+        outcome, state = _apply(optimizer, settings, state, gradient, loss, metrics["grad_norm"])
+        return state, metrics | {"skipped": outcome.astype(jnp.float32)}
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
+    return jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def _make_loss(
+    definition: Definition, objective: Objective, options: ForwardOptions, settings: StepSettings
+) -> Callable[..., tuple[jax.Array, BatchSums]]:
+    """Returns the summed loss of a micro-batch, times the loss scale, as a function to be
+    differentiated by its first argument, the trainable tree."""
 
     def loss_sum(
         trainable: Tree,
@@ -90,63 +139,49 @@ def make_train_step(
             loss = loss + settings.balance_loss * sums.experts.balance
         return loss if scale is None else loss * scale, sums
 
-    def summed_gradient(
-        state: TrainState, base: Tree, constants: Tree, batch: Batch
-    ) -> tuple[Tree, BatchSums]:
-        differentiate = jax.grad(loss_sum, has_aux=True)
+    return loss_sum
 
-        def micro_batch(total: Tree, xs: Any) -> tuple[Tree, BatchSums]:
-            index, micro = xs
-            micro = {name: constrain(rows, "batch", "sequence") for name, rows in micro.items()}
-            key = _dropout_key(settings, state.step, index)
-            scale = state.guard.scale if guarded.scaling else None
-            gradient, sums = differentiate(state.trainable, base, constants, micro, key, scale)
-            return jax.tree.map(jnp.add, total, gradient), sums
 
-        count = settings.accumulation
-        cut = {name: rows.reshape(count, -1, rows.shape[-1]) for name, rows in batch.items()}
-        zero = jax.tree.map(jnp.zeros_like, state.trainable)
-        if count == 1:
-            first = {name: rows[0] for name, rows in cut.items()}
-            return micro_batch(zero, (jnp.int32(0), first))
-        gradient, each = lax.scan(micro_batch, zero, (jnp.arange(count), cut))
-        return gradient, jax.tree.map(lambda sums: jnp.sum(sums, axis=0), each)
+def _apply(
+    optimizer: optax.GradientTransformation,
+    settings: StepSettings,
+    state: TrainState,
+    gradient: Tree,
+    loss: jax.Array,
+    grad_norm: jax.Array,
+) -> tuple[jax.Array, TrainState]:
+    """Returns the outcome of `check_step` and the state after an applied or a skipped step."""
 
-    def updated(gradient: Tree, state: TrainState) -> TrainState:
+    def applied(gradient: Tree, state: TrainState) -> TrainState:
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
         trainable = jax.tree.map(jnp.add, state.trainable, updates)
         return TrainState(state.step + 1, trainable, opt_state, state.guard)
 
-    def train_step(
-        state: TrainState, base: Tree, constants: Tree, batch: Batch
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
-        gradient, sums = summed_gradient(state, base, constants, batch)
-        weight = jnp.maximum(sums.weight, 1.0)
-        divisor = weight * state.guard.scale if guarded.scaling else weight
-        gradient = jax.tree.map(lambda g: g / divisor, gradient)
-        metrics = {
-            "loss": sums.nll / weight,
-            "grad_norm": optax.tree.norm(gradient),
-            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-            "tokens": jnp.sum(batch["segment_ids"] != 0).astype(jnp.float32),
-            "targets": sums.weight,
-        }
-        metrics |= _terms(settings, sums, weight)
-        if guarded.scaling:
-            metrics["loss_scale"] = state.guard.scale
-        verdict, guard = judge(state.guard, sums.loss / weight, metrics["grad_norm"], guarded)
-        state = dataclasses.replace(state, guard=guard)
-        # A branch and not a choice between two states, for which both would have to be held.
-        state = lax.cond(verdict == MADE, updated, lambda _, state: state, gradient, state)
-        return state, metrics | {"skipped": verdict.astype(jnp.float32)}
+    def skipped(gradient: Tree, state: TrainState) -> TrainState:
+        del gradient
+        return state
 
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
-    return jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+    outcome, guard = check_step(state.guard, loss, grad_norm, settings.guard)
+    state = dataclasses.replace(state, guard=guard)
+    # A branch: a select between the old and the new state would hold both.
+    return outcome, lax.cond(outcome == APPLIED, applied, skipped, gradient, state)
 
 
-def _terms(settings: StepSettings, sums: BatchSums, weight: jax.Array) -> dict[str, jax.Array]:
-    """Returns the parts of the loss beside −log p, without their factors, as metrics."""
-    metrics: dict[str, jax.Array] = {}
+def _metrics(
+    settings: StepSettings,
+    state: TrainState,
+    batch: Batch,
+    gradient: Tree,
+    sums: BatchSums,
+) -> dict[str, jax.Array]:
+    """Returns the metrics of a step; terms of the loss besides −log p are without their factors."""
+    weight = jnp.maximum(sums.weight, 1.0)
+    metrics = {
+        "loss": sums.nll / weight,
+        "grad_norm": optax.tree.norm(gradient),
+        "tokens": jnp.sum(batch["segment_ids"] != 0).astype(jnp.float32),
+        "targets": sums.weight,
+    }
     if settings.terms.label_smoothing:
         metrics["smoothing_loss"] = sums.uniform / weight
     if settings.terms.z_loss:
@@ -155,6 +190,8 @@ def _terms(settings: StepSettings, sums: BatchSums, weight: jax.Array) -> dict[s
         metrics |= load_summary(sums.experts.load)
         if settings.balance_loss:
             metrics["balance_loss"] = sums.experts.balance / weight
+    if settings.guard.scaling:
+        metrics["loss_scale"] = state.guard.scale
     return metrics
 
 
@@ -164,12 +201,55 @@ def _dropout_key(settings: StepSettings, step: jax.Array, micro: jax.Array) -> j
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(settings.seed), step), micro)
 
 
-def make_eval_step(definition: Definition, objective: Objective, options: ForwardOptions) -> Any:
+class CompiledStep:
+    """A training step over a fixed base: ``(state, batch) → (state, metrics)``.
+
+    It is compiled at the first call and logs the compiler's memory figures.
+    """
+
+    def __init__(
+        self,
+        step: Jitted,
+        base: Tree,
+        constants: Tree,
+        put_batch: Callable[[Mapping[str, np.ndarray]], Batch],
+    ):
+        """Stores the arguments; nothing is compiled yet.
+
+        Args:
+          step: result of `make_train_step`.
+          base: frozen tree.
+          constants: constants of the method.
+          put_batch: places a batch of NumPy arrays on the devices.
+        """
+        self._step, self._base, self._constants = step, base, constants
+        self._put_batch = put_batch
+        self._compiled: Compiled | None = None
+
+    def __call__(
+        self, state: TrainState, batch: Mapping[str, np.ndarray]
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Runs a step on a batch of arrays int[rows, T]; the state is donated."""
+        arguments = (state, self._base, self._constants, self._put_batch(batch))
+        if self._compiled is None:
+            start = time.monotonic()
+            self._compiled = self._step.lower(*arguments).compile()
+            memory = self._compiled.memory_analysis()
+            logger.info(
+                "compiled in %.1f s; each device holds %.2f GiB of arrays and %.2f GiB of "
+                "temporaries",
+                time.monotonic() - start,
+                memory.argument_size_in_bytes / GIB,
+                memory.temp_size_in_bytes / GIB,
+            )
+        return self._compiled(*arguments)
+
+
+def make_eval_step(definition: Definition, objective: Objective, options: ForwardOptions) -> Jitted:
     """Builds the jitted ``(trainable, base, constants, batch) → BatchSums``, without dropout."""
 
-    @jit
     def eval_step(trainable: Tree, base: Tree, constants: Tree, batch: Batch) -> BatchSums:
         model = definition.bind(base, trainable, constants)
         return objective(model, batch, options._replace(remat="none"), None, None)
 
-    return eval_step
+    return jit(eval_step)

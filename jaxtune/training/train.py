@@ -1,4 +1,4 @@
-"""A whole training run: from a config to a directory with metrics, checkpoints and adapter."""
+"""A training run: from a config to a directory with metrics, checkpoints and adapter."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import jax
 
@@ -23,11 +23,11 @@ from jaxtune.adapters.method import is_adapterhub
 from jaxtune.adapters.parameter_summary import parameter_summary, render
 from jaxtune.atomic_files import write_files
 from jaxtune.checkpoints.chat import Chat
-from jaxtune.checkpoints.load_model import load_model
+from jaxtune.checkpoints.load_model import LoadedModel, load_model
 from jaxtune.checkpoints.open_model import open_model
 from jaxtune.checkpoints.source import TensorSource
 from jaxtune.config import Config
-from jaxtune.data import BatchLoader, DataOrder, DataReader, Examples, Splits
+from jaxtune.data import BatchLoader, DataOrder, DataReader, Examples, ReaderOptions, Splits
 from jaxtune.errors import JaxtuneError
 from jaxtune.intervals import parse_interval
 from jaxtune.layers.tree import Tree
@@ -49,13 +49,16 @@ from jaxtune.training.evaluation import (
     held_out_batches,
     score_names,
 )
-from jaxtune.training.loop import fit
+from jaxtune.training.loop import Trainer
 from jaxtune.training.out_of_memory import out_of_memory_named
 from jaxtune.training.profile import profile_window
-from jaxtune.training.run_summary import Split, describe
+from jaxtune.training.run_summary import SplitSummary, summarize
 from jaxtune.training.score_experts import score_experts
 from jaxtune.training.setup import Setup, set_up
-from jaxtune.training.update import Update
+from jaxtune.training.step import CompiledStep
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -67,80 +70,105 @@ def train(
 
     Args:
       config: resolved config of a new run; None resumes the existing run.
-      workdir: the run's directory.
-      clock: the time that the chat template of a new run prints; now by default.
+      workdir: directory of the run.
+      clock: time that the chat template of a new run prints; now by default.
 
     Returns:
-      The run's directory, with everything in it.
+      The directory of the run, with all its files.
 
     Raises:
-      JaxtuneError: anything the user can mend; nothing half-written is left.
+      JaxtuneError: an error that the user can fix; no half-written file is left.
     """
+    if not str(workdir):
+        raise JaxtuneError("workdir is empty: name a directory for the run")
     run = RunDirectory(workdir)
     with run.start(config) as config:
         check_wandb(config.logging.wandb)
         profile_window(config.profile.steps)
         source = open_model(config.model.path, config.model.revision).source
         chat = create_run_chat(run, config, initial_chat(config, source), clock)
-        tokenizer, kept = chat.tokenizer, reader_options(config, chat)
-        read = functools.cache(lambda: data_reader(config, source, tokenizer, **kept).splits())
+        tokenizer = chat.tokenizer
+        options = reader_options(config, chat)
+        read = functools.cache(lambda: data_reader(config, source, tokenizer, **options).splits())
         method, stored = choose_method(config)
         method = method.with_tokenizer(tokenizer)
         method = method.with_scores(lambda: _expert_scores(run, config, source, read))
         setup = set_up(config, source.config, method)
         _log_setup(setup)
         splits = read()
-        examples, sets, held_out = splits.train, splits.sets, splits.held_out
-        chat = save_end_tokens(run, chat, examples)
-        _check_stopping(config, sets, setup)
-        loader = make_loader(config, examples, setup.reserved)
+        held_out = splits.held_out
+        chat = save_end_tokens(run, chat, splits.train)
+        _check_stopping(config, splits.sets, setup)
+        loader = make_loader(config, splits.train, setup.reserved)
         timeline = Timeline(loader.order)
         setup = setup.with_total_steps(timeline.total_steps(config.training))
         logger.info("training for %s", timeline.describe(setup.steps))
-        if stored is None:
-            stored = method.start(tokenizer, lambda: source.read("model.embed_tokens.weight"))
-        parts = load_model(
-            source,
-            config.training.dtype,
-            setup.mesh,
-            method=method,
-            quantization=setup.quantization,
-            stored=stored,
-            seed=config.training.seed,
-        )
-        for name, reason in parts.ignored.items():
-            logger.info("not loaded: %s (%s)", name, reason)
-        # The run begins here: what is wrong with its inputs has been found by now.
-        run.check_fingerprint(fingerprint(source, tokenizer, examples, held_out))
-        run.write_description(
-            describe(
-                setup,
-                Split(examples, copy.copy(loader)),
-                Split(held_out, held_out_batches(config, held_out, setup.reserved))
-                if held_out
-                else None,
-            )
-        )
-        base = parts.base
-        placed = setup.definition.abstract("constants", setup.mesh)
-        constants = jax.tree.map(lambda x, like: put(x, like.sharding), parts.constants, placed)
+        model = _load(setup, source, stored, tokenizer)
+        # From here on the run is new: errors in its inputs have been found by now.
+        run.check_fingerprint(fingerprint(source, tokenizer, splits.train, held_out))
+        _write_summary(run, setup, splits.train, held_out, loader)
+        like = setup.definition.abstract("constants", setup.mesh)
+        constants = jax.tree.map(lambda x, like: put(x, like.sharding), model.constants, like)
         with jax.set_mesh(setup.mesh), out_of_memory_named(setup):
-            fit(
-                state=setup.initial_state(parts.trainable),
-                step=Update(setup, base, constants),
+            trainer = Trainer(
+                step=CompiledStep(setup.train_step(), model.base, constants, setup.put_batch),
                 loader=loader,
-                evaluate=bind_evaluation(setup, base, constants, sets, chat),
+                evaluate=bind_evaluation(setup, model.base, constants, splits.sets, chat),
                 save_adapter=_adapter_writer(setup, constants, chat),
                 run=run,
                 config=config,
                 steps=setup.steps,
                 timeline=timeline,
             )
+            trainer.fit(setup.initial_state(model.trainable))
     return run
 
 
+def _load(
+    setup: Setup,
+    source: TensorSource,
+    stored: StoredAdapter | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> LoadedModel:
+    """Loads the model of a run, with the adapter that it starts from."""
+    if stored is None:
+        embeddings = functools.partial(source.read, "model.embed_tokens.weight")
+        stored = setup.method.start(tokenizer, embeddings)
+    training = setup.config.training
+    model = load_model(
+        source,
+        training.dtype,
+        setup.mesh,
+        method=setup.method,
+        quantization=setup.quantization,
+        stored=stored,
+        seed=training.seed,
+    )
+    for name, reason in model.ignored.items():
+        logger.info("not loaded: %s (%s)", name, reason)
+    return model
+
+
+def _write_summary(
+    run: RunDirectory,
+    setup: Setup,
+    train: Examples,
+    held_out: Examples | None,
+    loader: BatchLoader,
+) -> None:
+    """Writes description.json; see `summarize`."""
+    evaluation = None
+    if held_out:
+        evaluation = SplitSummary(
+            held_out, held_out_batches(setup.config, held_out, setup.reserved)
+        )
+    # A copy of the loader: the run starts at its first batch.
+    training = SplitSummary(train, copy.copy(loader))
+    run.write_description(summarize(setup, training, evaluation))
+
+
 def choose_method(config: Config) -> tuple[Method, StoredAdapter | None]:
-    """Returns the method of a config, and the adapter to start from if it names one."""
+    """Returns the method of a config, and the adapter of ``adapter.init_from``, if any."""
     if not config.adapter.init_from:
         return method_from_config(config.adapter), None
     stored = read_adapter(config.adapter.init_from, encoder=True)
@@ -156,14 +184,14 @@ def choose_method(config: Config) -> tuple[Method, StoredAdapter | None]:
 def _expert_scores(
     run: RunDirectory, config: Config, source: TensorSource, read: Callable[[], Splits]
 ) -> ExpertScores:
-    """Returns the scores of the run that is here, or scores the data of a new one."""
+    """Returns the expert scores of the run, after scoring the training data of a new run."""
     if not run.expert_scores.is_file():
         run.write_expert_scores(score_experts(config, source, read().train))
     return run.read_expert_scores()
 
 
 def score_training_data(config: Config) -> ExpertScores:
-    """Scores the experts of a config's model on its training data; see `score_experts`."""
+    """Scores the experts of the model of a config on its training data; see `score_experts`."""
     source = open_model(config.model.path, config.model.revision).source
     chat = configured_chat(config, source)
     splits = data_reader(config, source, chat.tokenizer, **reader_options(config, chat)).splits()
@@ -176,15 +204,22 @@ def _log_setup(setup: Setup) -> None:
     logger.info("\n%s", render(parameter_summary(setup.definition)))
 
 
-def data_reader(config: Config, source: TensorSource, tokenizer: Any, **options: Any) -> DataReader:
-    """Returns what reads data as a config says; `options` are those of `DataReader`."""
+def data_reader(
+    config: Config,
+    source: TensorSource,
+    tokenizer: PreTrainedTokenizerBase | None,
+    **options: Unpack[ReaderOptions],
+) -> DataReader:
+    """Returns the `DataReader` of a config for a model; `options` are those of `DataReader`."""
     model = source.config
-    options["max_positions"] = model.get("max_position_embeddings")
-    return DataReader(config, tokenizer, model.get("vocab_size"), **options)
+    positions = model.get("max_position_embeddings")
+    return DataReader(
+        config, tokenizer, model.get("vocab_size"), max_positions=positions, **options
+    )
 
 
 def _check_stopping(config: Config, sets: Mapping[str, Examples], setup: Setup) -> None:
-    """Refuses to stop by what is never measured."""
+    """Raises if early stopping depends on a score that is never measured."""
     evaluation = config.evaluation
     never = not parse_interval("evaluation.every", evaluation.every).amount
     if evaluation.stop_patience and (not sets or never):
@@ -196,32 +231,40 @@ def _check_stopping(config: Config, sets: Mapping[str, Examples], setup: Setup) 
 
 
 def make_loader(config: Config, examples: Examples, reserved: int = 0) -> BatchLoader:
-    """Makes the endless stream of training batches; see `BatchLoader` for what is reserved."""
-    settings = _order_settings(config)
-    return BatchLoader(examples, **settings, reserved=reserved, mask_tokens=config.data.mask_tokens)
+    """Returns the endless stream of training batches; see `BatchLoader` for `reserved`."""
+    training, data = config.training, config.data
+    return BatchLoader(
+        examples,
+        batch_size=training.batch_size,
+        length=data.max_length,
+        packing=data.packing,
+        shuffle=data.shuffle,
+        seed=training.seed,
+        reserved=reserved,
+        mask_tokens=data.mask_tokens,
+    )
 
 
 def make_order(config: Config, examples: Examples, reserved: int = 0) -> DataOrder:
-    """Makes the order of the loader of `make_loader`, without hashing the examples."""
-    return DataOrder(examples, **_order_settings(config), reserved=reserved)
-
-
-def _order_settings(config: Config) -> dict[str, Any]:
-    return {
-        "batch_size": config.training.batch_size,
-        "length": config.data.max_length,
-        "packing": config.data.packing,
-        "shuffle": config.data.shuffle,
-        "seed": config.training.seed,
-    }
+    """Returns the order of `make_loader`'s batches, without hashing the examples."""
+    training, data = config.training, config.data
+    return DataOrder(
+        examples,
+        batch_size=training.batch_size,
+        length=data.max_length,
+        packing=data.packing,
+        shuffle=data.shuffle,
+        seed=training.seed,
+        reserved=reserved,
+    )
 
 
 def reserved_tokens(config: Config, model_config: Mapping[str, Any]) -> int:
-    """Returns the tokens at the head of each example that the method of a config fills.
+    """Returns the number of virtual tokens that the method of a config adds to each example.
 
     Args:
-      config: resolved.
-      model_config: the content of the model's config.json.
+      config: resolved config.
+      model_config: content of the model's config.json.
     """
     method, _ = choose_method(config)
     if not hasattr(method, "virtual_tokens"):
@@ -232,10 +275,10 @@ def reserved_tokens(config: Config, model_config: Mapping[str, Any]) -> int:
 def _adapter_writer(
     setup: Setup, constants: Tree, chat: Chat
 ) -> Callable[[Tree, Path], Any] | None:
-    """Returns what writes the adapter, or None where the whole model is trained."""
+    """Returns a function that writes the adapter, or None for full fine-tuning."""
     if not setup.method.has_adapter:
         return None
-    files = functools.cache(chat.files)  # a tokenizer takes far longer to save than to copy
+    files = functools.cache(chat.files)  # saving a tokenizer is slow, copying its files is not
 
     def write(trainable: Tree, directory: Path) -> None:
         trainable, whole = fetch(trainable), fetch(constants)
@@ -253,7 +296,7 @@ def _adapter_writer(
 def fingerprint(
     source: TensorSource, tokenizer: Any, examples: Examples, held_out: Examples | None
 ) -> dict[str, str]:
-    """Returns hashes of all that a run depends on besides its config."""
+    """Returns hashes of the inputs of a run other than its config."""
     shapes = {name: source.shape(name) for name in source.names()}
     model = json.dumps([source.config, shapes], sort_keys=True, default=str)
     text = "" if tokenizer is None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
@@ -269,9 +312,9 @@ def trained_arrays(run: RunDirectory, setup: Setup, which: str = "last") -> Tree
     """Reads the trainables of an undamaged checkpoint of a run.
 
     Args:
-      run: the run.
-      setup: of the run.
-      which: "last", or "best" for that of the best evaluation (the last where there was none).
+      run: directory of the run.
+      setup: setup of the run.
+      which: "last", or "best" for the best evaluation (the last step if there was none).
 
     Raises:
       JaxtuneError: the run has no checkpoint yet.

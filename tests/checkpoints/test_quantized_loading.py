@@ -223,7 +223,7 @@ def test_training_every_weight_leaves_nothing_to_quantize(tiny, tmp_path):
             "quantize": {"format": "nf4"},
         }
     )
-    with pytest.raises(JaxtuneError, match=r"what is trained is not quantized"):
+    with pytest.raises(JaxtuneError, match=r"trained weights cannot be quantized"):
         jaxtune.train(config.to_dict(), tmp_path / "run")
 
 

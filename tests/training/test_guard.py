@@ -13,32 +13,32 @@ import jaxtune
 from jaxtune.errors import JaxtuneError
 from jaxtune.runs.metrics import read_lines
 from jaxtune.training.bad_steps import (
-    MADE,
+    APPLIED,
     NOT_FINITE,
     OVERFLOW,
     SPIKE,
     GuardSettings,
-    first_guard,
-    judge,
+    check_step,
+    initial_guard,
 )
 
 SCALED = GuardSettings(scaling=True)
 
 
 def judged(settings, pairs):
-    """Judges (loss, gradient norm) pairs one after the other; returns verdicts and guards."""
-    guard, verdicts, guards = first_guard(settings), [], []
+    """Judges (loss, gradient norm) pairs one after the other; returns outcomes and guards."""
+    guard, outcomes, guards = initial_guard(settings), [], []
     for loss, norm in pairs:
-        verdict, guard = judge(guard, jnp.float32(loss), jnp.float32(norm), settings)
-        verdicts.append(int(verdict))
+        outcome, guard = check_step(guard, jnp.float32(loss), jnp.float32(norm), settings)
+        outcomes.append(int(outcome))
         guards.append(guard)
-    return verdicts, guards
+    return outcomes, guards
 
 
 @pytest.mark.parametrize("bad", [(np.nan, 1.0), (np.inf, 1.0), (1.0, np.nan), (1.0, np.inf)])
 def test_what_is_not_finite_is_not_made_and_not_remembered(bad):
-    verdicts, guards = judged(GuardSettings(), [(1.0, 1.0), bad, (1.0, 1.0)])
-    assert verdicts == [MADE, NOT_FINITE, MADE]
+    outcomes, guards = judged(GuardSettings(), [(1.0, 1.0), bad, (1.0, 1.0)])
+    assert outcomes == [APPLIED, NOT_FINITE, APPLIED]
     assert all(np.isfinite(jax.tree.leaves(guards[-1])))
     assert int(guards[-1].seen) == 2
 
@@ -46,13 +46,13 @@ def test_what_is_not_finite_is_not_made_and_not_remembered(bad):
 def test_a_spike_is_known_after_a_window_and_does_not_move_the_mean():
     calm = [(2.0, 0.5)] * 20
     early, _ = judged(GuardSettings(spike_factor=3.0), [*calm[:10], (7.0, 0.5)])
-    assert early[-1] == MADE
-    verdicts, guards = judged(
+    assert early[-1] == APPLIED
+    outcomes, guards = judged(
         GuardSettings(spike_factor=3.0), [*calm, (7.0, 0.5), (2.0, 1.6), (2.0, 1.4)]
     )
-    assert verdicts[-3:] == [SPIKE, SPIKE, MADE]
+    assert outcomes[-3:] == [SPIKE, SPIKE, APPLIED]
     assert float(guards[21].loss) == 2.0 and float(guards[21].grad_norm) == 0.5
-    assert judged(GuardSettings(), [*calm, (7.0, 5.0)])[0][-1] == MADE
+    assert judged(GuardSettings(), [*calm, (7.0, 5.0)])[0][-1] == APPLIED
 
 
 def test_the_loss_scale_moves_as_that_of_torch():
@@ -68,14 +68,14 @@ def test_the_loss_scale_moves_as_that_of_torch():
         scaler.step(optimizer)
         scaler.update()
         expected.append(scaler.get_scale())
-    verdicts, guards = judged(SCALED, [(1.0, 1.0 if sound else np.inf) for sound in script])
+    outcomes, guards = judged(SCALED, [(1.0, 1.0 if sound else np.inf) for sound in script])
     assert [float(guard.scale) for guard in guards] == expected
-    assert [verdict == MADE for verdict in verdicts] == script
+    assert [outcome == APPLIED for outcome in outcomes] == script
 
 
 def test_an_overflow_that_no_scale_cures_is_a_bad_number():
-    verdicts, guards = judged(SCALED, [(1.0, np.inf)] * 18)
-    assert verdicts == [OVERFLOW] * 16 + [NOT_FINITE] * 2
+    outcomes, guards = judged(SCALED, [(1.0, np.inf)] * 18)
+    assert outcomes == [OVERFLOW] * 16 + [NOT_FINITE] * 2
     assert float(guards[-1].scale) == 1.0
 
 

@@ -20,7 +20,7 @@ from jaxtune.errors import JaxtuneError
 from jaxtune.runs.checkpoints import Checkpoints
 from jaxtune.runs.directory import RunDirectory
 from jaxtune.runs.metrics import read_lines
-from jaxtune.training.loop import fit
+from jaxtune.training.loop import Trainer
 from jaxtune.training.optimizer import make_optimizer, make_schedule
 
 SIZE = 64
@@ -112,7 +112,7 @@ def train(directory, config, **changes):
     with run.start(config) as frozen:
         state, step = problem(frozen)
         parts = {"step": step, "loader": Loader(), "evaluate": evaluate} | changes
-        return fit(state=state, save_adapter=save_adapter, run=run, config=frozen, **parts)
+        return Trainer(save_adapter=save_adapter, run=run, config=frozen, **parts).fit(state)
 
 
 def comparable(path):
@@ -218,15 +218,14 @@ def test_metrics_are_read_after_the_next_update_was_queued(tmp_path):
         return result
 
     with run.start(config):
-        fit(
-            state=state,
+        Trainer(
             step=watched,
             loader=Loader(),
             evaluate=None,
             save_adapter=save_adapter,
             run=run,
             config=config,
-        )
+        ).fit(state)
     assert seen == [max(0, number - 1) for number in range(20)]
 
 
