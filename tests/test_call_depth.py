@@ -1,6 +1,7 @@
-"""How many functions of jaxtune lie between the loss and the product of a projection."""
+"""Depth of the call stack from the command line to the loss and to the product of q_proj."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import jaxtune
 from jaxtune.adapters.define import define
 from jaxtune.adapters.projections.lora import Lora
+from jaxtune.cli import main
 from jaxtune.layers.decoder import ForwardOptions
 from jaxtune.objectives.sft import sft_loss
 
@@ -105,3 +107,56 @@ def test_at_most_ten_functions_lead_from_the_loss_to_the_product_of_q_proj(confi
     assert deepest[0] == "layers/linear.py:product"
     assert any("Linear.__call__" in name for name in deepest)
     assert len(deepest) <= 10
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "q_proj"),
+    [
+        ("llama", {"head_dim": 8}, (32, 64)),
+        (
+            "deepseek_v2",
+            {
+                "num_key_value_heads": 4,
+                "moe_intermediate_size": 24,
+                "n_routed_experts": 4,
+                "num_experts_per_tok": 2,
+                "n_group": 1,
+                "topk_group": 1,
+                "first_k_dense_replace": 1,
+                "q_lora_rank": None,
+                "kv_lora_rank": 28,
+                "qk_nope_head_dim": 6,
+                "qk_rope_head_dim": 4,
+                "v_head_dim": 12,
+            },
+            (40, 64),
+        ),
+    ],
+    ids=["llama", "deepseek_v2"],
+)
+def test_the_command_line_reaches_the_loss_in_10_functions_and_the_product_of_q_proj_in_20(
+    model_type, changes, q_proj, tiny, tiny_chat, small_config, tmp_path
+):
+    model = tmp_path / "model"
+    shutil.copytree(tiny(model_type, vocab_size=258, num_hidden_layers=2, **changes), model)
+    for file in tiny_chat.iterdir():
+        if file.name not in ("config.json", "model.safetensors"):
+            shutil.copy(file, model)
+    overrides = {
+        "model.path": model,
+        "adapter.targets": "q_proj",
+        "training.steps": 1,
+        "training.batch_size": 2,
+        "training.accumulation": 2,
+        "data.eval": "",
+    }
+    arguments = ["train", "--config", str(small_config), "--workdir", str(tmp_path / "run")]
+    arguments += [f"--config.{key}={value}" for key, value in overrides.items()]
+    jax.clear_caches()  # what is traced already is not called again
+    stacks = stacks_at_product(lambda: main(arguments), q_proj)
+    deepest = max(stacks, key=len)
+    print("\n".join(reversed(deepest)))
+    assert deepest[-1] == "cli.py:main"
+    assert deepest[0] == "layers/linear.py:product"
+    assert len(deepest) - deepest.index("objectives/sft.py:sft_loss") <= 10
+    assert len(deepest) <= 20

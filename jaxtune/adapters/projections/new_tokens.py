@@ -203,7 +203,7 @@ def on_disk(stored: StoredAdapter) -> TokenIds:
 
 
 def without(stored: StoredAdapter) -> dict[str, np.ndarray]:
-    """Returns the tensors of an adapter on disk except the rows of its tokens."""
+    """Returns the tensors of an adapter on disk except the rows [n, hidden] of its tokens."""
     keys = {_PLACES[module].key for module, _ in on_disk(stored)}
     # PEFT writes no rows for an empty list of tokens.
     return {k: v for k, v in stored.tensors.items() if k not in keys and v.shape[:1] != (0,)}
