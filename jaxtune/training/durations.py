@@ -1,4 +1,4 @@
-"""How long a run is and when something is due in it, whatever unit that was given in."""
+"""Length of a run and intervals within it, in steps, epochs, tokens or minutes."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import bisect
 import math
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from jaxtune.config import TrainingConfig
 from jaxtune.data.passes import DataOrder
 from jaxtune.intervals import parse_interval
 from jaxtune.parallel.processes import agree
 from jaxtune.progress import track
 
-# What is planned ahead only to be mentioned: a second or two. A pass costs as much as planning a
-# few hundred of its examples, however short it is.
+# Limits of the planning that is done for a log line only: a second or two. Planning a pass has a
+# fixed cost of about 200 examples.
 _AHEAD, _PASS = 5_000_000, 200
 
 
 class Shown(NamedTuple):
-    """What a run has shown after a step.
+    """The data shown to the model up to a step.
 
     Attributes:
-      passes: over the data: a whole number at the end of a pass, and between two of them the share
-        of steps that are done.
-      rows: examples; one that was shown twice counts twice.
-      tokens: of these, padding not counted.
+      passes: passes over the data; within a pass, the fraction of its steps that are done is added.
+      rows: number of examples, counting repetitions.
+      tokens: number of tokens in these examples, without padding.
     """
 
     passes: float
@@ -34,13 +34,13 @@ class Shown(NamedTuple):
 
 
 class Timeline:
-    """What a run shows step by step, exactly: passes are planned when a step in them is asked for.
+    """Exact progress through the data by step. Passes are planned on demand.
 
-    It follows from the lengths of the examples, so no batch is made.
+    It is computed from the lengths of the examples; no batch is made.
     """
 
     def __init__(self, order: DataOrder):
-        """Plans nothing yet."""
+        """Initializes the timeline; no pass is planned yet."""
         self.order = order
         self._ends, self._tokens = [0], [0]  # steps and tokens before each pass
 
@@ -52,7 +52,7 @@ class Timeline:
         self._tokens.append(self._tokens[-1] + int(plan.tokens[-1]))
 
     def after(self, step: int) -> Shown:
-        """Returns what has been shown after `step` steps."""
+        """Returns the data shown after `step` steps."""
         while self._ends[-1] < step:
             self.extend()
         number = bisect.bisect_left(self._ends, step)
@@ -68,12 +68,12 @@ class Timeline:
             self._tokens[number] + int(plan.tokens[within]),
         )
 
-    def total_steps(self, training: Any) -> int:
-        """Returns the steps of a run, at least one where it is not given in steps.
+    def total_steps(self, training: TrainingConfig) -> int:
+        """Returns the number of steps of a run; at least one if given in epochs or tokens.
 
         Args:
-          training: the ``training`` section. A part of a pass is rounded up to steps of that pass,
-            and tokens to the step that reaches them.
+          training: the ``training`` section. A fraction of a pass is rounded up to steps of that
+            pass, and tokens to the step that reaches them.
         """
         if training.epochs:
             return self._steps_of_passes(training.epochs)
@@ -100,7 +100,7 @@ class Timeline:
         return max(1, self._ends[number] + int(within))
 
     def describe(self, steps: int) -> str:
-        """Describes how many passes the steps of a run are, and whether it ends within one."""
+        """Returns the length of a run in steps and passes, and whether it ends within a pass."""
         rows, cost = self.order.rows_per_pass, 0
         with track(None, "planning passes") as advance:
             while self._ends[-1] < steps and (cost <= _AHEAD or len(self._ends) == 1):
@@ -127,39 +127,37 @@ def _plural(word: str, count: float) -> str:
 
 
 class Due:
-    """Decides after which steps an event is due."""
+    """An interval: decides after which steps an event is due."""
 
     def __init__(self, key: str, value: int | str, timeline: Timeline | None = None):
-        """Starts the clock of an interval in minutes; any other is a matter of the steps alone.
+        """Starts the clock of an interval in minutes.
 
         Args:
-          key: of the config, for messages.
-          value: what `parse_interval` reads; 0 is never.
-          timeline: of the run, for epochs and tokens.
+          key: config key, for messages.
+          value: interval as in `parse_interval`; 0 is never.
+          timeline: timeline of the run, for intervals in epochs or tokens.
         """
         self._amount, self._unit = parse_interval(key, value)
         self.never = self._amount == 0
         self._since = time.monotonic()
         if self._unit in ("epochs", "tokens"):
-            assert timeline is not None, (
-                f"{key} is counted in {self._unit}, and nothing counts them"
-            )
+            assert timeline is not None, f"{key} is in {self._unit}, which need a timeline"
         self._timeline = timeline
 
     def __call__(self, number: int) -> bool:
-        """Returns whether it is due after step `number`; called for every step in order."""
+        """Returns whether the event is due after step `number`; called for every step in order."""
         if self.never:
             return False
         if self._unit != "minutes":
             return self._periods(number) > self._periods(number - 1)
-        # The clocks of several processes differ, and all have to do the same.
+        # The clocks of the processes differ; all have to decide the same.
         due = bool(agree(time.monotonic() - self._since >= 60 * self._amount))
         if due:
             self._since = time.monotonic()
         return due
 
     def _periods(self, number: int) -> int:
-        """Returns how many whole intervals end with update `number` or before."""
+        """Returns the number of whole intervals up to step `number`."""
         done: float = number
         if self._timeline is not None and self._unit in ("epochs", "tokens"):
             shown = self._timeline.after(number)

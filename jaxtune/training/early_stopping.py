@@ -1,4 +1,4 @@
-"""Which evaluation was the best, and when a run has stopped getting better."""
+"""The best evaluation of a run, and early stopping."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ HIGHER_IS_BETTER = {
     "exact_match": True,
     "balance_loss": False,
 }
-"""Scores that can choose the best adapter; of a named set with its name before, as in a/loss."""
+"""Scores that can choose the best adapter; those of a named set have its name, as in a/loss."""
 
 
 @dataclasses.dataclass
 class Tally:
-    """What a run has counted so far; every checkpoint holds it.
+    """Counters of a run, stored in every checkpoint.
 
     Attributes:
-      tokens: seen, as the metric of that name counts them.
-      skipped: updates that were not made, by reason.
-      bad_in_a_row: of these, the last ones without an update that was made between them.
-      best: the best score so far.
-      best_step: the update that it was measured after.
-      stale: evaluations since.
-      stopped: whether they were too many.
+      tokens: tokens seen, as in the metric of that name.
+      skipped: number of skipped steps by reason.
+      bad_in_a_row: number of skipped steps since the last applied step, without float16 overflows.
+      best: best score so far.
+      best_step: step of the best score.
+      stale: number of evaluations since the best score.
+      stopped: whether early stopping ends the run.
     """
 
     tokens: int = 0
@@ -46,14 +46,15 @@ class Tally:
 
 
 def check_metric(metric: str, scores: Iterable[str]) -> None:
-    """Refuses a score that an evaluation does not give, or that has no better and worse.
+    """Raises if a score cannot choose the best adapter.
 
     Args:
       metric: ``evaluation.stop_metric``.
-      scores: names of what an evaluation gives.
+      scores: names of the scores of an evaluation.
 
     Raises:
-      JaxtuneError: with the closest one.
+      JaxtuneError: the evaluation has no such score, or the score has no order; the message names
+        the closest valid one.
     """
     usable = [name for name in scores if name.rsplit("/", 1)[-1] in HIGHER_IS_BETTER]
     if metric not in usable:
@@ -67,12 +68,12 @@ def check_metric(metric: str, scores: Iterable[str]) -> None:
 def consider(
     tally: Tally, number: int, scores: Mapping[str, Any], settings: EvaluationConfig
 ) -> bool:
-    """Takes note of an evaluation.
+    """Updates the counters after an evaluation.
 
     Args:
-      tally: is changed.
-      number: the update that it follows.
-      scores: of the evaluation.
+      tally: counters of the run, updated in place.
+      number: step of the evaluation.
+      scores: scores of the evaluation.
       settings: the ``evaluation`` section.
 
     Returns:

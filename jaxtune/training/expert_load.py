@@ -1,4 +1,4 @@
-"""How evenly the experts of a mixture are chosen."""
+"""Load of the experts in a mixture of experts: how evenly they are chosen."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import numpy as np
 
 
 def relative_load(load: Any) -> Any:
-    """Returns tokens per expert [layers, E] over the even share of the layer: 1 is even."""
+    """Returns tokens per expert [layers, E] relative to an even load in each layer."""
     even = jnp.sum(load, axis=-1, keepdims=True) / load.shape[-1]
     return load / jnp.maximum(even, 1e-9)
 
 
 def load_summary(load: Any) -> dict[str, jax.Array]:
-    """Sums the load up, over all layers.
+    """Summarizes the load over all layers.
 
     Args:
-      load: float [layers, E], tokens that chose each expert.
+      load: float [layers, E], number of tokens of each expert.
 
     Returns:
-      ``expert_load_max`` and ``expert_load_min``, the largest and smallest load over the even
-      share, and ``experts_unused``, how many no token chose.
+      ``expert_load_max`` and ``expert_load_min``, the largest and smallest load relative to an even
+      load, and ``experts_unused``, the number of experts without a token.
     """
     relative = relative_load(load)
     return {
@@ -34,14 +34,14 @@ def load_summary(load: Any) -> dict[str, jax.Array]:
 
 
 def load_table(load: np.ndarray, layers: list[int]) -> dict[str, list[float]]:
-    """Lists the load of every expert over the even share of its layer.
+    """Returns the load of every expert relative to an even load in its layer.
 
     Args:
-      load: float [layers, E], tokens that chose each expert.
-      layers: the layers that these are.
+      load: float [layers, E], number of tokens of each expert.
+      layers: indices of these layers in the model.
 
     Returns:
-      E numbers for each layer, by the name of its experts.
+      E values for each layer, by the module name of its experts.
     """
     rows = np.asarray(relative_load(load)).round(4).tolist()
     names = [f"model.layers.{layer}.mlp.experts" for layer in layers]

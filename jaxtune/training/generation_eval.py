@@ -1,4 +1,4 @@
-"""Answers to held-out prompts while a run trains, and what they are worth."""
+"""Generated answers to held-out prompts during a run, and their scores."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from jaxtune.training.setup import Setup
 ANSWER_SCORES: dict[str, Callable[[str, str], float]] = {
     "exact_match": lambda answer, expected: float(answer == expected),
 }
-"""What an answer is worth, by name: ``(answer, expected) -> from 0 to 1``, averaged over a set."""
+"""Scores of an answer by name: ``(answer, expected) -> [0, 1]``, averaged over a set."""
 
 
 class Question(NamedTuple):
-    """A held-out prompt and the right answer to it, as token ids."""
+    """A held-out prompt and its expected answer, as token ids."""
 
     prompt: list[int]
     answer: list[int]
 
 
 def read_questions(examples: Examples, count: int) -> list[Question]:
-    """Cuts the first `count` examples into the last run of targets and all that is before it."""
+    """Splits the first `count` examples into their last span of targets and the text before it."""
     questions = []
     for tokens, targets in zip(examples.tokens[:count], examples.targets[:count], strict=True):
         counted = np.asarray(targets) != IGNORE
@@ -44,20 +44,20 @@ def read_questions(examples: Examples, count: int) -> list[Question]:
 def answer_questions(
     setup: Setup, trees: Any, questions: Mapping[str, Sequence[Question]], chat: Chat
 ) -> list[dict[str, Any]]:
-    """Answers greedily, in batches of ``evaluation.batch_size`` rows.
+    """Generates answers greedily, in batches of ``evaluation.batch_size`` rows.
 
     Args:
-      setup: of the run.
+      setup: setup of the run.
       trees: base, trainable and constants.
-      questions: by the name of their set.
-      chat: the model's tokenizer, and the tokens that end an answer.
+      questions: questions by the name of their set.
+      chat: tokenizer and end tokens of the answers.
 
     Returns:
-      What ``samples.jsonl`` holds, in order: ``set`` (if it has a name), ``prompt``, ``expected``,
+      The rows of ``samples.jsonl``, in order: ``set`` (if it has a name), ``prompt``, ``expected``,
       ``answer`` and `ANSWER_SCORES`.
     """
     flat = [(name, question) for name, some in questions.items() for question in some]
-    # An answer longer than the longest correct one is wrong, whatever follows.
+    # A longer answer than the longest expected one is wrong in any case.
     longest = max(len(question.answer) for _, question in flat) + 1
     order = sorted(range(len(flat)), key=lambda index: len(flat[index][1].prompt))
     rows, answers = setup.config.evaluation.batch_size, {}
@@ -74,7 +74,7 @@ def answer_questions(
                 sampling=Sampling(),
                 stop=chat.eos_token_ids,
             )
-            answers |= dict(zip(chosen, new, strict=False))  # what fills a batch up comes last
+            answers |= dict(zip(chosen, new, strict=False))  # filler rows come last
             advance()
     return [
         ({"set": name} if name else {}) | _sample(chat, question, answers[index])
@@ -84,22 +84,22 @@ def answer_questions(
 
 def _sample(chat: Chat, question: Question, answer: Sequence[int]) -> dict[str, Any]:
     def text(tokens: Sequence[int]) -> str:
-        # With special tokens, which an answer may consist of; a clean-up of spaces would change
-        # what was generated.
+        # With special tokens, which can be the whole answer, and without the clean-up of spaces,
+        # which would change it.
         return chat.tokenizer.decode(
             tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
 
     right = question.answer
     while right and right[-1] in chat.eos_token_ids:
-        right = right[:-1]  # as `generate_tokens` leaves out what ended the answer
+        right = right[:-1]  # `generate_tokens` omits the end token
     given, expected = text(answer).strip(), text(right).strip()
     shown = {"prompt": text(question.prompt), "expected": expected, "answer": given}
     return shown | {score: rate(given, expected) for score, rate in ANSWER_SCORES.items()}
 
 
 def average(samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Averages the scores of samples, over all sets and over each that has a name."""
+    """Averages the scores of samples over all sets and over each named set."""
     scores = {}
     for name in ("", *dict.fromkeys(sample["set"] for sample in samples if "set" in sample)):
         own = [sample for sample in samples if not name or sample["set"] == name]

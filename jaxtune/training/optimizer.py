@@ -58,7 +58,7 @@ def _decayed(
 
 
 def adamw(settings: OptimizerConfig) -> optax.GradientTransformation:
-    """Returns Adam's rule (Loshchilov and Hutter, 2019); decay and rate come after it."""
+    """Returns Adam's rule (Loshchilov and Hutter, 2019), without decay and learning rate."""
     return optax.scale_by_adam(
         b1=settings.b1, b2=settings.b2, eps=settings.eps, mu_dtype=settings.moment_dtype
     )
@@ -67,7 +67,7 @@ def adamw(settings: OptimizerConfig) -> optax.GradientTransformation:
 def adafactor(settings: OptimizerConfig) -> optax.GradientTransformation:
     """Returns Adafactor's rule (Shazeer and Stern, 2018) at an absolute learning rate.
 
-    The first moment is left out: saving memory is the point of the rule.
+    There is no first moment, to save memory.
     """
     del settings
     return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
@@ -133,7 +133,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     Returns:
       A transformation without state.
 
-    Source: ``torch.nn.utils.clip_grad_norm_``, whose small constant optax's own clip lacks.
+    Source: ``torch.nn.utils.clip_grad_norm_``; optax's clip lacks the small constant.
     """
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
@@ -145,10 +145,10 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def scale_rates(multipliers: Any) -> optax.GradientTransformation:
-    """Scales the updates of each leaf, which is what scaling its learning rate does.
+    """Scales the updates of each leaf, that is, its learning rate.
 
     Args:
-      multipliers: floats, of the structure of the trainables.
+      multipliers: pytree of floats with the structure of the trainables.
 
     Returns:
       A transformation without state.
@@ -191,8 +191,7 @@ def rate_multipliers(settings: OptimizerConfig, trainable: Any) -> Any:
             paths = jax.tree_util.tree_leaves_with_path(trainable)
             parts = sorted({part for path, _ in paths for part in _name(path).split(".")})
             raise JaxtuneError(
-                f'optimizer.group_rates: "{pattern}" matches nothing that is trained'
-                f"{closest(pattern, parts)}"
+                f'optimizer.group_rates: "{pattern}" matches no trainable{closest(pattern, parts)}'
             )
     return multipliers
 
@@ -252,10 +251,10 @@ def make_optimizer(
     Args:
       settings: the ``optimizer`` section.
       trainable: pytree of float32 arrays or shapes; second moments take their dtype.
-      schedule: of the learning rate; see `make_schedule`.
+      schedule: learning-rate schedule; see `make_schedule`.
 
     Returns:
-      The transformation from gradients to the updates to add, both shaped as `trainable`.
+      The transformation from gradients to updates, both with the structure of `trainable`.
 
     Raises:
       JaxtuneError: an unknown optimizer, or a group rate that matches nothing trained.

@@ -1,4 +1,4 @@
-"""A device that ran out of memory, said in one line with what to change first."""
+"""One-line errors for devices out of memory, with suggested changes of the config."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from jaxtune.parallel.rules import RULES
 from jaxtune.training.setup import Setup
 
 GIB = 2**30
-# Values that a decoder layer keeps for its backward pass, per token and hidden unit: Korthikanti et
-# al., 2022, have 34 bytes of them in 16 bits, without those of attention's scores.
+# Activations that a decoder layer saves for its backward pass, per token and hidden unit:
+# Korthikanti et al., 2022, count 34 bytes in 16 bits, without attention scores.
 _SAVED_PER_LAYER = 17
 _NF4_SHARE = 0.53 / 2  # bytes of a weight in NF4 with its scales, over those in 16 bits
 
 
 class Remedy(NamedTuple):
-    """A change of the config and the bytes of each device that it is estimated to save."""
+    """A change of the config and its estimated saving in bytes per device."""
 
     change: str
     bytes: float
@@ -31,13 +31,13 @@ class Remedy(NamedTuple):
 
 @contextlib.contextmanager
 def out_of_memory_named(setup: Setup) -> Iterator[None]:
-    """Turns a device's lack of memory into an error that says what to change.
+    """Turns an out-of-memory error into one that suggests changes of the config.
 
     Args:
-      setup: of the run that the block trains.
+      setup: setup of the run in the block.
 
     Raises:
-      JaxtuneError: memory ran out; any other error passes unchanged.
+      JaxtuneError: a device is out of memory; other errors propagate unchanged.
     """
     try:
         yield
@@ -48,11 +48,11 @@ def out_of_memory_named(setup: Setup) -> Iterator[None]:
 
 
 def explain(text: str, setup: Setup) -> str:
-    """Returns one line: the memory needed, the memory available and what to change first.
+    """Returns one line: the memory needed, the memory available and suggested changes.
 
     Args:
-      text: of XLA's error.
-      setup: of the run.
+      text: text of XLA's error.
+      setup: setup of the run.
     """
     program, array, limit = read_shortage(text)
     needed = array if program is None else program
@@ -75,14 +75,14 @@ def explain(text: str, setup: Setup) -> str:
 
 
 def remedies(setup: Setup) -> list[Remedy]:
-    """Returns what would need less memory: first what costs least of speed and quality."""
+    """Returns changes that need less memory, the least costly in speed and quality first."""
     training, model = setup.config.training, setup.definition.config
     shares = math.prod(setup.mesh.shape[axis] for axis in RULES["batch"])
     rows = training.batch_size // training.accumulation
     length = setup.config.data.max_length // setup.mesh.shape["sequence"]
     values = rows // shares * length * model["hidden_size"] * setup.options.dtype.itemsize
     saved = values * model["num_hidden_layers"]
-    # With remat, what the layers are given, and all of one layer at a time.
+    # With remat: the inputs of all layers, and all activations of one layer at a time.
     kept = saved + values * _SAVED_PER_LAYER
     found = []
     if training.remat != "full":
@@ -99,7 +99,7 @@ def remedies(setup: Setup) -> list[Remedy]:
 
 
 def _frozen_bytes(setup: Setup) -> float:
-    """Returns the bytes per device of the frozen matrices within layers, as they are."""
+    """Returns the bytes per device of the frozen matrices in layers, in their current dtype."""
     total = 0
     for leaf in jax.tree.leaves(setup.definition.abstract("base", setup.mesh)):
         if leaf.ndim > 2:  # stacked over layers
@@ -109,7 +109,7 @@ def _frozen_bytes(setup: Setup) -> float:
 
 
 def _device_bytes(device: Any) -> int | None:
-    """Returns the memory of a device, if anybody knows it."""
+    """Returns the memory of a device in bytes, if it is known."""
     if device.platform == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return (device.memory_stats() or {}).get("bytes_limit")

@@ -1,4 +1,4 @@
-"""What ends a run from outside: a machine that is taken away, and one that is stuck."""
+"""Preemption of a machine, and a watchdog for processes that are stuck."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ __all__ = ["Preempted", "Watchdog", "preempted", "watchdog"]
 def preempted(step: int) -> bool:
     """Returns whether SIGTERM reached any process and this is the step that all save.
 
-    Every process calls this after every step. Without `jax.distributed.initialize`, which the
-    command line calls, nothing listens to SIGTERM, and the result is False.
+    Every process calls this after every step. Returns False without
+    `jax.distributed.initialize`, which the command line calls and which handles SIGTERM.
 
     Args:
-      step: number of the update that is done.
+      step: number of the step that is done.
     """
     return jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(step)
 
 
 class Watchdog:
-    """Ends all processes of a run with 75 when one of them makes no step for a time."""
+    """Ends all processes of a run with exit code 75 if one of them makes no progress."""
 
     def __init__(self, seconds: float):
-        """Makes a watchdog that starts at the first `step`, after loading and compilation.
+        """Creates a watchdog that starts at the first `step`, after loading and compilation.
 
         Args:
-          seconds: between two steps, evaluation and saving included; 0: it never bites.
+          seconds: longest time between two steps, with evaluation and saving; 0: off.
         """
         self._seconds = seconds
         self._last: float | None = None
@@ -58,15 +58,15 @@ class Watchdog:
             if silent > self._seconds:
                 failures.fail(
                     75,
-                    f"no step for {silent:.0f} seconds (training.watchdog_minutes); what every "
-                    "thread was doing is above",
+                    f"no step for {silent:.0f} seconds (training.watchdog_minutes); the "
+                    "stack of every thread is above",
                     stacks=True,
                 )
 
 
 @contextlib.contextmanager
 def watchdog(minutes: float) -> Iterator[Watchdog]:
-    """Keeps a `Watchdog` for the time of the block."""
+    """Runs a `Watchdog` for the duration of the block."""
     dog = Watchdog(minutes * 60)
     try:
         yield dog

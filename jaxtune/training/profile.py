@@ -1,4 +1,4 @@
-"""A window of updates that JAX's profiler looks at."""
+"""Profiling of a window of steps with JAX's profiler."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ logger = logging.getLogger(__name__)
 
 
 class Profile:
-    """Writes a trace of some updates, for XProf or TensorBoard; a context manager."""
+    """Writes a trace of a window of steps, for XProf or TensorBoard; a context manager."""
 
     def __init__(self, steps: tuple[str, ...], directory: Path):
         """Prepares a trace.
 
         Args:
-          steps: ``profile.steps``: first and last update, or none.
-          directory: to write to.
+          steps: ``profile.steps``: first and last step, or empty.
+          directory: directory of the trace.
 
         Raises:
-          JaxtuneError: these are not two numbers in order.
+          JaxtuneError: `steps` are not two numbers in ascending order.
         """
         self._directory, self._running = directory, False
         self._first, self._last = profile_window(steps)
@@ -36,13 +36,13 @@ class Profile:
         self._stop()
 
     def before(self, number: int) -> None:
-        """Begins the trace if update `number` is the first in it."""
+        """Starts the trace if `number` is its first step."""
         if number == self._first:
             jax.profiler.start_trace(self._directory)
             self._running = True
 
     def after(self, number: int, state: Any) -> None:
-        """Ends the trace if update `number`, which gives `state`, is the last in it."""
+        """Ends the trace if `number` is its last step, whose result is `state`."""
         if self._running and number >= self._last:
             jax.block_until_ready(state)
             self._stop()
@@ -51,20 +51,20 @@ class Profile:
         if self._running:
             self._running = False
             jax.profiler.stop_trace()
-            logger.info("a trace is in %s", self._directory)
+            logger.info("wrote a profile to %s", self._directory)
 
 
 def profile_window(steps: tuple[str, ...]) -> tuple[int, int]:
     """Reads ``profile.steps``.
 
     Raises:
-      JaxtuneError: these are not two numbers in order.
+      JaxtuneError: `steps` are not two numbers in ascending order.
     """
     if not steps:
         return 0, 0
     numbers = [int(step) for step in steps if step.isdecimal()]
     if len(numbers) != 2 or len(steps) != 2 or not 0 < numbers[0] <= numbers[1]:
         raise JaxtuneError(
-            f"profile.steps takes the first and last update, such as 10,20, not {','.join(steps)}"
+            f"profile.steps takes the first and last step, such as 10,20, not {','.join(steps)}"
         )
     return numbers[0], numbers[1]

@@ -1,4 +1,4 @@
-"""How the base model's routers use their experts on the training data: what ESFT chooses by."""
+"""Scores of the base model's experts on the training data, by which ESFT selects experts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Sums(NamedTuple):
-    """Sums over tokens: their number, and by layer and expert the choices and their weights."""
+    """Sums over tokens: number of tokens; choices and gate weights [layers, E]."""
 
     tokens: Any
     load: Any
@@ -40,9 +40,9 @@ def score_experts(config: Config, source: TensorSource, examples: Examples) -> E
     """Scores every routed expert of the base model on a sample of the training data.
 
     Args:
-      config: resolved: the sample, the rows of a batch, the mesh, dtypes and quantization.
-      source: the checkpoint.
-      examples: of the training data.
+      config: resolved config: sample size, batch size, mesh, dtypes and quantization.
+      source: checkpoint of the base model.
+      examples: training examples.
 
     Raises:
       JaxtuneError: the model has no routed experts.
@@ -84,7 +84,7 @@ def score_experts(config: Config, source: TensorSource, examples: Examples) -> E
 
 
 def take_sample(examples: Examples, tokens: int, seed: int) -> Examples:
-    """Draws whole examples at random until they hold `tokens` tokens, or all are drawn."""
+    """Draws whole examples at random until they have `tokens` tokens, or all are drawn."""
     order = np.random.default_rng(seed).permutation(len(examples))
     sizes = np.cumsum(examples.lengths[order])
     kept = sorted(order[: int(np.searchsorted(sizes, tokens)) + 1].tolist())

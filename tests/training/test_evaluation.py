@@ -127,7 +127,7 @@ def test_an_over_fitting_run_stops_and_keeps_its_best(method, tiny_chat, tmp_pat
         ({"data": {"eval": ""}, "evaluation": {"stop_patience": 2}}, "nothing is held out"),
         ({"evaluation": {"stop_patience": 2, "every": 0}}, r"evaluation\.every is 0"),
         ({"logging": {"wandb": "mine"}}, "requires the package wandb, which is not installed"),
-        ({"profile": {"steps": "20,10"}}, r"profile\.steps takes the first and last update"),
+        ({"profile": {"steps": "20,10"}}, r"profile\.steps takes the first and last step"),
     ],
 )
 def test_what_cannot_be_met_is_said_before_the_first_update(changes, message, tiny_chat, tmp_path):

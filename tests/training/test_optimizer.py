@@ -345,7 +345,7 @@ def test_groups_have_rates_of_their_own():
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ("lora_b=4e-4", '"lora_b" matches nothing that is trained; did you mean "lora_B"?'),
+        ("lora_b=4e-4", '"lora_b" matches no trainable; did you mean "lora_B"?'),
         ("lora_B=fast", '"lora_B=fast" is not a pattern and its rate, such as lora_B=4e-4'),
         ("lora_B", '"lora_B" is not a pattern and its rate'),
         ("lora_[=1", '"lora_[=1" is not a pattern and its rate'),
