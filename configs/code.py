@@ -1,4 +1,4 @@
-"""LoRA for code in the style of one's own repositories.
+"""LoRA for code in the style of your own repositories.
 
   jaxtune train --config configs/code.py --config.data.train=mine.jsonl \
       --workdir runs/code
@@ -7,8 +7,9 @@ Memory per device, 15.09 GiB of 31.25:
 
   jaxtune plan --config configs/code.py --topology v6e:1x1
 
-Rows are conversations whose answers are fenced code. Take examples that pass their tests, for the
-model learns mistakes as well. Expect names, libraries and layout of the training code.
+Rows are conversations whose answers are fenced code. Select examples that pass their tests,
+because the model learns mistakes as well. The trained model uses the names, libraries and layout
+of the training code.
 """
 
 from pathlib import Path
@@ -17,22 +18,17 @@ import ml_collections
 
 from jaxtune import config
 
-DATA = Path(__file__).resolve().parent / "data"
+HERE = Path(__file__).resolve().parent
 
 
 def get_config() -> ml_collections.ConfigDict:
     """Returns the config of the recipe."""
-    c = config.default()
+    c = config.load_file(HERE / "bases" / "lora.py")
     c.model.path = "deepseek-ai/deepseek-coder-6.7b-instruct"
-    c.data.train = str(DATA / "code.jsonl")
+    c.data.train = str(HERE / "data" / "code.jsonl")
     c.data.chat_template = "deepseek-coder"
     c.data.max_length = 2048
-    c.adapter.rank = 16
-    c.adapter.alpha = 32.0
     c.adapter.targets = ("all-linear",)
-    c.training.batch_size = 16
     c.training.accumulation = 16
     c.optimizer.learning_rate = 1e-4
-    c.optimizer.warmup_steps = 50
-    c.training.epochs = 2
     return c

@@ -7,8 +7,8 @@ Memory per device, 9.26 GiB of 15.75:
 
   jaxtune plan --config configs/deepseek_v2_lite.py --topology v5e:1x1
 
-The attention projections are adapted and the experts are frozen in NF4, which is most of the 15.7
-billion weights. The names are those of latent attention: k_proj and v_proj do not exist here.
+Adapts the attention projections. The experts, which hold most of the 15.7 billion weights, are
+frozen in NF4. Latent attention has projections of its own: there is no k_proj or v_proj.
 """
 
 from pathlib import Path
@@ -17,22 +17,16 @@ import ml_collections
 
 from jaxtune import config
 
-DATA = Path(__file__).resolve().parent / "data"
+HERE = Path(__file__).resolve().parent
 
 
 def get_config() -> ml_collections.ConfigDict:
     """Returns the config of the recipe."""
-    c = config.default()
+    c = config.load_file(HERE / "bases" / "lora.py")
     c.model.path = "deepseek-ai/DeepSeek-V2-Lite-Chat"
-    c.data.train = str(DATA / "dialogue.jsonl")
+    c.data.train = str(HERE / "data" / "dialogue.jsonl")
     c.data.chat_template = "deepseek-llm"
-    c.adapter.rank = 16
-    c.adapter.alpha = 32.0
     c.adapter.targets = ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
     c.quantize.format = "nf4"
-    c.training.batch_size = 16
     c.training.accumulation = 16
-    c.optimizer.learning_rate = 2e-4
-    c.optimizer.warmup_steps = 50
-    c.training.epochs = 2
     return c

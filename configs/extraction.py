@@ -1,4 +1,4 @@
-"""LoRA that answers in JSON of one fixed shape.
+"""LoRA for answers in JSON with fixed keys.
 
   jaxtune train --config configs/extraction.py --config.data.train=mine.jsonl \
       --workdir runs/extraction
@@ -7,8 +7,9 @@ Memory per device, 15.20 GiB of 15.75:
 
   jaxtune plan --config configs/extraction.py --topology v5e:1x1
 
-The instruction names the keys, the answer is JSON and nothing else, and some rows have empty lists
-and nulls: without these the model invents values. Count exact matches rather than loss.
+The instruction names the keys, and the answer is JSON alone. Include rows with empty lists and
+nulls: without them, the model invents values. Judge the model by exact matches rather than by its
+loss.
 """
 
 from pathlib import Path
@@ -17,19 +18,14 @@ import ml_collections
 
 from jaxtune import config
 
-DATA = Path(__file__).resolve().parent / "data"
+HERE = Path(__file__).resolve().parent
 
 
 def get_config() -> ml_collections.ConfigDict:
     """Returns the config of the recipe."""
-    c = config.default()
+    c = config.load_file(HERE / "bases" / "lora.py")
     c.model.path = "deepseek-ai/deepseek-llm-7b-chat"
-    c.data.train = str(DATA / "extraction.jsonl")
+    c.data.train = str(HERE / "data" / "extraction.jsonl")
     c.adapter.rank = 8
     c.adapter.alpha = 16.0
-    c.training.batch_size = 16
-    c.training.accumulation = 4
-    c.optimizer.learning_rate = 2e-4
-    c.optimizer.warmup_steps = 20
-    c.training.epochs = 2
     return c

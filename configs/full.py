@@ -7,9 +7,9 @@ Memory per device, 41.92 GiB of 95.74:
 
   jaxtune plan --config configs/full.py --topology v5p:2x2x1
 
-float32 masters, gradients and two moments are 16 bytes a weight, 110 GB for this model, split over
-all devices. It fits large data best of all recipes and over-fits small: there LoRA is the better
-choice.
+Float32 weights, gradients and two moments take 16 bytes per weight, 110 GB for this model, split
+over all devices. Of all recipes this one fits large data best. It overfits small data, for which
+LoRA is the better choice.
 """
 
 from pathlib import Path
@@ -18,23 +18,23 @@ import ml_collections
 
 from jaxtune import config
 
-DATA = Path(__file__).resolve().parent / "data"
+HERE = Path(__file__).resolve().parent
 
 
 def get_config() -> ml_collections.ConfigDict:
     """Returns the config of the recipe."""
     c = config.default()
     c.model.path = "deepseek-ai/deepseek-llm-7b-chat"
-    c.data.train = str(DATA / "instructions.jsonl")
+    c.data.train = str(HERE / "data" / "instructions.jsonl")
     c.adapter.method = "full"
-    c.training.batch_size = 32  # 4 rows at a time, 8 times
+    c.training.batch_size = 32  # eight micro-batches of four rows
     c.training.accumulation = 8
+    c.training.epochs = 3
     c.training.remat = "full"
     c.optimizer.learning_rate = 2e-5
-    c.optimizer.warmup_steps = 100
+    c.optimizer.warmup_steps = 0.05  # of the run: 100 of 2000 steps
     c.optimizer.weight_decay = 0.01
     c.mesh.data = 1
     c.mesh.fsdp = -1
     c.checkpoint.every = 200
-    c.training.epochs = 3
     return c

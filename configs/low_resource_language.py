@@ -7,9 +7,9 @@ Memory per device, 18.82 GiB of 31.25:
 
   jaxtune plan --config configs/low_resource_language.py --topology v6e:1x1
 
-A language touches everything, so all projections are adapted, at a high rank with the scale of
-rsLoRA. Mix in English or Chinese rows, or the model loses some of both. Expect fluency well before
-facts.
+A new language affects all layers, so all projections are adapted, at a high rank with the scale of
+rsLoRA. Mix in English or Chinese rows, or the model forgets some of both. It becomes fluent well
+before it learns facts.
 """
 
 from pathlib import Path
@@ -18,21 +18,17 @@ import ml_collections
 
 from jaxtune import config
 
-DATA = Path(__file__).resolve().parent / "data"
+HERE = Path(__file__).resolve().parent
 
 
 def get_config() -> ml_collections.ConfigDict:
     """Returns the config of the recipe."""
-    c = config.default()
+    c = config.load_file(HERE / "bases" / "lora.py")
     c.model.path = "deepseek-ai/deepseek-llm-7b-chat"
-    c.data.train = str(DATA / "low_resource_language.jsonl")
+    c.data.train = str(HERE / "data" / "low_resource_language.jsonl")
     c.adapter.rank = 32
-    c.adapter.alpha = 32.0
     c.adapter.rslora = True
     c.adapter.targets = ("all-linear",)
-    c.training.batch_size = 16
     c.training.accumulation = 8
     c.optimizer.learning_rate = 1e-4
-    c.optimizer.warmup_steps = 100
-    c.training.epochs = 2
     return c

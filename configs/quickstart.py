@@ -1,13 +1,13 @@
-"""SmolLM2-135M-Instruct learns to copy facts out of a sentence into a record.
+"""LoRA that teaches SmolLM2-135M-Instruct to copy the facts of a sentence into a record.
 
   make quickstart
 
-or, for the training alone,
+or, to train without the comparison,
 
   jaxtune train --config configs/quickstart.py --workdir runs/quickstart
 
-Two CPU cores take about three minutes. Before, the held-out loss is about 2.7 and no answer is
-right; after, it is below 0.1 and more than 80 % of the answers are exactly right.
+It takes about three minutes on two CPU cores. The held-out loss falls from about 2.7 to below 0.1;
+before training no answer is right, afterwards more than 80 % match exactly.
 """
 
 import importlib.util
@@ -30,15 +30,15 @@ def get_config() -> ml_collections.ConfigDict:
     c.adapter.rank = 16
     c.adapter.alpha = 32.0
     c.adapter.targets = ("all-linear",)
-    c.training.steps = 40  # of the 57 of a pass over the data
+    c.training.epochs = 0.7
     c.training.batch_size = 4
     c.training.dtype = "float32"  # bfloat16 is slower on CPUs without instructions for it
     c.training.remat = "none"
     c.optimizer.learning_rate = 1e-3
-    c.optimizer.warmup_steps = 5
+    c.optimizer.warmup_steps = 0.125
     c.checkpoint.every = 10
-    c.evaluation.every = 40
-    c.evaluation.batch_size = 30  # 210 questions are answered in seven batches
+    c.evaluation.every = "1 epoch"
+    c.evaluation.batch_size = 30  # the 210 questions in seven batches
     return c
 
 

@@ -7,9 +7,7 @@ Memory per device, 16.58 GiB of 31.25:
 
   jaxtune plan --config configs/r1_distill_qwen_7b.py --topology v6e:1x1
 
-Answers begin with their reasoning, `<think>…</think>`. The chat template of the checkpoint
-removes it from the training text, so the built-in one is used. Rows without reasoning would
-teach the model to skip it.
+Answers begin with their reasoning: see bases/reasoning.py.
 """
 
 from pathlib import Path
@@ -18,21 +16,12 @@ import ml_collections
 
 from jaxtune import config
 
-DATA = Path(__file__).resolve().parent / "data"
+HERE = Path(__file__).resolve().parent
 
 
 def get_config() -> ml_collections.ConfigDict:
     """Returns the config of the recipe."""
-    c = config.default()
+    c = config.load_file(HERE / "bases" / "reasoning.py")
     c.model.path = "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"
-    c.data.train = str(DATA / "reasoning.jsonl")
-    c.data.chat_template = "deepseek-r1"
-    c.data.max_length = 4096
-    c.adapter.rank = 16
-    c.adapter.alpha = 32.0
-    c.training.batch_size = 16
-    c.training.accumulation = 16
-    c.optimizer.learning_rate = 1e-4
-    c.optimizer.warmup_steps = 50
-    c.training.epochs = 2
+    c.data.train = str(HERE / "data" / "reasoning.jsonl")
     return c

@@ -1,4 +1,4 @@
-"""LoRA for a few hundred examples: few parameters, and held back.
+"""LoRA for a few hundred examples: few parameters, strongly regularized.
 
   jaxtune train --config configs/small_data.py --config.data.train=mine.jsonl \
       --config.data.eval=held_out.jsonl \
@@ -8,10 +8,10 @@ Memory per device, 14.03 GiB of 15.75:
 
   jaxtune plan --config configs/small_data.py --topology v5e:1x1
 
-A small rank, dropout, weight decay and noise on the embeddings hold it back, and a few input tokens
-are replaced in every epoch. Expect the training loss to go to zero all the same: the held-out loss
-alone ends the run, and its best adapter is what is exported. data.prompt_templates adds wordings of
-your own for the prompts.
+A small rank, dropout, weight decay, noise on the embeddings and random replacements of a few input
+tokens regularize the model. Its training loss still goes to zero, so the held-out loss decides when
+the run stops, and the best adapter is the one to export. data.prompt_templates adds your own
+wordings of the prompts.
 """
 
 from pathlib import Path
@@ -20,15 +20,15 @@ import ml_collections
 
 from jaxtune import config
 
-DATA = Path(__file__).resolve().parent / "data"
+HERE = Path(__file__).resolve().parent
 
 
 def get_config() -> ml_collections.ConfigDict:
     """Returns the config of the recipe."""
-    c = config.default()
+    c = config.load_file(HERE / "bases" / "lora.py")
     c.model.path = "deepseek-ai/deepseek-llm-7b-chat"
-    c.data.train = str(DATA / "small_data.jsonl")
-    c.data.eval = str(DATA / "small_data_eval.jsonl")
+    c.data.train = str(HERE / "data" / "small_data.jsonl")
+    c.data.eval = str(HERE / "data" / "small_data_eval.jsonl")
     c.data.max_length = 512
     c.data.mask_tokens = 0.05
     c.adapter.rank = 4
@@ -36,13 +36,12 @@ def get_config() -> ml_collections.ConfigDict:
     c.adapter.dropout = 0.1
     c.training.batch_size = 8
     c.training.accumulation = 2
+    c.training.epochs = 5
     c.training.neftune_alpha = 5.0
     c.optimizer.learning_rate = 1e-4
     c.optimizer.weight_decay = 0.1
-    c.optimizer.warmup_steps = 5
-    c.training.epochs = 5
-    c.evaluation.every = 5
+    c.evaluation.every = "0.25 epochs"
     c.evaluation.batch_size = 4
     c.evaluation.stop_patience = 3
-    c.checkpoint.every = 5
+    c.checkpoint.every = "0.25 epochs"
     return c

@@ -1,4 +1,4 @@
-"""LoRA that teaches a way of writing.
+"""LoRA for a way of writing.
 
   jaxtune train --config configs/style.py --config.data.train=mine.jsonl \
       --workdir runs/style
@@ -7,8 +7,8 @@ Memory per device, 15.22 GiB of 15.75:
 
   jaxtune plan --config configs/style.py --topology v5e:1x1
 
-Rows are pairs of a text and the same text in the style wanted. Expect no new knowledge. Low ranks
-are enough, and many epochs copy phrases.
+Each row pairs a text with the same text in the desired style. The model learns no new facts. Low
+ranks are enough; with many epochs, the model copies phrases of the training data.
 """
 
 from pathlib import Path
@@ -17,21 +17,17 @@ import ml_collections
 
 from jaxtune import config
 
-DATA = Path(__file__).resolve().parent / "data"
+HERE = Path(__file__).resolve().parent
 
 
 def get_config() -> ml_collections.ConfigDict:
     """Returns the config of the recipe."""
-    c = config.default()
+    c = config.load_file(HERE / "bases" / "lora.py")
     c.model.path = "deepseek-ai/deepseek-llm-7b-chat"
-    c.data.train = str(DATA / "style.jsonl")
+    c.data.train = str(HERE / "data" / "style.jsonl")
     c.data.max_length = 512
     c.adapter.rank = 8
     c.adapter.alpha = 16.0
     c.adapter.dropout = 0.05
-    c.training.batch_size = 16
     c.training.accumulation = 2
-    c.optimizer.learning_rate = 2e-4
-    c.optimizer.warmup_steps = 10
-    c.training.epochs = 2
     return c

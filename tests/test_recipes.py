@@ -1,6 +1,5 @@
-"""The ready configs: what the guide asks of them, and that they run."""
+"""The ready configs: the settings that they promise, and that they train."""
 
-import itertools
 import json
 import math
 import re
@@ -8,16 +7,20 @@ import shutil
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 import jaxtune
 from jaxtune.config import load_file, resolve
+from jaxtune.errors import JaxtuneError
+from jaxtune.training.optimizer import make_schedule
 from jaxtune.training.setup import set_up
 from jaxtune.training.train import choose_method
 
 ROOT = Path(__file__).parents[1]
 MODELS = Path(__file__).parent / "models" / "configs"
 RECIPES = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "quickstart")
+LENGTHENED = [*RECIPES, "quickstart"]
 ONE_DEVICE = ["mesh.data=1", "mesh.fsdp=1", "mesh.expert=1"]
 # The config.json of each checkpoint that a recipe trains.
 CHECKPOINTS = {
@@ -52,12 +55,14 @@ GUIDE = {
     "full": {
         "adapter.method": "full",
         "optimizer.learning_rate": 2e-5,
-        "optimizer.warmup_steps": 100,
+        "optimizer.warmup_steps": 100 / 2000,
         "training.batch_size": 4 * 8,
         "training.accumulation": 8,
     },
 }
-EPOCHS = {"dialogue": (1, 2), "full": (3, 3)}
+EPOCHS = {"dialogue": (1, 2), "full": (3, 3), "quickstart": (0.7, 0.7)}
+# Rows, rows per step and micro-batches of the runs below: no sample has as few rows.
+ROWS, BATCH, MICRO_BATCHES = 8, 2, 2
 
 
 def file_of(name):
@@ -93,12 +98,38 @@ def test_its_data_and_its_commands_are_there(name):
     assert f"jaxtune plan --config configs/{name}.py" in head
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", LENGTHENED)
 def test_its_length_is_in_epochs(name):
     least, most = EPOCHS.get(name, (1, 5))
     assert least <= read(name).training.epochs <= most
     # A length on the command line takes its place.
     assert read(name, ["training.steps=7"]).training.epochs == 0
+
+
+@pytest.mark.parametrize("steps", [200, 2000])
+@pytest.mark.parametrize("name", LENGTHENED)
+def test_its_warmup_grows_with_the_run(name, steps):
+    optimizer = read(name).optimizer
+    warmup = steps // (8 if name == "quickstart" else 20)
+    rates = make_schedule(optimizer, steps)(np.array([0, warmup - 1, warmup]))
+    assert rates[0] == 0 and rates[1] < rates[2] == np.float32(optimizer.learning_rate)
+
+
+def test_a_base_is_found_next_to_its_recipe(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "configs", tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    base = tmp_path / "mine" / "bases" / "lora.py"
+    base.write_text(base.read_text().replace("adapter.rank = 16", "adapter.rank = 24"))
+    assert load_file("mine/deepseek_llm_7b.py").adapter.rank == 24
+    assert load_file("mine/r1_distill_qwen_7b.py").adapter.rank == 24  # by a second base
+
+    base.write_text(base.read_text().replace("adapter.rank = 24", "adapter.rnak = 24"))
+    line = base.read_text().split("adapter.rnak")[0].count("\n") + 1
+    with pytest.raises(JaxtuneError, match=rf'^\S+/mine/bases/lora\.py:{line}: .*"rnak"'):
+        load_file("mine/deepseek_llm_7b.py")
+    base.unlink()
+    with pytest.raises(JaxtuneError, match=r"^\S+/mine/bases/lora\.py: no such config file"):
+        load_file("mine/deepseek_llm_7b.py")
 
 
 @pytest.mark.parametrize("name", GUIDE)
@@ -126,6 +157,12 @@ def test_every_config_is_in_the_table():
         assert file == name
         assert f"[{Path(config.data.train).name}](../configs/data/" in row
         assert CHECKPOINTS[config.model.path].lower() in row.lower()
+        adapter, training = config.adapter, config.training
+        rows, micro_batches = training.batch_size // training.accumulation, training.accumulation
+        lora = adapter.method == "lora"
+        scale = f"{adapter.rank} / {adapter.alpha:g}" if lora else "–"
+        rate = config.optimizer.learning_rate
+        assert f"| {scale} |" in row and f"| {rate} | {rows} × {micro_batches} |" in row
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +170,8 @@ def tiny_checkpoint(tiny, tiny_chat, tmp_path_factory):
     """Makes a tiny model of a recipe's family, with the tokenizer of `tiny_chat`."""
 
     def make(config):
-        real = model_config(config)
-        family = real["model_type"]
+        real = model_config(config) if config.model.path in CHECKPOINTS else {}
+        family = real.get("model_type", "llama")
         changes = {"max_position_embeddings": 4096}
         if family.startswith("deepseek"):
             mixture = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2}
@@ -164,28 +201,36 @@ def tiny_checkpoint(tiny, tiny_chat, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RECIPES)
-def test_it_trains_on_its_data(name, tiny_checkpoint, tmp_path):
+@pytest.mark.usefixtures("compiled_lightly")
+@pytest.mark.parametrize("name", LENGTHENED)
+def test_it_trains_for_its_epochs_of_other_data(name, tiny_checkpoint, tmp_path):
     config = read(name, ONE_DEVICE)
-    few = tmp_path / "few.jsonl"
-    with Path(config.data.train).open("rb") as rows:
-        few.write_bytes(b"".join(itertools.islice(rows, 4)))
+    rows = Path(config.data.train).read_bytes().splitlines(keepends=True)[:ROWS]
+    mine, few = tmp_path / "mine.jsonl", tmp_path / "few.jsonl"
+    mine.write_bytes(b"".join(rows))
+    few.write_bytes(b"".join(rows[:2]))
     overrides = [
         *ONE_DEVICE,
         f"model.path={tiny_checkpoint(config)}",
-        "data.max_length=1024",  # a token is a byte here
-        "training.batch_size=2",  # of a recipe for many devices as well
-        "training.accumulation=2",
-        "training.steps=3",
-        "optimizer.warmup_steps=0",
-        # Batches differ, and what a recipe holds back with is noise: evaluation has neither.
+        f"data.train={mine}",
+        "data.packing=false",  # a row of the file is a row of a batch
+        "data.max_length=256",  # a token is a byte here: this keeps the ends of the answers
+        "data.too_long=truncate_start",
+        f"training.batch_size={BATCH}",  # of a recipe for many devices as well
+        f"training.accumulation={MICRO_BATCHES}",
+        # Batches differ, and regularization adds noise: evaluation has neither.
         f"data.eval={few}",
         "data.overlap=keep",
         "evaluation.every=1",
         "evaluation.batch_size=2",
+        "evaluation.stop_patience=0",
     ]
     run = jaxtune.train(read(name, overrides), tmp_path / "run")
-    losses = [line["loss"] for line in run.metrics()]
-    assert len(losses) == 3 and all(math.isfinite(loss) for loss in losses)
-    first, _, last = (line["loss"] for line in run.evaluations())
+    lines = list(run.metrics())
+    assert len(lines) == math.ceil(config.training.epochs * ROWS / BATCH)
+    assert all(math.isfinite(line["loss"]) for line in lines)
+    # A share of 5 % of at most 20 steps: the first step is the warm-up.
+    rates = [line["learning_rate"] for line in lines]
+    assert rates[0] == 0 and rates[1] == max(rates) == pytest.approx(config.optimizer.learning_rate)
+    first, *_, last = (line["loss"] for line in run.evaluations())
     assert last < first
