@@ -32,17 +32,24 @@ TINY = {
 
 
 def pytest_configure(config):
-    """Shares one compilation cache among the workers and all processes that tests start.
+    """Sets what the workers and all processes that tests start inherit.
 
-    It begins empty. A test that is about a cold start chooses a directory of its own.
+    They share one compilation cache, which begins empty. A test that is about a cold start chooses
+    a directory of its own.
+
+    Functions are compiled with few optimizations, because tiny models take far longer to compile
+    than to run; see `compiled_fully`. torch computes on one thread: where cores are shared, its
+    threads spend most of their time waiting for each other, and they wait in busy loops.
     """
     if hasattr(config, "workerinput"):
         return  # the variables below are inherited
     cache = tempfile.TemporaryDirectory(prefix="jaxtune-xla-", ignore_cleanup_errors=True)
     config.add_cleanup(cache.cleanup)
-    # Read when jax is imported, which no test module has done yet.
+    # Read when jax and torch are imported, which no test module has done yet.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_collection_modifyitems(items):
@@ -79,16 +86,17 @@ def _forget_compiled_functions():
 
 
 @pytest.fixture(scope="module")
-def compiled_lightly():
-    """Functions are compiled with few optimizations, in processes that a test starts as well: tiny
-    models take far longer to compile than to run. Not for what rounding decides, as routing may."""
+def compiled_fully():
+    """Compiles with all optimizations, in processes that a test starts as well: for files about
+    compiled programs themselves (their memory, speed or exact rounding) and about long runs."""
     import jax
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        jax.config.update("jax_disable_most_optimizations", True)
-        yield
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
         jax.config.update("jax_disable_most_optimizations", False)
+        jax.clear_caches()  # functions that other files compiled with few optimizations
+        yield
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

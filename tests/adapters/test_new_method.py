@@ -13,8 +13,6 @@ from jaxtune.config import resolve
 from jaxtune.registry import METHODS, Entry
 from jaxtune.training.setup import set_up
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 DENSE = ("llama", "qwen2", "qwen3")
 MIXTURES = ("deepseek", "deepseek_v2", "deepseek_v3")
 SLOW = ("qwen2", "deepseek", "deepseek_v2")

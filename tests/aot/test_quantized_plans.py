@@ -9,7 +9,7 @@ from jaxtune.config import resolve
 from jaxtune.planning import plan
 from jaxtune.planning.devices import GIB
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_fully")]
 
 CONFIGS = Path(__file__).parents[1] / "models" / "configs"
 DEEPSEEK_7B = json.loads((CONFIGS / "deepseek-llm-7b.json").read_text())

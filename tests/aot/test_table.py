@@ -7,7 +7,7 @@ import pytest
 
 from jaxtune.demos.memory_table import ROWS_OF_TABLE, row_cells
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_fully")]
 
 README = Path(__file__).parents[2] / "README.md"
 # GB that the guide allows at most; full fine-tuning with float32 masters cannot meet its figure.

@@ -18,7 +18,7 @@ from jaxtune.planning import plan
 from jaxtune.planning.devices import GIB
 from jaxtune.planning.topology import find_topology
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_fully")]
 
 SMALL = DEEPSEEK_7B | {
     "vocab_size": 2048,

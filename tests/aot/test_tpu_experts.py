@@ -11,7 +11,7 @@ from jaxtune.planning.collectives import collectives
 from jaxtune.planning.topology import find_topology
 from jaxtune.training.setup import set_up
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_fully")]
 
 EXPERTS, ROWS, LENGTH = 64, 8, 256
 MESH = {"data": 1, "fsdp": 2, "expert": 2}

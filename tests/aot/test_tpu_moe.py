@@ -12,7 +12,7 @@ from jaxtune.planning.plan import step_arguments
 from jaxtune.planning.topology import find_topology
 from jaxtune.training.setup import set_up
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_fully")]
 
 # V2-Lite's structure at an eighth of its sizes.
 MIXTURE = {

@@ -19,8 +19,6 @@ from jaxtune.errors import JaxtuneError
 from jaxtune.generation.generate import Sampling
 from jaxtune.planning.plan import model_config
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TOKENS = random_tokens(1, 2, 12)
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from test_memory import SLACK, measure
 
+pytestmark = pytest.mark.usefixtures("compiled_fully")
+
 CONFIG = {
     "model_type": "deepseek_v3",
     "hidden_size": 2048,

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.usefixtures("compiled_fully")
+
 MIB = 2**20
 SIZES = {"vocab_size": 6144, "hidden_size": 1536, "intermediate_size": 6144, "layers": 8}
 SMALL = {"vocab_size": 256, "hidden_size": 128, "intermediate_size": 256, "layers": 2}

@@ -31,8 +31,6 @@ from jaxtune.parallel.mesh import single_device_mesh
 from jaxtune.quant import QuantizedWeight, quantization_from_config
 from jaxtune.runs.directory import RunDirectory
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 TOKENS = np.random.default_rng(1).integers(3, 160, (2, 12))
 MOE = {
     "num_key_value_heads": 4,

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from test_memory import LARGEST, SHARD_BYTES, SIZES, SLACK, SMALL, measure, shapes, write_checkpoint
 
+pytestmark = pytest.mark.usefixtures("compiled_fully")
+
 # Of the weight in float32: as frozen, as edited, as written, and what computing each of them takes.
 COPIES = 10
 

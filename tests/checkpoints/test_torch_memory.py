@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from test_memory import SLACK, SMALL, config, measure, shapes
 
+pytestmark = pytest.mark.usefixtures("compiled_fully")
+
 SIZES = {
     "vocab_size": int(os.environ.get("JAXTUNE_TEST_VOCABULARY", "6144")),
     "hidden_size": 1536,

@@ -20,8 +20,6 @@ from jaxtune.config import resolve
 from jaxtune.runs.chat import load_run_chat
 from jaxtune.training.train import data_reader, train
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 BOS, EOS, EOT = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<|EOT|>"
 TAGS = ("<sql>", "</sql>")
 SPECIAL = (BOS, EOS, EOT, "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>", *TAGS)

@@ -11,6 +11,8 @@ from jaxtune.cli import main
 from jaxtune.config import load_file, resolve
 from jaxtune.demos.quickstart import quickstart
 
+pytestmark = pytest.mark.usefixtures("compiled_fully")
+
 ROOT = Path(__file__).parents[2]
 
 

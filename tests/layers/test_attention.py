@@ -15,6 +15,8 @@ from jaxtune.layers import attention_kernels
 from jaxtune.layers.attention import BACKENDS, attention, choose_backend
 from jaxtune.layers.attention_kernels import segment_extents, splash_self_attention
 
+pytestmark = pytest.mark.usefixtures("compiled_fully")
+
 # Float32 sums of about 300 products in another order.
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 

@@ -12,6 +12,8 @@ from jax import lax
 import jaxtune
 from jaxtune.layers.cpu_bfloat16 import decode, jit, pick
 
+pytestmark = pytest.mark.usefixtures("compiled_fully")
+
 ROOT = Path(jaxtune.__file__).parent
 LAYERS, SIZE = 24, 128
 

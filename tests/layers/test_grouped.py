@@ -16,6 +16,8 @@ from jaxtune.layers.experts.grouped import MAX_TILE, Replaced, group, grouped_li
 from jaxtune.quant.int8 import Int8
 from jaxtune.quant.weight import QuantizedWeight
 
+pytestmark = pytest.mark.usefixtures("compiled_fully")
+
 
 def dense(x, weight, expert):
     """The same, with every expert's product of every row."""

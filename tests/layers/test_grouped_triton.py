@@ -14,6 +14,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from jaxtune.layers.experts import grouped_triton
 from jaxtune.layers.experts.grouped import choose_kernel, group, grouped_linear
 
+pytestmark = pytest.mark.usefixtures("compiled_fully")
+
 # Both sum float32 products, of up to 200 numbers here, in different order.
 SAME = 1e-6
 

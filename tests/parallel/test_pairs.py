@@ -13,11 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(1800),
-    pytest.mark.usefixtures("compiled_lightly"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 # What the axis in question gets of eight devices; "data" gets the others.
 AXES = {"data": 8, "fsdp": 4, "tensor": 2, "expert": 4, "sequence": 2}

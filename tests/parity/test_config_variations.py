@@ -18,8 +18,6 @@ import jaxtune
 from jaxtune.errors import JaxtuneError
 from jaxtune.models import build_model
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 DENSE = {
     "vocab_size": 96,
     "hidden_size": 32,

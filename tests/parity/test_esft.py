@@ -36,8 +36,6 @@ from jaxtune.errors import JaxtuneError
 from jaxtune.layers.tree import flatten
 from jaxtune.training.train import score_training_data
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 TOKENS = random_tokens(1, 2, 24)
 SHOWS = 1e-3  # a change of the logits that no rounding makes
 FAMILIES = ["deepseek", "deepseek_v2", "deepseek_v3"]

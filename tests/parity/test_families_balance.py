@@ -29,8 +29,6 @@ from jaxtune.parallel.mesh import single_device_mesh
 from jaxtune.training.state import initial_state, state_like
 from jaxtune.training.step import StepSettings, make_train_step
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 ROWS = make_examples(4, longest=24, seed=3)
 FACTOR = 20.0  # so large that the gradient is not that of the loss alone
 EXPERTS, TOP_K, LAYERS = 8, 3, (1, 2)

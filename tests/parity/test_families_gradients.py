@@ -16,8 +16,6 @@ from jaxtune.layers.decoder import ForwardOptions
 from jaxtune.layers.tree import flatten, merge
 from jaxtune.objectives.sft import sft_loss
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 # Errors of the logits, carried back through every layer and summed over tokens.
 GRADIENT = 1e-4
 BIAS = "e_score_correction_bias"

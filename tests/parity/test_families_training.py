@@ -30,8 +30,6 @@ from jaxtune.adapter_files.peft import read_adapter, write_adapter
 from jaxtune.adapters import method_from_peft
 from jaxtune.adapters.parameter_summary import parameter_summary
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 TOKENS = random_tokens(1, 2, 24)
 SHOWS = 1e-3  # a change of the logits that no rounding makes
 ATTENTION = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]

@@ -17,8 +17,6 @@ from jaxtune.layers.tree import flatten
 from jaxtune.objectives.sft import sft_loss
 from jaxtune.registry import REMAT_POLICIES
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 # Errors of the logits, carried back through every layer and summed over tokens.
 GRADIENT = 1e-4
 # The same program with other operations fused: a few units in the last place of float32.

@@ -30,8 +30,6 @@ from jaxtune.api import Model
 from jaxtune.layers.tree import flatten, unflatten
 from jaxtune.parallel.mesh import single_device_mesh
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 TOKENS = random_tokens(1, 2, 12)
 SHOWS = 1e-3  # a change of the logits that no rounding makes
 # What starts at 1 by a division, or as the sum of two parts of a weight, is off by rounding.

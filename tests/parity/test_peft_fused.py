@@ -21,8 +21,6 @@ from jaxtune.adapter_files.peft import read_adapter, write_adapter
 from jaxtune.adapters.projections.dora import Dora
 from jaxtune.adapters.projections.lora import Lora
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 TOKENS = random_tokens(1, 2, 24)
 OURS = {
     "all-linear": Lora(2, 3.0, targets=("all-linear",)),

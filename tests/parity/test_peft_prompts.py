@@ -32,8 +32,6 @@ import jaxtune
 from jaxtune.adapter_files.peft import read_adapter, write_adapter
 from jaxtune.adapters import method_from_peft
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 TOKENS = random_tokens(1, 2, 24)
 N = 5
 MQA = {"num_key_value_heads": 1}

@@ -31,8 +31,6 @@ from jaxtune.errors import JaxtuneError
 from jaxtune.layers.tree import flatten, unflatten
 from jaxtune.parallel.mesh import single_device_mesh
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 TOKENS = random_tokens(1, 2, 24)
 BASES = ("llama", "qwen2", "deepseek_v3", "tied")
 # Tried on a part of the configurations where time is short.

@@ -17,8 +17,6 @@ from jaxtune.adapters.define import define
 from jaxtune.adapters.projections.lora import Lora
 from jaxtune.config import resolve
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 # More rows than the tokenizer has tokens, as most checkpoints of the Qwen family have.
 PADDED = 272
 

@@ -31,8 +31,6 @@ from jaxtune.parallel.rules import partition_spec
 from jaxtune.training.state import initial_state, state_like
 from jaxtune.training.step import StepSettings, make_train_step
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 TERMS = LossTerms(0.1, 1e-3)
 LAYOUTS = {
     "padded": {"length": 32, "packing": False},

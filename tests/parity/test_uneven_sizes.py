@@ -37,8 +37,6 @@ from jaxtune.planning.plan import plan
 from jaxtune.training.state import initial_state, state_like
 from jaxtune.training.step import StepSettings, make_train_step
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 # No size is a multiple of two but that of a head, which has pairs.
 ODD = {
     "vocab_size": 161,

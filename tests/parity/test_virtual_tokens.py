@@ -34,8 +34,6 @@ from jaxtune.api.model import make_room
 from jaxtune.generation.generate import Sampling
 from jaxtune.layers.tree import flatten, unflatten
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 N = 5
 # Each value sums over every token of every example, in another order when they are packed.
 GRADIENT = 1e-4

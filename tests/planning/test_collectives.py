@@ -12,6 +12,8 @@ import pytest
 
 from jaxtune.planning.collectives import collectives, totals_by_kind
 
+pytestmark = pytest.mark.usefixtures("compiled_fully")
+
 PROGRAM = """
 import jax, jax.numpy as jnp, json
 from jax import lax

@@ -14,6 +14,8 @@ from jaxtune.planning import plan
 from jaxtune.planning.topology import available_memory, find_topology
 from jaxtune.quant.nf4 import NormalFloat4
 
+pytestmark = pytest.mark.usefixtures("compiled_fully")
+
 LLAMA = {
     "model_type": "llama",
     "vocab_size": 512,

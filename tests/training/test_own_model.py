@@ -10,8 +10,6 @@ import jaxtune
 from jaxtune.api.evaluate_run import evaluate
 from jaxtune.runs.directory import RunDirectory
 
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
-
 # Sums of one float32 program in another order: a loss averages the errors of its tokens.
 SAME = 1e-6
 METHODS = {

@@ -7,7 +7,6 @@ import zlib
 
 import jax
 import numpy as np
-import pytest
 
 import jaxtune
 from jaxtune.checkpoints import huggingface
@@ -15,8 +14,6 @@ from jaxtune.checkpoints.tokenizer import load_tokenizer
 from jaxtune.cli import main
 from jaxtune.config import load_file, resolve
 from jaxtune.training.train import data_reader, make_loader
-
-pytestmark = pytest.mark.usefixtures("compiled_lightly")
 
 FLAGS = (
     "training.epochs=2",
