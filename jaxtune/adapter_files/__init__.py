@@ -9,7 +9,7 @@ from jaxtune.adapter_files.vllm import for_vllm
 from jaxtune.adapters.method import StoredAdapter
 from jaxtune.models.definition import Definition
 
-# How programs load adapters that are not as a run stores them, given the base model.
+# Conversions of a stored adapter to the form that another program loads, given the base model.
 EXPORTS: dict[str, Callable[[StoredAdapter, Definition], StoredAdapter]] = {
     "peft": fuse,
     "vllm": for_vllm,

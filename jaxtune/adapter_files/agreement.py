@@ -1,7 +1,7 @@
-"""Whether adapter_config.json and the tensors beside it agree on what is edited, and by what rank.
+"""Checks that adapter_config.json and the adapter's tensors agree on edited modules and ranks.
 
-The tensors say what an adapter edits. PEFT builds what the settings say, and leaves out the tensors
-of any other module.
+jaxtune derives the edited modules from the tensors. PEFT derives them from the settings and skips
+tensors of all other modules without an error, so the two must agree.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ from jaxtune.errors import JaxtuneError
 _EDIT = re.compile(
     r"base_model\.model\.(?P<module>.+)\.(?P<kind>lora_A\.weight|ia3_l|vera_lambda_[bd])", re.DOTALL
 )
-_OF_RANK = {"LORA": "lora_A.weight", "VERA": "vera_lambda_d"}  # the length of these is the rank
+# Tensors whose first dimension is the rank, by method.
+_OF_RANK = {"LORA": "lora_A.weight", "VERA": "vera_lambda_d"}
 
 
 def check_agreement(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
-    """Refuses an adapter whose settings leave out a module that its tensors edit.
+    """Checks that an adapter's settings include every module that its tensors edit.
 
     Args:
       config: the content of adapter_config.json.
-      tensors: of the adapter as PEFT stores them, by key; only their shapes are looked at.
+      tensors: the adapter's tensors by PEFT's keys; only their shapes are read.
 
     Raises:
-      JaxtuneError: they do not agree, or a setting has a value of the wrong type; the message names
-        the setting.
+      JaxtuneError: settings and tensors disagree, or a setting has a value of the wrong type; the
+        message names the setting.
     """
     parameters = config.get("target_parameters")
     if parameters is not None and not _names(parameters):
@@ -43,22 +44,22 @@ def check_agreement(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> No
             rank = _rank(config, module) if match["kind"] in _OF_RANK.values() else None
         except re.error as error:
             raise JaxtuneError(
-                f"adapter_config.json has an expression that is not valid: {error}"
+                f"adapter_config.json has an invalid regular expression: {error}"
             ) from None
         if setting is not None:
             raise JaxtuneError(
-                f'adapter_config.json: "{setting}"={config[setting]!r} leaves {module} out, and '
+                f'adapter_config.json: "{setting}"={config[setting]!r} leaves {module} out, but '
                 f'the file has tensors for it, such as "{key}": one of the two is out of date'
             )
         if rank is not None and value.ndim and (len(value) != rank or rank < 1):
             raise JaxtuneError(
-                f'adapter_config.json gives {module} the rank {rank} ("r", "rank_pattern"), and '
+                f'adapter_config.json gives {module} the rank {rank} ("r", "rank_pattern"), but '
                 f'"{key}" has {len(value)}: one of the two is out of date'
             )
 
 
 def _leaves_out(config: Mapping[str, Any], module: str) -> str | None:
-    """Returns the setting by which PEFT would not edit a module; None where it would."""
+    """Returns the setting that makes PEFT skip a module; None if PEFT edits it."""
     excluded, chosen = config.get("exclude_modules"), config.get("target_modules")
     if excluded and _selector("exclude_modules", excluded)(module):
         return "exclude_modules"
@@ -73,14 +74,14 @@ def _leaves_out(config: Mapping[str, Any], module: str) -> str | None:
     if any(isinstance(each, bool) or not isinstance(each, int) for each in layers):
         raise _wrong_type("layers_to_transform", config["layers_to_transform"], "a list of layers")
     layer = layer_of(module)
-    # PEFT takes the number of an expert for that of a layer.
+    # In names of experts PEFT mistakes the expert's number for the layer's.
     if layer is None or ".experts." in module or layer in layers:
         return None
     return "layers_to_transform"
 
 
 def _selector(key: str, value: Any) -> Callable[[str], bool]:
-    """Returns what says whether a setting names a module, as PEFT compares."""
+    """Returns a function that tells whether a setting selects a module, by PEFT's rules."""
     if isinstance(value, str):
         return lambda module: re.fullmatch(value, module) is not None
     if not _names(value):
@@ -89,7 +90,7 @@ def _selector(key: str, value: Any) -> Callable[[str], bool]:
 
 
 def _rank(config: Mapping[str, Any], module: str) -> Any:
-    """Returns the rank of a module's edit; None where the settings do not say it."""
+    """Returns the rank that the settings give a module; None if they give none."""
     if config.get("peft_type") not in _OF_RANK or config.get("target_parameters"):
         return None
     patterns = config.get("rank_pattern") or {}

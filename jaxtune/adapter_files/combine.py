@@ -1,10 +1,15 @@
-"""Combining LoRA adapters of one base into one, in the ways that PEFT knows, by its names.
+"""Combines LoRA adapters of one base into a single one, by PEFT's methods and under its names.
 
-``cat`` and ``svd`` are the weighted sum of the edits: exactly, and as the best of its rank.
-``linear`` sums factors and not their products, so that edits meet in cross terms. The others
-prune first: ``ties`` keeps the largest values, and of those the ones whose sign prevails;
-``dare_linear`` drops values at random and scales the rest up. With ``_svd`` they see the edits
-[out, in] themselves, at the cost of forming them, and not the factors.
+With edits Δᵢ = sᵢ Bᵢ Aᵢ and weights wᵢ:
+- ``cat`` is the exact sum Σ wᵢ Δᵢ; its rank is the sum of ranks.
+- ``svd`` is the best approximation of that sum of a given rank.
+- ``linear`` sums the factors instead, (Σ cᵢ Bᵢ)(Σ cᵢ Aᵢ) with cᵢ = √(wᵢ sᵢ), which adds cross
+  terms Bᵢ Aⱼ.
+- ``ties``, ``dare_linear``, ``dare_ties`` and ``magnitude_prune`` prune the factors before they
+  are merged. ``ties`` keeps the largest values, and where signs disagree only the majority's;
+  ``dare`` drops values at random and scales up the rest.
+- With the suffix ``_svd`` they prune and merge the edits [out, in] instead of the factors, and
+  take the best approximation of the result. This forms every edit as a full matrix.
 
 Sources: Ilharco et al., 2023 (task arithmetic); Yadav et al., 2023 (TIES); Yu et al., 2024 (DARE);
 sums of factors: PEFT, `LoraModel.add_weighted_adapter`.
@@ -30,13 +35,13 @@ MAJORITIES = ("total", "frequency")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How adapters are combined, besides their weights.
+    """Options of a combination, in addition to the weights.
 
     Attributes:
-      rank: of what comes out of a singular value decomposition; 0 for the largest that goes in.
-      density: the share of values that pruning keeps.
-      majority: a sign prevails by the "total" of the values that have it or by its "frequency".
-      seed: of what is dropped at random.
+      rank: rank of a singular value decomposition; 0 for the largest rank among the adapters.
+      density: fraction of values that pruning keeps.
+      majority: elects signs by the "total" of the values or by their "frequency".
+      seed: seed of random pruning.
     """
 
     rank: int = 0
@@ -48,27 +53,27 @@ class Options:
         if self.rank < 0:
             raise JaxtuneError(f"rank={self.rank} of a combination is negative")
         if not 0 < self.density <= 1:
-            raise JaxtuneError(f"density={self.density} of a combination is not within 0 and 1")
+            raise JaxtuneError(f"density={self.density} of a combination is not between 0 and 1")
         lookup(dict.fromkeys(MAJORITIES), self.majority, "majority")
 
 
 Generator = np.random.Generator
-# Prunes an array.
+# Prunes an array, keeping its shape.
 Prune = Callable[[np.ndarray, Options, Generator], np.ndarray]
 # Merges arrays of one shape, stacked along a leading axis, with a float32 weight for each.
 Merge = Callable[[np.ndarray, np.ndarray, Options], np.ndarray]
-# Combines the edits of one module into A [r, in] and B [out, r], whose product is not scaled.
+# Combines the edits of one module into A [r, in] and B [out, r] with a scale of 1.
 Combine = Callable[
     [Sequence[Pair], Sequence[float], Options, Generator], tuple[np.ndarray, np.ndarray]
 ]
 
 
 class Combination(NamedTuple):
-    """A way to combine adapters.
+    """A method of combination.
 
     Attributes:
-      combine: does it for one module.
-      reads: the fields of `Options` that make a difference to it.
+      combine: combines the edits of one module.
+      reads: fields of `Options` that it reads.
     """
 
     combine: Combine
@@ -81,7 +86,7 @@ def _keep_all(array: np.ndarray, options: Options, generator: Generator) -> np.n
 
 
 def _keep_largest(array: np.ndarray, options: Options, generator: Generator) -> np.ndarray:
-    """Zeroes all but the values that are the largest in size."""
+    """Zeroes all but the fraction `density` of values with the largest magnitude."""
     del generator
     kept = int(options.density * array.size)
     if kept == array.size:
@@ -93,7 +98,7 @@ def _keep_largest(array: np.ndarray, options: Options, generator: Generator) -> 
 
 
 def _drop(array: np.ndarray, options: Options, generator: Generator) -> np.ndarray:
-    """Drops values at random and scales the others, so that each keeps its mean."""
+    """Keeps each value with probability `density`, scaled by 1 / density: the mean is preserved."""
     kept = generator.random(array.shape) < options.density
     return np.where(kept, array / np.float32(options.density), np.float32(0))
 
@@ -104,7 +109,10 @@ def _sum(stacked: np.ndarray, weights: np.ndarray, options: Options) -> np.ndarr
 
 
 def _agree(stacked: np.ndarray, weights: np.ndarray, options: Options) -> np.ndarray:
-    """Averages, value by value, over those whose sign prevails before any weighting."""
+    """Averages each value over the adapters that have its majority sign (TIES).
+
+    The sign is elected before weighting: by the sum of values, or by the number of each sign.
+    """
     signs = np.sign(stacked)
     votes = stacked if options.majority == "total" else signs
     agrees = signs == np.where(votes.sum(0) >= 0, 1, -1)
@@ -124,7 +132,12 @@ def _concatenate(
 def _best_sum(
     pairs: Sequence[Pair], weights: Sequence[float], options: Options, generator: Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Finds the singular vectors of the sum from those of its factors, without forming it."""
+    """Returns the best approximation of the weighted sum, without forming a matrix [out, in].
+
+    With R = Σ rᵢ the concatenated factors are A [R, in] and B [out, R]. QR decompositions
+    Aᵀ = V S and B = U T give B A = U (T Sᵀ) Vᵀ, where U and V are orthogonal, so the singular
+    value decomposition of the small matrix T Sᵀ [R, R] yields that of B A.
+    """
     lora_A, lora_B = _concatenate(pairs, weights, options, generator)
     right, inner_A = np.linalg.qr(lora_A.astype(np.float64).T)
     left, inner_B = np.linalg.qr(lora_B.astype(np.float64))
@@ -133,7 +146,7 @@ def _best_sum(
 
 
 def _best(edit: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns A and B whose product is the edit's [out, in] best of a rank, as PEFT splits it."""
+    """Returns A and B whose product is the best fit of an edit [out, in]; B takes the values."""
     left, values, right = np.linalg.svd(edit, full_matrices=False)
     return right[:rank], left[:, :rank] * values[:rank]
 
@@ -142,13 +155,13 @@ def _by_factors(prune: Prune, merge: Merge) -> Combine:
     def combine(
         pairs: Sequence[Pair], weights: Sequence[float], options: Options, generator: Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        # Half of each weight for each factor, a negative one's sign for A alone.
-        each = np.array([w * pair.scale for w, pair in zip(weights, pairs, strict=True)])
-        roots = np.sqrt(np.abs(each)).astype(np.float32)
+        # Each factor gets the square root of the weight; the sign of a negative one goes to A.
+        scaled = np.array([w * pair.scale for w, pair in zip(weights, pairs, strict=True)])
+        roots = np.sqrt(np.abs(scaled)).astype(np.float32)
         rank = max(len(pair.lora_A) for pair in pairs)
         merged = []
         for factors, signs in (
-            ([p.lora_A for p in pairs], np.sign(each)),
+            ([p.lora_A for p in pairs], np.sign(scaled)),
             ([p.lora_B.T for p in pairs], np.ones(len(pairs))),
         ):
             pruned = [_padded(prune(factor, options, generator), rank) for factor in factors]
@@ -159,7 +172,7 @@ def _by_factors(prune: Prune, merge: Merge) -> Combine:
 
 
 def _padded(factor: np.ndarray, rank: int) -> np.ndarray:
-    """Adds rows of zeros to [r, n]: factors of lower rank meet the first ones of the others."""
+    """Pads a factor [r, n] with rows of zeros to [rank, n]."""
     return np.pad(factor, ((0, rank - len(factor)), (0, 0)))
 
 
@@ -174,7 +187,7 @@ def _by_edits(prune: Prune, merge: Merge) -> Combine:
     return combine
 
 
-# What each step of pruning or merging reads of `Options`.
+# Fields of `Options` that each step of pruning or merging reads.
 _READS: dict[Prune | Merge, tuple[str, ...]] = {
     _keep_all: (),
     _keep_largest: ("density",),
@@ -211,7 +224,7 @@ def read_pairs(name: str, stored: StoredAdapter) -> dict[str, Pair]:
     """Returns the factors of an adapter on disk by module.
 
     Raises:
-      JaxtuneError: it holds anything but plain LoRA.
+      JaxtuneError: the adapter is not plain LoRA.
     """
     config = stored.config
     kind = kind_of(stored)
@@ -238,31 +251,33 @@ def combine(
 ) -> StoredAdapter:
     """Combines LoRA adapters into one.
 
-    A module that only some of them edit is combined of those alone.
+    A module is combined from those adapters that edit it.
 
     Args:
-      adapters: by name; their ranks, scales and targets may differ.
-      weights: of those to combine, by name.
-      method: of `COMBINATIONS`.
+      adapters: adapters by name; their ranks, scales and targets may differ.
+      weights: weights of the adapters to combine, by name.
+      method: a key of `COMBINATIONS`.
       options: see `Options`.
 
     Raises:
-      JaxtuneError: no adapter of a name, one that is not LoRA, or an unknown method.
+      JaxtuneError: an unknown adapter or method, an adapter that is not LoRA, or adapters of
+        different base models.
     """
-    way = lookup(COMBINATIONS, method, "combine").combine
+    combine_module = lookup(COMBINATIONS, method, "combine").combine
     options = Options() if options is None else options
     if not weights:
         raise JaxtuneError("no adapters to combine: name each with its weight")
     pairs = {name: read_pairs(name, lookup(adapters, name, "adapter")) for name in weights}
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
-    for module in dict.fromkeys(module for each in pairs.values() for module in each):
+    for module in dict.fromkeys(module for edited in pairs.values() for module in edited):
         chosen = [name for name in pairs if module in pairs[name]]
         edits = [pairs[name][module] for name in chosen]
         _check_shapes(module, chosen, edits)
-        # Of the module's own, so that what is dropped depends on no other target.
+        # Seeded by the module's name, so that random pruning does not depend on other targets.
         generator = np.random.default_rng((options.seed, zlib.crc32(module.encode())))
-        lora_A, lora_B = way(edits, [weights[name] for name in chosen], options, generator)
+        chosen_weights = [weights[name] for name in chosen]
+        lora_A, lora_B = combine_module(edits, chosen_weights, options, generator)
         ranks[module] = len(lora_A)
         tensors[f"{PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(lora_A)
         tensors[f"{PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(lora_B)
@@ -277,12 +292,12 @@ def _check_shapes(module: str, names: Sequence[str], pairs: Sequence[Pair]) -> N
         if shape != shapes[0]:
             raise JaxtuneError(
                 f'adapter "{name}" edits {module} as {list(shape)} and "{names[0]}" as '
-                f"{list(shapes[0])}: they are of different base models"
+                f"{list(shapes[0])}: they belong to different base models"
             )
 
 
 def _config(configs: Sequence[Mapping[str, Any]], ranks: Mapping[str, int]) -> dict[str, Any]:
-    """Returns adapter_config.json of a combination: every scale is 1, for alpha is the rank."""
+    """Returns adapter_config.json of a combination; alpha equals the rank, so scales are 1."""
     targets = [config.get("target_modules") for config in configs]
     limits = ("layers_to_transform", "exclude_modules")
     if all(isinstance(t, list) for t in targets) and not any(

@@ -1,10 +1,18 @@
-"""LoRA of fused weights, in the form that PEFT has for them: ``target_parameters``.
+"""Conversion between LoRA of single experts and of fused experts, PEFT's ``target_parameters``.
 
-transformers keeps the experts of DeepSeek-V2 and V3 as two stacked parameters, and PEFT (0.19 and
-later) edits those: for E experts of rank R, ``lora_A`` is [E · R, in], one expert after the other,
-and ``lora_B`` is [out, R · E], one rank after the other. Gate and up projection are one parameter
-there and share A; here they have an A each. Two edits are one of twice the rank whose B is block
-diagonal, so nothing is lost either way.
+transformers stores the experts of DeepSeek-V2 and V3 as two stacked parameters, ``gate_up_proj``
+and ``down_proj``, and PEFT (0.19 and later) edits these. For E experts of rank R the layout is
+
+- ``lora_A`` [E · R, in]: expert-major, rows e · R … e · R + R − 1 belong to expert e;
+- ``lora_B`` [out, R · E]: rank-major, column r · E + e belongs to rank r of expert e.
+
+In ``gate_up_proj`` both projections share one A, whereas jaxtune has an A for each. The two edits
+B_g A_g and B_u A_u are equal to one edit of twice the rank with a block-diagonal B:
+
+    [B_g  0 ]   [A_g]
+    [ 0  B_u] · [A_u]
+
+so the conversion is exact in both directions; `split` recognises the blocks of zeros.
 """
 
 from __future__ import annotations
@@ -29,23 +37,23 @@ from jaxtune.models.definition import Definition
 _log = logging.getLogger(__name__)
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
-# Families whose experts transformers fuses. PEFT takes every target that is called as one of an
-# expert's projections for the fused parameter, in dense layers and shared experts as well: there
-# the weight is named as a parameter.
+# Families whose experts transformers fuses. PEFT applies every target named like a projection of an
+# expert to the fused parameter, also in dense layers and shared experts; there the target has to be
+# the weight as a parameter, "….weight".
 _FAMILIES = ("deepseek_v2", "deepseek_v3")
-# Ends of modules that PEFT edits as parameters there: a router is not a linear layer.
+# Suffixes of modules that PEFT edits as parameters there; a router is not a linear layer.
 _PARAMETERS = (*PROJECTIONS, ROUTER)
-# Since then, the rows of A are inputs; before, they were outputs.
-_SINCE = (0, 19)
+# First version of PEFT in which A is [·, in]; earlier ones exchanged inputs and outputs.
+_FIRST_VERSION = (0, 19)
 _FACTORS = re.compile(r"(.+\.experts)(\.base_layer)?\.lora_A\.weight")
 
 
 class Slot(NamedTuple):
-    """What PEFT edits as one: a module or a parameter.
+    """A module or parameter that PEFT edits as one.
 
     Attributes:
-      rank: of the edit.
-      alpha: as adapter_config.json has it.
+      rank: rank of the edit.
+      alpha: value for adapter_config.json.
     """
 
     rank: int
@@ -53,15 +61,15 @@ class Slot(NamedTuple):
 
 
 def fuse(stored: StoredAdapter, definition: Definition) -> StoredAdapter:
-    """Returns an adapter as PEFT loads it beside transformers' fused experts.
+    """Returns an adapter in the form that PEFT loads over transformers' fused experts.
 
     Args:
-      stored: in PEFT's format, with keys for each expert.
-      definition: of the base model.
+      stored: an adapter in PEFT's format, with keys for each expert.
+      definition: definition of the base model.
 
     Returns:
-      The adapter itself where nothing of the model is fused, or where PEFT has no such form of the
-      method; then the log says so.
+      The converted adapter. The adapter itself if the model has no fused experts, or, with a
+      warning in the log, if PEFT supports the method only for single experts.
     """
     if definition.config.get("model_type") not in _FAMILIES:
         return stored
@@ -77,7 +85,7 @@ def fuse(stored: StoredAdapter, definition: Definition) -> StoredAdapter:
     if not any(name.endswith(_PARAMETERS) for name in pairs):
         return stored
     if stored.config.get("lora_dropout"):
-        _log.info("lora_dropout is 0 in the exported adapter: PEFT takes none on parameters")
+        _log.info("lora_dropout is 0 in the exported adapter: PEFT has no dropout on parameters")
     rslora = bool(stored.config.get("use_rslora"))
     tensors = {
         key: value
@@ -90,7 +98,8 @@ def fuse(stored: StoredAdapter, definition: Definition) -> StoredAdapter:
         found = {GATE_UP: _fused(layer, experts, ("gate_proj", "up_proj"), pairs), DOWN: down}
         for which, edit in found.items():
             if edit is not None:
-                # PEFT wraps the module once for each parameter, the last one outermost.
+                # PEFT wraps the experts module once per parameter; with both, down_proj is the
+                # outer wrapper and gate_up_proj its base layer.
                 inner = ".base_layer" if which == GATE_UP and down is not None else ""
                 rank, lora_A, lora_B = edit
                 parameters[f"{layer}.{which}"] = Slot(rank, _alpha(1.0, rank, rslora))
@@ -106,7 +115,7 @@ def fuse(stored: StoredAdapter, definition: Definition) -> StoredAdapter:
 
 
 def _unfused(pairs: Mapping[str, Pair], rslora: bool) -> tuple[dict[str, Slot], dict[str, Slot]]:
-    """Returns what PEFT is to edit as modules, and as parameters that are whole weights."""
+    """Returns the edits of modules, and those of parameters that are not fused, by name."""
     modules: dict[str, Slot] = {}
     parameters: dict[str, Slot] = {}
     for name, pair in pairs.items():
@@ -129,22 +138,33 @@ def _alpha(scale: float, rank: int, rslora: bool) -> float:
 def _fused(
     layer: str, experts: ExpertShapes, projections: Sequence[str], pairs: Mapping[str, Pair]
 ) -> tuple[int, np.ndarray, np.ndarray] | None:
-    """Returns rank, A and B, scaled, of one layer's parameter; None where nothing edits it."""
-    each = [
+    """Returns the rank, A and scaled B of one fused parameter; None if nothing edits it.
+
+    A is filled as [E, R, in] and B as [out, R, E], which are PEFT's layouts before the two leading
+    (trailing) axes are merged.
+
+    Args:
+      layer: name of the experts module.
+      experts: shapes of the layer's experts.
+      projections: projections in the parameter, in the order of its rows.
+      pairs: factors by module name.
+    """
+    edits = [
         [pairs.get(f"{layer}.{e}.{projection}") for projection in projections]
         for e in range(experts.count)
     ]
-    ranks = [max((len(p.lora_A) for p in row if p), default=0) for row in zip(*each, strict=True)]
+    ranks = [max((len(p.lora_A) for p in row if p), default=0) for row in zip(*edits, strict=True)]
     if not any(ranks):
         return None
-    shared = len(set(ranks)) == 1 and all(_share(row) for row in each)
-    # Blocks of one width come apart again where the file is read.
+    # One A is enough if projections share it, or if only one of them is edited. Otherwise each has
+    # a block of the same width, so that `split` can find the boundary.
+    shared = len(set(ranks)) == 1 and all(_share(row) for row in edits)
     width = max(ranks)
     rank = width if shared or 0 in ranks else width * len(ranks)
     outs = [experts.shapes[projection][0] for projection in projections]
     lora_A = np.zeros((experts.count, rank, experts.shapes[projections[0]][1]), np.float32)
     lora_B = np.zeros((sum(outs), rank, experts.count), np.float32)
-    for e, row in enumerate(each):
+    for e, row in enumerate(edits):
         for i, pair in enumerate(row):
             if pair is None:
                 continue
@@ -174,10 +194,10 @@ def _patterns(slots: Mapping[str, Slot]) -> dict[str, Any]:
 
 
 def split(stored: StoredAdapter) -> StoredAdapter:
-    """Returns an adapter without `target_parameters`: with keys and factors for each expert.
+    """Returns an adapter whose ``target_parameters`` are split into factors for each expert.
 
     Raises:
-      JaxtuneError: another convention than that of PEFT since 0.19, or a rank that does not fit.
+      JaxtuneError: the adapter was written by PEFT before 0.19, or its factors do not fit its rank.
     """
     config = stored.config
     if not config.get("target_parameters"):
@@ -218,10 +238,10 @@ def split(stored: StoredAdapter) -> StoredAdapter:
 
 def _check_version(config: Mapping[str, Any]) -> None:
     version = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version")))
-    if version is None or (int(version[1]), int(version[2])) < _SINCE:
+    if version is None or (int(version[1]), int(version[2])) < _FIRST_VERSION:
         raise JaxtuneError(
             'adapter_config.json: "target_parameters" with peft_version='
-            f"{config.get('peft_version')!r} are stored in another way than since 0.19: train the "
+            f"{config.get('peft_version')!r} have another layout than since 0.19: train the "
             "adapter with a newer PEFT, or merge it there"
         )
 
@@ -231,7 +251,7 @@ def _ends(name: str, target: str) -> bool:
 
 
 def _which(layer: str, inner: bool, targets: Sequence[str], stored: StoredAdapter) -> str:
-    """Returns the parameter that factors of a layer's experts edit."""
+    """Returns the parameter, gate_up_proj or down_proj, that factors of a layer's experts edit."""
     both = f"{PREFIX}{layer}.base_layer.lora_A.weight" in stored.tensors
     found = [p for p in (GATE_UP, DOWN) if any(_ends(f"{layer}.{p}", t) for t in targets)]
     if both and found == [GATE_UP, DOWN]:
@@ -239,7 +259,7 @@ def _which(layer: str, inner: bool, targets: Sequence[str], stored: StoredAdapte
     if not both and len(found) == 1:
         return found[0]
     raise JaxtuneError(
-        f"adapter_model.safetensors: the factors of {layer} are not those of "
+        f"adapter_model.safetensors: the factors of {layer} do not match "
         f'"target_parameters"={list(targets)!r}'
     )
 
@@ -258,7 +278,10 @@ def _setting(config: Mapping[str, Any], which: str, name: str) -> float:
 def _edits(
     name: str, lora_A: np.ndarray, lora_B: np.ndarray | None, config: Mapping[str, Any]
 ) -> tuple[dict[str, list[tuple[np.ndarray, np.ndarray]]], float]:
-    """Returns each projection's factors of every expert, and the alpha that goes with them."""
+    """Returns the factors (A, B) of every expert by projection, and their alpha.
+
+    PEFT's A [E · R, in] and B [out, R · E] become stacks [E, R, in] and [E, out, R].
+    """
     rank, alpha = int(_setting(config, "rank", name)), _setting(config, "alpha", name)
     if lora_B is None or lora_A.ndim != 2 or lora_B.ndim != 2:
         raise JaxtuneError(f'adapter_model.safetensors: "{name}" lacks a factor')
@@ -271,6 +294,8 @@ def _edits(
     stack_B = np.moveaxis(lora_B.reshape(len(lora_B), rank, -1), -1, 0)
     if name.endswith(DOWN):
         return {DOWN: list(zip(stack_A, stack_B, strict=True))}, alpha
+    # If B is block diagonal, each projection takes its half of the ranks; otherwise both keep all
+    # of the shared A.
     half, out = rank // 2, len(lora_B) // 2
     gate, up = stack_B[:, :out], stack_B[:, out:]
     blocks = (
@@ -281,7 +306,7 @@ def _edits(
             "gate_proj": list(zip(stack_A, gate, strict=True)),
             "up_proj": list(zip(stack_A, up, strict=True)),
         }, alpha
-    # Two edits of half the rank, with the scale that they had together.
+    # The scale is alpha / rank (or / √rank), so half the rank takes alpha / 2 (or / √2).
     return {
         "gate_proj": list(zip(stack_A[:, :half], gate[..., :half], strict=True)),
         "up_proj": list(zip(stack_A[:, half:], up[..., half:], strict=True)),

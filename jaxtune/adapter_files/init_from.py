@@ -1,4 +1,4 @@
-"""What an adapter to start from brings, and what of a config it leaves without effect."""
+"""``adapter.init_from``: settings taken from the initial adapter, and options that it overrides."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxtune.config import AdapterConfig
 
 _log = logging.getLogger(__name__)
 
-# What adapter_config.json calls the knobs that an adapter brings values for.
+# Options whose values come from the adapter, and their names in adapter_config.json.
 _SETTINGS = {
     "rank": "r",
     "alpha": "lora_alpha",
@@ -33,41 +33,44 @@ _SETTINGS = {
     "activation": "non_linearity",
     "scaling": "scaling",
 }
-# Knobs of how training goes, which count whatever an adapter says.
-_TRAINING = ("method", "dropout", "init_from")
+# Options that the config decides, even if the adapter has a value.
+_FROM_CONFIG = ("method", "dropout", "init_from")
 
 
 def init_from(method: Method, stored: StoredAdapter, section: AdapterConfig) -> Method:
-    """Returns the method of an adapter to start from as a config trains it, and logs what counts.
+    """Returns the method of an initial adapter with the config's dropout.
+
+    Logs the adapter's settings, and a warning for options of the config that have no effect.
 
     Args:
-      method: of the adapter.
+      method: the method that trained the adapter.
       stored: the adapter.
       section: the ``adapter`` section of the config.
     """
     fields = {field.name for field in dataclasses.fields(method)}  # type: ignore[arg-type]
     if "dropout" in fields and method.dropout != section.dropout:
-        _log.info("adapter.dropout=%g replaces %g of the adapter", section.dropout, method.dropout)
+        _log.info("adapter.dropout=%g replaces the adapter's %g", section.dropout, method.dropout)
         method = dataclasses.replace(method, dropout=section.dropout)  # type: ignore[type-var]
-    _log.info("starting from %s: %s", section.init_from, _brought(stored.config))
-    replaced = [
+    _log.info("starting from %s: %s", section.init_from, _settings_text(stored.config))
+    ignored = [
         f"adapter.{field.name}={_text(value)}"
         for field in dataclasses.fields(section)
-        if (value := getattr(section, field.name)) != field.default and field.name not in _TRAINING
+        if (value := getattr(section, field.name)) != field.default
+        and field.name not in _FROM_CONFIG
     ]
-    if replaced:
+    if ignored:
         _log.warning(
-            "without effect, for the adapter of adapter.init_from brings its own: %s",
-            ", ".join(replaced),
+            "without effect, because the adapter in adapter.init_from has its own settings: %s",
+            ", ".join(ignored),
         )
     return method
 
 
-def _brought(config: Mapping[str, Any]) -> str:
-    nested = config.get("config")
+def _settings_text(config: Mapping[str, Any]) -> str:
+    nested = config.get("config")  # AdapterHub's format nests the settings
     values = nested if isinstance(nested, Mapping) else config
-    brought = {key: values[key] for key in _SETTINGS.values() if values.get(key)}
-    return ", ".join(f"{key}={_text(value)}" for key, value in brought.items())
+    found = {key: values[key] for key in _SETTINGS.values() if values.get(key)}
+    return ", ".join(f"{key}={_text(value)}" for key, value in found.items())
 
 
 def _text(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""LoRA adapters on disk as pairs of factors by module: what combining and exporting work on."""
+"""LoRA adapters on disk as pairs of factors by module, the form for combining and exporting."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Pair(NamedTuple):
     Attributes:
       lora_A: float32 [r, in].
       lora_B: float32 [out, r].
-      scale: of their product.
+      scale: factor on B A.
     """
 
     lora_A: np.ndarray
@@ -27,12 +27,12 @@ class Pair(NamedTuple):
 
     @property
     def edit(self) -> np.ndarray:
-        """What the weight has added to it, float32 [out, in]."""
+        """The edit scale · B A, which is added to the weight, float32 [out, in]."""
         return np.float32(self.scale) * (self.lora_B @ self.lora_A)
 
 
 def kind_of(stored: StoredAdapter) -> str:
-    """Returns what users call the method of an adapter on disk: "LoRA", "DoRA", "IA3", …"""
+    """Returns the name of an adapter's method for messages: "LoRA", "DoRA", "IA3", …"""
     config = stored.config
     kind = str(config.get("peft_type", "AdapterHub's"))
     if kind != "LORA":
@@ -59,7 +59,7 @@ def pairs_of(stored: StoredAdapter) -> dict[str, Pair]:
 
 
 def plain_config(base: str | None, targets: Sequence[str]) -> dict[str, Any]:
-    """Returns adapter_config.json of LoRA without anything else, but for rank and alpha."""
+    """Returns adapter_config.json of plain LoRA, without rank and alpha."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -1,6 +1,7 @@
-"""Adapters in PEFT's format, adapter_config.json and adapter_model.safetensors; or AdapterHub's.
+"""Adapter directories in the formats of PEFT, AdapterHub and ESFT.
 
-Their weights may be in PyTorch's own files, adapter_model.bin, where there are no safetensors.
+PEFT's files are adapter_config.json and adapter_model.safetensors, or adapter_model.bin if there
+are no safetensors.
 
 The network that computed an adapter's tensors is stored in encoder.safetensors. PEFT keeps no such
 file and ignores it; training resumes from it.
@@ -32,20 +33,20 @@ WEIGHTS = "adapter_model.safetensors"
 ADAPTERHUB = "adapter.safetensors"
 TORCH_WEIGHTS = {WEIGHTS: "adapter_model.bin", ADAPTERHUB: "pytorch_adapter.bin"}
 ENCODER = "encoder.safetensors"
-# What ESFT's programs read and write in place of adapter_config.json; any file of tensors counts.
+# ESFT's own config in place of adapter_config.json; its tensors may be in any files.
 EXPERTS = "expert_cfg.json"
 EXPERT_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 def read_adapter(directory: str | Path, *, encoder: bool = False) -> StoredAdapter:
-    """Reads an adapter directory; edits of fused experts come as those of each expert.
+    """Reads an adapter directory; edits of fused experts are split into those of each expert.
 
     Args:
-      directory: to read.
-      encoder: reads what made the adapter as well, where there is something: to train it further.
+      directory: directory to read.
+      encoder: also reads encoder.safetensors, if present, in order to continue training.
 
     Raises:
-      JaxtuneError: a file is missing or broken, or settings and tensors do not agree.
+      JaxtuneError: a file is missing or damaged, or settings and tensors disagree.
     """
     directory = Path(directory)
     if (directory / EXPERTS).is_file() and not (directory / CONFIG).is_file():
@@ -53,19 +54,19 @@ def read_adapter(directory: str | Path, *, encoder: bool = False) -> StoredAdapt
     config = read_json(directory / CONFIG)
     check_settings(config)
     weights = _weights_file(config)
-    made = encoder and (directory / ENCODER).is_file()
     tensors = read_weights(directory, (weights, TORCH_WEIGHTS[weights]))
     check_agreement(config, tensors)
-    stored = StoredAdapter(config, tensors, read_all(directory / ENCODER) if made else None)
-    return split(stored)
+    has_encoder = encoder and (directory / ENCODER).is_file()
+    network = read_all(directory / ENCODER) if has_encoder else None
+    return split(StoredAdapter(config, tensors, network))
 
 
 def _read_experts(directory: Path) -> StoredAdapter:
-    """Reads what ESFT's programs write: any number of files, safetensors where there are some."""
+    """Reads the files of ESFT's own programs: any number of them, preferably safetensors."""
     found = (sorted(directory.glob(pattern)) for pattern in EXPERT_WEIGHTS)
     files = next((paths for paths in found if paths), [])
     if not files:
-        raise JaxtuneError(f"{directory}: holds {EXPERTS} and no {' or '.join(EXPERT_WEIGHTS)}")
+        raise JaxtuneError(f"{directory}: holds {EXPERTS} but no {' or '.join(EXPERT_WEIGHTS)}")
     tensors: dict[str, np.ndarray] = {}
     for path in files:
         file = open_file(path)
@@ -73,8 +74,8 @@ def _read_experts(directory: Path) -> StoredAdapter:
             key = f"model.{name}" if name.startswith("layers.") else name
             if key in tensors:
                 raise JaxtuneError(
-                    f'{path}: tensor "{printable(name)}" is in another file of the directory as '
-                    "well: remove the one that is out of date"
+                    f'{path}: tensor "{printable(name)}" is also in another file of the '
+                    "directory: remove the one that is out of date"
                 )
             tensors[key] = file.read(name)
     return StoredAdapter(read_json(directory / EXPERTS) | {"peft_type": esft.PEFT_TYPE}, tensors)
@@ -87,12 +88,15 @@ def _weights_file(config: Mapping[str, Any]) -> str:
 def write_adapter(
     directory: str | Path, stored: StoredAdapter, files: Mapping[str, bytes] | None = None
 ) -> Path:
-    """Writes a new adapter directory that PEFT loads, whole or not at all.
+    """Writes a new adapter directory that PEFT loads; the directory appears only when complete.
 
     Args:
-      directory: to create.
-      stored: what a method's `store` returned.
-      files: that lie beside the adapter, such as its tokenizer's, by their path in the directory.
+      directory: directory to create.
+      stored: the adapter, as returned by a method's `store`.
+      files: content of further files, such as the tokenizer's, by path in the directory.
+
+    Raises:
+      JaxtuneError: the directory exists and is not empty.
     """
     with new_directory(directory) as scratch:
         write_adapter_files(scratch, stored)

@@ -1,4 +1,4 @@
-"""The routed experts of a model, as files of adapters name them."""
+"""Names and shapes of a model's routed experts, for adapter files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jaxtune.adapters.targets import module_names
 from jaxtune.models.definition import Definition
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-# The experts of a layer, the expert, its projection.
+# Groups: the experts module of a layer, the number of the expert, its projection.
 EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)")
 
 
@@ -17,8 +17,8 @@ class ExpertShapes(NamedTuple):
     """The routed experts of one layer.
 
     Attributes:
-      count: how many there are.
-      shapes: (out, in) of each projection, by its name.
+      count: number of experts.
+      shapes: (out, in) of each projection by name.
     """
 
     count: int

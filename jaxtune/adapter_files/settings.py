@@ -1,7 +1,8 @@
-"""The settings of adapter_config.json that an adapter may have.
+"""The supported settings of adapter_config.json.
 
-A setting that is neither read nor without effect on what the tensors mean must be unset. A setting
-that a later version of PEFT adds is unknown here, and so it is refused by name where it is used.
+A setting may be used if jaxtune reads it, or if it does not change the meaning of the tensors. Any
+other setting must be unset. Settings added by later versions of PEFT are unknown here and therefore
+rejected by name where they are used.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 from jaxtune.adapters.esft.esft import PEFT_TYPE as ESFT
 from jaxtune.errors import JaxtuneError
 
-# Read, or of no effect, whatever the method: where the adapter comes from and what it is for.
+# Read or without effect for every method: origin and purpose of the adapter.
 ALWAYS = frozenset(
     [
         "auto_mapping",
@@ -24,7 +25,7 @@ ALWAYS = frozenset(
         "task_type",
     ]
 )
-# The tensors of the file say which modules are edited.
+# Without effect: the edited modules follow from the tensors (see agreement.py).
 TARGETS = frozenset(
     [
         "exclude_modules",
@@ -34,7 +35,7 @@ TARGETS = frozenset(
         "target_modules",
     ]
 )
-_LENGTH = 60
+_LENGTH = 60  # characters of a value in a message
 
 
 class KnownSettings(NamedTuple):
@@ -42,8 +43,7 @@ class KnownSettings(NamedTuple):
 
     Attributes:
       read: settings that are read.
-      inert: settings that do not change what the tensors mean: how training started, or details of
-        something that is not in use.
+      inert: settings that do not change the meaning of the tensors, such as how training started.
     """
 
     read: frozenset[str]
@@ -94,31 +94,31 @@ KINDS: dict[str, KnownSettings] = {
         _PROMPT,
     ),
 }
-# What a setting that is not in use has, where that is neither null nor false nor empty.
+# Values of unused settings, if they are not null, false or empty.
 UNUSED: Mapping[str, Any] = {"bias": "none"}
 
 
 def check_settings(config: Mapping[str, Any]) -> None:
-    """Refuses an adapter with a setting that would be ignored although it changes the result.
+    """Checks that an adapter has no setting that would be ignored although it changes the result.
 
     Args:
-      config: the content of adapter_config.json; kinds that are not known here are left to who
-        looks them up.
+      config: the content of adapter_config.json; an unknown ``peft_type`` is not checked, since
+        looking up its method fails.
 
     Raises:
-      JaxtuneError: such a setting; the message names it.
+      JaxtuneError: an unsupported setting; the message names it.
     """
     kind = str(config.get("peft_type"))
     if kind not in KINDS:
         return
     known = ALWAYS | KINDS[kind].read | KINDS[kind].inert
     for key, value in config.items():
-        # A number 0 is equal to False.
+        # 0 and 0.0 count as unused too, since they are equal to False.
         if key in known or value in (None, False, "", [], {}, UNUSED.get(key)):
             continue
         text = repr(value)
         shown = text if len(text) <= _LENGTH else f"{text[:_LENGTH]}…"
         raise JaxtuneError(
-            f'adapter_config.json: "{key}"={shown} of a {kind} adapter is not supported: the '
-            "tensors would mean something else without it"
+            f'adapter_config.json: "{key}"={shown} of a {kind} adapter is not supported: '
+            "ignoring it would change the result"
         )

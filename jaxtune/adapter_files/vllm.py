@@ -1,8 +1,8 @@
-"""LoRA adapters as vLLM loads them: one rank, one scale, and every projection of every expert.
+"""LoRA adapters in the form that vLLM loads: one rank, one scale, all projections of all experts.
 
-vLLM reads one ``r`` and one ``lora_alpha`` and neither ``rank_pattern`` nor ``alpha_pattern``. So
-factors are padded with zeros to one rank, and their scales are multiplied into B: the edits stay
-what they were.
+vLLM reads a single ``r`` and ``lora_alpha``, and neither ``rank_pattern`` nor ``alpha_pattern``.
+Factors are therefore padded with zeros to one rank, and scales are multiplied into B, which leaves
+the edits unchanged.
 
 Source: vLLM, vllm/lora/peft_helper.py, vllm/lora/lora_model.py, vllm/config/lora.py.
 """
@@ -20,12 +20,12 @@ from jaxtune.adapters.targets import ROUTER
 from jaxtune.errors import JaxtuneError
 from jaxtune.models.definition import Definition
 
-# What max_lora_rank may be.
+# Values that vLLM allows for max_lora_rank.
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-# Of latent attention. vLLM multiplies it into other weights once, before any adapter is there.
+# A projection of latent attention that vLLM absorbs into other weights before it loads adapters.
 _ABSORBED = "kv_b_proj"
 _MERGE = "write the whole model with --format merged"
-# Methods of virtual tokens: no weight could take them in.
+# Methods that cannot be merged into weights.
 _VIRTUAL = ("PREFIX_TUNING", "LATENT_PREFIX", "PROMPT_TUNING", "P_TUNING", "AdapterHub's")
 
 
@@ -33,11 +33,12 @@ def for_vllm(stored: StoredAdapter, definition: Definition) -> StoredAdapter:
     """Returns a LoRA adapter with the same edits in a form that vLLM loads.
 
     Args:
-      stored: in PEFT's format.
-      definition: of the base model.
+      stored: an adapter in PEFT's format.
+      definition: definition of the base model.
 
     Raises:
-      JaxtuneError: something that vLLM refuses, or would leave out; the message names what is left.
+      JaxtuneError: vLLM rejects the adapter or would ignore part of it; the message names an
+        alternative.
     """
     _refuse(stored)
     pairs = _with_all_experts(pairs_of(stored), definition)
@@ -60,28 +61,30 @@ def _refuse(stored: StoredAdapter) -> None:
     config, kind = stored.config, kind_of(stored)
     if kind in _VIRTUAL:
         raise JaxtuneError(
-            f"vLLM loads LoRA adapters alone, and this one is {kind}, which cannot be merged "
+            f"vLLM loads LoRA adapters only, and this one is {kind}, which cannot be merged "
             "either: use it with --format peft"
         )
     if kind != "LoRA":
-        raise JaxtuneError(f"vLLM loads LoRA adapters alone, and this one is {kind}: {_MERGE}")
+        raise JaxtuneError(f"vLLM loads LoRA adapters only, and this one is {kind}: {_MERGE}")
     whole = whole_weights(stored)
     if whole:
-        raise JaxtuneError(f"vLLM refuses {whole[0]}, here {whole[1]!r}: {_MERGE}")
+        raise JaxtuneError(f"vLLM does not support {whole[0]}, here {whole[1]!r}: {_MERGE}")
     if config.get("bias", "none") != "none":
-        raise JaxtuneError(f'vLLM refuses trained biases, here bias="{config["bias"]}": {_MERGE}')
+        bias = config["bias"]
+        raise JaxtuneError(f'vLLM does not support trained biases, here bias="{bias}": {_MERGE}')
     for key in stored.tensors:
         if f"{ROUTER}." in key:
-            raise JaxtuneError(f"vLLM edits no routers, here {ROUTER.removeprefix('.')}: {_MERGE}")
+            router = ROUTER.removeprefix(".")
+            raise JaxtuneError(f"vLLM does not edit routers, here {router}: {_MERGE}")
         if f".{_ABSORBED}." in key:
             raise JaxtuneError(
-                f"vLLM multiplies {_ABSORBED} into other weights before it loads an adapter, whose "
-                f"edit of it would be left out: {_MERGE}, or leave it out of adapter.targets"
+                f"vLLM absorbs {_ABSORBED} into other weights before it loads an adapter, so the "
+                f"edit of it would be ignored: {_MERGE}, or leave it out of adapter.targets"
             )
 
 
 def _with_all_experts(pairs: dict[str, Pair], definition: Definition) -> dict[str, Pair]:
-    """Adds edits that are zero, for vLLM stacks all projections of all experts of a layer."""
+    """Adds zero edits for unedited experts: vLLM stacks all projections of a layer's experts."""
     edited = {match[1] for name in pairs if (match := EXPERT.fullmatch(name))}
     zero: dict[str, Pair] = {}
     for layer, experts in experts_of(definition).items():

@@ -1,7 +1,7 @@
 """Fine-tuning methods.
 
-A new one is one file, a line in `jaxtune.registry.METHODS` and, if PEFT has it, one in
-`PEFT_TYPES`.
+A new method is one file, a line in `jaxtune.registry.METHODS` and, if PEFT has the method, a line
+in `PEFT_TYPES`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,11 @@ def method_from_config(section: AdapterConfig) -> Method:
 
 
 def method_from_peft(stored: StoredAdapter) -> Method:
-    """Returns the method, with its settings, of an adapter in PEFT's format, or AdapterHub's."""
+    """Returns the method and settings of an adapter in PEFT's or AdapterHub's format.
+
+    Raises:
+      JaxtuneError: an unknown ``peft_type``, or a setting that is not supported.
+    """
     if is_adapterhub(stored.config):
         return bottleneck.from_adapterhub(stored)
     kind = str(stored.config.get("peft_type"))

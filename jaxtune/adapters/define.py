@@ -1,4 +1,4 @@
-"""A model with its method: the one place where an architecture and a method meet."""
+"""Combines an architecture and a method into an abstract model."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def define(
     method: Method | None = None,
     quantization: Quantization | None = None,
 ) -> Definition:
-    """Describes the model of a config.json with a method attached; nothing is allocated.
+    """Returns the abstract model of a config.json with a method attached; allocates nothing.
 
     Args:
       config: the content of config.json.
-      dtype: of frozen weights; whatever is trained is float32.
-      method: None for the bare base model.
-      quantization: of frozen weights; None for none.
+      dtype: dtype of frozen weights; trained weights are float32.
+      method: the fine-tuning method; None for the base model alone.
+      quantization: weight format of frozen projections; None to leave them plain.
 
     Raises:
       JaxtuneError: a setting that is not supported, or a target that matches nothing.
@@ -38,19 +38,23 @@ def define(
     if method is None:
         return Definition(config, model, dtype, formats=_formats(model, quantization).get)
     method.attach(model)
-    # Afterwards, because a method may have split the blocks.
+    # Formats are assigned by path, and paths change when a method splits the blocks.
     formats = _formats(model, quantization)
     return Definition(config, model, dtype, method.trains, formats.get)
 
 
 def _formats(model: CausalLM, quantization: Quantization | None) -> dict[Path, Format]:
-    """Returns the format of each quantized weight by path."""
+    """Returns the format of each quantized weight by path.
+
+    Raises:
+      JaxtuneError: only some layers of a block are selected; a block is one stacked array.
+    """
     if quantization is None:
         return {}
     modules = {p: m for p, m in model.projections().items() if not m.is_router}
     names = {path: module_names(path, module) for path, module in modules.items()}
-    every = [name for layers in names.values() for name in layers]
-    chosen = match_targets(quantization.modules, every, key="quantize.modules")
+    all_names = [name for layers in names.values() for name in layers]
+    chosen = match_targets(quantization.modules, all_names, key="quantize.modules")
     formats: dict[Path, Format] = {}
     for path, layers in names.items():
         inside = [name for name in layers if name in chosen]
@@ -59,8 +63,8 @@ def _formats(model: CausalLM, quantization: Quantization | None) -> dict[Path, F
         if len(inside) < len(layers):
             outside = next(name for name in layers if name not in chosen)
             raise JaxtuneError(
-                f"quantize.modules: has {inside[0]} and not {outside}; layers of equal structure "
-                "are quantized together"
+                f"quantize.modules: selects {inside[0]} but not {outside}; layers of equal "
+                "structure are quantized together"
             )
         formats[(*path, "weight")] = quantization.format
     return formats

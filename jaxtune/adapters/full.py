@@ -1,4 +1,4 @@
-"""Full fine-tuning: every weight, or all but some, is trained, as a float32 master."""
+"""Full fine-tuning: all weights, except frozen ones, are trained in float32."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Full(Method):
     """Trains the base model itself.
 
     Attributes:
-      freeze: expressions; a weight stays frozen where one matches the beginning of its name.
+      freeze: regular expressions; a weight is frozen if one matches the start of its name.
     """
 
     name: ClassVar[str] = "full"
@@ -28,31 +28,36 @@ class Full(Method):
     freeze: tuple[str, ...] = ()
 
     def attach(self, model: CausalLM) -> None:
-        """Splits blocks so that a weight is trained in all layers of its blocks or in none.
+        """Splits blocks so that each weight is trained in all layers of its block or in none.
+
+        A block is one stacked array per weight, and an array is in either the trainable or the
+        frozen tree. A new block begins wherever a layer's set of frozen weights differs from that
+        of the layer before it.
 
         Raises:
-          JaxtuneError: an expression that matches nothing, or some experts of a layer alone.
+          JaxtuneError: an expression matches nothing, or only some experts of a layer.
         """
         names: list[str] = []
         frozen: dict[int, set[str]] = {}
         for path, variable in variables(model):
             declared = declaration_of(variable)
-            every = layer_names(path, declared)
-            names += every
+            stacked = layer_names(path, declared)
+            names += stacked
             first, count = declared.layers or (0, 1)
-            each = len(every) // count
+            experts = len(stacked) // count  # names per layer: one, or one for each expert
             for layer in range(count):
-                here = {self.trains(name) for name in every[layer * each : (layer + 1) * each]}
-                if len(here) > 1:
+                in_layer = stacked[layer * experts : (layer + 1) * experts]
+                trained = {self.trains(name) for name in in_layer}
+                if len(trained) > 1:
                     raise JaxtuneError(
-                        f"adapter.freeze: {every[layer * each]} is frozen in some experts of its "
+                        f"adapter.freeze: {in_layer[0]} is frozen in some experts of its "
                         "layer and trained in others"
                     )
-                if declared.layers and here == {False}:
+                if declared.layers and trained == {False}:
                     frozen.setdefault(first + layer, set()).add(".".join(path[3:]))
         for pattern in self.freeze:
             if not any(re.match(pattern, name) for name in names):
-                raise JaxtuneError(f'adapter.freeze: "{pattern}" matches the beginning of no name')
+                raise JaxtuneError(f'adapter.freeze: "{pattern}" matches the start of no name')
         if not any(self.trains(name) for name in names):
             raise JaxtuneError("adapter.freeze leaves nothing to train")
         last = sum(blocks.count for blocks in model.decoder.blocks)
@@ -70,11 +75,11 @@ class Full(Method):
         return {}, {}
 
     def store(self, definition: Definition, trainable: Tree, constants: Tree) -> StoredAdapter:
-        """Refuses: what was trained is the model."""
+        """Raises: full fine-tuning trains the model itself."""
         raise JaxtuneError("adapter.method=full has no adapter to store: export it as merged")
 
     def restore(self, definition: Definition, stored: StoredAdapter) -> tuple[Tree, Tree]:
-        """Refuses: there is no such adapter."""
+        """Raises: full fine-tuning has no adapter."""
         raise JaxtuneError("adapter.method=full has no adapter to restore")
 
 
@@ -82,7 +87,7 @@ def from_config(section: AdapterConfig) -> Full:
     """Returns the method that the ``adapter`` section of a config describes.
 
     Raises:
-      JaxtuneError: an expression that is none.
+      JaxtuneError: an invalid regular expression.
     """
     for pattern in section.freeze:
         try:

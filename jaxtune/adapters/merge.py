@@ -1,4 +1,4 @@
-"""Merging: the weights of the base with the adapter's edit folded in."""
+"""Merging: folds the adapter's edit into the weights of the base."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ WeightEdit = Callable[[int, DTypeLike], jax.Array]
 def _merge(
     frozen: Any, states: Any, place: tuple[Any, ...], graphdef: Any, which: str, dtype: DTypeLike
 ) -> jax.Array:
-    # One program, so that no float32 copy of the weight outlives it.
+    # One jitted function from the stored parts to the result in `dtype`: the float32 weight in
+    # between stays inside the program instead of being allocated as an output.
     shared, own = states
     (weight, bias), own = jax.tree.map(lambda value: value[place], (frozen, own))
     edit = nnx.merge(graphdef, shared, own).edit(weight, bias, jnp.float32)
@@ -43,7 +44,13 @@ def _merged(linear: Any, which: str, part: int, dtype: DTypeLike) -> jax.Array:
 
 
 def merged_weight(linear: Any, part: int, dtype: DTypeLike = jnp.float32) -> jax.Array:
-    """Returns the edited weight of one layer (and expert), [out, in], rounded once to `dtype`."""
+    """Returns the edited weight of one layer (and expert), [out, in], rounded once to `dtype`.
+
+    Args:
+      linear: a bound projection with an adapter.
+      part: flat index into the leading axes of the stack, [layers] or [layers, experts].
+      dtype: dtype of the result.
+    """
     return _merged(linear, "weight", part, dtype)
 
 
@@ -53,23 +60,24 @@ def _chosen_weight(linear: Projection, part: int, dtype: DTypeLike) -> jax.Array
 
 
 def check_merges(method: Method) -> None:
-    """Refuses a method whose edits are none of weights.
+    """Checks that the edits of a method can be merged into the weights.
 
     Raises:
-      JaxtuneError: it cannot merge.
+      JaxtuneError: the method does not edit weights.
     """
     if not method.can_merge:
         raise JaxtuneError(
-            f"an adapter of adapter.method={method.name} cannot be merged: it has no place in the "
-            f"weights; keep it beside the base: jaxtune export --format peft writes {method.files}"
+            f"an adapter of adapter.method={method.name} cannot be merged: it does not edit "
+            "weights; keep it apart from the base: jaxtune export --format peft writes "
+            f"{method.files}"
         )
 
 
 def edits(model: CausalLM) -> dict[Path, WeightEdit]:
-    """Returns, for every edited array of a bound model, how to compute a layer's merged one.
+    """Returns, for every edited array of a bound model, a function that merges one layer of it.
 
     Raises:
-      JaxtuneError: an edit adds a bias to a projection that has none in this architecture.
+      JaxtuneError: an edit adds a bias to a projection without one in this architecture.
     """
     found: dict[Path, WeightEdit] = {}
     embedding = model.decoder.embed_tokens
@@ -91,7 +99,7 @@ def edits(model: CausalLM) -> dict[Path, WeightEdit]:
             raise JaxtuneError(
                 f"{module_names(path, linear)[0]} has no bias in a "
                 "model of this architecture, and the adapter adds one: it cannot be merged; keep "
-                "it beside the base: jaxtune export --format peft"
+                "it apart from the base: jaxtune export --format peft"
             )
         found[(*path, "bias")] = functools.partial(_merged, linear, "bias")
     return found

@@ -1,4 +1,4 @@
-"""What a fine-tuning method is. A new one is one file and one line in the registry."""
+"""The interface of fine-tuning methods. A new one is one file and one line in the registry."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxtune.layers.decoder import CausalLM
 from jaxtune.layers.tree import Tree
 from jaxtune.models.definition import Definition
 
-# How PEFT ends the key of the frozen weight of a head, which it stores beside the head's edit.
+# Suffix of PEFT's key for a copy of the frozen head, which it stores with the head's edit.
 BASE_COPY = ".base_layer.weight"
 
 
@@ -24,7 +24,7 @@ class StoredAdapter(NamedTuple):
 
     Attributes:
       config: the content of adapter_config.json.
-      tensors: of adapter_model.safetensors, by key; shapes are those of PEFT's files.
+      tensors: content of adapter_model.safetensors by key, in the shapes of PEFT's files.
       encoder: tensors of encoder.safetensors, the network that computed `tensors`, from which
         training resumes. None where there is no network, or where it was not read.
     """
@@ -34,7 +34,7 @@ class StoredAdapter(NamedTuple):
     encoder: dict[str, np.ndarray] | None = None
 
     def base_copies(self) -> dict[str, np.ndarray]:
-        """Returns the frozen weights, each [out, in], that are stored beside edits, by HF name."""
+        """Returns copies of frozen weights [out, in] stored with edits, by Hugging Face name."""
         return {
             key.removeprefix("base_model.model.").replace(BASE_COPY, ".weight"): value
             for key, value in self.tensors.items()
@@ -75,13 +75,13 @@ class Method(abc.ABC):
     """A fine-tuning method with its settings.
 
     Attributes:
-      name: as ``adapter.method`` calls it.
-      has_adapter: whether what it trains is stored apart from the model.
-      can_merge: whether the model's own weights can take in what it trains.
-      files: whose files of an adapter `store` gives.
-      edits_base: whether it trains beside a base that `base_edit` has changed, so that what is
-        stored for other tools to load is not what was trained.
-      dropout: whether anything is dropped while training, and how much.
+      name: value of ``adapter.method`` that selects the method.
+      has_adapter: whether trained arrays are stored apart from the model.
+      can_merge: whether trained arrays can be merged into the model's weights.
+      files: owner of the file format that `store` produces, for messages.
+      edits_base: whether `base_edit` changes the base during training, so that the stored adapter,
+        which applies to the original base, differs from the trained arrays.
+      dropout: dropout rate during training.
     """
 
     name: ClassVar[str]
@@ -96,67 +96,66 @@ class Method(abc.ABC):
         """Puts the method's modules into the slots of an abstract model.
 
         Raises:
-          JaxtuneError: a target that the model does not have.
+          JaxtuneError: the model lacks a target.
         """
 
     def trains(self, name: str) -> bool:
-        """Returns whether the base weight of this Hugging Face name is trained."""
+        """Returns whether the base weight with this Hugging Face name is trained."""
         del name
         return False
 
     def start(self, tokenizer: Any, embeddings: Callable[[], np.ndarray]) -> StoredAdapter | None:
-        """Returns an adapter to start from that takes the base model to make; None draws one.
+        """Returns an initial adapter computed from the base model; None for a random start.
 
         Args:
-          tokenizer: of the base model; None where it has none.
-          embeddings: reads those of its tokens, [vocabulary, hidden].
+          tokenizer: the base model's tokenizer, or None.
+          embeddings: reads the base model's token embeddings [vocabulary, hidden].
         """
         del tokenizer, embeddings
 
     def with_tokenizer(self, tokenizer: Any) -> Method:
-        """Returns the method with what depends on the tokenizer, where anything does.
+        """Returns a copy with the settings that depend on the tokenizer filled in.
 
         Args:
-          tokenizer: of the base model; None where it has none.
+          tokenizer: the base model's tokenizer, or None.
 
         Raises:
-          JaxtuneError: the method asks for tokens that the tokenizer does not have.
+          JaxtuneError: the tokenizer lacks a token that the method trains.
         """
         del tokenizer
         return self
 
     def with_stored(self, stored: StoredAdapter) -> Method:
-        """Returns the method with what a stored adapter of its own says that a config cannot.
+        """Returns a copy with the settings that only a stored adapter holds, such as token ids.
 
         Args:
-          stored: what `store` gave, and what is to be restored.
+          stored: the result of `store` that is about to be restored.
         """
         del stored
         return self
 
     def with_scores(self, measure: Callable[[], ExpertScores]) -> Method:
-        """Returns the method with what depends on how the data is routed, where anything does.
+        """Returns a copy with the settings that depend on the routing of the training data.
 
         Args:
-          measure: scores the experts of the base model on the training data; it may take long.
+          measure: scores the base model's experts on the training data, which may take minutes.
         """
         del measure
         return self
 
     @abc.abstractmethod
     def init(self, definition: Definition, seed: int) -> tuple[Tree, Tree]:
-        """Returns (trainable, constants) at the start, without trained base weights."""
+        """Returns the initial (trainable, constants), without trained base weights."""
 
     def base_edit(self, definition: Definition, stored: StoredAdapter | None) -> BaseEdit | None:
-        """Returns what changes weights of the base while they stream in, or None.
+        """Returns the edit to apply to the base's weights while they stream in, or None.
 
         The result must depend on the weights alone, since a resumed run streams the same
         checkpoint again.
 
         Args:
-          definition: of the model.
-          stored: what `store` gave of the adapter that is to be restored beside this base; None
-            at a fresh start.
+          definition: definition of the model.
+          stored: the adapter that is restored over this base; None for a fresh start.
         """
         del definition, stored
         return None
@@ -164,13 +163,13 @@ class Method(abc.ABC):
     def complete(
         self, definition: Definition, weights: Tree, trees: tuple[Tree, Tree], start: Start | None
     ) -> tuple[Tree, Tree]:
-        """Fills in what depends on the weights of the base.
+        """Fills in the arrays that depend on the weights of the base.
 
         Args:
-          definition: of the model.
-          weights: of the base, as loaded; frozen ones may be quantized.
-          trees: (trainable, constants) of `init` or `restore`.
-          start: of a fresh start; None after `restore`.
+          definition: definition of the model.
+          weights: weights of the base as loaded; frozen ones may be quantized.
+          trees: (trainable, constants) from `init` or `restore`.
+          start: result of a fresh start; None after `restore`.
 
         Returns:
           (trainable, constants).
@@ -188,12 +187,12 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def restore(self, definition: Definition, stored: StoredAdapter) -> tuple[Tree, Tree]:
-        """Returns (trainable, constants) of an adapter that `store` or PEFT wrote."""
+        """Returns (trainable, constants) of an adapter written by `store` or by PEFT."""
 
 
 @dataclasses.dataclass(frozen=True)
 class NoMethod(Method):
-    """The base model alone, where a method is asked for."""
+    """The base model alone, without any fine-tuning method."""
 
     name: ClassVar[str] = "none"
     has_adapter: ClassVar[bool] = False
@@ -207,9 +206,9 @@ class NoMethod(Method):
         return {}, {}
 
     def store(self, definition: Definition, trainable: Tree, constants: Tree) -> StoredAdapter:
-        """Refuses: nothing is trained."""
+        """Raises: nothing is trained."""
         raise JaxtuneError("a model without a method has no adapter to store")
 
     def restore(self, definition: Definition, stored: StoredAdapter) -> tuple[Tree, Tree]:
-        """Refuses: there is no such adapter."""
+        """Raises: there is no adapter."""
         raise JaxtuneError("a model without a method has no adapter to restore")

@@ -16,12 +16,12 @@ class ParameterGroup:
     """One group of arrays.
 
     Attributes:
-      group: module name, without layer numbers.
+      group: module name without layer numbers.
       kind: "trained" or "frozen".
-      modules: how many modules of the checkpoint the group stands for.
-      parameters: their number of values, padding not counted.
-      bytes: as held.
-      format: dtype or quantized format.
+      modules: number of the checkpoint's modules in the group.
+      parameters: number of values in them, without padding.
+      bytes: size in memory, padding included.
+      format: dtype or weight format.
     """
 
     group: str
@@ -33,7 +33,11 @@ class ParameterGroup:
 
 
 def parameter_summary(definition: Definition) -> list[ParameterGroup]:
-    """Counts every array of a model, trained groups first."""
+    """Returns the parameter groups of a model, trained groups first.
+
+    Stacked arrays may be padded (lower ranks, fewer trained experts) and may hold layers that the
+    method leaves alone. Counts leave these out; bytes include them.
+    """
     rows: dict[tuple[str, str, str], ParameterGroup] = {}
     modules: dict[tuple[str, str, str], set[str]] = {}
     adapters: dict[Path, Any] = {
@@ -55,13 +59,13 @@ def parameter_summary(definition: Definition) -> list[ParameterGroup]:
         count = math.prod(declaration.stacked_shape)
         names = layer_names(path[:-1], declaration)
         adapter = adapters.get(path[:-1])
-        if path[-2] == "chosen":  # some layers are padded
+        if path[-2] == "chosen":  # layers with fewer trained experts are padded
             names = replaced[path[:-2]]
             count = len(names) * math.prod(declaration.shape[1:])
         elif path[:-1] in replaced:  # their frozen values take memory but are not parameters
             others = set(names) - set(replaced[path[:-1]])
             count, names = count // len(names) * len(others), sorted(others)
-        if adapter is not None:  # some layers are padded, others left alone
+        if adapter is not None:  # layers may have a lower rank, or no adapter at all
             kept = [None if s is None else adapter.parts(s)[path[-1]] for s in adapter.settings]
             count = sum(math.prod(part.shape) for part in kept if part)
             names = [name for name, part in zip(names, kept, strict=True) if part]
@@ -88,7 +92,7 @@ def trained_share(rows: list[ParameterGroup]) -> tuple[int, int, float]:
 
 
 def render(rows: list[ParameterGroup]) -> str:
-    """Renders a summary as a table of text: every trained group, and all frozen ones together."""
+    """Renders a summary as a text table: one row per trained group and per format of the base."""
     trained, total, share = trained_share(rows)
     lines = [f"{'trained':<36}{'modules':>8}{'parameters':>14}{'share':>9}{'MiB':>9}  format"]
     for row in rows:

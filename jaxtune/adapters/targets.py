@@ -1,4 +1,4 @@
-"""Which modules a method attaches to."""
+"""Selection of the modules that a method edits, by name, pattern and layer."""
 
 from __future__ import annotations
 
@@ -11,33 +11,31 @@ from jaxtune.layers.linear import Projection
 from jaxtune.layers.tree import Path, declaration_of, layer_names
 
 ALL_LINEAR = "all-linear"
-# What to do with a model whose head is its embedding.
+# Advice for a model whose head is tied to its embedding.
 UNTIE = "jaxtune convert --untie makes a checkpoint whose head is a weight of its own"
 TIED_HEAD = f"lm_head is tied to embed_tokens in this model (tie_word_embeddings): {UNTIE}"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _REGEX = re.compile(r"[*+?\[\](){}|^$\\]")
-
-
-# How the name of a router ends, in every family that has any.
+# Suffix of a router's name, in every family that has routers.
 ROUTER = ".mlp.gate"
 
 
 def module_names(path: Path, module: Projection) -> list[str]:
-    """Returns the Hugging Face module name in each layer of the blocks, and of each expert."""
+    """Returns the Hugging Face names of a module, one per layer of its block (and per expert)."""
     return layer_names(path, declaration_of(module.weight))
 
 
 def match_targets(
     targets: Sequence[str], names: Iterable[str], key: str = "adapter.targets"
 ) -> set[str]:
-    """Returns the modules that `targets` name.
+    """Returns the modules that match `targets`.
 
     Args:
       targets: each is the end of a module's path (``q_proj``, ``mlp.up_proj``), ``all-linear``
-        (every projection but the head and routers), or a regular expression of the whole path,
-        which matches no router either.
-      names: the Hugging Face names of all projections.
-      key: of the setting that has the targets, for messages.
+        (every projection except the head and routers), or a regular expression of the whole path,
+        which never matches a router.
+      names: Hugging Face names of all projections.
+      key: name of the setting, for messages.
 
     Raises:
       JaxtuneError: a target that matches nothing, or an invalid expression; the message lists
@@ -64,7 +62,7 @@ def _matches(target: str, name: str, key: str) -> bool:
         return name != "lm_head" and not name.endswith(ROUTER)
     if _REGEX.search(target):
         try:
-            # Patterns that mean projections often match whole blocks. A router has to be named.
+            # Patterns such as ".*mlp.*" are meant for projections; routers have to be named.
             return re.fullmatch(target, name) is not None and not name.endswith(ROUTER)
         except re.error as error:
             raise JaxtuneError(
@@ -74,7 +72,7 @@ def _matches(target: str, name: str, key: str) -> bool:
 
 
 def layer_of(name: str) -> int | None:
-    """Returns the layer that a module is in; None where it is in none."""
+    """Returns the number of the layer that contains a module, or None."""
     match = _LAYER.match(name)
     return None if match is None else int(match[1])
 
@@ -86,10 +84,10 @@ def is_target(targets: Sequence[str], layers: Collection[int], name: str) -> boo
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
-    """Reads the layers that ``adapter.layers`` lists, such as ``0,4-7``; empty for all of them.
+    """Parses ``adapter.layers``, such as ``0,4-7``; an empty result stands for all layers.
 
     Raises:
-      JaxtuneError: neither numbers nor ranges of them.
+      JaxtuneError: an entry is neither a layer number nor a range.
     """
     layers: set[int] = set()
     for part in filter(None, (part.strip() for part in text.split(","))):
@@ -101,10 +99,10 @@ def parse_layers(text: str) -> tuple[int, ...]:
 
 
 def in_layers(names: Iterable[str], layers: Collection[int]) -> list[str]:
-    """Returns the modules of these layers; all modules where no layers are given.
+    """Returns the modules in the given layers; all modules if `layers` is empty.
 
     Raises:
-      JaxtuneError: a layer that no module is in.
+      JaxtuneError: no module is in one of the layers.
     """
     names = list(names)
     if not layers:
@@ -119,7 +117,7 @@ def in_layers(names: Iterable[str], layers: Collection[int]) -> list[str]:
 
 
 def find_pattern(patterns: Mapping[str, Any], name: str) -> str | None:
-    """Returns the first pattern that matches the end of a module's path, as PEFT looks one up.
+    """Returns the first pattern that matches the end of a module's path, as PEFT does.
 
     Raises:
       re.error: an invalid expression.
@@ -129,10 +127,10 @@ def find_pattern(patterns: Mapping[str, Any], name: str) -> str | None:
 
 
 def parse_patterns(key: str, entries: Iterable[str]) -> dict[str, float]:
-    """Reads a setting whose entries are ``pattern=number``.
+    """Parses a setting whose entries are ``pattern=number``.
 
     Raises:
-      JaxtuneError: another form.
+      JaxtuneError: an entry of another form.
     """
     patterns: dict[str, float] = {}
     for entry in entries:

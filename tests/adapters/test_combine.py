@@ -201,5 +201,5 @@ def test_unknown_names_are_refused_with_the_closest(adapters):
 def test_adapters_of_different_bases_are_refused(tiny, adapters, tmp_path):
     wide = tiny("llama", hidden_size=96)
     other = read_adapter(make(wide, tmp_path / "other", **SETTINGS["law"]))
-    with pytest.raises(JaxtuneError, match="they are of different base models"):
+    with pytest.raises(JaxtuneError, match="they belong to different base models"):
         combine({**adapters, "other": other}, {"law": 1.0, "other": 1.0}, "cat")

@@ -35,7 +35,7 @@ def test_blocks_are_split_where_what_is_trained_changes(tiny):
 @pytest.mark.parametrize(
     ("freeze", "message"),
     [
-        ("model.leyers", 'adapter.freeze: "model.leyers" matches the beginning of no name'),
+        ("model.leyers", 'adapter.freeze: "model.leyers" matches the start of no name'),
         ("model.(", 'adapter.freeze: "model.(" is not a valid regular expression: '),
         (".*", "adapter.freeze leaves nothing to train"),
     ],

@@ -67,7 +67,7 @@ def test_a_run_that_goes_on_ends_where_an_unbroken_one_does(tiny, rows, tmp_path
     ("settings", "message"),
     [
         ({"alpha": 0.0}, "adapter.alpha must not be 0 with adapter.method=pissa"),
-        ({"rank": 65}, "adapter.rank=65 is more than model.layers.0.self_attn.q_proj.weight has"),
+        ({"rank": 65}, "adapter.rank=65 exceeds the number of singular values of model.layers.0"),
     ],
 )
 def test_a_start_that_cannot_be_is_refused(settings, message, tiny, rows, tmp_path):

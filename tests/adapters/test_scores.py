@@ -92,9 +92,9 @@ def test_a_file_that_is_neither_is_refused(content, message, tmp_path):
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        (Esft(), "adapter.expert_scores is empty: adapter.method=esft needs to know which experts"),
+        (Esft(), "adapter.expert_scores is empty: adapter.method=esft needs a file of expert"),
         (Esft(((0, (1,)),)), "adapter.expert_scores: layer 0 has no routed experts"),
-        (Esft(((2, (1, 4)),)), "adapter.expert_scores: layer 2 has 4 experts, and no expert 4"),
+        (Esft(((2, (1, 4)),)), "adapter.expert_scores: layer 2 has 4 experts, but no expert 4"),
     ],
 )
 def test_experts_that_the_model_lacks_are_refused(method, message):

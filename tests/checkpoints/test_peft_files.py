@@ -107,13 +107,13 @@ def test_weights_that_are_not_there_or_cut(tiny, adapter):
         ),
         (
             {"init_lora_weights": "pissa"},
-            "adapter_config.json: \"init_lora_weights\"='pissa' stands for factors beside",
+            "adapter_config.json: \"init_lora_weights\"='pissa' means factors over",
         ),
         ({"lora_alpha": "x"}, "adapter_config.json: \"lora_alpha\" is 'x', not a number"),
-        ({"lora_alpha": 1e999}, 'adapter_config.json: "lora_alpha" has inf'),
-        ({"lora_dropout": 1.5}, 'adapter_config.json: "lora_dropout"=1.5 is not within 0 and 1'),
-        ({"alpha_pattern": {"(": 1}}, 'adapter_config.json: "alpha_pattern" has no valid'),
-        ({"alpha_pattern": {"q_proj": []}}, 'adapter_config.json: "alpha_pattern" has []'),
+        ({"lora_alpha": 1e999}, 'adapter_config.json: "lora_alpha" is inf'),
+        ({"lora_dropout": 1.5}, 'adapter_config.json: "lora_dropout"=1.5 is not between 0 and 1'),
+        ({"alpha_pattern": {"(": 1}}, 'adapter_config.json: "alpha_pattern" has an invalid'),
+        ({"alpha_pattern": {"q_proj": []}}, 'adapter_config.json: "alpha_pattern" is []'),
         ({"alpha_pattern": [1]}, 'adapter_config.json: "alpha_pattern" is [1], not an object'),
         # PEFT would leave out what the tensors edit, or refuse their shape.
         (
@@ -128,7 +128,7 @@ def test_weights_that_are_not_there_or_cut(tiny, adapter):
             {"target_modules": ".*q_proj"},
             "adapter_config.json: \"target_modules\"='.*q_proj' leaves model.layers.0.mlp",
         ),
-        ({"target_modules": "("}, "adapter_config.json has an expression that is not valid"),
+        ({"target_modules": "("}, "adapter_config.json has an invalid regular expression"),
         ({"target_modules": [1]}, 'adapter_config.json: "target_modules"=[1] is not a list of'),
         ({"layers_to_transform": True}, 'adapter_config.json: "layers_to_transform"=True is not'),
         ({"r": 8}, "adapter_config.json gives model.layers.0.mlp.down_proj the rank 8"),

@@ -136,7 +136,7 @@ CASES: dict[str, Case] = {
     "monteclora": _unread("monteclora_config", MontecloraConfig(num_samples=2)),
     "bdlora": _unread("use_bdlora", BdLoraConfig(target_modules_bd_a=["q_proj"], nblocks=2)),
     "tied-head": _lora("lm_head is tied", TIED, target_modules=["lm_head", "q_proj"]),
-    "tied-saved": _lora("embedding and head at once", TIED, **Q, modules_to_save=["embed_tokens"]),
+    "tied-saved": _lora("both embedding and head", TIED, **Q, modules_to_save=["embed_tokens"]),
     "tied-tokens": _lora(bases=TIED, **Q, trainable_token_indices=[3, 9]),
     "tied-tokens-same": _lora(
         bases=TIED, **Q, trainable_token_indices={"embed_tokens": [3, 9], "lm_head": [3, 9]}

@@ -199,7 +199,7 @@ def test_the_files_of_esfts_programs(tmp_path):
     tensors = {name: torch.randn(24, 64) for name in names}
     (tmp_path / "expert_cfg.json").write_text(json.dumps({"experts": {"1": [1]}}))
     with pytest.raises(
-        JaxtuneError, match=r"expert_cfg.json and no \*.safetensors or pytorch_model"
+        JaxtuneError, match=r"expert_cfg.json but no \*.safetensors or pytorch_model"
     ):
         read_adapter(tmp_path)
     torch.save(object, tmp_path / "training_args.bin")  # beside the weights, and no state dict

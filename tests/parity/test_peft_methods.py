@@ -254,14 +254,14 @@ def adapters_by_name(definition):
     [
         ({"layers": "3"}, r"adapter\.layers: there is no layer 3 \(the last is 2\)"),
         ({"layers": "2-1"}, r'adapter\.layers: "2-1" is neither a layer nor a range like 4-7'),
-        ({"rank_pattern": "k_proj=2"}, r'adapter\.rank_pattern: "k_proj" is the first to match no'),
+        ({"rank_pattern": "k_proj=2"}, r'adapter\.rank_pattern: "k_proj" applies to none of'),
         ({"rank_pattern": "q_proj=0"}, r'adapter\.rank_pattern: "q_proj=0" is not a rank'),
         ({"alpha_pattern": "q_proj"}, r'adapter\.alpha_pattern: "q_proj" is not a pattern and its'),
         ({"new_tokens": 160}, r"adapter\.new_tokens=160 is not less than all 160 tokens"),
         ({"new_tokens": 1, "modules_to_save": "embed_tokens"}, r"both train embed_tokens"),
         ({"modules_to_save": "lm_haed"}, r'"lm_haed" matches no module; did you mean "lm_head"'),
-        ({"modules_to_save": "layers.0.input_layernorm"}, r"input_layernorm is of one layer"),
-        ({"modules_to_save": "q_proj"}, r"q_proj is in adapter\.modules_to_save, which trains it"),
+        ({"modules_to_save": "layers.0.input_layernorm"}, r"input_layernorm names one layer"),
+        ({"modules_to_save": "q_proj"}, r"q_proj is in adapter\.modules_to_save, which trains all"),
     ],
 )
 def test_a_choice_that_cannot_be_is_refused_by_name(settings, message, tiny):
@@ -274,7 +274,7 @@ def test_a_choice_that_cannot_be_is_refused_by_name(settings, message, tiny):
 def test_tied_embeddings_are_not_trained_as_two(tiny):
     config = read_json(tiny("llama", tie_word_embeddings=True) / "config.json")
     for name in ("lm_head", "embed_tokens"):
-        with pytest.raises(jaxtune.JaxtuneError, match=f"{name} is embedding and head at once"):
+        with pytest.raises(jaxtune.JaxtuneError, match=f"{name} is both embedding and head"):
             define(config, "float32", Lora(modules_to_save=(name,)))
 
 

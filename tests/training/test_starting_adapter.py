@@ -35,7 +35,7 @@ def test_the_log_says_what_it_brings_and_what_it_replaces(adapter, caplog):
     assert replaces.endswith(
         "adapter.rank=8, adapter.targets=v_proj, adapter.modules_to_save=lm_head"
     )
-    assert "adapter.dropout=0.25 replaces 0.1 of the adapter" in caplog.text
+    assert "adapter.dropout=0.25 replaces the adapter's 0.1" in caplog.text
 
 
 def test_nothing_is_said_to_be_replaced_where_nothing_is_set(adapter, caplog):

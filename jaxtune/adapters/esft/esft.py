@@ -1,4 +1,4 @@
-"""ESFT: whole weights of the routed experts that the data calls on, and nothing else, are trained.
+"""ESFT: full fine-tuning of the routed experts that are most relevant to the data.
 
 Source: Wang et al., 2024 (Let the Expert Stick to His Last).
 """
@@ -41,25 +41,30 @@ PEFT_TYPE = "ESFT"
 
 
 class ChosenExperts(nnx.Module):
-    """The trained weights of some experts of a projection, in every layer of its blocks.
+    """The trained weights of some experts of a projection, stacked over the layers of a block.
 
-    Layers with fewer experts than others are padded with zeros, which no row meets.
+    With K the largest number of trained experts in a layer, `weight` is [layers, K, out, in].
+    Layers with fewer trained experts are padded with zeros; no token is routed to the padding.
+    `slot`, [layers, E], maps each expert to its index along K, or to -1 where it stays frozen.
     """
 
     def __init__(self, linear: Projection, experts: tuple[tuple[int, ...], ...]):
         declared = declaration_of(linear.weight)
         most = max(len(chosen) for chosen in experts)
-        # Spread over devices within each matrix: so few experts seldom divide evenly.
+        # Sharded within each matrix: K is small and seldom divisible by the number of devices.
         self.weight = parameter((most, *declared.shape), (None, *declared.axes), kind=Trainable)
         self.slot = parameter((), (), kind=Constant, experts=declared.experts)
         self.experts = experts
 
     def replace(self, frozen: Any) -> Replaced:
-        """Puts the trained weights in the place of frozen ones [E, out, in], plain or quantized."""
+        """Returns the frozen weights [E, out, in], plain or quantized, with trained ones overlaid.
+
+        The two are not combined into one array: the grouped product picks from one or the other.
+        """
         return Replaced(frozen, self.weight.get_value(), self.slot.get_value().astype(jnp.int32))
 
     def merged(self, frozen: Any, place: tuple[Any, ...]) -> jax.Array:
-        """Returns the weight [out, in] of a (layer, expert) of the blocks, as it is now."""
+        """Returns the current weight [out, in] of one (layer, expert) of a block, in float32."""
         layer, expert = (int(index) for index in place)
         chosen = self.experts[layer]
         if expert in chosen:
@@ -68,12 +73,12 @@ class ChosenExperts(nnx.Module):
 
     @property
     def mask(self) -> list[bool]:
-        """Whether an expert is trained, of each layer and expert of the blocks."""
-        each = range(declaration_of(self.slot).experts or 0)
-        return [expert in chosen for chosen in self.experts for expert in each]
+        """Whether each expert of each layer of the block is trained, in layer-major order."""
+        experts = range(declaration_of(self.slot).experts or 0)
+        return [expert in chosen for chosen in self.experts for expert in experts]
 
     def slots(self) -> np.ndarray:
-        """Returns float32 [layers, E]: where an expert's trained weight is; -1 for nowhere."""
+        """Returns float32 [layers, E]: the index of each expert's trained weight, or -1."""
         values = np.full(declaration_of(self.slot).stacked_shape, -1, np.float32)
         for layer, chosen in enumerate(self.experts):
             values[layer, list(chosen)] = range(len(chosen))
@@ -85,9 +90,9 @@ class Esft(Method):
     """ESFT with its settings.
 
     Attributes:
-      experts: by layer, those to train; empty until they have been scored.
-      score: what chooses them: "token" or "gate".
-      threshold: the fewest experts are chosen whose scores sum to this, in each layer.
+      experts: experts to train, by layer; empty until they have been scored.
+      score: score that selects experts: "token" or "gate".
+      threshold: sum of scores that the selected experts of a layer have to reach.
     """
 
     name: ClassVar[str] = "esft"
@@ -97,7 +102,7 @@ class Esft(Method):
     threshold: float = 0.2
 
     def with_scores(self, measure: Callable[[], ExpertScores]) -> Esft:
-        """Chooses experts by their scores, unless they are known."""
+        """Returns a copy whose experts are selected by score, unless they are already set."""
         if self.experts:
             return self
         return dataclasses.replace(self, experts=measure().choose(self.score, self.threshold))
@@ -106,12 +111,12 @@ class Esft(Method):
         """Fills the slots of the projections of chosen experts.
 
         Raises:
-          JaxtuneError: no experts are chosen, or one that the model lacks.
+          JaxtuneError: no experts are chosen, or the model lacks one of them.
         """
         if not self.experts:
             raise JaxtuneError(
-                "adapter.expert_scores is empty: adapter.method=esft needs to know which experts "
-                "to train; write the file with jaxtune experts score"
+                "adapter.expert_scores is empty: adapter.method=esft needs a file of expert "
+                "scores; write it with jaxtune experts score"
             )
         wanted, found = dict(self.experts), set()
         for linear in model.projections().values():
@@ -127,14 +132,14 @@ class Esft(Method):
                 if experts and not 0 <= experts[0] <= experts[-1] < (declared.experts or 0):
                     raise JaxtuneError(
                         f"adapter.expert_scores: layer {layer} has {declared.experts} experts, "
-                        f"and no expert {experts[0] if experts[0] < 0 else experts[-1]}"
+                        f"but no expert {experts[0] if experts[0] < 0 else experts[-1]}"
                     )
             linear.chosen = stack(ChosenExperts(linear, chosen), *declared.layers)
         for layer in sorted(wanted.keys() - found):
             raise JaxtuneError(f"adapter.expert_scores: layer {layer} has no routed experts")
 
     def init(self, definition: Definition, seed: int) -> tuple[Tree, Tree]:
-        """Leaves the weights to `complete`, and says which experts they are of."""
+        """Returns no trainable arrays, which `complete` fills, and the slots as constants."""
         del seed
         slots = {
             (*path, "slot"): jnp.asarray(chosen.slots()) for path, _, chosen in _each(definition)
@@ -144,7 +149,7 @@ class Esft(Method):
     def complete(
         self, definition: Definition, weights: Tree, trees: tuple[Tree, Tree], start: Start | None
     ) -> tuple[Tree, Tree]:
-        """Starts at the frozen weights, dequantized where they are quantized."""
+        """Initialises trained experts from the frozen weights, dequantized if necessary."""
         if start is None:
             return trees
         base, trainable = dict(flatten(weights)), {}
@@ -154,7 +159,7 @@ class Esft(Method):
         return unflatten(trainable), trees[1]
 
     def store(self, definition: Definition, trainable: Tree, constants: Tree) -> StoredAdapter:
-        """Returns ESFT's config and the weights of chosen experts under their names."""
+        """Returns ESFT's config and the weights of the chosen experts, each [out, in], by name."""
         del constants
         values, tensors = dict(flatten(trainable)), {}
         for path, names, _ in _each(definition):
@@ -174,10 +179,10 @@ class Esft(Method):
         )
 
     def restore(self, definition: Definition, stored: StoredAdapter) -> tuple[Tree, Tree]:
-        """Packs the weights of chosen experts.
+        """Stacks the stored weights of the chosen experts.
 
         Raises:
-          JaxtuneError: one is missing, of another shape or has no place.
+          JaxtuneError: a weight is missing, has another shape or belongs to no chosen expert.
         """
         trainable, needed = {}, set()
         for path, names, _ in _each(definition):
@@ -206,15 +211,15 @@ class Esft(Method):
 def _each(
     definition: Definition,
 ) -> Iterator[tuple[Path, dict[tuple[int, int], str], ChosenExperts]]:
-    """Yields each slot's path, its module names by (layer, slot) in the blocks, and its module."""
+    """Yields the path of each slot, module names by (layer, index along K), and the module."""
     for path, linear in definition.projections().items():
         if linear.chosen is not None:
             names, chosen = module_names(path, linear), linear.chosen
-            each = len(names) // len(chosen.experts)
+            per_layer = len(names) // len(chosen.experts)
             yield (
                 (*path, "chosen"),
                 {
-                    (layer, slot): names[layer * each + expert]
+                    (layer, slot): names[layer * per_layer + expert]
                     for layer, experts in enumerate(chosen.experts)
                     for slot, expert in enumerate(experts)
                 },
@@ -223,7 +228,7 @@ def _each(
 
 
 def _indices(chosen: ChosenExperts) -> tuple[np.ndarray, np.ndarray]:
-    """Returns int32 [layers, K], the expert of each slot, and whether there is one."""
+    """Returns int32 [layers, K], the experts, and bool [layers, K], False for padding."""
     layers, most = declaration_of(chosen.weight).stacked_shape[:2]
     experts, real = np.zeros((layers, most), np.int32), np.zeros((layers, most), bool)
     for layer, here in enumerate(chosen.experts):
@@ -233,9 +238,12 @@ def _indices(chosen: ChosenExperts) -> tuple[np.ndarray, np.ndarray]:
 
 @jax.jit
 def _gather(frozen: Any, experts: jax.Array, real: jax.Array) -> jax.Array:
-    """Takes float32 [L, K, out, in] out of a stack [L, E, out, in]; zeros where nothing is real."""
-    layers = jnp.arange(experts.shape[0])[:, None]
+    """Gathers float32 [L, K, out, in] from a stack [L, E, out, in]; zeros where `real` is False.
 
+    The index arrays [L, 1] and [L, K] select the same experts from every part of a quantized
+    weight (codes, scales), so that only the gathered experts are dequantized.
+    """
+    layers = jnp.arange(experts.shape[0])[:, None]
     taken = jax.tree.map(lambda part: pick(part, lambda p: p[layers, experts]), frozen)
     plain = taken.dequantize(jnp.float32) if isinstance(taken, QuantizedWeight) else taken
     return jnp.where(real[..., None, None], plain.astype(jnp.float32), 0.0)
@@ -245,7 +253,7 @@ def from_config(section: AdapterConfig) -> Esft:
     """Returns the method that the ``adapter`` section of a config describes.
 
     Raises:
-      JaxtuneError: a file of scores that cannot be used.
+      JaxtuneError: the file of scores is missing or invalid.
     """
     kind, threshold = section.expert_score, section.expert_threshold
     path = section.expert_scores
@@ -253,10 +261,10 @@ def from_config(section: AdapterConfig) -> Esft:
 
 
 def from_peft(stored: StoredAdapter) -> Esft:
-    """Returns the method, with its experts, of an adapter that jaxtune or ESFT's program wrote.
+    """Returns the method and experts of an adapter written by jaxtune or ESFT's own program.
 
     Raises:
-      JaxtuneError: a setting that jaxtune would have to drop, or no experts.
+      JaxtuneError: an unsupported setting, or no experts.
     """
     experts = parse_choice(stored.config, "adapter_config.json")
     if not experts:

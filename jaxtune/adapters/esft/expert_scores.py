@@ -1,6 +1,6 @@
-"""How relevant each routed expert is to a data set, and which experts that chooses.
+"""Relevance scores of routed experts for a data set, and the selection of experts by score.
 
-Source: Wang et al., 2024 (ESFT), equations 5 to 8; files are those of its authors' programs.
+Source: Wang et al., 2024 (ESFT), equations 5 to 8. File formats are those of its authors' code.
 """
 
 from __future__ import annotations
@@ -13,33 +13,34 @@ from typing import Any, NamedTuple
 
 from jaxtune.errors import JaxtuneError
 
-# By layer, the experts that are chosen in it, in ascending order.
+# (layer, its chosen experts in ascending order), in the order of layers.
 Choice = tuple[tuple[int, tuple[int, ...]], ...]
-# Scores on disk may be rounded to four digits.
+# Slack on the sum of a layer's scores, since those on disk may be rounded to four digits.
 _ROUNDED = 0.99
 
 
 class ExpertScores(NamedTuple):
-    """Scores of the experts of every layer, by the layer's number.
+    """Scores of every expert, by layer.
 
     Attributes:
-      token: share of the tokens' choices that fell on an expert; those of a layer sum to 1.
-      gate: an expert's weight, averaged over tokens, without the family's factor; those of a layer
-        sum to 1 where the router normalizes, and to less elsewhere.
+      token: fraction of the router's top-k selections that went to each expert; sums to 1 over
+        the experts of a layer.
+      gate: routing weight of each expert averaged over tokens, before `routed_scaling_factor`;
+        sums to 1 over a layer if the router normalizes its weights, otherwise to less.
     """
 
     token: dict[int, list[float]]
     gate: dict[int, list[float]]
 
     def choose(self, kind: str, threshold: float) -> Choice:
-        """Returns for each layer the fewest experts whose scores sum to the threshold.
+        """Returns, for each layer, the smallest set of experts whose scores reach the threshold.
 
         Args:
           kind: "token" or "gate".
-          threshold: within 0 and 1.
+          threshold: between 0 and 1.
 
         Raises:
-          JaxtuneError: all scores of a layer sum to less.
+          JaxtuneError: the scores of a layer sum to less than the threshold.
         """
         return tuple(
             (layer, _fewest(layer, scores, threshold))
@@ -47,7 +48,7 @@ class ExpertScores(NamedTuple):
         )
 
     def to_json(self) -> str:
-        """Writes the scores as ESFT's summary.json has them."""
+        """Returns the scores in the format of ESFT's summary.json."""
         tables = {"token_scores": self.token, "gate_scores": self.gate}
         content = {
             name: {str(layer): dict(enumerate(scores)) for layer, scores in table.items()}
@@ -73,10 +74,10 @@ def _fewest(layer: int, scores: list[float], threshold: float) -> tuple[int, ...
 
 
 def read_scores(path: str | Path) -> ExpertScores:
-    """Reads scores that `ExpertScores.to_json` or ESFT's program wrote.
+    """Reads scores written by `ExpertScores.to_json` or by ESFT's own program.
 
     Raises:
-      JaxtuneError: no such file, or one of another form.
+      JaxtuneError: the file is missing or has another format.
     """
     content = _read(path)
     try:
@@ -92,7 +93,11 @@ def read_scores(path: str | Path) -> ExpertScores:
 
 
 def read_choice(path: str | Path, kind: str, threshold: float) -> Choice:
-    """Returns the experts that a file of scores leads to, or that ESFT's expert config lists."""
+    """Returns the experts selected by a file of scores, or listed in ESFT's expert config.
+
+    Raises:
+      JaxtuneError: the file is missing or invalid, or the threshold is out of reach.
+    """
     content = _read(path)
     if "experts" in content:
         return parse_choice(content, str(path))
@@ -100,10 +105,10 @@ def read_choice(path: str | Path, kind: str, threshold: float) -> Choice:
 
 
 def parse_choice(content: Mapping[str, Any], file: str) -> Choice:
-    """Reads the experts of ESFT's expert config.
+    """Returns the experts that ESFT's expert config lists.
 
     Raises:
-      JaxtuneError: another form, or more that is trained than routed experts.
+      JaxtuneError: another format, or a config that also trains other modules.
     """
     for key in ("shared_experts", "non_expert_modules"):
         if content.get(key):

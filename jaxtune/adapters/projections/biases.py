@@ -1,7 +1,7 @@
-"""Biases of the base that are trained beside LoRA factors: PEFT's ``bias``.
+"""Biases of the base that are trained together with LoRA factors: PEFT's ``bias`` setting.
 
-PEFT keeps those of the projections that it edits under ``….base_layer.bias`` and the others, with
-``bias="all"``, under their own names.
+PEFT stores the bias of an edited projection as ``….base_layer.bias`` and, with ``bias="all"``,
+the other biases under their own names.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from jaxtune.layers.tree import declaration_of, layer_names, variables
 CHOICES = ("none", "all", "lora_only")
 END = ".bias"
 _WRAPPED = ".base_layer.bias"
-# With "all", PEFT stores the bias of a module that is saved whole twice more: under these, the one
-# that is in use, and that of the base.
+# With "all", PEFT stores the bias of a module in modules_to_save twice more: the trained one and
+# the original, under these suffixes.
 _REPEATED = (".modules_to_save.bias", ".original_module.bias")
 
 
@@ -34,12 +34,12 @@ def check(model: CausalLM, trains: Callable[[str], bool], key: str) -> bool:
     """Returns whether any bias of an abstract model is trained.
 
     Args:
-      model: abstract.
-      trains: says which are trained, by name.
-      key: of the setting that asks for it, for messages.
+      model: an abstract model.
+      trains: returns whether the weight of a name is trained.
+      key: name of the setting, for messages.
 
     Raises:
-      JaxtuneError: one is trained in some layers of its blocks and not in all of them.
+      JaxtuneError: a bias is trained in only some layers of a block.
     """
     found = False
     for path, variable in variables(model):
@@ -48,15 +48,15 @@ def check(model: CausalLM, trains: Callable[[str], bool], key: str) -> bool:
         if trained and len(trained) < len(names):
             other = next(name for name in names if name not in trained)
             raise JaxtuneError(
-                f"{key}=lora_only: {trained[0]} is trained and {other} is not, which is not "
-                "supported: biases are trained in all layers that are alike, or in none of them"
+                f"{key}=lora_only: {trained[0]} would be trained and {other} not, which is not "
+                "supported: layers of equal structure train the same biases"
             )
         found = found or bool(trained)
     return found
 
 
 def wrapped(stored: StoredAdapter, modules: Collection[str]) -> StoredAdapter:
-    """Names the biases of edited modules as PEFT does."""
+    """Renames the biases of edited modules to PEFT's keys."""
 
     def key(name: str) -> str:
         module = name.removeprefix(PREFIX).removesuffix(END)
@@ -67,7 +67,7 @@ def wrapped(stored: StoredAdapter, modules: Collection[str]) -> StoredAdapter:
 
 
 def unwrapped(stored: StoredAdapter) -> StoredAdapter:
-    """Names all biases as the checkpoint does, behind PEFT's prefix."""
+    """Renames PEFT's keys of biases to PEFT's prefix plus the checkpoint's name."""
     tensors = {
         f"{name.removesuffix(_WRAPPED)}{END}" if name.endswith(_WRAPPED) else name: value
         for name, value in stored.tensors.items()
@@ -77,21 +77,21 @@ def unwrapped(stored: StoredAdapter) -> StoredAdapter:
 
 
 def check_known(stored: StoredAdapter, names: Collection[str]) -> None:
-    """Raises a JaxtuneError for a bias in a file, as of `unwrapped`, that is not one of `names`."""
+    """Raises a JaxtuneError if the result of `unwrapped` holds a bias that is not in `names`."""
     for key in stored.tensors:
         if is_bias(key) and key.removeprefix(PREFIX) not in names:
             raise JaxtuneError(f'adapter_model.safetensors: the model has no trained "{key}"')
 
 
 def setting(config: dict[str, Any]) -> str:
-    """Reads ``bias`` of adapter_config.json."""
+    """Returns ``bias`` of adapter_config.json, one of `CHOICES`."""
     value = str(config.get("bias") or "none")
     lookup(dict.fromkeys(CHOICES), value, 'adapter_config.json: "bias"')
     return value
 
 
 def without(stored: StoredAdapter) -> dict[str, np.ndarray]:
-    """Returns the tensors; biases [out] are left out where any are trained."""
+    """Returns the tensors of an adapter without its trained biases [out]."""
     if setting(stored.config) == "none":
         return dict(stored.tensors)
     return {key: value for key, value in stored.tensors.items() if not is_bias(key)}

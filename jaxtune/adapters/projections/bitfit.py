@@ -1,4 +1,4 @@
-"""BitFit: only biases are trained.
+"""BitFit: trains biases only.
 
 Source: Ben Zaken et al., 2022.
 """
@@ -41,7 +41,7 @@ from jaxtune.models.definition import Definition
 
 
 class BiasAdapter(SlotAdapter):
-    """The bias of a projection, in every layer of its blocks."""
+    """The bias of a projection, stacked over the layers of its block."""
 
     def __init__(self, linear: Projection, settings: tuple[bool | None, ...]):
         declared = declaration_of(linear.weight)
@@ -55,16 +55,16 @@ class BiasAdapter(SlotAdapter):
         return {"bias": AdapterPart(".bias", (self.features,))}
 
     def start(self, name: str, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
-        """Starts at zero, of the stacked shape, until the base's biases are there."""
+        """Returns zeros of the stacked shape; `complete` fills in the base's biases."""
         del name, key
         return jnp.zeros(shape)
 
     def constants(self) -> dict[str, np.ndarray]:
-        """Returns [layers · experts]: where the bias counts."""
+        """Returns [layers · experts]: 1 where the bias is used, 0 elsewhere."""
         return {"chosen_here": self.chosen}
 
     def edit(self, weight: Any, bias: jax.Array | None, dtype: DTypeLike) -> Edit:
-        """Takes the place of the base's bias [out]."""
+        """Replaces the base's bias [out] in the layers that are trained."""
         del weight, dtype
         here = self.chosen_here.get_value()[..., None] > 0
         return Edit(bias=jnp.where(here, self.bias.get_value(), 0.0 if bias is None else bias))
@@ -80,10 +80,9 @@ class BitFit(LinearMethod):
     """BitFit with its settings.
 
     Attributes:
-      targets: modules that get a bias where no projection of the model has one; a model with
-        biases has all of them trained, whatever the targets.
-      modules: Hugging Face names in place of the targets; how an adapter that was read from disk
-        says what it has.
+      targets: modules that get a new bias if no projection of the model has one. In a model with
+        biases all of them are trained and the targets are ignored.
+      modules: Hugging Face module names, set for an adapter read from disk; replaces `targets`.
     """
 
     name: ClassVar[str] = "bitfit"
@@ -100,13 +99,13 @@ class BitFit(LinearMethod):
         return dict.fromkeys(chosen, True)
 
     def adapter(self, linear: Projection, settings: tuple[bool | None, ...]) -> BiasAdapter:
-        """Makes the bias."""
+        """Builds the abstract bias."""
         return BiasAdapter(linear, settings)
 
     def complete(
         self, definition: Definition, weights: Tree, trees: tuple[Tree, Tree], start: Start | None
     ) -> tuple[Tree, Tree]:
-        """Starts at the biases of the base, where it has any."""
+        """Initialises from the biases of the base, if it has any."""
         trainable, base = dict(flatten(trees[0])), dict(flatten(weights))
         for path, _, _ in adapters(definition):
             if start is not None and (*path, "bias") in base:
@@ -115,7 +114,7 @@ class BitFit(LinearMethod):
         return unflatten(trainable), trees[1]
 
     def peft_config(self, definition: Definition, settings: Mapping[str, bool]) -> dict[str, Any]:
-        """Writes a config of jaxtune's own, for PEFT does not have the method."""
+        """Returns a config in jaxtune's own format, since PEFT does not have the method."""
         return peft_config("BITFIT", definition, settings)
 
 
@@ -125,10 +124,10 @@ def from_config(section: AdapterConfig) -> BitFit:
 
 
 def from_peft(stored: StoredAdapter) -> BitFit:
-    """Returns the method, with its settings, of an adapter that jaxtune wrote.
+    """Returns the method and settings of an adapter written by jaxtune.
 
     Raises:
-      JaxtuneError: a setting or a tensor that jaxtune would have to drop.
+      JaxtuneError: an unsupported setting or tensor.
     """
     modules: list[str] = []
     for key, value in edit_tensors(stored, "a bias"):

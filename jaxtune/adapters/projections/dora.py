@@ -1,6 +1,10 @@
 """DoRA: LoRA with a trained magnitude for each row of the edited weight.
 
-Source: Liu et al., 2024 (DoRA), with the norm left out of the gradient as its section 4.3 proposes.
+The edited weight is m · (W + s B A) / ‖W + s B A‖, with norms over rows. The norm needs the whole
+matrix W + s B A, which is never formed: ‖W‖² is computed once when training starts and kept as a
+constant, and each step adds the difference ‖W + s B A‖² − ‖W‖² from products of rank r.
+
+Source: Liu et al., 2024 (DoRA); gradients do not pass through the norm (its section 4.3).
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ from jaxtune.quant import materialize
 
 
 class DoraAdapter(LoraAdapter):
-    """The factors and the magnitudes of a projection."""
+    """The factors and magnitudes of a projection, and the squared row norms of its base weight."""
 
     def __init__(self, linear: Projection, factors: tuple[Factor | None, ...], dropout: float):
         super().__init__(linear, factors, dropout)
@@ -51,7 +55,7 @@ class DoraAdapter(LoraAdapter):
         return super().parts(setting) | {"lora_magnitude_vector": magnitude}
 
     def start(self, name: str, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
-        """Starts the factors as LoRA does; magnitudes, of this shape, wait for weights."""
+        """Initialises factors as LoRA does; magnitudes [out] are set by `complete`."""
         if name == "lora_magnitude_vector":
             return jnp.ones(shape)
         return super().start(name, shape, key)
@@ -62,22 +66,26 @@ class DoraAdapter(LoraAdapter):
         term, squares = self.low_rank(), self.squares.get_value()
         added = functools.partial(_added_squares, dtype=dtype)
         frozen = lax.stop_gradient((weight, term))
-        # One expert after the other, so that no more than one is dequantized at a time.
+        # lax.map goes over experts one by one, so that only one is dequantized at a time.
         more = added(frozen) if term.lora_A.ndim == 2 else lax.map(added, frozen)
-        # Rows of zeros, and layers without an adapter, have no direction to scale.
-        known = squares > 0
-        norm = jnp.sqrt(jnp.where(known, jnp.maximum(squares + more, _TINY), 1.0))
-        return Edit(term, jnp.where(known, self.lora_magnitude_vector.get_value() / norm, 1.0))
+        # Rows of zeros, and layers without an adapter, have no direction: their scale stays 1.
+        has_norm = squares > 0
+        norm = jnp.sqrt(jnp.where(has_norm, jnp.maximum(squares + more, _TINY), 1.0))
+        return Edit(term, jnp.where(has_norm, self.lora_magnitude_vector.get_value() / norm, 1.0))
 
 
-_TINY = float(jnp.finfo(jnp.float32).tiny)  # keeps a row that the edit cancels from dividing by 0
+_TINY = float(jnp.finfo(jnp.float32).tiny)  # avoids a division by 0 if the edit cancels a row
 
 
 def _added_squares(frozen: tuple[Any, LowRank], dtype: DTypeLike) -> jax.Array:
-    """Returns ‖W + s B A‖² − ‖W‖² of each row, float32 [out], from products of rank r alone."""
+    """Returns ‖W + s B A‖² − ‖W‖² of each row, float32 [out], without forming B A.
+
+    Row by row the difference is 2 s ⟨b, A w⟩ + s² ⟨b, (A Aᵀ) b⟩, where w is the row of W and b
+    that of B.
+    """
     weight, (lora_A, lora_B, scale, _) = frozen
-    mixed = product(lora_A.astype(dtype), materialize(weight, dtype), 1).T
-    gram = product(lora_A, lora_A, 1)
+    mixed = product(lora_A.astype(dtype), materialize(weight, dtype), 1).T  # W Aᵀ: [out, r]
+    gram = product(lora_A, lora_A, 1)  # A Aᵀ: [r, r]
     return jnp.sum(lora_B * (2 * scale * mixed + scale**2 * product(lora_B, gram, 1)), axis=1)
 
 
@@ -94,17 +102,20 @@ class Dora(Lora):
     name: ClassVar[str] = "dora"
 
     def adapter(self, linear: Projection, settings: tuple[Factor | None, ...]) -> DoraAdapter:
-        """Makes the factors and the magnitudes."""
+        """Builds the abstract factors and magnitudes."""
         return DoraAdapter(linear, settings, self.dropout)
 
     def peft_config(self, definition: Definition, settings: Mapping[str, Factor]) -> dict[str, Any]:
-        """Writes LoRA's, with DoRA turned on."""
+        """Returns LoRA's config with ``use_dora`` set."""
         return super().peft_config(definition, settings) | {"use_dora": True}
 
     def complete(
         self, definition: Definition, weights: Tree, trees: tuple[Tree, Tree], start: Start | None
     ) -> tuple[Tree, Tree]:
-        """Measures the rows of the base, which are where the magnitudes start."""
+        """Computes the row norms of the base, from which the magnitudes start.
+
+        Layers and experts are processed one at a time, since each is dequantized to float32.
+        """
         base, trees = dict(flatten(weights)), super().complete(definition, weights, trees, start)
         trainable, constants = (dict(flatten(tree)) for tree in trees)
         for path, _, adapter in adapters(definition):
@@ -130,7 +141,7 @@ def from_config(section: AdapterConfig) -> Dora:
 
 
 def from_peft(stored: StoredAdapter) -> Dora:
-    """Returns the method, with its settings, of a LoRA adapter with magnitudes.
+    """Returns the method and settings of a LoRA adapter with magnitudes.
 
     Raises:
       JaxtuneError: see `read_settings`.

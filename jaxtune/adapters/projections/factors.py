@@ -1,4 +1,4 @@
-"""Factors of LoRA, and how they are read from PEFT's files."""
+"""The factors of LoRA, and reading them from PEFT's files."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxtune.adapters.method import StoredAdapter
-from jaxtune.adapters.projections import biases
-from jaxtune.adapters.projections import new_tokens as tokens
+from jaxtune.adapters.projections import biases, new_tokens
 from jaxtune.adapters.projections.modules_to_save import saved_modules
 from jaxtune.adapters.projections.peft_files import PREFIX, edit_tensors
 from jaxtune.adapters.targets import find_pattern
@@ -21,7 +20,13 @@ _KEY = re.compile(r"(.+)\.(lora_[AB]\.weight|lora_magnitude_vector)")
 
 @dataclasses.dataclass(frozen=True)
 class Factor:
-    """Rank and alpha of one projection of one layer; `rslora` divides alpha by √rank."""
+    """Rank and alpha of one projection of one layer.
+
+    Attributes:
+      rank: r, the number of rows of A.
+      alpha: numerator of the scale.
+      rslora: divides alpha by √rank instead of rank.
+    """
 
     rank: int
     alpha: float
@@ -29,49 +34,53 @@ class Factor:
 
     @property
     def scale(self) -> float:
-        """What B A is multiplied with."""
+        """The factor on B A: alpha / rank, or alpha / √rank for rsLoRA."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-# Starts of PEFT that leave the base as it is. Others edit it, and after them the factors belong to
-# another base than the checkpoint.
-_STARTS = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
+# Values of init_lora_weights that leave the base unchanged. The others edit it, and the factors
+# then belong to the edited base instead of the checkpoint.
+_PLAIN_INITS = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
 
 
 def read_settings(stored: StoredAdapter) -> dict[str, Any]:
-    """Returns what `Lora` takes of a LoRA adapter that PEFT wrote.
+    """Returns the arguments of `Lora` for a LoRA adapter written by PEFT.
 
     Raises:
-      JaxtuneError: a setting or a tensor that jaxtune would have to drop.
+      JaxtuneError: an unsupported setting or tensor.
     """
     config = stored.config
-    if str(config.get("init_lora_weights")).lower() not in _STARTS:
+    if str(config.get("init_lora_weights")).lower() not in _PLAIN_INITS:
         raise JaxtuneError(
-            f'adapter_config.json: "init_lora_weights"={config["init_lora_weights"]!r} stands for '
-            "factors beside an edited base; let PEFT convert the adapter to plain LoRA"
+            f'adapter_config.json: "init_lora_weights"={config["init_lora_weights"]!r} means '
+            "factors over an edited base; let PEFT convert the adapter to plain LoRA"
         )
     factors = _read_factors(stored)
     if not factors:
         raise JaxtuneError("adapter_model.safetensors holds no LoRA factors")
     dropout = _number("lora_dropout", config.get("lora_dropout") or 0.0)
     if not 0 <= dropout < 1:
-        raise JaxtuneError(f'adapter_config.json: "lora_dropout"={dropout} is not within 0 and 1')
+        raise JaxtuneError(f'adapter_config.json: "lora_dropout"={dropout} is not between 0 and 1')
     return {
         "dropout": dropout,
         "factors": tuple(sorted(factors.items())),
         "modules_to_save": saved_modules(stored),
-        "token_rows": tokens.on_disk(stored),
+        "token_rows": new_tokens.on_disk(stored),
         "bias": biases.setting(config),
         "from_file": True,
     }
 
 
 def _read_factors(stored: StoredAdapter) -> dict[str, Factor]:
-    """Returns each module's rank and alpha; every tensor has to be one of a whole set."""
+    """Returns each module's rank and alpha.
+
+    Raises:
+      JaxtuneError: a tensor is not a factor, or a module lacks one of its factors.
+    """
     config, factors = stored.config, {}
     needed = ["lora_A.weight", "lora_B.weight"]
     needed += ["lora_magnitude_vector"] if config.get("use_dora") else []
-    others = tokens.without(stored._replace(tensors=biases.without(stored)))
+    others = new_tokens.without(stored._replace(tensors=biases.without(stored)))
     for key, value in edit_tensors(StoredAdapter(config, others), "a LoRA factor"):
         match = _KEY.fullmatch(key)
         dimensions = 2 if key.endswith(".weight") else 1
@@ -89,14 +98,14 @@ def _read_factors(stored: StoredAdapter) -> dict[str, Factor]:
 
 
 def _pattern(patterns: Any, name: str, default: Any) -> float:
-    """Looks a module up as PEFT does: the first pattern that matches the end of its path."""
+    """Returns a module's alpha: that of the first pattern that matches the end of its path."""
     if not isinstance(patterns, Mapping):
         raise JaxtuneError(f'adapter_config.json: "alpha_pattern" is {patterns!r}, not an object')
     try:
         pattern = find_pattern(patterns, name)
     except re.error as error:
         raise JaxtuneError(
-            f'adapter_config.json: "alpha_pattern" has no valid expression: {error}'
+            f'adapter_config.json: "alpha_pattern" has an invalid regular expression: {error}'
         ) from None
     if pattern is None:
         return _number("lora_alpha", default)

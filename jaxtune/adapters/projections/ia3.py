@@ -1,4 +1,4 @@
-"""(IA)³: a trained scale for each output of some projections and each input of others.
+"""(IA)³: trained scales of the outputs of some projections and of the inputs of others.
 
 Source: Liu et al., 2022 (T-Few).
 """
@@ -29,12 +29,12 @@ from jaxtune.layers.linear import Edit, Projection
 from jaxtune.layers.tree import Constant, Trainable, declaration_of, parameter
 from jaxtune.models.definition import Definition
 
-# Which end of a projection is scaled.
+# The end of a projection that is scaled.
 OUTPUTS, INPUTS = "outputs", "inputs"
 
 
 class IA3Adapter(SlotAdapter):
-    """The scale of a projection's outputs or inputs, in every layer of its blocks."""
+    """The scale of a projection's outputs or inputs, stacked over the layers of its block."""
 
     def __init__(self, linear: Projection, settings: tuple[str | None, ...]):
         self.end = next(end for end in settings if end)
@@ -48,17 +48,17 @@ class IA3Adapter(SlotAdapter):
         self.settings = settings
 
     def parts(self, setting: str) -> dict[str, AdapterPart]:
-        """Returns the scale, which PEFT stores as a column or as a row."""
-        stored = (self.features, 1) if setting == OUTPUTS else (1, self.features)
-        return {"ia3_l": AdapterPart(".ia3_l", (self.features,), stored)}
+        """Returns the scale; PEFT stores output scales as a column and input scales as a row."""
+        in_file = (self.features, 1) if setting == OUTPUTS else (1, self.features)
+        return {"ia3_l": AdapterPart(".ia3_l", (self.features,), in_file)}
 
     def start(self, name: str, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
-        """Starts at one, the identity, of the stacked shape."""
+        """Returns ones of the stacked shape: the identity."""
         del name, key
         return jnp.ones(shape)
 
     def constants(self) -> dict[str, np.ndarray]:
-        """Returns [layers · experts]: where the scale counts."""
+        """Returns [layers · experts]: 1 where the scale is used, 0 elsewhere."""
         return {"chosen_here": self.chosen}
 
     def edit(self, weight: Any, bias: jax.Array | None, dtype: DTypeLike) -> Edit:
@@ -82,8 +82,8 @@ class IA3(LinearMethod):
     Attributes:
       targets: modules whose outputs are scaled; see `match_targets`.
       feedforward: modules whose inputs are scaled.
-      ends: "outputs" or "inputs" by Hugging Face module name, in place of the two above; how an
-        adapter that was read from disk says what it has.
+      ends: "outputs" or "inputs" by Hugging Face module name, set for an adapter read from disk;
+        replaces the two above.
     """
 
     name: ClassVar[str] = "ia3"
@@ -93,7 +93,7 @@ class IA3(LinearMethod):
     ends: tuple[tuple[str, str], ...] = ()
 
     def choose(self, modules: Mapping[str, Projection]) -> dict[str, str]:
-        """Returns which end of each module is scaled."""
+        """Returns the end of each module that is scaled."""
         if self.ends:
             return from_disk(self.ends, modules)
         outputs = self.select(self.targets, modules)
@@ -101,10 +101,10 @@ class IA3(LinearMethod):
         return dict.fromkeys(outputs, OUTPUTS) | dict.fromkeys(inputs, INPUTS)
 
     def adapter(self, linear: Projection, settings: tuple[str | None, ...]) -> IA3Adapter:
-        """Makes the scale of one end.
+        """Builds the abstract scale.
 
         Raises:
-          JaxtuneError: layers of the same blocks would have to be scaled at different ends.
+          JaxtuneError: layers of one block are scaled at different ends.
         """
         if {OUTPUTS, INPUTS} <= set(settings):
             what = "scales the inputs of a projection in some layers and its outputs in others"
@@ -119,7 +119,7 @@ class IA3(LinearMethod):
         return IA3Adapter(linear, settings)
 
     def peft_config(self, definition: Definition, settings: Mapping[str, str]) -> dict[str, Any]:
-        """Writes the modules and which of them are scaled at their inputs."""
+        """Returns the config: the target modules and those scaled at their inputs."""
         config: dict[str, Any] = peft_config("IA3", definition, settings)
         config["init_ia3_weights"] = True
         inputs = {name for name, end in settings.items() if end == INPUTS}
@@ -127,7 +127,7 @@ class IA3(LinearMethod):
             {name.rsplit(".", 1)[-1] for name in group}
             for group in (inputs, settings.keys() - inputs)
         )
-        # PEFT wants them among the targets, written in the same way.
+        # PEFT requires feedforward_modules to be a subset of target_modules, spelled equally.
         if short & others or not short <= set(config["target_modules"]):
             return config | {
                 "target_modules": sorted(settings),
@@ -143,10 +143,10 @@ def from_config(section: AdapterConfig) -> IA3:
 
 
 def from_peft(stored: StoredAdapter) -> IA3:
-    """Returns the method, with its settings, of an adapter that PEFT wrote.
+    """Returns the method and settings of an adapter written by PEFT.
 
     Raises:
-      JaxtuneError: a setting or a tensor that jaxtune would have to drop.
+      JaxtuneError: an unsupported setting or tensor.
     """
     ends: dict[str, str] = {}
     for key, value in edit_tensors(stored, "a scale of (IA)³"):

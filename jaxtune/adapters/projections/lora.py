@@ -16,10 +16,10 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxtune.adapters.method import Start, StoredAdapter
-from jaxtune.adapters.projections import biases
-from jaxtune.adapters.projections import new_tokens as tokens
+from jaxtune.adapters.projections import biases, new_tokens
 from jaxtune.adapters.projections.factors import Factor, read_settings
 from jaxtune.adapters.projections.modules_to_save import saved_arrays
+from jaxtune.adapters.projections.new_tokens import EMBEDDING, HEAD, TokenIds
 from jaxtune.adapters.projections.peft_files import from_disk, peft_config
 from jaxtune.adapters.projections.slots import (
     AdapterPart,
@@ -47,10 +47,11 @@ from jaxtune.models.definition import Definition
 
 
 class LoraAdapter(SlotAdapter):
-    """The factors of a projection, in every layer of its blocks.
+    """The factors of a projection, stacked over the layers of its block.
 
-    Layers of lower rank are padded with zeros, which stay zero: each factor's gradient is a
-    product with the other.
+    Stacks have the largest rank of the block; layers of lower rank are padded with zeros. The
+    padding stays zero during training, since the gradient of each factor is a product with the
+    other factor, whose padding is zero as well.
     """
 
     def __init__(self, linear: Projection, factors: tuple[Factor | None, ...], dropout: float):
@@ -74,14 +75,14 @@ class LoraAdapter(SlotAdapter):
         }
 
     def start(self, name: str, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
-        """Draws A [r, in] uniformly from ±1/√in, as PEFT does; B is zero: the identity."""
+        """Draws A [r, in] uniformly from ±1/√in, as PEFT does; B is zero, so the edit is too."""
         if name == "lora_B":
             return jnp.zeros(shape)
         bound = shape[-1] ** -0.5
         return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
     def constants(self) -> dict[str, np.ndarray]:
-        """Returns scales [layers · experts]; 0 where there is no adapter."""
+        """Returns the scales [layers · experts]; 0 without an adapter."""
         scales = [factor.scale if factor else 0.0 for factor in self.settings]
         return {"scale": np.array(scales, np.float32)}
 
@@ -101,21 +102,20 @@ class Lora(LinearMethod):
 
     Attributes:
       rank: r of every target.
-      alpha: the scale is alpha / r.
-      dropout: on the input of the low-rank branch.
-      targets: see `match_targets`.
-      factors: by Hugging Face module name, in place of the three above; how an adapter that was
-        read from disk says what it has.
-      rslora: the scale is alpha / √r.
-      rank_pattern: ranks of modules whose path ends with a pattern, in place of `rank`.
-      alpha_pattern: alphas of modules whose path ends with a pattern.
-      new_tokens: how many of the tokenizer's last tokens have their rows of the embedding trained,
-        and those of an untied head that nothing else trains.
-      train_tokens: names of more such tokens.
-      token_ids: of all these; None until a tokenizer says which they are.
-      token_rows: ids by module, in place of the three above; how an adapter that was read from
-        disk says what it has.
-      bias: which biases of the base are trained: "none", "all", or "lora_only" for the targets'.
+      alpha: numerator of the scale, alpha / r.
+      dropout: dropout rate on the input of the low-rank branch.
+      targets: modules to edit; see `match_targets`.
+      factors: rank and alpha by Hugging Face module name, set for an adapter read from disk;
+        replaces `rank`, `alpha` and `targets`.
+      rslora: uses the scale alpha / √r.
+      rank_pattern: ranks of modules whose path ends with a pattern; overrides `rank`.
+      alpha_pattern: alphas of modules whose path ends with a pattern; overrides `alpha`.
+      new_tokens: number of tokens at the end of the vocabulary whose rows are trained, in the
+        embedding and in an untied head that is not trained otherwise.
+      train_tokens: names of further tokens to train.
+      token_ids: ids of all these tokens; None until they are looked up in the tokenizer.
+      token_rows: token ids by module, set for an adapter read from disk; replaces the three above.
+      bias: trained biases of the base: "none", "all", or "lora_only" for those of the targets.
     """
 
     name: ClassVar[str] = "lora"
@@ -131,7 +131,7 @@ class Lora(LinearMethod):
     new_tokens: int = 0
     train_tokens: tuple[str, ...] = ()
     token_ids: tuple[int, ...] | None = None
-    token_rows: tokens.TokenIds = ()
+    token_rows: TokenIds = ()
     bias: str = "none"
 
     def choose(self, modules: Mapping[str, Projection]) -> dict[str, Factor]:
@@ -156,10 +156,10 @@ class Lora(LinearMethod):
         return is_target(self.targets, self.layers, module)
 
     def attach(self, model: CausalLM) -> None:
-        """Fills the slots, the embedding's as well where it has new tokens.
+        """Fills the slots of the targets, and those of embedding and head if tokens are trained.
 
         Raises:
-          JaxtuneError: the embedding would be trained twice, or there is no bias to train.
+          JaxtuneError: embedding or head would be trained twice, or there is no bias to train.
         """
         trained = self.bias != "none" and biases.check(model, self._trains_bias, self.key("bias"))
         if self.bias != "none" and not trained and not self.from_file:
@@ -168,26 +168,26 @@ class Lora(LinearMethod):
             )
         super().attach(model)
         rows = self._rows_of_disk(model) if self.from_file else self._rows_to_train(model)
-        for module, name in ((tokens.EMBEDDING, "model.embed_tokens"), (tokens.HEAD, "lm_head")):
+        for module, name in ((EMBEDDING, "model.embed_tokens"), (HEAD, "lm_head")):
             if module in rows and self.trains(f"{name}.weight"):
                 key, saved = self._tokens_key, self.key("modules_to_save")
                 raise JaxtuneError(f"{key} and {saved} both train {module}")
-        tokens.attach(model, rows, self._tokens_key)
+        new_tokens.attach(model, rows, self._tokens_key)
 
     @property
     def _tokens_key(self) -> str:
-        return self.key("new_tokens" if self.new_tokens else "train_tokens", tokens.SETTING)
+        return self.key("new_tokens" if self.new_tokens else "train_tokens", new_tokens.SETTING)
 
     def _rows_of_disk(self, model: CausalLM) -> dict[str, tuple[int, ...]]:
-        """Returns the token ids of an adapter on disk by module."""
+        """Returns the token ids, by module, of an adapter on disk."""
         rows = dict(self.token_rows)
-        if model.lm_head is not None or tokens.HEAD not in rows:
+        if model.lm_head is not None or HEAD not in rows:
             return rows
-        # PEFT makes the rows of both one where they are of the same tokens.
-        if rows.pop(tokens.HEAD) != rows.get(tokens.EMBEDDING):
+        # With a tied head PEFT shares one set of rows, provided that the tokens are the same.
+        if rows.pop(HEAD) != rows.get(EMBEDDING):
             raise JaxtuneError(
-                f"{self._tokens_key} has other tokens for {tokens.HEAD} than for "
-                f"{tokens.EMBEDDING}, but the two are tied in this model (tie_word_embeddings)"
+                f"{self._tokens_key} has other tokens for {HEAD} than for {EMBEDDING}, but the two "
+                "are tied in this model (tie_word_embeddings)"
             )
         return rows
 
@@ -201,43 +201,47 @@ class Lora(LinearMethod):
             raise JaxtuneError(
                 f"{self._tokens_key}={wanted} is not less than all {vocab_size} tokens"
             )
-        # Before the tokenizer is there, as in a plan, it matters only how many they are.
+        # Without a tokenizer, as in a plan, only the number of tokens matters.
         ids = self.token_ids or tuple(range(wanted))
         head = model.lm_head
         with_head = head is not None and head.adapter is None and not self.trains("lm_head.weight")
-        return {tokens.EMBEDDING: ids} | ({tokens.HEAD: ids} if with_head else {})
+        return {EMBEDDING: ids} | ({HEAD: ids} if with_head else {})
 
     def with_tokenizer(self, tokenizer: Any) -> Lora:
-        """Looks up the tokens to train."""
+        """Returns a copy with the ids of the tokens to train.
+
+        Raises:
+          JaxtuneError: there is no tokenizer, or it lacks one of the tokens.
+        """
         if not self.new_tokens and not self.train_tokens:
             return self
-        ids = tokens.look_up(self.new_tokens, self.train_tokens, tokenizer)
+        ids = new_tokens.look_up(self.new_tokens, self.train_tokens, tokenizer)
         return dataclasses.replace(self, token_ids=ids)
 
     def with_stored(self, stored: StoredAdapter) -> Lora:
-        """Takes the tokens over that were trained."""
-        ids = dict(tokens.on_disk(stored)).get(tokens.EMBEDDING)
+        """Returns a copy with the token ids of the stored adapter."""
+        ids = dict(new_tokens.on_disk(stored)).get(EMBEDDING)
         return dataclasses.replace(self, token_ids=ids) if ids else self
 
     def complete(
         self, definition: Definition, weights: Tree, trees: tuple[Tree, Tree], start: Start | None
     ) -> tuple[Tree, Tree]:
-        """Starts trained tokens at their rows of the base.
+        """Initialises the rows of trained tokens from the base.
 
         Raises:
-          JaxtuneError: no tokenizer has said which tokens they are.
+          JaxtuneError: the token ids have not been looked up.
         """
         if start is None:
             return trees
         if (self.new_tokens or self.train_tokens) and self.token_ids is None:
             raise JaxtuneError(f"{self._tokens_key}: the tokens have to be looked up first")
-        rows = tokens.start(definition, dict(flatten(weights)))
+        rows = new_tokens.start(definition, dict(flatten(weights)))
         return merge(trees[0], unflatten(rows)), trees[1]
 
     def store(self, definition: Definition, trainable: Tree, constants: Tree) -> StoredAdapter:
         """Returns adapter_config.json, the factors, and the rows of new tokens."""
         stored = super().store(definition, trainable, constants)
-        tokens.write(definition, dict(flatten(trainable)), stored)
+        new_tokens.write(definition, dict(flatten(trainable)), stored)
         if self.bias == "none":
             return stored
         edited = [n for _, names, one in adapters(definition) for n in _edited(names, one)]
@@ -250,14 +254,14 @@ class Lora(LinearMethod):
             known = {name for _, names, _ in saved_arrays(definition) for name in names}
             biases.check_known(stored, known)
         trainable, constants = super().restore(definition, stored)
-        return merge(trainable, unflatten(tokens.read(definition, stored))), constants
+        return merge(trainable, unflatten(new_tokens.read(definition, stored))), constants
 
     def adapter(self, linear: Projection, settings: tuple[Factor | None, ...]) -> LoraAdapter:
-        """Makes the two factors."""
+        """Builds the two abstract factors."""
         return LoraAdapter(linear, settings, self.dropout)
 
     def peft_config(self, definition: Definition, settings: Mapping[str, Factor]) -> dict[str, Any]:
-        """Writes the commonest rank and alpha, and patterns for the others."""
+        """Returns the config: the most common rank and alpha, and patterns for the others."""
         common = Counter(settings.values()).most_common(1)[0][0]
         return peft_config("LORA", definition, settings) | {
             "r": common.rank,
@@ -273,7 +277,7 @@ class Lora(LinearMethod):
 
 
 def _edited(names: Sequence[str], adapter: SlotAdapter) -> list[str]:
-    """Returns the modules of a projection, over its blocks, that the method edits."""
+    """Returns the names of the layers (and experts) of a projection that the method edits."""
     return [name for name, one in zip(names, adapter.settings, strict=True) if one is not None]
 
 
@@ -289,12 +293,15 @@ def _by_pattern(
     found = {name: find_pattern(values, name) for name in names}
     for pattern in values:
         if pattern not in found.values():
-            raise JaxtuneError(f'{key}: "{pattern}" is the first to match no module of the targets')
+            raise JaxtuneError(
+                f'{key}: "{pattern}" applies to none of the targets: it matches no module, or an '
+                "earlier pattern matches the same ones"
+            )
     return {name: default if p is None else values[p] for name, p in found.items()}
 
 
 def from_peft(stored: StoredAdapter) -> Lora:
-    """Returns the method, with its settings, of a LoRA adapter without magnitudes.
+    """Returns the method and settings of a LoRA adapter without magnitudes.
 
     Raises:
       JaxtuneError: see `read_settings`.
@@ -303,7 +310,11 @@ def from_peft(stored: StoredAdapter) -> Lora:
 
 
 def settings_from_config(section: AdapterConfig) -> dict[str, Any]:
-    """Returns what LoRA and its variants take of the ``adapter`` section of a config."""
+    """Returns the arguments of `Lora` and its variants from the ``adapter`` section of a config.
+
+    Raises:
+      JaxtuneError: a pattern whose rank is not a positive integer.
+    """
     ranks = parse_patterns("adapter.rank_pattern", section.rank_pattern)
     alphas = parse_patterns("adapter.alpha_pattern", section.alpha_pattern)
     for pattern, rank in ranks.items():

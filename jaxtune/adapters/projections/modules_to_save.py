@@ -1,4 +1,4 @@
-"""Modules trained as they are and stored whole beside an adapter: PEFT's modules_to_save."""
+"""Modules that are trained in full and stored with an adapter: PEFT's modules_to_save."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from jaxtune.layers.decoder import CausalLM
 from jaxtune.layers.tree import Declaration, Path, declaration_of, layer_names, variables
 from jaxtune.models.definition import Definition
 
-# PEFT stores both whole where the vocabulary is not that of the base, without saying so.
+# PEFT stores both in full if the vocabulary was resized, without listing them in modules_to_save.
 _EMBEDDINGS = {
     "embed_tokens": "base_model.model.model.embed_tokens.weight",
     "lm_head": "base_model.model.lm_head.weight",
 }
 
-# PEFT stores a router's buffer with it, which is not trained.
+# A buffer that PEFT stores with a router; it is not trained.
 _BUFFER = "e_score_correction_bias"
 
 
 def saved_modules(stored: StoredAdapter) -> tuple[str, ...]:
-    """Returns the modules that an adapter on disk stores whole.
+    """Returns the modules that an adapter on disk stores in full.
 
     Raises:
       JaxtuneError: the setting is not a list of names.
@@ -40,7 +40,7 @@ def saved_modules(stored: StoredAdapter) -> tuple[str, ...]:
 
 
 def whole_weights(stored: StoredAdapter) -> tuple[str, Any] | None:
-    """Returns the setting of an adapter on disk that stands for whole weights, and its value."""
+    """Returns the setting of an adapter on disk that adds whole weights, and its value, or None."""
     saved, tokens = saved_modules(stored), stored.config.get("trainable_token_indices")
     if saved:
         return "modules_to_save", list(saved)
@@ -48,19 +48,21 @@ def whole_weights(stored: StoredAdapter) -> tuple[str, Any] | None:
 
 
 def is_whole(name: str, saved: Sequence[str]) -> bool:
-    """Returns whether a tensor, by its name behind PEFT's prefix, is part of a saved module."""
+    """Returns whether a tensor, by its name after PEFT's prefix, belongs to a saved module."""
     module, _, kind = name.rpartition(".")
-    # PEFT's experts are parameters of their module.
+    # In PEFT's models fused experts are parameters of the experts module, without a ".weight".
     part = kind in ("weight", "bias", _BUFFER) or module.endswith(".experts")
     return part and not module.endswith((".lora_A", ".lora_B")) and is_saved(module, saved)
 
 
 def is_saved(module: str, saved: Sequence[str]) -> bool:
-    """Returns whether a module, or one around it, ends as one of `saved` does, as PEFT compares.
+    """Returns whether the path of a module, or of one that contains it, ends with one of `saved`.
+
+    This is PEFT's rule.
 
     Args:
-      module: its whole path.
-      saved: ends of names.
+      module: full path of the module.
+      saved: suffixes of module names.
     """
     parts = module.split(".")
     paths = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
@@ -68,26 +70,26 @@ def is_saved(module: str, saved: Sequence[str]) -> bool:
 
 
 def check_saved(model: CausalLM, saved: Sequence[str], key: str) -> None:
-    """Looks the modules to train whole up.
+    """Checks the modules that are to be trained in full.
 
     Args:
-      model: abstract.
-      saved: ends of the modules' names.
-      key: of the setting that has them, for messages.
+      model: an abstract model.
+      saved: suffixes of the modules' names.
+      key: name of the setting, for messages.
 
     Raises:
-      JaxtuneError: one is not there, is of one layer, is embedding and head at once, or has routed
-        experts.
+      JaxtuneError: a module is missing, belongs to a single layer, is both embedding and head, or
+        contains routed experts.
     """
     found = list(variables(model))
     modules = {path[:-1] for path, _ in found}
     routed = {path[:-1] for path, variable in found if declaration_of(variable).experts}
     for name in saved:
         if any(part.isdigit() for part in name.split(".")):
-            raise JaxtuneError(f"{key}: {name} is of one layer; what is saved is saved of all")
+            raise JaxtuneError(f"{key}: {name} names one layer; modules are saved in all layers")
         if model.lm_head is None and name.split(".")[-1] in _EMBEDDINGS:
             raise JaxtuneError(
-                f"{key}: {name} is embedding and head at once in this model "
+                f"{key}: {name} is both embedding and head in this model "
                 f"(tie_word_embeddings): {UNTIE}"
             )
         if not any(is_saved(".".join(path), [name]) for path in modules):
@@ -96,18 +98,18 @@ def check_saved(model: CausalLM, saved: Sequence[str], key: str) -> None:
         inside = [path for path in routed if is_saved(".".join(path[:-1]), [name])]
         if inside:
             raise JaxtuneError(
-                f"{key}: {name} contains routed experts, which PEFT stores as one; they are not "
-                "read or trained as part of a module: name the other modules in it"
+                f"{key}: {name} contains routed experts, which PEFT stores fused; they cannot be "
+                "trained as part of a module: name the other modules in it"
             )
 
 
 def read_saved(
     definition: Definition, stored: StoredAdapter, prefix: str
 ) -> dict[Path, np.ndarray]:
-    """Returns the modules of an adapter on disk that are stored whole, float32, by path.
+    """Returns the stacked float32 arrays of an adapter's saved modules, by path.
 
     Raises:
-      JaxtuneError: a tensor is missing, of another shape or of no module of the model.
+      JaxtuneError: a tensor is missing, has another shape or belongs to no module of the model.
     """
     found: dict[Path, np.ndarray] = {}
     needed: set[str] = set()
@@ -133,8 +135,8 @@ def _other_shape(name: str, shape: Sequence[int], needed: Sequence[int]) -> str:
     module = name.removesuffix(".weight").rpartition(".")[-1]
     if module in _EMBEDDINGS and shape[1:] == needed[1:]:
         return (
-            f"adapter_model.safetensors: {module} has {shape[0]} rows and that of the base "
-            f"{needed[0]}: the adapter was trained after the vocabulary was resized; resize that "
+            f"adapter_model.safetensors: {module} has {shape[0]} rows, but {needed[0]} in the "
+            "base: the adapter was trained after the vocabulary was resized; resize that "
             f"of the base as well (model.resize_token_embeddings({shape[0]}) and save_pretrained "
             "of transformers)"
         )
@@ -144,7 +146,7 @@ def _other_shape(name: str, shape: Sequence[int], needed: Sequence[int]) -> str:
 
 
 def saved_arrays(definition: Definition) -> Iterator[tuple[Path, list[str], Declaration]]:
-    """Yields what is trained of the base: path, names in the checkpoint, declaration."""
+    """Yields the path, checkpoint names and declaration of each trained array of the base."""
     for path, leaf in definition.of_kind("trainable").items():
         if leaf.in_checkpoint:
             yield path, layer_names(path, leaf.declaration), leaf.declaration

@@ -1,4 +1,4 @@
-"""Trained tokens: chosen rows of the embedding and the head, stored as PEFT stores them."""
+"""Trained tokens: chosen rows of embedding and head, in PEFT's format."""
 
 from __future__ import annotations
 
@@ -21,13 +21,19 @@ from jaxtune.quant import is_quantized, materialize
 
 SETTING = "trainable_token_indices"
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
-# Token ids by module, EMBEDDING or HEAD.
+# (module, its token ids), where the module is EMBEDDING or HEAD.
 TokenIds = tuple[tuple[str, tuple[int, ...]], ...]
 _DELTA = "trainable_tokens_delta"
 
 
 class _Place(NamedTuple):
-    """Where the rows of a module are: in the base's tree, in a method's, and in PEFT's file."""
+    """Locations of a module's rows.
+
+    Attributes:
+      weight: path of the whole weight in the base tree.
+      rows: path of the trained rows in the trainable tree.
+      key: key of the trained rows in PEFT's file.
+    """
 
     weight: Path
     rows: Path
@@ -49,7 +55,7 @@ _PLACES = {
 
 
 class TokenRows(nnx.Module):
-    """The rows [n, hidden] that take the place of those of the tokens `ids` in a weight."""
+    """The trained rows [n, hidden] that replace those of the tokens `ids` in a weight."""
 
     def __init__(self, ids: tuple[int, ...], hidden_size: int):
         self.ids = ids
@@ -61,7 +67,11 @@ class TokenRows(nnx.Module):
         return Rows(jnp.asarray(self.ids, jnp.int32), self.trainable_tokens_delta.get_value())
 
     def replace(self, tokens: jax.Array, embedded: jax.Array) -> jax.Array:
-        """Puts the trained rows where tokens int[B, T] have any, in their embeddings [B, T, H]."""
+        """Replaces the embeddings [B, T, H] of trained tokens among the tokens int[B, T].
+
+        A binary search finds each token among the sorted trained ids. Where it is not one of them,
+        `searchsorted` returns the place at which it would be inserted, whose id differs.
+        """
         order = np.argsort(self.ids)
         ids = jnp.asarray(np.asarray(self.ids)[order], jnp.int32)
         place = jnp.minimum(jnp.searchsorted(ids, tokens), len(ids) - 1)
@@ -70,32 +80,32 @@ class TokenRows(nnx.Module):
         return jnp.where(found[..., None], trained.astype(embedded.dtype), embedded)
 
     def merged(self, weight: Any, dtype: DTypeLike) -> jax.Array:
-        """Returns the whole weight [vocabulary, hidden] of a plain or quantized one."""
+        """Returns the plain weight [vocabulary, hidden] with the trained rows in place."""
         ids, values = self.rows()
         return materialize(weight, dtype).astype(dtype).at[ids].set(values.astype(dtype))
 
 
 def look_up(last: int, names: Sequence[str], tokenizer: Any) -> tuple[int, ...]:
-    """Returns the ids of the tokenizer's last tokens, and of those with a name.
+    """Returns the ids of the tokenizer's last tokens and of tokens given by name.
 
     Args:
-      last: how many of the highest ids to return.
-      names: of more tokens, as the vocabulary has them.
-      tokenizer: of the base model; None where it has none.
+      last: number of tokens with the highest ids.
+      names: further tokens, spelled as in the vocabulary.
+      tokenizer: the base model's tokenizer, or None.
 
     Raises:
-      JaxtuneError: the tokenizer has no such tokens.
+      JaxtuneError: there is no tokenizer, or it lacks one of the tokens.
     """
     if tokenizer is None:
         raise JaxtuneError(
             "adapter.new_tokens and adapter.train_tokens need the tokenizer, and the model has none"
         )
     vocabulary = tokenizer.get_vocab()
-    # Not every number below the highest has to be that of a token.
-    every = sorted(set(vocabulary.values()))
-    if last > len(every):
-        raise JaxtuneError(f"adapter.new_tokens={last}: the tokenizer has {len(every)} tokens")
-    ids = every[len(every) - last :]
+    # Ids may have gaps, so the last tokens are not simply those from len(vocabulary) - last on.
+    known = sorted(set(vocabulary.values()))
+    if last > len(known):
+        raise JaxtuneError(f"adapter.new_tokens={last}: the tokenizer has {len(known)} tokens")
+    ids = known[len(known) - last :]
     for name in names:
         if name not in vocabulary:
             near = closest(name, tokenizer.get_added_vocab())
@@ -108,15 +118,15 @@ def look_up(last: int, names: Sequence[str], tokenizer: Any) -> tuple[int, ...]:
 
 
 def attach(model: CausalLM, rows: Mapping[str, Sequence[int]], key: str) -> None:
-    """Fills the slots of the embedding and the head.
+    """Fills the slots for trained rows of the embedding and the head.
 
     Args:
-      model: abstract.
+      model: an abstract model.
       rows: token ids by module.
-      key: of the setting that asks for them, for messages.
+      key: name of the setting, for messages.
 
     Raises:
-      JaxtuneError: a token that the model has no row for.
+      JaxtuneError: the model has no row for a token.
     """
     vocab_size, hidden_size = model.vocab_size, model.hidden_size
     for module, ids in rows.items():
@@ -133,7 +143,7 @@ def attach(model: CausalLM, rows: Mapping[str, Sequence[int]], key: str) -> None
 
 
 def start(definition: Definition, weights: Mapping[Path, Any]) -> dict[Path, jax.Array]:
-    """Returns the rows [n, hidden] of the base, where training starts, by path."""
+    """Returns the initial rows float32 [n, hidden], those of the base, by path."""
 
     def rows(weight: Any, ids: Sequence[int]) -> jax.Array:
         plain = materialize(weight, jnp.float32) if is_quantized(weight) else weight
@@ -143,10 +153,10 @@ def start(definition: Definition, weights: Mapping[Path, Any]) -> dict[Path, jax
 
 
 def read(definition: Definition, stored: StoredAdapter) -> dict[Path, jax.Array]:
-    """Returns the rows [n, hidden] of an adapter on disk, by path.
+    """Returns the rows float32 [n, hidden] of an adapter on disk, by path.
 
     Raises:
-      JaxtuneError: they do not fit the model.
+      JaxtuneError: the rows are missing or have another shape.
     """
     found: dict[Path, jax.Array] = {}
     for place, _ in _attached(definition):
@@ -162,7 +172,7 @@ def read(definition: Definition, stored: StoredAdapter) -> dict[Path, jax.Array]
 
 
 def write(definition: Definition, trainable: Mapping[Path, Any], stored: StoredAdapter) -> None:
-    """Adds trained rows and their ids to what is stored; PEFT ties those of a tied head itself."""
+    """Adds trained rows and their ids to `stored`; PEFT ties those of a tied head when loading."""
     setting = {}
     for place, ids in _attached(definition):
         stored.tensors[place.key] = np.asarray(trainable[place.rows], np.float32)
@@ -177,7 +187,7 @@ def _attached(definition: Definition) -> list[tuple[_Place, tuple[int, ...]]]:
 
 
 def on_disk(stored: StoredAdapter) -> TokenIds:
-    """Returns the tokens that an adapter on disk has trained.
+    """Returns the trained tokens of an adapter on disk.
 
     Raises:
       JaxtuneError: modules other than the embedding and the head, or invalid token ids.
@@ -195,7 +205,7 @@ def on_disk(stored: StoredAdapter) -> TokenIds:
         if not whole or len(set(ids)) < len(ids):
             raise JaxtuneError(
                 f'adapter_config.json: "{SETTING}" has {ids!r} for {module}, which is not a list '
-                "of different token ids"
+                "of distinct token ids"
             )
         if ids:
             rows[module] = tuple(ids)

@@ -1,4 +1,4 @@
-"""What methods that edit projections say in PEFT's files, and how they read them."""
+"""PEFT's config and tensors, for methods that edit projections."""
 
 from __future__ import annotations
 
@@ -17,13 +17,17 @@ from jaxtune.models.definition import Definition
 PREFIX = "base_model.model."
 
 
-def from_disk(given: Iterable[tuple[str, Any]], names: Collection[str]) -> dict[str, Any]:
-    """Returns the settings by module that an adapter on disk brings.
+def from_disk(edits: Iterable[tuple[str, Any]], names: Collection[str]) -> dict[str, Any]:
+    """Returns the settings by module of an adapter on disk.
+
+    Args:
+      edits: (module, its settings) for each edited module.
+      names: names of the model's projections.
 
     Raises:
-      JaxtuneError: it edits a module that the model lacks.
+      JaxtuneError: the adapter edits a module that the model lacks.
     """
-    settings = dict(given)
+    settings = dict(edits)
     for name in settings:
         if name == "lm_head" and name not in names:
             raise JaxtuneError(f"the adapter edits lm_head, and {TIED_HEAD}")
@@ -33,15 +37,15 @@ def from_disk(given: Iterable[tuple[str, Any]], names: Collection[str]) -> dict[
 
 
 def target_modules(definition: Definition, names: Collection[str]) -> list[str]:
-    """Returns PEFT's names of modules: short where they say it all, or else whole paths."""
+    """Returns ``target_modules``: last components if these select the same modules, else paths."""
     suffixes = {name.rsplit(".", 1)[-1] for name in names}
-    every = [n for p, m in definition.projections().items() for n in module_names(p, m)]
-    by_suffix = {n for n in every if n.rsplit(".", 1)[-1] in suffixes}
+    projections = [n for p, m in definition.projections().items() for n in module_names(p, m)]
+    by_suffix = {n for n in projections if n.rsplit(".", 1)[-1] in suffixes}
     return sorted(suffixes if by_suffix == set(names) else names)
 
 
 def peft_config(kind: str, definition: Definition, names: Collection[str]) -> dict[str, Any]:
-    """Returns what adapter_config.json says whatever the method."""
+    """Returns the entries of adapter_config.json that all methods share."""
     return {
         "peft_type": kind,
         "task_type": "CAUSAL_LM",
@@ -53,28 +57,28 @@ def peft_config(kind: str, definition: Definition, names: Collection[str]) -> di
 
 
 def edit_tensors(stored: StoredAdapter, what: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the tensors of a file that are edits, of any shape, by key without PEFT's prefix.
+    """Yields the tensors of edits, of any shape, by keys without PEFT's prefix.
 
-    What is left out are modules that are stored whole, and a head's copy of the base.
+    Leaves out saved modules and the copy of the base's head.
 
     Args:
       stored: an adapter on disk.
-      what: the method's tensors are, for messages: "a bias".
+      what: description of the method's tensors for messages, such as "a bias".
 
     Raises:
-      JaxtuneError: a key that does not begin as PEFT's do, or a dtype that no edit has.
+      JaxtuneError: a key lacks PEFT's prefix, or a tensor is not floating point.
     """
     saved = saved_modules(stored)
     for key, value in stored.tensors.items():
         if key.endswith(BASE_COPY):
-            continue  # who loads the base compares the two
+            continue  # compared with the base when that is loaded
         if not key.startswith(PREFIX) or not jnp.issubdtype(value.dtype, jnp.floating):
             raise JaxtuneError(f'adapter_model.safetensors: "{key}" is not {what}')
         name = key.removeprefix(PREFIX)
         if ".lora_embedding_" in name:
             raise JaxtuneError(
                 f'adapter_model.safetensors: "{key}": an adapter that edits embed_tokens by LoRA '
-                "is not supported; merge it with PEFT, or train embed_tokens whole "
+                "is not supported; merge it with PEFT, or train embed_tokens in full "
                 "(modules_to_save) or some of its tokens (trainable_token_indices)"
             )
         if not is_whole(name, saved):

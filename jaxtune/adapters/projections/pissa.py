@@ -1,9 +1,11 @@
 """PiSSA: LoRA that starts from the leading singular vectors of each weight.
 
-The base is edited once, while it streams in: W − scale · B A of the starting factors is what is
-frozen, so that base and adapter together start as the checkpoint. What is stored is a plain LoRA
-adapter of the checkpoint as it is, with twice the rank: half of it is what was trained, the other
-half what the base was edited with.
+The base is edited once, while it streams in: with A₀ and B₀ the starting factors, the frozen weight
+is W − s B₀ A₀, so that base and adapter together equal the checkpoint at the start.
+
+The stored adapter is plain LoRA for the unedited checkpoint. Relative to W the edit is
+s B A − s B₀ A₀ = s [B, −B₀] [A; A₀], which has twice the rank; its second half restores the edited
+base when a run is resumed.
 
 Source: Meng et al., 2024 (PiSSA).
 """
@@ -39,13 +41,13 @@ from jaxtune.layers.tree import (
 )
 from jaxtune.models.definition import Definition
 
-# From here on the leading vectors alone are found sooner than all of them.
+# From this size on, an iterative solver for the leading vectors is faster than a full SVD.
 _LARGE = 512
 _STARTS = {"lora_A": "start_A", "lora_B": "start_B"}
 
 
 class PissaAdapter(LoraAdapter):
-    """LoRA's factors, and those that it started from."""
+    """LoRA's factors, and the ones from which they started."""
 
     def __init__(self, linear: Projection, factors: tuple[Factor | None, ...], dropout: float):
         super().__init__(linear, factors, dropout)
@@ -58,10 +60,11 @@ class PissaAdapter(LoraAdapter):
 
 
 class _Subtract(BaseEdit):
-    """Takes the principal part out of each weight and remembers its factors.
+    """Subtracts the principal part from each weight and keeps its factors.
 
     Attributes:
-      tensors: of the factors, by PEFT's keys; what is there from the beginning is not computed.
+      tensors: starting factors by PEFT's keys. Factors passed to the constructor are reused;
+        the others are computed when their weight streams in.
     """
 
     def __init__(self, factors: Mapping[str, Factor], tensors: Mapping[str, np.ndarray]):
@@ -70,12 +73,12 @@ class _Subtract(BaseEdit):
         self.tensors = dict(tensors)
 
     def __call__(self, name: str, weight: np.ndarray) -> np.ndarray:
-        """Returns W − scale · B A."""
+        """Returns W − s B₀ A₀, float32 [out, in]."""
         factor = self._factors[name]
         if factor.rank > min(weight.shape):
             raise JaxtuneError(
-                f"adapter.rank={factor.rank} is more than {name} has singular values "
-                f"({min(weight.shape)})"
+                f"adapter.rank={factor.rank} exceeds the number of singular values of {name}, "
+                f"{min(weight.shape)}"
             )
         module = PREFIX + name.removesuffix(".weight")
         keys = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
@@ -86,11 +89,15 @@ class _Subtract(BaseEdit):
 
 
 def principal_factors(weight: np.ndarray, factor: Factor) -> tuple[np.ndarray, np.ndarray]:
-    """Returns float32 A [r, in] and B [out, r] whose scaled product is W's best of rank r."""
+    """Returns float32 A [r, in] and B [out, r] whose scaled product is the best rank-r fit of W.
+
+    With W = U S Vᵀ and s the scale: A = √(S/s) Vᵀ and B = U √(S/s), leading r components.
+    """
     if min(weight.shape) < _LARGE or factor.rank >= min(weight.shape) // 2:
         left, values, right = np.linalg.svd(weight, full_matrices=False)
     else:
-        # The start vector is fixed, so that a resumed run computes the same factors.
+        # The start vector is fixed, so that a resumed run computes the same factors. svds returns
+        # singular values in ascending order.
         start = np.ones(min(weight.shape), np.float32)
         found: Any = svds(weight, k=factor.rank, v0=start)
         left, values, right = found[0][:, ::-1], found[1][::-1], found[2][::-1]
@@ -108,14 +115,16 @@ class Pissa(Lora):
     edits_base: ClassVar[bool] = True
 
     def adapter(self, linear: Projection, settings: tuple[Factor | None, ...]) -> PissaAdapter:
-        """Makes the factors and room for their start."""
+        """Builds the abstract factors and starting factors."""
         return PissaAdapter(linear, settings, self.dropout)
 
     def base_edit(self, definition: Definition, stored: StoredAdapter | None) -> _Subtract:
-        """Returns what subtracts the principal part of every target, as it was stored if it was.
+        """Returns the edit that subtracts the principal part of every target.
+
+        A stored adapter contains the starting factors, which are then reused.
 
         Raises:
-          JaxtuneError: alpha is 0, and so no factors stand for anything.
+          JaxtuneError: alpha is 0, so that the scaled product of factors is always zero.
         """
         factors = {
             name: setting
@@ -130,7 +139,7 @@ class Pissa(Lora):
     def complete(
         self, definition: Definition, weights: Tree, trees: tuple[Tree, Tree], start: Start | None
     ) -> tuple[Tree, Tree]:
-        """Starts at the factors that were taken out of the base, and keeps them."""
+        """Sets the factors, and constant copies of them, to those subtracted from the base."""
         trainable, constants = super().complete(definition, weights, trees, start)
         if start is None:
             return trainable, constants
@@ -139,7 +148,7 @@ class Pissa(Lora):
         return merge(trainable, first), merge(constants, _as_starts(first))
 
     def store(self, definition: Definition, trainable: Tree, constants: Tree) -> StoredAdapter:
-        """Returns [A; A₀] and [B, −B₀]: the adapter as LoRA of the checkpoint itself."""
+        """Returns [A; A₀] and [B, −B₀]: plain LoRA for the unedited checkpoint."""
         names = {start: factor for factor, start in _STARTS.items()}
         started: dict[Path, Any] = {
             (*path[:-1], names[path[-1]]): value
@@ -157,14 +166,14 @@ class Pissa(Lora):
         return StoredAdapter(trained.config, tensors)
 
     def restore(self, definition: Definition, stored: StoredAdapter) -> tuple[Tree, Tree]:
-        """Takes [A; A₀] and [B, −B₀] apart again."""
+        """Splits [A; A₀] and [B, −B₀] into trained and starting factors."""
         trained, first = _halves(stored)
         trainable, constants = super().restore(definition, StoredAdapter(stored.config, trained))
         started = pack(definition, StoredAdapter({}, first))[0]
         return trainable, merge(constants, _as_starts(started))
 
     def peft_config(self, definition: Definition, settings: Mapping[str, Factor]) -> dict[str, Any]:
-        """Writes LoRA's with twice the rank and an alpha that leaves the scale as it is."""
+        """Returns LoRA's config with twice the rank and an alpha that gives the same scale."""
         doubled = {
             name: dataclasses.replace(
                 factor,
@@ -177,9 +186,9 @@ class Pissa(Lora):
 
 
 def _as_starts(trainable: Tree) -> Tree:
-    """Returns factors under the names of the constants that keep them.
+    """Returns copies of factors under the names of the constants for starting factors.
 
-    They are copies: a step of training consumes the arrays that it trains.
+    Copies are needed because the training step donates the buffers of trainable arrays.
     """
     return unflatten(
         {(*path[:-1], _STARTS[path[-1]]): jnp.copy(value) for path, value in flatten(trainable)}
@@ -187,7 +196,7 @@ def _as_starts(trainable: Tree) -> Tree:
 
 
 def _halves(stored: StoredAdapter) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Returns what was trained, with what has no start, and the starting factors, by key."""
+    """Returns the trained tensors (and all that are not factors) and the starting factors."""
     trained, first = dict(stored.tensors), {}
     for key, value in stored.tensors.items():
         if key.endswith("lora_A.weight"):

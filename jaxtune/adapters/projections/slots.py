@@ -1,7 +1,7 @@
-"""What methods that edit projections share: filling slots, packing layers, PEFT's keys.
+"""Common parts of methods that edit projections: filling slots, stacking layers, PEFT's keys.
 
-Such a method says which settings each chosen module has, what an adapter of these settings holds
-(its parts) and what PEFT's config says. All else is here.
+A method defines the settings of each chosen module, the trained arrays of an adapter with these
+settings (its parts) and PEFT's config. Everything else is in this module.
 """
 
 from __future__ import annotations
@@ -55,25 +55,26 @@ class AdapterPart:
     """A trained array of one projection of one layer (and expert).
 
     Attributes:
-      key: what follows the module's name in PEFT's file.
-      shape: in memory, without what pads it.
-      stored: its shape in the file, where that is another.
+      key: suffix after the module's name in PEFT's file.
+      shape: shape in memory, without padding.
+      file_shape: shape in the file, if it differs.
     """
 
     key: str
     shape: tuple[int, ...]
-    stored: tuple[int, ...] | None = None
+    file_shape: tuple[int, ...] | None = None
 
 
 class SlotAdapter(nnx.Module, abc.ABC):
-    """What fills the slot of a projection, in every layer of its blocks.
+    """The module in the adapter slot of a projection, stacked over the layers of its block.
 
-    Layers (and experts) that the method leaves alone have a share of the arrays all the same.
+    Arrays are [layers, …] or [layers, experts, …]. Layers (and experts) that the method leaves
+    alone occupy entries all the same, which `constants` disables.
 
     Attributes:
-      settings: of each layer (and expert), in the order of the leading axes; None where the
+      settings: one entry per layer (and expert), in the order of the leading axes; None where the
         method leaves the projection alone.
-      dropout: on the input of a low-rank branch.
+      dropout: dropout rate on the input of a low-rank branch.
     """
 
     settings: tuple[Any, ...]
@@ -85,18 +86,18 @@ class SlotAdapter(nnx.Module, abc.ABC):
 
     @abc.abstractmethod
     def start(self, name: str, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
-        """Returns the start of the trained array `name`, of the given stacked shape."""
+        """Returns the initial value of the trained array `name`, of the given stacked shape."""
 
     @abc.abstractmethod
     def constants(self) -> dict[str, np.ndarray]:
-        """Returns what settings give of the constants, [layers · experts] each, by attribute."""
+        """Returns constants that follow from settings, each [layers · experts], by attribute."""
 
     @abc.abstractmethod
     def edit(self, weight: Any, bias: jax.Array | None, dtype: DTypeLike) -> Edit:
         """Returns the edit of a weight [out, in]; see `LinearAdapter`."""
 
     def drop(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        """Drops inputs [..., in] of the low-rank branch at random, scaled to keep their mean."""
+        """Applies dropout to the inputs [..., in] of the low-rank branch; none without a key."""
         if key is None or self.dropout == 0:
             return x
         keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
@@ -109,7 +110,7 @@ class SlotAdapter(nnx.Module, abc.ABC):
 
     @property
     def chosen(self) -> np.ndarray:
-        """float32 [layers · experts]: 1 where the method edits, 0 elsewhere."""
+        """float32 [layers · experts]: 1 where the method edits the projection, 0 elsewhere."""
         return np.array([setting is not None for setting in self.settings], np.float32)
 
 
@@ -118,32 +119,39 @@ class LinearMethod(Method):
     """A method that puts a `SlotAdapter` into the slots of chosen projections.
 
     Attributes:
-      layers: the only ones to edit; empty for all.
-      modules_to_save: modules without an adapter, by the ends of their names, that are trained as
-        they are and stored whole, with all that is in them.
-      from_file: whether the settings are those of an adapter on disk, and not of a config.
+      layers: layers to edit; empty for all.
+      modules_to_save: suffixes of names of modules that are trained and stored in full, with all
+        modules they contain.
+      from_file: whether the settings come from an adapter on disk rather than from a config.
     """
 
     layers: tuple[int, ...] = ()
     modules_to_save: tuple[str, ...] = ()
     from_file: bool = False
 
-    def key(self, knob: str, setting: str = "") -> str:
-        """Returns what messages call a setting.
+    def key(self, option: str, setting: str = "") -> str:
+        """Returns the name of a setting for messages.
 
         Args:
-          knob: its name in the ``adapter`` section of a config.
-          setting: its name in adapter_config.json, where that is another.
+          option: its name in the ``adapter`` section of a config.
+          setting: its name in adapter_config.json, if it differs.
         """
-        return f'adapter_config.json: "{setting or knob}"' if self.from_file else f"adapter.{knob}"
+        if self.from_file:
+            return f'adapter_config.json: "{setting or option}"'
+        return f"adapter.{option}"
 
     @abc.abstractmethod
     def choose(self, modules: Mapping[str, Projection]) -> dict[str, Any]:
-        """Returns the settings of each module to edit, out of all projections by name."""
+        """Returns the settings of the modules to edit, given all projections by name."""
 
     @abc.abstractmethod
     def adapter(self, linear: Projection, settings: tuple[Any, ...]) -> SlotAdapter:
-        """Makes the abstract adapter of a projection, as of one layer of its blocks."""
+        """Builds the abstract adapter of a projection, for one layer of its block.
+
+        Args:
+          linear: the projection.
+          settings: settings of every layer (and expert) of the block; None for unedited ones.
+        """
 
     @abc.abstractmethod
     def peft_config(self, definition: Definition, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,7 +160,7 @@ class LinearMethod(Method):
     def select(
         self, targets: Sequence[str], modules: Iterable[str], key: str = "adapter.targets"
     ) -> list[str]:
-        """Returns the modules that the targets of a setting name, in the order of `modules`."""
+        """Returns the modules that match the targets of a setting, in the order of `modules`."""
         names = in_layers(modules, self.layers)
         matched = match_targets(targets, names, key)
         return [name for name in names if name in matched]
@@ -162,7 +170,12 @@ class LinearMethod(Method):
         return is_saved(name.rpartition(".")[0], self.modules_to_save)
 
     def attach(self, model: CausalLM) -> None:
-        """Fills the adapter slot of every chosen projection."""
+        """Fills the adapter slot of every chosen projection.
+
+        Raises:
+          JaxtuneError: a target is missing or trained twice, or a router would need dropout or a
+            bias.
+        """
         check_saved(model, self.modules_to_save, self.key("modules_to_save"))
         modules = model.projections()
         chosen = self.choose({n: m for path, m in modules.items() for n in module_names(path, m)})
@@ -179,17 +192,18 @@ class LinearMethod(Method):
                 raise JaxtuneError(f"{'.'.join(path)} is a router, which has no bias to train")
             if self.trains(".".join((*path, "weight"))):
                 raise JaxtuneError(
-                    f"{'.'.join(path)} is in {self.key('modules_to_save')}, which trains it whole, "
-                    f"and in {self.key('targets', 'target_modules')}"
+                    f"{'.'.join(path)} is in {self.key('modules_to_save')}, which trains all of "
+                    f"it, and in {self.key('targets', 'target_modules')}"
                 )
             layers = declaration_of(linear.weight).layers
             linear.adapter = stack(adapter, *layers) if layers else adapter
 
     def init(self, definition: Definition, seed: int) -> tuple[Tree, Tree]:
-        """Starts every adapter as it says; what pads is zero."""
+        """Returns the initial arrays of every adapter; padding is zero."""
         trainable: dict[Path, np.ndarray] = {}
         for path, _, adapter in adapters(definition):
-            # Depends on the module's name, so that one target more changes no other's start.
+            # The key depends on the module's name, so that adding a target does not change the
+            # initial values of the others.
             key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(".".join(path).encode()))
             for name, declared in _declared(definition, path, adapter).items():
                 started = adapter.start(name, declared.stacked_shape, key)
@@ -198,7 +212,7 @@ class LinearMethod(Method):
         return _trees(definition, trainable)
 
     def store(self, definition: Definition, trainable: Tree, constants: Tree) -> StoredAdapter:
-        """Returns adapter_config.json and the parts of each projection of each layer."""
+        """Returns adapter_config.json and the parts of every edited projection, unstacked."""
         del constants
         values, tensors = dict(flatten(trainable)), {}
         settings: dict[str, Any] = {}
@@ -212,8 +226,9 @@ class LinearMethod(Method):
                     continue
                 settings[name] = setting
                 for attribute, part in adapter.parts(setting).items():
-                    value = stacks[attribute][i][_slices(part)].reshape(part.stored or part.shape)
-                    tensors[f"{PREFIX}{name}{part.key}"] = value.copy()
+                    value = stacks[attribute][i][_slices(part)]
+                    shape = part.file_shape or part.shape
+                    tensors[f"{PREFIX}{name}{part.key}"] = value.reshape(shape).copy()
         for path, names, declared in saved_arrays(definition):
             value = np.asarray(values[path], np.float32).reshape(-1, *declared.shape)
             tensors |= {PREFIX + name: value[i].copy() for i, name in enumerate(names)}
@@ -223,7 +238,7 @@ class LinearMethod(Method):
         )
 
     def restore(self, definition: Definition, stored: StoredAdapter) -> tuple[Tree, Tree]:
-        """Packs PEFT's tensors into stacked arrays, and takes modules over that are whole."""
+        """Stacks PEFT's tensors over layers and experts, and reads the saved modules."""
         trainable, constants = pack(definition, stored)
         whole = read_saved(definition, stored, PREFIX)
         arrays = {path: jnp.asarray(value) for path, value in whole.items()}
@@ -231,7 +246,7 @@ class LinearMethod(Method):
 
 
 def pack(definition: Definition, stored: StoredAdapter) -> tuple[Tree, Tree]:
-    """Packs the parts of every adapter, by PEFT's keys, into (trainable, constants)."""
+    """Stacks the parts of every adapter, found by PEFT's keys, into (trainable, constants)."""
     trainable: dict[Path, np.ndarray] = {}
     for path, names, adapter in adapters(definition):
         declared = _declared(definition, path, adapter)
@@ -254,7 +269,7 @@ def adapters(definition: Definition) -> Iterator[tuple[Path, list[str], SlotAdap
 
 
 def shared_settings(section: AdapterConfig) -> dict[str, Any]:
-    """Returns what every such method takes of the ``adapter`` section of a config."""
+    """Returns the arguments of `LinearMethod` from the ``adapter`` section of a config."""
     return {
         "layers": parse_layers(section.layers),
         "modules_to_save": tuple(section.modules_to_save),
@@ -262,7 +277,7 @@ def shared_settings(section: AdapterConfig) -> dict[str, Any]:
 
 
 def _declared(definition: Definition, path: Path, adapter: SlotAdapter) -> dict[str, Declaration]:
-    """Returns what is declared of each trained array of an adapter, by attribute."""
+    """Returns the declaration of each trained array of an adapter, by attribute."""
     setting = next(setting for setting in adapter.settings if setting is not None)
     return {
         part: definition.leaves[(*path, "adapter", part)].declaration
@@ -271,7 +286,7 @@ def _declared(definition: Definition, path: Path, adapter: SlotAdapter) -> dict[
 
 
 def _flat(value: np.ndarray, declaration: Declaration) -> np.ndarray:
-    """Views a stacked array with one leading axis, of all layers and experts."""
+    """Returns a view [layers · experts, …] of a stacked array [layers, experts, …]."""
     return value.reshape(math.prod(declaration.stack_shape), *declaration.shape)
 
 
@@ -282,7 +297,7 @@ def _slices(part: AdapterPart) -> tuple[slice, ...]:
 def _cut(
     adapter: SlotAdapter, name: str, value: np.ndarray, declaration: Declaration
 ) -> np.ndarray:
-    """Zeroes what pads."""
+    """Returns a copy of a stacked array whose padding is zero."""
     cut = np.zeros_like(value)
     source, target = _flat(value, declaration), _flat(cut, declaration)
     for i, setting in enumerate(adapter.settings):
@@ -293,7 +308,7 @@ def _cut(
 
 
 def _trees(definition: Definition, trainable: Mapping[Path, np.ndarray]) -> tuple[Tree, Tree]:
-    """Makes the two trees; constants that no setting gives are zero."""
+    """Builds (trainable, constants); constants that do not follow from settings are zero."""
     constants = {
         path: jnp.zeros(leaf.declaration.stacked_shape, jnp.float32)
         for path, leaf in definition.of_kind("constants").items()
@@ -307,7 +322,7 @@ def _trees(definition: Definition, trainable: Mapping[Path, np.ndarray]) -> tupl
 
 
 def _tensor(stored: StoredAdapter, name: str, part: AdapterPart) -> np.ndarray:
-    key, shape = f"{PREFIX}{name}{part.key}", part.stored or part.shape
+    key, shape = f"{PREFIX}{name}{part.key}", part.file_shape or part.shape
     what = f"{name}{part.key.removesuffix('.weight')}"
     if key not in stored.tensors:
         raise JaxtuneError(f'adapter_model.safetensors: lacks "{key}"')

@@ -1,4 +1,4 @@
-"""VeRA: one pair of frozen random matrices for all projections, and two trained vectors for each.
+"""VeRA: frozen random matrices shared by all projections, and two trained vectors in each.
 
 Source: Kopiczko et al., 2024 (VeRA).
 """
@@ -47,7 +47,10 @@ _KEY = re.compile(r"(.+)\.vera_lambda_([bd])")
 
 
 class VeraAdapter(SlotAdapter):
-    """The two vectors of a projection, in every layer of its blocks; the matrices are shared."""
+    """The two vectors of a projection, stacked over the layers of its block.
+
+    `vera_A` [r, largest in] and `vera_B` [largest out, r] are shared by all projections.
+    """
 
     def __init__(self, linear: Projection, settings: tuple[int | None, ...], dropout: float):
         self.rank = next(rank for rank in settings if rank)
@@ -57,7 +60,7 @@ class VeraAdapter(SlotAdapter):
         self.vera_lambda_b = parameter((self.out_features,), axes, "zeros", Trainable, experts)
         self.vera_lambda_d = parameter((self.rank,), ("rank",), "ones", Trainable, experts)
         self.chosen_here = parameter((), (), "ones", Constant, experts)
-        self.vera_A: Any = nnx.data(None)  # once all adapters are there
+        self.vera_A: Any = nnx.data(None)  # set by Vera.attach, once the largest shapes are known
         self.vera_B: Any = nnx.data(None)
         self.settings = settings
         self.dropout = dropout
@@ -70,16 +73,16 @@ class VeraAdapter(SlotAdapter):
         }
 
     def start(self, name: str, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
-        """Starts b [out] at zero, the identity, and d [r] at a small value."""
+        """Returns zeros for b [out], so that the edit is zero, and `D_INITIAL` for d [r]."""
         del key
         return jnp.zeros(shape) if name == "vera_lambda_b" else jnp.full(shape, D_INITIAL)
 
     def constants(self) -> dict[str, np.ndarray]:
-        """Returns [layers · experts]: where the vectors count."""
+        """Returns [layers · experts]: 1 where the vectors are used, 0 elsewhere."""
         return {"chosen_here": self.chosen}
 
     def edit(self, weight: Any, bias: jax.Array | None, dtype: DTypeLike) -> Edit:
-        """Adds diag(b) B diag(d) A, as much of the matrices as the weight [out, in] is large."""
+        """Adds diag(b) B diag(d) A, with the matrices cut to the weight's shape [out, in]."""
         del weight, bias, dtype
         return Edit(
             LowRank(
@@ -96,11 +99,10 @@ class Vera(LinearMethod):
     """VeRA with its settings.
 
     Attributes:
-      rank: of the shared matrices.
-      dropout: on the input of the low-rank branch.
-      targets: see `match_targets`.
-      modules: Hugging Face names in place of the targets; how an adapter that was read from disk
-        says what it has.
+      rank: rank of the shared matrices.
+      dropout: dropout rate on the input of the low-rank branch.
+      targets: modules to edit; see `match_targets`.
+      modules: Hugging Face module names, set for an adapter read from disk; replaces `targets`.
     """
 
     name: ClassVar[str] = "vera"
@@ -117,7 +119,7 @@ class Vera(LinearMethod):
         return dict.fromkeys(self.select(self.targets, modules), self.rank)
 
     def attach(self, model: CausalLM) -> None:
-        """Fills the slots; every adapter holds the same two matrices."""
+        """Fills the slots; all adapters hold the same two matrices."""
         super().attach(model)
         edited = [linear for linear in model.projections().values() if linear.adapter is not None]
         shape_A = (self.rank, max(linear.in_features for linear in edited))
@@ -129,7 +131,7 @@ class Vera(LinearMethod):
             linear.adapter.vera_A, linear.adapter.vera_B = vera_A, vera_B
 
     def adapter(self, linear: Projection, settings: tuple[int | None, ...]) -> VeraAdapter:
-        """Makes the two vectors."""
+        """Builds the abstract vectors."""
         return VeraAdapter(linear, settings, self.dropout)
 
     def init(self, definition: Definition, seed: int) -> tuple[Tree, Tree]:
@@ -152,10 +154,10 @@ class Vera(LinearMethod):
         return stored
 
     def restore(self, definition: Definition, stored: StoredAdapter) -> tuple[Tree, Tree]:
-        """Packs the vectors and takes the matrices over.
+        """Stacks the vectors and reads the matrices.
 
         Raises:
-          JaxtuneError: the matrices are missing, or smaller than a module needs.
+          JaxtuneError: the matrices are smaller than a module needs.
         """
         trainable, constants = super().restore(definition, stored)
 
@@ -171,7 +173,7 @@ class Vera(LinearMethod):
         return trainable, _with_matrices(constants, read)
 
     def peft_config(self, definition: Definition, settings: Mapping[str, int]) -> dict[str, Any]:
-        """Writes the rank; the matrices are in the file."""
+        """Returns the config; ``save_projection`` says that the file has the matrices."""
         return peft_config("VERA", definition, settings) | {
             "r": self.rank,
             "vera_dropout": self.dropout,
@@ -200,10 +202,10 @@ def from_config(section: AdapterConfig) -> Vera:
 
 
 def from_peft(stored: StoredAdapter) -> Vera:
-    """Returns the method, with its settings, of an adapter that PEFT wrote.
+    """Returns the method and settings of an adapter written by PEFT.
 
     Raises:
-      JaxtuneError: a setting or a tensor that jaxtune would have to drop, or no matrices.
+      JaxtuneError: an unsupported setting or tensor, or no matrices.
     """
     config = stored.config
     for name in MATRICES:

@@ -1,1 +1,1 @@
-"""Methods that add virtual tokens or small networks."""
+"""Methods that add virtual tokens or small networks to the model."""

@@ -1,6 +1,6 @@
-"""Bottleneck adapters: small networks that add to the output of attention and feed-forward blocks.
+"""Bottleneck adapters: small networks added to the output of attention and feed-forward layers.
 
-They are stored as AdapterHub's package stores them: PEFT has none.
+They are stored in the format of AdapterHub's package, since PEFT does not have the method.
 
 Source: Houlsby et al., 2019; Pfeiffer et al., 2020; He et al., 2021 (parallel).
 """
@@ -41,8 +41,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "tanh": jnp.tanh,
     "sigmoid": jax.nn.sigmoid,
 }
-# What an adapter reads: the output h of its block, h and the stream x that the block started from,
-# or that stream alone.
+# Input of an adapter, from the output h of the layer it is attached to and the residual stream x
+# that the layer read.
 INPUTS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "block": lambda h, x: h,
     "sum": lambda h, x: h + x,
@@ -51,7 +51,7 @@ INPUTS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 
 
 class Bottleneck(nnx.Module):
-    """scaling · up(activation(down(…))), added to the output of a block."""
+    """Computes scaling · up(activation(down(…))), which is added to the output of a layer."""
 
     def __init__(self, hidden_size: int, name: str, settings: Bottlenecks):
         width = max(1, int(hidden_size // settings.reduction_factor))
@@ -60,7 +60,7 @@ class Bottleneck(nnx.Module):
         self.name, self.settings = name, settings
 
     def __call__(self, h: jax.Array, x: jax.Array, context: Context) -> jax.Array:
-        """Returns what is added to h [B, T, hidden], whose block read x [B, T, hidden]."""
+        """Returns the addition to the output h [B, T, hidden] of a layer with input x, like h."""
         settings = self.settings
         inputs = INPUTS[settings.reads](h, x).astype(context.dtype)
         down = linear_float32(inputs, self.adapter_down.weight.get_value())
@@ -75,14 +75,14 @@ class Bottlenecks(Method):
     """Bottleneck adapters in every layer, with their settings.
 
     Attributes:
-      attention: whether attention has one.
-      feed_forward: whether the feed-forward block has one.
-      reads: a name from `INPUTS`.
-      reduction_factor: hidden size over that of the bottleneck.
-      activation: a name from `ACTIVATIONS`.
-      scaling: factor on what is added.
-      dropout: on what is added.
-      label: what AdapterHub calls this adapter.
+      attention: whether attention has an adapter.
+      feed_forward: whether the feed-forward layer has an adapter.
+      reads: input of the adapter, a key of `INPUTS`.
+      reduction_factor: hidden size divided by the size of the bottleneck.
+      activation: nonlinearity, a key of `ACTIVATIONS`.
+      scaling: factor on the adapter's output.
+      dropout: dropout rate on the adapter's output.
+      label: name of the adapter in AdapterHub's files.
     """
 
     name: ClassVar[str] = "bottleneck"
@@ -99,7 +99,11 @@ class Bottlenecks(Method):
     label: str = "default"
 
     def attach(self, model: CausalLM) -> None:
-        """Fills the adapter slots of every layer."""
+        """Fills the adapter slots of every layer.
+
+        Raises:
+          JaxtuneError: an unknown activation.
+        """
         hidden = model.hidden_size
         lookup(ACTIVATIONS, self.activation, "adapter.activation")
         for layer, *layers in model.decoder.blocks:
@@ -111,13 +115,13 @@ class Bottlenecks(Method):
                 layer.output_adapters = stack(Bottleneck(hidden, name, self), *layers)
 
     def init(self, definition: Definition, seed: int) -> tuple[Tree, Tree]:
-        """Draws the projections down and leaves all else at zero: the identity."""
+        """Draws the down-projections; everything else is zero, so the adapter adds nothing."""
         drawn = flatten(draw(definition, seed, 1.0))
         kept = ("adapter_down", "weight")
         return unflatten({p: v if p[-2:] == kept else jnp.zeros_like(v) for p, v in drawn}), {}
 
     def store(self, definition: Definition, trainable: Tree, constants: Tree) -> StoredAdapter:
-        """Returns the config and the tensors as AdapterHub has them."""
+        """Returns the config and tensors in AdapterHub's format."""
         del constants
         values = dict(flatten(trainable))
         tensors = {
@@ -140,7 +144,11 @@ class Bottlenecks(Method):
         )
 
     def restore(self, definition: Definition, stored: StoredAdapter) -> tuple[Tree, Tree]:
-        """Stacks AdapterHub's tensors over the layers."""
+        """Stacks AdapterHub's tensors over the layers.
+
+        Raises:
+          JaxtuneError: a tensor is missing, has another shape or has no place in the model.
+        """
         check_match(stored, {"hidden_size": definition.hidden_size})
         needed: set[str] = set()
         trainable: dict[Path, jax.Array] = {}
@@ -155,7 +163,7 @@ class Bottlenecks(Method):
         return unflatten(trainable), {}
 
     def _keys(self, path: Path, leaf: Leaf) -> Iterator[str]:
-        """Yields AdapterHub's key of a parameter in each layer of its blocks."""
+        """Yields AdapterHub's key of a parameter in each layer of its block."""
         for name in layer_names(path, leaf.declaration):
             module, part, kind = name.rsplit(".", 2)
             part = f"{part}.0" if part == "adapter_down" else part
@@ -181,7 +189,7 @@ class Bottlenecks(Method):
         )
 
 
-# Settings of AdapterHub under which the tensors would mean something else.
+# Settings of AdapterHub that change the computation, with the only supported value.
 UNSUPPORTED: dict[str, Any] = {
     "adapter_residual_before_ln": False,
     "cross_adapter": False,
@@ -195,7 +203,7 @@ UNSUPPORTED: dict[str, Any] = {
     "stochastic_depth": 0.0,
     "use_gating": False,
 }
-# Settings of what is not there, at AdapterHub's defaults.
+# Settings of features that are not in use, at AdapterHub's defaults.
 NEUTRAL: dict[str, Any] = {
     "factorized_phm_W": True,
     "factorized_phm_rule": False,
@@ -212,12 +220,11 @@ NEUTRAL: dict[str, Any] = {
 }
 
 
-# Which blocks have an adapter (attention, feed-forward), and what it reads.
 def from_adapterhub(stored: StoredAdapter) -> Bottlenecks:
-    """Returns the method, with its settings, of an adapter that AdapterHub's package wrote.
+    """Returns the method and settings of an adapter written by AdapterHub's package.
 
     Raises:
-      JaxtuneError: a setting that jaxtune would have to drop.
+      JaxtuneError: an unsupported setting.
     """
     config = stored.config.get("config")
     if not isinstance(config, Mapping):

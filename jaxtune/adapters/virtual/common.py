@@ -1,4 +1,4 @@
-"""What the methods that add virtual tokens or modules have in common: starts, files and checks."""
+"""Common parts of methods that add virtual tokens or networks: initialisation, files, checks."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from jaxtune.errors import JaxtuneError
 from jaxtune.layers.tree import Path, Tree, unflatten
 from jaxtune.models.definition import Definition
 
-# The key of virtual tokens, [n, …], in PEFT's files.
+# Key of the virtual tokens [n, …] in PEFT's files.
 EMBEDDINGS = "prompt_embeddings"
 WEIGHTS_FILE = "adapter_model.safetensors"
 ENCODER_FILE = "encoder.safetensors"
 
 
 def draw(definition: Definition, seed: int, std: float) -> Tree:
-    """Draws the start of everything a method trains.
+    """Draws the initial values of all trainable arrays of a method.
 
-    Embeddings are normal; other weights are uniform within ±1/√fan-in, and so are their biases.
+    Embeddings are normal; weights and biases are uniform within ±1/√fan-in, as in PyTorch.
 
     Args:
-      definition: of the model with the method attached.
-      seed: of the draws; each array's are its own.
+      definition: definition of the model with the method attached.
+      seed: random seed, combined with the path of each array.
       std: standard deviation of embeddings.
     """
     leaves = definition.of_kind("trainable")
@@ -37,7 +37,7 @@ def draw(definition: Definition, seed: int, std: float) -> Tree:
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(".".join(path).encode()))
         if path[-1] == "embedding":
             return jax.random.normal(key, shape, jnp.float32) * std
-        # A bias has the fan-in of its weight, and everything in an LSTM that of its recurrence.
+        # A bias has the fan-in of its weight; in an LSTM all arrays have that of weight_hh.
         sibling = path[-1].replace("bias", "weight").replace("_ih_", "_hh_")
         fan_in = leaves[(*path[:-1], sibling)].declaration.shape[-1]
         return jax.random.uniform(key, shape, jnp.float32, -(fan_in**-0.5), fan_in**-0.5)
@@ -51,7 +51,7 @@ def checked(
     """Returns a tensor of an adapter's file in float32.
 
     Raises:
-      JaxtuneError: it is absent, has another shape or is not of floating point.
+      JaxtuneError: the tensor is missing, has another shape or is not floating point.
     """
     if name not in tensors:
         raise JaxtuneError(f'{file}: "{name}" is missing')
@@ -66,22 +66,22 @@ def checked(
 
 
 def count(stored: StoredAdapter, key: str) -> int:
-    """Returns a positive whole number of adapter_config.json.
+    """Returns a positive integer of adapter_config.json.
 
     Raises:
-      JaxtuneError: it is none.
+      JaxtuneError: the value is missing or not a positive integer.
     """
     value = stored.config.get(key)
     if type(value) is not int or value < 1:
-        raise JaxtuneError(f'adapter_config.json: "{key}" has {value!r}, not a positive number')
+        raise JaxtuneError(f'adapter_config.json: "{key}" is {value!r}, not a positive integer')
     return value
 
 
 def refuse_extras(stored: StoredAdapter) -> None:
-    """Refuses an adapter that holds more than virtual tokens.
+    """Checks that an adapter holds nothing but virtual tokens.
 
     Raises:
-      JaxtuneError: a setting or a tensor that jaxtune would have to drop.
+      JaxtuneError: an unsupported setting or tensor.
     """
     for key, plain in (("modules_to_save", None), ("num_transformer_submodules", 1)):
         if stored.config.get(key) not in (plain, None, []):
@@ -93,10 +93,10 @@ def refuse_extras(stored: StoredAdapter) -> None:
 
 
 def check_match(stored: StoredAdapter, needed: Mapping[str, Any]) -> None:
-    """Compares adapter_config.json with what the model needs of it.
+    """Checks settings of adapter_config.json against the model's.
 
     Raises:
-      JaxtuneError: the adapter belongs to a model of other dimensions.
+      JaxtuneError: a setting differs, because the adapter belongs to another model.
     """
     for key, value in needed.items():
         if stored.config.get(key) != value:
@@ -107,7 +107,7 @@ def check_match(stored: StoredAdapter, needed: Mapping[str, Any]) -> None:
 
 
 def prompt_config(definition: Definition, virtual_tokens: int) -> dict[str, Any]:
-    """Returns what every adapter_config.json of virtual tokens says."""
+    """Returns the entries of adapter_config.json that all methods of virtual tokens share."""
     return {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": definition.config.get("_name_or_path"),

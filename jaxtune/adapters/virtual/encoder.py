@@ -1,4 +1,4 @@
-"""Parts of small networks that methods add, in float32. Shapes: n virtual tokens."""
+"""Layers of the small networks that methods add, in float32. n is the number of virtual tokens."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Dense(nnx.Module):
 
 
 def drop(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Drops values of x [..., n] at random, scaled to keep their mean; none without a key."""
+    """Applies dropout to x [..., n]; returns x unchanged without a key."""
     if key is None or rate == 0:
         return x
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)
@@ -41,7 +41,9 @@ def drop(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 class LSTM(nnx.Module):
     """A bidirectional LSTM of several layers, with the parameters of ``torch.nn.LSTM``.
 
-    Source: Hochreiter and Schmidhuber, 1997; the gates in the order of torch (i, f, g, o).
+    The gates are stacked in the order of torch: input, forget, cell, output (i, f, g, o).
+
+    Source: Hochreiter and Schmidhuber, 1997.
     """
 
     def __init__(self, in_features: int, hidden_size: int, num_layers: int, dropout: float):
@@ -68,7 +70,7 @@ class LSTM(nnx.Module):
         return x
 
     def _run(self, x: jax.Array, suffix: str, reverse: bool) -> jax.Array:
-        """Runs one direction of one layer over [n, in]; [n, hidden]."""
+        """Maps float32 [n, in] to [n, hidden] by one direction of one layer."""
         weight_ih, weight_hh, bias_ih, bias_hh = (
             getattr(self, f"{name}_{suffix}").get_value()
             for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -81,11 +83,13 @@ class LSTM(nnx.Module):
             h = jax.nn.sigmoid(o) * jnp.tanh(c)
             return (h, c), h
 
+        # The products with the inputs do not depend on the state: one for all n tokens,
+        # [n, 4 · hidden].
         zeros = jnp.zeros(weight_hh.shape[1], x.dtype)
         inputs = product(x, weight_ih, 1) + bias_ih + bias_hh
         return lax.scan(step, (zeros, zeros), inputs, reverse=reverse)[1]
 
 
 def _suffixes(layer: int) -> tuple[str, str]:
-    """How torch ends the names of a layer's two directions."""
+    """Returns the suffixes of torch's parameter names for the two directions of a layer."""
     return f"l{layer}", f"l{layer}_reverse"

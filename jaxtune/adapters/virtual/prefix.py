@@ -1,7 +1,8 @@
 """Prefix tuning (P-Tuning v2): trained keys and values in front of every segment, in each layer.
 
-Multi-head attention of any kind stores them as PEFT does. Latent attention stores a latent past
-its norm and a shared rotary key, so that its absorbed decoding takes them too.
+For multi-head and grouped-query attention the format is PEFT's. For latent attention a virtual
+token is a normalised latent and a shared rotary key, as in the decoding cache, so that absorbed
+decoding can use it.
 
 Source: Li and Liang, 2021; Liu et al., 2021 (P-Tuning v2).
 """
@@ -39,7 +40,7 @@ LATENT = "LATENT_PREFIX"
 
 
 class OwnPrefix(nnx.Module):
-    """What a layer's attention has in front of every segment, trained as it is."""
+    """The prefix of one layer's attention, trained directly."""
 
     def __init__(self, virtual_tokens: int, width: int):
         self.embedding = parameter((virtual_tokens, width), (None, None), kind=Trainable)
@@ -51,7 +52,7 @@ class OwnPrefix(nnx.Module):
 
 
 class ProjectedPrefix(nnx.Module):
-    """What a layer's attention has in front of every segment, projected from what all share."""
+    """The prefix of one layer's attention, projected from a representation that layers share."""
 
     def __init__(self, encoder_hidden_size: int, width: int):
         self.projection = Dense(encoder_hidden_size, width, ("kv_heads", "embed"))
@@ -62,17 +63,17 @@ class ProjectedPrefix(nnx.Module):
 
 
 class PrefixCount(nnx.Module):
-    """Carries the number of virtual tokens of the layers' own prefixes."""
+    """Holds the number of virtual tokens, for prefixes that are trained directly."""
 
     def __init__(self, virtual_tokens: int):
         self.virtual_tokens = virtual_tokens
 
     def __call__(self) -> None:
-        """Returns nothing: the layers share nothing."""
+        """Returns None: there is no shared representation."""
 
 
 class PrefixEncoder(nnx.Module):
-    """The half of the projection that all layers share."""
+    """The part of the projection that all layers share: an embedding and a dense layer."""
 
     def __init__(self, virtual_tokens: int, token_dim: int, hidden_size: int):
         self.virtual_tokens = virtual_tokens
@@ -90,8 +91,9 @@ class Prefix(Method):
 
     Attributes:
       virtual_tokens: n.
-      projection: trains an embedding and two layers that make the prefixes, in their place.
-      encoder_hidden_size: between the two layers.
+      projection: trains an embedding and two dense layers that compute the prefixes, instead of
+        the prefixes themselves.
+      encoder_hidden_size: size between the two dense layers.
     """
 
     name: ClassVar[str] = "prefix"
@@ -102,7 +104,7 @@ class Prefix(Method):
     encoder_hidden_size: int = 128
 
     def attach(self, model: CausalLM) -> None:
-        """Fills the prefix slot of every layer's attention, and that of the decoder."""
+        """Fills the prefix slots of the decoder and of every layer's attention."""
         decoder, n, hidden = model.decoder, self.virtual_tokens, self.encoder_hidden_size
         for layer, *layers in decoder.blocks:
             width = layer.self_attn.prefix_width
@@ -113,18 +115,19 @@ class Prefix(Method):
         decoder.prefix = projected or PrefixCount(n)
 
     def init(self, definition: Definition, seed: int) -> tuple[Tree, Tree]:
-        """Draws prefixes as the model's own weights were; under a projection as PEFT does."""
+        """Draws prefixes with the model's initializer_range; a projection as PEFT does."""
         std = 1.0 if self.projection else definition.config.get("initializer_range") or 0.02
         return draw(definition, seed, std), {}
 
     def store(self, definition: Definition, trainable: Tree, constants: Tree) -> StoredAdapter:
-        """Returns the prefixes of all layers, side by side, and the encoder apart from them."""
+        """Returns the prefixes of all layers as one matrix [n, layers · width], and the encoder."""
         del constants
         blocks, values = definition.blocks, dict(flatten(trainable))
         config = prompt_config(definition, self.virtual_tokens) | _storage(definition.attention)
         hidden = self.encoder_hidden_size if self.projection else config["token_dim"]
         config |= {"prefix_projection": self.projection, "encoder_hidden_size": hidden}
         if not self.projection:
+            # Per block [layers, n, width]; joined over blocks, then layer-major within a token.
             slabs = [np.asarray(values[path]) for path in _slots(blocks, "embedding")]
             embeddings = np.concatenate(slabs).transpose(1, 0, 2).reshape(self.virtual_tokens, -1)
             return StoredAdapter(config, {EMBEDDINGS: embeddings})
@@ -146,7 +149,11 @@ class Prefix(Method):
         return StoredAdapter(config, {EMBEDDINGS: embeddings}, encoder)
 
     def restore(self, definition: Definition, stored: StoredAdapter) -> tuple[Tree, Tree]:
-        """Cuts the prefixes, or the encoder's last layer, into layers."""
+        """Splits the stored prefixes, or the encoder's last dense layer, over the layers.
+
+        Raises:
+          JaxtuneError: a tensor is missing or has another shape, or a setting does not match.
+        """
         blocks, n = definition.blocks, self.virtual_tokens
         width, layers = definition.attention.prefix_width, definition.layer_count
         storage = _storage(definition.attention)
@@ -186,7 +193,7 @@ class Prefix(Method):
 
 
 def _storage(attention: Any) -> dict[str, Any]:
-    """Returns the settings of an adapter_config.json that describe a prefix of this attention."""
+    """Returns the settings of adapter_config.json for a prefix of this kind of attention."""
     shapes = attention.token_shapes
     if "latent" in shapes:
         (kv_lora_rank,), (rope,) = shapes["latent"], shapes["rope"]
@@ -211,7 +218,7 @@ def _slots(blocks: Sequence[Blocks], *name: str) -> Iterator[Path]:
 
 
 def _cut(blocks: Sequence[Blocks], values: dict[Path, np.ndarray]) -> Tree:
-    """Cuts arrays over all layers into those of each of the blocks."""
+    """Splits arrays [all layers, …] into one array per block, at the paths of prefix slots."""
     return unflatten(
         {
             path: jnp.asarray(value[first : first + layers])
@@ -227,7 +234,7 @@ def from_peft(stored: StoredAdapter) -> Prefix:
     Without the encoder that computed it, the prefix itself is trained further.
 
     Raises:
-      JaxtuneError: adapter_config.json lacks a number, or the adapter holds something else.
+      JaxtuneError: a setting is missing or invalid, or the adapter holds other tensors.
     """
     refuse_extras(stored)
     n = count(stored, "num_virtual_tokens")

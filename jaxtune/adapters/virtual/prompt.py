@@ -1,4 +1,4 @@
-"""Prompt tuning: trained embeddings of virtual tokens at the head of every example.
+"""Prompt tuning: trained embeddings of virtual tokens in front of every example.
 
 Source: Lester et al., 2021.
 """
@@ -35,7 +35,7 @@ from jaxtune.vocabulary import check_token_ids
 
 
 class VirtualTokens(nnx.Module):
-    """Embeddings that are trained as they are."""
+    """Embeddings of virtual tokens, trained directly."""
 
     def __init__(self, virtual_tokens: int, hidden_size: int):
         self.virtual_tokens = virtual_tokens
@@ -53,7 +53,7 @@ class Prompt(Method):
 
     Attributes:
       virtual_tokens: n.
-      init_text: whose tokens' embeddings the virtual tokens start from; empty: a random start.
+      init_text: text whose token embeddings are the initial values; empty for random ones.
     """
 
     name: ClassVar[str] = "prompt"
@@ -67,7 +67,11 @@ class Prompt(Method):
         model.decoder.prompt = VirtualTokens(self.virtual_tokens, model.hidden_size)
 
     def start(self, tokenizer: Any, embeddings: Callable[[], np.ndarray]) -> StoredAdapter | None:
-        """Looks up the text, repeated or cut to n tokens as PEFT does: embeddings [n, hidden]."""
+        """Returns the embeddings [n, hidden] of the text's tokens, repeated or cut as PEFT does.
+
+        Raises:
+          JaxtuneError: there is no tokenizer, the text is empty, or a token has no embedding.
+        """
         if not self.init_text:
             return None
         if tokenizer is None:
@@ -82,17 +86,17 @@ class Prompt(Method):
         return StoredAdapter({"token_dim": rows.shape[1]}, {EMBEDDINGS: rows})
 
     def init(self, definition: Definition, seed: int) -> tuple[Tree, Tree]:
-        """Draws embeddings as the model's own were."""
+        """Draws embeddings with the model's initializer_range."""
         std = definition.config.get("initializer_range") or 0.02
         return draw(definition, seed, std), {}
 
     def store(self, definition: Definition, trainable: Tree, constants: Tree) -> StoredAdapter:
-        """Returns the embeddings as they are."""
+        """Returns the config and the embeddings [n, hidden]."""
         del constants
         config = prompt_config(definition, self.virtual_tokens) | {
             "peft_type": "PROMPT_TUNING",
             "token_dim": definition.hidden_size,
-            # How it started no longer matters, and the text would ask for a tokenizer.
+            # With an initial text PEFT would load a tokenizer, although the values are in the file.
             "prompt_tuning_init": "RANDOM",
             "prompt_tuning_init_text": None,
         }
@@ -100,7 +104,11 @@ class Prompt(Method):
         return StoredAdapter(config, {EMBEDDINGS: embeddings})
 
     def restore(self, definition: Definition, stored: StoredAdapter) -> tuple[Tree, Tree]:
-        """Returns the embeddings as the only trainable."""
+        """Returns the embeddings as the only trainable array.
+
+        Raises:
+          JaxtuneError: the embeddings are missing or do not fit the model.
+        """
         hidden = definition.hidden_size
         check_match(stored, {"token_dim": hidden})
         shape = (self.virtual_tokens, hidden)
@@ -109,10 +117,10 @@ class Prompt(Method):
 
 
 def from_peft(stored: StoredAdapter) -> Prompt:
-    """Returns the method of virtual tokens that PEFT stored.
+    """Returns the method of a prompt in PEFT's format.
 
     Raises:
-      JaxtuneError: adapter_config.json lacks a number, or the adapter holds something else.
+      JaxtuneError: a setting is missing or invalid, or the adapter holds other tensors.
     """
     refuse_extras(stored)
     return Prompt(count(stored, "num_virtual_tokens"))

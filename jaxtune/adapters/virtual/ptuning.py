@@ -1,4 +1,4 @@
-"""P-Tuning: virtual tokens that a small network makes from embeddings of its own.
+"""P-Tuning: virtual tokens that a small network computes from trained embeddings.
 
 Source: Liu et al., 2021 (GPT Understands, Too); the network is PEFT's PromptEncoder.
 """
@@ -36,7 +36,7 @@ ENCODERS = ("MLP", "LSTM")
 
 
 class PromptEncoder(nnx.Module):
-    """Embeddings, perhaps a bidirectional LSTM, and dense layers with ReLU between them."""
+    """Embeddings, an optional bidirectional LSTM, and dense layers with ReLU between them."""
 
     def __init__(self, hidden_size: int, settings: PTuning):
         width, hidden = settings.encoder_hidden_size, hidden_size
@@ -65,10 +65,10 @@ class PTuning(Method):
 
     Attributes:
       virtual_tokens: n.
-      encoder: "MLP" (three dense layers) or "LSTM" (and two dense layers).
-      encoder_hidden_size: of the network.
-      num_layers: of the LSTM.
-      dropout: between the layers of the LSTM.
+      encoder: "MLP" (three dense layers) or "LSTM" (an LSTM and two dense layers).
+      encoder_hidden_size: hidden size of the network.
+      num_layers: number of layers of the LSTM.
+      dropout: dropout rate between the layers of the LSTM.
     """
 
     name: ClassVar[str] = "ptuning"
@@ -84,21 +84,21 @@ class PTuning(Method):
         """Fills the prompt slot of the decoder.
 
         Raises:
-          JaxtuneError: dropout where nothing can be dropped.
+          JaxtuneError: dropout without an LSTM of several layers.
         """
         if self.dropout and (self.encoder == "MLP" or self.num_layers == 1):
             raise JaxtuneError(
-                "adapter.dropout must be 0 with P-Tuning: it drops between the layers of an LSTM, "
-                "and the encoder has none"
+                "adapter.dropout must be 0 with P-Tuning: it applies between the layers of an "
+                "LSTM, and this encoder has no such layers"
             )
         model.decoder.prompt = PromptEncoder(model.hidden_size, self)
 
     def init(self, definition: Definition, seed: int) -> tuple[Tree, Tree]:
-        """Draws the network as PEFT does."""
+        """Draws the network's initial values as PEFT does."""
         return draw(definition, seed, 1.0), {}
 
     def store(self, definition: Definition, trainable: Tree, constants: Tree) -> StoredAdapter:
-        """Returns what the network makes, and the network apart from it."""
+        """Returns the embeddings that the network computes and, as `encoder`, the network."""
         del constants
         config = prompt_config(definition, self.virtual_tokens) | {
             "peft_type": "P_TUNING",
@@ -110,11 +110,15 @@ class PTuning(Method):
         }
         tree = trainable["model"]["prompt"]
         encoder = {_name(path): np.asarray(v, np.float32) for path, v in flatten(tree)}
-        made = bind(nnx.graphdef(definition.prompt), tree)(None)
-        return StoredAdapter(config, {EMBEDDINGS: np.asarray(made)}, encoder)
+        embeddings = bind(nnx.graphdef(definition.prompt), tree)(None)
+        return StoredAdapter(config, {EMBEDDINGS: np.asarray(embeddings)}, encoder)
 
     def restore(self, definition: Definition, stored: StoredAdapter) -> tuple[Tree, Tree]:
-        """Returns the network as the trainable."""
+        """Returns the network's arrays as trainable.
+
+        Raises:
+          JaxtuneError: an array is missing or has another shape.
+        """
         check_match(stored, {"token_dim": definition.hidden_size})
         tree = definition.abstract("trainable")["model"]["prompt"]
         values = {
@@ -125,17 +129,17 @@ class PTuning(Method):
 
 
 def _name(path: Path) -> str:
-    """Returns PEFT's name of an array of the network; it counts the ReLUs as layers as well."""
+    """Returns PEFT's name of an array; in ``mlp_head`` dense layers alternate with ReLUs."""
     if path == ("embedding",):
         return "embedding.weight"
     return ".".join(str(2 * int(part)) if part.isdigit() else part for part in path)
 
 
 def from_peft(stored: StoredAdapter) -> Method:
-    """Returns the method of P-Tuning's virtual tokens; without its network it is prompt tuning.
+    """Returns P-Tuning, or prompt tuning if the stored adapter comes without its network.
 
     Raises:
-      JaxtuneError: adapter_config.json is not usable, or the adapter holds something else.
+      JaxtuneError: a setting is missing or invalid, or the adapter holds other tensors.
     """
     plain = prompt.from_peft(stored)
     if stored.encoder is None:
