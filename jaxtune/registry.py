@@ -90,6 +90,19 @@ SCHEDULES = {
 }
 """``optimizer.schedule``: ``(peak rate, steps, decay steps) -> optax.Schedule``."""
 
+DTYPES = ("bfloat16", "float16", "float32")
+"""``training.dtype``, and the dtypes that a model is loaded, saved and converted in."""
+
+ROW_FORMATS = {
+    "messages": Entry("jaxtune.data.row_formats:MESSAGES"),
+    "prompt-completion": Entry("jaxtune.data.row_formats:PROMPT_COMPLETION"),
+    "alpaca": Entry("jaxtune.data.row_formats:ALPACA"),
+    "sharegpt": Entry("jaxtune.data.row_formats:SHAREGPT"),
+    "text": Entry("jaxtune.data.row_formats:TEXT"),
+    "tokenized": Entry("jaxtune.data.row_formats:TOKENIZED"),
+}
+"""``data.format``: a `DataFormat`."""
+
 ATTENTION_BACKENDS = {
     "xla": Entry("jaxtune.layers.attention_portable:xla_attention"),
     "blockwise": Entry("jaxtune.layers.attention_portable:blockwise_attention"),

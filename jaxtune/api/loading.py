@@ -13,7 +13,7 @@ from jaxtune import config as config_module
 from jaxtune.adapter_files.peft import read_adapter
 from jaxtune.adapters.define import define
 from jaxtune.api.adapter_set import AdapterSet
-from jaxtune.api.model import DTYPES, Choice, Model
+from jaxtune.api.model import Choice, Model
 from jaxtune.chats.ends import turn_end_tokens
 from jaxtune.chats.template import read_template
 from jaxtune.checkpoints import huggingface
@@ -24,6 +24,7 @@ from jaxtune.checkpoints.open_model import OpenModel, open_model
 from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.parallel.mesh import single_device_mesh
 from jaxtune.quant import Quantization
+from jaxtune.registry import DTYPES
 
 # What `load` calls the one adapter that is given without a name.
 ONLY = "default"

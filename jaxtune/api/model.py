@@ -29,9 +29,9 @@ from jaxtune.layers.cpu_bfloat16 import jit
 from jaxtune.layers.decoder import ForwardOptions
 from jaxtune.layers.tree import Tree, merge
 from jaxtune.models.definition import Definition
+from jaxtune.registry import DTYPES
 from jaxtune.vocabulary import check_token_ids
 
-DTYPES = ("bfloat16", "float16", "float32")
 # What `Model.generate` takes as a prompt: text, token ids, or chat messages.
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 # What `Model.use` takes: an adapter, several by weight, or none.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,25 +76,26 @@ class Run:
           JaxtuneError: nothing has been saved yet.
         """
         lookup(dict.fromkeys(("best", "last", "none")), adapter, "adapter")
-        settings, path = self.config, self.config.model.path
-        options: dict[str, Any] = {
-            "dtype": settings.training.dtype,
-            "revision": settings.model.revision,
-            "attention": settings.model.attention,
-            "quantize": settings.quantize.to_dict(),
-        }
+        settings = self.config
         chats = self._chats(read_template(chat_template, "chat_template"))
+        load = functools.partial(
+            load_with_adapters,
+            settings.model.path,
+            settings.quantize.to_dict(),
+            settings.training.dtype,
+            revision=settings.model.revision,
+            attention=settings.model.attention,
+            chats=chats,
+        )
         if adapter == "none":
-            return load_with_adapters(path, chats=chats, **options)
+            return load()
         method, _ = training.choose_method(settings)
         quantized = bool(settings.quantize.format)
         if method.edits_base or (quantized and not method.has_adapter):
             return self._as_trained(adapter, chats)
         if not method.has_adapter:
-            return self._fully_trained(method, options, adapter, chats)
-        directories = {ONLY: self.adapter_directory(adapter)}
-        model = load_with_adapters(path, adapters=directories, chats=chats, **options)
-        return model.use(ONLY)
+            return self._fully_trained(method, adapter, chats)
+        return load(adapters={ONLY: self.adapter_directory(adapter)}).use(ONLY)
 
     def save_merged(
         self, directory: str | Path, adapter: str = "best", *, quantized: bool = False
@@ -202,27 +203,21 @@ class Run:
             chats=chats,
         )
 
-    def _fully_trained(
-        self,
-        method: Method,
-        options: Mapping[str, Any],
-        which: str,
-        chats: Callable[[Choice], Chat],
-    ) -> Model:
+    def _fully_trained(self, method: Method, which: str, chats: Callable[[Choice], Chat]) -> Model:
         # Rounded to the dtype of the run, as it is exported, and not as the masters are.
         config, source = self._single_device_config(), self._base.source
         setup = set_up(config, source.config, method, jax.devices()[:1])
         arrays = training.trained_arrays(self.directory, setup, which)
         # What is not trained, such as a router's correction bias, stays as it is in the checkpoint.
         source = with_trained_weights(source, setup.definition, arrays)
-        mesh, dtype = single_device_mesh(), options["dtype"]
+        mesh, dtype = single_device_mesh(), config.training.dtype
         parts = load_model(source, dtype, mesh)
         return Model(
             parts,
             self._base.directory,
             mesh,
             dtype=dtype,
-            attention=options["attention"],
+            attention=config.model.attention,
             chats=chats,
         )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from jaxtune.errors import JaxtuneError, closest
 
@@ -39,9 +38,15 @@ def add_workdir(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", metavar="DIR", required=True, help="directory of the run")
 
 
-def add_config(parser: argparse.ArgumentParser, **options: Any) -> None:
+def add_config(
+    parser: argparse.ArgumentParser,
+    *,
+    required: bool = False,
+    default: str | None = None,
+    help: str = CONFIG_HELP,
+) -> None:
     """Adds --config, a config file."""
-    parser.add_argument("--config", metavar="FILE", **{"help": CONFIG_HELP, **options})
+    parser.add_argument("--config", metavar="FILE", required=required, default=default, help=help)
 
 
 def add_adapter(parser: argparse.ArgumentParser) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from jaxtune.commands.arguments import check_unused, choice
+from jaxtune.registry import DTYPES, WEIGHT_FORMATS
 
 SUMMARY = "Convert a checkpoint to a Hugging Face directory."
 
@@ -22,14 +23,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         metavar="DTYPE",
-        type=choice("bfloat16", "float16", "float32"),
+        type=choice(*DTYPES),
         default="bfloat16",
         help="dtype of the weights that are not quantized (default: bfloat16)",
     )
     parser.add_argument(
         "--quantize",
         metavar="FORMAT",
-        type=choice("nf4", "int4", "int8", "fp8"),
+        type=choice(*WEIGHT_FORMATS),
         help="quantize the linear weights to nf4, int4, int8 or fp8",
     )
     parser.add_argument(

@@ -6,15 +6,18 @@ import argparse
 import json
 import os
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
 from jaxtune.commands.arguments import add_config, choice
 from jaxtune.config import Config
 from jaxtune.errors import JaxtuneError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from jaxtune.checkpoints.source import TensorSource
-    from jaxtune.data import DataReader, Examples
+    from jaxtune.data import DataReader, Examples, ReaderOptions
+    from jaxtune.data.encode import Problem
     from jaxtune.training.durations import Timeline
 
 SUMMARY = "Inspect the data of a run, or tokenize it in advance."
@@ -61,7 +64,9 @@ def run(arguments: argparse.Namespace) -> None:
     actions[arguments.action](config, arguments)
 
 
-def _reader(config: Config, **options: Any) -> tuple[DataReader, TensorSource, Any]:
+def _reader(
+    config: Config, **options: Unpack[ReaderOptions]
+) -> tuple[DataReader, TensorSource, PreTrainedTokenizerBase | None]:
     """Returns the data reader that a run would use, the model's checkpoint and its tokenizer."""
     from jaxtune.checkpoints.open_model import open_model
     from jaxtune.runs.chat import configured_chat, reader_options
@@ -70,7 +75,8 @@ def _reader(config: Config, **options: Any) -> tuple[DataReader, TensorSource, A
     source = open_model(config.model.path, config.model.revision).source
     chat = configured_chat(config, source)
     options |= reader_options(config, chat)
-    return data_reader(config, source, chat.tokenizer, **options), source, chat.tokenizer
+    reader = data_reader(config, source, chat.tokenizer, **options)
+    return reader, source, chat.tokenizer
 
 
 def _inspect(config: Config, arguments: argparse.Namespace) -> None:
@@ -95,7 +101,7 @@ def _stats(config: Config, arguments: argparse.Namespace) -> None:
     from jaxtune.data.splits import Splits, hold_out, resolve_overlap
     from jaxtune.training.evaluation import held_out_order
 
-    problems: list[Any] = []
+    problems: list[Problem] = []
     reader, source, _ = _reader(config, problems=problems)
     # `DataReader.splits` would raise for rows in both splits; here they are counted.
     train, bad = reader.read(config.data.train, training=True), len(problems)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from jaxtune.config.option import Section, option
+from jaxtune.registry import ROW_FORMATS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,7 @@ class DataConfig(Section):
         "",
         "row format: messages, prompt-completion, alpaca, sharegpt, text or tokenized; empty: "
         "detected from the keys",
+        choices=("", *ROW_FORMATS),
     )
     targets: str = option(
         "all",

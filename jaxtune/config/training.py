@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from jaxtune.config.option import Section, option
-from jaxtune.registry import OPTIMIZERS, REMAT_POLICIES, SCHEDULES
+from jaxtune.registry import DTYPES, OPTIMIZERS, REMAT_POLICIES, SCHEDULES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class TrainingConfig(Section):
         "bfloat16",
         "dtype of base weights and computation; trainable weights are float32, and float16 uses "
         "loss scaling",
-        choices=("bfloat16", "float16", "float32"),
+        choices=DTYPES,
     )
     remat: str = option(
         "full",

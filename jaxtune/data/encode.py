@@ -12,9 +12,9 @@ import numpy as np
 
 from jaxtune.chats.ends import span_end_tokens
 from jaxtune.chats.tokens import IGNORE, Tokens, tokenize_batch
+from jaxtune.data.detect_format import FORMATS, detect_format, unread_keys
 from jaxtune.data.file_formats import Record
 from jaxtune.data.fitting import OverLong, fit_to_length
-from jaxtune.data.row_formats import FORMATS, detect_format, unread_keys
 from jaxtune.data.rows import Row, parse_row
 from jaxtune.data.samples import Sample
 from jaxtune.data.settings import DataSettings

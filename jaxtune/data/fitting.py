@@ -8,9 +8,10 @@ from typing import Protocol
 import numpy as np
 
 from jaxtune.chats.tokens import IGNORE
+from jaxtune.config import OPTIONS
 from jaxtune.errors import JaxtuneError
 
-TOO_LONG = ("error", "drop", "truncate", "truncate_start", "windows")
+TOO_LONG = tuple(OPTIONS["data.too_long"].choices)
 
 
 class OverLong(JaxtuneError):

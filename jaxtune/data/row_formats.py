@@ -1,4 +1,4 @@
-"""Row formats of training data; to add one, add an entry to `FORMATS`."""
+"""Row formats of training data; `jaxtune.registry.ROW_FORMATS` lists them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from jaxtune.chats.messages import Conversation, check_text, read_conversation, 
 from jaxtune.chats.tokens import Tokenized
 from jaxtune.data.rows import Row
 from jaxtune.data.samples import ReadingOptions, Sample, conversation_sample
-from jaxtune.data.unsupported import describe_metadata, find_media, find_preferences
-from jaxtune.errors import JaxtuneError, closest, lookup
+from jaxtune.errors import JaxtuneError, closest
 
 _ARGUMENTS = "chat_template_kwargs"
 
@@ -193,73 +192,11 @@ def _read_tokenized(row: Row, reading: ReadingOptions) -> Sample:
     return Sample(_content_key(tokens), tokens=Tokenized(tokens, labels))
 
 
-FORMATS: dict[str, DataFormat] = {
-    "messages": DataFormat(("messages",), _read_messages, ("tools", _ARGUMENTS)),
-    "prompt-completion": DataFormat(
-        ("prompt", "completion"), _read_completion, ("tools", _ARGUMENTS)
-    ),
-    "alpaca": DataFormat(
-        ("instruction", "output"), _read_alpaca, ("input", "system", "history", _ARGUMENTS)
-    ),
-    "sharegpt": DataFormat(("conversations",), _read_sharegpt, ("system", "tools", _ARGUMENTS)),
-    "text": DataFormat(("text",), _read_text),
-    "tokenized": DataFormat(("input_ids", "labels"), _read_tokenized, ("attention_mask",)),
-}
-
-
-def detect_format(row: Row, chosen: str = "") -> str:
-    """Returns the name of the format whose required keys a row has.
-
-    Args:
-      row: a row.
-      chosen: name of the format to check for; empty: detect it.
-
-    Raises:
-      JaxtuneError: no format matches, or several do; the message lists the keys and the formats.
-    """
-    # In a table of `datasets` every row has every key, with the value None if it is missing.
-    found = [key for key, value in row.values.items() if value is not None]
-    if media := find_media(row.values):
-        raise JaxtuneError(
-            f'{row.place}: only text can be trained on, but the row has "{media}"; remove the key '
-            "if the text makes sense without it"
-        )
-    if chosen:
-        missing = [k for k in lookup(FORMATS, chosen, "data.format").keys if k not in found]
-        if missing:
-            raise JaxtuneError(
-                f'{row.place}: no key "{missing[0]}"{closest(missing[0], found)} '
-                f"(data.format={chosen} requires {' and '.join(FORMATS[chosen].keys)})"
-            )
-        return chosen
-    fitting = [name for name, form in FORMATS.items() if set(form.keys) <= set(found)]
-    if judgement := find_preferences(row.values):
-        ways = f"keep only the good answers, in one of the formats {', '.join(FORMATS)}"
-        if fitting:
-            keys = " and ".join(FORMATS[fitting[0]].keys)
-            ways += f", or set data.format={fitting[0]} to train on {keys}"
-        raise JaxtuneError(f"{row.place}: {judgement}, which jaxtune does not support; {ways}")
-    if len(fitting) == 1:
-        return fitting[0]
-    forms = ", ".join(f"{name} ({' + '.join(form.keys)})" for name, form in FORMATS.items())
-    keys = ", ".join(found) or "none"
-    if fitting:
-        raise JaxtuneError(
-            f"{row.place}: the keys {keys} match several formats; set data.format to "
-            f"{' or '.join(fitting)} (formats: {forms})"
-        )
-    if what := describe_metadata(row.values):
-        raise JaxtuneError(f"{row.place}: not a data row: {what}")
-    known = [key for form in FORMATS.values() for key in form.keys]
-    hints = [hint for key in found if key not in known and (hint := closest(key, known))]
-    raise JaxtuneError(
-        f"{row.place}: the keys {keys} match no known format{hints[0] if hints else ''} "
-        f"(known: {forms}); rename the keys of the rows"
-    )
-
-
-def unread_keys(row: Row, form: str) -> set[str]:
-    """Returns the keys of a row that its format does not use."""
-    unread = set(row.values) - set(FORMATS[form].keys) - set(FORMATS[form].optional)
-    # pandas writes its index as a column without a name.
-    return {key or "(unnamed column)" for key in unread}
+MESSAGES = DataFormat(("messages",), _read_messages, ("tools", _ARGUMENTS))
+PROMPT_COMPLETION = DataFormat(("prompt", "completion"), _read_completion, ("tools", _ARGUMENTS))
+ALPACA = DataFormat(
+    ("instruction", "output"), _read_alpaca, ("input", "system", "history", _ARGUMENTS)
+)
+SHAREGPT = DataFormat(("conversations",), _read_sharegpt, ("system", "tools", _ARGUMENTS))
+TEXT = DataFormat(("text",), _read_text)
+TOKENIZED = DataFormat(("input_ids", "labels"), _read_tokenized, ("attention_mask",))

@@ -9,17 +9,13 @@ from typing import TYPE_CHECKING
 
 from jaxtune.chats.messages import read_arguments
 from jaxtune.chats.template import ChatTemplate, read_template
-from jaxtune.config import DataConfig
-from jaxtune.data.fitting import TOO_LONG
-from jaxtune.data.row_formats import FORMATS
+from jaxtune.config import OPTIONS, DataConfig
 from jaxtune.data.samples import ReadingOptions
 from jaxtune.errors import JaxtuneError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TARGETS, REASONING, BAD_ROWS = ("all", "last", "marked"), ("keep", "drop"), ("error", "skip")
-EMPTY_REASONING = ("learn", "mask")
 PROMPT = "{prompt}"
 
 
@@ -34,7 +30,7 @@ class DataSettings:
       chat_template: Jinja file or name of a built-in template; empty: the tokenizer's own.
       chat_template_kwargs: template arguments, as JSON text; empty: none.
       vocab_size: upper bound of token ids; None: unchecked.
-      format: format of all rows, a key of `FORMATS`; empty: detected from their keys.
+      format: format of all rows, a key of `ROW_FORMATS`; empty: detected from their keys.
       targets: assistant turns that are trained on: ``all``, ``last`` or ``marked``.
       reasoning: ``keep`` or ``drop``.
       empty_reasoning: ``learn`` or ``mask``.
@@ -65,17 +61,9 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         """Raises if a value is not one of its choices."""
-        for name, choices in (
-            ("too_long", TOO_LONG),
-            ("targets", TARGETS),
-            ("reasoning", REASONING),
-            ("empty_reasoning", EMPTY_REASONING),
-            ("bad_rows", BAD_ROWS),
-            ("format", ("", *FORMATS)),
-        ):
-            if (value := getattr(self, name)) not in choices:
-                known = ", ".join(filter(None, choices))
-                raise JaxtuneError(f"data.{name} must be one of {known}, not {value!r}")
+        for name in ("too_long", "targets", "reasoning", "empty_reasoning", "bad_rows", "format"):
+            key = f"data.{name}"
+            OPTIONS[key].check(key, getattr(self, name))
 
     def reading(self, tokenizer: PreTrainedTokenizerBase | None) -> ReadingOptions:
         """Returns the options for reading rows with a tokenizer."""

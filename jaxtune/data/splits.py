@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import logging
 import re
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import numpy as np
 
@@ -88,15 +89,16 @@ class DataReader:
         if chat_template is not None:
             settings = dataclasses.replace(settings, chat_template="", template_text=chat_template)
         self._settings = dataclasses.replace(settings, clock=clock or now())
-        self._options: dict[str, Any] = {
-            "tokenizer": tokenizer,
-            "revision": config.data.revision or None,
+        self._load = functools.partial(
+            load_examples,
+            tokenizer=tokenizer,
+            revision=config.data.revision or None,
             # Cached data would not report its rejected rows again.
-            "cache": None if problems is not None else self.cache,
-            "keep": keep,
-            "workers": workers,
-            "problems": problems,
-        }
+            cache=None if problems is not None else self.cache,
+            keep=keep,
+            workers=workers,
+            problems=problems,
+        )
 
     def read(self, path: str, *, training: bool = False) -> Examples:
         """Loads a data set and logs a summary.
@@ -108,8 +110,10 @@ class DataReader:
         Raises:
           JaxtuneError: a row is not valid.
         """
-        changes = {} if training else {"prompt_templates": ""}
-        examples = load_examples(path, settings=self._settings, **changes, **self._options)
+        settings = self._settings
+        if not training:
+            settings = dataclasses.replace(settings, prompt_templates="")
+        examples = self._load(path, settings=settings)
         if not training and any(part.weight != 1 for part in examples.parts):
             raise JaxtuneError(f"data.eval={path}: held-out data has no weights; remove the @")
         _log_summary(path, examples)

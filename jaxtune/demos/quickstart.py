@@ -14,7 +14,7 @@ from rich.table import Table
 from jaxtune.api import train
 from jaxtune.api.evaluate_run import evaluate
 from jaxtune.atomic_files import write_atomically
-from jaxtune.config import Config
+from jaxtune.config import Config, TrainingConfig
 from jaxtune.runs.directory import RunDirectory
 
 SAMPLES = 5
@@ -77,7 +77,7 @@ def _answers(directory: RunDirectory, adapter: str) -> dict[str, Any]:
     }
 
 
-def _length(training: Any) -> str:
+def _length(training: TrainingConfig) -> str:
     """Returns the length of the run in the unit that the ``training`` section uses."""
     if training.epochs:
         return f"{training.epochs:g} epochs"

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from jaxtune.adapters import Method
 from jaxtune.checkpoints import huggingface
 from jaxtune.config import Config, resolve
 from jaxtune.errors import JaxtuneError
@@ -109,7 +110,9 @@ def _time(
     return roofline.estimate(hardware.chip, flops, mesh, sent)
 
 
-def _estimated(config: Config, model: Mapping[str, Any], method: Any, hardware: Topology) -> Plan:
+def _estimated(
+    config: Config, model: Mapping[str, Any], method: Method, hardware: Topology
+) -> Plan:
     """Plans without a compiler: arguments are exact, everything else is estimated by formulas."""
     sizes = mesh_shape(config.mesh.to_dict(), hardware.count)
     mesh: dict[str, int] = dict(zip(MESH_AXES, sizes, strict=True))

@@ -130,7 +130,7 @@ def search(config: Config, topology: str, tries: int) -> Found:
     hardware, model = find_topology(topology), model_config(config)
     if hardware.devices is None:
         raise JaxtuneError(f"--search needs a compiler: {hardware.note}")
-    everything = list(candidates(config, model, hardware.count))
+    everything = list(candidates(config.training.batch_size, model, hardware.count))
     if not everything:
         raise JaxtuneError(
             f"training.batch_size={config.training.batch_size} does not divide over "
@@ -141,7 +141,9 @@ def search(config: Config, topology: str, tries: int) -> Found:
     return _try(config, model, everything, hardware, tries)
 
 
-def _alone(config: Config, model: Any, remat: str, accumulation: int) -> tuple[Setup, StepFlops]:
+def _alone(
+    config: Config, model: Mapping[str, Any], remat: str, accumulation: int
+) -> tuple[Setup, StepFlops]:
     """Sets up a candidate on one device, which is enough for formulas."""
     chosen = Candidate((), remat, accumulation).apply(config)
     setup = set_up(chosen, model, choose_method(chosen)[0], jax.devices("cpu")[:1])
@@ -206,9 +208,14 @@ def _needs_more(candidate: Candidate, misfit: Candidate) -> bool:
     )
 
 
-def candidates(config: Config, model: Any, devices: int) -> Iterator[Candidate]:
-    """Yields all candidates, including some that the model cannot be set up with."""
-    batch = config.training.batch_size
+def candidates(batch: int, model: Mapping[str, Any], devices: int) -> Iterator[Candidate]:
+    """Yields all candidates, including some that the model cannot be set up with.
+
+    Args:
+      batch: rows per optimizer step.
+      model: content of the model's config.json.
+      devices: number of devices.
+    """
     mixture = any(model.get(key) for key in ("n_routed_experts", "num_experts"))
     powers = [2**n for n in range(devices.bit_length()) if devices % 2**n == 0]
     for tensor, expert, fsdp in itertools.product(powers, powers, powers):

@@ -14,7 +14,7 @@ import pytest
 from jaxtune.chats.builtin import set_default_arguments
 from jaxtune.chats.template import read_template
 from jaxtune.data import IGNORE, ChatTemplate, encode_prompt, load_examples
-from jaxtune.data.row_formats import FORMATS
+from jaxtune.data.detect_format import FORMATS
 from jaxtune.errors import JaxtuneError
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"

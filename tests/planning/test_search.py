@@ -47,7 +47,7 @@ def config(tmp_path, config_file):
 
 
 def test_every_candidate_makes_use_of_the_devices_and_keeps_the_batch(config):
-    found = list(candidates(config, TINY, 8))
+    found = list(candidates(config.training.batch_size, TINY, 8))
     assert not any(dict(c.mesh).get("expert") for c in found), "there are no experts"
     for candidate in found:
         chosen = candidate.apply(config)
@@ -57,7 +57,7 @@ def test_every_candidate_makes_use_of_the_devices_and_keeps_the_batch(config):
         assert size == 8
         assert chosen.training.batch_size == 2
         assert 2 % (chosen.training.accumulation * chosen.mesh.data * chosen.mesh.fsdp) == 0
-    mixture = candidates(config, TINY | {"n_routed_experts": 8}, 8)
+    mixture = candidates(config.training.batch_size, TINY | {"n_routed_experts": 8}, 8)
     assert any(dict(c.mesh).get("expert") == 2 for c in mixture)
 
 
