@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from jaxtune.config.option import OptionValue
 from jaxtune.config.tree import OPTIONS
 from jaxtune.registry import SELECTORS, Entry
 
@@ -26,7 +27,7 @@ class Unused(NamedTuple):
     readers: tuple[str, ...]
     read: tuple[str, ...]
 
-    def error(self, value: Any) -> str:
+    def error(self, value: OptionValue) -> str:
         """Returns the error message for the option set to `value` on the command line."""
         where = f"with {self.selector}={self.choice}" if self.choice else f"without {self.selector}"
         message = f"{self.key}={text(value)} has no effect {where}: {', '.join(self.readers)} read"
@@ -37,7 +38,7 @@ class Unused(NamedTuple):
         return f"{message}; {self.choice} reads {', '.join(own) or 'no options of its own'}"
 
 
-def unused_options(values: Mapping[str, Any]) -> Iterator[Unused]:
+def unused_options(values: Mapping[str, OptionValue]) -> Iterator[Unused]:
     """Yields the options that take no effect, whatever their value.
 
     An option belongs to a selector if one of the selector's choices lists it, and takes effect if
@@ -48,14 +49,15 @@ def unused_options(values: Mapping[str, Any]) -> Iterator[Unused]:
     """
     for selector, choices in SELECTORS.items():
         read = {name: _keys(selector, entry) for name, entry in choices.items()}
-        current = read.get(values[selector], ())
+        chosen = str(values[selector])
+        current = read.get(chosen, ())
         for key in OPTIONS:
             readers = tuple(name for name, keys in read.items() if key in keys)
             if readers and key not in current:
-                yield Unused(key, selector, values[selector], readers, current)
+                yield Unused(key, selector, chosen, readers, current)
 
 
-def text(value: Any) -> str:
+def text(value: OptionValue) -> str:
     """Returns a value as the command line takes it."""
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 

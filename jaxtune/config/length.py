@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import ml_collections
 
+from jaxtune.config.option import OptionValue
 from jaxtune.config.training import TrainingConfig
 from jaxtune.errors import JaxtuneError
 
@@ -20,7 +21,7 @@ LENGTHS = {name: getattr(TrainingConfig(), name) for name in ("steps", "epochs",
 class TrainingDict(ml_collections.ConfigDict):
     """The ``training`` section of `default`: the length that is set last replaces the others."""
 
-    def __setitem__(self, name: str, value: Any) -> None:
+    def __setitem__(self, name: str, value: OptionValue) -> None:
         """Sets an option, as attributes do; a length resets the other two to their defaults."""
         super().__setitem__(name, value)
         for other, default in LENGTHS.items() if name in LENGTHS else ():
@@ -28,12 +29,15 @@ class TrainingDict(ml_collections.ConfigDict):
                 super().__setitem__(other, default)
 
 
-def replace_length(training: dict[str, Any], overridden: Sequence[str]) -> None:
-    """Lets a length from the command line replace the one of the config, in place.
+def replace_length(training: TrainingConfig, overridden: Sequence[str]) -> TrainingConfig:
+    """Lets a length from the command line replace the one of the config.
 
     Args:
-      training: the options of the section.
+      training: the section, with the options from the command line.
       overridden: the keys set on the command line.
+
+    Returns:
+      The section with the length from the command line alone.
 
     Raises:
       JaxtuneError: two lengths on the command line.
@@ -41,21 +45,27 @@ def replace_length(training: dict[str, Any], overridden: Sequence[str]) -> None:
     given = [name for name in LENGTHS if f"training.{name}" in overridden]
     if len(given) > 1:
         raise JaxtuneError(f"{_settings(training, given)}: a run has one length; set one of them")
-    if not given or (given != ["steps"] and not training[given[0]]):
-        return
-    replaced = [n for n, default in LENGTHS.items() if n not in given and training[n] != default]
+    if not given or (given != ["steps"] and not getattr(training, given[0])):
+        return training
+    replaced = [name for name in _changed(training) if name not in given]
     if replaced:
         new, old = _settings(training, given), _settings(training, replaced)
         _log.info("%s replaces %s of the config", new, old)
-    training |= {name: default for name, default in LENGTHS.items() if name not in given}
+    defaults = {name: default for name, default in LENGTHS.items() if name not in given}
+    return dataclasses.replace(training, **defaults)
 
 
-def check_length(training: Mapping[str, Any]) -> None:
+def check_length(training: TrainingConfig) -> None:
     """Raises if two lengths differ from their defaults."""
-    given = [name for name, default in LENGTHS.items() if training[name] != default]
+    given = _changed(training)
     if len(given) > 1:
         raise JaxtuneError(f"{_settings(training, given)}: a run has one length; set one of them")
 
 
-def _settings(training: Mapping[str, Any], names: Sequence[str]) -> str:
-    return " and ".join(f"training.{name}={training[name]}" for name in names)
+def _changed(training: TrainingConfig) -> list[str]:
+    """Returns the names of the lengths that differ from their defaults."""
+    return [name for name, default in LENGTHS.items() if getattr(training, name) != default]
+
+
+def _settings(training: TrainingConfig, names: Sequence[str]) -> str:
+    return " and ".join(f"training.{name}={getattr(training, name)}" for name in names)

@@ -50,3 +50,7 @@ class MeshConfig(Section):
     tensor: int = option(1, "devices that split heads and hidden units", minimum=-1)
     expert: int = option(1, "devices that split batch and routed experts", minimum=-1)
     sequence: int = option(1, "devices that split the sequence", minimum=-1)
+
+    def to_dict(self) -> dict[str, int]:
+        """Returns the number of devices by axis."""
+        return dataclasses.asdict(self)

@@ -6,13 +6,16 @@ import ast
 import dataclasses
 import json
 import math
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, TypeAlias
 
 import ml_collections
 
 from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.intervals import parse_interval
+
+OptionValue: TypeAlias = bool | int | float | str | tuple[str, ...]
+"""The value of an option."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Option:
       json: a mapping, or a JSON object as text; kept as text.
     """
 
-    default: Any
+    default: OptionValue
     help: str
     choices: Collection[str] = ()
     minimum: float | None = None
@@ -41,7 +44,7 @@ class Option:
     interval: bool = False
     json: bool = False
 
-    def check(self, key: str, value: Any) -> Any:
+    def check(self, key: str, value: object) -> OptionValue:
         """Returns `value` in the type of the option.
 
         Args:
@@ -71,7 +74,7 @@ class Option:
         self._check_range(key, value)
         return value
 
-    def parse(self, key: str, text: str) -> Any:
+    def parse(self, key: str, text: str) -> object:
         """Reads a value from the command line; `check` decides whether it is one."""
         if isinstance(self.default, str):
             return text
@@ -85,29 +88,34 @@ class Option:
         except (ValueError, SyntaxError):
             return text  # a list of names; anything else fails its type check
 
-    def _check_range(self, key: str, value: Any) -> None:
+    def _check_range(self, key: str, value: OptionValue) -> None:
         if self.choices and value not in self.choices:
-            lookup({choice: None for choice in self.choices if choice}, value, key)
-        if isinstance(value, float) and not math.isfinite(value):
+            lookup({choice: None for choice in self.choices if choice}, str(value), key)
+        if not isinstance(value, (int, float)):
+            return
+        if not math.isfinite(value):
             raise JaxtuneError(f"{key} takes a finite number, not {value!r}")
         if self.minimum is not None and value < self.minimum:
             raise JaxtuneError(f"{key} is at least {self.minimum:g}, not {value!r}")
         if self.maximum is not None and value > self.maximum:
             raise JaxtuneError(f"{key} is at most {self.maximum:g}, not {value!r}")
 
-    def _names(self, key: str, value: Any) -> tuple[str, ...]:
-        names = value.split(",") if isinstance(value, str) and "(" not in value else value
-        names = (names,) if isinstance(names, str) else tuple(names)
+    def _names(self, key: str, value: object) -> tuple[str, ...]:
         if value == "" and not self.default:
             return ()
+        given: tuple[object, ...] = (value,)
+        if isinstance(value, str) and "(" not in value:
+            given = tuple(value.split(","))
+        elif isinstance(value, Iterable) and not isinstance(value, str):
+            given = tuple(value)
         # Numbers are names too: the steps of a profile, written (10, 20) in a config file.
-        names = tuple(str(n) if type(n) is int else n for n in names)
-        if (self.default and not names) or not all(isinstance(n, str) and n.strip() for n in names):
+        names = [str(name).strip() for name in given if type(name) is int or isinstance(name, str)]
+        if (self.default and not names) or not all(names) or len(names) < len(given):
             raise JaxtuneError(f"{key} takes one or more names, not {value!r}")
-        return tuple(n.strip() for n in names)
+        return tuple(names)
 
 
-def option(default: Any, help: str, **check: Any) -> Any:
+def option(default: OptionValue, help: str, **check: Any) -> Any:
     """Declares a field of a section; see `Option` for `check`."""
     about = Option(default, help, **check)
     return dataclasses.field(default=default, metadata={"option": about})
@@ -116,7 +124,7 @@ def option(default: Any, help: str, **check: Any) -> Any:
 class Section:
     """Base class of the sections, which are frozen dataclasses of options."""
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Mapping[str, OptionValue]:
         """Returns the options by name."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
 
@@ -126,14 +134,14 @@ def options_of(section: Section) -> dict[str, Option]:
     return {field.name: field.metadata["option"] for field in dataclasses.fields(section)}  # type: ignore[arg-type]
 
 
-def _interval(key: str, value: Any) -> int | str:
+def _interval(key: str, value: object) -> int | str:
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise JaxtuneError(f"{key} takes a number of steps or an interval, not {value!r}")
     parse_interval(key, value)
     return int(value) if str(value).strip().isdecimal() else value
 
 
-def _json_text(key: str, value: Any) -> str:
+def _json_text(key: str, value: object) -> str:
     """Returns a mapping, or JSON text of one, as JSON text; an empty one as an empty string."""
     if isinstance(value, ml_collections.ConfigDict):
         value = value.to_dict()

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import ml_collections
 
 from jaxtune.config.effect import text, unused_options
 from jaxtune.config.length import TrainingDict, check_length, replace_length
-from jaxtune.config.option import Option
+from jaxtune.config.option import Option, OptionValue
 from jaxtune.config.tree import OPTIONS, SECTIONS, Config, ConfigLike
 from jaxtune.errors import JaxtuneError, closest
 
@@ -54,23 +54,21 @@ def resolve(config: ConfigLike, overrides: Sequence[str] = ()) -> Config:
         option = _option(key)
         values[key] = option.check(key, option.parse(key, text))
         overridden[key] = None
-    tree = _tree(values)
-    replace_length(tree["training"], list(overridden))
-    check_length(tree["training"])
-    batch, micro = tree["training"]["batch_size"], tree["training"]["accumulation"]
-    if batch % micro:
+    resolved = _from_flat(values)
+    training = replace_length(resolved.training, list(overridden))
+    check_length(training)
+    if training.batch_size % training.accumulation:
         raise JaxtuneError(
-            f"training.batch_size={batch} does not divide into training.accumulation={micro} "
-            "micro-batches"
+            f"training.batch_size={training.batch_size} does not divide into "
+            f"training.accumulation={training.accumulation} micro-batches"
         )
     _check_effect(values, list(overridden), warn=not isinstance(config, Config))
-    return Config(**{name: type(SECTIONS[name])(**options) for name, options in tree.items()})
+    return dataclasses.replace(resolved, training=training)
 
 
 def from_json(path: str | Path) -> Config:
     """Reads the config of a run; the config file that made it is never run again."""
-    values = _read(json.loads(Path(path).read_text(encoding="utf-8")))
-    return Config(**{name: type(SECTIONS[name])(**part) for name, part in _tree(values).items()})
+    return _from_flat(_read(json.loads(Path(path).read_text(encoding="utf-8"))))
 
 
 def to_json(config: Config) -> str:
@@ -84,7 +82,7 @@ def _option(key: str) -> Option:
     return OPTIONS[key]
 
 
-def _read(config: ConfigLike) -> dict[str, Any]:
+def _read(config: ConfigLike) -> dict[str, OptionValue]:
     """Returns all options of a tree by ``section.name``, checked."""
     if isinstance(config, Config):
         return config.flat()
@@ -100,15 +98,18 @@ def _read(config: ConfigLike) -> dict[str, Any]:
     return values
 
 
-def _tree(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    tree: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+def _from_flat(values: Mapping[str, OptionValue]) -> Config:
+    """Returns the config of checked options by ``section.name``."""
+    tree: dict[str, dict[str, OptionValue]] = {section: {} for section in SECTIONS}
     for key, value in values.items():
         section, _, name = key.partition(".")
         tree[section][name] = value
-    return tree
+    return Config().replace(**tree)
 
 
-def _check_effect(values: Mapping[str, Any], overridden: Sequence[str], *, warn: bool) -> None:
+def _check_effect(
+    values: Mapping[str, OptionValue], overridden: Sequence[str], *, warn: bool
+) -> None:
     """Raises for an override without effect; may warn of other options without effect."""
     without: dict[str, list[str]] = {}
     for unused in unused_options(values):

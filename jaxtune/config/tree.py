@@ -12,7 +12,7 @@ import ml_collections
 from jaxtune.config.adapter import AdapterConfig
 from jaxtune.config.data import DataConfig
 from jaxtune.config.model import MeshConfig, ModelConfig, QuantizeConfig
-from jaxtune.config.option import Option, options_of
+from jaxtune.config.option import Option, OptionValue, Section, options_of
 from jaxtune.config.training import (
     CheckpointConfig,
     EvaluationConfig,
@@ -39,11 +39,11 @@ class Config:
     profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
-    def to_dict(self) -> dict[str, dict[str, Any]]:
+    def to_dict(self) -> dict[str, Mapping[str, OptionValue]]:
         """Returns the options as ``{section: {name: value}}``."""
         return {name: getattr(self, name).to_dict() for name in SECTIONS}
 
-    def flat(self) -> dict[str, Any]:
+    def flat(self) -> dict[str, OptionValue]:
         """Returns the options as ``{"section.name": value}``."""
         return {
             f"{section}.{name}": value
@@ -51,7 +51,7 @@ class Config:
             for name, value in options.items()
         }
 
-    def replace(self, **sections: Mapping[str, Any]) -> Config:
+    def replace(self, **sections: Mapping[str, OptionValue]) -> Config:
         """Returns a copy with other options, unchecked: ``config.replace(mesh={"data": 1})``."""
         changed = {
             name: dataclasses.replace(getattr(self, name), **options)
@@ -67,7 +67,7 @@ class Config:
 ConfigLike: TypeAlias = Config | ml_collections.ConfigDict | Mapping[str, Any]
 """What `jaxtune.config.resolve` takes: a resolved config, or a tree of sections."""
 
-SECTIONS: dict[str, Any] = {name: getattr(Config(), name) for name in Config.__annotations__}
+SECTIONS: dict[str, Section] = {name: getattr(Config(), name) for name in Config.__annotations__}
 """The sections with their defaults, by name."""
 
 OPTIONS: dict[str, Option] = {

@@ -130,7 +130,7 @@ def test_truncation_that_leaves_no_target_is_refused(jsonl):
         (tokenized([1, 2], [1, IGNORE]), "no target"),  # the first token follows nothing
         (tokenized([1]), "no target"),
         (tokenized([], []), "no target"),
-        (tokenized([1, 10]), "input_ids contains 10, .* vocabulary \(ids 0 to 9\)"),
+        (tokenized([1, 10]), r"input_ids contains 10, .* vocabulary \(ids 0 to 9\)"),
         (tokenized([1, -1]), "input_ids contains -1"),
         (tokenized([1, 2], [1, 10]), "labels contains 10"),
         (tokenized([1, 2], [1, -1]), "labels contains -1"),
