@@ -18,7 +18,7 @@ import numpy as np
 
 import jaxtune
 from jaxtune.config import load_file
-from jaxtune.data import Examples, eval_batches, load_examples
+from jaxtune.data import DataSettings, Examples, eval_batches, load_examples
 from jaxtune.layers.tree import flatten
 from jaxtune.quant import is_quantized, materialize
 
@@ -77,7 +77,7 @@ def main() -> None:
         return jaxtune.load(config.model.path, quantize=quantize, dtype="float32", progress=False)
 
     plain = load(None)
-    every = load_examples(config.data.eval, tokenizer=plain.tokenizer, max_length=256)
+    every = load_examples(config.data.eval, DataSettings(max_length=256), tokenizer=plain.tokenizer)
     examples = Examples(every.tokens[:count], every.targets[:count], every.places[:count])
     exact, loss = dict(flatten(plain.base)), held_out_loss(plain, examples)
     print("| format | bits a weight | relative error | loss | change |\n|---|---|---|---|---|")

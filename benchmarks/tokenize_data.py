@@ -62,16 +62,16 @@ def main() -> None:
     options = parser.parse_args()
 
     from jaxtune.chats.template import read_template
-    from jaxtune.data import ChatTemplate, load_examples, read_rows
+    from jaxtune.data import ChatTemplate, DataSettings, load_examples, read_rows
 
     tokenize = tokenizer()
     template = ChatTemplate(tokenize, read_template(TEMPLATE))
-    settings = {"tokenizer": tokenize, "max_length": 10**6, "chat_template": TEMPLATE}
+    settings = DataSettings(max_length=10**6, chat_template=TEMPLATE)
     with tempfile.TemporaryDirectory() as directory:
         path, small = Path(directory) / "rows.jsonl", Path(directory) / "small.jsonl"
         write_rows(path, options.rows)
         write_rows(small, BATCH)
-        load_examples(small, progress=False, **settings)  # whatever happens once
+        load_examples(small, settings, tokenizer=tokenize, progress=False)  # whatever happens once
         texts = [template.render(row.values["messages"]) for row in read_rows(path)]
         batches = [texts[start : start + BATCH] for start in range(0, len(texts), BATCH)]
         best, grown = {"tokenizer": float("inf"), "jaxtune": float("inf")}, 0.0
@@ -82,12 +82,12 @@ def main() -> None:
                 tokens += sum(map(len, encoded))
             best["tokenizer"] = min(best["tokenizer"], time.perf_counter() - begin)
             memory, begin = anonymous_mib(), time.perf_counter()
-            examples = load_examples(path, progress=False, **settings)
+            examples = load_examples(path, settings, tokenizer=tokenize, progress=False)
             best["jaxtune"] = min(best["jaxtune"], time.perf_counter() - begin)
             grown = max(grown, anonymous_mib() - memory)
             assert examples.token_count == tokens
         begin = time.perf_counter()
-        load_examples(path, progress=False, workers=options.workers, **settings)
+        load_examples(path, settings, tokenizer=tokenize, progress=False, workers=options.workers)
         several = time.perf_counter() - begin
         size = path.stat().st_size / 2**20
     rates = {name: tokens / seconds for name, seconds in best.items()}

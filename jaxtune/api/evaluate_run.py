@@ -96,7 +96,7 @@ def _open(run: RunDirectory, config: Config, data: str = "") -> tuple[TensorSour
     location = huggingface.resolve_path(config.model.path, config.model.revision)
     source = huggingface.open_source(location)
     chat = load_run_chat(run, config, source)
-    reader = data_reader(config, source, chat.tokenizer, **reader_options(config, chat))
+    reader = data_reader(config, source, chat.tokenizer, **reader_options(config.data, chat))
     data = data or config.data.eval
     sets = reader.read_sets(data) if data else reader.splits().sets
     if not sets:

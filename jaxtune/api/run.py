@@ -150,7 +150,7 @@ class Run:
             something that the program would not load.
         """
         export = lookup(EXPORTS, target, "target")
-        definition = define(model_config(self.config), "float32")
+        definition = define(model_config(self.config.model), "float32")
         return export(read_adapter(self.adapter_directory(which), encoder=True), definition)
 
     def save_adapter(

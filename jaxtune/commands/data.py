@@ -74,7 +74,7 @@ def _reader(
 
     source = open_model(config.model.path, config.model.revision).source
     chat = configured_chat(config, source)
-    options |= reader_options(config, chat)
+    options |= reader_options(config.data, chat)
     reader = data_reader(config, source, chat.tokenizer, **options)
     return reader, source, chat.tokenizer
 

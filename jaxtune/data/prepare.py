@@ -42,6 +42,7 @@ _Chunks = Iterator[tuple[list[Record], str, str]]
 
 def load_examples(
     source: str | Path,
+    settings: DataSettings,
     *,
     tokenizer: PreTrainedTokenizerBase | None,
     revision: str | None = None,
@@ -50,13 +51,12 @@ def load_examples(
     keep: bool = False,
     workers: int = 1,
     problems: list[Problem] | None = None,
-    settings: DataSettings | None = None,
-    **changes: Any,
 ) -> Examples:
     """Reads, renders and tokenizes a data set.
 
     Args:
       source: entries as `find_sources` takes them.
+      settings: settings that the tokens and targets depend on.
       tokenizer: a fast tokenizer; None if all rows have input_ids and labels.
       revision: commit, tag or branch of hub ids.
       progress: show a progress bar on a terminal.
@@ -65,14 +65,11 @@ def load_examples(
       keep: write the data set to the cache.
       workers: number of processes that tokenize; 1: this process.
       problems: list to which rejected rows are appended instead of raising an error.
-      settings: settings that the tokens depend on; built from `changes` by default.
-      changes: fields of `DataSettings` to change.
 
     Raises:
       JaxtuneError: a row cannot be read or rendered, has no targets, is too long or contains ids
         outside the vocabulary; the message names the row. Or there are no examples.
     """
-    settings = dataclasses.replace(settings, **changes) if settings else DataSettings(**changes)
     sources = find_sources(source, revision=revision)
     encoder = Encoder(settings, tokenizer)
     weights = [entry.weight for entry in sources]

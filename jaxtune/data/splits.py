@@ -113,7 +113,7 @@ class DataReader:
         settings = self._settings
         if not training:
             settings = dataclasses.replace(settings, prompt_templates="")
-        examples = self._load(path, settings=settings)
+        examples = self._load(path, settings)
         if not training and any(part.weight != 1 for part in examples.parts):
             raise JaxtuneError(f"data.eval={path}: held-out data has no weights; remove the @")
         _log_summary(path, examples)

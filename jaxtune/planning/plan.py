@@ -15,7 +15,7 @@ import jax
 
 from jaxtune.adapters import Method
 from jaxtune.checkpoints import huggingface
-from jaxtune.config import Config, resolve
+from jaxtune.config import Config, ModelConfig, resolve
 from jaxtune.errors import JaxtuneError
 from jaxtune.memory_errors import is_out_of_memory, read_shortage
 from jaxtune.models.definition import check_experts, undivided
@@ -43,16 +43,15 @@ def plan(config: Config, topology: str) -> Plan:
     """
     hardware = find_topology(topology)
     method, _ = choose_method(config)
-    model = model_config(config)
+    model = model_config(config.model)
     if hardware.devices is None:
         return _estimated(config, model, method, hardware)
     return compile_plan(set_up(config, model, method, hardware.devices), hardware)
 
 
-def model_config(config: Config) -> dict[str, Any]:
+def model_config(model: ModelConfig) -> dict[str, Any]:
     """Returns the content of the model's config.json; weights are not needed."""
-    path, revision = config.model.path, config.model.revision
-    location = huggingface.resolve_path(path, revision, files=("config.json",))
+    location = huggingface.resolve_path(model.path, model.revision, files=("config.json",))
     if location.is_dir():
         return huggingface.read_config(location)
     return huggingface.open_source(location).config

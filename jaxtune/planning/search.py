@@ -127,7 +127,7 @@ def search(config: Config, topology: str, tries: int) -> Found:
     """
     if tries < 1:
         raise JaxtuneError(f"--tries is at least 1, not {tries}")
-    hardware, model = find_topology(topology), model_config(config)
+    hardware, model = find_topology(topology), model_config(config.model)
     if hardware.devices is None:
         raise JaxtuneError(f"--search needs a compiler: {hardware.note}")
     everything = list(candidates(config.training.batch_size, model, hardware.count))

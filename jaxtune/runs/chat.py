@@ -12,7 +12,6 @@ import datetime
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from jaxtune.chats.builtin import read_template, set_default_arguments
 from jaxtune.chats.clock import now, read_clock
@@ -20,7 +19,7 @@ from jaxtune.chats.messages import read_arguments
 from jaxtune.checkpoints.chat import Chat, adapter_chat, base_chat
 from jaxtune.checkpoints.huggingface import read_json
 from jaxtune.checkpoints.source import TensorSource
-from jaxtune.config import Config
+from jaxtune.config import AdapterConfig, Config, DataConfig
 from jaxtune.data import Examples, ReaderOptions
 from jaxtune.parallel.processes import barrier, leads
 from jaxtune.runs.directory import RunDirectory
@@ -28,38 +27,38 @@ from jaxtune.runs.directory import RunDirectory
 _logger = logging.getLogger(__name__)
 
 
-def initial_chat(config: Config, source: TensorSource) -> Chat:
+def initial_chat(adapter: AdapterConfig, source: TensorSource) -> Chat:
     """Returns the chat settings of the model that training starts from.
 
     The template of an initial adapter (``adapter.init_from``) takes precedence over the base's.
 
     Args:
-      config: resolved config.
+      adapter: the ``adapter`` section.
       source: checkpoint of ``model.path``.
 
     Raises:
       JaxtuneError: a file cannot be read.
     """
     base = base_chat(source.path, source.config)
-    start = config.adapter.init_from
+    start = adapter.init_from
     return (adapter_chat(Path(start), base) if start else None) or base
 
 
 def configured_chat(config: Config, source: TensorSource) -> Chat:
     """Returns `initial_chat` with the chat template that the config selects."""
-    return _apply_template(initial_chat(config, source), config)
+    return _apply_template(initial_chat(config.adapter, source), config.data)
 
 
-def reader_options(config: Config, chat: Chat) -> ReaderOptions:
+def reader_options(data: DataConfig, chat: Chat) -> ReaderOptions:
     """Returns the options of `DataReader` that follow from chat settings.
 
     Args:
-      config: resolved config.
+      data: the ``data`` section.
       chat: settings of a run, or those of `configured_chat`.
     """
     own = None if chat.tokenizer is None else chat.tokenizer.chat_template
     # A selected template is checked against the tokenizer; a checkpoint's own template is not.
-    chosen = own if config.data.chat_template and isinstance(own, str) else ""
+    chosen = own if data.chat_template and isinstance(own, str) else ""
     return {"chat_template": chosen, "clock": chat.clock}
 
 
@@ -78,7 +77,7 @@ def create_run_chat(
       JaxtuneError: ``data.chat_template`` cannot be read.
     """
     if leads() and not run.chat.is_file():
-        _write(run, _apply_template(base, config), (), clock or now())
+        _write(run, _apply_template(base, config.data), (), clock or now())
     barrier("chat.json is written")
     return _read(run, base)
 
@@ -95,7 +94,7 @@ def save_end_tokens(run: RunDirectory, chat: Chat, examples: Examples) -> Chat:
             "model will not learn to stop; use a chat template that writes one"
         )
     if leads():
-        _write(run, chat, ends, chat.clock)
+        _write(run, chat, ends, chat.clock or now())
     barrier("the end tokens are written")
     return chat.ending_with(ends)
 
@@ -122,16 +121,16 @@ def load_run_chat(run: RunDirectory, config: Config, source: TensorSource) -> Ch
     Raises:
       JaxtuneError: a file cannot be read.
     """
-    base = initial_chat(config, source)
+    base = initial_chat(config.adapter, source)
     if not run.chat.is_file():  # not trained yet, or by an earlier version
-        return _apply_template(base, config)
+        return _apply_template(base, config.data)
     return _read(run, base)
 
 
-def _apply_template(base: Chat, config: Config) -> Chat:
-    """Returns the chat with the config's template, which has its arguments as defaults."""
-    chat = base.with_template(read_template(config.data.chat_template))
-    arguments = read_arguments(config.data.chat_template_kwargs, "data")
+def _apply_template(base: Chat, data: DataConfig) -> Chat:
+    """Returns the chat with the template of the section, with its arguments as defaults."""
+    chat = base.with_template(read_template(data.chat_template))
+    arguments = read_arguments(data.chat_template_kwargs, "data")
     template = None if chat.tokenizer is None else chat.tokenizer.chat_template
     if not template or not arguments:
         return chat
@@ -141,7 +140,9 @@ def _apply_template(base: Chat, config: Config) -> Chat:
     return chat.with_template(named)
 
 
-def _write(run: RunDirectory, chat: Chat, ends: tuple[int, ...] | list[int], clock: Any) -> None:
+def _write(
+    run: RunDirectory, chat: Chat, ends: tuple[int, ...] | list[int], clock: datetime.datetime
+) -> None:
     template = None if chat.tokenizer is None else chat.tokenizer.chat_template
     content = {"chat_template": template, "eos_token_id": list(ends), "clock": clock.isoformat()}
     run.write_chat(content)

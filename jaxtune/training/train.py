@@ -86,9 +86,9 @@ def train(
         check_wandb(config.logging.wandb)
         profile_window(config.profile.steps)
         source = open_model(config.model.path, config.model.revision).source
-        chat = create_run_chat(run, config, initial_chat(config, source), clock)
+        chat = create_run_chat(run, config, initial_chat(config.adapter, source), clock)
         tokenizer = chat.tokenizer
-        options = reader_options(config, chat)
+        options = reader_options(config.data, chat)
         read = functools.cache(lambda: data_reader(config, source, tokenizer, **options).splits())
         method, stored = choose_method(config)
         method = method.with_tokenizer(tokenizer)
@@ -194,7 +194,9 @@ def score_training_data(config: Config) -> ExpertScores:
     """Scores the experts of the model of a config on its training data; see `score_experts`."""
     source = open_model(config.model.path, config.model.revision).source
     chat = configured_chat(config, source)
-    splits = data_reader(config, source, chat.tokenizer, **reader_options(config, chat)).splits()
+    splits = data_reader(
+        config, source, chat.tokenizer, **reader_options(config.data, chat)
+    ).splits()
     return score_experts(config, source, splits.train)
 
 

@@ -72,7 +72,7 @@ def test_a_head_of_its_own_is_used_whatever_config_json_says(tied, tmp_path, cap
     head = load_file(directory / "model.safetensors")[HEAD]
     assert torch.equal(load_file(quantized / "model.safetensors")[HEAD], head.bfloat16())
     config = resolve({"model": {"path": str(directory)}})
-    assert model_config(config)["tie_word_embeddings"] is False
+    assert model_config(config.model)["tie_word_embeddings"] is False
 
 
 def test_an_equal_head_stays_tied(tied, tmp_path, caplog):

@@ -174,7 +174,7 @@ def test_logits_and_the_other_openings_are_those_of_safetensors(both, tmp_path):
         found.append(np.asarray(model.logits(tokens)).tobytes())
     assert found[0] == found[1]
     config = config_module.resolve({"model": {"path": str(both("llama", "bfloat16")[1])}})
-    assert model_config(config)["model_type"] == "llama"
+    assert model_config(config.model)["model_type"] == "llama"
 
 
 def test_a_tied_model_whose_head_is_in_the_file(tiny, tmp_path):

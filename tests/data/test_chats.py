@@ -10,10 +10,11 @@ import importlib.resources
 import json
 
 import pytest
+from loading import load_examples
 
 from jaxtune.chats.builtin import set_default_arguments
 from jaxtune.chats.template import read_template
-from jaxtune.data import IGNORE, ChatTemplate, encode_prompt, load_examples
+from jaxtune.data import IGNORE, ChatTemplate, encode_prompt
 from jaxtune.data.detect_format import FORMATS
 from jaxtune.errors import JaxtuneError
 

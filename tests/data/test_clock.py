@@ -4,9 +4,10 @@ import datetime
 import logging
 
 import pytest
+from loading import load_examples
 
 from jaxtune.chats.clock import fix_clock, now
-from jaxtune.data import ChatTemplate, encode_prompt, load_examples
+from jaxtune.data import ChatTemplate, encode_prompt
 from jaxtune.errors import JaxtuneError
 
 CHAT = [{"role": "user", "content": "Hi"}]

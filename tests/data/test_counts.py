@@ -6,9 +6,10 @@ import json
 import re
 
 import pytest
+from loading import load_examples
 
 from jaxtune.config import resolve
-from jaxtune.data import IGNORE, DataReader, load_examples
+from jaxtune.data import IGNORE, DataReader
 from jaxtune.data.report import count_overlap, render_statistics, statistics
 from jaxtune.errors import JaxtuneError
 

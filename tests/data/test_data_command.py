@@ -59,9 +59,9 @@ def test_inspect_marks_targets(config, capsys):
 
 
 def test_inspect_colours_a_terminal_and_lets_no_escape_through(deepseek, jsonl):
+    from loading import load_examples
     from rich.console import Console
 
-    from jaxtune.data import load_examples
     from jaxtune.data.report import LEARNED, show_example
 
     path = jsonl({"prompt": "a [red]", "completion": " b\x1b[2J"})

@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 
 import pytest
+from loading import load_examples
 
 from jaxtune.chats.tokens import tokenize_batch
 from jaxtune.config import resolve
-from jaxtune.data import DataReader, load_examples, tokenize_prompt
+from jaxtune.data import DataReader, tokenize_prompt
 from jaxtune.data.report import render_statistics, statistics
 from jaxtune.training.generation_eval import read_questions
 

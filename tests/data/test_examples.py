@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from loading import load_examples
 
-from jaxtune.data import IGNORE, Examples, load_examples
+from jaxtune.data import IGNORE, Examples
 from jaxtune.errors import JaxtuneError
 
 BOS, EOS = 0, 1

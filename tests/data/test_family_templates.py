@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from loading import load_examples
 
 from jaxtune.chats.template import built_in_templates, read_template
-from jaxtune.data import IGNORE, ChatTemplate, encode_prompt, load_examples
+from jaxtune.data import IGNORE, ChatTemplate, encode_prompt
 from jaxtune.errors import JaxtuneError
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"

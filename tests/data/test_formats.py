@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+from loading import load_examples
 
-from jaxtune.data import IGNORE, load_examples
+from jaxtune.data import IGNORE
 from jaxtune.errors import JaxtuneError
 
 MESSAGES = [

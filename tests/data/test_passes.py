@@ -10,11 +10,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from loading import load_examples
 
 from jaxtune import progress
 from jaxtune.cli import main
 from jaxtune.config import load_file, resolve
-from jaxtune.data import BatchLoader, DataOrder, Examples, SourceSlice, load_examples
+from jaxtune.data import BatchLoader, DataOrder, Examples, SourceSlice
 from jaxtune.data.packing import pack_rows
 from jaxtune.training.durations import Timeline
 from jaxtune.training.train import make_loader

@@ -9,10 +9,11 @@ import sys
 
 import numpy as np
 import pytest
+from loading import load_examples
 
 from jaxtune.chats.template import ChatTemplate, read_template
 from jaxtune.chats.tokens import tokenize
-from jaxtune.data import IGNORE, load_examples
+from jaxtune.data import IGNORE
 from jaxtune.data.encode import Encoder, Problem
 from jaxtune.data.file_formats import Record
 from jaxtune.data.settings import DataSettings
@@ -497,13 +498,14 @@ def test_memory_does_not_follow_the_size_of_the_file(deepseek, tmp_path):
 import json, sys
 from pathlib import Path
 from transformers import PreTrainedTokenizerFast
-from jaxtune.data import load_examples
+from jaxtune.data import DataSettings, load_examples
+settings = DataSettings(max_length=2048)
 tokenizer = PreTrainedTokenizerFast.from_pretrained(sys.argv[1])
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
-load_examples(sys.argv[2], tokenizer=tokenizer, max_length=2048)  # whatever is loaded once
-before, examples = anonymous(), load_examples(sys.argv[3], tokenizer=tokenizer, max_length=2048)
+load_examples(sys.argv[2], settings, tokenizer=tokenizer)  # whatever is loaded once
+before, examples = anonymous(), load_examples(sys.argv[3], settings, tokenizer=tokenizer)
 print(json.dumps([examples.token_count, anonymous() - before]))
 """
     text = "Some words about nothing in particular, again and again. " * 40

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+from loading import load_examples
 
-from jaxtune.data import load_examples, read_rows
+from jaxtune.data import read_rows
 from jaxtune.errors import JaxtuneError
 
 BOM = b"\xef\xbb\xbf"

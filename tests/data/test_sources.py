@@ -9,8 +9,9 @@ import shutil
 import subprocess
 
 import pytest
+from loading import load_examples
 
-from jaxtune.data import load_examples, read_rows
+from jaxtune.data import read_rows
 from jaxtune.data.sources import find_sources
 from jaxtune.errors import JaxtuneError
 

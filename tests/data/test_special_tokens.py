@@ -6,8 +6,9 @@ import json
 
 import numpy as np
 import pytest
+from loading import load_examples
 
-from jaxtune.data import IGNORE, encode_prompt, load_examples, tokenize_prompt
+from jaxtune.data import IGNORE, encode_prompt, tokenize_prompt
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 ADDS = ["nothing", "bos", "eos", "bos+eos"]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from loading import load_examples
 
-from jaxtune.data import load_examples
 from jaxtune.errors import JaxtuneError
 
 PAIR = {"instruction": "Now?", "output": "c"}

@@ -7,7 +7,7 @@ import pytest
 from jaxtune.checkpoints.chat import Chat, base_chat
 from jaxtune.checkpoints.huggingface import open_source
 from jaxtune.config import resolve
-from jaxtune.data import load_examples
+from jaxtune.data import DataSettings, load_examples
 from jaxtune.runs.chat import (
     configured_chat,
     create_run_chat,
@@ -72,7 +72,8 @@ def test_the_tokens_that_end_what_is_learned(
 ):
     chat = chat.with_template(template)
     path = write(tmp_path / "rows.jsonl", rows)
-    examples = load_examples(path, tokenizer=chat.tokenizer, **({"max_length": 128} | options))
+    settings = DataSettings(**({"max_length": 128} | options))
+    examples = load_examples(path, settings, tokenizer=chat.tokenizer)
     ids = chat.tokenizer.convert_tokens_to_ids(expected) if expected != "token 256" else [256]
     assert find_end_tokens(examples.ends, chat) == sorted(ids)
     run = RunDirectory(tmp_path / "run")
@@ -119,7 +120,7 @@ def test_an_adapter_to_start_from_brings_its_template(chat, tiny_chat, tmp_path)
         config = resolve({"adapter": start})
         run = RunDirectory(tmp_path / f"run {adapter}")
         with run.start(config):
-            begun = create_run_chat(run, config, initial_chat(config, source))
+            begun = create_run_chat(run, config, initial_chat(config.adapter, source))
         assert begun.tokenizer.chat_template == expected
         assert load_run_chat(run, config, source).tokenizer.chat_template == expected
 
@@ -165,6 +166,6 @@ def test_a_template_that_is_not_of_the_model_is_told(command, tiny_chat, tmp_pat
     chat = configured_chat(config, source)
     if command == "train":
         with run.start(config):
-            chat = create_run_chat(run, config, initial_chat(config, source))
-    data_reader(config, source, chat.tokenizer, **reader_options(config, chat)).splits()
+            chat = create_run_chat(run, config, initial_chat(config.adapter, source))
+    data_reader(config, source, chat.tokenizer, **reader_options(config.data, chat)).splits()
     assert "control tokens that the tokenizer does not have: <｜User｜>" in caplog.text
