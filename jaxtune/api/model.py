@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxtune.adapter_files.combine import Options
 from jaxtune.adapters.merge import check_merges, edits
@@ -47,7 +47,7 @@ class Model:
         source: Path,
         mesh: Mesh,
         *,
-        dtype: Any,
+        dtype: DTypeLike,
         attention: str = "auto",
         adapters: AdapterSet | None = None,
         chats: Callable[[Choice], Chat] | None = None,
@@ -75,7 +75,7 @@ class Model:
         self,
         adapter: Choice,
         combine: str = "cat",
-        **options: Any,
+        **options: float | str,
     ) -> Model:
         """Switches to one of the adapters that were loaded, to several combined, or to none.
 
@@ -101,7 +101,9 @@ class Model:
         known = [field.name for field in dataclasses.fields(Options)]
         for name in options:
             lookup(dict.fromkeys(known), name, "option")
-        self._hold(self._adapters.select(adapter, combine, Options(**options)))
+        self._hold(
+            self._adapters.select(adapter, combine, dataclasses.replace(Options(), **options))
+        )
         self._choice = adapter
         for name in ("chat", "stop_ids"):  # as they are for this choice
             self.__dict__.pop(name, None)

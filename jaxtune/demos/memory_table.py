@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from jaxtune.adapters.parameter_summary import parameter_summary, trained_share
-from jaxtune.config import resolve
+from jaxtune.config import AdapterConfig, Config, resolve
 from jaxtune.planning.plan import Plan, compile_plan
 from jaxtune.planning.topology import find_topology
 from jaxtune.training.setup import set_up
@@ -46,38 +45,40 @@ class TableRow:
     published: str
     published_share: str
     chips: str
-    adapter: dict[str, Any]
+    adapter: AdapterConfig
     optimizer: str = "adamw"
 
 
-_FULL = ("40 and more", "100 %", "v5p:2x2x1", {"method": "full"})
+_FULL = ("40 and more", "100 %", "v5p:2x2x1", AdapterConfig(method="full"))
 ROWS_OF_TABLE = (
     TableRow("full, float32 masters and Adam", *_FULL),
     TableRow("full, float32 masters and Adafactor", *_FULL, optimizer="adafactor"),
-    TableRow("LoRA, r = 8", "14–20", "0.1–1 %", "v5p:1x1x1", {"rank": 8}),
-    TableRow("P-Tuning, 20 tokens", "10–15", "0.01 %", "v5p:1x1x1", {"method": "ptuning"}),
-    TableRow("QLoRA (NF4), r = 8", "8–15", "0.1–1 %", "v5p:1x1x1", {"rank": 8}),
+    TableRow("LoRA, r = 8", "14–20", "0.1–1 %", "v5p:1x1x1", AdapterConfig(rank=8)),
+    TableRow(
+        "P-Tuning, 20 tokens", "10–15", "0.01 %", "v5p:1x1x1", AdapterConfig(method="ptuning")
+    ),
+    TableRow("QLoRA (NF4), r = 8", "8–15", "0.1–1 %", "v5p:1x1x1", AdapterConfig(rank=8)),
 )
 
 
-def row_config(row: TableRow) -> dict[str, Any]:
+def row_config(row: TableRow) -> Config:
     """Returns the config of a row, without the model."""
     devices = 4 if row.chips == "v5p:2x2x1" else 1
-    config: dict[str, Any] = {
-        "adapter": row.adapter,
-        "optimizer": {"name": row.optimizer},
-        "data": {"max_length": LENGTH},
-        "training": {"batch_size": ROWS * devices, "remat": "full"},
-        "mesh": {"data": 1, "fsdp": devices},
-    }
-    if "NF4" in row.method:
-        config["quantize"] = {"format": "nf4"}
-    return config
+    return resolve(
+        {
+            "adapter": row.adapter.to_dict(),
+            "optimizer": {"name": row.optimizer},
+            "quantize": {"format": "nf4" if "NF4" in row.method else ""},
+            "data": {"max_length": LENGTH},
+            "training": {"batch_size": ROWS * devices, "remat": "full"},
+            "mesh": {"data": 1, "fsdp": devices},
+        }
+    )
 
 
 def compile_row(row: TableRow) -> tuple[Plan, float]:
     """Compiles a row; returns its plan and the share of weights that are trained."""
-    config, hardware = resolve(row_config(row)), find_topology(row.chips)
+    config, hardware = row_config(row), find_topology(row.chips)
     setup = set_up(config, DEEPSEEK_7B, choose_method(config)[0], hardware.devices)
     return compile_plan(setup, hardware), trained_share(parameter_summary(setup.definition))[2]
 

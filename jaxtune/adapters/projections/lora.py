@@ -54,6 +54,8 @@ class LoraAdapter(SlotAdapter):
     other factor, whose padding is zero as well.
     """
 
+    settings: tuple[Factor | None, ...]
+
     def __init__(self, linear: Projection, factors: tuple[Factor | None, ...], dropout: float):
         rank = max(factor.rank for factor in factors if factor)
         self.out_features, self.in_features = linear.out_features, linear.in_features

@@ -130,7 +130,7 @@ class Pissa(Lora):
             name: setting
             for _, names, adapter in adapters(definition)
             for name, setting in zip(names, adapter.settings, strict=True)
-            if setting is not None
+            if isinstance(setting, Factor)
         }
         if any(factor.scale == 0 for factor in factors.values()):
             raise JaxtuneError("adapter.alpha must not be 0 with adapter.method=pissa")

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,12 @@ from jaxtune.layers.tree import (
 )
 from jaxtune.models.definition import Definition
 
+if TYPE_CHECKING:
+    from jaxtune.adapters.projections.factors import Factor
+
+Setting: TypeAlias = "Factor | bool | int | str"
+"""The settings of one module; each method has a type of its own."""
+
 
 @dataclasses.dataclass(frozen=True)
 class AdapterPart:
@@ -77,11 +83,11 @@ class SlotAdapter(nnx.Module, abc.ABC):
       dropout: dropout rate on the input of a low-rank branch.
     """
 
-    settings: tuple[Any, ...]
+    settings: tuple[Setting | None, ...]
     dropout: float = 0.0
 
     @abc.abstractmethod
-    def parts(self, setting: Any) -> dict[str, AdapterPart]:
+    def parts(self, setting: Setting) -> dict[str, AdapterPart]:
         """Returns the trained arrays of a layer with this setting, by attribute."""
 
     @abc.abstractmethod
@@ -141,11 +147,11 @@ class LinearMethod(Method):
         return f"adapter.{option}"
 
     @abc.abstractmethod
-    def choose(self, modules: Mapping[str, Projection]) -> dict[str, Any]:
+    def choose(self, modules: Mapping[str, Projection]) -> Mapping[str, Setting]:
         """Returns the settings of the modules to edit, given all projections by name."""
 
     @abc.abstractmethod
-    def adapter(self, linear: Projection, settings: tuple[Any, ...]) -> SlotAdapter:
+    def adapter(self, linear: Projection, settings: tuple[Setting | None, ...]) -> SlotAdapter:
         """Builds the abstract adapter of a projection, for one layer of its block.
 
         Args:
@@ -154,7 +160,9 @@ class LinearMethod(Method):
         """
 
     @abc.abstractmethod
-    def peft_config(self, definition: Definition, settings: Mapping[str, Any]) -> dict[str, Any]:
+    def peft_config(
+        self, definition: Definition, settings: Mapping[str, Setting]
+    ) -> dict[str, Any]:
         """Returns adapter_config.json, given the settings by Hugging Face module name."""
 
     def select(
@@ -215,7 +223,7 @@ class LinearMethod(Method):
         """Returns adapter_config.json and the parts of every edited projection, unstacked."""
         del constants
         values, tensors = dict(flatten(trainable)), {}
-        settings: dict[str, Any] = {}
+        settings: dict[str, Setting] = {}
         for path, names, adapter in adapters(definition):
             stacks = {
                 part: _flat(np.asarray(values[(*path, "adapter", part)], np.float32), declared)
