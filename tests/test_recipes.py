@@ -201,7 +201,6 @@ def tiny_checkpoint(tiny, tiny_chat, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("compiled_lightly")
 @pytest.mark.parametrize("name", LENGTHENED)
 def test_it_trains_for_its_epochs_of_other_data(name, tiny_checkpoint, tmp_path):
     config = read(name, ONE_DEVICE)
