@@ -1,6 +1,10 @@
-"""What a fine-tuning step of a 7B model takes of one v5e chip, by the TPU compiler's own count."""
+"""What a QLoRA step of a 7B model takes of one v5e chip, by the TPU compiler's own count.
+
+The shape of Llama-2-7B is compiled by `make test-plans` only, which sets ``JAXTUNE_TEST_FULL``.
+"""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -17,34 +21,23 @@ DEEPSEEK_7B = json.loads((CONFIGS / "deepseek-llm-7b.json").read_text())
 LLAMA_2_7B = DEEPSEEK_7B | {"num_hidden_layers": 32, "vocab_size": 32000, "rms_norm_eps": 1e-5}
 
 
-@pytest.fixture
-def resident_and_temporary(tmp_path):
-    """Plans a run with 1024 tokens a row for one chip, prints the plan, returns its bytes."""
-
-    def make(model, rows, **sections):
-        (tmp_path / "config.json").write_text(json.dumps(model))
-        sections |= {
-            "model": {"path": str(tmp_path)},
-            "data": {"max_length": 1024},
-            "training": {"batch_size": rows, "remat": "full"},
-        }
-        result = plan(resolve(sections), "v5e:1x1")
-        print(result.render())
-        assert result.fits
-        return sum(result.arguments.values()) + result.temporaries
-
-    return make
+# The bars are a little above what was measured: 5.45 and 4.60 GiB.
+MOST = [pytest.param(DEEPSEEK_7B, 5.5, id="deepseek")]
+if "JAXTUNE_TEST_FULL" in os.environ:
+    MOST += [pytest.param(LLAMA_2_7B, 4.7, id="llama-2")]
 
 
-# The bars are a little above what was measured: 4.60 and 5.45 GiB.
-@pytest.mark.parametrize(
-    "model, most",
-    [pytest.param(LLAMA_2_7B, 4.7, id="llama-2"), pytest.param(DEEPSEEK_7B, 5.5, id="deepseek")],
-)
-def test_qlora_over_nf4(resident_and_temporary, model, most):
-    taken = resident_and_temporary(model, 1, adapter={"rank": 8}, quantize={"format": "nf4"})
-    assert taken <= most * GIB
-
-
-def test_lora_over_bfloat16(resident_and_temporary):
-    assert resident_and_temporary(DEEPSEEK_7B, 4, adapter={"rank": 8}) <= 15.5 * GIB
+@pytest.mark.parametrize("model, most", MOST)
+def test_qlora_over_nf4(tmp_path, model, most):
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    sections = {
+        "model": {"path": str(tmp_path)},
+        "data": {"max_length": 1024},
+        "training": {"batch_size": 1, "remat": "full"},
+        "adapter": {"rank": 8},
+        "quantize": {"format": "nf4"},
+    }
+    result = plan(resolve(sections), "v5e:1x1")
+    print(result.render())
+    assert result.fits
+    assert sum(result.arguments.values()) + result.temporaries <= most * GIB
