@@ -281,10 +281,9 @@ def on_devices(tiny, tmp_path_factory):
         workdir = scratch / "-".join([method, *(f"{axis}{size}" for axis, size in mesh.items())])
         if mesh == {}:
             return jaxtune.train(config, workdir)
-        flags = "--xla_force_host_platform_device_count=8"
         subprocess.run(
             [sys.executable, "-c", ON_8_DEVICES, json.dumps(config), str(workdir)],
-            env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+            env=os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"},
             check=True,
         )
         return jaxtune.Run(workdir)
