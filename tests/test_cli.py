@@ -2,10 +2,10 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -196,14 +196,21 @@ def test_a_file_that_cannot_be_made_is_named(capsys, config, tmp_path):
     assert capsys.readouterr().err == f"jaxtune: error: {tmp_path}/file/run: Not a directory\n"
 
 
+def processor_seconds():
+    """Returns what the processes that were started and have ended took of a processor."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_help_and_version_are_quick():
-    # A second and a half is what a user does not mind; importing jax alone may take longer.
+    # A second and a half is what a user does not mind; importing jax alone may take longer. Time of
+    # the processor, because other programs may keep it busy.
     for flag in ("--help", "--version"):
-        begin = time.monotonic()
+        begin = processor_seconds()
         done = subprocess.run(
             [sys.executable, "-m", "jaxtune.cli", flag], capture_output=True, text=True, check=True
         )
-        seconds = time.monotonic() - begin
+        seconds = processor_seconds() - begin
         assert "jaxtune" in done.stdout and not done.stderr
         assert seconds < 1.5
     loaded = "import sys, jaxtune.cli; print('jax' in sys.modules)"
