@@ -30,6 +30,9 @@ TINY = {
     "eos_token_id": 2,
 }
 
+# XLA's newer code generator takes most of the time of compiling; its threads have no core to spare.
+LIGHT = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+
 
 def pytest_configure(config):
     """Sets what the workers and all processes that tests start inherit.
@@ -40,6 +43,8 @@ def pytest_configure(config):
     Functions are compiled with few optimizations, because tiny models take far longer to compile
     than to run; see `compiled_fully`. torch computes on one thread: where cores are shared, its
     threads spend most of their time waiting for each other, and they wait in busy loops.
+
+    A test that needs several devices sets JAX_NUM_CPU_DEVICES, which leaves XLA_FLAGS as they are.
     """
     if hasattr(config, "workerinput"):
         return  # the variables below are inherited
@@ -49,6 +54,7 @@ def pytest_configure(config):
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {LIGHT}".strip()
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
@@ -93,6 +99,7 @@ def compiled_fully():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+        patch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"].replace(LIGHT, "").strip())
         jax.config.update("jax_disable_most_optimizations", False)
         jax.clear_caches()  # functions that other files compiled with few optimizations
         yield

@@ -216,7 +216,7 @@ def test_kernels_are_split_over_rows_and_heads():
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
     """
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_NUM_CPU_DEVICES": "4",
         "JAX_PLATFORMS": "cpu",
     }
     done = subprocess.run(

@@ -53,8 +53,7 @@ MESHES = [
 def test_a_mesh_changes_nothing():
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(PROGRAM % json.dumps(MESHES))],
-        env=os.environ
-        | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"},
         capture_output=True,
         text=True,
     )

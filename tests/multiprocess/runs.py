@@ -33,7 +33,7 @@ class Running:
             env=os.environ
             | {
                 "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+                "JAX_NUM_CPU_DEVICES": str(devices),
                 "JAXTUNE_FAULT": fault,
             },
             stdout=subprocess.PIPE,

@@ -58,7 +58,7 @@ def start(directory, settings, devices):
         env=os.environ
         | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_NUM_CPU_DEVICES": str(devices),
             "PYTHONPATH": str(Path(__file__).parents[2]),
         },
         stderr=subprocess.PIPE,

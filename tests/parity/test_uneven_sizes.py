@@ -109,10 +109,10 @@ def test_what_a_mesh_does_not_divide_is_computed_all_the_same(name, tiny, famili
     make = families if model_type == "deepseek_v3" else tiny
     directory = make(model_type, **changes)
     root = Path(__file__).parents[2]
-    flags = "--xla_force_host_platform_device_count=4"
     subprocess.run(
         [sys.executable, __file__, name, str(directory), str(tmp_path)],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)},
+        env=os.environ
+        | {"JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)},
         check=True,
     )
     one, mesh = (dict(np.load(tmp_path / f"{which}.npz")) for which in ("one", "mesh"))

@@ -42,7 +42,7 @@ def test_loops_multiply_what_they_hold():
         env={
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+            "JAX_NUM_CPU_DEVICES": "8",
         },
         capture_output=True,
         text=True,

@@ -165,7 +165,7 @@ def test_a_length_is_said_in_passes(count, text):
 
 
 def test_a_run_without_an_end_is_not_planned_to_its_end():
-    begin = time.monotonic()
+    begin = time.process_time()
     text = timeline().describe(10**12)
     assert re.fullmatch(r"10{12} steps: more than \d+ passes over 30 rows", text)
-    assert time.monotonic() - begin < 60
+    assert time.process_time() - begin < 60

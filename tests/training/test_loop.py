@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from typing import Any
 
@@ -35,12 +36,18 @@ class State:
 
 
 class Loader:
-    """Batches that depend on everything drawn before, as a shuffled and packed stream does."""
+    """Batches that depend on everything drawn before, as a shuffled and packed stream does.
 
-    def __init__(self, poison=None):
-        self.random, self.drawn, self.poison = np.random.default_rng(7), 0, poison
+    The batch numbered `poison` is not finite, and after the one numbered `last` none comes.
+    """
+
+    def __init__(self, poison=None, last=None):
+        self.random, self.drawn = np.random.default_rng(7), 0
+        self.poison, self.last = poison, last
 
     def __next__(self):
+        if self.drawn == self.last:
+            threading.Event().wait()
         self.drawn += 1
         batch = self.random.standard_normal((16, SIZE)).astype(np.float32)
         return batch * np.float32("nan") if self.drawn == self.poison else batch
@@ -300,7 +307,9 @@ def test_a_run_killed_again_and_again_has_the_losses_of_an_unbroken_one(tmp_path
         pass
     command = [sys.executable, __file__, str(tmp_path)]
     for lines in (5, 13):
-        code = kill_when(subprocess.Popen(command), run.metrics, lines, chance.uniform(0, 0.01))
+        # Out of batches, a run cannot end before it is killed, however late that is.
+        process = subprocess.Popen([*command, str(lines + 4)])
+        code = kill_when(process, run.metrics, lines, chance.uniform(0, 0.01))
         assert code == -signal.SIGKILL
     subprocess.run(command, check=True)
     assert_same_run(tmp_path, unbroken)
@@ -324,4 +333,4 @@ def test_many_kills_at_any_moment(tmp_path):
 
 
 if __name__ == "__main__":
-    train(sys.argv[1], None)
+    train(sys.argv[1], None, loader=Loader(last=int(sys.argv[2]) if sys.argv[2:] else None))
