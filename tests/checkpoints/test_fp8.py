@@ -188,9 +188,9 @@ def integer_scale(tensors):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (without_scale, f'"{WEIGHT}" is fp8 and has no "{WEIGHT}_scale_inv"'),
+        (without_scale, f'"{WEIGHT}" is fp8 but has no "{WEIGHT}_scale_inv"'),
         (scale_of_another_shape, f'"{WEIGHT}_scale_inv" is float32 [2, 2], not float32 [2, 3]'),
-        (scale_without_weight, f'{WEIGHT} is stored as fp8 and has no "{WEIGHT}"'),
+        (scale_without_weight, f'{WEIGHT} is stored as fp8 but has no "{WEIGHT}"'),
         (scale_of_a_plain_weight, f'"{WEIGHT}" is bfloat16 [36, 64], not float8_e4m3fn [36, 64]'),
         (integer_scale, f'"{WEIGHT}_scale_inv" is int32 [2, 3], not float32 [2, 3]'),
     ],

@@ -279,8 +279,8 @@ def altered(table):
 
 FAULTS = {
     "nf4": [
-        (without(NAME + ".absmax"), f'is stored as nf4 and has no "{NAME}.absmax"'),
-        (without(NAME), f'is stored as nf4 and has no "{NAME}"'),
+        (without(NAME + ".absmax"), f'is stored as nf4 but has no "{NAME}.absmax"'),
+        (without(NAME), f'is stored as nf4 but has no "{NAME}"'),
         (without(NAME + ".nested_quant_map"), f'has no "{NAME}.nested_quant_map"'),
         (without(STATE), f'has no "{STATE}"'),
         (added(NAME + ".surplus"), f"not in the architecture: {NAME}.surplus"),
@@ -291,10 +291,10 @@ FAULTS = {
         (state(nested_offset=None), f'"{STATE}" has nested_offset=None, not a number'),
         (state(shape=[64, 128]), f'"{NAME}.absmax" is uint8 [64], not uint8 [128]'),
         (replaced(STATE, lambda _: np.uint8([123])), f'"{STATE}" is not valid JSON'),
-        (replaced(NAME + ".quant_map", altered), f'"{NAME}.quant_map" has 2.0 at 15, where'),
+        (replaced(NAME + ".quant_map", altered), f'"{NAME}.quant_map" has 2.0 at 15, but'),
         (
             replaced(NAME + ".nested_quant_map", altered),
-            "has 2.0 at 255, where this format has 1.0",
+            "has 2.0 at 255, but this format has 1.0",
         ),
         (
             replaced(NAME, lambda codes: codes[1:]),
@@ -302,7 +302,7 @@ FAULTS = {
         ),
     ],
     "int8": [
-        (without(NAME[:-6] + "SCB"), f'is stored as int8 and has no "{NAME[:-6]}SCB"'),
+        (without(NAME[:-6] + "SCB"), f'is stored as int8 but has no "{NAME[:-6]}SCB"'),
         (
             replaced(NAME[:-6] + "SCB", lambda scale: scale[1:]),
             f'"{NAME[:-6]}SCB" is float32 [63], not float32 [64]',
@@ -311,11 +311,11 @@ FAULTS = {
             replaced(NAME[:-6] + "weight_format", lambda order: np.full_like(order, 2)),
             f'"{NAME[:-6]}weight_format" is 2; only 0',
         ),
-        (replaced(NAME, lambda codes: codes.reshape(-1)), f'"{NAME}" is [4096], and a weight'),
+        (replaced(NAME, lambda codes: codes.reshape(-1)), f'"{NAME}" has shape [4096], not'),
     ],
     "int4": [
-        (without(NAME + "_scale"), f'is stored as int4 and has no "{NAME}_scale"'),
-        (added(NAME), f"{NAME} is plain, and stored as int4 as well"),
+        (without(NAME + "_scale"), f'is stored as int4 but has no "{NAME}_scale"'),
+        (added(NAME), f"{NAME} is stored both plain and as int4"),
         (added(NAME + "_zero_point"), f"not in the architecture: {NAME}_zero_point"),
         (
             replaced(NAME + "_packed", lambda words: words[:, 1:].copy()),
@@ -328,7 +328,7 @@ FAULTS = {
         (replaced(NAME + "_shape", lambda shape: shape * 0), "is [0, 0], not two positive numbers"),
     ],
     "fp8": [
-        (without(NAME + "_scale_inv"), f'"{NAME}" is fp8 and has no "{NAME}_scale_inv"'),
+        (without(NAME + "_scale_inv"), f'"{NAME}" is fp8 but has no "{NAME}_scale_inv"'),
         (
             replaced(NAME + "_scale_inv", lambda scale: scale.astype(ml_dtypes.bfloat16)),
             f'"{NAME}_scale_inv" is bfloat16 [',

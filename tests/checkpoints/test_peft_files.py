@@ -77,7 +77,7 @@ def test_no_such_adapter(tiny, tmp_path):
 def test_weights_that_are_not_there_or_cut(tiny, adapter):
     path = adapter / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    assert refusal(tiny("llama"), adapter).startswith(f"{path}: not a whole safetensors file")
+    assert refusal(tiny("llama"), adapter).startswith(f"{path}: not a valid safetensors file")
     path.unlink()
     assert refusal(tiny("llama"), adapter) == f"{path}: no such file, nor adapter_model.bin"
 

@@ -205,7 +205,7 @@ def test_the_head_is_quantized_when_asked(tiny):
         ),
         (
             {"format": "int8", "modules": (r".*layers\.0\.self_attn\.q_proj",)},
-            "quantize.modules: has model.layers.0.self_attn.q_proj and not model.layers.1",
+            "quantize.modules: selects model.layers.0.self_attn.q_proj but not model.layers.1",
         ),
     ],
 )

@@ -161,7 +161,7 @@ def test_a_storage_of_two_dtypes(tmp_path):
     """torch takes the first and misreads the second."""
     halves = tensor((4,), (1,), values=storage("torch.HalfStorage", count=32))
     message = refusal(tmp_path, archive(state(("a", tensor()), ("b", halves))))
-    assert message == 'tensor "b": its storage has another dtype or size elsewhere'
+    assert message == 'tensor "b": another tensor gives its storage another dtype or size'
 
 
 DEEP = 10**6
@@ -237,8 +237,8 @@ def test_structures_are_refused_in_little_memory(tmp_path):
 
 def test_overlapping_members(tmp_path):
     overlap, other_name = hostile.overlapping()
-    assert refusal(tmp_path, overlap) == "is not a whole zip file: its files overlap"
-    assert refusal(tmp_path, other_name) == ("is not a whole zip file: its directory is malformed")
+    assert refusal(tmp_path, overlap) == "is not a valid zip file: its files overlap"
+    assert refusal(tmp_path, other_name) == ("is not a valid zip file: its directory is malformed")
 
 
 @pytest.mark.parametrize("part", range(4))

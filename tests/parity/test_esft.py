@@ -209,7 +209,7 @@ def test_the_files_of_esfts_programs(tmp_path):
     assert read.keys() == {f"model.{name}" for name in names}
     assert all((read[f"model.{name}"] == tensors[name].numpy()).all() for name in names)
     torch.save(tensors, tmp_path / "pytorch_model.bin")
-    with pytest.raises(JaxtuneError, match=r'model.bin: tensor "layers.*" is in another file'):
+    with pytest.raises(JaxtuneError, match=r'model.bin: tensor "layers.*" is also in another file'):
         read_adapter(tmp_path)
     save_file(
         {name: value.numpy() + 1 for name, value in tensors.items()}, tmp_path / "x.safetensors"
