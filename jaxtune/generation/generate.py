@@ -32,9 +32,9 @@ class Sampling(NamedTuple):
     """Settings for choosing the next token.
 
     Attributes:
-      temperature: 0 chooses the likeliest token.
+      temperature: sampling temperature; 0 chooses the most likely token.
       top_p: samples from the smallest set of tokens with at least this probability.
-      seed: of the random samples.
+      seed: seed of the random samples.
     """
 
     temperature: float = 0.0
@@ -59,7 +59,8 @@ def _choose(logits: jax.Array, greedy: bool, sampling: Sampling, key: jax.Array)
     ordered = jnp.sort(logits, axis=-1)[:, ::-1]
     probabilities = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    # The set includes the token that crosses the threshold, so it always has the likeliest one.
+    # A token belongs to the set if the tokens before it have less probability than top_p, so the
+    # token that crosses the threshold, and hence the most likely one, is always included.
     smallest = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), axis=-1)
     logits = jnp.where(logits >= smallest[:, None], logits, -jnp.inf)
     return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
@@ -138,12 +139,12 @@ def generate_tokens(
     """Continues a batch of prompts of any lengths.
 
     Args:
-      definition: of the model.
+      definition: definition of the model.
       trees: base, trainable, constants.
       prompts: token ids, at least one each.
       options: compute dtype and attention backend.
       max_new_tokens: maximum number of new tokens per prompt.
-      sampling: how to choose tokens.
+      sampling: settings for choosing tokens.
       stop: ids that end a row.
 
     Returns:
@@ -193,7 +194,7 @@ def _check(
             raise JaxtuneError(f"prompt {index + 1} is not a list of token ids")
         if not len(prompt):
             raise JaxtuneError(f"prompt {index + 1} has no tokens")
-    # Written so that a NaN fails: all comparisons with it are false.
+    # All comparisons with NaN are false, so a NaN is rejected too.
     if (
         max_new_tokens < 1
         or not 0 <= sampling.temperature < math.inf

@@ -108,13 +108,18 @@ class Router(Projection):
     def routing_stats(
         self, scores: jax.Array, weights: jax.Array, experts: jax.Array, segment_ids: jax.Array
     ) -> Routed:
-        """Returns the statistics of a choice of experts int32 [N, k], weighted [N, k].
+        """Returns the statistics of a routing; the sums of weights leave out `Routing.scale`.
 
-        Scores are [N, E], for the tokens of int[B, T]. Weights are counted without `Routing.scale`.
+        Args:
+          scores: float32 [N, E], with N = B · T.
+          weights: float32 [N, k].
+          experts: int32 [N, k].
+          segment_ids: int[B, T]; 0 is padding.
         """
         counted, (batch, length) = experts, segment_ids.shape
         if self.e_score_correction_bias is not None:
-            # V3's report counts the experts with the highest scores, without bias and groups.
+            # The balance loss of V3 counts the experts with the highest scores, ignoring the
+            # correction bias and groups (equation 18 of the report).
             _, counted = lax.top_k(scores, self.routing.top_k)
         if self.routing.scores == "sigmoid":
             scores = scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
@@ -228,10 +233,10 @@ class MoE(nnx.Module):
 
     @property
     def activation_width(self) -> int:
-        """Values that a token has within the mixture.
+        """Values per token within the mixture.
 
-        For each of its experts: rows of the hidden size, in float32 and in the compute dtype, and
-        three of the expert's own width.
+        For each of its k experts: three vectors of the hidden size (one in the compute dtype, one
+        in float32, which counts twice) and three of the expert's width.
         """
         one = self.experts.gate_proj
         return self.gate.routing.top_k * (3 * one.in_features + 3 * one.out_features)
@@ -288,7 +293,8 @@ def _apply(
     top_k, count = chosen.shape[1], experts.gate_proj.count
     kernel = choose_kernel(context.platform)
     groups = group(chosen.reshape(-1), count, kernel)
-    # Padding reads an additional row of zeros.
+    # groups.source numbers the N · k (token, choice) pairs, so // top_k is the token. Padding has
+    # the number N · k and reads an additional row of zeros.
     padded = jnp.pad(rows, ((0, 1), (0, 0)))[jnp.minimum(groups.source // top_k, len(rows))]
     y = experts(padded, groups, context)
     returned = y[groups.slot].reshape(*chosen.shape, -1)
