@@ -124,7 +124,7 @@ def resolve_path(path: str, revision: str = "", files: Sequence[str] = FILES) ->
         ) from error
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise JaxtuneError(f"{path}: not a local path, and the hub says: {reason}") from error
+        raise JaxtuneError(f"{path}: not a local path, and the hub reports: {reason}") from error
 
 
 def open_source(path: Path) -> TensorSource:

@@ -1,4 +1,4 @@
-"""Memory of a step by formulas, where there is no compiler for the hardware.
+"""Memory of a step by formulas, for hardware without a compiler.
 
 The arguments of a step are known exactly; the memory of its intermediate arrays is estimated.
 """
@@ -18,7 +18,7 @@ def temporaries(setup: Setup, mesh: Mapping[str, int]) -> int:
     """Estimates the bytes per device of a step's intermediate arrays.
 
     Args:
-      setup: of the run, on any devices.
+      setup: set-up of the run, on any devices.
       mesh: devices along each mesh axis.
     """
     config, definition = setup.config, setup.definition

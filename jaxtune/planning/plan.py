@@ -1,7 +1,7 @@
 """`jaxtune plan`: memory, operations and time of a training step before anything is loaded.
 
 The training step itself is compiled for a described topology, without its hardware; memory and
-collectives come from the compiler. Where there is no compiler, memory is estimated.
+collectives come from the compiler. Without a compiler for the hardware, memory is estimated.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def plan(config: Config, topology: str) -> Plan:
     """Plans the training step of a run for a topology; no weight is read.
 
     Args:
-      config: resolved; the model's directory needs no more than config.json.
+      config: a resolved config; the model's directory needs only config.json.
       topology: name of the hardware; see `jaxtune.planning.topology.find_topology`.
 
     Raises:

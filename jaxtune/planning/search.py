@@ -118,7 +118,7 @@ def search(config: Config, topology: str, tries: int) -> Found:
     compiler decides which ones fit.
 
     Args:
-      config: resolved.
+      config: a resolved config.
       topology: name of the hardware; see `jaxtune.planning.topology.find_topology`.
       tries: maximum number of candidates to compile.
 
@@ -136,12 +136,16 @@ def search(config: Config, topology: str, tries: int) -> Found:
             f"training.batch_size={config.training.batch_size} does not divide over "
             f"{hardware.count} devices: set it to a multiple of {hardware.count}"
         )
-    guess = functools.cache(functools.partial(_alone, config, model))
-    everything.sort(key=lambda each: promise(each, guess(each.remat, each.accumulation), hardware))
+    single_device = functools.cache(functools.partial(_on_one_device, config, model))
+    everything.sort(
+        key=lambda one: promise(one, single_device(one.remat, one.accumulation), hardware)
+    )
     return _try(config, model, everything, hardware, tries)
 
 
-def _alone(config: Config, model: Any, remat: str, accumulation: int) -> tuple[Setup, StepFlops]:
+def _on_one_device(
+    config: Config, model: Any, remat: str, accumulation: int
+) -> tuple[Setup, StepFlops]:
     """Sets up a candidate on one device, which is enough for formulas."""
     chosen = Candidate((), remat, accumulation).apply(config)
     setup = set_up(chosen, model, choose_method(chosen)[0], jax.devices("cpu")[:1])
@@ -191,7 +195,7 @@ def _try(
             result = compile_plan(setup, hardware)
             (ranked if result.fits else misfits).append((candidate, result))
             advance()
-    ranked.sort(key=lambda each: each[1].time.seconds if each[1].time else each[1].total)
+    ranked.sort(key=lambda pair: pair[1].time.seconds if pair[1].time else pair[1].total)
     nearest = min((plan for _, plan in misfits), key=lambda plan: plan.total, default=None)
     return Found(hardware.name, ranked, len(ranked) + len(misfits), left, nearest)
 
