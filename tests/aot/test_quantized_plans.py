@@ -1,4 +1,4 @@
-"""What a fine-tuning step of a 7B model takes of one v5e chip, by the TPU compiler's own count."""
+"""Memory of a training step of a 7B model on one v5e chip, by the TPU compiler's count."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The table of the README is what the compiler says today."""
+"""The README's memory table agrees with the compiler."""
 
 import re
 from pathlib import Path

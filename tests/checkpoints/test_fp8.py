@@ -1,4 +1,4 @@
-"""Block-scaled fp8: what it stands for, what is refused, and a whole checkpoint that holds it."""
+"""Block-scaled fp8: values, rejected files, and a complete checkpoint."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def integer_scale(tensors):
         (integer_scale, f'"{WEIGHT}_scale_inv" is int32 [2, 3], not float32 [2, 3]'),
     ],
 )
-def test_what_does_not_fit_is_one_line(checkpoints, tmp_path, spoil, message):
+def test_tensors_that_do_not_match_are_one_line(checkpoints, tmp_path, spoil, message):
     shutil.copytree(checkpoints / "fp8", tmp_path / "spoilt")
     tensors = load_file(tmp_path / "spoilt" / "model.safetensors")
     spoil(tensors)

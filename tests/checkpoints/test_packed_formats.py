@@ -1,4 +1,4 @@
-"""Quantized checkpoints on disk: they come back bit for bit, and what is wrong is named."""
+"""Quantized checkpoints on disk: round trips bit for bit, and errors that name the tensor."""
 
 import dataclasses
 import json
@@ -75,7 +75,7 @@ def assert_same(tree, other):
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
-def test_a_quantized_model_comes_back_bit_for_bit(tiny, tmp_path, form, monkeypatch):
+def test_a_quantized_model_round_trips_bit_for_bit(tiny, tmp_path, form, monkeypatch):
     definition, tree = load(tiny("deepseek_v3", **MOE), Quantization(form), "bfloat16")
     huggingface.save(tmp_path / "q", definition, tree, quantized=True, shard_bytes=40_000)
     assert (tmp_path / "q" / "model.safetensors.index.json").is_file()
@@ -92,7 +92,7 @@ def test_a_quantized_model_comes_back_bit_for_bit(tiny, tmp_path, form, monkeypa
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
-def test_it_reads_as_its_dequantized_weights(tiny, tmp_path, form, monkeypatch):
+def test_a_quantized_checkpoint_reads_as_its_dequantized_weights(tiny, tmp_path, form, monkeypatch):
     definition, tree = load(tiny("deepseek_v3", **MOE), Quantization(form))
     directory = huggingface.save(tmp_path / "q", definition, tree, quantized=True)
     source = huggingface.open_source(directory)
@@ -158,7 +158,7 @@ def test_each_tensor_is_read_once_while_converting(tiny, tmp_path, monkeypatch):
     assert sorted(reads) == sorted(source.names())
 
 
-def test_what_is_left_plain_stays_plain_and_is_named_for_other_tools(tiny, tmp_path):
+def test_plain_modules_stay_plain_and_are_listed_for_other_tools(tiny, tmp_path):
     settings = {"format": "nf4", "modules": ("mlp.up_proj", "mlp.down_proj")}
     model = jaxtune.load(tiny("qwen2"), quantize=settings, dtype="float32", progress=False)
     model.save_pretrained(tmp_path / "q", quantized=True)
@@ -176,7 +176,7 @@ def test_what_is_left_plain_stays_plain_and_is_named_for_other_tools(tiny, tmp_p
     assert np.array_equal(down, jax.jit(lambda w: w.dequantize(jnp.float32))(stored))
 
 
-def test_reading_a_quantized_checkpoint_as_plain_is_said(tiny, tmp_path, caplog):
+def test_reading_a_quantized_checkpoint_as_plain_is_logged(tiny, tmp_path, caplog):
     jaxtune.convert(tiny("llama"), tmp_path / "q", "int8", progress=False)
     with caplog.at_level(logging.INFO, "jaxtune"):
         jaxtune.load(tmp_path / "q", progress=False)
@@ -198,7 +198,7 @@ def test_int4_words_hold_eight_codes_the_first_lowest(tiny, tmp_path):
         assert abs((code - 8) * scale[row, 0] - plain[row, column]) <= abs(scale[row, 0])
 
 
-def test_scales_of_more_bits_than_ours_are_not_kept_but_rounded_anew(tiny, tmp_path):
+def test_scales_of_higher_precision_are_requantized(tiny, tmp_path):
     jaxtune.convert(tiny("llama"), tmp_path / "q", "int4", "float32", progress=False)
 
     def widen(tensors):
@@ -342,7 +342,7 @@ FAULTS = {
     [(form, *fault) for form, faults in FAULTS.items() for fault in faults],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_does_not_belong_together_is_named_in_one_line(tiny, tmp_path, form, change, message):
+def test_inconsistent_tensors_are_named_in_one_line(tiny, tmp_path, form, change, message):
     jaxtune.convert(tiny("llama"), tmp_path / "q", form, "float32", progress=False)
     rewrite(tmp_path / "q", change)
     with pytest.raises(JaxtuneError) as raised:

@@ -1,4 +1,4 @@
-"""Checkpoints that name Python files: exports hold what they name, and nothing is run here."""
+"""Checkpoints with auto_map: exports copy the code they reference, and nothing is run."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Safetensors files: what other tools wrote is read bit for bit, broken ones are refused."""
+"""Safetensors files: those of other tools are read bit for bit, damaged ones are rejected."""
 
 import json
 import struct
@@ -123,7 +123,7 @@ def test_a_broken_file_is_refused_in_one_line_that_names_it(tmp_path, fault):
 
 
 @pytest.mark.parametrize("path", ["missing.safetensors", "."])
-def test_a_file_that_is_not_there(tmp_path, path):
+def test_a_missing_file(tmp_path, path):
     with pytest.raises(JaxtuneError, match="no such file"):
         SafetensorsFile(tmp_path / path)
 

@@ -1,4 +1,4 @@
-"""PyTorch's own checkpoints: what torch, transformers' tools and PEFT write is read bit for bit."""
+"""PyTorch's checkpoints: files of torch, transformers and PEFT are read bit for bit."""
 
 import json
 import shutil
@@ -100,7 +100,7 @@ def test_a_file_without_checksums(tmp_path):
     assert_reads(tmp_path / "f.bin", state_dict())
 
 
-def test_a_file_of_another_zip_program(tmp_path):
+def test_a_file_written_by_another_zip_program(tmp_path):
     """Without `byteorder`, as torch wrote up to 2.0, and with values at odd places."""
     torch.save(state_dict(), tmp_path / "f.bin")
     with (
@@ -354,7 +354,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("layout", OTHERS)
 @pytest.mark.filterwarnings("ignore")
-def test_another_layout_is_refused_with_the_way_out(tmp_path, layout):
+def test_another_layout_is_rejected_with_advice(tmp_path, layout):
     make, message = OTHERS[layout]
     make(tmp_path / "f.bin")
     assert refusal(tmp_path / "f.bin").startswith(message)

@@ -1,4 +1,4 @@
-"""A directory that says one thing twice: what agrees is read, what does not is refused or named."""
+"""Directories with the same weights in two forms: equal ones are read, others rejected."""
 
 import json
 import logging
@@ -67,7 +67,7 @@ def transformers_holds(directory, tensors):
 
 @pytest.mark.parametrize("form", NAMES)
 class TestOneFileBesideAnIndex:
-    def test_that_disagree(self, place, values, form):
+    def test_both_disagree(self, place, values, form):
         place(values[0], form, "100KB")
         directory = place(values[1], form)
         whole, index = NAMES[form]
@@ -80,11 +80,11 @@ class TestOneFileBesideAnIndex:
         (directory / index).unlink()
         assert holds(directory, values[1])
 
-    def test_that_agree(self, place, values, form):
+    def test_both_agree(self, place, values, form):
         place(values[0], form, "100KB")
         assert holds(place(values[0], form), values[0])
 
-    def test_that_differ_in_one_value_of_the_last_tensor(self, place, values, form):
+    def test_both_differ_in_one_value_of_the_last_tensor(self, place, values, form):
         place(values[0], form, "100KB")
         last = list(values[0])[-1]
         changed = values[0][last].clone()
@@ -92,7 +92,7 @@ class TestOneFileBesideAnIndex:
         directory = place(values[0] | {last: changed}, form)
         assert f'which differ in "{last}"' in refusal(directory)
 
-    def test_where_the_files_of_the_index_are_gone(self, place, values, form):
+    def test_files_of_the_index_are_missing(self, place, values, form):
         directory = place(values[0], form, "100KB")
         for path in directory.glob("*-of-*"):
             path.unlink()
@@ -101,7 +101,7 @@ class TestOneFileBesideAnIndex:
         assert f"holds {whole} and {index}, which lists the missing file " in refusal(directory)
         assert "which lists the missing file" in refusal(directory)
 
-    def test_where_the_index_names_that_file(self, place, values, form):
+    def test_the_index_lists_that_file(self, place, values, form):
         directory = place(values[0], form)
         whole, index = NAMES[form]
         content = {"metadata": {}, "weight_map": dict.fromkeys(values[0], whole)}

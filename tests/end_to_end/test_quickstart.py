@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("compiled_fully")
 ROOT = Path(__file__).parents[2]
 
 
-def test_it_measures_trains_and_measures_again(small_config, tmp_path, capsys):
+def test_quickstart_evaluates_trains_and_evaluates_again(small_config, tmp_path, capsys):
     config = resolve(load_file(small_config), ["training.steps=60"])
     workdir = tmp_path / "quickstart"
     result = quickstart(config, workdir)
