@@ -71,6 +71,7 @@ def with_trained_weights(
         return np.asarray(stack[place], np.float32)
 
     values: dict[str, Callable[[], np.ndarray]] = {}
+    # A part is one layer (and expert) of a stack, under the name that the checkpoint has for it.
     for path, stack in flatten(trainable):
         declared = definition.leaves[path].declaration
         for part, name in enumerate(layer_names(path, declared)):

@@ -85,6 +85,8 @@ def _generate(
     model: CausalLM = definition.bind(*trees)
     batch, prompt = tokens.shape
     tokens = constrain(tokens, "batch", None)
+    # Prompts end at the same index, so padding is on the left and has segment 0. Positions count
+    # from 0 at the first token of each prompt; the cache index counts from the start of the row.
     index = jnp.arange(prompt)
     segments = (index >= prompt - lengths[:, None]).astype(jnp.int32)
     positions = jnp.maximum(index - (prompt - lengths[:, None]), 0)
@@ -95,6 +97,7 @@ def _generate(
     )
     end = jnp.asarray(stop, jnp.int32)
 
+    # A finished row repeats the stop token until all rows are finished.
     def choose(hidden: jax.Array, key: jax.Array, done: jax.Array) -> tuple[jax.Array, jax.Array]:
         token = _choose(model.head()(hidden[:, -1]), greedy, sampling, key)
         token = jnp.where(done, stop[0] if stop else -1, token)

@@ -90,7 +90,7 @@ def attention(
       [B, T, H, Dv] in the dtype of q. Rows of padding are finite and otherwise undefined.
     """
     if q.shape[1] == 1:
-        backend = "xla"  # one query needs no more than a [1, S] mask
+        backend = "xla"  # for a single query the scores are only [1, S]
     joined = {}
     if prefix is not None:
         k, v = join_prefix(prefix[0], k), join_prefix(prefix[1], v)

@@ -92,6 +92,9 @@ def _measured(instruction: Instruction, kind: str, times: float, devices: int) -
     size, group = sum(array[1] for array in arrays), _group(instruction.rest, devices)
     if kind == "all-reduce" and any("all-reduce-scatter" in name for name in instruction.fused):
         kind, size = "reduce-scatter", size // group
+    # A ring passes the shards around: each device sends (group - 1) of them. `size` is that of the
+    # result, which is all shards for a gather and one for a scatter; an all-reduce is a scatter and
+    # a gather.
     others = group - 1
     sent = {
         "all-gather": size * others / group,

@@ -27,6 +27,8 @@ def temporaries(setup: Setup, mesh: Mapping[str, int]) -> int:
     tokens = max(rows // config.training.accumulation * length // split, 1)
     tensor, width = mesh["tensor"], setup.options.dtype.itemsize
     hidden = definition.hidden_size
+    # Activations that the remat policy saves for the backward pass, in addition to the input of
+    # each layer.
     kept = {"out", "qkv", "mlp"} if config.training.remat in ("none", "save_mlp") else set()
     kept |= set(_SAVED.get(config.training.remat, ()))
     saved, working = definition.layer_count * hidden, 0

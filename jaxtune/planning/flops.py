@@ -88,9 +88,9 @@ def step_flops(setup: Setup) -> StepFlops:
 def _squares_executed(backend: str, remat: str) -> float:
     """Returns the number of products of a backend's passes over a whole [T, T] square."""
     again = remat != "none"
-    if backend == "xla":  # a saved output does not include the scores
+    if backend == "xla":  # remat recomputes the scores even if it saves the output
         return _FORWARD * (1 + again) + _BACKWARD
-    if backend == "blockwise":
+    if backend == "blockwise":  # each block is recomputed in the backward pass, by jax.checkpoint
         return _FORWARD * (2 + again) + _BACKWARD
     # Kernels visit half of the square and recompute the scores in the backward pass: splash in each
     # of its two backward kernels, which also share one more product, cuDNN once.

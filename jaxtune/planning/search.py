@@ -162,6 +162,9 @@ def promise(
     base = bytes_per_device(trees["base"], mesh)
     needs = sum(bytes_per_device(tree, mesh) for tree in trees.values())
     needs += temporaries(setup, mesh)
+    # Bytes that a device sends. Each pass over the layers (forward, backward, recomputation)
+    # gathers the sharded base along fsdp. Tensor parallelism adds two all-reduces of the residual
+    # stream per layer, each of which sends it twice; expert parallelism a gather and a scatter.
     layers, hidden = setup.definition.layer_count, setup.definition.hidden_size
     passes = 2 + (candidate.remat != "none")
     tokens = flops.tokens / math.prod(mesh[axis] for axis in RULES["batch"])
@@ -183,6 +186,7 @@ def _try(
             if len(ranked) + len(misfits) == tries:
                 break
             left -= 1
+            # A candidate that needs more memory than one that did not fit is not worth compiling.
             if any(_needs_more(candidate, other) for other, _ in misfits):
                 continue
             chosen = candidate.apply(config)

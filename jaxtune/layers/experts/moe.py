@@ -96,6 +96,8 @@ class Router(Projection):
     def choose(self, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns (weights float32 [N, k], experts int32 [N, k]) by scores [N, E]."""
         routing = self.routing
+        # The choice has no gradient; weights are the scores of the chosen experts, which have one,
+        # without the correction bias.
         choice = lax.stop_gradient(scores)
         if self.e_score_correction_bias is not None:
             choice = choice + self.e_score_correction_bias.get_value()
@@ -133,6 +135,8 @@ class Router(Projection):
         routing = self.routing
         if routing.groups == 1:
             return choice
+        # [N, groups, E / groups]; a group scores the sum of its best `group_top` experts. Experts
+        # outside the best groups get the score `masked`, below or equal to any real one.
         grouped = choice.reshape(choice.shape[0], routing.groups, -1)
         group_scores = jnp.sum(lax.top_k(grouped, routing.group_top)[0], axis=-1)
         _, best = lax.top_k(group_scores, routing.top_groups)
@@ -186,7 +190,11 @@ def _of_rows(values: Any, groups: Groups) -> Any:
 
 
 def _low_rank(x: jax.Array, term: LowRank, groups: Groups, out_features: int) -> jax.Array:
-    """Returns the low-rank term of padded rows, float32 [P, out]."""
+    """Returns the low-rank term of padded rows, float32 [P, out].
+
+    Factors are [E, r, in] and [E, out, r], one pair per expert, or without the axis E if all
+    experts share them (VeRA's matrices).
+    """
 
     def multiply(rows: jax.Array, factor: jax.Array, features: int) -> jax.Array:
         if factor.ndim == 2:  # shared by all experts
