@@ -165,7 +165,7 @@ class Model:
         segments = jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids)
         place = segment_positions(segments) if positions is None else jnp.asarray(positions)
         reserved = self.definition.reserved
-        if reserved:
+        if reserved:  # logits at the positions of virtual tokens are computed and dropped
             tokens, segments, place, text = make_room(tokens, segments, place, reserved)
         with jax.set_mesh(self.mesh):
             logits = _logits(self._trees, tokens, segments, place, self.definition, self.options)

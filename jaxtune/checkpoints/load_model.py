@@ -71,6 +71,8 @@ def load_model(
     definition = define(source.config, dtype, method, quantization)
     if stored is not None:
         _check_copies(source, stored)
+    # A method may edit weights while they stream in (PiSSA), and `complete` may read the loaded
+    # weights (DoRA's norms, ESFT's experts), so the method's arrays come last.
     edit = None if method is None else method.base_edit(definition, stored)
     start = Start(edit) if stored is None else None
     read_from = source if edit is None else with_base_edit(source, edit)

@@ -236,6 +236,7 @@ def save(
     Raises:
       JaxtuneError: the directory exists and is not empty, or a merged weight is not finite.
     """
+    # `_pending` computes a tensor when it is written, so the report is complete only afterwards.
     requantizer = Requantizer(original)
     values = _TreeValues(definition, tree, edits or {}, requantizer)
     tensors = _pending(definition, values, dtype, quantized)

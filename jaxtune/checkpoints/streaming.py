@@ -70,6 +70,7 @@ def check_names(definition: Definition, source: TensorSource) -> dict[str, str]:
         for name in layer_names(path, leaf.declaration):
             needed[name] = leaf.declaration.shape
     present = set(source.names())
+    # Layers for multi-token prediction come after num_hidden_layers; only they have eh_proj.
     mtp_layers = {
         layer[1] for name in present if (layer := _LAYER.match(name)) and ".eh_proj." in name
     }

@@ -84,6 +84,7 @@ def blockwise_attention(
 
     Never holds a [T, S] array: for accelerators without a kernel for the shape.
     """
+    # The last block is padded with queries of segment 0, whose outputs are cut off.
     batch, t = q_segments.shape
     block = min(QUERY_BLOCK, t)
     pad = -t % block

@@ -185,6 +185,7 @@ class Definition:
         self.config = dict(config)
         self.module = model
         self.leaves: dict[Path, Leaf] = {}
+        # The type of a variable decides its tree, except that a base weight may be trained too.
         for path, variable in variables(model):
             kind: Kind = "base"
             name = layer_names(path, declaration_of(variable))[0]

@@ -41,6 +41,7 @@ def build_mixture(
         mixture = MoE(hidden, expert_ffn, routing, shared)
         return DecoderLayer(hidden, eps, make_attention(), mixture)
 
+    # Consecutive layers of one kind form a block.
     blocks: list[tuple[Callable[[], DecoderLayer], int]] = []
     for layer in range(layers):
         make = make_mixture if layer >= dense and layer % every == 0 else make_dense

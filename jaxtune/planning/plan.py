@@ -69,6 +69,7 @@ def compile_plan(setup: Setup, hardware: Topology) -> Plan:
         try:
             compiled = lowered.compile()
             memory = compiled.memory_analysis()
+            # Donated arguments (the state) share memory with outputs, which counts as an alias.
             resident, outputs, temporaries, program = (
                 memory.argument_size_in_bytes,
                 memory.output_size_in_bytes - memory.alias_size_in_bytes,
@@ -113,6 +114,7 @@ def _estimated(config: Config, model: Mapping[str, Any], method: Any, hardware: 
     """Plans without a compiler: arguments are exact, everything else is estimated by formulas."""
     sizes = mesh_shape(config.mesh.to_dict(), hardware.count)
     mesh: dict[str, int] = dict(zip(MESH_AXES, sizes, strict=True))
+    # Shapes and operations are those of one device; sizes are divided by the mesh afterwards.
     alone = resolve({**config.to_dict(), "mesh": dict.fromkeys(MESH_AXES, 1)})
     setup = set_up(alone, model, method, jax.devices("cpu")[:1])
     check_experts(setup.definition, mesh)

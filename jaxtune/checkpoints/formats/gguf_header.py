@@ -153,6 +153,7 @@ def _read_header(cursor: _Cursor) -> Header:
         if name in relative:
             raise JaxtuneError(f'{path}: tensor "{name}" occurs twice')
         relative[name] = _read_tensor_info(cursor, name)
+    # Offsets of tensors count from the start of the data, the first aligned byte after the header.
     alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1:
         raise JaxtuneError(f"{path}: general.alignment={alignment!r} is not a positive integer")

@@ -69,6 +69,7 @@ class PackedSource(WrappedSource, abc.ABC):
                 raise JaxtuneError(
                     f'{source.path}: {weight} is stored as {form.name} but has no "{needed[0]}"'
                 )
+            # Some formats keep the codes under another name than "….weight".
             if weight in present and weight not in tensors.values():
                 raise JaxtuneError(
                     f"{source.where(weight)}: {weight} is stored both plain and as {form.name}"

@@ -189,6 +189,7 @@ def write_sharded(
     shard: dict[str, Pending] = {}
     held = total = 0
 
+    # Files are named by their number and the number of files, which is known only at the end.
     def flush() -> None:
         nonlocal held
         parts.append(directory / f"part-{len(parts)}.safetensors")

@@ -75,6 +75,7 @@ def multiply(
         def _clear() -> None:
             y[...] = jnp.zeros_like(y)
 
+    # Block indices in [E, out, in] for tile i: its expert's weight, cut along the output features.
     def weight_block(column: Any, i: Any, expert: Any, tiles: Any) -> tuple[Any, ...]:
         return (expert[i], column, 0) if axis == 1 else (expert[i], 0, column)
 
@@ -117,6 +118,8 @@ def outer_sums(
     height, width = min(GRADIENT_BLOCK, out), min(GRADIENT_BLOCK, features)
 
     def kernel(expert: Any, tiles: Any, g: Any, x: Any, total: Any) -> None:
+        # Tiles are the innermost axis of the grid, so the block of an expert's sum stays in VMEM
+        # while its tiles are added; the first of them overwrites what is there.
         i = pl.program_id(2)
         first = (i == 0) | (expert[i] != expert[jnp.maximum(i - 1, 0)])
 

@@ -173,6 +173,7 @@ def outer_sums(
     tile = rows // count
     height, width = _block(out, FEATURES_BLOCK), _block(features, FEATURES_BLOCK)
     depth = min(tile, SUMMED_BYTES // x.dtype.itemsize)
+    # Number of tiles with rows of each expert, and its first tile.
     held = (jnp.arange(count) < tiles).astype(jnp.int32)
     sizes = jnp.zeros(experts, jnp.int32).at[tile_expert].add(held)
     first = jnp.cumsum(sizes, dtype=jnp.int32) - sizes
