@@ -120,7 +120,11 @@ def recover(directory: Path) -> None:
 
 
 def _swap(scratch: Path, final: Path) -> None:
-    """Renames `scratch` to `final`; the previous directory is removed only afterwards."""
+    """Renames `scratch` to `final`; the previous directory is removed only afterwards.
+
+    A non-empty directory cannot be replaced by one rename. If the process dies between the two
+    renames, only the previous directory exists, and `recover` moves it back.
+    """
     if final.exists():
         final.rename(_previous(final))
     scratch.rename(final)

@@ -55,12 +55,12 @@ def check_versions() -> None:
 def private_module(name: str, names: tuple[str, ...], lost: str) -> Any | None:
     """Imports a private module of JAX, or returns None if JAX no longer has it.
 
-    What is missing is logged once.
+    A missing name is logged once.
 
     Args:
-      name: of the module.
-      names: attributes of it that the caller uses.
-      lost: the consequence of doing without, for the log.
+      name: name of the module.
+      names: attributes that the caller uses.
+      lost: consequence of not having it, for the log.
     """
     try:
         module = importlib.import_module(name)

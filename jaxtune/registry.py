@@ -1,4 +1,4 @@
-"""The choices that a config names, and the options that each of them reads.
+"""The choices of a config, and the options that each of them reads.
 
 A choice is a line here and the code that the line points to. The tables import nothing: an entry
 is loaded when it is used, so `jaxtune --help` and the check of a config do not wait for jax.
@@ -16,9 +16,9 @@ class Entry:
     """One choice.
 
     Attributes:
-      target: ``"module:attribute"`` that implements it.
-      options: options that take effect with this choice and not with every other one; of the
-        section that the choice is made in, or ``"section.name"``.
+      target: ``"module:attribute"`` that implements the choice.
+      options: options that take effect with this choice but not with all others: names in the
+        section of the choice, or ``"section.name"``.
     """
 
     target: str

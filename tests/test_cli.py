@@ -1,4 +1,4 @@
-"""The command line: what it says about mistakes, in one line and without a trace left behind."""
+"""The command line: one-line errors without a traceback."""
 
 import json
 import os
@@ -169,7 +169,7 @@ def test_truncated_safetensors_are_named(fails, config, tmp_path, tiny_chat):
     assert fails("convert", "--from", model, "--to", tmp_path / "out").startswith(f"{model}/")
 
 
-def test_a_mended_config_may_take_the_place_of_one_that_failed(fails, config, tmp_path):
+def test_a_corrected_config_replaces_one_that_failed(fails, config, tmp_path):
     from jaxtune.config import load_file, resolve
     from jaxtune.runs.directory import RunDirectory
 
@@ -240,7 +240,7 @@ def test_a_full_disk_is_one_line(config, tmp_path):
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]
 
 
-def test_a_traceback_can_be_asked_for(capsys, monkeypatch, tmp_path):
+def test_a_traceback_can_be_requested(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("JAXTUNE_DEBUG", "1")
     from jaxtune import JaxtuneError
 

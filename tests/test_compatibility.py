@@ -1,4 +1,4 @@
-"""Releases of JAX and Flax to come: a warning, and a line for each private name that is gone."""
+"""Newer releases of JAX and Flax: a warning, and a line for each missing private name."""
 
 import logging
 import subprocess
@@ -58,9 +58,7 @@ def test_this_jax_has_the_private_names_that_are_used():
         ("jax._src.distributed", ("global_state", "gone"), "jax._src.distributed.gone"),
     ],
 )
-def test_a_private_name_that_is_gone_is_logged_once_with_what_is_lost(
-    module, names, missing, caplog
-):
+def test_a_missing_private_name_is_logged_once_with_its_consequence(module, names, missing, caplog):
     for _ in range(2):
         assert private_module(module, names, "a feature is slower") is None
     (line,) = [record.getMessage() for record in caplog.records]

@@ -1,4 +1,4 @@
-"""The config tree: what it accepts, how it refuses the rest, and that every option counts."""
+"""The config tree: accepted values, errors for all others, and an effect of every option."""
 
 import hashlib
 import json
@@ -40,7 +40,7 @@ PROMISED = {
 }
 
 
-def test_the_promised_keys_exist_and_every_option_is_explained():
+def test_the_documented_keys_exist_and_every_option_is_explained():
     for section, names in PROMISED.items():
         assert {f"{section}.{name}" for name in names} <= set(OPTIONS)
     assert all(len(option.help) > 10 for option in OPTIONS.values())
@@ -536,7 +536,7 @@ def test_preparing_twice_resolves_to_the_same(places, monkeypatch):
 
 
 @pytest.mark.parametrize("key", PERTURBED)
-def test_every_option_has_a_consequence(places, key, monkeypatch):
+def test_every_option_has_an_effect(places, key, monkeypatch):
     monkeypatch.setenv("TOKENIZER", str(places["model"]))
     value, *others = PERTURBED[key]
     value = value.format(**places) if isinstance(value, str) else value

@@ -1,4 +1,4 @@
-"""The documentation runs, and what it names exists."""
+"""The documentation: its examples run, and the names in it exist."""
 
 import ast
 import math
@@ -81,7 +81,7 @@ def test_files_that_a_page_names_exist(page):
     assert not missing
 
 
-def test_registries_of_the_table_are_where_it_says():
+def test_the_registries_in_the_table_exist():
     rows = [line for line in (DOCS / "architecture.md").read_text().splitlines() if " in `" in line]
     found = [
         (registry, path)
@@ -98,7 +98,7 @@ def test_registries_of_the_table_are_where_it_says():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_links_lead_somewhere(page):
+def test_links_have_targets(page):
     text = without_code_blocks(page)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if target.startswith("http"):

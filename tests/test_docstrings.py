@@ -1,4 +1,4 @@
-"""Every public name says what it is, and what takes or gives arrays says of which shape."""
+"""Every public name has a docstring, and those with arrays give shapes."""
 
 import importlib
 import inspect

@@ -66,7 +66,7 @@ def _imported(path: Path) -> set[str]:
     return found
 
 
-def test_every_package_has_its_place():
+def test_every_package_is_in_the_table():
     assert {_rung(path) for path in MODULES} == set(ORDER)
 
 

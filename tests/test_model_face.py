@@ -1,4 +1,4 @@
-"""A model is used by its face: no other package asks for a layer's class or reaches inside."""
+"""A model is used through its interface: other packages do not ask for classes of layers."""
 
 import ast
 import importlib
@@ -55,7 +55,7 @@ def violations(source: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_model_is_used_by_its_face(path):
+def test_a_model_is_used_through_its_interface(path):
     assert not violations(path.read_text(encoding="utf-8"))
 
 
@@ -70,6 +70,6 @@ def test_a_model_is_used_by_its_face(path):
         "model.model.embed_tokens",
     ],
 )
-def test_what_is_forbidden_is_found(line):
+def test_the_check_finds_forbidden_imports(line):
     imports = "from jaxtune.layers.attention import Attention\nfrom jaxtune.layers.mla import MLA\n"
     assert len(violations(imports + line)) >= 1

@@ -1,4 +1,4 @@
-"""Progress bars: one at a time, on a terminal only, after a while."""
+"""Progress bars: one at a time, on a terminal only, after two seconds."""
 
 import pytest
 
@@ -13,7 +13,7 @@ def terminal(monkeypatch):
     monkeypatch.setattr(progress, "PATIENCE_SECONDS", -1.0)
 
 
-def test_a_bar_within_another_stays_hidden(terminal, capsys):
+def test_a_nested_bar_stays_hidden(terminal, capsys):
     with progress.track(2, "outer") as outer:
         outer()
         with progress.track(2, "inner") as inner:

@@ -1,4 +1,4 @@
-"""The ready configs: the settings that they promise, and that they train."""
+"""The ready-made configs: their documented settings, and that they train."""
 
 import json
 import math
@@ -88,7 +88,7 @@ def test_the_model_can_be_set_up_with_it(name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_its_data_and_its_commands_are_there(name):
+def test_the_data_and_commands_of_a_recipe_exist(name):
     config = read(name)
     for path in filter(None, (config.data.train, config.data.eval)):
         assert Path(path).parent == ROOT / "configs" / "data"
@@ -99,7 +99,7 @@ def test_its_data_and_its_commands_are_there(name):
 
 
 @pytest.mark.parametrize("name", LENGTHENED)
-def test_its_length_is_in_epochs(name):
+def test_the_length_of_a_recipe_is_in_epochs(name):
     least, most = EPOCHS.get(name, (1, 5))
     assert least <= read(name).training.epochs <= most
     # A length on the command line takes its place.
@@ -133,14 +133,14 @@ def test_a_base_is_found_next_to_its_recipe(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", GUIDE)
-def test_it_has_the_numbers_of_the_guide(name):
+def test_the_table_has_the_published_numbers(name):
     config = read(name).to_dict()
     for key, wanted in GUIDE[name].items():
         section, knob = key.split(".")
         assert config[section][knob] == wanted, key
 
 
-def test_small_data_is_held_back():
+def test_the_recipe_for_small_data_is_regularized():
     small, usual = read("small_data"), read("domain_expert")
     assert small.adapter.rank < usual.adapter.rank
     assert small.adapter.dropout > usual.adapter.dropout > 0

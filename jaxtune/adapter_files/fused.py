@@ -205,6 +205,7 @@ def split(stored: StoredAdapter) -> StoredAdapter:
     _check_version(config)
     targets: list[str] = config["target_parameters"]
     tensors = dict(stored.tensors)
+    # alpha_pattern of the result. Names of experts are patterns, as all experts of a layer agree.
     alphas: dict[str, float] = {}
     for key in stored.tensors:
         match = _FACTORS.fullmatch(key)

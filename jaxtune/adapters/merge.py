@@ -79,6 +79,7 @@ def edits(model: CausalLM) -> dict[Path, WeightEdit]:
     Raises:
       JaxtuneError: an edit adds a bias to a projection without one in this architecture.
     """
+    # Trained rows of embedding and head replace rows; ESFT replaces whole experts; adapters edit.
     found: dict[Path, WeightEdit] = {}
     embedding = model.decoder.embed_tokens
     if embedding.adapter is not None:

@@ -93,7 +93,7 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def attach(self, model: CausalLM) -> None:
-        """Puts the method's modules into the slots of an abstract model.
+        """Fills the slots of an abstract model with the method's modules.
 
         Raises:
           JaxtuneError: the model lacks a target.
@@ -198,7 +198,7 @@ class NoMethod(Method):
     has_adapter: ClassVar[bool] = False
 
     def attach(self, model: CausalLM) -> None:
-        """Leaves the model as it is."""
+        """Leaves the model unchanged."""
 
     def init(self, definition: Definition, seed: int) -> tuple[Tree, Tree]:
         """Adds no arrays."""

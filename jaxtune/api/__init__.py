@@ -1,4 +1,4 @@
-"""The Python interface: load a model, look at it, generate with it, save it, train one."""
+"""The Python interface: loading, running, saving and training models."""
 
 from jaxtune.api.loading import convert, load
 from jaxtune.api.model import Model

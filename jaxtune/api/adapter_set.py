@@ -1,4 +1,4 @@
-"""Adapters of one base by name: each is attached once, and they are combined on demand."""
+"""Named adapters of one base, each attached once and combined on demand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxtune.quant import Quantization
 
 
 class AdapterSet:
-    """A base model with the adapters that it may be used with, all in memory."""
+    """A base model and its adapters by name, all in memory."""
 
     def __init__(
         self,
@@ -29,13 +29,13 @@ class AdapterSet:
 
         Args:
           bare: the model without a method.
-          source: the checkpoint that it was loaded from.
-          dtype: of frozen weights.
-          stored: the adapters by name.
-          quantization: of frozen weights.
+          source: the checkpoint from which it was loaded.
+          dtype: dtype of frozen weights.
+          stored: adapters by name.
+          quantization: weight format of frozen weights, if any.
 
         Raises:
-          JaxtuneError: one that does not fit the model.
+          JaxtuneError: an adapter does not fit the model.
         """
         self.bare, self.stored = bare, dict(stored)
         self._source, self._dtype, self._quantization = source, dtype, quantization
@@ -51,8 +51,8 @@ class AdapterSet:
 
         Args:
           choice: a name, weights by name, or None for the bare model.
-          method: how weighted ones are combined; see `jaxtune.adapter_files.combine`.
-          options: of that.
+          method: method of combination; see `jaxtune.adapter_files.combine`.
+          options: options of the combination.
 
         Raises:
           JaxtuneError: an unknown name or method, or adapters that cannot be combined.

@@ -1,4 +1,4 @@
-"""Scores of a run on held-out examples, after the fact."""
+"""Evaluation of a finished run on held-out examples."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from jaxtune.training.train import data_reader
 
 
 class _HeldOut(NamedTuple):
-    """Examples by the name of their set, and what turns answers into text."""
+    """Held-out examples by the name of their set, and the chat format that decodes answers."""
 
     sets: Mapping[str, Examples]
     chat: Chat
@@ -33,19 +33,20 @@ class _HeldOut(NamedTuple):
 def evaluate(
     run: RunDirectory, adapter: str = "best", data: str = "", *, answer_all: bool = False
 ) -> dict[str, Any]:
-    """Evaluates what a run trained, on the run's own mesh.
+    """Evaluates the model that a run trained, on the run's own mesh.
 
     Args:
-      run: a run that has saved something, or any run for the base model alone.
+      run: a run with a saved step, or any run for the base model alone.
       adapter: "best", "last", or "none" for the base model.
-      data: examples in any form that ``data.eval`` takes; empty: what the run holds out.
-      answer_all: generates an answer to every held-out prompt, whatever ``evaluation.generate`` is.
+      data: examples in any form that ``data.eval`` accepts; empty for the run's held-out examples.
+      answer_all: generates an answer to every held-out prompt, regardless of
+        ``evaluation.generate``.
 
     Returns:
       The scores of `bind_evaluation`; with `answer_all` also ``samples``, one per prompt.
 
     Raises:
-      JaxtuneError: no examples, or nothing saved yet.
+      JaxtuneError: there are no examples, or nothing has been saved yet.
     """
     config = run.read_config()
     source, held_out = _open(run, config, data)
@@ -59,13 +60,13 @@ def evaluate(
 
 
 def merge_losses(run: RunDirectory, adapter: str, quantized: Path) -> dict[str, float]:
-    """Measures what merging into quantized weights has cost, on the run's held-out examples.
+    """Measures the loss due to merging into quantized weights, on the run's held-out examples.
 
-    The merge in 16 bits is loaded beside the model that it is made of, and never written.
+    The merge in 16 bits is computed from the model in memory and never written.
 
     Args:
-      run: a run over a quantized base, with ``data.eval``.
-      adapter: "best" or "last": what was merged.
+      run: a run over a quantized base, with held-out examples.
+      adapter: the merged adapter, "best" or "last".
       quantized: the merged checkpoint, in the format of the base.
 
     Returns:
@@ -92,7 +93,7 @@ def merge_losses(run: RunDirectory, adapter: str, quantized: Path) -> dict[str, 
 
 
 def _open(run: RunDirectory, config: Config, data: str = "") -> tuple[TensorSource, _HeldOut]:
-    """Returns the checkpoint of a run and the examples of `data`, or those that it held out."""
+    """Returns the checkpoint of a run, and the examples of `data` or those that it held out."""
     location = huggingface.resolve_path(config.model.path, config.model.revision)
     source = huggingface.open_source(location)
     chat = load_run_chat(run, config, source)
@@ -108,5 +109,5 @@ def _score(trained: LoadedRun, held_out: _HeldOut) -> dict[str, Any]:
     setup, parts = trained
     with jax.set_mesh(setup.mesh):
         scoring = bind_evaluation(setup, parts.base, parts.constants, *held_out)
-        assert scoring is not None  # it is None without examples only
+        assert scoring is not None  # None only without examples
         return scoring(parts.trainable)

@@ -1,4 +1,4 @@
-"""What a run trained, loaded the way it was trained."""
+"""Loads the model of a run as it was trained: same base, weight format and mesh."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class LoadedRun(NamedTuple):
     """A run's model in memory.
 
     Attributes:
-      setup: how it computes.
-      parts: what it holds.
+      setup: set-up of the run.
+      parts: definition and arrays of the model.
     """
 
     setup: Setup
@@ -35,14 +35,14 @@ def load_run(
     adapter: str,
     devices: Sequence[Any] | None = None,
 ) -> LoadedRun:
-    """Loads a run's model over the very base that it was trained over.
+    """Loads a run's model over the same base that it was trained over.
 
     Args:
-      run: a run that has saved something, or any run for the base model alone.
-      config: the run's, perhaps with another mesh.
-      source: the checkpoint that the run started from.
+      run: a run with a saved step, or any run for the base model alone.
+      config: config of the run, possibly with another mesh.
+      source: the checkpoint from which the run started.
       adapter: "best", "last", or "none" for the base model alone.
-      devices: to load onto; those of this process by default.
+      devices: devices to load onto; those of this process by default.
 
     Raises:
       JaxtuneError: nothing has been saved yet.

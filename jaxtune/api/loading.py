@@ -1,4 +1,4 @@
-"""From a checkpoint to a model in memory, or to another checkpoint."""
+"""Loads a checkpoint into memory, or converts it to another checkpoint."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from jaxtune.parallel.mesh import single_device_mesh
 from jaxtune.quant import Quantization
 from jaxtune.registry import DTYPES
 
-# What `load` calls the one adapter that is given without a name.
+# Name of an adapter that is passed to `load` without a name.
 ONLY = "default"
 
 
@@ -43,27 +43,28 @@ def load(
     chat_template: str | Path = "",
     progress: bool = True,
 ) -> Model:
-    """Loads a model, and the adapters that are given.
+    """Loads a model, optionally with adapters.
 
     Args:
-      path: a Hugging Face directory, a hub id or a .gguf file.
-      adapter: a directory in PEFT's format; the model is loaded with it in use.
-      quantize: format of the weights ("nf4", "int4", "int8", "fp8"), or settings as the
-        ``quantize`` section of a config has them; None keeps `dtype`.
-      dtype: "bfloat16", "float16" or "float32", whatever is on disk.
-      adapters: directories in PEFT's format by name, for `Model.use`; the base is in use first.
-      revision: of a hub id.
-      mesh: where the weights go; one device by default.
-      attention: attention backend; by platform by default.
-      chat_template: a Jinja file or the name of a built-in template, used whatever the checkpoint
-        and the adapter bring; by default that of the adapter in use, or of the checkpoint.
-      progress: shows a bar when loading takes long.
+      path: a Hugging Face directory, hub id or .gguf file.
+      adapter: directory of an adapter in PEFT's format, which is put in use.
+      quantize: weight format ("nf4", "int4", "int8", "fp8"), or the settings of a config's
+        ``quantize`` section; None for plain weights in `dtype`.
+      dtype: "bfloat16", "float16" or "float32": dtype of plain weights and of the computation.
+      adapters: directories of adapters in PEFT's format by name, for `Model.use`; the base model
+        is in use at first.
+      revision: branch, tag or commit of a hub id; empty for its default branch.
+      mesh: mesh on which the weights are placed; one device by default.
+      attention: attention backend; "auto" chooses by platform.
+      chat_template: a Jinja file or the name of a built-in template; by default that of the
+        adapter in use, or else of the checkpoint.
+      progress: shows a progress bar if loading takes more than two seconds.
 
     Raises:
-      JaxtuneError: the checkpoint, the adapter or a setting is not usable; the message says why.
+      JaxtuneError: the checkpoint, an adapter or a setting is invalid.
     """
     if adapter is not None and adapters:
-        raise JaxtuneError("adapter and adapters are both given: name them all in adapters")
+        raise JaxtuneError("adapter and adapters are both given: pass all of them in adapters")
     template = read_template(chat_template, "chat_template")
     directories = dict(adapters or {}) if adapter is None else {ONLY: adapter}
     model = load_with_adapters(
@@ -93,22 +94,23 @@ def load_with_adapters(
     chats: Callable[[Choice], Chat] | None = None,
     progress: bool = True,
 ) -> Model:
-    """Loads a model as `load` does, with the base in use.
+    """Loads a model like `load`, with the base in use.
 
     Args:
-      path: as of `load`, and so are the others.
-      quantize: format of the weights.
-      dtype: of the weights.
-      adapters: directories by name.
-      revision: of a hub id.
-      mesh: where the weights go.
-      attention: attention backend.
-      chat_template: Jinja source; empty: what the adapters or the checkpoint bring.
-      chats: how the model is talked to with an adapter, several or none; by default as they say.
-      progress: shows a bar when loading takes long.
+      path: see `load`.
+      quantize: see `load`.
+      dtype: see `load`.
+      adapters: see `load`.
+      revision: see `load`.
+      mesh: see `load`.
+      attention: see `load`.
+      chat_template: Jinja source; empty for the template of the adapters or the checkpoint.
+      chats: returns the chat format for an adapter, a combination or none; by default that of the
+        adapters or the checkpoint.
+      progress: see `load`.
 
     Raises:
-      JaxtuneError: the checkpoint, an adapter or a setting is not usable.
+      JaxtuneError: the checkpoint, an adapter or a setting is invalid.
     """
     directories = dict(adapters or {})
     stored = {name: read_adapter(directory) for name, directory in directories.items()}
@@ -128,7 +130,7 @@ def load_with_adapters(
 
 
 def choose_template(chat: Chat, template: str | Mapping[str, str] | None) -> Chat:
-    """Returns a chat with another template, and with the token that it ends an answer with."""
+    """Returns a chat format with another template and the tokens with which it ends a turn."""
     if not template or chat.tokenizer is None:
         return chat
     chat = chat.with_template(template)
@@ -136,7 +138,7 @@ def choose_template(chat: Chat, template: str | Mapping[str, str] | None) -> Cha
 
 
 class _Chats:
-    """How a checkpoint is talked to with each of its adapters."""
+    """Chat formats of a checkpoint by the adapters in use."""
 
     def __init__(
         self,
@@ -151,10 +153,10 @@ class _Chats:
         if choice is None:
             return self._base()
         names = [choice] if isinstance(choice, str) else list(choice)
-        brought = {name: self._brought(name) for name in names}
-        return combined_chat(brought) or self._base()
+        chats = {name: self._of_adapter(name) for name in names}
+        return combined_chat(chats) or self._base()
 
-    def _brought(self, name: str) -> Chat | None:
+    def _of_adapter(self, name: str) -> Chat | None:
         chat = adapter_chat(Path(self._directories[name]), self._base())
         if chat is None or chat.tokenizer is None:
             return chat
@@ -172,27 +174,27 @@ def convert(
     vocab_size: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Writes a checkpoint anew as a Hugging Face directory, one tensor at a time.
+    """Converts a checkpoint to a Hugging Face directory, one tensor at a time.
 
-    The model is never in memory, whatever its format.
+    The model is never held in memory.
 
     Args:
-      path: a Hugging Face directory, a hub id or a .gguf file.
-      directory: to create.
-      quantize: format of the weights, or settings, as of `load`; None dequantizes.
-      dtype: "bfloat16", "float16" or "float32", of the weights that are not quantized.
-      revision: of a hub id.
-      untie: writes a head of its own where it is tied to the embedding.
-      vocab_size: rows of embedding and head, for tokens that have been added to the tokenizer or
-        for a size that a mesh divides; new rows are the mean of those that are there. None keeps
-        them.
-      progress: shows a bar when it takes long.
+      path: a Hugging Face directory, hub id or .gguf file.
+      directory: directory to create.
+      quantize: weight format or settings, as in `load`; None dequantizes.
+      dtype: "bfloat16", "float16" or "float32": dtype of plain weights.
+      revision: branch, tag or commit of a hub id; empty for its default branch.
+      untie: writes a separate head if the head is tied to the embedding.
+      vocab_size: new number of rows of embedding and head, for tokens that were added to the
+        tokenizer or for a size that a mesh divides; new rows are the mean of the existing ones.
+        None keeps the number.
+      progress: shows a progress bar if writing takes more than two seconds.
 
     Returns:
       The directory.
 
     Raises:
-      JaxtuneError: the checkpoint or a setting is not usable, or the directory is taken.
+      JaxtuneError: the checkpoint or a setting is invalid, or the directory is not empty.
     """
     opened, quantization = _open(path, quantize, dtype, revision)
     source = untied(opened.source) if untie else opened.source
@@ -211,7 +213,7 @@ def convert(
 def _open(
     path: str | Path, quantize: str | Mapping[str, Any] | None, dtype: str, revision: str
 ) -> tuple[OpenModel, Quantization | None]:
-    """Returns a model's files, and how its weights are to be quantized."""
+    """Returns a model's files and the quantization of its weights."""
     lookup(dict.fromkeys(DTYPES), dtype, "dtype")
     section = {"format": quantize} if isinstance(quantize, str) else dict(quantize or {})
     settings = config_module.resolve({"quantize": section}).quantize

@@ -1,4 +1,4 @@
-"""A model in memory: look at it, generate with it, save it."""
+"""A model in memory: logits, generation and saving."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from jaxtune.models.definition import Definition
 from jaxtune.registry import DTYPES
 from jaxtune.vocabulary import check_token_ids
 
-# What `Model.generate` takes as a prompt: text, token ids, or chat messages.
+# A prompt: text, token ids or chat messages.
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
-# What `Model.use` takes: an adapter, several by weight, or none.
+# The adapters in use: the name of one, weights of several by name, or None.
 Choice = str | Mapping[str, float] | None
 
 
 class Model:
-    """A loaded model: its definition, its three trees and, where there is one, its tokenizer."""
+    """A loaded model: its definition, its three trees and its chat format."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Model:
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """The names of the adapters that the model was loaded with."""
+        """Names of the loaded adapters."""
         return () if self._adapters is None else tuple(self._adapters.stored)
 
     def use(
@@ -77,11 +77,11 @@ class Model:
         combine: str = "cat",
         **options: float | str,
     ) -> Model:
-        """Switches to one of the adapters that were loaded, to several combined, or to none.
+        """Switches to one of the loaded adapters, to a combination of several, or to none.
 
         Args:
-          adapter: its name; weights of several by name; or None for the base model as it was.
-          combine: how LoRA adapters are combined: "cat" and "svd" are the weighted sum of their
+          adapter: name of an adapter; weights of several by name; or None for the base model.
+          combine: method of combining LoRA adapters: "cat" and "svd" are weighted sums of the
             edits; see `jaxtune.adapter_files.combine` for the others.
           **options: rank, density, majority and seed; see `jaxtune.adapter_files.combine.Options`.
 
@@ -94,7 +94,7 @@ class Model:
         if self.method is not None and self.method.edits_base:
             raise JaxtuneError(
                 f"adapter={adapter!r}: adapter.method={self.method.name} has edited the base for "
-                "the one adapter that is in use; load the checkpoint for another"
+                "the adapter in use; load the checkpoint again to use another"
             )
         if self._adapters is None or (adapter is not None and not self.adapters):
             raise JaxtuneError(f"adapter={adapter!r}: the model was loaded without adapters")
@@ -105,15 +105,15 @@ class Model:
             self._adapters.select(adapter, combine, dataclasses.replace(Options(), **options))
         )
         self._choice = adapter
-        for name in ("chat", "stop_ids"):  # as they are for this choice
+        for name in ("chat", "stop_ids"):  # cached properties that depend on the choice
             self.__dict__.pop(name, None)
         return self
 
     @functools.cached_property
     def chat(self) -> Chat:
-        """The tokenizer with its chat template, the tokens that end an answer, and the clock.
+        """Tokenizer, chat template, end tokens and clock.
 
-        An adapter brings them along; so does a run.
+        They come from the run or the adapter in use, or else from the checkpoint.
         """
         if self._chats is None:
             return base_chat(self.source, self.definition.config)
@@ -121,13 +121,13 @@ class Model:
 
     @property
     def tokenizer(self) -> Any:
-        """The model's tokenizer, with the chat template that is in use.
+        """The model's tokenizer, with the chat template in use.
 
         Raises:
           JaxtuneError: the checkpoint has no tokenizer files.
         """
         if self.chat.tokenizer is None:
-            raise JaxtuneError(f"{self.source}: has no tokenizer files, and text needs one")
+            raise JaxtuneError(f"{self.source}: has no tokenizer files, which text requires")
         return self.chat.tokenizer
 
     @property
@@ -146,26 +146,28 @@ class Model:
         Args:
           tokens: int[B, T].
           segment_ids: int[B, T]; tokens attend within their segment. One segment by default.
-          positions: int[B, T]; counted within each segment by default.
+          positions: int[B, T]; by default counted within each segment.
 
         Returns:
           float32[B, T, vocabulary].
 
         Raises:
-          JaxtuneError: arrays of another shape, or ids that the model does not have.
+          JaxtuneError: an array has another shape, or a token id is outside the vocabulary.
         """
         check_token_ids(tokens, self.definition.vocab_size, "tokens")
         tokens = jnp.asarray(tokens, jnp.int32)
         if tokens.ndim != 2 or not tokens.size:
-            raise JaxtuneError(f"tokens are int[batch, time], not of shape {list(tokens.shape)}")
+            raise JaxtuneError(
+                f"tokens must be int[batch, time], not of shape {list(tokens.shape)}"
+            )
         for name, value in (("segment_ids", segment_ids), ("positions", positions)):
             if value is not None and np.shape(value) != tokens.shape:
                 shape, needed = list(np.shape(value)), list(tokens.shape)
-                raise JaxtuneError(f"{name} have shape {shape}, and tokens have {needed}")
+                raise JaxtuneError(f"{name} have shape {shape}, but tokens have {needed}")
         segments = jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids)
         place = segment_positions(segments) if positions is None else jnp.asarray(positions)
         reserved = self.definition.reserved
-        if reserved:
+        if reserved:  # logits at the positions of virtual tokens are computed and dropped
             tokens, segments, place, text = make_room(tokens, segments, place, reserved)
         with jax.set_mesh(self.mesh):
             logits = _logits(self._trees, tokens, segments, place, self.definition, self.options)
@@ -184,24 +186,24 @@ class Model:
         """Continues each prompt, in one batch.
 
         Args:
-          prompts: what `encode` takes, each.
-          max_new_tokens: the most to add to each.
-          temperature: 0 is greedy.
+          prompts: prompts in any form that `encode` accepts.
+          max_new_tokens: maximum number of new tokens per prompt.
+          temperature: sampling temperature; 0 is greedy.
           top_p: samples from the smallest set of tokens with at least this probability.
-          seed: of the samples.
-          skip_special_tokens: leaves special tokens out of the text, as `transformers` does; the
-            token that ended the answer is never in it.
+          seed: seed of the samples.
+          skip_special_tokens: leaves special tokens out of the text, as in `transformers`; the
+            token that ended the answer is never part of it.
 
         Returns:
           The new text of each prompt.
 
         Raises:
-          JaxtuneError: one prompt in place of a list of them, or what `encode` raises.
+          JaxtuneError: a single prompt instead of a list, or an error of `encode`.
         """
         if isinstance(prompts, str) or any(
-            isinstance(each, (Mapping, int, np.integer)) for each in prompts
+            isinstance(prompt, (Mapping, int, np.integer)) for prompt in prompts
         ):
-            raise JaxtuneError("generate takes a list of prompts: put the one prompt into a list")
+            raise JaxtuneError("generate takes a list of prompts: put a single prompt into a list")
         new = self.generate_tokens(
             [self.encode(prompt) for prompt in prompts],
             max_new_tokens,
@@ -210,7 +212,7 @@ class Model:
         decode = functools.partial(
             self.tokenizer.decode,
             skip_special_tokens=skip_special_tokens,
-            clean_up_tokenization_spaces=False,  # it would change what was generated
+            clean_up_tokenization_spaces=False,  # would change the generated text
         )
         return [decode(tokens) for tokens in new]
 
@@ -233,11 +235,11 @@ class Model:
         """Returns the token ids of a prompt, int[n].
 
         Args:
-          prompt: text, continued as it stands, with the special tokens that the tokenizer adds;
-            token ids; or chat messages, rendered with the chat template.
+          prompt: text, to which the tokenizer adds its special tokens; token ids; or chat
+            messages, rendered with the chat template.
 
         Raises:
-          JaxtuneError: the template refuses the messages, or there is none.
+          JaxtuneError: the template rejects the messages, or there is no template.
         """
         if isinstance(prompt, str):
             return tokenize_prompt(self.tokenizer, prompt)
@@ -248,36 +250,38 @@ class Model:
 
     @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """The ids that end an answer: the base's, and those of what was trained."""
+        """The ids of tokens that end an answer, those of the base and of the adapter."""
         return self.chat.eos_token_ids
 
     def save_pretrained(
         self, directory: str | Path, dtype: str | None = None, *, quantized: bool = False
     ) -> Path:
-        """Writes a Hugging Face checkpoint that transformers loads, the adapter merged in.
+        """Writes a Hugging Face checkpoint that transformers loads, with the adapter merged.
 
         Args:
-          directory: to create.
-          dtype: "bfloat16", "float16" or "float32" on disk; by default what each weight is held in.
-          quantized: writes quantized weights as they are held, in a format that other tools read;
-            otherwise they are dequantized. Weights that an adapter edits are read from the
-            checkpoint again, edited and quantized, and ``merge_report.json`` says at what cost; the
-            others stay bit for bit.
+          directory: directory to create.
+          dtype: "bfloat16", "float16" or "float32" on disk; by default each weight's own dtype.
+          quantized: writes quantized weights in their format, which other tools read, rather than
+            dequantized. Weights that the adapter edits are read from the checkpoint again, edited
+            and quantized, and ``merge_report.json`` reports the rounding loss; the others are
+            written bit for bit.
 
         Returns:
           The directory.
 
         Raises:
-          JaxtuneError: the adapter is nothing that weights can take in, or nothing is quantized.
+          JaxtuneError: the adapter cannot be merged, or the model has no quantized weights.
         """
         if quantized and all(leaf.format is None for leaf in self.definition.leaves.values()):
-            raise JaxtuneError("quantized=True: nothing in this model is; load it with quantize=…")
+            raise JaxtuneError(
+                "quantized=True: the model has no quantized weights; load it with quantize=…"
+            )
         if self.method is not None:
             check_merges(self.method)
         if dtype is not None:
             lookup(dict.fromkeys(DTYPES), dtype, "dtype")
         model = self.definition.bind(self.base, self.trainable, self.constants)
-        # Where a method has edited the base, that was not quantized from what the checkpoint has.
+        # A base that the method has edited was not quantized from the checkpoint's own weights.
         onto_checkpoint = quantized and self.method is not None and not self.method.edits_base
         return huggingface.save(
             directory,
@@ -308,7 +312,11 @@ def _logits(
 
 
 def segment_positions(segment_ids: jax.Array) -> jax.Array:
-    """Counts positions from 0 within each run of equal segment ids: int[B, T] → int32[B, T]."""
+    """Returns positions from 0 within each stretch of equal ids: int[B, T] → int32[B, T].
+
+    The position is the index minus the start of the stretch, which is the running maximum of the
+    indices at which the id changes.
+    """
     index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
     starts = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1] - 1) != 0
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
@@ -317,19 +325,20 @@ def segment_positions(segment_ids: jax.Array) -> jax.Array:
 def make_room(
     tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array, reserved: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Puts room for virtual tokens in front of every segment.
+    """Inserts `reserved` positions for virtual tokens in front of every segment.
 
     Args:
       tokens: int[B, T].
       segment_ids: int[B, T].
       positions: int[B, T].
-      reserved: how many virtual tokens.
+      reserved: number of virtual tokens.
 
     Returns:
-      The three with as many tokens more as the most segments of a row need, and where in them each
-      of the given tokens is, int[B, T].
+      tokens, segment_ids and positions, int[B, T + reserved · segments] with the largest number of
+      segments of a row, and the new index of each original token, int[B, T].
     """
     segments = np.asarray(segment_ids)
+    # A token moves right by `reserved` for each segment that has begun up to it.
     first = np.diff(segments, axis=1, prepend=segments[:, :1] - 1) != 0
     before = np.cumsum(first & (segments != 0), axis=1)
     text = np.arange(segments.shape[1]) + reserved * before

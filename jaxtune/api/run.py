@@ -1,4 +1,4 @@
-"""Training runs: start one, and look at what came out."""
+"""Training runs: starting a run, and its results."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ _logger = logging.getLogger(__name__)
 
 
 class Run:
-    """A run on disk: its config, what it measured, and the model that came out of it."""
+    """A run on disk: its config, its measurements and the model that it trained."""
 
     def __init__(self, workdir: str | Path):
         """Opens the run in a directory.
 
         Raises:
-          JaxtuneError: there is no run.
+          JaxtuneError: the directory contains no run.
         """
         self.directory = RunDirectory(workdir)
         self.config = self.directory.read_config()
@@ -68,9 +68,9 @@ class Run:
         """Loads the model that the run trained, with the run's chat template, end tokens and clock.
 
         Args:
-          adapter: "best" (by evaluation.stop_metric; the last where nothing was held out), "last",
+          adapter: "best" (by evaluation.stop_metric; the last one if nothing was held out), "last",
             or "none" for the base model alone.
-          chat_template: a Jinja file or the name of a built-in template, in place of the run's.
+          chat_template: a Jinja file or the name of a built-in template that replaces the run's.
 
         Raises:
           JaxtuneError: nothing has been saved yet.
@@ -103,27 +103,27 @@ class Run:
         """Writes the model that the run trained as one Hugging Face checkpoint.
 
         Args:
-          directory: to create.
+          directory: directory to create.
           adapter: "best" or "last".
-          quantized: writes it in the format of the run's base, with ``merge_report.json`` beside
-            the weights (see `Model.save_pretrained`); where the run held data out the report
-            also has ``loss``, as `jaxtune.api.evaluate_run.merge_losses` measures it.
+          quantized: writes the weights in the format of the run's base, with ``merge_report.json``
+            (see `Model.save_pretrained`). If the run held out data, the report also has ``loss``;
+            see `jaxtune.api.evaluate_run.merge_losses`.
 
         Returns:
           The directory.
 
         Raises:
-          JaxtuneError: nothing has been saved yet, or it is nothing that weights can take in.
+          JaxtuneError: nothing has been saved yet, or the adapter cannot be merged.
         """
         check_merges(training.choose_method(self.config)[0])
         if quantized and not self.config.quantize.format:
             raise JaxtuneError(f"{self.path}: quantize.format is empty: the base is not quantized")
         if self.config.quantize.format and not quantized:
             form, dtype = self.config.quantize.format, self.config.training.dtype
-            _logger.info("merging into %s weights; quantized, they would stay in %s", dtype, form)
+            _logger.info("merging into %s weights; quantized=True would keep %s", dtype, form)
         model, dtype = self.model(adapter), self.config.training.dtype
         written = model.save_pretrained(directory, dtype, quantized=quantized)
-        del model  # there is another of its kind to come
+        del model  # frees its memory before merge_losses loads the model again
         held_out = self.config.data.eval or self.config.data.eval_split
         if (written / REPORT).is_file() and held_out:
             losses = merge_losses(self.directory, adapter, written)
@@ -134,20 +134,20 @@ class Run:
         """Returns the directory of the best or last adapter, in PEFT's format.
 
         Raises:
-          JaxtuneError: nothing has been saved yet, or the run trains every weight.
+          JaxtuneError: nothing has been saved yet, or the run has no adapter (full fine-tuning).
         """
         return self.directory.adapter(which)
 
     def adapter(self, which: str = "best", target: str = "peft") -> StoredAdapter:
-        """Returns the best or last adapter as another program loads it.
+        """Returns the best or last adapter in the form that another program loads.
 
         Args:
           which: "best" or "last".
           target: "peft" or "vllm".
 
         Raises:
-          JaxtuneError: nothing has been saved yet, the base's config.json is not there, or
-            something that the program would not load.
+          JaxtuneError: nothing has been saved yet, the base's config.json is missing, or the
+            program would not load the adapter.
         """
         export = lookup(EXPORTS, target, "target")
         definition = define(model_config(self.config.model), "float32")
@@ -156,10 +156,10 @@ class Run:
     def save_adapter(
         self, directory: str | Path, adapter: str = "best", *, target: str = "peft"
     ) -> Path:
-        """Writes the adapter as another program loads it, with tokenizer and generation_config.
+        """Writes the adapter for another program, with tokenizer and generation_config.json.
 
         Args:
-          directory: to create.
+          directory: directory to create.
           adapter: "best" or "last".
           target: "peft" or "vllm".
 
@@ -167,22 +167,22 @@ class Run:
           The directory.
 
         Raises:
-          JaxtuneError: as of `adapter`, or the directory is taken.
+          JaxtuneError: an error of `adapter`, or the directory is not empty.
         """
         stored = self.adapter(adapter, target)
         return write_adapter(directory, stored, self._chats("")(None).files())
 
     @functools.cached_property
     def _base(self) -> OpenModel:
-        """The checkpoint that the run started from."""
+        """The checkpoint from which the run started."""
         return open_model(self.config.model.path, self.config.model.revision)
 
     def _single_device_config(self) -> Config:
-        """Returns the config on a mesh of one device, whatever mesh the run had."""
+        """Returns the config with a mesh of one device."""
         return self.config.replace(mesh=dict.fromkeys(MESH_AXES, 1))
 
     def _chats(self, template: str) -> Callable[[Choice], Chat]:
-        """Returns how the model is talked to: as the run was trained, whatever is in use."""
+        """Returns a function that gives the run's chat format for every choice of adapters."""
 
         @functools.cache
         def chat() -> Chat:
@@ -204,11 +204,12 @@ class Run:
         )
 
     def _fully_trained(self, method: Method, which: str, chats: Callable[[Choice], Chat]) -> Model:
-        # Rounded to the dtype of the run, as it is exported, and not as the masters are.
+        # Trained weights are rounded to the dtype of the run, as in an export, although training
+        # keeps them in float32.
         config, source = self._single_device_config(), self._base.source
         setup = set_up(config, source.config, method, jax.devices()[:1])
         arrays = training.trained_arrays(self.directory, setup, which)
-        # What is not trained, such as a router's correction bias, stays as it is in the checkpoint.
+        # Untrained tensors, such as a router's correction bias, come from the checkpoint.
         source = with_trained_weights(source, setup.definition, arrays)
         mesh, dtype = single_device_mesh(), config.training.dtype
         parts = load_model(source, dtype, mesh)
@@ -232,8 +233,8 @@ def train(config: ConfigLike | str | Path | None = None, workdir: str | Path = "
     """Trains a model, or resumes the run in `workdir`.
 
     Args:
-      config: from `jaxtune.config.default`, a mapping of sections, or a path of a config file;
-        None resumes the run in `workdir`.
+      config: a config from `jaxtune.config.default`, a mapping of sections, or the path of a config
+        file; None resumes the run in `workdir`.
       workdir: the run's directory, which receives all files.
 
     Raises:

@@ -1,7 +1,7 @@
-"""How a model is talked to: tokenizer, chat template, and the tokens that end an answer.
+"""The chat format of a model: tokenizer, chat template, and the tokens that end an answer.
 
-These lie beside the weights of a checkpoint or an adapter, as `transformers` has them:
-tokenizer.json and tokenizer_config.json, chat_template.jinja, and generation_config.json.
+It is stored with the weights of a checkpoint or an adapter, in the files of `transformers`:
+tokenizer.json, tokenizer_config.json, chat_template.jinja and generation_config.json.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-    """How a model is talked to.
+    """The chat format of a model.
 
     Attributes:
-      tokenizer: its ``chat_template`` is the one in use; None where there is no tokenizer.
-      generation_config: the content of generation_config.json.
-      eos_token_ids: the tokens that end an answer, the base's own first.
-      clock: the time that the template prints; None: that of each call.
+      tokenizer: tokenizer with the chat template in use; None if the model has none.
+      generation_config: content of generation_config.json.
+      eos_token_ids: tokens that end an answer, those of the base first.
+      clock: time printed by the template; None for the time of each call.
     """
 
     tokenizer: Any
@@ -43,7 +43,7 @@ class Chat:
     clock: datetime.datetime | None = None
 
     def with_template(self, template: str | Mapping[str, str] | None) -> Chat:
-        """Returns the same with another chat template: Jinja source, or sources by name."""
+        """Returns a copy with another chat template: Jinja source, or sources by name."""
         if self.tokenizer is None or not template or template == self.tokenizer.chat_template:
             return self
         tokenizer = copy.copy(self.tokenizer)
@@ -51,7 +51,7 @@ class Chat:
         return dataclasses.replace(self, tokenizer=tokenizer)
 
     def ending_with(self, ids: Sequence[int]) -> Chat:
-        """Returns the same with more tokens that end an answer, listed in generation_config."""
+        """Returns a copy with further end tokens, which are also added to generation_config."""
         together = tuple(dict.fromkeys([*self.eos_token_ids, *ids]))
         content = dict(self.generation_config)
         if not set(ids) <= set(_eos_ids(content, GENERATION_CONFIG)):
@@ -59,7 +59,7 @@ class Chat:
         return dataclasses.replace(self, generation_config=content, eos_token_ids=together)
 
     def files(self) -> dict[str, bytes]:
-        """Returns all files that lie beside weights, by their path in the directory."""
+        """Returns the content of the tokenizer's and generation files, by path in the directory."""
         with tempfile.TemporaryDirectory(prefix="jaxtune-") as temporary:
             root = Path(temporary)
             if self.tokenizer is not None:
@@ -72,7 +72,7 @@ class Chat:
         return written | self.generation_files()
 
     def generation_files(self) -> dict[str, bytes]:
-        """Returns generation_config.json, by its name; nothing where nothing is known of it."""
+        """Returns the content of generation_config.json by file name; empty if there is none."""
         if not self.generation_config:
             return {}
         text = json.dumps(dict(self.generation_config), indent=2, ensure_ascii=False) + "\n"
@@ -80,44 +80,44 @@ class Chat:
 
 
 def base_chat(location: Path, config: Mapping[str, Any]) -> Chat:
-    """Returns the chat of a checkpoint, with the end tokens that any of its files names.
+    """Returns the chat format of a checkpoint, with the end tokens that any of its files lists.
 
     Args:
       location: a Hugging Face directory or a ``.gguf`` file.
-      config: the content of its config.json, or what stands for it.
+      config: content of its config.json, or the equivalent from the GGUF's metadata.
 
     Raises:
-      JaxtuneError: files that cannot be read.
+      JaxtuneError: a file cannot be read.
     """
     tokenizer = load_tokenizer(location)
     own = _read_generation_config(location)
     ids = [*_eos_ids(own, location / GENERATION_CONFIG), *_eos_ids(config, location)]
     ids += _eos_of(tokenizer)
-    # What transformers makes of a config.json without a generation_config.json.
+    # As in transformers, config.json replaces a missing generation_config.json.
     content = own or {key: config[key] for key in _SPECIAL if config.get(key) is not None}
     chat = Chat(tokenizer, content, tuple(dict.fromkeys(ids)))
     return chat if location.is_dir() else chat.ending_with(_gguf_ends(location))
 
 
 def _gguf_ends(path: Path) -> list[int]:
-    """Returns the tokens that end a turn or a message in the metadata of a GGUF, beside EOS."""
+    """Returns the end-of-turn and end-of-message tokens in a GGUF's metadata; EOS is separate."""
     metadata = read_header(path).metadata
     found = (metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eot", "eom"))
     return [id_ for id_ in found if isinstance(id_, int)]
 
 
 def adapter_chat(directory: Path, base: Chat) -> Chat | None:
-    """Returns the chat that an adapter brings; None where it brings nothing of it.
+    """Returns the chat format stored with an adapter, or None if its directory has none.
 
-    Its tokenizer is used in place of the base's where the two give every common token one id, and
-    otherwise only its template.
+    The adapter's tokenizer replaces the base's if every token of the base has the same id in both;
+    otherwise only its template is used.
 
     Args:
-      directory: of the adapter, written by whichever program.
-      base: of the checkpoint that it is for.
+      directory: directory of the adapter, written by any program.
+      base: chat format of the base model.
 
     Raises:
-      JaxtuneError: files that cannot be read.
+      JaxtuneError: a file cannot be read.
     """
     generation_config = _read_generation_config(directory)
     tokenizer = load_tokenizer(directory)
@@ -127,7 +127,7 @@ def adapter_chat(directory: Path, base: Chat) -> Chat | None:
     if tokenizer is None:
         chat = base.with_template(template)
         if template and base.tokenizer is None:
-            _logger.warning("%s: a chat template without a tokenizer is left out", directory)
+            _logger.warning("%s: ignoring a chat template without a tokenizer", directory)
     else:
         chat = _joined(base, tokenizer, directory)
     if generation_config:
@@ -138,21 +138,21 @@ def adapter_chat(directory: Path, base: Chat) -> Chat | None:
 
 
 def _joined(base: Chat, tokenizer: Any, directory: Path) -> Chat:
-    """Returns the chat of a base with the tokenizer of an adapter, or with what of it fits."""
+    """Returns the base's chat format with the adapter's tokenizer, or only with its template."""
     end = _eos_of(tokenizer)
     if base.tokenizer is None:
         return dataclasses.replace(base, tokenizer=tokenizer).ending_with(end)
-    known, brought = base.tokenizer.get_vocab(), tokenizer.get_vocab()
-    other = next((token for token, id_ in known.items() if brought.get(token) != id_), None)
-    if other is None:
+    known, added = base.tokenizer.get_vocab(), tokenizer.get_vocab()
+    conflict = next((token for token, id_ in known.items() if added.get(token) != id_), None)
+    if conflict is None:
         template = tokenizer.chat_template or base.tokenizer.chat_template
         chat = dataclasses.replace(base, tokenizer=tokenizer).with_template(template)
         return chat.ending_with(end)
     _logger.warning(
-        "%s: its tokenizer has another id for %r than the base's, or none: the base's tokenizer is "
-        "used, with the chat template of the adapter",
+        "%s: its tokenizer has another id for %r than the base's, or none: using the base's "
+        "tokenizer with the chat template of the adapter",
         directory,
-        other,
+        conflict,
     )
     id_ = known.get(str(tokenizer.eos_token))
     return base.with_template(tokenizer.chat_template).ending_with([] if id_ is None else [id_])
@@ -163,7 +163,7 @@ def _eos_of(tokenizer: Any) -> list[int]:
 
 
 def _lone_template(directory: Path) -> str | None:
-    """Returns the template of an adapter that comes without a tokenizer."""
+    """Returns the chat template in the directory of an adapter without a tokenizer."""
     path, settings = directory / "chat_template.jinja", directory / "tokenizer_config.json"
     try:
         if path.is_file():
@@ -175,32 +175,33 @@ def _lone_template(directory: Path) -> str | None:
 
 
 def combined_chat(chats: Mapping[str, Chat | None]) -> Chat | None:
-    """Returns the chat of adapters that are combined; where theirs differ, a warning says so.
+    """Returns the chat format of a combination of adapters; logs a warning if theirs differ.
 
     Args:
-      chats: what each adapter brings, by name.
+      chats: chat format of each adapter, by name; None for an adapter without one.
 
     Returns:
-      That of the first, with the end tokens of all; None where none brings any or they differ.
+      The first adapter's chat format with the end tokens of all; None if no adapter has one, or
+      if they differ.
     """
     known = {name: chat for name, chat in chats.items() if chat is not None}
     if not known:
         return None
     (first, chat), *others = known.items()
     for name, other in others:
-        if what := _difference(chat, other):
+        if difference := _difference(chat, other):
             _logger.warning(
-                "the adapters %s and %s have different %s: the combination has neither; name a "
+                "the adapters %s and %s have different %s: the combination gets neither; choose a "
                 "chat template yourself",
                 first,
                 name,
-                what,
+                difference,
             )
             return None
         chat = chat.ending_with(other.eos_token_ids)
     if missing := [name for name, one in chats.items() if one is None]:
         _logger.warning(
-            "the chat template is that of %s: %s brings none", first, ", ".join(missing)
+            "using the chat template of %s; there is none with %s", first, ", ".join(missing)
         )
     return chat
 
@@ -222,7 +223,7 @@ def _read_generation_config(location: Path) -> dict[str, Any]:
 
 
 def _eos_ids(content: Mapping[str, Any], place: Path | str) -> list[int]:
-    """Returns the ids of ``eos_token_id``, which holds one, a list of them, or null."""
+    """Returns the ids of ``eos_token_id``, which may be one id, a list or null."""
     value = content.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for id_ in ids:

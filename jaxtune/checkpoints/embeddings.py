@@ -1,4 +1,4 @@
-"""The embedding and the head of a checkpoint: tied or not, and for how many tokens."""
+"""Embedding and head of a checkpoint: tying, untying and resizing."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from jaxtune.quant import Format
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TIED = "tie_word_embeddings"
-_ROWS = 2048  # that are compared or summed at a time
+_ROWS = 2048  # rows compared or summed at a time
 _logger = logging.getLogger(__name__)
 
 
 class EmbeddingSource(WrappedSource):
-    """A checkpoint whose embedding or head is another tensor of it, or has more rows."""
+    """A checkpoint whose embedding or head is an alias of another tensor, or has more rows."""
 
     def __init__(
         self,
@@ -34,9 +34,9 @@ class EmbeddingSource(WrappedSource):
 
         Args:
           source: the checkpoint.
-          changes: of config.json.
-          aliases: by the name of a tensor, the name of the one that is read in its place.
-          rows: of embedding and head; those that the checkpoint lacks are the mean of its own.
+          changes: changed entries of config.json.
+          aliases: names of the tensors to read, by the names under which they appear.
+          rows: number of rows of embedding and head; new rows are the mean of existing ones.
         """
         super().__init__(source)
         self.config = {**source.config, **changes}
@@ -83,7 +83,7 @@ class EmbeddingSource(WrappedSource):
         return (total / height).astype(self._source.dtype(name))
 
     def read_parts(self, name: str, form: Format) -> dict[str, np.ndarray] | None:
-        """Returns parts, of the format's shapes, if stored in just this format and of this size."""
+        """Returns the parts, of the format's shapes, or None; see `TensorSource.read_parts`."""
         return None if self._grows(name) else self._source.read_parts(self._name(name), form)
 
     def where(self, name: str) -> str:
@@ -92,14 +92,14 @@ class EmbeddingSource(WrappedSource):
 
 
 def with_stored_head(source: TensorSource) -> TensorSource:
-    """Returns a checkpoint whose config says whether embedding and head are one matrix.
+    """Returns a checkpoint whose config agrees with its files on whether the head is tied.
 
-    A config.json may tie them while the files hold both, as merges of a trained head leave them.
-    Equal ones are tied; different ones are not, and the log says so. Where only the head is there,
-    it is the embedding as well. transformers does the same.
+    config.json may tie the head to the embedding although the files hold both, for example after
+    merging a trained head. Equal tensors stay tied; different ones are untied, with a warning. If
+    the files hold only the head, it is used as the embedding too. transformers does the same.
 
     Raises:
-      JaxtuneError: config.json has something other than true or false there.
+      JaxtuneError: ``tie_word_embeddings`` is neither true nor false.
     """
     names = source.names()
     if not read(source.config, TIED, bool, False) or HEAD not in names:
@@ -109,8 +109,8 @@ def with_stored_head(source: TensorSource) -> TensorSource:
     if _equal(source, EMBEDDING, HEAD):
         return source
     _logger.warning(
-        '%s: config.json ties the head to the embedding ("%s": true), and the checkpoint has a '
-        "%s of its own: that one is used, and the model is not tied",
+        '%s: config.json ties the head to the embedding ("%s": true), but the checkpoint has '
+        "another %s: using that one, untied",
         source.path,
         TIED,
         HEAD,
@@ -133,20 +133,20 @@ def _equal(source: TensorSource, one: str, other: str) -> bool:
 
 
 def untied(source: TensorSource) -> TensorSource:
-    """Returns a checkpoint whose head is a copy of its embedding, where it was the embedding."""
+    """Returns a checkpoint whose tied head, if it has one, is a separate copy of the embedding."""
     if not source.config.get(TIED):
         return source
     return EmbeddingSource(source, {TIED: False}, {HEAD: EMBEDDING})
 
 
 def with_vocabulary(source: TensorSource, size: int) -> TensorSource:
-    """Returns a checkpoint with room for `size` tokens.
+    """Returns a checkpoint whose vocabulary is enlarged to `size` tokens.
 
-    New rows of embedding and head are the mean of those that are there.
+    New rows of embedding and head are the mean of the existing rows.
 
     Raises:
-      JaxtuneError: fewer tokens than the checkpoint has, or a checkpoint whose embedding, head and
-        config.json do not have the same number of them.
+      JaxtuneError: `size` is less than the checkpoint's, or embedding, head and config.json
+        disagree on the number of tokens.
     """
     present = source.shape(EMBEDDING)[0]
     others = {'"vocab_size" of config.json': source.config.get("vocab_size")}
@@ -155,12 +155,12 @@ def with_vocabulary(source: TensorSource, size: int) -> TensorSource:
     for name, count in others.items():
         if count != present:
             raise JaxtuneError(
-                f"{source.path}: {EMBEDDING} has {present} rows, and {name} is for {count} tokens: "
-                "it cannot be enlarged before they agree"
+                f"{source.path}: {EMBEDDING} has {present} rows, but {name} is for {count} tokens: "
+                "they must agree before the vocabulary can be enlarged"
             )
     if size < present:
         raise JaxtuneError(
-            f"{source.path}: a vocabulary of {size} is smaller than that of the checkpoint, which "
-            f"has {present} tokens: it can only grow"
+            f"{source.path}: a vocabulary of {size} tokens is smaller than the checkpoint's, "
+            f"{present}: it can only be enlarged"
         )
     return EmbeddingSource(source, {"vocab_size": size}, rows=size)

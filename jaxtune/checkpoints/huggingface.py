@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints, both ways: streamed in tensor by tensor, written out in shards."""
+"""Hugging Face checkpoints: finding, opening, loading and saving them."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ _logger = logging.getLogger(__name__)
 class HuggingFaceSource:
     """A directory with config.json and weights, in one file or in several with an index.
 
-    They are safetensors, or PyTorch's own files where there are none.
+    The weights are safetensors if there are any, otherwise PyTorch's own files.
     """
 
     def __init__(self, directory: Path):
-        """Opens every file of a checkpoint and reads their headers.
+        """Opens every file of a checkpoint and reads its header.
 
         Raises:
-          JaxtuneError: a file is missing, broken, or named outside the directory, or two of them
-            do not agree.
+          JaxtuneError: a file is missing, damaged or named outside the directory, or two files
+            disagree.
         """
         self.path = directory
         self.config = read_json(directory / "config.json")
@@ -80,23 +80,23 @@ class HuggingFaceSource:
         return str(self._by_name[name].path)
 
 
-# Python files are what auto_map may name: exports copy them, and nothing runs them.
+# Python files may be referenced by auto_map; exports copy them, and they are never run.
 FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.py")
 TORCH_FILES = ("pytorch_model*.bin",)
 
 
 def resolve_path(path: str, revision: str = "", files: Sequence[str] = FILES) -> Path:
-    """Returns the local directory or .gguf file of a model, fetching a hub id if need be.
+    """Returns the local directory or .gguf file of a model; downloads a hub id if necessary.
 
-    PyTorch's own weight files are fetched where there are no safetensors.
+    PyTorch's own weight files are downloaded only if there are no safetensors.
 
     Args:
-      path: of a directory or a .gguf file, or a hub id.
-      revision: of the hub id; empty: its default branch.
-      files: patterns of what to fetch.
+      path: path of a directory or .gguf file, or a hub id.
+      revision: branch, tag or commit of a hub id; empty for its default branch.
+      files: patterns of the files to download.
 
     Raises:
-      JaxtuneError: neither a local path nor a hub id that can be fetched.
+      JaxtuneError: `path` is neither a local path nor a hub id that can be downloaded.
     """
     if not path:
         raise JaxtuneError("model.path is empty: give a Hugging Face directory, hub id or .gguf")
@@ -124,14 +124,14 @@ def resolve_path(path: str, revision: str = "", files: Sequence[str] = FILES) ->
         ) from error
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise JaxtuneError(f"{path}: not a local path, and the hub says: {reason}") from error
+        raise JaxtuneError(f"{path}: not a local path, and the hub reports: {reason}") from error
 
 
 def open_source(path: Path) -> TensorSource:
     """Opens a Hugging Face directory, whose weights may be quantized, or a .gguf file.
 
     Raises:
-      JaxtuneError: neither of these, or a quantization that is not known.
+      JaxtuneError: another kind of path, or an unknown quantization method.
     """
     if path.is_dir():
         source: TensorSource = HuggingFaceSource(path)
@@ -151,9 +151,9 @@ def open_source(path: Path) -> TensorSource:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """Returns the content of config.json, whether the weights lie beside it or not.
+    """Returns the content of config.json of a directory with or without weights.
 
-    Where they do and config.json ties embedding and head, they say whether that is so.
+    If there are weights and the head is tied, the entry is corrected as in `with_stored_head`.
     """
     config = read_json(directory / "config.json")
     weights = any(has_weights(directory, form) for form in range(len(FORMS)))
@@ -163,14 +163,14 @@ def read_config(directory: Path) -> dict[str, Any]:
 def choose_quantization(
     section: QuantizeConfig, model_config: Mapping[str, Any]
 ) -> Quantization | None:
-    """Returns how the base is quantized: as a config's ``quantize`` section says.
+    """Returns the quantization of the base that a config's ``quantize`` section selects, or None.
 
-    Where the checkpoint is stored in the same format, its own settings are kept, and with them
-    every bit.
+    If the checkpoint is stored in the selected format, its own settings replace those of the
+    config, so that its weights are kept bit for bit.
 
     Args:
-      section: of a resolved config.
-      model_config: the content of the checkpoint's config.json.
+      section: ``quantize`` section of a resolved config.
+      model_config: content of the checkpoint's config.json.
     """
     quantization = quantization_from_config(section)
     settings = model_config.get("quantization_config")
@@ -179,8 +179,8 @@ def choose_quantization(
     stored = READERS[settings["quant_method"]].form(settings, Path())
     if quantization is None:
         _logger.info(
-            "the checkpoint is quantized (%s), and is read as 16 or 32 bits: quantize.format=%s "
-            "keeps its weights as they are",
+            "the checkpoint is quantized (%s) and will be dequantized: quantize.format=%s keeps "
+            "its weights as they are",
             stored.name,
             stored.name,
         )

@@ -1,4 +1,4 @@
-"""From a checkpoint, a method and perhaps an adapter to a definition and its three trees."""
+"""Loads a model: checkpoint, method and optional adapter become a definition and its trees."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class LoadedModel(NamedTuple):
     """A model in memory.
 
     Attributes:
-      definition: what it is.
-      base: frozen weights.
-      trainable: what is trained.
-      constants: of the method.
-      ignored: checkpoint tensors that are not needed, each with its reason.
-      method: what the trainables and constants are of; None for the bare model.
+      definition: abstract model with its method.
+      base: tree of frozen weights.
+      trainable: tree of trained arrays.
+      constants: tree of the method's constants.
+      ignored: unused tensors of the checkpoint, each with the reason.
+      method: the fine-tuning method; None for the base model alone.
     """
 
     definition: Definition
@@ -52,24 +52,27 @@ def load_model(
     seed: int = 0,
     progress: bool = True,
 ) -> LoadedModel:
-    """Loads the weights and starts the method's own arrays.
+    """Loads the weights and initialises the method's arrays.
 
     Args:
       source: the checkpoint.
-      dtype: of frozen weights.
-      mesh: where arrays go.
-      method: None for the bare model.
-      quantization: of frozen weights, which are quantized while they stream in; None for none.
-      stored: an adapter to start from; otherwise the method draws its own start from `seed`.
-      seed: of that start.
-      progress: shows a bar when loading takes long.
+      dtype: dtype of frozen weights.
+      mesh: mesh on which arrays are placed.
+      method: the fine-tuning method; None for the base model alone.
+      quantization: weight format of frozen weights, which are quantized while they stream in;
+        None to leave them plain.
+      stored: an adapter to start from; None for the method's initial values.
+      seed: seed of the initial values.
+      progress: shows a progress bar if loading takes more than two seconds.
 
     Raises:
-      JaxtuneError: checkpoint, method and adapter do not fit one another.
+      JaxtuneError: checkpoint, method and adapter do not match.
     """
     definition = define(source.config, dtype, method, quantization)
     if stored is not None:
         _check_copies(source, stored)
+    # A method may edit weights while they stream in (PiSSA), and `complete` may read the loaded
+    # weights (DoRA's norms, ESFT's experts), so the method's arrays come last.
     edit = None if method is None else method.base_edit(definition, stored)
     start = Start(edit) if stored is None else None
     read_from = source if edit is None else with_base_edit(source, edit)
@@ -91,20 +94,20 @@ def attach_adapter(
     stored: StoredAdapter,
     quantization: Quantization | None = None,
 ) -> LoadedModel:
-    """Puts an adapter beside weights that are loaded already, and are not copied.
+    """Attaches an adapter to loaded weights, which are shared and not copied.
 
     Args:
       bare: the model without a method.
-      source: the checkpoint that it was loaded from.
-      dtype: of frozen weights.
+      source: the checkpoint from which it was loaded.
+      dtype: dtype of frozen weights.
       stored: the adapter.
-      quantization: of frozen weights.
+      quantization: weight format of frozen weights, if any.
 
     Raises:
-      JaxtuneError: model and adapter do not fit one another.
+      JaxtuneError: model and adapter do not match.
     """
     method = method_from_peft(stored)
-    if method.dropout:  # of training alone, which not every module can have
+    if method.dropout:  # not applied here, and rejected for some modules (see LinearMethod.attach)
         method = dataclasses.replace(method, dropout=0.0)  # type: ignore[type-var]
     definition = define(bare.definition.config, dtype, method, quantization)
     _check_copies(source, stored)
@@ -117,11 +120,15 @@ def attach_adapter(
 
 
 def _check_copies(source: TensorSource, stored: StoredAdapter) -> None:
-    """Refuses an adapter that brings frozen weights other than those of the checkpoint."""
+    """Checks an adapter's copies of frozen weights against the checkpoint.
+
+    Raises:
+      JaxtuneError: a copy differs, because the adapter belongs to another base.
+    """
     for name, copy in stored.base_copies().items():
         ours = source.read(name) if name in source.names() else None
         if ours is None or not np.array_equal(ours.astype(copy.dtype), copy):
             raise JaxtuneError(
-                f"adapter_model.safetensors: its copy of {name} is not that of the checkpoint, "
+                f"adapter_model.safetensors: its copy of {name} differs from the checkpoint's, "
                 "so the adapter belongs to another base model"
             )

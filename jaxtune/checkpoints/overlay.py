@@ -1,4 +1,4 @@
-"""A checkpoint in which some tensors are other than on disk: edited by a method, or trained."""
+"""Checkpoints with the values of some tensors replaced, by a method's edit or by training."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class OverlaySource(WrappedSource):
 
         Args:
           source: the checkpoint.
-          values: by tensor name, what gives the new value.
+          values: functions that return the new value, by tensor name.
         """
         super().__init__(source)
         self._values = values
-        # A tensor may be read some rows at a time, and its value may be costly.
+        # A tensor may be read in several chunks of rows; its value is computed once.
         self._value = functools.lru_cache(maxsize=1)(lambda name: self._values[name]())
 
     def dtype(self, name: str) -> np.dtype:
-        """Returns the dtype that `read` gives: float32 for what is replaced."""
+        """Returns the dtype of the result of `read`: float32 for replaced tensors."""
         return np.dtype(np.float32) if name in self._values else self._source.dtype(name)
 
     def read(self, name: str, rows: slice = ALL) -> np.ndarray:
@@ -43,12 +43,12 @@ class OverlaySource(WrappedSource):
         return value[rows] if value.ndim else value
 
     def read_parts(self, name: str, form: Format) -> dict[str, np.ndarray] | None:
-        """Returns parts, of the format's shapes, if stored in just this format and not replaced."""
+        """Returns the parts, of the format's shapes, or None; always None if replaced."""
         return None if name in self._values else self._source.read_parts(name, form)
 
 
 def with_base_edit(source: TensorSource, edit: BaseEdit) -> OverlaySource:
-    """Returns a checkpoint as a method changes it before any rounding or quantization."""
+    """Returns a checkpoint with a method's edit applied, in float32 and before quantization."""
 
     def value(name: str) -> np.ndarray:
         return edit(name, source.read(name).astype(np.float32))
@@ -59,18 +59,19 @@ def with_base_edit(source: TensorSource, edit: BaseEdit) -> OverlaySource:
 def with_trained_weights(
     source: TensorSource, definition: Definition, trainable: Tree
 ) -> OverlaySource:
-    """Returns a checkpoint with what a run has trained of it.
+    """Returns a checkpoint with the weights that a run has trained.
 
     Args:
-      source: the checkpoint that the run started from.
-      definition: of the run's model.
-      trainable: its trainables, all of the base model.
+      source: the checkpoint from which the run started.
+      definition: definition of the run's model.
+      trainable: tree of trained arrays, all of them weights of the base model.
     """
 
     def value(stack: jax.Array, place: tuple[Any, ...]) -> np.ndarray:
         return np.asarray(stack[place], np.float32)
 
     values: dict[str, Callable[[], np.ndarray]] = {}
+    # A part is one layer (and expert) of a stack, under the name that the checkpoint has for it.
     for path, stack in flatten(trainable):
         declared = definition.leaves[path].declaration
         for part, name in enumerate(layer_names(path, declared)):

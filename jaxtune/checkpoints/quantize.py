@@ -1,4 +1,4 @@
-"""Quantizing one tensor of a checkpoint while it is read, some rows at a time."""
+"""Quantizes a tensor of a checkpoint while it is read, in chunks of rows."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from jaxtune.errors import JaxtuneError
 from jaxtune.models.definition import as_matrix
 from jaxtune.quant import Format
 
-# Values that are in float32 at one time: 2 MiB of them, or 128 rows.
+# Number of values converted to float32 at a time (2 MiB), unless 128 rows have more.
 CHUNK = 2**19
-ROWS = 128  # of a block of an fp8 checkpoint, which is read by whole blocks
+ROWS = 128  # rows of a block of an fp8 checkpoint, which is read in whole blocks
 
 
 @functools.partial(jax.jit, static_argnames="form")
@@ -28,7 +28,7 @@ def _encode(weight: jax.Array, form: Format) -> tuple[dict[str, jax.Array], jax.
 
 
 def host_device() -> Any:
-    """Returns the device of the host's own memory; an accelerator where jax was given no other."""
+    """Returns a CPU device, or an accelerator if the CPU backend of JAX is disabled."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:
@@ -38,21 +38,22 @@ def host_device() -> Any:
 def read_quantized(
     source: TensorSource, name: str, form: Format, rows: slice = ALL
 ) -> dict[str, np.ndarray]:
-    """Reads a tensor [out, in] as the parts of a format, without a copy of it in more bits.
+    """Reads a tensor [out, in] as the parts of a format, without a full copy in higher precision.
 
-    What is stored in this very format is taken as it is, bit for bit.
+    A tensor that is stored in this format, with equal settings, is returned bit for bit.
 
     Args:
-      source: of the tensor.
-      name: of the tensor.
-      form: to quantize to.
-      rows: all of them, unless the format is one `by_rows`.
+      source: source of the tensor.
+      name: name of the tensor.
+      form: weight format to quantize to.
+      rows: rows to read; all of them unless rows can be encoded independently
+        (`Format.by_rows`).
 
     Returns:
-      Arrays as `Format.parts` describes them for a weight of these rows alone.
+      Arrays with the shapes of `Format.parts` for a weight of these rows.
 
     Raises:
-      JaxtuneError: a value that is not finite, and so has no code.
+      JaxtuneError: a value is not finite.
     """
     stored = source.read_parts(name, form)
     if stored is None:
@@ -68,7 +69,7 @@ def read_quantized(
 def quantize_rows(
     source: TensorSource, name: str, form: Format, rows: slice = ALL
 ) -> dict[str, np.ndarray]:
-    """Quantizes a tensor [out, in] chunk by chunk; arguments and result as of `read_quantized`."""
+    """Quantizes a tensor [out, in] in chunks; arguments and result are as for `read_quantized`."""
     read = functools.partial(source.read, name)
     what = f"{source.where(name)}: {name}"
     return encode_rows(read, as_matrix(source.shape(name)), form, what, rows)
@@ -81,20 +82,25 @@ def encode_rows(
     what: str,
     rows: slice = ALL,
 ) -> dict[str, np.ndarray]:
-    """Quantizes a weight [out, in] chunk by chunk.
+    """Quantizes a weight [out, in] in chunks of rows.
+
+    The number of rows of a chunk is a multiple of what the format encodes together, so that the
+    parts of the chunks can be joined along their axis of rows; `Format.finish` then adds parts
+    that need the whole weight, such as the scales of double quantization.
 
     Args:
-      read: returns some rows, [rows, in] of any floating dtype.
+      read: returns a slice of rows, [rows, in] of any floating dtype.
       shape: (out, in).
-      form: to quantize to.
-      what: the weight is, for messages.
-      rows: all of them, unless the format is one `by_rows`.
+      form: weight format to quantize to.
+      what: description of the weight for messages.
+      rows: rows to quantize; all of them unless rows can be encoded independently
+        (`Format.by_rows`).
 
     Returns:
-      Arrays as `Format.parts` describes them for a weight of these rows alone.
+      Arrays with the shapes of `Format.parts` for a weight of these rows.
 
     Raises:
-      JaxtuneError: a value that is not finite, and so has no code.
+      JaxtuneError: a value is not finite.
     """
     (start, end, _), columns = rows.indices(shape[0]), shape[1]
     multiple = math.lcm(ROWS, form.row_multiple(columns))

@@ -1,7 +1,7 @@
-"""The Python files that a checkpoint names in ``auto_map``: copied as data, and never run.
+"""Python files that a checkpoint references in ``auto_map``: copied as data and never run.
 
-transformers opens some checkpoints with code that lies beside config.json. An export names such
-code only if it holds it, so that it opens wherever its source does.
+transformers opens some checkpoints with code stored next to config.json. An export keeps such a
+reference only together with the file, so that it opens wherever its source does.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _logger = logging.getLogger(__name__)
 
 
 def keep_named_code(directory: Path, source: Path | None) -> None:
-    """Copies what the JSON files of an export name, and drops the names of what is not there.
+    """Copies the code that an export's JSON files reference, and drops references without a file.
 
     Args:
-      directory: of the export, with its JSON files.
-      source: the directory of the checkpoint that it was made from, if it was one.
+      directory: directory of the export, with its JSON files.
+      source: directory of the checkpoint from which it was made; None for a single file.
     """
     for path in (directory / name for name in _FILES):
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -37,7 +37,7 @@ def keep_named_code(directory: Path, source: Path | None) -> None:
         kept = {role: entries[role] for role, modules in named.items() if modules <= there}
         for role in named.keys() - kept.keys():
             _logger.warning(
-                "%s: %s.%s names Python files that are not in the checkpoint: left out",
+                "%s: %s.%s is left out: its Python files are not in the checkpoint",
                 path.name,
                 _KEY,
                 role,
@@ -51,10 +51,10 @@ def keep_named_code(directory: Path, source: Path | None) -> None:
 
 
 def _modules(entry: Any) -> Iterable[str]:
-    """Yields the module of each class that an entry names beside config.json.
+    """Yields the modules next to config.json that an entry references.
 
-    An entry is ``module.Class`` or a list of such and nulls. ``repository--module.Class`` names
-    code that stays where it is.
+    An entry is ``module.Class``, or a list of these and nulls. ``repository--module.Class`` refers
+    to code in another repository and is kept as it is.
     """
     for reference in entry if isinstance(entry, list) else [entry]:
         if reference is not None and "--" not in str(reference):
@@ -62,7 +62,7 @@ def _modules(entry: Any) -> Iterable[str]:
 
 
 def _has(source: Path | None, module: str) -> bool:
-    # A name is data from elsewhere: an identifier leads to no other directory.
+    # The name is untrusted; an identifier cannot refer to another directory.
     if source is None or not module.isidentifier():
         return False
     file = source / f"{module}.py"
@@ -79,7 +79,7 @@ def _belongs(file: Path) -> bool:
 
 
 def _copy(modules: Iterable[str], source: Path, directory: Path) -> None:
-    """Copies modules, and those beside them that they import."""
+    """Copies modules and, transitively, their relative imports."""
     waiting, done = list(modules), set()
     while waiting:
         module = waiting.pop()

@@ -1,10 +1,12 @@
-"""Merging into quantized weights: each one is rounded anew, and what that costs is measured.
+"""Merging into quantized weights: requantizes edited weights and measures the rounding loss.
 
-A frozen weight W_q, which is W rounded, has an edit Δ. Rounded anew, W_q + Δ is mostly W_q again:
-its values are the very ones that a format has, and few are moved by half a step. So the edit is put
-where the base came from: what is quantized is M = W + Δ, of which each value is as far from the
-next step as chance will have it, and the edit survives on average. Only where the checkpoint has no
-more bits than the base is M = W_q + Δ.
+Let W be a weight of the checkpoint, W_q its quantized version, which is the frozen base, and Δ the
+adapter's edit. Quantizing W_q + Δ mostly gives W_q again: all values of W_q lie exactly on the
+format's grid, and few edits exceed half a grid step. The edit is therefore added to the original:
+M = W + Δ is quantized instead. Values of W lie anywhere between grid points, so a small edit moves
+some of them across a rounding boundary, and on average the edit survives.
+
+If the checkpoint itself is stored in the format, W is not available and M = W_q + Δ.
 """
 
 from __future__ import annotations
@@ -29,21 +31,21 @@ from jaxtune.checkpoints.source import TensorSource
 from jaxtune.quant import QuantizedWeight
 
 REPORT = "merge_report.json"
-FEW = 0.5
+FEW = 0.5  # remaining fraction of an edit below which a warning is logged
 _logger = logging.getLogger(__name__)
 
 
 class Squares(NamedTuple):
-    """Sums over the values of one weight, of several, or of each row: numbers, or float32 [rows].
+    """Sums over values, as numbers for whole weights or float32 [rows]; Q is the result.
 
     Attributes:
-      merged: of M².
-      error: of (Q − M)², where Q is what is written, dequantized.
-      frozen: of W_q².
-      edit: of Δ².
-      along: of (Q − W_q) Δ.
-      original: of W²; 0 where W is not known.
-      base_error: of (W_q − W)²; 0 where W is not known.
+      merged: sum of M².
+      error: sum of (Q − M)², with Q the dequantized result.
+      frozen: sum of W_q².
+      edit: sum of Δ².
+      along: sum of (Q − W_q) Δ.
+      original: sum of W²; 0 if W is not available.
+      base_error: sum of (W_q − W)²; 0 if W is not available.
     """
 
     merged: Any
@@ -55,7 +57,7 @@ class Squares(NamedTuple):
     base_error: Any
 
     def measures(self) -> dict[str, float | None]:
-        """Returns what `Requantizer.report` says of a weight."""
+        """Returns the measures of a weight; see `Requantizer.report`."""
         known = self.original > 0
         return {
             "error": _root(self.error, self.merged),
@@ -78,7 +80,17 @@ def _decode(weight: QuantizedWeight) -> jax.Array:
 def _row_sums(
     frozen: jax.Array, merged: jax.Array, written: jax.Array, original: jax.Array | None
 ) -> Squares:
-    """Returns sums over each of some rows, float32 [rows]: those over a weight need more digits."""
+    """Returns sums over each row, float32 [rows].
+
+    Sums over a whole weight are accumulated in float64 on the host, since float32 has too few
+    digits for them.
+
+    Args:
+      frozen: W_q, float32 [rows, in].
+      merged: W_q + Δ, float32 [rows, in].
+      written: Q, float32 [rows, in].
+      original: W [rows, in], or None.
+    """
     edit = merged - frozen
     known = frozen if original is None else original.astype(jnp.float32)
     exact = merged if original is None else known + edit
@@ -95,9 +107,9 @@ def _row_sums(
 
 
 def _sum(*arrays: np.ndarray | None) -> Squares:
-    """Returns sums over whole weights, [out, in] each, of which some rows are looked at at a time.
+    """Returns sums over a weight [out, in], computed in chunks of rows.
 
-    The arrays are those of `_row_sums`.
+    The arrays are the arguments of `_row_sums`, for all rows.
     """
     assert arrays[0] is not None
     rows, columns = arrays[0].shape
@@ -109,14 +121,14 @@ def _sum(*arrays: np.ndarray | None) -> Squares:
 
 
 class Requantizer:
-    """Quantizes merged weights one at a time, and remembers what became of each."""
+    """Quantizes merged weights one at a time and records the rounding loss of each."""
 
     def __init__(self, original: TensorSource | None = None):
-        """Starts with no weights.
+        """Starts an empty record.
 
         Args:
-          original: the checkpoint that the weights were quantized from; None where they were not
-            quantized from just this.
+          original: the checkpoint from which the weights were quantized; None if it is not
+            available.
         """
         self._original = original
         self._rows: dict[str, Squares] = {}
@@ -128,10 +140,10 @@ class Requantizer:
         """Returns the parts of a merged weight, in the format of the frozen one.
 
         Args:
-          name: of the weight.
-          weight: the frozen one, [out, in].
-          merged: the frozen one with its edit, float32 [out, in]; where the edit is none, the
-            frozen one is kept bit for bit.
+          name: name of the weight.
+          weight: the frozen weight W_q [out, in].
+          merged: W_q + Δ, float32 [out, in]. If it equals W_q, its parts are returned bit for
+            bit.
 
         Raises:
           JaxtuneError: a merged value is not finite.
@@ -141,12 +153,13 @@ class Requantizer:
             return {key: np.asarray(part) for key, part in weight.parts.items()}
         original = self._read_original(name, weight)
 
-        def exact(rows: slice) -> np.ndarray:
+        def merged_rows(rows: slice) -> np.ndarray:
+            # M = W + Δ, with Δ = (W_q + Δ) − W_q; M = W_q + Δ without W.
             if original is None:
                 return edited[rows]
             return original[rows].astype(np.float32) + (edited[rows] - frozen[rows])
 
-        parts = encode_rows(exact, weight.matrix, weight.format, f"{name} as merged")
+        parts = encode_rows(merged_rows, weight.matrix, weight.format, f"{name} as merged")
         written = np.asarray(_decode(dataclasses.replace(weight, parts=parts)))
         self._rows[name] = _sum(frozen, edited, written, original)
         self._format = weight.format.name
@@ -154,20 +167,24 @@ class Requantizer:
 
     def _read_original(self, name: str, weight: QuantizedWeight) -> np.ndarray | None:
         source = self._original
-        # What is stored in this very format is the frozen weight itself.
+        # A weight that is stored in this format is W_q itself, not W.
         if source is None or source.read_parts(name, weight.format) is not None:
             return None
         return source.read(name)
 
     def report(self) -> dict[str, Any]:
-        """Returns what became of the weights.
+        """Returns the measures of all requantized weights.
 
         Returns:
-          ``format``; ``weights``, with the ``name`` of each and its measures; ``all``, the measures
-          of all of them taken as one. Of the measures ``error`` is ‖Q − M‖ / ‖M‖; ``base_error``
-          that of the quantized base alone, ‖W_q − W‖ / ‖W‖, or None where W is not known and the
-          edit was put on W_q; ``edit`` is ‖Δ‖ / ‖W_q‖; ``kept`` is ⟨Q − W_q, Δ⟩ / ‖Δ‖²: how much
-          of the edit is left along its own direction, 1 for all of it and 0 for nothing.
+          ``format``; ``weights``, the ``name`` and measures of each; ``all``, the measures of all
+          weights together. The measures are
+
+          - ``error``: ‖Q − M‖ / ‖M‖;
+          - ``base_error``: ‖W_q − W‖ / ‖W‖, the error of the quantized base alone; None if W is
+            not available;
+          - ``edit``: ‖Δ‖ / ‖W_q‖, the relative size of the edit;
+          - ``kept``: ⟨Q − W_q, Δ⟩ / ‖Δ‖², the remaining fraction of the edit along its own
+            direction: 1 for all of it, 0 for nothing.
         """
         zero = Squares(*(0.0,) * len(Squares._fields))
         everything = Squares(*map(sum, zip(zero, *self._rows.values(), strict=True)))
@@ -183,15 +200,15 @@ def warn_of_loss(report: Mapping[str, Any]) -> None:
     kept = report["all"]["kept"]
     if kept is not None and kept < FEW:
         _logger.warning(
-            "of what the adapter changes only %.1f %% is left after rounding to %s: merge it in 16 "
-            "bits, or keep it beside the quantized base",
+            "only %.1f %% of the adapter's edit is left after rounding to %s: merge it in 16 "
+            "bits, or keep it apart from the quantized base",
             100 * kept,
             report["format"],
         )
 
 
 def write_report(directory: Path, report: Mapping[str, Any]) -> None:
-    """Writes a report beside the weights that it is of."""
+    """Writes a report into the directory of the merged checkpoint."""
     text = json.dumps(dict(report), indent=2, ensure_ascii=False) + "\n"
     (directory / REPORT).write_text(text, encoding="utf-8")
 
@@ -202,17 +219,17 @@ def read_report(directory: str | Path) -> dict[str, Any]:
 
 
 def print_report(directory: str | Path, worst: int = 10) -> None:
-    """Prints the report of a merged checkpoint, where it has one.
+    """Prints the report of a merged checkpoint, if it has one.
 
     Args:
-      directory: of the checkpoint.
-      worst: how many weights to show: those of whose edits the least is left.
+      directory: directory of the checkpoint.
+      worst: number of weights to show, those with the smallest ``kept`` first.
     """
     if not (Path(directory) / REPORT).is_file():
         return
     report = read_report(directory)
     rows = sorted(report["weights"], key=lambda row: row["kept"])
-    title = f"merged into {report['format']}: {len(rows)} weights, those that keep least first"
+    title = f"merged into {report['format']}: {len(rows)} weights, least preserved edits first"
     table = Table("weight", *_COLUMNS.values(), title=title, title_justify="left")
     for row in rows[:worst]:
         table.add_row(row["name"].removesuffix(".weight"), *_cells(row))

@@ -35,22 +35,23 @@ SHARD_BYTES = 2 * 2**30
 
 
 class _Values(Protocol):
-    """Where the weights of a checkpoint to write come from.
+    """Source of the weights of a checkpoint to write.
 
-    A weight is known by its leaf's path, by which one of the leaf's stack it is, and by its name.
+    A weight is identified by the path of its leaf, its flat index in the leaf's stack (`part`) and
+    its Hugging Face name.
     """
 
     def plain(self, path: TreePath, part: int, name: str, dtype: Any) -> np.ndarray:
-        """Returns a weight of the shape of its declaration, in `dtype` or in its own."""
+        """Returns a weight with the declared shape, in `dtype` or its own dtype."""
         ...
 
     def quantized(self, path: TreePath, part: int, name: str, key: str) -> np.ndarray:
-        """Returns a part of a quantized weight, of the shape that its format says."""
+        """Returns the part `key` of a quantized weight, with the shape of `Format.parts`."""
         ...
 
 
 class _TreeValues:
-    """The weights of a model in memory, edits folded in."""
+    """The weights of a model in memory, with edits merged."""
 
     def __init__(
         self,
@@ -62,14 +63,14 @@ class _TreeValues:
         self._leaves, self._edits = definition.leaves, edits
         self._values = dict(flatten(tree))
         self._requantizer = Requantizer() if requantizer is None else requantizer
-        # The tensors of one weight are written one after the other.
+        # The parts of a weight are written in succession, so one result is kept.
         self._parts = functools.lru_cache(maxsize=1)(self._requantize)
 
     def _place(self, path: TreePath, part: int) -> tuple[Any, ...]:
         return tuple(np.unravel_index(part, self._leaves[path].declaration.stack_shape))
 
     def plain(self, path: TreePath, part: int, name: str, dtype: Any) -> np.ndarray:
-        """Returns a weight, as a view where it is in host memory already."""
+        """Returns a weight, as a view if it is in host memory."""
         if path in self._edits:
             return np.asarray(self._edits[path](part, dtype))
         value, place = self._values[path], self._place(path, part)
@@ -78,7 +79,7 @@ class _TreeValues:
         return _to_host(value, place)
 
     def quantized(self, path: TreePath, part: int, name: str, key: str) -> np.ndarray:
-        """Returns a part of a weight, quantized anew where it is edited."""
+        """Returns a part of a weight; an edited weight is requantized."""
         if path in self._edits:
             return self._parts(path, part, name)[key]
         return _to_host(self._values[path].parts[key], self._place(path, part))
@@ -90,22 +91,22 @@ class _TreeValues:
 
 
 class _SourceValues:
-    """The weights of another checkpoint, of which one at a time is in memory."""
+    """The weights of another checkpoint, read one at a time."""
 
     def __init__(self, definition: Definition, source: TensorSource):
         self._leaves, self._source = definition.leaves, source
-        # The tensors of one weight are written one after the other.
+        # The parts of a weight are written in succession, so one result is kept.
         self._parts = functools.lru_cache(maxsize=1)(self._quantize)
 
     def _quantize(self, name: str, form: Format) -> dict[str, np.ndarray]:
         return read_quantized(self._source, name, form)
 
     def plain(self, path: TreePath, part: int, name: str, dtype: Any) -> np.ndarray:
-        """Returns a weight, as a view where the file allows it."""
+        """Returns a weight, as a view of the file if possible."""
         return self._source.read(name)
 
     def quantized(self, path: TreePath, part: int, name: str, key: str) -> np.ndarray:
-        """Returns a part of a weight, which is quantized when its first part is asked for."""
+        """Returns a part of a weight, which is quantized on the first call for it."""
         form = self._leaves[path].format
         assert form is not None
         return self._parts(name, form)[key]
@@ -117,7 +118,7 @@ def _dequantize(weight: QuantizedWeight, place: tuple[Any, ...], dtype: Any) -> 
 
 
 def _to_host(value: jax.Array, place: tuple[Any, ...]) -> np.ndarray:
-    """Returns one layer (and expert) of an array, as a view where it is in host memory already."""
+    """Returns one layer (and expert) of an array, as a view if it is in host memory."""
     devices = value.sharding.device_set
     in_host_memory = len(devices) == 1 and next(iter(devices)).platform == "cpu"
     return np.asarray(value)[place] if in_host_memory else np.asarray(value[place])
@@ -126,13 +127,13 @@ def _to_host(value: jax.Array, place: tuple[Any, ...]) -> np.ndarray:
 def _pending(
     definition: Definition, values: _Values, dtype: Any, quantized: bool
 ) -> Iterator[tuple[str, Pending]]:
-    """Yields (name on disk, tensor) of every weight, in layer order where there are layers."""
+    """Yields (name on disk, tensor) of every weight, sorted by layer; others come first."""
     order: list[tuple[int, str, TreePath, int]] = []
     for path, leaf in definition.in_checkpoint().items():
         layers = leaf.declaration.layers
-        each = math.prod(leaf.declaration.stack_shape) // (layers[1] if layers else 1)
+        per_layer = math.prod(leaf.declaration.stack_shape) // (layers[1] if layers else 1)
         for part, name in enumerate(layer_names(path, leaf.declaration)):
-            order.append((layers[0] + part // each if layers else -1, name, path, part))
+            order.append((layers[0] + part // per_layer if layers else -1, name, path, part))
 
     def plain(path: TreePath, part: int, name: str, computed: Any, kept: Any) -> np.ndarray:
         return values.plain(path, part, name, computed).astype(kept, copy=False)
@@ -158,15 +159,15 @@ def checkpoint_tensors(
     dtype: Any,
     edits: Mapping[TreePath, WeightEdit],
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (Hugging Face name, value) of every weight, in layer order where there are layers.
+    """Yields (Hugging Face name, value) of every weight, sorted by layer.
 
-    Values have the shape of one layer's weight; quantized ones are dequantized.
+    Values have the shape of one layer's weight; quantized weights are dequantized.
 
     Args:
-      definition: of the model.
+      definition: definition of the model.
       tree: every weight of the base model.
-      dtype: to write; None keeps each leaf's own.
-      edits: by path, how to compute a layer's weight where it is not the tree's.
+      dtype: dtype of the values; None keeps each leaf's own.
+      edits: functions that compute the merged weight of a layer, by path of the edited leaf.
     """
     values = _TreeValues(definition, tree, edits)
     for name, tensor in _pending(definition, values, dtype, quantized=False):
@@ -176,11 +177,11 @@ def checkpoint_tensors(
 def merged_source(
     source: TensorSource, definition: Definition, tree: Tree, edits: Mapping[TreePath, WeightEdit]
 ) -> OverlaySource:
-    """Returns the weights of a model in memory, edits folded in, as a checkpoint to read.
+    """Returns the weights of a model in memory, with edits merged, as a checkpoint to read.
 
     Args:
-      source: the checkpoint that the model was loaded from.
-      definition: of the model.
+      source: the checkpoint from which the model was loaded.
+      definition: definition of the model.
       tree: every weight of the base model.
       edits: see `checkpoint_tensors`.
     """
@@ -211,30 +212,31 @@ def save(
 ) -> Path:
     """Writes a Hugging Face checkpoint: sharded safetensors, index, config.json, tokenizer.
 
-    Where edited weights are written quantized, one at a time is quantized anew (see `Requantizer`),
-    and what that costs is in ``merge_report.json`` beside them.
+    If edited weights are written quantized, each is requantized in turn (see `Requantizer`) and
+    ``merge_report.json`` reports the rounding loss.
 
-    Nothing appears under the final name before everything is written.
+    The directory appears under its name only when it is complete.
 
     Args:
-      directory: to create; an existing one that is not empty is refused.
-      definition: of the model.
+      directory: directory to create; it must be empty if it exists.
+      definition: definition of the model.
       tree: every weight of the base model.
-      tokenizer: saved beside the weights, if given.
-      extra_files: further files, by name: what to write, or a file to copy.
-      code_from: directory of the source, whose ``auto_map`` may name Python files to copy.
-      dtype: of the plain weights on disk; None keeps each leaf's own.
+      tokenizer: tokenizer to save with the weights, if any.
+      extra_files: further files by name: their content, or a file to copy.
+      code_from: directory of the source, whose ``auto_map`` may reference Python files to copy.
+      dtype: dtype of plain weights on disk; None keeps each leaf's own.
       edits: see `checkpoint_tensors`.
-      quantized: writes quantized weights as they are, and not dequantized.
-      original: the checkpoint that the weights were quantized from, onto which edits are put.
-      shard_bytes: the most that one file holds.
+      quantized: whether to write quantized weights in their format rather than dequantized.
+      original: the checkpoint from which the weights were quantized; edits are added to it.
+      shard_bytes: maximum size of a file in bytes.
 
     Returns:
       The directory.
 
     Raises:
-      JaxtuneError: the directory is taken, or a merged weight has values that are not finite.
+      JaxtuneError: the directory exists and is not empty, or a merged weight is not finite.
     """
+    # `_pending` computes a tensor when it is written, so the report is complete only afterwards.
     requantizer = Requantizer(original)
     values = _TreeValues(definition, tree, edits or {}, requantizer)
     tensors = _pending(definition, values, dtype, quantized)
@@ -260,25 +262,25 @@ def convert(
     shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
 ) -> Path:
-    """Writes a checkpoint anew, in the dtypes and weight formats of a definition.
+    """Converts a checkpoint to the dtypes and weight formats of a definition.
 
-    Tensors are read, quantized and written one at a time: the model is never in memory.
+    Tensors are read, quantized and written one at a time: the model is never held in memory.
 
     Args:
-      directory: to create; an existing one that is not empty is refused.
-      definition: of the model to write.
+      directory: directory to create; it must be empty if it exists.
+      definition: definition of the model to write.
       source: the checkpoint to read.
-      tokenizer: saved beside the weights, if given.
-      extra_files: further files, by name: what to write, or a file to copy.
-      code_from: directory of the source, whose ``auto_map`` may name Python files to copy.
-      shard_bytes: the most that one file holds.
-      progress: shows a bar when it takes more than two seconds.
+      tokenizer: tokenizer to save with the weights, if any.
+      extra_files: further files by name: their content, or a file to copy.
+      code_from: directory of the source, whose ``auto_map`` may reference Python files to copy.
+      shard_bytes: maximum size of a file in bytes.
+      progress: shows a progress bar if writing takes more than two seconds.
 
     Returns:
       The directory.
 
     Raises:
-      JaxtuneError: the checkpoint does not fit the definition, or the directory is taken.
+      JaxtuneError: the checkpoint does not fit the definition, or the directory is not empty.
     """
     check_names(definition, source)
     tensors = list(_pending(definition, _SourceValues(definition, source), None, quantized=True))
@@ -296,7 +298,7 @@ def _write_beside(
     extra_files: Mapping[str, Path | bytes] | None,
     tokenizer: Any,
 ) -> None:
-    """Writes what a checkpoint has beside its weights."""
+    """Writes config.json, the tokenizer and the other files of a checkpoint."""
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (directory / "config.json").write_text(text, encoding="utf-8")
     for name, content in (extra_files or {}).items():
@@ -326,10 +328,10 @@ def _config(definition: Definition, dtype: Any, quantized: bool) -> dict[str, An
 
 
 def _writer(form: Format) -> FormatWriter:
-    """Returns what writes a weight format.
+    """Returns the writer of a weight format.
 
     Raises:
-      JaxtuneError: there is no writer for it.
+      JaxtuneError: the format has no writer.
     """
     if form.name not in WRITERS:
         raise JaxtuneError(
@@ -340,7 +342,7 @@ def _writer(form: Format) -> FormatWriter:
 
 
 def _plain_modules(definition: Definition) -> list[str]:
-    """Returns the names of the modules with a plain matrix, which other tools must not replace."""
+    """Returns the modules with a plain matrix, which other tools must not treat as quantized."""
     leaves = definition.in_checkpoint()
     plain = [
         name.removesuffix(".weight")
@@ -348,5 +350,5 @@ def _plain_modules(definition: Definition) -> list[str]:
         if leaf.format is None and len(leaf.declaration.shape) == 2 and path[-1] == "weight"
         for name in layer_names(path, leaf.declaration)
     ]
-    # A tied head has no tensor of its own, and is a module to other tools all the same.
+    # A tied head has no tensor, but other tools see its module.
     return plain if ("lm_head", "weight") in leaves else [*plain, "lm_head"]

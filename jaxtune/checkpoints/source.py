@@ -1,4 +1,4 @@
-"""Where checkpoint tensors come from: the interface that every file format offers."""
+"""The interface through which every file format provides the tensors of a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 from jaxtune.errors import JaxtuneError
 from jaxtune.quant import Format
 
-ALL = slice(None)  # of a tensor's rows
+ALL = slice(None)  # all rows of a tensor
 
 
 class TensorFile(Protocol):
     """One file of tensors.
 
     Attributes:
-      path: of the file.
+      path: path of the file.
     """
 
     path: Path
@@ -35,9 +35,10 @@ class TensorFile(Protocol):
         ...
 
     def read(self, name: str, rows: slice = ALL) -> np.ndarray:
-        """Returns a tensor of the shape `shape(name)`, or some rows of one that has dimensions.
+        """Returns a tensor of the shape `shape(name)`, or a slice of its rows.
 
-        It is read-only and in C order.
+        `rows` is ignored for a scalar.
+        The array is read-only and in C order.
         """
         ...
 
@@ -62,20 +63,21 @@ class TensorSource(Protocol):
         ...
 
     def dtype(self, name: str) -> np.dtype:
-        """Returns the dtype that `read` gives."""
+        """Returns the dtype of the array that `read` returns."""
         ...
 
     def read(self, name: str, rows: slice = ALL) -> np.ndarray:
-        """Returns a tensor of the shape `shape(name)`, or some rows of one that has dimensions.
+        """Returns a tensor of the shape `shape(name)`, or a slice of its rows.
 
-        It is memory-mapped where the file format allows it.
+        `rows` is ignored for a scalar.
+        The array is memory-mapped if the file format allows it.
         """
         ...
 
     def read_parts(self, name: str, form: Format) -> dict[str, np.ndarray] | None:
-        """Returns a tensor's parts if it is stored in just this format, else None.
+        """Returns a tensor's parts if it is stored in exactly this format, else None.
 
-        Their shapes are those that the format's `parts` gives.
+        The shapes are those of `Format.parts`.
         """
         ...
 
@@ -85,7 +87,7 @@ class TensorSource(Protocol):
 
 
 class WrappedSource:
-    """A checkpoint that hands everything on to another; subclasses override what they change.
+    """A checkpoint that delegates to another one; subclasses override what they change.
 
     Attributes:
       path: directory or file.
@@ -114,7 +116,7 @@ class WrappedSource:
         return self._source.read(name, rows)
 
     def read_parts(self, name: str, form: Format) -> dict[str, np.ndarray] | None:
-        """Returns a tensor's parts, of the format's shapes, if it is stored in this very format."""
+        """Returns the parts, of the format's shapes, or None; see `TensorSource.read_parts`."""
         return self._source.read_parts(name, form)
 
     def where(self, name: str) -> str:
@@ -123,10 +125,10 @@ class WrappedSource:
 
 
 def refuse_pointer(path: Path) -> None:
-    """Refuses the few lines of text that Git leaves in place of a large file.
+    """Checks that a file is not a Git LFS pointer, the text that stands in for a large file.
 
     Raises:
-      JaxtuneError: a pointer of Git LFS.
+      JaxtuneError: the file is a pointer.
     """
     with path.open("rb") as file:
         if file.read(32).startswith(b"version https://git-lfs"):

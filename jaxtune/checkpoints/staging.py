@@ -1,4 +1,17 @@
-"""Bringing the tensors of a checkpoint to the devices that hold them, and reading no others."""
+"""Places the tensors of a checkpoint on the devices that hold them, and reads no others.
+
+A leaf of the model is one stack [layers, experts, …] of a checkpoint's tensors, sharded over the
+devices. It is filled in place, tensor by tensor, so that neither host nor devices ever hold a
+second copy of it:
+
+1. `fetch` returns the part of a tensor that this process needs, usually a view of the memory map.
+2. `Staging.put` copies it into one reused host buffer and transfers it, one shard per device. The
+   result has a size of 1 per share on the leading axes.
+3. `fill` writes it into the stack, whose buffer is donated, at the place of this layer and expert.
+
+If the leading axes are themselves sharded (experts over `expert`, say), devices hold different
+tensors. One round then transfers one tensor to each range of the axes at the same time.
+"""
 
 from __future__ import annotations
 
@@ -16,23 +29,24 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 Range = tuple[int, int]
-"""First index, and the one after the last."""
+"""First index and last index + 1."""
 
 Fetch = Callable[[tuple[int, ...], tuple[slice, ...]], np.ndarray]
-"""Returns, of the tensor for one share of a stack, what lies in a box."""
+"""Returns a box (a slice per axis) of the tensor that a round brings to a share of the stack."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rounds:
     """The order in which a stack of tensors is filled.
 
-    Devices may split the leading axes (layers, experts) of a stack into shares. A round brings one
-    tensor to each share at the same time, so that each device gets, and each process reads, none
-    but its own.
+    Sharding may split each leading axis (layers, experts) of a stack into equal ranges; a share is
+    one range of each axis. A round brings one tensor to every share at the same time, so each
+    device receives, and each process reads, only tensors of its own shares. With 2 layers, 8
+    experts and the experts split into 4 shares, there are 2 · 2 = 4 rounds of 4 tensors each.
 
     Attributes:
       stack: sizes of the leading axes.
-      shares: into how many equal ranges each of them is split.
+      shares: number of ranges into which each leading axis is split.
     """
 
     stack: tuple[int, ...]
@@ -40,7 +54,7 @@ class Rounds:
 
     @classmethod
     def of(cls, shape: tuple[int, ...], lead: int, sharding: NamedSharding) -> Rounds:
-        """Describes an array of a `shape` whose first `lead` axes are a stack."""
+        """Returns the rounds of an array of a `shape` whose first `lead` axes are a stack."""
         local = sharding.shard_shape(shape)[:lead]
         return cls(shape[:lead], tuple(n // m for n, m in zip(shape, local, strict=False)))
 
@@ -48,27 +62,30 @@ class Rounds:
         return math.prod(self.stack) // math.prod(self.shares)
 
     def places(self) -> Iterator[tuple[int, ...]]:
-        """Yields the place in each share that a round fills."""
-        each = (n // k for n, k in zip(self.stack, self.shares, strict=True))
-        return itertools.product(*map(range, each))
+        """Yields, for each round, the index within every share that the round fills."""
+        sizes = (n // k for n, k in zip(self.stack, self.shares, strict=True))
+        return itertools.product(*map(range, sizes))
 
     def index(self, place: Sequence[int], share: Sequence[int]) -> int:
-        """Returns the number of the tensor at a place of a share, in the order of the stack."""
-        number = 0
-        for at, which, n, k in zip(place, share, self.stack, self.shares, strict=True):
-            number = number * n + which * (n // k) + at
-        return number
+        """Returns the flat index in the stack of the tensor at a place of a share."""
+        flat = 0
+        for inner, outer, n, k in zip(place, share, self.stack, self.shares, strict=True):
+            flat = flat * n + outer * (n // k) + inner
+        return flat
 
 
 def boxes_of_shares(
     shape: tuple[int, ...], lead: int, sharding: NamedSharding
 ) -> dict[tuple[int, ...], tuple[Range, ...]]:
-    """Returns, for each share that devices of this process hold, the box that has all they need.
+    """Returns the box of the tensor that this process needs, for each share on its devices.
+
+    The box is the smallest that contains the parts of all devices of this process.
 
     Args:
-      shape: of what a round brings: the first `lead` axes count shares, the others are a tensor's.
-      lead: how many axes.
-      sharding: of that array.
+      shape: shape of a round's array: the first `lead` axes count shares, the others are those of
+        a tensor.
+      lead: number of leading axes.
+      sharding: sharding of that array.
     """
     found: dict[tuple[int, ...], tuple[Range, ...]] = {}
     for at in _places(shape, sharding).values():
@@ -81,7 +98,7 @@ def boxes_of_shares(
 
 
 def _places(shape: tuple[int, ...], sharding: NamedSharding) -> dict[Any, tuple[Range, ...]]:
-    """Returns the part of an array that each device of this process holds."""
+    """Returns the index ranges of an array that each device of this process holds."""
     return {
         device: tuple(part.indices(n)[:2] for part, n in zip(at or (), shape, strict=True))
         for device, at in sharding.addressable_devices_indices_map(shape).items()
@@ -91,22 +108,22 @@ def _places(shape: tuple[int, ...], sharding: NamedSharding) -> dict[Any, tuple[
 class Staging:
     """One host buffer through which every tensor passes on its way to the devices.
 
-    A file's tensors seldom lie where a device can take them, and a fresh copy of each would leave
-    the allocator holding several of them after they are gone.
+    Tensors in a file are seldom aligned or of the right dtype, so they must be copied. Allocating a
+    new array for each would leave several of them in the allocator's free lists.
     """
 
-    ALIGNMENT = 64  # of jax's arrays on a CPU, which then takes the buffer as it is
+    ALIGNMENT = 64  # bytes; JAX on a CPU then uses the buffer without a copy
 
     def __init__(self, size: int):
-        """Allocates a buffer; `needed` says what each array takes."""
+        """Allocates a buffer of `size` bytes, the largest result of `needed` over all arrays."""
         raw = np.empty(size + self.ALIGNMENT, np.uint8)
         self._buffer = raw[-raw.ctypes.data % self.ALIGNMENT :]
 
     @classmethod
     def needed(cls, shape: tuple[int, ...], sharding: NamedSharding, dtype: np.dtype) -> int:
-        """Returns the bytes of the buffer that `put` takes for an array."""
-        each = math.prod(sharding.shard_shape(shape)) * dtype.itemsize
-        return len(set(_places(shape, sharding).values())) * cls._rounded(each)
+        """Returns the number of bytes of the buffer that `put` uses for an array."""
+        shard_bytes = math.prod(sharding.shard_shape(shape)) * dtype.itemsize
+        return len(set(_places(shape, sharding).values())) * cls._rounded(shard_bytes)
 
     @classmethod
     def _rounded(cls, size: int) -> int:
@@ -120,23 +137,25 @@ class Staging:
         sharding: NamedSharding,
         fetch: Fetch,
     ) -> jax.Array:
-        """Places what this process's devices hold of an array, and asks for nothing else.
+        """Transfers a round's array, of which this process fetches only what its devices hold.
 
         Args:
-          shape: of the whole array, one round of a stack.
-          dtype: of the array; holds every value of what is fetched.
-          lead: axes that count shares.
-          sharding: over the devices of all processes; no device holds parts of two shares.
-          fetch: may return a view of a file: only what devices hold is looked at.
+          shape: global shape of the array: one size-1 entry per share, then a tensor's axes.
+          dtype: dtype of the array, into which fetched values must fit.
+          lead: number of axes that count shares.
+          sharding: sharding over the devices of all processes; no device holds parts of two
+            shares.
+          fetch: returns a box of a share's tensor, possibly as a view of a file.
 
         Returns:
-          An array that is valid until the next call: it may be the buffer itself.
+          An array that is valid until the next call, since it may alias the buffer.
         """
         places = _places(shape, sharding)
         staged: dict[tuple[Range, ...], np.ndarray] = {}
         used = 0
         for share, box in boxes_of_shares(shape, lead, sharding).items():
-            value = fetch(share, tuple(slice(*each) for each in box))
+            value = fetch(share, tuple(slice(*bounds) for bounds in box))
+            # Devices that replicate a part share its copy in the buffer.
             for at in dict.fromkeys(places.values()):
                 if tuple(start for start, _ in at[:lead]) != share:
                     continue
@@ -158,14 +177,17 @@ class Staging:
 def fill(
     stacked: jax.Array, value: jax.Array, place: jax.Array, sharding: NamedSharding
 ) -> jax.Array:
-    """Puts a round's tensors into a stack, in place; no device hears of another.
+    """Writes a round's tensors into a stack, in place and without communication.
+
+    Each device writes its part of its share's tensor at the same local index, because every round
+    fills the same place of all shares.
 
     Args:
-      stacked: [layers, experts, …], as far as there are such axes; consumed.
-      value: the same with the number of shares on the leading axes; any floating dtype, or
-        that of the stack.
-      place: int32, in each share.
-      sharding: of both.
+      stacked: [layers, experts, …], or with fewer leading axes; its buffer is donated.
+      value: like `stacked`, with the number of shares as sizes of the leading axes; of any floating
+        dtype, or that of the stack.
+      place: int32 [leading axes], the index within each share.
+      sharding: sharding of both arrays.
     """
     spec = sharding.spec
     place_in = jax.shard_map(
@@ -179,12 +201,13 @@ def _place(stacked: jax.Array, value: jax.Array, place: jax.Array) -> jax.Array:
     value = value.astype(stacked.dtype)
     if stacked.dtype != jnp.bfloat16:
         return lax.dynamic_update_slice(stacked, value, start)
-    # XLA's CPU backend would rewrite the whole stack for every layer: it updates no bfloat16 slice.
+    # XLA's CPU backend converts bfloat16 to float32 around the update, which would rewrite the
+    # whole stack for every layer. As uint16 the slice is updated in place.
     bits, part = (lax.bitcast_convert_type(array, jnp.uint16) for array in (stacked, value))
     return lax.bitcast_convert_type(lax.dynamic_update_slice(bits, part, start), jnp.bfloat16)
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def copy(value: jax.Array, dtype: Any) -> jax.Array:
-    """Returns a staged array of any shape as one of its own, in `dtype`."""
+    """Returns a copy, in `dtype`, of a staged array of any shape, which may alias the buffer."""
     return jnp.copy(value.astype(dtype))

@@ -1,4 +1,4 @@
-"""Streaming a checkpoint into a tree of arrays, tensor by tensor."""
+"""Streams a checkpoint into a tree of arrays, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -34,18 +34,16 @@ from jaxtune.progress import track
 logger = logging.getLogger(__name__)
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
-
-
 _BEYOND = "of a layer beyond the num_hidden_layers of config.json"
 
 
-def _ignored(name: str, config: Mapping[str, Any], predicting: Collection[str]) -> str | None:
-    """Returns why a checkpoint tensor is not needed, or None when it should be.
+def _ignored(name: str, config: Mapping[str, Any], mtp_layers: Collection[str]) -> str | None:
+    """Returns the reason why an extra tensor may be ignored; None if it is an error.
 
     Args:
-      name: of the tensor.
-      config: the content of config.json.
-      predicting: the layers that predict tokens further ahead.
+      name: name of the tensor.
+      config: content of config.json.
+      mtp_layers: numbers of the layers for multi-token prediction.
     """
     if name.endswith("rotary_emb.inv_freq"):
         return "computed from config.json"
@@ -54,24 +52,32 @@ def _ignored(name: str, config: Mapping[str, Any], predicting: Collection[str]) 
     layer = _LAYER.match(name)
     if layer and int(layer[1]) >= config["num_hidden_layers"]:
         mtp = "a multi-token-prediction layer, which fine-tuning does not use"
-        return mtp if layer[1] in predicting else _BEYOND
+        return mtp if layer[1] in mtp_layers else _BEYOND
     return None
 
 
 def check_names(definition: Definition, source: TensorSource) -> dict[str, str]:
-    """Compares what the model needs with what the checkpoint has; returns what is ignored."""
+    """Compares the names, shapes and dtypes of model and checkpoint.
+
+    Returns:
+      {ignored tensor: reason}.
+
+    Raises:
+      JaxtuneError: tensors are missing, unknown, or of the wrong shape or dtype.
+    """
     needed: dict[str, tuple[int, ...]] = {}
     for path, leaf in definition.in_checkpoint().items():
         for name in layer_names(path, leaf.declaration):
             needed[name] = leaf.declaration.shape
     present = set(source.names())
-    predicting = {
+    # Layers for multi-token prediction come after num_hidden_layers; only they have eh_proj.
+    mtp_layers = {
         layer[1] for name in present if (layer := _LAYER.match(name)) and ".eh_proj." in name
     }
     ignored = {
         name: reason
         for name in sorted(present - set(needed))
-        if (reason := _ignored(name, definition.config, predicting))
+        if (reason := _ignored(name, definition.config, mtp_layers))
     }
     if beyond := [name for name, reason in ignored.items() if reason == _BEYOND]:
         logger.warning(
@@ -111,12 +117,12 @@ def check_names(definition: Definition, source: TensorSource) -> dict[str, str]:
 
 def _hint(missing: list[str], extra: list[str]) -> str:
     if missing == [HEAD]:
-        return f'; if the head is the embedding, "{TIED}" has to be true in config.json'
+        return f'; if the head is tied to the embedding, set "{TIED}" to true in config.json'
     return closest(missing[0], extra) if missing else ""
 
 
 def _some(names: list[str], most: int = 5) -> str:
-    # A name is data from elsewhere: it shall not break the line, nor flood the terminal.
+    # Names are untrusted: they must not break the line or flood the terminal.
     shown = [n if n.isprintable() and len(n) < 400 else ascii(n[:100]) for n in names[:most]]
     return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
 
@@ -130,22 +136,22 @@ def load(
 ) -> tuple[Tree, dict[str, str]]:
     """Streams a checkpoint into a tree of arrays.
 
-    Each tensor is read once and goes straight to its devices and dtype; a stacked leaf is filled
-    in place, layer by layer, so that the host never holds more than the tensors in hand. Of several
-    processes each reads what its own devices hold; what it quantizes, by whole rows, and by whole
-    weights where rows share their scales (`Format.by_rows`).
+    Each tensor is read once and transferred directly to its devices, in its final dtype or weight
+    format; stacks are filled in place (see `staging`), so that the host holds one tensor at a time.
+    With several processes each reads only what its own devices hold. Weights to quantize are read
+    by whole rows, or in full if rows share scales (`Format.by_rows`).
 
     Args:
-      definition: what the model needs.
+      definition: definition of the model.
       source: the checkpoint.
-      mesh: where the arrays go.
-      progress: shows a bar when it takes more than two seconds.
+      mesh: mesh on which the arrays are placed.
+      progress: shows a progress bar if loading takes more than two seconds.
 
     Returns:
       (tree of every weight of the base model, {ignored tensor: reason}).
 
     Raises:
-      JaxtuneError: tensors that are missing, unknown or of the wrong shape.
+      JaxtuneError: tensors are missing, unknown, or of the wrong shape or dtype.
     """
     ignored = check_names(definition, source)
     check_experts(definition, mesh.shape)
@@ -165,11 +171,11 @@ def load(
 
 
 class _Stack:
-    """A leaf on its way from a checkpoint: a plain array, or the parts of a quantized one.
+    """A leaf while it is loaded: a plain array, or the parts of a quantized one.
 
     Attributes:
-      rounds: in which its tensors come.
-      bytes_read: of the checkpoint, by this process.
+      rounds: order in which its tensors are loaded.
+      bytes_read: number of bytes of the checkpoint that this process has read.
     """
 
     def __init__(self, leaf: Leaf, path: Path, source: TensorSource, mesh: Mesh):
@@ -178,7 +184,7 @@ class _Stack:
         self._lead = len(leaf.declaration.stack_shape)
         self._like = leaf.abstract(mesh)
         self._parts = {"": self._like} if leaf.format is None else self._like.parts
-        # Tensors of a stack may be stored in several dtypes; a round brings them in one.
+        # Tensors of a stack may be stored in different dtypes, but the array of a round has one.
         dtypes = {source.dtype(name) for name in self._names}
         self._read_as = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
         first = next(iter(self._parts.values()))
@@ -192,14 +198,22 @@ class _Stack:
         return self._read_as if self._leaf.format is None else np.dtype(part.dtype)
 
     def staged(self) -> int:
-        """Returns the most bytes that are on their way to the devices at one time."""
+        """Returns the number of bytes that the staging buffer needs for this leaf."""
         return max(
             Staging.needed(self._round_shape(part), part.sharding, self._staged_as(part))
             for part in self._parts.values()
         )
 
     def load(self, staging: Staging, advance: Callable[[], None]) -> Any:
-        """Fills every part in place, round by round; quantizes what is to be quantized."""
+        """Fills every part in place, round by round, quantizing weights that have a format.
+
+        Args:
+          staging: the host buffer.
+          advance: called after each round.
+
+        Returns:
+          The array of any shape, or a `QuantizedWeight`.
+        """
         arrays = {
             key: jnp.zeros(part.shape, part.dtype, device=part.sharding) if self._lead else None
             for key, part in self._parts.items()
@@ -215,6 +229,7 @@ class _Stack:
                     if stacked is None
                     else fill(stacked, value, at, part.sharding)
                 )
+                # The buffer is overwritten next, so the transfer must be finished.
                 jax.block_until_ready(arrays[key])
             advance()
         if self._leaf.format is None:
@@ -222,11 +237,14 @@ class _Stack:
         return dataclasses.replace(self._like, parts=arrays)
 
     def _fetches(self, place: tuple[int, ...]) -> dict[str, tuple[jax.ShapeDtypeStruct, Fetch]]:
-        """Returns, for a round, how each part is read."""
+        """Returns the abstract array and the fetch function of each part, for one round.
+
+        A quantized weight is encoded once per share; its parts are then cut from the result.
+        """
         if self._leaf.format is None:
             return {"": (self._like, functools.partial(self._read, place))}
         rows = self._rows
-        encoded = {share: self._encode(place, share, each) for share, each in rows.items()}
+        encoded = {share: self._encode(place, share, needed) for share, needed in rows.items()}
         return {
             key: (part, functools.partial(self._cut, key, encoded, rows))
             for key, part in self._parts.items()
@@ -245,7 +263,7 @@ class _Stack:
 
     @functools.cached_property
     def _rows(self) -> dict[tuple[int, ...], slice]:
-        """Returns the rows of a weight that each share of this process is made from."""
+        """Rows of a weight that must be encoded for each share on this process's devices."""
         form, matrix = self._leaf.format, as_matrix(self._leaf.declaration.shape)
         assert form is not None
         found: dict[tuple[int, ...], list[Range]] = {}
@@ -255,8 +273,8 @@ class _Stack:
                 needed = box[axes.index(0)] if form.by_rows(matrix) else (0, matrix[0])
                 found.setdefault(share, []).append(needed)
         return {
-            share: slice(min(a for a, _ in each), max(b for _, b in each))
-            for share, each in found.items()
+            share: slice(min(first for first, _ in ranges), max(last for _, last in ranges))
+            for share, ranges in found.items()
         }
 
     def _encode(
@@ -277,12 +295,15 @@ class _Stack:
         share: tuple[int, ...],
         box: tuple[slice, ...],
     ) -> np.ndarray:
-        """Returns a box of a part; what was encoded begins at the first of the rows."""
+        """Returns a box of a part of an encoded weight, whose row 0 is the first encoded row.
+
+        The box counts rows of the whole weight, so its slice along the axis of rows is shifted.
+        """
         assert self._leaf.format is not None
         matrix = as_matrix(self._leaf.declaration.shape)
         axes, first = self._leaf.format.parts(matrix)[key].axes, rows[share].start
-        at = (
-            slice(each.start - first, each.stop - first) if axis == 0 else each
-            for axis, each in zip(axes, box, strict=True)
+        shifted = (
+            slice(bounds.start - first, bounds.stop - first) if axis == 0 else bounds
+            for axis, bounds in zip(axes, box, strict=True)
         )
-        return encoded[share][key][tuple(at)]
+        return encoded[share][key][tuple(shifted)]

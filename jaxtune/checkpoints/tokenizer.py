@@ -1,4 +1,4 @@
-"""Loads the tokenizer of a checkpoint, from its own files or from the metadata of a GGUF."""
+"""Loads the tokenizer of a checkpoint, from its files or from the metadata of a GGUF."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _logger = logging.getLogger(__name__)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _PROBE = 'def add(a, b):\n    return a + 12345  # two  spaces, "it\'s", 你好，世界 café\n'
 
-# The patterns below are what the checkpoints' own tokenizer.json files say.
+# The patterns below are those of the tokenizer.json files of the original checkpoints.
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS_AND_DIGITS = (
     _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
@@ -54,14 +54,14 @@ _DEEPSEEK_V3_WORDS = (
 
 
 class _Splitting(NamedTuple):
-    """How text is cut up before its bytes are merged.
+    """Pre-tokenization: how text is split into words before BPE merges.
 
     Attributes:
-      steps: applied in order, before bytes become characters.
-      byte_level_regex: whether GPT-2's own pattern is applied too.
-      normalizer: makes the normalizer; None for text as it is.
-      ignore_merges: whether a word of the vocabulary stays whole whatever the merges say.
-      add_bos: whether BOS is put first where the file does not say.
+      steps: constructors of pre-tokenizers, applied in order before the byte-level mapping.
+      byte_level_regex: whether GPT-2's pattern is applied too.
+      normalizer: constructor of the normalizer; None for none.
+      ignore_merges: whether a word in the vocabulary becomes one token regardless of merges.
+      add_bos: whether BOS is prepended if the file does not specify it.
     """
 
     steps: tuple[Callable[[], Any], ...] = ()
@@ -118,18 +118,18 @@ _SPLITTINGS = {
 
 
 def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedTokenizerFast | None:
-    """Loads a tokenizer and makes sure that it gives back the text it is given.
+    """Loads a tokenizer and checks that a probe text survives encoding and decoding.
 
     Args:
       path: a Hugging Face directory, a hub id or a ``.gguf`` file.
       revision: commit, tag or branch of a hub id.
 
     Returns:
-      A fast tokenizer, or None for a directory or a GGUF that brings none.
+      A fast tokenizer, or None if the directory or GGUF has none.
 
     Raises:
-      JaxtuneError: files that cannot be read, an unknown GGUF pre-tokenizer, or text that decodes
-        to something else than was encoded.
+      JaxtuneError: a file cannot be read, the GGUF's pre-tokenizer is unknown, or the decoded probe
+        differs from the encoded one.
     """
     local = resolve_path(str(path), revision or "")
     if local.is_dir():
@@ -161,7 +161,8 @@ def _from_directory(directory: Path) -> PreTrainedTokenizerFast:
     if (directory / "tokenizer_config.json").is_file():
         settings = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
         _compare_templates(directory, settings)
-    # transformers drops both settings where tokenizer.json brings a post-processor of its own.
+    # transformers ignores add_bos_token and add_eos_token if tokenizer.json has its own
+    # post-processor, so the result of encoding is compared with the settings.
     ids = tokenizer.encode("a")
     has = (ids[:1] == [tokenizer.bos_token_id], ids[-1:] == [tokenizer.eos_token_id])
     wanted = (
@@ -174,17 +175,17 @@ def _from_directory(directory: Path) -> PreTrainedTokenizerFast:
 
 
 def _compare_templates(directory: Path, settings: Mapping[str, Any]) -> None:
-    """Warns where a directory has two chat templates: transformers takes that of the file."""
+    """Logs a warning if a directory has two different chat templates."""
     file, stored = directory / "chat_template.jinja", settings.get("chat_template")
-    if isinstance(stored, list):  # several, by name
-        named = [each for each in stored if isinstance(each, Mapping)]
-        stored = next((each.get("template") for each in named if each.get("name") == "default"), "")
+    if isinstance(stored, list):  # several templates, each with a name
+        named = [entry for entry in stored if isinstance(entry, Mapping)]
+        stored = next((e.get("template") for e in named if e.get("name") == "default"), "")
     if not stored or not file.is_file():
         return
     if file.read_text(encoding="utf-8").strip() != str(stored).strip():
         _logger.warning(
-            "%s: chat_template.jinja and tokenizer_config.json have different chat templates: that "
-            "of chat_template.jinja is used, as in transformers",
+            "%s: chat_template.jinja and tokenizer_config.json have different chat templates: "
+            "using that of chat_template.jinja, as transformers does",
             directory,
         )
 
@@ -242,8 +243,8 @@ def _byte_level_bpe(
     kinds: Sequence[int],
     merges: Sequence[str],
 ) -> Tokenizer:
-    """Builds the tokenizer itself; control tokens are special, user-defined ones matched whole."""
-    # An unused entry only pads the embedding; as a token it would match its own name in a text.
+    """Builds the tokenizer; control tokens are special, user-defined ones are never split."""
+    # Unused entries only pad the embedding; as tokens they would match their names in a text.
     vocabulary = {
         token: number
         for number, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
@@ -252,7 +253,7 @@ def _byte_level_bpe(
     pairs = []
     for number, merge in enumerate(merges):
         left, _, right = merge.partition(" ")
-        # tokenizers panics, past every except clause, on some of these.
+        # The tokenizers library panics on some invalid merges, which Python cannot catch.
         if not {left, right, left + right} <= vocabulary.keys():
             raise JaxtuneError(
                 f'{path}: tokenizer.ggml.merges[{number}]="{merge}" joins or '

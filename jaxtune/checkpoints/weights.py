@@ -1,8 +1,8 @@
-"""The weight files of a directory: in which form they are, and whether they agree.
+"""Finds the weight files of a directory and checks them against each other.
 
-A directory may say the same thing twice: weights in one file beside an index of several, or
-PyTorch's own files beside safetensors. transformers and PEFT take the first form that they find,
-and an old file beside a new one is then read without a word.
+A directory may contain the same weights twice: a single file and an index of several, or PyTorch's
+own files and safetensors. transformers and PEFT use the first form they find, so that an outdated
+file may be read silently. Here, forms that should agree are compared.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from jaxtune.checkpoints.source import TensorFile
 from jaxtune.errors import JaxtuneError
 
 _logger = logging.getLogger(__name__)
-_COMPARED_BYTES = 2**24  # at one time
+_COMPARED_BYTES = 2**24  # bytes compared at a time
 
 
 class _Form(NamedTuple):
-    """How a model's weights may be stored.
+    """A form in which a model's weights may be stored.
 
     Attributes:
-      whole: the name of the file where there is one.
-      index: the name of the index where there are several.
-      ending: of their names.
-      open: opens one.
+      whole: name of the file, if there is a single one.
+      index: name of the index, if there are several files.
+      ending: suffix of the files' names.
+      open: function that opens a file.
     """
 
     whole: str
@@ -48,19 +48,19 @@ FORMS = (
 
 
 def has_weights(directory: Path, form: int) -> bool:
-    """Returns whether a directory has weights in the form of this number in `FORMS`."""
+    """Returns whether a directory has weights in the form `FORMS[form]`."""
     return any((directory / name).is_file() for name in FORMS[form][:2])
 
 
 def open_weights(directory: Path) -> dict[str, TensorFile]:
-    """Opens the weights of a model: safetensors, or PyTorch's files where there are none.
+    """Opens the weights of a model: safetensors if there are any, otherwise PyTorch's files.
 
     Returns:
-      The file of each tensor.
+      The file of each tensor, by name.
 
     Raises:
-      JaxtuneError: a file is missing, broken, or named outside the directory, or two of them do not
-        agree.
+      JaxtuneError: a file is missing, damaged or named outside the directory, or two files
+        disagree.
     """
     present = [form for number, form in enumerate(FORMS) if has_weights(directory, number)]
     if not present:
@@ -70,7 +70,7 @@ def open_weights(directory: Path) -> dict[str, TensorFile]:
     form, *others = present
     for other in others:
         _logger.info(
-            "%s: reads the %s files, as transformers does, and not the %s files beside them",
+            "%s: reading the %s files, as transformers does, and ignoring the %s files",
             *(directory, form.ending, other.ending),
         )
     whole, index = directory / form.whole, directory / form.index
@@ -89,8 +89,7 @@ def _open_all(paths: Sequence[Path], form: _Form) -> dict[str, TensorFile]:
         for name in file.names():
             if name in tensors:
                 raise JaxtuneError(
-                    f'{path}: tensor "{name}" is in another file as well '
-                    f"({tensors[name].path.name})"
+                    f'{path}: tensor "{name}" is also in another file ({tensors[name].path.name})'
                 )
             tensors[name] = file
     return tensors
@@ -106,55 +105,60 @@ def _open_indexed(index: Path, form: _Form) -> dict[str, TensorFile]:
         if name not in tensors or tensors[name].path.name != file
     )
     if elsewhere:
-        # transformers too goes by what the files hold; what is missing is an error later.
+        # transformers also trusts the files rather than the index; missing tensors fail later.
         _logger.warning(
-            "%s: names %s for %d tensor(s) that it does not hold, such as %s: the files count",
+            "%s: lists %s for %d tensor(s) that it does not hold, such as %s: ignoring the index "
+            "for these",
             *(index, weight_map[elsewhere[0]], len(elsewhere), elsewhere[0]),
         )
     pattern = f"{form.whole.removesuffix(form.ending)}-*{form.ending}"
     unnamed = sorted({path.name for path in index.parent.glob(pattern)} - set(files))
     if unnamed:
         _logger.warning(
-            "%s: does not name %s, so %s not read",
+            "%s: does not list %s, so %s not read",
             *(index, ", ".join(unnamed), "they are" if len(unnamed) > 1 else "it is"),
         )
     return tensors
 
 
 def _weight_map(index: Path, form: _Form) -> dict[str, str]:
-    """Returns the file of each tensor as an index has it."""
+    """Returns the file of each tensor that an index lists."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise JaxtuneError(f'{index}: has no "weight_map"')
     for name in map(str, weight_map.values()):
-        # An index is data from elsewhere: it may name files beside it and nothing else.
+        # An index is untrusted: it may list weight files in its own directory only.
         if name != Path(name).name or not name.endswith(form.ending):
-            raise JaxtuneError(f"{index}: refuses the file name {name!r}")
+            raise JaxtuneError(f"{index}: the file name {name!r} is not allowed")
     return {name: str(file) for name, file in weight_map.items()}
 
 
 def _check_agreement(
     whole: Path, tensors: Mapping[str, TensorFile], index: Path, form: _Form
 ) -> None:
-    """Refuses weights in one file beside an index of files with other weights."""
+    """Checks a single weight file against an index in the same directory.
+
+    Raises:
+      JaxtuneError: the index lists a missing file, or files with other weights.
+    """
     both = f"{whole.parent}: holds {whole.name} and {index.name}"
     advice = "remove the one that is out of date"
     weight_map = _weight_map(index, form)
     files = sorted(set(weight_map.values()))
     missing = [name for name in files if not (whole.parent / name).is_file()]
     if missing:
-        raise JaxtuneError(f"{both}, which names {missing[0]}, and that is not there: {advice}")
+        raise JaxtuneError(f"{both}, which lists the missing file {missing[0]}: {advice}")
     if files == [whole.name]:
         differs = sorted(set(weight_map) ^ set(tensors))
     else:
-        _logger.info("%s: compares them", both)
+        _logger.info("%s: comparing them", both)
         differs = _differences(tensors, _open_indexed(index, form))
     if differs:
         raise JaxtuneError(f'{both}, which differ in "{_shown(differs[0])}": {advice}')
 
 
 def _differences(one: Mapping[str, TensorFile], other: Mapping[str, TensorFile]) -> list[str]:
-    """Returns the names of tensors in one place only, or else of the first that differs."""
+    """Returns tensors that are in only one of two places, or else the first that differs."""
     if set(one) != set(other):
         return sorted(set(one) ^ set(other))
     return next(([name] for name in one if not _same(name, one[name], other[name])), [])
@@ -175,14 +179,14 @@ def _shown(name: str) -> str:
 
 
 def read_weights(directory: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Reads a small file of tensors of any shape whole, as views of its memory map.
+    """Reads all tensors, of any shape, of a small file, as views of its memory map.
 
     Args:
-      directory: that holds it.
-      names: that it may have, the preferred one first: safetensors or PyTorch's.
+      directory: directory of the file.
+      names: possible names of the file, the preferred one first: safetensors or PyTorch's.
 
     Raises:
-      JaxtuneError: there is none, it is broken, or there are two that do not agree.
+      JaxtuneError: the file is missing or damaged, or two files disagree.
     """
     paths = [directory / name for name in names if (directory / name).is_file()]
     if not paths:
@@ -194,7 +198,7 @@ def read_weights(directory: Path, names: Sequence[str]) -> dict[str, np.ndarray]
             other = open_file(path)
         except JaxtuneError as error:
             raise JaxtuneError(
-                f"{directory}: holds {first.path.name} and {path.name}, and the second cannot be "
+                f"{directory}: holds {first.path.name} and {path.name}, but the second cannot be "
                 f"compared: remove the one that is out of date ({error})"
             ) from error
         one, two = (dict.fromkeys(file.names(), file) for file in (first, other))
@@ -207,10 +211,10 @@ def read_weights(directory: Path, names: Sequence[str]) -> dict[str, np.ndarray]
 
 
 def open_file(path: Path) -> TensorFile:
-    """Opens a file of tensors, as its name ends.
+    """Opens a file of tensors; the suffix of its name selects the format.
 
     Raises:
-      JaxtuneError: it is missing or broken.
+      JaxtuneError: the file is missing or damaged.
     """
     return TorchFile(path) if path.suffix == ".bin" else SafetensorsFile(path)
 
@@ -219,7 +223,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-      JaxtuneError: no such file, or not a JSON object.
+      JaxtuneError: the file is missing or not a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

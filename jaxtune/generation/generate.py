@@ -32,9 +32,9 @@ class Sampling(NamedTuple):
     """Settings for choosing the next token.
 
     Attributes:
-      temperature: 0 chooses the likeliest token.
+      temperature: sampling temperature; 0 chooses the most likely token.
       top_p: samples from the smallest set of tokens with at least this probability.
-      seed: of the random samples.
+      seed: seed of the random samples.
     """
 
     temperature: float = 0.0
@@ -59,7 +59,8 @@ def _choose(logits: jax.Array, greedy: bool, sampling: Sampling, key: jax.Array)
     ordered = jnp.sort(logits, axis=-1)[:, ::-1]
     probabilities = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    # The set includes the token that crosses the threshold, so it always has the likeliest one.
+    # A token belongs to the set if the tokens before it have less probability than top_p, so the
+    # token that crosses the threshold, and hence the most likely one, is always included.
     smallest = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), axis=-1)
     logits = jnp.where(logits >= smallest[:, None], logits, -jnp.inf)
     return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
@@ -84,6 +85,8 @@ def _generate(
     model: CausalLM = definition.bind(*trees)
     batch, prompt = tokens.shape
     tokens = constrain(tokens, "batch", None)
+    # Prompts end at the same index, so padding is on the left and has segment 0. Positions count
+    # from 0 at the first token of each prompt; the cache index counts from the start of the row.
     index = jnp.arange(prompt)
     segments = (index >= prompt - lengths[:, None]).astype(jnp.int32)
     positions = jnp.maximum(index - (prompt - lengths[:, None]), 0)
@@ -94,6 +97,7 @@ def _generate(
     )
     end = jnp.asarray(stop, jnp.int32)
 
+    # A finished row repeats the stop token until all rows are finished.
     def choose(hidden: jax.Array, key: jax.Array, done: jax.Array) -> tuple[jax.Array, jax.Array]:
         token = _choose(model.head()(hidden[:, -1]), greedy, sampling, key)
         token = jnp.where(done, stop[0] if stop else -1, token)
@@ -138,12 +142,12 @@ def generate_tokens(
     """Continues a batch of prompts of any lengths.
 
     Args:
-      definition: of the model.
+      definition: definition of the model.
       trees: base, trainable, constants.
       prompts: token ids, at least one each.
       options: compute dtype and attention backend.
       max_new_tokens: maximum number of new tokens per prompt.
-      sampling: how to choose tokens.
+      sampling: settings for choosing tokens.
       stop: ids that end a row.
 
     Returns:
@@ -193,7 +197,7 @@ def _check(
             raise JaxtuneError(f"prompt {index + 1} is not a list of token ids")
         if not len(prompt):
             raise JaxtuneError(f"prompt {index + 1} has no tokens")
-    # Written so that a NaN fails: all comparisons with it are false.
+    # All comparisons with NaN are false, so a NaN is rejected too.
     if (
         max_new_tokens < 1
         or not 0 <= sampling.temperature < math.inf

@@ -84,13 +84,13 @@ def attention(
       offset: index of the first query among the keys (0 unless decoding).
       scale: factor on the scores.
       backend: a name from `BACKENDS`; with a prefix "xla" or "blockwise".
-      prefix: keys [n, K, D] and values [n, K, Dv] that all tokens but padding attend to.
+      prefix: keys [n, K, D] and values [n, K, Dv] to which all tokens except padding attend.
 
     Returns:
       [B, T, H, Dv] in the dtype of q. Rows of padding are finite and otherwise undefined.
     """
     if q.shape[1] == 1:
-        backend = "xla"  # one query needs no more than a [1, S] mask
+        backend = "xla"  # for a single query the scores are only [1, S]
     joined = {}
     if prefix is not None:
         k, v = join_prefix(prefix[0], k), join_prefix(prefix[1], v)
@@ -182,7 +182,7 @@ class Attention(nnx.Module):
         kv_segments, offset = context.segment_ids, 0
         if cache is not None:
             cache = context.write(cache, {"k": k, "v": v}, layer)
-            if t == 1:  # a pass of several tokens starts the cache and does not read it
+            if t == 1:  # prefill (several tokens) starts at index 0 and need not read the cache
                 k, v = (cache[name][layer].astype(x.dtype) for name in ("k", "v"))
                 kv_segments, offset = context.kv_segment_ids, context.cache_index
         out = attention(

@@ -140,7 +140,8 @@ def splash_self_attention(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     t, heads = q.shape[1:3]
-    # Padded tokens are a segment at the end of the row: no other token attends to them.
+    # Padding to a multiple of the lanes is a segment of its own at the end of the row (id -1), so
+    # that no other token attends to it.
     pad = -t % SPLASH_LANES
     length = t + pad
     q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))
@@ -233,6 +234,8 @@ def segment_extents(segments: jax.Array, most: int) -> tuple[jax.Array, jax.Arra
     t = segments.shape[1]
     first = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     index = jnp.arange(t, dtype=jnp.int32)
+    # Sorting moves the indices of first tokens to the front, followed by t for all other tokens.
+    # The length of a segment is then the difference to the next entry, also for the last one.
     starts = jnp.sort(jnp.where(first, index, t), axis=1)
     starts = jnp.pad(starts, ((0, 0), (0, max(0, most + 1 - t))), constant_values=t)
     lengths = starts[:, 1 : most + 1] - starts[:, :most]

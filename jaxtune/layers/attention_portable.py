@@ -49,7 +49,10 @@ def xla_attention(
 ) -> jax.Array:
     """Plain attention with a [T, S] mask, in float32: for CPUs and for single-token decoding.
 
-    The heads of a group are folded into the query axis, so that keys and values are not repeated.
+    With G = H / K query heads per key-value head, queries [B, T, H, D] are viewed as
+    [B, K, G · T, D]: the heads of a group become further queries of their shared keys and values,
+    which are therefore not repeated. Scores [B, K, G · T, S] are viewed as [B, K, G, T, S] for the
+    mask.
     """
     (batch, t, heads, dim), kv_heads, s = q.shape, k.shape[2], k.shape[1]
     groups = heads // kv_heads
@@ -81,6 +84,7 @@ def blockwise_attention(
 
     Never holds a [T, S] array: for accelerators without a kernel for the shape.
     """
+    # The last block is padded with queries of segment 0, whose outputs are cut off.
     batch, t = q_segments.shape
     block = min(QUERY_BLOCK, t)
     pad = -t % block

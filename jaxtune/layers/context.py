@@ -33,7 +33,7 @@ class Context:
       key: for dropout in the current layer; None turns it off.
       backend: attention backend.
       dtype: compute dtype.
-      platform: of the devices: "cpu", "gpu" or "tpu".
+      platform: platform of the devices: "cpu", "gpu" or "tpu".
       prefix: [n, width], from which all layers project their prefixes; None if each layer has a
         prefix of its own.
     """

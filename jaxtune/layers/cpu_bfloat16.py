@@ -1,11 +1,14 @@
 """Stacked bfloat16 weights as uint16 arrays, for XLA's CPU backend.
 
-That backend has no bfloat16 slice: a loop over stacked layers would make it convert the whole
-stack to float32 ahead of the loop, and hold it. Slices of integers stay slices. So on a CPU stacks
-enter a compiled function as uint16 views, and each layer's slice is turned back into bfloat16.
+That backend has no bfloat16 slice. For a loop over stacked layers it converts the whole stack to
+float32 ahead of the loop and keeps the result. Slices of integers stay slices. On a CPU, stacks
+therefore enter compiled functions as uint16 views of the same memory, and each layer's slice is
+converted back to bfloat16:
 
-The two ends of it are `jit`, with which every function of a model's weights is compiled, and
-`decode`, in the body of the scan over layers. Stacks that are not arguments are sliced by `pick`.
+1. `jit`, with which every function of a model's weights is compiled, replaces the arguments.
+2. `decode`, in the body of the scan over layers, restores a layer's slices.
+
+Stacks that are not arguments are sliced with `pick`.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ class Compiled:
         return self._compiled.as_text() or ""
 
     def __call__(self, *arguments: Any) -> Any:
-        """Calls the function with arrays of the shapes that it was compiled for."""
+        """Calls the function with arrays of the shapes for which it was compiled."""
         return self._compiled(*_encode(arguments))
 
 
@@ -65,7 +68,7 @@ class Jitted:
         self._jitted = jax.jit(function, **options)
 
     def __call__(self, *arguments: Any, **static: Any) -> Any:
-        """Calls the function, which is compiled at the first call with arguments like these."""
+        """Calls the function, compiling it on the first call with these shapes and dtypes."""
         return self._jitted(*_encode(arguments), **static)
 
     def trace(self, *arguments: Any) -> jax.stages.Traced:
@@ -96,7 +99,7 @@ def decode(layer: Any) -> Any:
 
 
 def pick(stack: jax.Array, index: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """Returns a slice or gather `index(stack)` of any shape; no bfloat16 stack is converted."""
+    """Returns `index(stack)`, a slice or gather of any shape; converts no bfloat16 stack."""
     if stack.dtype != jnp.bfloat16:
         return index(stack)
     return lax.bitcast_convert_type(
@@ -105,9 +108,9 @@ def pick(stack: jax.Array, index: Callable[[jax.Array], jax.Array]) -> jax.Array
 
 
 def _encode(argument: Any) -> Any:
-    """Replaces the bfloat16 stacks of model trees among arguments by uint16 views, on a CPU."""
+    """Replaces the bfloat16 stacks of model trees in arguments by uint16 views, on a CPU."""
     if type(argument) is tuple:
-        return tuple(_encode(each) for each in argument)
+        return tuple(_encode(item) for item in argument)
     if not isinstance(argument, Mapping) or _STACKS[0] not in argument:
         return argument
     leaves = dict(flatten(argument))
@@ -120,7 +123,7 @@ def _view(leaf: Any) -> Any:
         return leaf
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(leaf.shape, jnp.uint16, sharding=leaf.sharding)
-    # NumPy's views share the memory of the arrays, and so do the arrays made of them.
+    # NumPy's views share the memory of the arrays, and device_put on a CPU does not copy them.
     shards = [
         jax.device_put(np.asarray(shard.data).view(np.uint16), shard.device)
         for shard in leaf.addressable_shards

@@ -37,7 +37,7 @@ class ForwardOptions(NamedTuple):
       dtype: compute dtype.
       attention: attention backend.
       remat: rematerialisation policy.
-      platform: of the devices: "cpu", "gpu" or "tpu".
+      platform: platform of the devices: "cpu", "gpu" or "tpu".
       neftune_alpha: size of the noise on the embeddings, with a random key; see `_noisy`.
     """
 
@@ -87,7 +87,7 @@ class DecoderLayer(nnx.Module):
 
     @property
     def activation_widths(self) -> dict[str, int]:
-        """Values that a token has within the layer, by activation: "out", "qkv" and "mlp"."""
+        """Values per token within the layer, by activation: "out", "qkv" and "mlp"."""
         return self.self_attn.activation_widths | {"mlp": self.mlp.activation_width}
 
     def __call__(
@@ -98,8 +98,8 @@ class DecoderLayer(nnx.Module):
         Args:
           x: [B, T, hidden].
           context: positions, segments and options of the pass.
-          cache: of the layer's blocks.
-          layer: index of the layer within its blocks, an int scalar.
+          cache: cache of the block, [layers, B, S, …] per array.
+          layer: index of the layer within its block, an int scalar.
 
         Returns:
           ([B, T, hidden], the updated cache, the routing of a mixture or None).
@@ -122,12 +122,12 @@ def _adapted(adapter: Any, h: jax.Array, x: jax.Array, context: Context) -> jax.
 
 
 class Blocks(NamedTuple):
-    """Consecutive layers of equal structure.
+    """A block: consecutive layers of equal structure.
 
     Attributes:
-      layer: the module of one layer, whose arrays have a leading axis of `count`.
+      layer: module of one layer, whose arrays have a leading axis of `count`.
       first: number of the first layer.
-      count: how many layers.
+      count: number of layers.
     """
 
     layer: DecoderLayer
@@ -141,11 +141,11 @@ class Decoder(nnx.Module):
     Attributes:
       layers: the stacked layers; see `blocks`.
       block_layers: (first layer, count) of each of `layers`.
-      prompt: slot for virtual tokens: called with a random key or None, the module returns the
-        embeddings [n, hidden] of the first n positions of every segment.
-      prefix: slot for a prefix of `virtual_tokens` keys and values in front of every segment, which
-        each layer's attention holds; called, the module returns the array that they are made from,
-        or None.
+      prompt: slot for virtual tokens: a module that maps a random key or None to the embeddings
+        [n, hidden] of the first n positions of every segment.
+      prefix: slot for the part of a prefix that layers share: a module that returns the array from
+        which each layer's attention computes its `virtual_tokens` keys and values, or None if each
+        layer holds its own.
     """
 
     def __init__(
@@ -161,9 +161,9 @@ class Decoder(nnx.Module):
         Args:
           vocab_size: rows of the embedding.
           hidden_size: width of the residual stream.
-          eps: of the last norm.
+          eps: epsilon of the last norm.
           rope: rotary embedding of all layers.
-          blocks: constructors of a layer, each with the number of layers that it makes.
+          blocks: (constructor of a layer, number of layers) for each block.
         """
         self.rope = rope
         self.embed_tokens = Embedding(vocab_size, hidden_size)
@@ -181,17 +181,17 @@ class Decoder(nnx.Module):
 
     @property
     def blocks(self) -> tuple[Blocks, ...]:
-        """The layers, in order, as stacks of equal ones."""
+        """The blocks in order."""
         pairs = zip(self.layers, self.block_layers, strict=True)
         return tuple(Blocks(layer, first, count) for layer, (first, count) in pairs)
 
     @property
     def reserved(self) -> int:
-        """Positions at the head of every segment that virtual tokens take."""
+        """Number of positions at the start of every segment that virtual tokens occupy."""
         return 0 if self.prompt is None else self.prompt.virtual_tokens
 
     def split_blocks(self, starts: Collection[int]) -> None:
-        """Splits blocks so that each of the given layers begins one; for an abstract module."""
+        """Splits blocks of an abstract module so that each of the given layers begins a block."""
         layers, spans = [], []
         for layer, first, count in self.blocks:
             within = sorted(start for start in starts if first < start < first + count)
@@ -201,7 +201,7 @@ class Decoder(nnx.Module):
         self.layers, self.block_layers = nnx.List(layers), tuple(spans)
 
     def init_cache(self, batch: int, length: int, dtype: DTypeLike) -> list[Cache]:
-        """Returns an empty cache for each of the blocks: arrays [layers, B, length, …]."""
+        """Returns an empty cache for each block: arrays [layers, B, length, …]."""
         return [
             {
                 name: jnp.zeros((count, *shape), dtype)
@@ -257,7 +257,7 @@ class Decoder(nnx.Module):
         x = self.embed_tokens(tokens, options.residual_dtype)
         if options.neftune_alpha and key is not None:
             x = _noisy(x, segment_ids, options.neftune_alpha, key)
-        if self.prompt is not None and tokens.shape[1] > 1:  # decoding is past the prompt
+        if self.prompt is not None and tokens.shape[1] > 1:  # single-token decoding is past it
             x = _with_prompt(x, self.prompt(key), positions, segment_ids)
         x = constrain(x, "batch", "sequence", "hidden")
         updated: list[Cache] = []
@@ -278,7 +278,8 @@ class Decoder(nnx.Module):
 def _noisy(x: jax.Array, segment_ids: jax.Array, alpha: float, key: jax.Array) -> jax.Array:
     """Adds uniform noise to embeddings x [B, T, hidden], with the same expected norm per example.
 
-    Its bound is alpha / √(tokens of the example · hidden); packing changes the draw alone.
+    The noise is within ±alpha / √(tokens of the example · hidden). Packing changes the random draw
+    but not the distribution.
 
     Source: Jain et al., 2023 (NEFTune).
     """
@@ -297,8 +298,8 @@ def _with_prompt(
     x: jax.Array, prompt: jax.Array, positions: jax.Array, segment_ids: jax.Array
 ) -> jax.Array:
     """Writes the rows of prompt [n, hidden] to positions 0 to n - 1 of each segment of x."""
-    # A product with zeros and ones selects rows exactly, and its transpose sums in a fixed order,
-    # where the transpose of a gather would add in any.
+    # A product with a one-hot matrix [B, T, n] selects rows exactly, and its transpose sums the
+    # gradient in a fixed order; the transpose of a gather is a scatter-add without a fixed order.
     pick = jax.nn.one_hot(positions, prompt.shape[0], dtype=prompt.dtype)
     rows = jnp.matmul(pick, prompt, precision=lax.Precision.HIGHEST).astype(x.dtype)
     virtual = (positions < prompt.shape[0]) & (segment_ids != 0)
@@ -312,7 +313,13 @@ def _scan(
     cache: Cache | None,
     options: ForwardOptions,
 ) -> tuple[jax.Array, Cache | None, Routed | None]:
-    """Applies the layers of blocks to x [B, T, hidden], one after the other."""
+    """Applies the layers of a block to x [B, T, hidden] with one `lax.scan`.
+
+    The state of the layer's module, [layers, …] per array, is scanned over: each iteration merges
+    one layer's slices into a module (this is where the trees meet the abstract model) and calls it.
+    Constants that all layers share (`Shared`) are closed over, and the cache, which all layers
+    update in place, is carried.
+    """
     graphdef, shared, state = nnx.split(blocks.layer, Shared, ...)
 
     def body(carry: Any, xs: Any) -> tuple[Any, Routed | None]:
@@ -330,10 +337,10 @@ class CausalLM(nnx.Module):
     """A decoder with a head that gives the next token's logits.
 
     Attributes:
-      model: the decoder, under the name that checkpoints have for it; see `decoder`.
-      vocab_size: tokens of the vocabulary.
+      model: the decoder, under its name in checkpoints; see `decoder`.
+      vocab_size: number of tokens in the vocabulary.
       hidden_size: width of the residual stream.
-      lm_head: the projection to logits; None where the embedding serves as the head.
+      lm_head: the projection to logits; None if the head is tied to the embedding.
       lm_head_rows: slot for trained rows of an untied head.
     """
 
@@ -350,7 +357,7 @@ class CausalLM(nnx.Module):
         return self.model
 
     def projections(self) -> dict[Path, Projection]:
-        """Returns every projection by path, routers included; those of blocks count once."""
+        """Returns every projection by path, routers included, with one entry per block."""
         return {
             tuple(str(part) for part in path): module
             for path, module in nnx.iter_modules(self)

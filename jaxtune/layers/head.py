@@ -24,16 +24,19 @@ class Rows(NamedTuple):
 
 
 class Head(NamedTuple):
-    """The weight [vocabulary, hidden] of the head, its edit, and rows that replace some of it."""
+    """The weight [vocabulary, hidden] of the head, its edit, and replacements of some of its rows.
+
+    A NamedTuple rather than a module, so that the loss can differentiate it as a pytree.
+    """
 
     weight: Any
     edit: Edit = Edit()
     rows: Rows | None = None
 
     def gathered(self) -> Head:
-        """Returns the head with a weight whose rows each device holds whole.
+        """Returns the head with its weight gathered along the hidden axis.
 
-        A loop over chunks of tokens would otherwise gather them in every iteration.
+        A loop over chunks of tokens would otherwise gather the weight in every iteration.
         """
         weight = self.weight
         if isinstance(weight, QuantizedWeight):

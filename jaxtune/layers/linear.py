@@ -1,12 +1,12 @@
-"""The projection: what multiplies weights, plain or quantized, with or without a method's edit.
+"""Projections: products with weights, plain or quantized, with or without a method's edit.
 
 Products accumulate in float32 and are rounded once. The only residuals are the input and the weight
 as it is stored: no dequantized copy is kept for the backward pass, and a frozen weight costs no
 gradient.
 
 Every edit is a value of one algebra, W' = out_scale · (W + scale · B A) · in_scale, with an
-optional new bias. Whatever depends on the meaning of an edit takes it from here: `Linear`, the
-experts, the head, and merging.
+optional new bias. Everything that depends on the meaning of an edit uses this definition: `Linear`,
+the experts, the head, and merging.
 
 Shapes: x [..., in], weight [out, in] (as Hugging Face stores it), lora_A [r, in], lora_B [out, r].
 """
@@ -81,14 +81,14 @@ def product(x: jax.Array, weight: Any, w_axis: int) -> jax.Array:
     Args:
       x: [..., n].
       weight: [out, in], plain or quantized; it is cast to the dtype of x.
-      w_axis: of the weight: 1 for in, 0 for out.
+      w_axis: contracted axis of the weight: 1 for in, 0 for out.
 
     Returns:
       float32 [..., m].
     """
     if is_quantized(weight):
-        # The barrier makes dequantization wait for x. Otherwise XLA may schedule it as early as it
-        # likes, since it depends on no activation, and hold several dequantized weights at once.
+        # The barrier makes dequantization wait for x. It depends on no activation, so XLA could
+        # otherwise schedule it early and hold several dequantized weights at once.
         x, weight = lax.optimization_barrier((x, weight))
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     dims = (((x.ndim - 1,), (w_axis,)), ((), ()))
@@ -112,10 +112,10 @@ def linear_float32(x: jax.Array, weight: Any) -> jax.Array:
     The cotangent is rounded to the dtype of x before it meets the weight, because matrix units
     multiply two bfloat16 arrays at full speed.
 
-    How a frozen weight costs no gradient: the forward rule is called with symbolic zeros, that is
-    each argument comes as a pair of its value and of `perturbed`, whether it is differentiated. x
-    becomes a residual only if the weight is. Without it the backward rule returns None, the zero
-    cotangent, and the product of the weight's gradient is never traced.
+    A frozen weight costs no gradient: with symbolic zeros, each argument of the forward rule is a
+    pair of its value and `perturbed`, which is true if it is differentiated. x is saved as a
+    residual only if the weight is. Without x the backward rule returns None, a zero cotangent, and
+    the product for the weight's gradient is never traced.
     """
     return product(x, weight, 1)
 
@@ -151,8 +151,11 @@ linear_float32.defvjp(_linear_forward, _linear_backward, symbolic_zeros=True)
 def _linear_low_rank(x: jax.Array, weight: Any, term: LowRank) -> jax.Array:
     """Multiplies x [..., in] with a frozen weight plus a trained term, in the dtype of x.
 
-    One rule for the whole sum: its only residuals are x and x A, and both products of the backward
-    pass that give dx are added in float32.
+    One rule for the whole sum: the only activations among its residuals are x and x Aᵀ, and the two
+    products that make up dx are added in float32.
+
+    With y = x Wᵀ + s (x Aᵀ) Bᵀ and g = dL/dy [..., out]: gb = s g B [..., r], dx = g W + gb A,
+    dA = gbᵀ x and dB = s gᵀ (x Aᵀ).
     """
     return _low_rank_forward(x, weight, term)[0]
 
@@ -185,7 +188,7 @@ def rescale(x: jax.Array, scale: jax.Array | None) -> jax.Array:
 
 
 class Projection(nnx.Module):
-    """The face of every projection: a weight [out, in] and slots for a fine-tuning method.
+    """The interface of every projection: a weight [out, in] and slots for a fine-tuning method.
 
     Attributes:
       in_features: length of the input's last axis.
@@ -245,7 +248,7 @@ class Linear(Projection):
             y = linear_float32(x, weight).astype(x.dtype)
         elif dropped is x and term.rank_scale is None and term.scale.ndim == 0:
             y = _linear_low_rank(x, weight, term)
-        else:  # products of their own, so that a factor that is not trained costs no gradient
+        else:  # separate products, so that a frozen factor (as in VeRA) costs no gradient
             xa = linear_float32(dropped, term.lora_A).astype(x.dtype)
             xa = rescale(xa, term.rank_scale)
             delta = rescale(linear_float32(xa, term.lora_B).astype(x.dtype), term.scale)

@@ -1,7 +1,17 @@
 """Multi-head latent attention: keys and values are projected from one small latent per token.
 
-Training uses the expanded form (keys and values of every head), decoding the absorbed form, which
-projects queries and outputs into the space of the latent: the cache holds latents alone.
+A token's latent c [R] and its rotary key k_r, which all heads share, determine its keys and values.
+A head has the key [W_k c, k_r] and the value W_v c, where W_k and W_v are its rows of kv_b_proj.
+With a query [q_n, q_r] and probabilities p:
+
+               expanded                      absorbed
+    score    = q_n · (W_k c) + q_r · k_r   = (W_kᵀ q_n) · c + q_r · k_r
+    output   = Σ p (W_v c)                 = W_v (Σ p c)
+
+Training uses the expanded form: keys and values of every head are computed, and any attention
+backend applies. Decoding uses the absorbed form: queries are projected into the space of the latent
+by W_kᵀ and outputs out of it by W_v, so that the cache holds only latents and rotary keys, and
+attention has a single key-value head for all query heads.
 
 Source: DeepSeek-V2 report (2024). B batch, T queries, S keys, H heads, R latent dimension.
 """
@@ -150,7 +160,15 @@ class MLA(nnx.Module):
         k_rope: jax.Array,
         context: Context,
     ) -> jax.Array:
-        """Attends with the keys and values of every head; [B, T, H, v]."""
+        """Returns [B, T, H, v] from the keys and values of every head.
+
+        Args:
+          q_nope: [B, T, H, nope].
+          q_rope: [B, T, H, rope], rotated.
+          latent: [B, T, R], normalised.
+          k_rope: [B, T, rope], rotated.
+          context: positions, segments and options of the pass.
+        """
         s = self.sizes
         q = jnp.concatenate([q_nope, q_rope], axis=-1)
         k, v = self._keys_values(latent, k_rope, context.key_for("kv_b_proj"))
@@ -170,7 +188,11 @@ class MLA(nnx.Module):
     def _keys_values(
         self, latent: jax.Array, k_rope: jax.Array, key: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
-        """Expands latents [..., R] and shared keys to every head: [..., H, nope + rope], [… v]."""
+        """Expands latents [..., R] and shared rotary keys [..., rope] to every head.
+
+        Returns:
+          (keys [..., H, nope + rope], values [..., H, v]).
+        """
         s, lead = self.sizes, latent.shape[:-1]
         kv = self.kv_b_proj(latent, key).reshape(*lead, s.heads, -1)
         k_nope, v = jnp.split(kv, [s.nope], axis=-1)
@@ -192,9 +214,14 @@ class MLA(nnx.Module):
         k_rope: jax.Array,
         context: Context,
     ) -> jax.Array:
-        """Attends to the latents, keys and values of one shared head; [B, T, H, v]."""
+        """Returns [B, T, H, v] from the cached latents, as keys and values of one shared head.
+
+        Arguments are those of `_expanded`, with latents [B, S, R] and keys [B, S, rope] of all
+        cached tokens.
+        """
         s = self.sizes
         weight, bias = effective_weight(self.kv_b_proj, latent.dtype)
+        # [H, nope + v, R] → W_k [H, nope, R] and W_v [H, v, R].
         to_key, to_value = jnp.split(weight.reshape(s.heads, -1, s.kv_lora), [s.nope], axis=1)
         precision = lax.Precision.HIGHEST if latent.dtype == jnp.float32 else None
         q_latent = jnp.einsum("bthn,hnr->bthr", q_nope, to_key, precision=precision)

@@ -20,7 +20,7 @@ class MLP(nnx.Module):
 
     @property
     def activation_width(self) -> int:
-        """Values that a token has within the block: gate, up and their product."""
+        """Values per token within the layer: gate, up and their product."""
         return 3 * self.gate_proj.out_features
 
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:

@@ -83,7 +83,11 @@ def _linear(parameters: Mapping[str, Any], dim: int) -> tuple[np.ndarray, float]
 
 
 def _llama3(parameters: Mapping[str, Any], dim: int) -> tuple[np.ndarray, float]:
-    """Divides low frequencies by `factor`, keeps high ones and interpolates between."""
+    """Divides low frequencies by `factor`, keeps high ones and interpolates between.
+
+    A frequency is classified by its number of turns within the original context: at most
+    `low_freq_factor` turns is low, at least `high_freq_factor` is high.
+    """
     inv_freq, factor = _plain(parameters, dim), parameters["factor"]
     low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
     if low > high:
@@ -94,7 +98,15 @@ def _llama3(parameters: Mapping[str, Any], dim: int) -> tuple[np.ndarray, float]
 
 
 def _yarn(parameters: Mapping[str, Any], dim: int) -> tuple[np.ndarray, float]:
-    """Source: Peng et al., 2023 (YaRN), with the attention factor that transformers infers."""
+    """Divides low frequencies by `factor`, keeps high ones, with a linear ramp between.
+
+    A pair of dimensions that turns `beta_fast` times or more within the original context is kept;
+    one that turns `beta_slow` times or less is divided. `boundary` is the (fractional) index of the
+    pair with a given number of rotations: solving original · base^(−2 i / dim) = 2π · rotations
+    for i. The ramp is linear in that index.
+
+    Source: Peng et al., 2023 (YaRN), with the attention factor that transformers infers.
+    """
     base, original = parameters["rope_theta"], parameters["original_max_position_embeddings"]
     factor = parameters.get("factor")
     factor = parameters["max_position_embeddings"] / original if factor is None else factor

@@ -51,7 +51,7 @@ class Leaf:
       declaration: its shape, axes and initialiser.
       dtype: in memory; for a quantized weight the dtype of its dequantized export.
       in_checkpoint: whether it belongs to the base model instead of a method.
-      format: of a quantized weight; None for a plain one.
+      format: weight format of a quantized weight; None for a plain one.
     """
 
     kind: Kind
@@ -96,7 +96,7 @@ def check_experts(definition: Definition, mesh_shape: Mapping[str, int]) -> None
     """Checks that the mesh divides the experts of a layer evenly.
 
     Args:
-      definition: of the model.
+      definition: definition of the model.
       mesh_shape: devices along each mesh axis.
 
     Raises:
@@ -122,7 +122,7 @@ def undivided(definition: Definition, mesh_shape: Mapping[str, int]) -> list[str
     Each device holds such a weight whole along this axis, which costs memory and changes no result.
 
     Args:
-      definition: of the model.
+      definition: definition of the model.
       mesh_shape: devices along each mesh axis.
     """
     found: dict[tuple[str, str, int], list[str]] = {}
@@ -177,7 +177,7 @@ class Definition:
         Args:
           config: the content of config.json.
           model: the abstract module, with its adapters attached.
-          dtype: of frozen weights; trained ones are float32.
+          dtype: dtype of frozen weights; trained ones are float32.
           trains: returns whether a base weight is trained, by its name in the first layer of its
             blocks, which are trained or frozen together.
           formats: returns the quantized format of a frozen base weight by its path, or None.
@@ -185,6 +185,7 @@ class Definition:
         self.config = dict(config)
         self.module = model
         self.leaves: dict[Path, Leaf] = {}
+        # The type of a variable decides its tree, except that a base weight may be trained too.
         for path, variable in variables(model):
             kind: Kind = "base"
             name = layer_names(path, declaration_of(variable))[0]
@@ -202,7 +203,7 @@ class Definition:
 
     @property
     def vocab_size(self) -> int:
-        """Tokens of the vocabulary: the rows of the embedding."""
+        """Number of tokens in the vocabulary: rows of the embedding."""
         return self.module.vocab_size
 
     @property
@@ -212,7 +213,7 @@ class Definition:
 
     @property
     def blocks(self) -> tuple[Blocks, ...]:
-        """The layers, in order, as stacks of equal ones."""
+        """The blocks in order."""
         return self.module.decoder.blocks
 
     @property
@@ -233,12 +234,12 @@ class Definition:
 
     @property
     def reserved(self) -> int:
-        """Positions at the head of every segment that virtual tokens take."""
+        """Number of positions at the start of every segment that virtual tokens occupy."""
         return self.module.decoder.reserved
 
     @property
     def prompt(self) -> Any:
-        """The module that makes the embeddings of virtual tokens, or None."""
+        """The module that returns the embeddings of virtual tokens, or None."""
         return self.module.decoder.prompt
 
     @property
@@ -258,7 +259,7 @@ class Definition:
         return self.prefix is not None
 
     def projections(self) -> dict[Path, Projection]:
-        """Returns every projection by path, routers included; those of blocks count once."""
+        """Returns every projection by path, routers included, with one entry per block."""
         return self.module.projections()
 
     def of_kind(self, *kinds: Kind) -> dict[Path, Leaf]:
@@ -289,9 +290,9 @@ def initialize(definition: Definition, key: jax.Array, std: float = 0.02) -> Tre
     """Draws random values for every base weight: for benchmarks and tests, not for training.
 
     Args:
-      definition: of the model.
+      definition: definition of the model.
       key: random key, a scalar.
-      std: of the normal initialiser.
+      std: standard deviation of the normal initialiser.
     """
 
     def draw(path: Path, leaf: Leaf, key: jax.Array) -> jax.Array:

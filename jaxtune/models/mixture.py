@@ -23,7 +23,7 @@ def build_mixture(
       config: the content of config.json.
       make_attention: returns the attention of a layer.
       rotary_dim: number of rotated dimensions per head.
-      routing: of the mixtures.
+      routing: routing of the mixtures.
     """
     hidden, vocab = size(config, "hidden_size"), size(config, "vocab_size")
     ffn, expert_ffn = size(config, "intermediate_size"), size(config, "moe_intermediate_size")
@@ -41,6 +41,7 @@ def build_mixture(
         mixture = MoE(hidden, expert_ffn, routing, shared)
         return DecoderLayer(hidden, eps, make_attention(), mixture)
 
+    # Consecutive layers of one kind form a block.
     blocks: list[tuple[Callable[[], DecoderLayer], int]] = []
     for layer in range(layers):
         make = make_mixture if layer >= dense and layer % every == 0 else make_dense

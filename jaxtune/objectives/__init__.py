@@ -1,1 +1,1 @@
-"""Objectives: each returns sums and the weight to divide them by, once."""
+"""Objectives. Each returns sums over a batch and the weight by which to divide them."""

@@ -42,6 +42,7 @@ def expert_sums(routing: Routed, targets: jax.Array, segment_ids: jax.Array) -> 
         def total(values: jax.Array) -> jax.Array:
             return jax.ops.segment_sum(values, segments, segments.shape[0] + 1)
 
+        # Per segment id, [T + 1]: targets over tokens.
         share = total(counted) / jnp.maximum(total(jnp.ones_like(counted)), 1.0)
         return share[segments]
 

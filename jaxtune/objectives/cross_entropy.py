@@ -1,8 +1,12 @@
 """Token cross-entropy that never holds [tokens, vocabulary] logits.
 
-The sequence is cut into chunks. Under differentiation the forward pass computes the gradient of
-each chunk while its logits are in memory. Nothing is recomputed, and the only residuals are the
-gradients with respect to the hidden states and, if it is trained, the head.
+The sequence is cut into chunks of C positions, whose logits [B, C, V] exist one chunk at a time.
+The loss is a sum over tokens, so the gradient with respect to a chunk's logits is known as soon as
+they are: softmax − one-hot, up to the factor that arrives in the backward pass. Under
+differentiation the forward pass therefore computes the gradients of each chunk while its logits are
+in memory, and the backward pass only multiplies them by that factor. Nothing is recomputed, and the
+only residuals are the gradients with respect to the hidden states [B, T, D] and, if it is trained,
+the head.
 """
 
 from __future__ import annotations
@@ -42,10 +46,10 @@ class TokenLoss(NamedTuple):
     Attributes:
       loss: the minimised sum, the only one with a gradient.
       weight: number of targets.
-      correct: number of targets that are the likeliest token.
-      nll: −log p of the targets.
-      uniform: cross-entropy of the uniform distribution; 0 without label smoothing.
-      squared_norm: squares of the log-normaliser.
+      correct: number of targets that are the most likely token.
+      nll: sum of −log p of the targets.
+      uniform: sum of cross-entropies of the uniform distribution; 0 without label smoothing.
+      squared_norm: sum of squares of the log-normaliser.
     """
 
     loss: jax.Array
@@ -82,7 +86,8 @@ def cross_entropy(
     Source: Szegedy et al., 2016 (label smoothing); Chowdhery et al., 2022 (z-loss).
     """
     batch, length = targets.shape
-    # Per device, because every chunk gathers the head: the fewer chunks the better.
+    # tokens_per_chunk counts tokens of one device. Chunks of the whole batch would be smaller on
+    # each device, and every chunk gathers a trained head again.
     rows = max(1, batch // devices_along("batch"))
     chunk = min(length, max(1, tokens_per_chunk // rows))
     pad = -length % chunk

@@ -18,7 +18,7 @@ class BatchSums(NamedTuple):
     Attributes:
       loss: the minimised sum; a scalar.
       weight: its divisor, applied once over the whole batch; a scalar.
-      correct: number of targets that are the likeliest token; a scalar.
+      correct: number of targets that are the most likely token; a scalar.
       nll: −log p of the targets, reported as the loss; a scalar.
       uniform: cross-entropy of the uniform distribution, with label smoothing; a scalar.
       squared_norm: squared log-normalisers of the targets; a scalar.
@@ -47,7 +47,7 @@ def sft_loss(
     Args:
       model: a bound model.
       batch: ``tokens``, ``targets``, ``segment_ids`` and ``positions``, each int[B, T].
-      options: of the forward pass.
+      options: options of the forward pass.
       key: for dropout and noise; None turns them off.
       scale: the caller's factor on the loss; see `cross_entropy`.
       terms: additional terms of the loss.

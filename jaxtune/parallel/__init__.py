@@ -1,1 +1,1 @@
-"""Mesh and sharding rules."""
+"""Devices and processes: mesh, sharding rules, set-up and failures of several processes."""

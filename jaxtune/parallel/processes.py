@@ -1,4 +1,4 @@
-"""The processes of a run: how they find one another, and collective operations of the host.
+"""The processes of a run: joining them, and collective operations on the host.
 
 Every process runs the same program on its own devices. `leads` is true for the one that writes
 files. Every process must call all other functions, in the same order.
@@ -194,7 +194,7 @@ def put(value: Any, sharding: jax.sharding.Sharding) -> jax.Array:
 
     Args:
       value: NumPy array, or an array of jax, of any shape and dtype.
-      sharding: over the devices of all processes.
+      sharding: sharding over the devices of all processes.
     """
     if sharding.is_fully_addressable:
         return jax.device_put(value, sharding)

@@ -73,7 +73,7 @@ def even_spec(
 
     Args:
       axes: logical axis of each dimension.
-      shape: of the array.
+      shape: shape of the array.
       mesh_shape: devices along each mesh axis.
     """
     entries = tuple(partition_spec(axes))

@@ -26,8 +26,8 @@ class Collective:
     """One collective instruction of a step.
 
     Attributes:
-      kind: of `KINDS`.
-      dtype: of its largest array, as the compiler writes it: "bf16", "u8".
+      kind: one of `KINDS`.
+      dtype: dtype of its largest array in the compiler's notation: "bf16", "u8".
       times: number of runs in a step.
       sent: bytes that each device sends per run, with a ring algorithm.
       group: number of participating devices.
@@ -45,7 +45,7 @@ def collectives(text: str, devices: int) -> list[Collective]:
 
     Args:
       text: the compiled module as text.
-      devices: number of devices that it is compiled for.
+      devices: number of devices for which it is compiled.
     """
     program = Program(text)
     alone: list[Collective] = []
@@ -60,7 +60,8 @@ def collectives(text: str, devices: int) -> list[Collective]:
             alone.append(measured)
             continue
         # A TPU runs one collective as a chain of fusions with the same channel number. Parts of the
-        # chain may lie before, in and after a loop whose computation hides them.
+        # chain may lie before, in and after a loop whose computation hides them. It is counted once
+        # per run of the computation that starts it.
         chain = re.search(r'chain_id="(\d+)"', instruction.rest)
         starts = any(_START in line for line in program.computations[instruction.fused[-1]])
         parts = fused.setdefault((kind, channel[1], chain[1] if chain else ""), {})
@@ -91,6 +92,9 @@ def _measured(instruction: Instruction, kind: str, times: float, devices: int) -
     size, group = sum(array[1] for array in arrays), _group(instruction.rest, devices)
     if kind == "all-reduce" and any("all-reduce-scatter" in name for name in instruction.fused):
         kind, size = "reduce-scatter", size // group
+    # A ring passes the shards around: each device sends (group - 1) of them. `size` is that of the
+    # result, which is all shards for a gather and one for a scatter; an all-reduce is a scatter and
+    # a gather.
     others = group - 1
     sent = {
         "all-gather": size * others / group,

@@ -1,4 +1,4 @@
-"""The compiler for NVIDIA GPUs on machines without one, for the description of an H100."""
+"""Compilation for NVIDIA GPUs on machines without one, for a described H100."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _toolkit() -> Path | None:
 
 
 def devices(count: int) -> Sequence[Any]:
-    """Returns `count` H100s, which can be compiled for and hold no data."""
+    """Returns `count` H100s as targets of compilation; they hold no data."""
     toolkit = _toolkit()
     flags = "--xla_gpu_autotune_level=0"  # there is no GPU to time kernels on
     if toolkit is not None and "xla_gpu_cuda_data_dir" not in os.environ.get("XLA_FLAGS", ""):

@@ -9,7 +9,7 @@ from jaxtune.errors import lookup
 GIB = 2**30
 MIB = 2**20
 
-# Memory of a GPU that a CUDA context takes, with libraries and compiled kernels.
+# GPU memory used by a CUDA context, with libraries and compiled kernels.
 _CUDA_CONTEXT = GIB
 
 
@@ -23,7 +23,7 @@ class Chip:
       flops: dense bfloat16 FLOP/s with float32 accumulation.
       memory_bandwidth: bytes per second of the device's memory.
       link_bandwidth: bytes per second sent to other devices, over all links, one way.
-      source: of the figures.
+      source: source of the figures.
     """
 
     name: str

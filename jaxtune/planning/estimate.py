@@ -1,4 +1,4 @@
-"""Memory of a step by formulas, where there is no compiler for the hardware.
+"""Memory of a step by formulas, for hardware without a compiler.
 
 The arguments of a step are known exactly; the memory of its intermediate arrays is estimated.
 """
@@ -18,7 +18,7 @@ def temporaries(setup: Setup, mesh: Mapping[str, int]) -> int:
     """Estimates the bytes per device of a step's intermediate arrays.
 
     Args:
-      setup: of the run, on any devices.
+      setup: set-up of the run, on any devices.
       mesh: devices along each mesh axis.
     """
     config, definition = setup.config, setup.definition
@@ -27,6 +27,8 @@ def temporaries(setup: Setup, mesh: Mapping[str, int]) -> int:
     tokens = max(rows // config.training.accumulation * length // split, 1)
     tensor, width = mesh["tensor"], setup.options.dtype.itemsize
     hidden = definition.hidden_size
+    # Activations that the remat policy saves for the backward pass, in addition to the input of
+    # each layer.
     kept = {"out", "qkv", "mlp"} if config.training.remat in ("none", "save_mlp") else set()
     kept |= set(_SAVED.get(config.training.remat, ()))
     saved, working = definition.layer_count * hidden, 0

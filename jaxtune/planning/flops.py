@@ -71,26 +71,26 @@ def step_flops(setup: Setup) -> StepFlops:
     rows, length = setup.batch_like()["tokens"].shape
     micro = rows // setup.config.training.accumulation
     trips = _tiles(setup, micro * length)
-    asked = count(_jaxpr(setup, "none"), trips)
-    done = count(_jaxpr(setup, setup.options.remat), trips)
+    without_remat = count(_jaxpr(setup, "none"), trips)
+    with_remat = count(_jaxpr(setup, setup.options.remat), trips)
     square = sum(_attention_squares(setup)) * rows * length * length
     attention = square / 2 * (_FORWARD + _BACKWARD)
     executed = square * _squares_executed(setup.options.attention, setup.options.remat)
     return StepFlops(
         tokens=rows * length,
-        model=asked.plain + attention,
-        hardware=done.plain + executed,
-        weight_bytes=done.weight_bytes,
-        other_bytes=done.other_bytes,
+        model=without_remat.plain + attention,
+        hardware=with_remat.plain + executed,
+        weight_bytes=with_remat.weight_bytes,
+        other_bytes=with_remat.other_bytes,
     )
 
 
 def _squares_executed(backend: str, remat: str) -> float:
-    """Returns the products of a backend's passes, in units of one over a whole [T, T] square."""
+    """Returns the number of products of a backend's passes over a whole [T, T] square."""
     again = remat != "none"
-    if backend == "xla":  # a saved output does not include the scores
+    if backend == "xla":  # remat recomputes the scores even if it saves the output
         return _FORWARD * (1 + again) + _BACKWARD
-    if backend == "blockwise":
+    if backend == "blockwise":  # each block is recomputed in the backward pass, by jax.checkpoint
         return _FORWARD * (2 + again) + _BACKWARD
     # Kernels visit half of the square and recompute the scores in the backward pass: splash in each
     # of its two backward kernels, which also share one more product, cuDNN once.
@@ -99,9 +99,9 @@ def _squares_executed(backend: str, remat: str) -> float:
 
 
 def _attention_squares(setup: Setup) -> Iterator[float]:
-    """Yields the operations of one product of attention per pair of tokens, for each of the blocks.
+    """Yields, for each block, the operations of one attention product per pair of tokens.
 
-    It is the mean of the two kinds of product, over the width of keys and that of values.
+    It is the mean of the two kinds of product, over the width of keys and over that of values.
     """
     for blocks in setup.definition.blocks:
         yield blocks.count * blocks.layer.self_attn.flops_per_pair
@@ -126,7 +126,7 @@ def count(jaxpr: Any, trips: float = 1.0) -> Products:
 
     Args:
       jaxpr: a `jax.extend.core.Jaxpr`, closed or not.
-      trips: assumed for loops whose number of trips depends on the data.
+      trips: assumed number of trips of loops for which it depends on the data.
     """
     total = Products()
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:

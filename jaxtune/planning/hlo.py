@@ -7,6 +7,8 @@ import math
 import re
 from collections.abc import Iterator
 
+# A computation is "[ENTRY] %name (parameters) -> type {", and an instruction
+# "%name = type opcode(operands), attributes"; attributes name the computations that it calls.
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _OPCODE = re.compile(r"(?<=[\s)}\]]) ?([a-z][a-z0-9\-]*)\(")
 _CALLED = re.compile(r"(?:calls|to_apply|body)=%?([\w.\-]+)")

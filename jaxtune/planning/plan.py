@@ -1,7 +1,7 @@
 """`jaxtune plan`: memory, operations and time of a training step before anything is loaded.
 
 The training step itself is compiled for a described topology, without its hardware; memory and
-collectives come from the compiler. Where there is no compiler, memory is estimated.
+collectives come from the compiler. Without a compiler for the hardware, memory is estimated.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def plan(config: Config, topology: str) -> Plan:
     """Plans the training step of a run for a topology; no weight is read.
 
     Args:
-      config: resolved; the model's directory needs no more than config.json.
+      config: a resolved config; the model's directory needs only config.json.
       topology: name of the hardware; see `jaxtune.planning.topology.find_topology`.
 
     Raises:
@@ -69,6 +69,7 @@ def compile_plan(setup: Setup, hardware: Topology) -> Plan:
         try:
             compiled = lowered.compile()
             memory = compiled.memory_analysis()
+            # Donated arguments (the state) share memory with outputs, which counts as an alias.
             resident, outputs, temporaries, program = (
                 memory.argument_size_in_bytes,
                 memory.output_size_in_bytes - memory.alias_size_in_bytes,
@@ -115,6 +116,7 @@ def _estimated(
     """Plans without a compiler: arguments are exact, everything else is estimated by formulas."""
     sizes = mesh_shape(config.mesh.to_dict(), hardware.count)
     mesh: dict[str, int] = dict(zip(MESH_AXES, sizes, strict=True))
+    # Shapes and operations are those of one device; sizes are divided by the mesh afterwards.
     alone = resolve({**config.to_dict(), "mesh": dict.fromkeys(MESH_AXES, 1)})
     setup = set_up(alone, model, method, jax.devices("cpu")[:1])
     check_experts(setup.definition, mesh)

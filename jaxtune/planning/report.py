@@ -121,7 +121,7 @@ class Plan:
 
     def render(self) -> str:
         """Returns the plan as text: tables of memory and collectives, and whether it fits."""
-        lines = [_text(_memory(self)).rstrip("\n"), verdict(self), "", *_work(self)]
+        lines = [_text(_memory(self)).rstrip("\n"), fit_summary(self), "", *_work(self)]
         if self.sent:
             lines.append(_text(_collectives(self)).rstrip("\n"))
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)]) + "\n"
@@ -157,7 +157,7 @@ def mesh_text(plan: Plan) -> str:
     return f"{plan.devices} device(s){': ' if split else ''}{', '.join(split)}"
 
 
-def verdict(plan: Plan) -> str:
+def fit_summary(plan: Plan) -> str:
     """Returns whether a plan fits, as text; if not, with the settings that need less memory."""
     if plan.fits:
         return f"fits, with {(plan.capacity - plan.total) / GIB:.2f} GiB to spare"

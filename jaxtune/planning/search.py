@@ -118,7 +118,7 @@ def search(config: Config, topology: str, tries: int) -> Found:
     compiler decides which ones fit.
 
     Args:
-      config: resolved.
+      config: a resolved config.
       topology: name of the hardware; see `jaxtune.planning.topology.find_topology`.
       tries: maximum number of candidates to compile.
 
@@ -136,12 +136,14 @@ def search(config: Config, topology: str, tries: int) -> Found:
             f"training.batch_size={config.training.batch_size} does not divide over "
             f"{hardware.count} devices: set it to a multiple of {hardware.count}"
         )
-    guess = functools.cache(functools.partial(_alone, config, model))
-    everything.sort(key=lambda each: promise(each, guess(each.remat, each.accumulation), hardware))
+    single_device = functools.cache(functools.partial(_on_one_device, config, model))
+    everything.sort(
+        key=lambda one: promise(one, single_device(one.remat, one.accumulation), hardware)
+    )
     return _try(config, model, everything, hardware, tries)
 
 
-def _alone(
+def _on_one_device(
     config: Config, model: Mapping[str, Any], remat: str, accumulation: int
 ) -> tuple[Setup, StepFlops]:
     """Sets up a candidate on one device, which is enough for formulas."""
@@ -160,6 +162,9 @@ def promise(
     base = bytes_per_device(trees["base"], mesh)
     needs = sum(bytes_per_device(tree, mesh) for tree in trees.values())
     needs += temporaries(setup, mesh)
+    # Bytes that a device sends. Each pass over the layers (forward, backward, recomputation)
+    # gathers the sharded base along fsdp. Tensor parallelism adds two all-reduces of the residual
+    # stream per layer, each of which sends it twice; expert parallelism a gather and a scatter.
     layers, hidden = setup.definition.layer_count, setup.definition.hidden_size
     passes = 2 + (candidate.remat != "none")
     tokens = flops.tokens / math.prod(mesh[axis] for axis in RULES["batch"])
@@ -181,6 +186,7 @@ def _try(
             if len(ranked) + len(misfits) == tries:
                 break
             left -= 1
+            # A candidate that needs more memory than one that did not fit is not worth compiling.
             if any(_needs_more(candidate, other) for other, _ in misfits):
                 continue
             chosen = candidate.apply(config)
@@ -193,7 +199,7 @@ def _try(
             result = compile_plan(setup, hardware)
             (ranked if result.fits else misfits).append((candidate, result))
             advance()
-    ranked.sort(key=lambda each: each[1].time.seconds if each[1].time else each[1].total)
+    ranked.sort(key=lambda pair: pair[1].time.seconds if pair[1].time else pair[1].total)
     nearest = min((plan for _, plan in misfits), key=lambda plan: plan.total, default=None)
     return Found(hardware.name, ranked, len(ranked) + len(misfits), left, nearest)
 

@@ -25,7 +25,7 @@ class Topology:
     """Devices to compile for.
 
     Attributes:
-      name: as given.
+      name: name, as in `--topology`.
       devices: JAX devices; those of a described topology hold no data. None without a compiler for
         them: plans are then estimated.
       count: number of devices.
@@ -82,16 +82,16 @@ def describe_cards(name: str) -> Topology:
     if number and not (number.isdigit() and int(number) > 0):
         raise JaxtuneError(f'"{name}" is not a number of GPUs, as in "{kind}:8"')
     count = int(number or 1)
-    judged = f"compiled for {{}} and compared with the memory of the {kind}"
+    stand_in = f"compiled for {{}} and compared with the memory of the {kind}"
     if cuda.available():
-        note = "" if kind == "h100" else f"there is no compiler for it: {judged}; "
+        note = "" if kind == "h100" else f"there is no compiler for it: {stand_in}; "
         note = f"{note.format('H100s')}attention is compiled {_BLOCKWISE}"
         return Topology(name, cuda.devices(count), count, chip.capacity_bytes, chip, note)
     missing = f"needs the GPU compiler for an exact plan: {cuda.HOW_TO_INSTALL}"
     if kind == "h100" or count > 1 or importlib.util.find_spec("libtpu") is None:
         return Topology(name, None, count, chip.capacity_bytes, chip, f"{kind} {missing}")
     devices = _tpu_devices("v5p:1x1x1", "1x1x1")
-    note = f"{judged.format('a v5p, the nearest chip with a compiler,')}; {kind} {missing}"
+    note = f"{stand_in.format('a v5p, the nearest chip with a compiler,')}; {kind} {missing}"
     return Topology(name, devices, count, chip.capacity_bytes, chip, note)
 
 

@@ -1,4 +1,4 @@
-"""Weight formats: what a frozen weight may be stored as besides a plain array.
+"""Weight formats: quantized representations of frozen weights.
 
 A format is one file with a `Format`, whose fields are options of the ``quantize`` section, and one
 line in `jaxtune.registry.WEIGHT_FORMATS`.
@@ -29,11 +29,11 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Quantization:
-    """Which weights of a frozen base are quantized, and how.
+    """The quantization of a frozen base.
 
     Attributes:
-      format: with its settings.
-      modules: targets as `jaxtune.adapters.targets.match_targets` takes them.
+      format: weight format with its settings.
+      modules: modules to quantize; see `jaxtune.adapters.targets.match_targets`.
     """
 
     format: Format
@@ -41,7 +41,7 @@ class Quantization:
 
 
 def quantization_from_config(section: QuantizeConfig) -> Quantization | None:
-    """Returns what the ``quantize`` section of a config selects; None for 16 or 32 bits.
+    """Returns the quantization that the ``quantize`` section of a config selects, or None.
 
     Raises:
       JaxtuneError: an unknown format.

@@ -1,13 +1,20 @@
 """Codes of quantized weights: packing of 4-bit codes, table look-ups, scales of groups.
 
-4-bit codes of a weight [out, in] are stored as [in, out], two per byte, in blocks of 64 inputs:
-byte j of a block holds input j in its high half and input j + 32 in its low half. The lanes of a
-TPU register then run along `out`: unpacking concatenates whole registers, and one register of
-scales serves 64 registers of codes. A layout along `in` would need a transposed copy of the codes
-of all layers.
+4-bit codes of a weight [out, in] are packed as [in / 2, out], in blocks of 64 inputs. For input
+j < 32 of a block, byte j holds input j in its high half and input j + 32 in its low half:
 
-Functions that decode take JAX or NumPy arrays, so that a weight in a file has the same values as
-one in memory.
+    byte 0:  input 0 | input 32        unpack: high halves, then low halves,
+    byte 1:  input 1 | input 33        gives inputs 0 … 63 in order
+    …
+    byte 31: input 31 | input 63
+
+The lanes of a TPU register then run along `out`: unpacking concatenates whole registers, and one
+register of scales serves 64 registers of codes. Pairs of neighbouring inputs, as in most formats on
+disk, would have to be interleaved across sublanes instead, and a layout along `in` would need a
+transposed copy of the codes of all layers.
+
+Decoding functions accept JAX or NumPy arrays, so that a weight read from a file has the same values
+as one in memory.
 """
 
 from __future__ import annotations
@@ -25,7 +32,7 @@ BLOCK = 64
 _HALF = BLOCK // 2
 
 AnyArray = TypeVar("AnyArray", jax.Array, np.ndarray)
-"""Arrays of JAX, traced or not, or of NumPy: what comes out is what goes in."""
+"""Arrays of JAX, traced or not, or of NumPy; the result is of the same kind as the argument."""
 
 
 def array_namespace(array: Any) -> Any:
@@ -34,19 +41,19 @@ def array_namespace(array: Any) -> Any:
 
 
 def packed_size(columns: int) -> int:
-    """Returns the number of bytes that the 4-bit codes of a row of `columns` values take."""
+    """Returns the number of bytes of the packed 4-bit codes of a row of `columns` values."""
     return -(-columns // BLOCK) * _HALF
 
 
 def pack(codes: jax.Array) -> jax.Array:
-    """Packs codes uint8 [rows, columns], each under 16, to [packed_size(columns), rows]."""
+    """Packs codes uint8 [rows, columns], each below 16, to [packed_size(columns), rows]."""
     rows, columns = codes.shape
     padded = jnp.pad(codes, ((0, 0), (0, -columns % BLOCK))).T.reshape(-1, BLOCK, rows)
     return ((padded[:, :_HALF] << 4) | padded[:, _HALF:]).reshape(-1, rows)
 
 
 def unpack(packed: AnyArray, columns: int) -> AnyArray:
-    """Undoes `pack` up to a transposition: returns uint8 [columns, rows]. JAX or NumPy."""
+    """Inverts `pack` without the transposition: returns uint8 [columns, rows]. JAX or NumPy."""
     blocks = packed.reshape(-1, _HALF, packed.shape[-1])
     codes = array_namespace(packed).concatenate([blocks >> 4, blocks & 15], axis=1)
     return codes.reshape(-1, packed.shape[-1])[:columns]
@@ -55,8 +62,9 @@ def unpack(packed: AnyArray, columns: int) -> AnyArray:
 def look_up(table: np.ndarray, codes: AnyArray) -> AnyArray:
     """Returns table[codes], float32, for a constant table whose length is a power of two.
 
-    JAX or NumPy. A TPU gathers one value per instruction but selects over whole registers. On a GPU
-    a gather fuses with the operations that follow, and selects are slower.
+    JAX or NumPy. TPUs and CPUs gather one value per instruction but select over whole registers,
+    so for 16 entries a tree of selects is faster. On a GPU a gather fuses with the operations that
+    follow. For 256 entries only TPUs use selects.
     """
     if isinstance(codes, np.ndarray):
         return table[codes]
@@ -72,7 +80,11 @@ def _gather(table: Sequence[float], codes: jax.Array) -> jax.Array:
 
 
 def _select(table: Sequence[float], codes: jax.Array) -> jax.Array:
-    """Halves the table with each bit of the code, lowest bit first: 15 selects for 16 entries."""
+    """Looks codes up with a binary tree of selects: 15 for a table of 16 entries.
+
+    `values` starts as 16 constant arrays. Bit 0 of the code selects between entries 2 i and
+    2 i + 1, which leaves 8 arrays, indexed by the remaining bits; bits 1 to 3 leave 4, 2 and 1.
+    """
     codes = codes.astype(jnp.int32)
     values = [lax.full_like(codes, value, jnp.float32) for value in table]
     bit = 0
@@ -99,7 +111,7 @@ def spread(scales: AnyArray, size: int, length: int) -> AnyArray:
 def in_groups(weight: jax.Array, size: int) -> jax.Array:
     """Splits [rows, columns] into [rows, groups, size], padding the last group with its last value.
 
-    Padding with a value of the group leaves its extremes, and so its scale, unchanged.
+    Padding with a value of the group leaves its minimum and maximum, hence its scale, unchanged.
     """
     short = -weight.shape[1] % size
     return jnp.pad(weight, ((0, 0), (0, short)), mode="edge").reshape(weight.shape[0], -1, size)

@@ -1,7 +1,7 @@
 """8-bit floats (e4m3) with a scale for each block of rows and columns: w = code · scale.
 
-DeepSeek's own checkpoints of V3 and R1 are stored like this, in blocks of 128 × 128, and such a
-checkpoint can be trained upon as it is. Blocks at the edges may be ragged.
+The published checkpoints of DeepSeek-V3 and R1 have this format, with blocks of 128 × 128, and can
+be used as a frozen base without conversion. Blocks at the edges may be smaller.
 
 Source: DeepSeek-V3 report (2024), and config.json's ``weight_block_size``.
 """
@@ -21,8 +21,8 @@ from jax import lax
 from jaxtune.quant.codes import AnyArray, array_namespace, spread
 from jaxtune.quant.weight import Format, Parts, PartSpec
 
-LARGEST = 448.0  # of float8_e4m3fn
-# Every float8_e4m3fn value by its bits: NumPy looks values up several times faster than it casts.
+LARGEST = 448.0  # largest float8_e4m3fn value
+# All float8_e4m3fn values by their bits: in NumPy a look-up is several times faster than a cast.
 _TABLE = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 
 
@@ -42,7 +42,7 @@ class Float8(Format):
         """Returns codes, as bytes, and the scale of each block."""
         blocks = tuple(-(-n // size) for n, size in zip(shape, self.block, strict=True))
         return {
-            # Bytes, for XLA's CPU backend has no slice of 8-bit floats.
+            # Stored as bytes, because XLA's CPU backend has no slice of 8-bit floats.
             "codes": PartSpec(shape, jnp.uint8, (0, 1)),
             "scale": PartSpec(blocks, jnp.float32, (None, None)),
         }
@@ -53,7 +53,11 @@ class Float8(Format):
         return self.block[0]
 
     def encode(self, weight: jax.Array) -> Parts:
-        """Quantizes float32 [rows, in]."""
+        """Quantizes float32 [rows, in]: each block's largest magnitude becomes `LARGEST`.
+
+        The magnitudes are padded to whole blocks and viewed as [row blocks, tall, column blocks,
+        wide], whose maximum over axes 1 and 3 is that of each block.
+        """
         (rows, columns), (tall, wide) = weight.shape, self.block
         padded = jnp.pad(jnp.abs(weight), ((0, -rows % tall), (0, -columns % wide)))
         absmax = jnp.max(padded.reshape(-(-rows // tall), tall, -1, wide), axis=(1, 3))
@@ -69,9 +73,13 @@ class Float8(Format):
         return _values(codes) * self._over(scale, shape)
 
     def _decode_rows(self, codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
-        """Returns float32 [out, in]: one row of blocks at a time, in place.
+        """Returns float32 [out, in], decoding one row of blocks at a time into the result.
 
-        A look-up takes 8 bytes of index per value, which stay within a cache this way.
+        np.take converts its indices to 8 bytes each; for one row of blocks they fit into a cache.
+
+        Args:
+          codes: uint8 [out, in].
+          scale: float32 [row blocks, column blocks].
         """
         tall, wide = self.block
         values = np.empty(codes.shape, np.float32)
@@ -82,7 +90,7 @@ class Float8(Format):
         return values
 
     def _over(self, scale: AnyArray, shape: tuple[int, int]) -> AnyArray:
-        """Repeats each block's scale over the block."""
+        """Repeats each block's scale over the block: [row blocks, column blocks] → [out, in]."""
         rows = array_namespace(scale).repeat(scale, self.block[1], axis=1)[:, : shape[1]]
         return spread(rows, self.block[0], shape[0])
 

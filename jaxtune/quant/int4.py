@@ -1,7 +1,8 @@
 """4-bit integers with a scale for each group of columns, or for each row.
 
-Symmetric: w = scale · (code − 8); the value of largest magnitude is code 0, so that all 16 codes
-are of use, and a scale may be negative. Asymmetric: w = scale · (code − zero).
+Symmetric: w = scale · (code − 8). The range of code − 8 is −8 … 7, so the value of largest
+magnitude is mapped to −8 (code 0) whatever its sign; if it is positive, the scale is negative.
+Asymmetric: w = scale · (code − zero), with a zero point for each group.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ class Int4(Format):
     """Settings of the format.
 
     Attributes:
-      group_size: columns that share a scale; 0 for the whole row.
-      symmetric: whether the codes have no zero point of their own.
+      group_size: number of columns that share a scale; 0 for the whole row.
+      symmetric: whether the zero point is 8 for all groups.
     """
 
     name: ClassVar[str] = "int4"
@@ -36,7 +37,7 @@ class Int4(Format):
         return self.group_size or columns
 
     def parts(self, shape: tuple[int, int]) -> dict[str, PartSpec]:
-        """Returns codes, bfloat16 scales and, where asymmetric, zero points."""
+        """Returns codes, bfloat16 scales and, if asymmetric, zero points."""
         rows, columns = shape
         groups = (-(-columns // self._size(columns)), rows)
         parts = {
@@ -48,7 +49,11 @@ class Int4(Format):
         return parts
 
     def encode(self, weight: jax.Array) -> Parts:
-        """Quantizes float32 [rows, in]: codes are the nearest to the weight at the stored scale."""
+        """Quantizes float32 [rows, in].
+
+        Codes are computed from the scales after their rounding to bfloat16, so that each is the
+        nearest to the weight under the stored scale.
+        """
         columns = weight.shape[1]
         grouped = in_groups(weight, self._size(columns))
         if self.symmetric:

@@ -1,8 +1,11 @@
-"""NormalFloat: 4-bit codes of a normal distribution's quantiles, scaled by blocks of 64 values.
+"""NormalFloat: 4-bit codes for quantiles of the normal distribution, with a scale per 64 values.
 
-With double quantization the scales themselves are 8-bit codes, in blocks of 256, around their mean.
-Codes and scales are, bit for bit, those of bitsandbytes: blocks run over the weight row by row,
-across the ends of rows where a row is not a multiple of 64.
+The value is NF4[code] · absmax of its block. With double quantization the scales are 8-bit codes
+around their mean, in blocks of 256: absmax = DYNAMIC[code] · nested_absmax + nested_offset.
+
+Codes and scales agree bit for bit with bitsandbytes. Its blocks run over the flattened weight: if a
+row is not a multiple of 64 values, they extend over the ends of rows. Scales are then stored flat,
+[blocks], and otherwise as [in / 64, out], which can be sharded along with the codes.
 
 Source: Dettmers et al., 2023 (QLoRA); Dettmers et al., 2021 (the 8-bit map).
 """
@@ -41,11 +44,15 @@ NF4 = np.array(
     np.float32,
 )
 # fmt: on
-_MIDPOINTS = (NF4[1:] + NF4[:-1]) / 2
+_MIDPOINTS = (NF4[1:] + NF4[:-1]) / 2  # boundaries between codes
 
 
 def _linspace(steps: int) -> np.ndarray:
-    """Returns bounds from 0.1 to 1, rounded as torch rounds them: from the nearer end, fused."""
+    """Returns `steps` + 1 points from 0.1 to 1 with the same rounding as torch.linspace.
+
+    torch computes points of the first half from the low end and the others from the high end, each
+    with a fused multiply-add, which float64 arithmetic and one rounding to float32 reproduce.
+    """
     low, high = np.float32(0.1), np.float32(1)
     step, index = np.float64((high - low) / np.float32(steps)), np.arange(steps + 1)
     upward, downward = low + step * index, high - step * (steps - index)
@@ -53,7 +60,11 @@ def _linspace(steps: int) -> np.ndarray:
 
 
 def _dynamic_map() -> np.ndarray:
-    """Returns the signed 8-bit map: 7 decades, each with twice the steps of the one below."""
+    """Returns the 256 ascending values of the signed 8-bit map.
+
+    Seven decades from 1e-7 … 1e-6 to 0.1 … 1 have 1, 2, 4, … 64 steps each, with the midpoint of a
+    step as its value, positive and negative; 0 and 1 complete the 2 · 127 + 2 values.
+    """
     values = [0.0, 1.0]
     for exponent in range(7):
         bounds = _linspace(2**exponent)
@@ -79,7 +90,7 @@ class NormalFloat4(Format):
     double: bool = True
 
     def parts(self, shape: tuple[int, int]) -> dict[str, PartSpec]:
-        """Returns codes and scales, with the scales' own scales where they are quantized."""
+        """Returns codes and scales and, with double quantization, the scales' scales and offset."""
         rows, columns = shape
         blocks, axes = _block_shape(shape), (1, 0) if columns % BLOCK == 0 else (None,)
         codes = PartSpec((packed_size(columns), rows), jnp.uint8, (1, 0))
@@ -94,11 +105,15 @@ class NormalFloat4(Format):
         }
 
     def row_multiple(self, columns: int) -> int:
-        """Returns the fewest rows that end with a block."""
+        """Returns the smallest number of rows that is a whole number of blocks."""
         return BLOCK // math.gcd(columns, BLOCK)
 
     def encode(self, weight: jax.Array) -> Parts:
-        """Quantizes float32 [rows, in]; the scales are still float32."""
+        """Quantizes float32 [rows, in]; the scales stay float32 until `finish`.
+
+        The code of a value is the number of midpoints below it. Like bitsandbytes, values are
+        multiplied by the reciprocal of the scale, which rounds differently from a division.
+        """
         rows, columns = weight.shape
         flat = jnp.pad(weight.reshape(-1), (0, -weight.size % BLOCK)).reshape(-1, BLOCK)
         absmax = jnp.max(jnp.abs(flat), axis=1)
@@ -111,10 +126,12 @@ class NormalFloat4(Format):
         }
 
     def finish(self, parts: Parts) -> Parts:
-        """Quantizes the scales."""
+        """Quantizes the scales of a whole weight, whose mean is the offset."""
         if not self.double:
             return parts
-        absmax = np.asarray(parts["absmax"])  # its blocks are numbered row of the weight by row
+        # Nested blocks run over the scales in the order of bitsandbytes, row by row of the weight;
+        # [in / 64, out] is transposed to it, and flat scales are unchanged.
+        absmax = np.asarray(parts["absmax"])
         codes, nested, offset = quantize_scales(absmax.T.reshape(-1))
         return {
             "codes": parts["codes"],
@@ -165,12 +182,16 @@ def decode_scales(codes: AnyArray, nested: AnyArray, offset: Any) -> AnyArray:
 
 
 def _rounded(product: AnyArray, other: Any) -> AnyArray:
-    """Returns a float32 product unchanged, rounded before anything is added to it.
+    """Returns a float32 product unchanged, but keeps XLA from fusing it with a following addition.
 
-    bitsandbytes rounds the product before it adds; a fused multiply-add would not, and the last bit
-    would differ. XLA drops optimization barriers before it fuses. An XOR with zero survives if the
-    compiler cannot know that it is zero: here the mask is 0 because `other` is not NaN, which only
-    the data tell. NumPy fuses nothing.
+    bitsandbytes rounds the product before it adds. A fused multiply-add does not, and the last bit
+    would differ. XLA drops optimization barriers before fusion. An XOR with a data-dependent zero
+    survives and prevents it: the mask `other != other` is zero unless `other` is NaN, which the
+    compiler cannot know. NumPy never fuses.
+
+    Args:
+      product: the product, float32 of any shape.
+      other: the float32 scalar that is added to it.
     """
     if isinstance(product, np.ndarray):
         return product
@@ -193,10 +214,10 @@ def quantize_scales(
 
     Args:
       absmax: float32 [blocks].
-      offset: to subtract first; the mean by default.
+      offset: value subtracted first; the mean by default.
 
     Returns:
-      (codes uint8 [blocks], float32 [⌈blocks / 256⌉], the offset, a float32 scalar).
+      (codes uint8 [blocks], nested scales float32 [⌈blocks / 256⌉], offset float32 scalar).
     """
     if offset is None:
         offset = np.float32(absmax.mean(dtype=np.float64))

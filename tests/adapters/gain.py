@@ -1,4 +1,4 @@
-"""A method that jaxtune does not have: each chosen projection is scaled by one trained number."""
+"""A method that is not part of jaxtune: scales each chosen projection by one trained number."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters combined are those of PEFT; what is random has the right mean and follows its seed."""
+"""Combinations of adapters equal PEFT's; random ones have the right mean and follow the seed."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def distance(ours, theirs):
 
 @pytest.mark.parametrize("method", DETERMINISTIC)
 @pytest.mark.parametrize("majority", ["total", "frequency"])
-def test_it_is_what_peft_makes_of_the_same_adapters(method, majority, adapters, theirs):
+def test_a_combination_equals_pefts(method, majority, adapters, theirs):
     if majority == "frequency" and "ties" not in method:
         return
     name = f"{method}-{majority}"
@@ -132,7 +132,7 @@ def test_factors_of_lower_rank_are_padded(method, tiny, adapters, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
-def test_what_is_dropped_follows_the_seed(method, adapters):
+def test_random_pruning_follows_the_seed(method, adapters):
     one, again, other = (
         edits(combine(adapters, WEIGHTS, method, Options(seed=seed))) for seed in (0, 0, 1)
     )
@@ -168,7 +168,7 @@ def test_dare_keeps_the_share_that_it_should_and_the_mean(adapters):
 
 
 @pytest.mark.parametrize("options", [{"rank": -1}, {"density": 0.0}, {"majority": "most"}])
-def test_options_that_mean_nothing_are_refused(options):
+def test_options_without_meaning_are_rejected(options):
     with pytest.raises(JaxtuneError, match=next(iter(options))):
         Options(**options)
 
@@ -182,7 +182,7 @@ def test_options_that_mean_nothing_are_refused(options):
         ({"trainable_token_indices": [3]}, r'"law" has trainable_token_indices=\[3\]'),
     ],
 )
-def test_what_is_not_lora_alone_is_refused(change, message, adapters):
+def test_adapters_other_than_plain_lora_are_rejected(change, message, adapters):
     law = adapters["law"]
     changed = adapters | {"law": law._replace(config=law.config | change)}
     with pytest.raises(JaxtuneError, match=message):

@@ -1,4 +1,4 @@
-"""Adapters are combined from the command line as PEFT combines them."""
+"""The combine command gives the combinations of PEFT."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_peft_loads_the_combination_that_it_would_make(
     assert same(ours.logits(TOKENS), logits(loaded))
 
 
-def test_what_is_dropped_at_random_follows_its_seed(flags, tmp_path):
+def test_random_pruning_follows_the_seed(flags, tmp_path):
     def tensors(name, seed):
         options = ["--combine", "dare_ties", "--density", "0.5", "--drop-seed", str(seed)]
         main(["combine", *flags, *options, "--to", str(tmp_path / name)])

@@ -1,4 +1,4 @@
-"""Freezing a part of a fully trained model: what stays, what moves, and that it is one model."""
+"""Full fine-tuning with frozen parts: which weights change, and that the result is one model."""
 
 import json
 
@@ -40,7 +40,7 @@ def test_blocks_are_split_where_what_is_trained_changes(tiny):
         (".*", "adapter.freeze leaves nothing to train"),
     ],
 )
-def test_what_cannot_be_frozen_is_refused(freeze, message, tiny):
+def test_an_impossible_freeze_is_rejected(freeze, message, tiny):
     config = read_json(tiny("llama") / "config.json")
     with pytest.raises(JaxtuneError) as error:
         section = resolve({"adapter": {"method": "full", "freeze": [freeze]}}).adapter
@@ -48,7 +48,7 @@ def test_what_cannot_be_frozen_is_refused(freeze, message, tiny):
     assert str(error.value).startswith(message)
 
 
-def test_what_is_frozen_stays_bit_for_bit_and_all_else_moves(tiny, tmp_path):
+def test_frozen_weights_stay_bit_for_bit_and_all_others_change(tiny, tmp_path):
     directory = tiny("llama")
     rows = [{"input_ids": list(range(3, 20)), "labels": list(range(3, 20))}] * 4
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -114,7 +114,7 @@ class TestStart:
 
 
 class TestPadding:
-    def test_it_is_zero_at_the_start_and_everything_else_is_not(self, config, mixed):
+    def test_padding_is_zero_at_the_start_and_everything_else_is_not(self, config, mixed):
         definition = define(config, "float32", mixed)
         trainable, constants = mixed.init(definition, 0)
         values = leaves(filled(trainable))
@@ -127,7 +127,7 @@ class TestPadding:
         ]
         assert scale.tolist() == [2.0, 3.0, 0.0]
 
-    def test_it_stays_exactly_zero_under_adamw_with_decay(self, tiny, config, mixed):
+    def test_padding_stays_exactly_zero_under_adamw_with_decay(self, tiny, config, mixed):
         settings = resolve(
             {
                 "training": {"dtype": "float32", "batch_size": 2, "steps": 10, "remat": "none"},

@@ -1,4 +1,4 @@
-"""What it takes to add a method: one file (`gain.py`) and a line in each registry it belongs to."""
+"""Adding a method takes one file (`gain.py`) and a line in each registry."""
 
 import json
 
@@ -72,6 +72,6 @@ def test_it_works_with_every_architecture(tiny, families, rows, tmp_path, kind, 
         np.testing.assert_allclose(again, with_adapter, atol=2e-5 * np.abs(with_adapter).max())
 
 
-def test_a_config_names_it_like_any_other():
+def test_a_config_selects_it_by_name():
     section = resolve({"adapter": {"method": "gain", "targets": ("q_proj",)}}).adapter
     assert method_from_config(section) == gain.Gain(("q_proj",))

@@ -1,4 +1,4 @@
-"""Every method trains over a quantized base, and leaves it as it is."""
+"""Every method trains over a quantized base and leaves it unchanged."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Parameter summaries agree with counts made by hand, and with PEFT's."""
+"""Parameter summaries agree with manual counts and with PEFT's."""
 
 import pytest
 from peft import LoraConfig, get_peft_model

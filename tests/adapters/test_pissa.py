@@ -1,4 +1,4 @@
-"""PiSSA's start is the best of its rank, and a run that goes on starts from the same base."""
+"""PiSSA starts from the best factors of a rank; a resumed run starts from the same base."""
 
 import json
 import shutil
@@ -51,7 +51,7 @@ def rows(tmp_path_factory):
     return path
 
 
-def test_a_run_that_goes_on_ends_where_an_unbroken_one_does(tiny, rows, tmp_path):
+def test_a_resumed_run_ends_like_an_uninterrupted_one(tiny, rows, tmp_path):
     run = jaxtune.train(run_config(tiny("llama"), rows), tmp_path / "run")
     saved = run.adapter_directory("last") / "adapter_model.safetensors"
     unbroken = {name: value.copy() for name, value in read_all(saved).items()}
@@ -70,7 +70,7 @@ def test_a_run_that_goes_on_ends_where_an_unbroken_one_does(tiny, rows, tmp_path
         ({"rank": 65}, "adapter.rank=65 exceeds the number of singular values of model.layers.0"),
     ],
 )
-def test_a_start_that_cannot_be_is_refused(settings, message, tiny, rows, tmp_path):
+def test_an_impossible_start_is_rejected(settings, message, tiny, rows, tmp_path):
     config = run_config(tiny("llama"), rows, **({"targets": "q_proj"} | settings))
     with pytest.raises(JaxtuneError, match=message):
         jaxtune.train(config, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Which experts scores choose, and files of scores and of choices."""
+"""Selection of experts by score, and the files of scores and of selected experts."""
 
 import json
 
@@ -79,7 +79,7 @@ def test_an_expert_config_lists_the_experts_itself(tmp_path):
         ),
     ],
 )
-def test_a_file_that_is_neither_is_refused(content, message, tmp_path):
+def test_a_file_of_unknown_kind_is_rejected(content, message, tmp_path):
     path = tmp_path / "scores.json"
     if content is not None:
         path.write_text(content)

@@ -76,7 +76,7 @@ def test_an_expression_is_of_the_whole_path(names):
         ([r"(q_proj"], 'adapter.targets: "(q_proj" is not a valid regular expression: '),
     ],
 )
-def test_a_target_that_matches_nothing_lists_what_there_is(names, targets, message):
+def test_a_target_that_matches_nothing_lists_the_modules(names, targets, message):
     with pytest.raises(JaxtuneError, match=re.escape(message)):
         match_targets(targets, names)
 

@@ -1,4 +1,4 @@
-"""What a QLoRA step of a 7B model takes of one v5e chip, by the TPU compiler's own count.
+"""Memory of a training step of a 7B model on one v5e chip, by the TPU compiler's count.
 
 The shape of Llama-2-7B is compiled by `make test-plans` only, which sets ``JAXTUNE_TEST_FULL``.
 """

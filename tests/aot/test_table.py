@@ -1,4 +1,4 @@
-"""The table of the README is what the compiler says today.
+"""The README's memory table agrees with the compiler.
 
 Without ``JAXTUNE_TEST_FULL``, which `make test-plans` sets, one row is compiled; of the others the
 arrays that a step is given are counted, and what the README adds to them is bounded.

@@ -1,4 +1,4 @@
-"""Programs compiled for TPUs that are not there; the sizes are those of the compiler."""
+"""Programs compiled for TPUs without the hardware; sizes are those of the compiler."""
 
 import json
 
@@ -139,7 +139,7 @@ def test_a_mesh_splits_weights_batch_and_heads(planned):
     assert four.temporaries < one.temporaries
 
 
-def test_what_the_compiler_refuses_for_its_size_does_not_fit(planned):
+def test_a_program_too_large_for_the_compiler_does_not_fit(planned):
     result = planned(
         SMALL | {"vocab_size": 200_000, "hidden_size": 4096},
         "v5e:1x1",

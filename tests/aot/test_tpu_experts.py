@@ -1,4 +1,4 @@
-"""Experts over the chips of a mesh, compiled for a TPU: what travels, and what is multiplied."""
+"""Experts on a mesh of chips, compiled for a TPU: communication and products."""
 
 import jax
 import pytest
@@ -17,7 +17,7 @@ EXPERTS, ROWS, LENGTH = 64, 8, 256
 MESH = {"data": 1, "fsdp": 2, "expert": 2}
 
 
-def test_codes_travel_and_no_product_meets_every_expert():
+def test_codes_are_sent_and_no_product_covers_all_experts():
     config = resolve(
         {
             "data": {"max_length": LENGTH},

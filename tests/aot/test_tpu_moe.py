@@ -1,4 +1,4 @@
-"""A mixture of experts compiled for a TPU: grouped kernels, and no product of every expert."""
+"""A mixture of experts compiled for a TPU uses grouped kernels and no product over all experts."""
 
 import re
 
@@ -66,7 +66,7 @@ def assert_grouped(step, experts):
     assert not products(step, experts)
 
 
-def test_each_row_of_a_lora_step_meets_one_expert():
+def test_each_row_of_a_lora_step_is_multiplied_by_one_expert():
     method = Lora(8, 16.0, targets=("all-linear",))
     few, many = compiled(16, method), compiled(61, method)
     assert_grouped(many, 61)
@@ -75,5 +75,5 @@ def test_each_row_of_a_lora_step_meets_one_expert():
     assert flops[1] < 1.5 * flops[0]
 
 
-def test_so_it_does_where_the_experts_are_trained():
+def test_grouped_kernels_are_used_for_trained_experts_too():
     assert_grouped(compiled(61, Full()), 61)

@@ -1,4 +1,4 @@
-"""Files that torch would not write: made by hand, or by chance from one that it did."""
+"""Files that torch would not write: handmade ones, and random corruptions of valid ones."""
 
 import io
 import pickletools

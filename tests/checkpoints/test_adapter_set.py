@@ -1,4 +1,4 @@
-"""Adapters are switched, weighted and combined by name; the base stays bit for bit as it was."""
+"""Adapters are switched, weighted and combined by name; the base is unchanged bit for bit."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def same(ours, theirs):
     return np.abs(np.asarray(ours) - theirs).max() <= LOGITS * np.abs(theirs).max()
 
 
-def test_each_is_switched_on_and_off_and_the_base_stays_bit_for_bit(model, plain, theirs):
+def test_each_adapter_is_switched_on_and_off_and_the_base_is_unchanged(model, plain, theirs):
     assert model.adapters == ("law", "chat", "head", "scales")
     base = np.asarray(plain.logits(TOKENS))
     assert np.array_equal(model.use(None).logits(TOKENS), base)
@@ -90,7 +90,7 @@ def test_each_is_switched_on_and_off_and_the_base_stays_bit_for_bit(model, plain
 
 
 @pytest.mark.parametrize("method", ["linear", "cat", "ties"])
-def test_a_combination_answers_as_that_of_peft(method, model, tiny, directories):
+def test_a_combination_generates_like_pefts(method, model, tiny, directories):
     weights = {"law": 0.7, "chat": 0.3}
     reference = PeftModel.from_pretrained(base_model(tiny("llama")), directories["law"], "law")
     reference.load_adapter(directories["chat"], "chat")
@@ -111,7 +111,7 @@ def test_a_combination_generates_and_merges(model, tmp_path):
     assert model.generate_tokens(prompts, 4, greedy) == merged.generate_tokens(prompts, 4, greedy)
 
 
-def test_one_adapter_may_be_turned_off_as_well(tiny, directories, plain, theirs):
+def test_a_single_adapter_can_be_switched_off(tiny, directories, plain, theirs):
     model = jaxtune.load(tiny("llama"), directories["law"], dtype="float32", progress=False)
     assert same(model.logits(TOKENS), theirs["law"])
     assert np.array_equal(model.use(None).logits(TOKENS), plain.logits(TOKENS))
@@ -128,7 +128,7 @@ def test_over_a_quantized_base_the_codes_stay(tiny, directories):
     assert np.array_equal(model.use(None).logits(TOKENS), base)
 
 
-def test_what_cannot_be_used_is_refused_in_one_line(model, plain, tiny, directories):
+def test_an_unusable_choice_is_rejected_in_one_line(model, plain, tiny, directories):
     for choice, message in (
         ("lwa", 'adapter="lwa" is unknown; did you mean "law"'),
         ({"law": 1.0, "scales": 1.0}, 'adapter "scales" is IA3: only LoRA adapters'),
@@ -138,5 +138,5 @@ def test_what_cannot_be_used_is_refused_in_one_line(model, plain, tiny, director
             model.use(choice)
     with pytest.raises(jaxtune.JaxtuneError, match="without adapters"):
         jaxtune.load(tiny("llama"), progress=False).use({})
-    with pytest.raises(jaxtune.JaxtuneError, match="name them all in adapters"):
+    with pytest.raises(jaxtune.JaxtuneError, match="pass all of them in adapters"):
         jaxtune.load(tiny("llama"), directories["law"], adapters=directories, progress=False)

@@ -1,4 +1,4 @@
-"""A directory is there whole or not at all. Run as a program, this file is the writer that dies."""
+"""A directory appears only when complete. Run as a program, this file is the writer that dies."""
 
 import os
 import signal
@@ -34,7 +34,7 @@ def test_an_error_inside_leaves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["directory", "file"])
-def test_what_exists_is_refused_before_the_work(tmp_path, what):
+def test_an_existing_output_is_rejected_before_the_work(tmp_path, what):
     target = tmp_path / "a"
     if what == "directory":
         target.mkdir()
@@ -46,7 +46,7 @@ def test_what_exists_is_refused_before_the_work(tmp_path, what):
     assert names(tmp_path) == ["a"]
 
 
-def test_an_empty_directory_is_taken(tmp_path):
+def test_an_empty_directory_is_accepted(tmp_path):
     (tmp_path / "a").mkdir()
     with new_directory(tmp_path / "a") as scratch:
         (scratch / "file").touch()
@@ -54,7 +54,7 @@ def test_an_empty_directory_is_taken(tmp_path):
     assert names(tmp_path / "a") == ["file"]
 
 
-def test_the_working_directory_may_be_named_by_a_dot(tmp_path, monkeypatch):
+def test_the_working_directory_may_be_a_dot(tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     monkeypatch.chdir(tmp_path / "a")
     with new_directory(".") as scratch:
@@ -71,7 +71,7 @@ def test_a_link_to_a_directory_stays_a_link(tmp_path):
     assert names(tmp_path / "real") == ["file"]
 
 
-def test_replacing_takes_out_what_was_there(tmp_path):
+def test_replacing_removes_the_old_content(tmp_path):
     for content in ("old", "new"):
         with new_directory(tmp_path / "a", replace=True) as scratch:
             (scratch / content).touch()
@@ -87,7 +87,7 @@ def test_replacing_keeps_what_was_there_when_the_block_fails(tmp_path):
     assert names(tmp_path / "a") == ["old"]
 
 
-def test_a_place_that_cannot_be_is_one_line(tmp_path):
+def test_an_impossible_location_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     with (
         pytest.raises(JaxtuneError, match="file/a: ") as raised,

@@ -1,4 +1,4 @@
-"""Embedding and head: tied or not as the files say, and with room for more tokens."""
+"""Embedding and head: tied as the files have them, untied on request, and enlarged."""
 
 import json
 import shutil
@@ -52,12 +52,12 @@ def warnings_of_jaxtune(caplog):
     return [record.getMessage() for record in found if record.name.startswith("jaxtune")]
 
 
-def test_a_head_of_its_own_is_used_whatever_config_json_says(tied, tmp_path, caplog):
+def test_a_separate_head_is_used_even_if_config_json_ties_it(tied, tmp_path, caplog):
     directory = tied(other_head)
     theirs = torch_logits(load_torch(directory), TOKENS)
     model = jaxtune.load(directory, dtype="float32", progress=False)
     (warning,) = warnings_of_jaxtune(caplog)
-    assert "lm_head.weight of its own" in warning
+    assert "another lm_head.weight" in warning
     assert_same_logits(model.logits(TOKENS), theirs)
     # Every export says what it holds, and a plan sees what a run sees.
     saved = model.save_pretrained(tmp_path / "saved")
@@ -89,7 +89,7 @@ def test_the_head_alone_is_the_embedding_as_well(tied):
     assert_same_logits(ours, torch_logits(load_torch(directory), TOKENS))
 
 
-def test_layers_beyond_those_of_config_json_are_told(tiny, tmp_path, caplog):
+def test_layers_beyond_num_hidden_layers_are_logged(tiny, tmp_path, caplog):
     directory = shutil.copytree(tiny("llama"), tmp_path / "model")
     config = written_config(directory) | {"num_hidden_layers": 2}
     (directory / "config.json").write_text(json.dumps(config))
@@ -103,7 +103,7 @@ def test_a_missing_head_is_named_with_the_key_that_ties_it(tied):
     directory = tied(lambda tensors: None)
     config = written_config(directory) | {"tie_word_embeddings": False}
     (directory / "config.json").write_text(json.dumps(config))
-    with pytest.raises(JaxtuneError, match=r'lm_head.weight; .*"tie_word_embeddings" has to be'):
+    with pytest.raises(JaxtuneError, match=r'lm_head.weight; .*set "tie_word_embeddings"'):
         jaxtune.load(directory, progress=False)
 
 
@@ -126,15 +126,15 @@ def test_convert_unties_and_enlarges(tiny, tmp_path, capsys):
     assert_same_logits(ours.logits(TOKENS + 8), torch_logits(model, TOKENS + 8))
 
 
-def test_a_vocabulary_only_grows(tiny, tmp_path):
-    with pytest.raises(JaxtuneError, match=r"of 100 is smaller .* has 160 tokens"):
+def test_a_vocabulary_can_only_be_enlarged(tiny, tmp_path):
+    with pytest.raises(JaxtuneError, match=r"of 100 tokens is smaller .* 160"):
         jaxtune.convert(tiny("qwen2"), tmp_path / "out", vocab_size=100)
     assert not (tmp_path / "out").exists()
 
 
 def test_only_a_whole_vocabulary_grows(tied, tmp_path):
     directory = tied(lambda tensors: tensors.update({HEAD: tensors[EMBEDDING][:50].clone()}))
-    with pytest.raises(JaxtuneError, match=r"has 160 rows, and lm_head.weight is for 50 tokens"):
+    with pytest.raises(JaxtuneError, match=r"has 160 rows, but lm_head.weight is for 50 tokens"):
         jaxtune.convert(directory, tmp_path / "out", vocab_size=170)
     tensors = load_file(directory / "model.safetensors")
     del tensors[HEAD]
@@ -145,7 +145,7 @@ def test_only_a_whole_vocabulary_grows(tied, tmp_path):
         jaxtune.convert(directory, tmp_path / "out", vocab_size=170)
 
 
-def test_what_is_no_array_of_ids_or_no_way_to_sample_is_refused(tiny):
+def test_invalid_ids_and_sampling_options_are_rejected(tiny):
     model = jaxtune.load(tiny("llama"), dtype="float32", progress=False)
     for tokens, options, message in (
         ([[1, 2], [3]], {}, "tokens: token ids must form an array"),
@@ -165,14 +165,14 @@ def test_what_is_no_array_of_ids_or_no_way_to_sample_is_refused(tiny):
     ):
         with pytest.raises(JaxtuneError, match=message):
             model.generate_tokens(prompts, 1, sampling)
-    with pytest.raises(JaxtuneError, match="put the one prompt into a list"):
+    with pytest.raises(JaxtuneError, match="put a single prompt into a list"):
         model.generate(np.array([1, 2]))
     rows = [[1, 2], [3, 4]]
     expected = model.generate_tokens(rows, 2, Sampling())
     assert model.generate_tokens(np.array(rows), 2, Sampling()) == expected
 
 
-def test_ids_that_the_model_does_not_have_are_refused(tiny, tmp_path):
+def test_ids_outside_the_vocabulary_are_rejected(tiny, tmp_path):
     model = jaxtune.load(tiny("llama"), dtype="float32", progress=False)
     sampling = {"max_new_tokens": 2}
     for token, advice in ((160, "; `jaxtune convert --vocab-size N`"), (-1, "$")):

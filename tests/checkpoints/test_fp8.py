@@ -1,4 +1,4 @@
-"""Block-scaled fp8: what it stands for, what is refused, and a whole checkpoint that holds it."""
+"""Block-scaled fp8: values, rejected files, and a complete checkpoint."""
 
 from __future__ import annotations
 
@@ -188,14 +188,14 @@ def integer_scale(tensors):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (without_scale, f'"{WEIGHT}" is fp8 and has no "{WEIGHT}_scale_inv"'),
+        (without_scale, f'"{WEIGHT}" is fp8 but has no "{WEIGHT}_scale_inv"'),
         (scale_of_another_shape, f'"{WEIGHT}_scale_inv" is float32 [2, 2], not float32 [2, 3]'),
-        (scale_without_weight, f'{WEIGHT} is stored as fp8 and has no "{WEIGHT}"'),
+        (scale_without_weight, f'{WEIGHT} is stored as fp8 but has no "{WEIGHT}"'),
         (scale_of_a_plain_weight, f'"{WEIGHT}" is bfloat16 [36, 64], not float8_e4m3fn [36, 64]'),
         (integer_scale, f'"{WEIGHT}_scale_inv" is int32 [2, 3], not float32 [2, 3]'),
     ],
 )
-def test_what_does_not_fit_is_one_line(checkpoints, tmp_path, spoil, message):
+def test_tensors_that_do_not_match_are_one_line(checkpoints, tmp_path, spoil, message):
     shutil.copytree(checkpoints / "fp8", tmp_path / "spoilt")
     tensors = load_file(tmp_path / "spoilt" / "model.safetensors")
     spoil(tensors)

@@ -1,4 +1,4 @@
-"""What is fetched of a repository: the hub's own client asks a server of a few files here."""
+"""Files downloaded from a repository, through the hub's client against a small local server."""
 
 import json
 import os

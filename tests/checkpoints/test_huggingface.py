@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints both ways. Run as a program, this file is the save that is cut short."""
+"""Hugging Face checkpoints, read and written. As a program, this file is a save that is killed."""
 
 import json
 import os
@@ -104,7 +104,7 @@ class TestRoundTrip:
             ("bfloat16", "float32", "float32"),
         ],
     )
-    def test_the_config_keeps_every_key_and_tells_the_dtype(self, copy, held, written, expected):
+    def test_the_config_keeps_every_key_and_has_the_dtype(self, copy, held, written, expected):
         directory = copy(torch_dtype="float16", dtype="float16", my_key={"kept": [1, None]})
         model = jaxtune.load(directory, dtype=held, progress=False)
         ours = model.save_pretrained(directory.parent / "out", dtype=written)
@@ -132,7 +132,7 @@ class TestRoundTrip:
             assert torch.equal(ours[name], value.bfloat16()), name
 
     @pytest.mark.parametrize("wide", [0, 1])
-    def test_layers_of_other_dtypes_keep_every_bit(self, tiny, tmp_path, wide):
+    def test_layers_with_different_dtypes_keep_every_bit(self, tiny, tmp_path, wide):
         """As some tools leave a few layers in more bits than the others."""
         directory = shutil.copytree(tiny("llama", intermediate_size=512), tmp_path / "model")
         tensors = load_file(directory / "model.safetensors")
@@ -143,7 +143,7 @@ class TestRoundTrip:
         for name, value in load_file(held / "model.safetensors").items():
             assert torch.equal(value, tensors[name].float()), name
 
-    def test_the_tokenizer_and_the_generation_config_come_along(self, copy):
+    def test_the_tokenizer_and_the_generation_config_are_exported(self, copy):
         directory = copy()
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         backend = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
@@ -192,7 +192,7 @@ class TestTensors:
         save_file(values, directory / "model.safetensors")
         return directory
 
-    def test_a_missing_tensor_is_named_beside_the_one_that_looks_like_it(self, copy):
+    def test_a_missing_tensor_is_named_with_the_closest_extra_one(self, copy):
         def rename(values):
             values["model.layers.1.mlp.upproj.weight"] = values.pop(
                 "model.layers.1.mlp.up_proj.weight"
@@ -225,7 +225,7 @@ class TestTensors:
             f"[96, 64] ({directory / 'model.safetensors'})"
         )
 
-    def test_integers_are_no_weights(self, copy):
+    def test_integer_tensors_are_not_weights(self, copy):
         def quantize(values):
             values["model.norm.weight"] = torch.ones(64, dtype=torch.int8)
 
@@ -233,7 +233,7 @@ class TestTensors:
             self.edit(copy(), quantize)
         )
 
-    def test_a_name_from_elsewhere_does_not_break_the_line(self, copy):
+    def test_an_untrusted_name_does_not_break_the_line(self, copy):
         def add(values):
             values["evil\n\x1b[31m"] = torch.ones(1)
             values["long" * 1000] = torch.ones(1)
@@ -268,12 +268,12 @@ class TestFiles:
         directory = sharded()
         cut = sorted(directory.glob("model-*.safetensors"))[1]
         os.truncate(cut, cut.stat().st_size - 1)
-        assert refusal(directory).startswith(f"{cut}: not a whole safetensors file")
+        assert refusal(directory).startswith(f"{cut}: not a valid safetensors file")
 
     def test_a_tensor_in_two_shards(self, sharded):
         directory = sharded(again="more.safetensors")
         save_file({"model.norm.weight": torch.ones(64)}, directory / "more.safetensors")
-        assert 'tensor "model.norm.weight" is in another file as well' in refusal(directory)
+        assert 'tensor "model.norm.weight" is also in another file' in refusal(directory)
 
     @pytest.mark.parametrize(
         "name",
@@ -282,7 +282,7 @@ class TestFiles:
     def test_an_index_may_only_name_files_beside_it(self, sharded, name, tmp_path):
         save_file({"evil": torch.ones(1)}, tmp_path / "x.safetensors")
         directory = sharded(evil=name)
-        assert refusal(directory).startswith(f"{directory / INDEX}: refuses the file name ")
+        assert refusal(directory).startswith(f"{directory / INDEX}: the file name ")
 
     @pytest.mark.parametrize(
         ("content", "message"),
@@ -332,13 +332,13 @@ class TestPlace:
     @pytest.mark.parametrize(
         "path", ["./nowhere", "/nowhere/at/all", "a/b/c", "model.gguf", "~/no"]
     )
-    def test_a_path_that_is_not_there(self, path):
+    def test_a_missing_path(self, path):
         assert refusal(path) == f"{path}: no such file or directory"
 
-    def test_no_path(self):
+    def test_an_empty_path(self):
         assert "model.path is empty" in refusal("")
 
-    def test_a_file_that_is_no_model(self, tmp_path):
+    def test_a_file_that_is_not_a_model(self, tmp_path):
         (tmp_path / "weights.bin").touch()
         assert "neither a Hugging Face directory nor a .gguf file" in refusal(
             tmp_path / "weights.bin"
@@ -346,7 +346,7 @@ class TestPlace:
 
     @pytest.mark.slow
     @pytest.mark.parametrize("offline", ["HF_HUB_OFFLINE", "HF_ENDPOINT"])
-    def test_a_hub_out_of_reach_is_one_line_and_no_long_wait(self, tmp_path, offline):
+    def test_an_unreachable_hub_fails_quickly_with_one_line(self, tmp_path, offline):
         """In a process of its own: the hub's client reads its environment when it is imported."""
         value = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}[offline]
         program = "import sys, jaxtune; jaxtune.load(sys.argv[1])"
@@ -367,7 +367,7 @@ class TestPlace:
 
 
 class TestSaving:
-    def test_a_directory_with_something_in_it_is_refused(self, tiny, tmp_path):
+    def test_a_directory_that_is_not_empty_is_rejected(self, tiny, tmp_path):
         (tmp_path / "mine").touch()
         model = jaxtune.load(tiny("llama"), progress=False)
         with pytest.raises(JaxtuneError, match="already exists"):

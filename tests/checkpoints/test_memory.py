@@ -1,4 +1,4 @@
-"""Host memory of loading and saving. Run as a program, this file is the process that is measured.
+"""Host memory of loading and saving. Run as a program, this file is the measured process.
 
 Anonymous memory is what counts: pages of a mapped file can be dropped at any time.
 """

@@ -1,4 +1,4 @@
-"""Adapters merged into quantized weights: what is written and reported, and what stays as it is."""
+"""Merging into quantized weights: the result, the report, and unchanged weights."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def weights(model):
 
 
 @pytest.mark.parametrize(("name", "form"), CASES)
-def test_what_is_merged_is_written_and_the_base_stays_as_it_is(name, form, tiny, tmp_path):
+def test_merged_weights_are_written_and_the_base_is_unchanged(name, form, tiny, tmp_path):
     directory = checkpoint(tiny, name)
     model = open_model(directory, METHODS[name], form)
     before = as_bytes(model.base)
@@ -145,7 +145,7 @@ def squares(value):
 @pytest.mark.parametrize(
     "form", ["nf4", *(pytest.param(f, marks=pytest.mark.slow) for f in ("int4", "int8", "fp8"))]
 )
-def test_the_report_is_what_the_files_say(form, tiny, tmp_path):
+def test_the_report_agrees_with_the_files(form, tiny, tmp_path):
     """Every number from tensors on disk, in float64."""
     directory = tiny("llama")
     model = open_model(directory, METHODS["lora"], form)
@@ -180,7 +180,7 @@ def assert_measures(row, terms):
         assert row[key] == pytest.approx(value, rel=1e-4), (key, row)
 
 
-def test_a_small_edit_survives_on_the_checkpoint_and_not_on_the_rounded_base(
+def test_a_small_edit_survives_if_added_to_the_checkpoint_but_not_to_the_rounded_base(
     tiny, tmp_path, caplog
 ):
     """An edit of a hundredth of a weight is far less than a step of 4 bits."""
@@ -236,7 +236,7 @@ def test_a_value_that_is_not_finite_is_named_and_nothing_is_written(tiny, tmp_pa
     ],
     ids=["plain", "virtual tokens", "bottleneck"],
 )
-def test_what_cannot_be_merged_is_refused_before_anything_is_loaded(settings, message, tmp_path):
+def test_methods_that_cannot_merge_are_rejected_before_loading(settings, message, tmp_path):
     with RunDirectory(tmp_path / "run").start(resolve(settings)):
         pass
     with pytest.raises(jaxtune.JaxtuneError, match=message):

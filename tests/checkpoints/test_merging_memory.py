@@ -1,4 +1,4 @@
-"""Host memory of merging into quantized weights: this file is the program that is measured."""
+"""Host memory of merging into quantized weights; this file is also the measured program."""
 
 import sys
 import tempfile

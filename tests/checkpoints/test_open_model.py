@@ -1,4 +1,4 @@
-"""Opening a model reads headers and config.json at once, and the tokenizer when it is needed."""
+"""Opening a model reads headers and config.json; the tokenizer is read on first use."""
 
 import pytest
 

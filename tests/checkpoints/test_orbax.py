@@ -1,4 +1,4 @@
-"""Checkpoints under real faults. Run as a program, this file is the process that gets hurt."""
+"""Checkpoints under real faults. Run as a program, this file is the process that is killed."""
 
 import json
 import logging
@@ -152,7 +152,7 @@ def test_restoring_a_damaged_step_by_number_is_refused(tmp_path):
         Checkpoints(tmp_path).restore(1, like(state()))
 
 
-def test_no_checkpoint_is_none(tmp_path):
+def test_without_a_checkpoint_the_result_is_none(tmp_path):
     (tmp_path / "notes.txt").write_text("not a step")
     (tmp_path / "quarantine").mkdir()
     assert Checkpoints(tmp_path).latest_verified() is None
@@ -206,7 +206,7 @@ def interrupt_in_a_save(process, directory):
     raise TimeoutError
 
 
-def test_a_kill_in_the_middle_of_a_save_leaves_the_step_before(tmp_path):
+def test_a_kill_during_a_save_leaves_the_previous_step(tmp_path):
     process = start("forever", tmp_path)
     try:
         interrupt_in_a_save(process, tmp_path)
@@ -250,7 +250,7 @@ def save_until_error(directory):
         print(json.dumps({"error": str(error), "names": names, "latest": latest, "failed": step}))
 
 
-def test_a_full_disk_is_one_clear_error_and_costs_no_older_step(tmp_path):
+def test_a_full_disk_is_one_clear_error_and_keeps_older_steps(tmp_path):
     wrapper = small_disk(tmp_path, "3m")
     if wrapper is None:
         pytest.skip("needs the right to mount a tmpfs in a namespace of its own")
@@ -281,7 +281,7 @@ def fail_to_write(directory):
     print(json.dumps(told))
 
 
-def test_another_write_error_passes_unchanged_and_is_told_once(tmp_path):
+def test_another_write_error_passes_unchanged_and_is_reported_once(tmp_path):
     output, errors = start("fail", tmp_path).communicate(timeout=120)
     assert output, errors
     result = json.loads(output.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""Quantized checkpoints on disk: they come back bit for bit, and what is wrong is named."""
+"""Quantized checkpoints on disk: round trips bit for bit, and errors that name the tensor."""
 
 import dataclasses
 import json
@@ -75,7 +75,7 @@ def assert_same(tree, other):
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
-def test_a_quantized_model_comes_back_bit_for_bit(tiny, tmp_path, form, monkeypatch):
+def test_a_quantized_model_round_trips_bit_for_bit(tiny, tmp_path, form, monkeypatch):
     definition, tree = load(tiny("deepseek_v3", **MOE), Quantization(form), "bfloat16")
     huggingface.save(tmp_path / "q", definition, tree, quantized=True, shard_bytes=40_000)
     assert (tmp_path / "q" / "model.safetensors.index.json").is_file()
@@ -92,7 +92,7 @@ def test_a_quantized_model_comes_back_bit_for_bit(tiny, tmp_path, form, monkeypa
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
-def test_it_reads_as_its_dequantized_weights(tiny, tmp_path, form, monkeypatch):
+def test_a_quantized_checkpoint_reads_as_its_dequantized_weights(tiny, tmp_path, form, monkeypatch):
     definition, tree = load(tiny("deepseek_v3", **MOE), Quantization(form))
     directory = huggingface.save(tmp_path / "q", definition, tree, quantized=True)
     source = huggingface.open_source(directory)
@@ -158,7 +158,7 @@ def test_each_tensor_is_read_once_while_converting(tiny, tmp_path, monkeypatch):
     assert sorted(reads) == sorted(source.names())
 
 
-def test_what_is_left_plain_stays_plain_and_is_named_for_other_tools(tiny, tmp_path):
+def test_plain_modules_stay_plain_and_are_listed_for_other_tools(tiny, tmp_path):
     settings = {"format": "nf4", "modules": ("mlp.up_proj", "mlp.down_proj")}
     model = jaxtune.load(tiny("qwen2"), quantize=settings, dtype="float32", progress=False)
     model.save_pretrained(tmp_path / "q", quantized=True)
@@ -176,7 +176,7 @@ def test_what_is_left_plain_stays_plain_and_is_named_for_other_tools(tiny, tmp_p
     assert np.array_equal(down, jax.jit(lambda w: w.dequantize(jnp.float32))(stored))
 
 
-def test_reading_a_quantized_checkpoint_as_plain_is_said(tiny, tmp_path, caplog):
+def test_reading_a_quantized_checkpoint_as_plain_is_logged(tiny, tmp_path, caplog):
     jaxtune.convert(tiny("llama"), tmp_path / "q", "int8", progress=False)
     with caplog.at_level(logging.INFO, "jaxtune"):
         jaxtune.load(tmp_path / "q", progress=False)
@@ -198,7 +198,7 @@ def test_int4_words_hold_eight_codes_the_first_lowest(tiny, tmp_path):
         assert abs((code - 8) * scale[row, 0] - plain[row, column]) <= abs(scale[row, 0])
 
 
-def test_scales_of_more_bits_than_ours_are_not_kept_but_rounded_anew(tiny, tmp_path):
+def test_scales_of_higher_precision_are_requantized(tiny, tmp_path):
     jaxtune.convert(tiny("llama"), tmp_path / "q", "int4", "float32", progress=False)
 
     def widen(tensors):
@@ -215,7 +215,7 @@ def test_scales_of_more_bits_than_ours_are_not_kept_but_rounded_anew(tiny, tmp_p
 
 def test_a_plain_model_is_not_written_quantized(tiny, tmp_path):
     plain = jaxtune.load(tiny("llama"), progress=False)
-    with pytest.raises(JaxtuneError, match="nothing in this model is"):
+    with pytest.raises(JaxtuneError, match="the model has no quantized weights"):
         plain.save_pretrained(tmp_path / "q", quantized=True)
     assert not (tmp_path / "q").exists()
 
@@ -279,8 +279,8 @@ def altered(table):
 
 FAULTS = {
     "nf4": [
-        (without(NAME + ".absmax"), f'is stored as nf4 and has no "{NAME}.absmax"'),
-        (without(NAME), f'is stored as nf4 and has no "{NAME}"'),
+        (without(NAME + ".absmax"), f'is stored as nf4 but has no "{NAME}.absmax"'),
+        (without(NAME), f'is stored as nf4 but has no "{NAME}"'),
         (without(NAME + ".nested_quant_map"), f'has no "{NAME}.nested_quant_map"'),
         (without(STATE), f'has no "{STATE}"'),
         (added(NAME + ".surplus"), f"not in the architecture: {NAME}.surplus"),
@@ -291,10 +291,10 @@ FAULTS = {
         (state(nested_offset=None), f'"{STATE}" has nested_offset=None, not a number'),
         (state(shape=[64, 128]), f'"{NAME}.absmax" is uint8 [64], not uint8 [128]'),
         (replaced(STATE, lambda _: np.uint8([123])), f'"{STATE}" is not valid JSON'),
-        (replaced(NAME + ".quant_map", altered), f'"{NAME}.quant_map" has 2.0 at 15, where'),
+        (replaced(NAME + ".quant_map", altered), f'"{NAME}.quant_map" has 2.0 at 15, but'),
         (
             replaced(NAME + ".nested_quant_map", altered),
-            "has 2.0 at 255, where this format has 1.0",
+            "has 2.0 at 255, but this format has 1.0",
         ),
         (
             replaced(NAME, lambda codes: codes[1:]),
@@ -302,7 +302,7 @@ FAULTS = {
         ),
     ],
     "int8": [
-        (without(NAME[:-6] + "SCB"), f'is stored as int8 and has no "{NAME[:-6]}SCB"'),
+        (without(NAME[:-6] + "SCB"), f'is stored as int8 but has no "{NAME[:-6]}SCB"'),
         (
             replaced(NAME[:-6] + "SCB", lambda scale: scale[1:]),
             f'"{NAME[:-6]}SCB" is float32 [63], not float32 [64]',
@@ -311,11 +311,11 @@ FAULTS = {
             replaced(NAME[:-6] + "weight_format", lambda order: np.full_like(order, 2)),
             f'"{NAME[:-6]}weight_format" is 2; only 0',
         ),
-        (replaced(NAME, lambda codes: codes.reshape(-1)), f'"{NAME}" is [4096], and a weight'),
+        (replaced(NAME, lambda codes: codes.reshape(-1)), f'"{NAME}" has shape [4096], not'),
     ],
     "int4": [
-        (without(NAME + "_scale"), f'is stored as int4 and has no "{NAME}_scale"'),
-        (added(NAME), f"{NAME} is plain, and stored as int4 as well"),
+        (without(NAME + "_scale"), f'is stored as int4 but has no "{NAME}_scale"'),
+        (added(NAME), f"{NAME} is stored both plain and as int4"),
         (added(NAME + "_zero_point"), f"not in the architecture: {NAME}_zero_point"),
         (
             replaced(NAME + "_packed", lambda words: words[:, 1:].copy()),
@@ -328,7 +328,7 @@ FAULTS = {
         (replaced(NAME + "_shape", lambda shape: shape * 0), "is [0, 0], not two positive numbers"),
     ],
     "fp8": [
-        (without(NAME + "_scale_inv"), f'"{NAME}" is fp8 and has no "{NAME}_scale_inv"'),
+        (without(NAME + "_scale_inv"), f'"{NAME}" is fp8 but has no "{NAME}_scale_inv"'),
         (
             replaced(NAME + "_scale_inv", lambda scale: scale.astype(ml_dtypes.bfloat16)),
             f'"{NAME}_scale_inv" is bfloat16 [',
@@ -342,7 +342,7 @@ FAULTS = {
     [(form, *fault) for form, faults in FAULTS.items() for fault in faults],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_does_not_belong_together_is_named_in_one_line(tiny, tmp_path, form, change, message):
+def test_inconsistent_tensors_are_named_in_one_line(tiny, tmp_path, form, change, message):
     jaxtune.convert(tiny("llama"), tmp_path / "q", form, "float32", progress=False)
     rewrite(tmp_path / "q", change)
     with pytest.raises(JaxtuneError) as raised:

@@ -1,4 +1,4 @@
-"""Adapter directories: written whole, and refused in one line where they do not fit."""
+"""Adapter directories: written completely, and rejected in one line if they do not fit."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ def adapter(peft_made, tmp_path):
     return tmp_path / "adapter"
 
 
-def test_what_peft_wrote_is_written_again_bit_for_bit(peft_made, tmp_path):
+def test_adapters_of_peft_are_written_back_bit_for_bit(peft_made, tmp_path):
     write_adapter(tmp_path / "out", read_adapter(peft_made))
     before = load_file(peft_made / "adapter_model.safetensors")
     after = load_file(tmp_path / "out" / "adapter_model.safetensors")
@@ -70,14 +70,14 @@ def refusal(base, adapter):
     return str(raised.value)
 
 
-def test_no_such_adapter(tiny, tmp_path):
+def test_an_unknown_adapter(tiny, tmp_path):
     assert refusal(tiny("llama"), tmp_path / "no").endswith("no/adapter_config.json: no such file")
 
 
 def test_weights_that_are_not_there_or_cut(tiny, adapter):
     path = adapter / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    assert refusal(tiny("llama"), adapter).startswith(f"{path}: not a whole safetensors file")
+    assert refusal(tiny("llama"), adapter).startswith(f"{path}: not a valid safetensors file")
     path.unlink()
     assert refusal(tiny("llama"), adapter) == f"{path}: no such file, nor adapter_model.bin"
 
@@ -140,7 +140,7 @@ def test_weights_that_are_not_there_or_cut(tiny, adapter):
         ({"target_parameters": True}, 'adapter_config.json: "target_parameters"=True is not a'),
     ],
 )
-def test_a_setting_that_would_be_dropped_or_is_no_setting(tiny, adapter, changes, message):
+def test_an_unsupported_or_invalid_setting_is_rejected_by_name(tiny, adapter, changes, message):
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     assert refusal(tiny("llama"), adapter).startswith(message)

@@ -156,7 +156,7 @@ def test_an_fp8_checkpoint_stays_as_it_is_on_disk(tiny, tmp_path):
     assert np.abs(ours - wide).max() <= 1e-5 * np.abs(wide).max()
 
 
-def test_an_fp8_checkpoint_becomes_nf4_as_its_values_would(tiny, tmp_path):
+def test_an_fp8_checkpoint_is_quantized_to_nf4_from_its_values(tiny, tmp_path):
     write_fp8(tmp_path / "fp8", tiny, (16, 32))
     model = jaxtune.load(tmp_path / "fp8", dtype="float32", progress=False)
     model.save_pretrained(tmp_path / "wide")
@@ -186,7 +186,7 @@ def test_saving_writes_the_dequantized_weights(tiny, tmp_path, form):
     assert checked or form == Int4(symmetric=False)
 
 
-def test_the_head_is_quantized_when_asked(tiny):
+def test_the_head_is_quantized_on_request(tiny):
     settings = {"format": "int8", "modules": ("all-linear", "lm_head")}
     model = jaxtune.load(tiny("llama"), quantize=settings, dtype="float32", progress=False)
     assert isinstance(model.base["lm_head"]["weight"], QuantizedWeight)
@@ -205,7 +205,7 @@ def test_the_head_is_quantized_when_asked(tiny):
         ),
         (
             {"format": "int8", "modules": (r".*layers\.0\.self_attn\.q_proj",)},
-            "quantize.modules: has model.layers.0.self_attn.q_proj and not model.layers.1",
+            "quantize.modules: selects model.layers.0.self_attn.q_proj but not model.layers.1",
         ),
     ],
 )

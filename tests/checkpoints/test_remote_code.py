@@ -1,4 +1,4 @@
-"""Checkpoints that name Python files: exports hold what they name, and nothing is run here."""
+"""Checkpoints with auto_map: exports copy the code they reference, and nothing is run."""
 
 import json
 import shutil
@@ -122,7 +122,7 @@ def test_a_link_out_of_the_checkpoint_is_not_copied(named, tmp_path, caplog):
     (directory / "tokenization_own.py").symlink_to(secret)
     out = jaxtune.convert(directory, tmp_path / "out", progress=False)
     assert not (out / "tokenization_own.py").exists()
-    assert "AutoTokenizer names Python files that are not in the checkpoint" in caplog.text
+    assert "AutoTokenizer is left out: its Python files are not in" in caplog.text
     assert (out / "modeling_own.py").is_file()
 
 

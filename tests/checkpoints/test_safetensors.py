@@ -1,4 +1,4 @@
-"""Safetensors files: what other tools wrote is read bit for bit, broken ones are refused."""
+"""Safetensors files: those of other tools are read bit for bit, damaged ones are rejected."""
 
 import json
 import struct
@@ -118,12 +118,12 @@ def test_a_broken_file_is_refused_in_one_line_that_names_it(tmp_path, fault):
     path.write_bytes(content if whole else struct.pack("<Q", len(content)) + content + bytes(64))
     with pytest.raises(JaxtuneError) as raised:
         SafetensorsFile(path)
-    assert str(raised.value).startswith(f"{path}: not a whole safetensors file: ")
+    assert str(raised.value).startswith(f"{path}: not a valid safetensors file: ")
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("path", ["missing.safetensors", "."])
-def test_a_file_that_is_not_there(tmp_path, path):
+def test_a_missing_file(tmp_path, path):
     with pytest.raises(JaxtuneError, match="no such file"):
         SafetensorsFile(tmp_path / path)
 
@@ -132,7 +132,7 @@ def test_a_dtype_that_is_not_read_names_the_tensor(tmp_path):
     header = header_of(packed=tensor(0, 64, dtype="F4", shape=[128]))
     path = tmp_path / "f"
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(64))
-    with pytest.raises(JaxtuneError, match='f: tensor "packed" has dtype F4, which is not read'):
+    with pytest.raises(JaxtuneError, match='f: tensor "packed" has the unsupported dtype F4'):
         read_all(path)
 
 

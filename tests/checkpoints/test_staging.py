@@ -1,4 +1,4 @@
-"""Which tensors, and which rows of them, come when a stack is filled."""
+"""Tensors, and rows of them, that are read when a stack is filled."""
 
 import itertools
 
@@ -13,7 +13,7 @@ from jaxtune.quant.int8 import Int8
 from jaxtune.quant.nf4 import NormalFloat4
 
 
-def test_each_tensor_of_a_stack_is_brought_once_and_to_its_own_share():
+def test_each_tensor_of_a_stack_is_placed_once_in_its_own_share():
     layers, experts, shares = 3, 8, 4
     rounds = Rounds((layers, experts), (1, shares))
     found = {
@@ -28,13 +28,13 @@ def test_each_tensor_of_a_stack_is_brought_once_and_to_its_own_share():
     }
 
 
-def test_what_is_no_stack_comes_in_one_round():
+def test_an_unstacked_array_takes_one_round():
     rounds = Rounds((), ())
     assert list(rounds.places()) == [()] and len(rounds) == 1 and rounds.index((), ()) == 0
 
 
 @pytest.mark.parametrize("form", [Int4(32), Int4(0), Int4(64, False), Int8(), NormalFloat4(False)])
-def test_rows_alone_have_the_codes_that_they_have_among_others(form):
+def test_rows_encoded_separately_have_the_same_codes(form):
     weight = np.random.default_rng(0).normal(size=(300, 192)).astype(np.float32)
     whole = encode_rows(weight.__getitem__, weight.shape, form, "weight")
     rows = encode_rows(weight.__getitem__, weight.shape, form, "weight", slice(75, 225))

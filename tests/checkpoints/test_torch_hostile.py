@@ -1,4 +1,4 @@
-"""Files made to do harm are refused in one line, in little memory, and nothing in them is run.
+"""Hostile files are rejected in one line, in little memory, and nothing in them is executed.
 
 Run as a program, this file opens each file that it is given under a limit of memory.
 """
@@ -46,7 +46,7 @@ def refusal(tmp_path, content):
     return message.removeprefix(f"{path}: ")
 
 
-def test_what_the_files_are_made_with_is_read(tmp_path):
+def test_a_valid_file_is_read(tmp_path):
     """Or a refusal below would say nothing."""
     (tmp_path / "f.bin").write_bytes(archive(state(("a", tensor()), ("b", tensor((2,), (3,), 5)))))
     file = TorchFile(tmp_path / "f.bin")
@@ -153,7 +153,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize("lie", SIZES)
-def test_lying_sizes(tmp_path, lie):
+def test_wrong_sizes_in_the_file(tmp_path, lie):
     assert refusal(tmp_path, archive(state(("a", SIZES[lie]))))
 
 
@@ -161,7 +161,7 @@ def test_a_storage_of_two_dtypes(tmp_path):
     """torch takes the first and misreads the second."""
     halves = tensor((4,), (1,), values=storage("torch.HalfStorage", count=32))
     message = refusal(tmp_path, archive(state(("a", tensor()), ("b", halves))))
-    assert message == 'tensor "b": its storage has another dtype or size elsewhere'
+    assert message == 'tensor "b": another tensor gives its storage another dtype or size'
 
 
 DEEP = 10**6
@@ -221,7 +221,7 @@ FILES = {
 }
 
 
-def test_structures_are_refused_in_little_memory(tmp_path):
+def test_hostile_structures_are_rejected_in_little_memory(tmp_path):
     for number_of_file, content in enumerate(PICKLES.values()):
         (tmp_path / f"pickle-{number_of_file}.bin").write_bytes(archive(content))
     for number_of_file, make in enumerate(FILES.values()):
@@ -237,12 +237,12 @@ def test_structures_are_refused_in_little_memory(tmp_path):
 
 def test_overlapping_members(tmp_path):
     overlap, other_name = hostile.overlapping()
-    assert refusal(tmp_path, overlap) == "is not a whole zip file: its files overlap"
-    assert refusal(tmp_path, other_name) == ("is not a whole zip file: its directory is malformed")
+    assert refusal(tmp_path, overlap) == "is not a valid zip file: its files overlap"
+    assert refusal(tmp_path, other_name) == ("is not a valid zip file: its directory is malformed")
 
 
 @pytest.mark.parametrize("part", range(4))
-def test_files_changed_by_chance(tmp_path, part):
+def test_randomly_corrupted_files(tmp_path, part):
     path, refused = tmp_path / "f.bin", 0
     for content in hostile.mutations(part, 100):
         path.write_bytes(content)

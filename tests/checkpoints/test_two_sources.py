@@ -1,4 +1,4 @@
-"""A directory that says one thing twice: what agrees is read, what does not is refused or named."""
+"""Directories with the same weights in two forms: equal ones are read, others rejected."""
 
 import json
 import logging
@@ -67,7 +67,7 @@ def transformers_holds(directory, tensors):
 
 @pytest.mark.parametrize("form", NAMES)
 class TestOneFileBesideAnIndex:
-    def test_that_disagree(self, place, values, form):
+    def test_both_disagree(self, place, values, form):
         place(values[0], form, "100KB")
         directory = place(values[1], form)
         whole, index = NAMES[form]
@@ -80,11 +80,11 @@ class TestOneFileBesideAnIndex:
         (directory / index).unlink()
         assert holds(directory, values[1])
 
-    def test_that_agree(self, place, values, form):
+    def test_both_agree(self, place, values, form):
         place(values[0], form, "100KB")
         assert holds(place(values[0], form), values[0])
 
-    def test_that_differ_in_one_value_of_the_last_tensor(self, place, values, form):
+    def test_both_differ_in_one_value_of_the_last_tensor(self, place, values, form):
         place(values[0], form, "100KB")
         last = list(values[0])[-1]
         changed = values[0][last].clone()
@@ -92,16 +92,16 @@ class TestOneFileBesideAnIndex:
         directory = place(values[0] | {last: changed}, form)
         assert f'which differ in "{last}"' in refusal(directory)
 
-    def test_where_the_files_of_the_index_are_gone(self, place, values, form):
+    def test_files_of_the_index_are_missing(self, place, values, form):
         directory = place(values[0], form, "100KB")
         for path in directory.glob("*-of-*"):
             path.unlink()
         place(values[0], form)
         whole, index = NAMES[form]
-        assert f"holds {whole} and {index}, which names " in refusal(directory)
-        assert "is not there" in refusal(directory)
+        assert f"holds {whole} and {index}, which lists the missing file " in refusal(directory)
+        assert "which lists the missing file" in refusal(directory)
 
-    def test_where_the_index_names_that_file(self, place, values, form):
+    def test_the_index_lists_that_file(self, place, values, form):
         directory = place(values[0], form)
         whole, index = NAMES[form]
         content = {"metadata": {}, "weight_map": dict.fromkeys(values[0], whole)}
@@ -118,7 +118,7 @@ class TestOneFileBesideAnIndex:
         with caplog.at_level(logging.WARNING):
             assert holds(directory, values[0])
         assert transformers_holds(directory, values[0])
-        assert "does not name " in caplog.text
+        assert "does not list " in caplog.text
         assert "so they are not read" in caplog.text
 
     def test_an_index_that_names_another_file_than_has_the_tensor(
@@ -133,7 +133,7 @@ class TestOneFileBesideAnIndex:
         path.write_text(json.dumps(index))
         with caplog.at_level(logging.WARNING):
             assert holds(directory, values[0])
-        assert f"names {files[1]} for 1 tensor(s) that it does not hold, such as {name}" in (
+        assert f"lists {files[1]} for 1 tensor(s) that it does not hold, such as {name}" in (
             caplog.text
         )
 
@@ -144,7 +144,7 @@ def test_safetensors_are_preferred_as_in_transformers(place, values, caplog):
     with caplog.at_level(logging.INFO):
         assert holds(directory, values[0])
     assert transformers_holds(directory, values[0])
-    assert "reads the .safetensors files, as transformers does, and not the .bin files" in (
+    assert "reading the .safetensors files, as transformers does, and ignoring the .bin" in (
         caplog.text
     )
 
@@ -164,7 +164,7 @@ def test_an_adapter_in_two_forms(tmp_path):
             '"b": remove the one that is out of date'
         )
     (tmp_path / "adapter_model.bin").write_bytes(b"")
-    with pytest.raises(JaxtuneError, match="and the second cannot be compared: remove the one"):
+    with pytest.raises(JaxtuneError, match="but the second cannot be compared: remove the one"):
         read_adapter(tmp_path)
 
 

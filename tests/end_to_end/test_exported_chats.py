@@ -1,4 +1,4 @@
-"""What training knows of conversations is in every export: template, tokenizer, end tokens.
+"""The chat format of training is part of every export: template, tokenizer, end tokens.
 
 The oracle is transformers: what it opens and renders has the very ids that were trained.
 """
@@ -171,7 +171,7 @@ REFUSED = {
 
 
 @pytest.mark.slow
-def test_every_built_in_template_leaves_with_its_model(make_base, tmp_path):
+def test_every_built_in_template_is_exported_with_its_model(make_base, tmp_path):
     """Over a base with a template of another form and end token, and over one without."""
     assert set(REFUSED) == set(built_in_templates())
     bases = [make_base(PLAIN), make_base(None)]
@@ -215,7 +215,7 @@ def test_an_export_renders_what_was_trained(form, coder, exports):
     assert generation["eos_token_id"] == [257, 258]  # EOS of the base, and EOT
 
 
-def test_jaxtune_asks_what_was_trained_wherever_the_model_is(coder, exports):
+def test_every_export_encodes_prompts_as_in_training(coder, exports):
     run, base = coder
     models = {
         "run": run.model(),
@@ -243,7 +243,7 @@ def test_jaxtune_asks_what_was_trained_wherever_the_model_is(coder, exports):
         assert override == plain.encode(asked)
 
 
-def test_an_answer_ends_where_training_ended_it(coder, exports, capsys):
+def test_an_answer_ends_with_the_end_token_of_training(coder, exports, capsys):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -291,16 +291,16 @@ def test_generate_takes_a_system_turn_and_a_template(coder, capsys):
         assert re.search(message, capsys.readouterr().err)
 
 
-def test_a_lone_prompt_is_not_taken_for_several(coder):
+def test_a_single_prompt_is_not_mistaken_for_several(coder):
     model = jaxtune.load(coder[1])
     for prompt in ("once upon", chat("hi"), [1, 2]):
-        with pytest.raises(jaxtune.JaxtuneError, match="put the one prompt into a list"):
+        with pytest.raises(jaxtune.JaxtuneError, match="put a single prompt into a list"):
             model.generate(prompt)
     ids = model.tokenizer(f"{BOS}hi")["input_ids"]
     assert model.encode(f"{BOS}hi") == ids and ids.count(256) == 1
 
 
-def test_an_adapter_made_elsewhere_brings_its_template(coder, exports, tmp_path, caplog):
+def test_an_adapter_made_elsewhere_keeps_its_template(coder, exports, tmp_path, caplog):
     """As trainers save it: the tokenizer beside the adapter, with its template and end token."""
     from transformers import AutoTokenizer
 
@@ -358,7 +358,7 @@ def dated(make_base, tmp_path_factory):
     return jaxtune.Run(run.path), base
 
 
-def test_a_run_stays_on_the_day_it_began(dated, tmp_path):
+def test_a_run_keeps_the_date_on_which_it_began(dated, tmp_path):
     run, _ = dated
     (first,) = run.evaluations()
     before = json.loads((run.path / "fingerprint.json").read_text())
@@ -380,7 +380,7 @@ def test_a_run_stays_on_the_day_it_began(dated, tmp_path):
         jaxtune.train(None, tmp_path / "moved")
 
 
-def test_an_export_asks_for_the_date_of_the_day(dated, tmp_path):
+def test_an_export_renders_the_current_date(dated, tmp_path):
     from transformers import AutoTokenizer
 
     run, base = dated

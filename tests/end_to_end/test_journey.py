@@ -27,7 +27,7 @@ def close(ours, theirs):
     return np.abs(ours - theirs).max() <= TOLERANCE * np.abs(theirs).max()
 
 
-def test_a_run_leaves_everything_behind(workdir):
+def test_a_run_writes_all_of_its_files(workdir):
     assert {path.name for path in workdir.iterdir()} >= {
         "config.json",
         "description.json",
@@ -45,7 +45,7 @@ def test_a_run_leaves_everything_behind(workdir):
     assert lines[-1]["loss"] < lines[0]["loss"] / 2
 
 
-def test_a_finished_run_stays_as_it_is(workdir, small_config, capsys):
+def test_a_finished_run_is_unchanged(workdir, small_config, capsys):
     before = (workdir / "metrics.jsonl").read_text()
     main(["train", "--workdir", str(workdir)])
     main(["train", "--config", str(small_config), "--workdir", str(workdir)])
@@ -73,7 +73,7 @@ def test_eval_gives_the_scores_of_the_run(workdir, chats, capsys):
     assert f"loss            {trained['loss']:.4f}" in capsys.readouterr().out
 
 
-def test_generate_answers_as_the_model_in_python_does(workdir, capsys):
+def test_generate_gives_the_answers_of_the_python_interface(workdir, capsys):
     def answers(*flags):
         prompts = ["--prompt", "c2", "--prompt", "h31"]
         main(["generate", "--workdir", str(workdir), "--max-new-tokens", "6", *prompts, *flags])
@@ -131,7 +131,7 @@ def test_the_merged_checkpoint_loads_in_transformers(workdir, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_convert_writes_the_weights_in_the_dtype_asked_for(tiny_chat, tmp_path, dtype):
+def test_convert_writes_weights_in_the_requested_dtype(tiny_chat, tmp_path, dtype):
     from safetensors import safe_open
 
     main(["convert", "--from", str(tiny_chat), "--to", str(tmp_path / "hf"), "--dtype", dtype])
@@ -144,7 +144,7 @@ def test_convert_writes_the_weights_in_the_dtype_asked_for(tiny_chat, tmp_path, 
     assert (converted == jax.numpy.asarray(original, dtype)).all()
 
 
-def test_plan_tells_what_the_run_needs(small_config, capsys):
+def test_plan_reports_the_memory_of_the_run(small_config, capsys):
     main(["plan", "--config", str(small_config), "--topology", "cpu", "--json"])
     needs = json.loads(capsys.readouterr().out)
     parts = needs["per_device_bytes"]
@@ -168,7 +168,7 @@ def in_pytorchs_files(source, directory):
     return directory
 
 
-def test_files_of_pytorch_go_the_same_way(workdir, small_config, tiny_chat, tmp_path):
+def test_files_of_pytorch_are_checked_in_the_same_way(workdir, small_config, tiny_chat, tmp_path):
     """Training from an adapter over a base, merging and combining give the same bytes."""
     adapter = workdir / "adapter" / "best"
     forms = {

@@ -1,4 +1,4 @@
-"""A run that is killed again and again ends as one that was not."""
+"""A run that is killed repeatedly ends like an uninterrupted one."""
 
 import collections
 import itertools
@@ -136,7 +136,7 @@ def test_a_killed_run_stops_early_where_an_unbroken_one_does(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("interruptible")
-def test_an_interrupted_run_says_how_to_go_on(small_config, jaxtune_command, tmp_path):
+def test_an_interrupted_run_logs_how_to_resume(small_config, jaxtune_command, tmp_path):
     workdir = tmp_path / "run"
     process = jaxtune_command(
         "train", "--config", small_config, "--config.training.steps=100000", "--workdir", workdir

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 FULL = "JAXTUNE_TEST_FULL" in os.environ
 
 
-def test_it_measures_trains_and_measures_again(small_config, tmp_path, capsys):
+def test_quickstart_evaluates_trains_and_evaluates_again(small_config, tmp_path, capsys):
     config = resolve(load_file(small_config), ["training.steps=60"])
     workdir = tmp_path / "quickstart"
     result = quickstart(config, workdir)

@@ -1,4 +1,4 @@
-"""Scripts, manifests and images pass the linters and schemas of those who read them."""
+"""Scripts, manifests and images pass linters and schemas."""
 
 import re
 import shutil
@@ -105,7 +105,7 @@ def test_jobs_heed_exit_codes_and_agree_with_themselves(name):
             assert volume["persistentVolumeClaim"]["claimName"] in claims
 
 
-def test_the_pods_of_gpus_find_the_first_one():
+def test_gpu_pods_find_the_coordinator():
     [jobset] = manifests("gpu.yaml")
     [job], [spec] = jobset["spec"]["replicatedJobs"], jobs(jobset)
     name = jobset["metadata"]["name"]

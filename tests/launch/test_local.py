@@ -28,7 +28,7 @@ def only_first(action):
     return f"if os.environ['JAXTUNE_PROCESS'] == '1':\n  {action}\n{SLEEP}"
 
 
-def test_every_process_learns_its_number_and_lines_bear_it():
+def test_every_process_knows_its_number_and_prefixes_its_lines():
     program = "print(*(os.environ[f'JAXTUNE_{k}'] for k in ('PROCESS', 'PROCESSES')))"
     process = launch(f"{program}; print(os.environ['JAXTUNE_COORDINATOR'], file=sys.stderr)")
     output, _ = process.communicate(timeout=60)
@@ -38,7 +38,7 @@ def test_every_process_learns_its_number_and_lines_bear_it():
     assert len({line.split("localhost:")[1] for line in lines if "localhost:" in line}) == 1
 
 
-def test_devices_are_shared_out():
+def test_devices_are_split_between_processes():
     process = launch("print(os.environ['JAX_LOCAL_DEVICE_IDS'])", "--devices-per-process", "2")
     assert "[2] 4,5\n" in process.communicate(timeout=60)[0]
 
@@ -86,7 +86,7 @@ def test_signals_are_passed_on():
     assert process.returncode == 75
 
 
-def test_a_command_is_asked_for():
+def test_a_missing_command_is_an_error():
     process = subprocess.run(
         [sys.executable, str(LOCAL), "--processes", "2"], capture_output=True, text=True
     )
@@ -94,7 +94,7 @@ def test_a_command_is_asked_for():
     assert "a command after --" in process.stderr
 
 
-def test_65_wins_over_75_and_both_over_others():
+def test_exit_code_65_has_precedence_over_75_and_both_over_others():
     spec = importlib.util.spec_from_file_location("local", LOCAL)
     local = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(local)

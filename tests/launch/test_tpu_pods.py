@@ -29,7 +29,7 @@ def commands(*arguments):
     return found
 
 
-def test_create_asks_for_a_slice():
+def test_create_requests_a_slice():
     expected = (
         "gcloud compute tpus queued-resources create mine --zone=us-west4-a --node-id=mine "
         "--accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite --spot"
@@ -44,7 +44,7 @@ def test_create_asks_for_a_slice():
         ("delete", "queued-resources delete mine --zone=us-west4-a --force --quiet"),
     ],
 )
-def test_the_queue(step, rest):
+def test_queue_commands(step, rest):
     assert commands(step, *SLICE) == [["gcloud", "compute", "tpus", *rest.split()]]
 
 
@@ -77,7 +77,7 @@ def test_run_follow_stop_and_resume():
 @pytest.mark.parametrize(
     "codes, starts", [("0", 1), ("65", 1), ("75 75 0", 3), ("134 0", 2), ("1", 1)]
 )
-def test_a_worker_starts_again_where_it_helps(tmp_path, codes, starts):
+def test_a_worker_restarts_if_that_can_help(tmp_path, codes, starts):
     """The loop runs with a jaxtune that exits with one code after another."""
     (tmp_path / "codes").write_text(codes.replace(" ", "\n") + "\n")
     binary = tmp_path / "venv" / "bin"
@@ -104,6 +104,6 @@ def test_a_worker_starts_again_where_it_helps(tmp_path, codes, starts):
     assert result.stdout == f"exit code {codes.split()[-1]}\n"
 
 
-def test_what_is_missing_is_said():
+def test_a_missing_argument_is_reported():
     assert "--runtime" in pod("create", *SLICE, "--type", "v9-8").stderr
     assert "after --" in pod("run", *SLICE).stderr

@@ -138,7 +138,9 @@ def test_one_query_on_a_cache_is_the_last_row_of_the_whole():
 
 
 @pytest.mark.parametrize("backend, name", [("cudnn", "cuDNN"), ("splash", "splash")])
-def test_what_a_kernel_refuses_is_done_blockwise_and_logged_once(backend, name, caplog):
+def test_unsupported_inputs_of_a_kernel_are_computed_blockwise_and_logged_once(
+    backend, name, caplog
+):
     attention_kernels._log_once.cache_clear()
     t, keys, dim = 5, 9, 8
     segments = np.ones((2, keys), np.int32)

@@ -80,7 +80,7 @@ def binds(source: str) -> bool:
     )
 
 
-def test_what_computes_with_a_model_is_compiled_by_jit():
+def test_functions_of_a_model_are_compiled_by_cpu_bfloat16_jit():
     """A module that binds trees to a model does not compile with `jax.jit`."""
     sources = {path: path.read_text(encoding="utf-8") for path in ROOT.rglob("*.py")}
     binding = {path for path, source in sources.items() if binds(source)}

@@ -1,4 +1,4 @@
-"""Experts over the devices of a mesh give what they give on one device, and so do gradients."""
+"""Experts on a mesh give the outputs and gradients of a single device."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Grouped products are those of a dense einsum, and compute few tiles more than they must."""
+"""Grouped products equal a dense einsum, and compute few tiles beyond the ideal."""
 
 from __future__ import annotations
 

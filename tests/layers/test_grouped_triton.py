@@ -1,4 +1,4 @@
-"""The kernels of a GPU do what the loop does, and lower for CUDA on a machine without a GPU."""
+"""The GPU kernels agree with the loop, and lower for CUDA without a GPU."""
 
 from __future__ import annotations
 

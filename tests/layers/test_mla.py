@@ -1,4 +1,4 @@
-"""Latent attention caches a latent alone, and decodes from it what the expanded form gives."""
+"""Latent attention caches only latents; absorbed decoding agrees with the expanded form."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def context(positions, segments, kv_segments, dtype, index=0):
 
 
 @pytest.mark.parametrize("dtype", BARS)
-def test_decoding_from_the_latent_is_attending_to_every_heads_keys(mla, dtype):
+def test_absorbed_attention_equals_attention_to_the_keys_of_every_head(mla, dtype):
     x = jax.random.normal(jax.random.key(1), (BATCH, LENGTH, SIZES.hidden)).astype(dtype)
     positions = jnp.broadcast_to(jnp.arange(LENGTH), (BATCH, LENGTH))
     # The second row begins with padding.

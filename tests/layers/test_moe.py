@@ -1,4 +1,4 @@
-"""A mixture of experts is what a loop over its experts gives, and its router chooses in float32."""
+"""A mixture equals a loop over its experts, and its router computes in float32."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_every_token_to_one_expert():
 
 
 class TestRouter:
-    def test_experts_come_from_the_best_groups_alone(self):
+    def test_experts_come_from_the_best_groups_only(self):
         router, _ = filled(Router(HIDDEN, GROUPED))
         _, experts = router(inputs()[0])
         free = dataclasses.replace(GROUPED, groups=1)

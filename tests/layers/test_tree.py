@@ -39,7 +39,7 @@ def test_flatten_and_unflatten_are_inverse():
     assert unflatten(LEAVES) == TREE
 
 
-def test_what_is_not_a_dict_is_a_leaf():
+def test_everything_but_a_dict_is_a_leaf():
     assert dict(flatten({"a": [1, {"b": 2}]})) == {("a",): [1, {"b": 2}]}
 
 

@@ -68,7 +68,7 @@ def test_splitting_sorts_every_leaf_and_loses_none(config):
         assert set(dict(flatten(tree))) == set(definition.of_kind(kind))
 
 
-def test_an_abstract_tree_says_where_every_array_goes(config):
+def test_an_abstract_tree_has_the_sharding_of_every_array(config):
     definition, mesh = define(config, "bfloat16"), single_device_mesh()
     for path, like in flatten(definition.abstract("base", mesh)):
         leaf = definition.leaves[path]
@@ -90,7 +90,7 @@ def test_random_weights_differ_from_leaf_to_leaf_and_norms_are_one(config):
     assert (tree[(*layer, "input_layernorm", "weight")] == 1).all()
 
 
-def test_every_number_of_the_config_has_a_consequence(tiny):
+def test_every_number_of_the_config_has_an_effect(tiny):
     """A key that nothing reads would give the same logits, or the same shapes."""
     tokens = np.arange(24).reshape(2, 12)
     base = tiny("qwen2")

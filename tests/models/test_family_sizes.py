@@ -1,4 +1,4 @@
-"""The released checkpoints on paper: sizes out of their config.json, with nothing allocated."""
+"""Parameter counts of the released checkpoints from their config.json, without allocation."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def table():
     return found
 
 
-def test_the_page_says_what_the_configs_say():
+def test_the_page_agrees_with_the_configs():
     rows = table()
     assert set(rows) == set(CONFIGS)
     columns = {

@@ -1,4 +1,4 @@
-"""What a config.json may say: every setting is read, or refused in one line that names it."""
+"""Settings of config.json: each is read, or rejected in one line that names it."""
 
 import json
 import re
@@ -22,13 +22,13 @@ NEEDED = [key for key in GOOD if key != "max_position_embeddings"]
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 
 
-def test_the_good_one_builds():
+def test_a_valid_config_builds():
     build_model(GOOD)
 
 
 @pytest.mark.parametrize("key", NEEDED)
 @pytest.mark.parametrize("value", ["absent", None])
-def test_a_key_that_is_needed(key, value):
+def test_a_required_key(key, value):
     config = {k: v for k, v in GOOD.items() if k != key} | ({} if value else {key: None})
     with pytest.raises(JaxtuneError, match=f'^config.json lacks "{key}"$'):
         build_model(config)
@@ -36,7 +36,7 @@ def test_a_key_that_is_needed(key, value):
 
 @pytest.mark.parametrize("key", [k for k in NEEDED if k != "model_type"])
 @pytest.mark.parametrize("value", ["16", 16.0, True, [16], {}, 0, -1, 10**12])
-def test_a_size_is_a_positive_whole_number(key, value):
+def test_a_size_is_a_positive_integer(key, value):
     with pytest.raises(JaxtuneError, match=f'^config.json: "{key}" is .*{re.escape(str(value))}'):
         build_model(GOOD | {key: value})
 
@@ -121,7 +121,7 @@ def test_a_rope_that_is_not_one(place, scaling, message):
     assert str(raised.value).startswith("config.json: ")
 
 
-def test_settings_that_say_nothing_new_are_fine():
+def test_settings_without_new_information_are_accepted():
     config = GOOD | {
         "hidden_act": "silu",
         "use_sliding_window": True,
@@ -136,7 +136,7 @@ def test_settings_that_say_nothing_new_are_fine():
 
 
 class TestRead:
-    def test_a_whole_number_is_a_float(self):
+    def test_an_integer_is_accepted_as_a_float(self):
         assert read({"eps": 1}, "eps", float) == 1.0
         assert isinstance(read({"eps": 1}, "eps", float), float)
 
@@ -150,9 +150,9 @@ class TestRead:
         with pytest.raises(JaxtuneError, match='"a" is null, not of type int'):
             read({"a": None}, "a", int, 3)
 
-    def test_a_truth_is_no_number(self):
+    def test_a_bool_is_not_a_number(self):
         with pytest.raises(JaxtuneError, match='"a" is True, not of type int'):
             read({"a": True}, "a", int)
 
-    def test_absent_is_supported(self):
+    def test_an_absent_key_is_supported(self):
         require({}, "a", (1,))

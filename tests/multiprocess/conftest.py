@@ -1,4 +1,4 @@
-"""How tests start runs of several processes."""
+"""Fixtures that start runs of several processes."""
 
 import pytest
 from runs import Running

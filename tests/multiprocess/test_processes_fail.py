@@ -1,4 +1,4 @@
-"""One process is stopped, killed, stuck or fails: all end, in time, with the code that says it."""
+"""One process is stopped, killed, stuck or fails: all end in time, with the right exit code."""
 
 import re
 import signal
@@ -60,7 +60,7 @@ def test_sigterm_to_one_of_two_saves_one_step_and_ends_both(start, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_worker_ends_the_others_and_the_run_goes_on_bit_for_bit(start, tmp_path):
+def test_a_killed_worker_ends_the_others_and_the_run_resumes_bit_for_bit(start, tmp_path):
     code, output, seconds = end_after(start(2, tmp_path / "run", fault="pause"), signal.SIGKILL, 1)
     assert code == 75 and seconds < IN_TIME, output
     start(2, tmp_path / "run", resume=True).succeed()
@@ -72,13 +72,13 @@ def test_a_killed_worker_ends_the_others_and_the_run_goes_on_bit_for_bit(start, 
 @pytest.mark.parametrize(
     "number, process", [(signal.SIGKILL, 0), (signal.SIGSTOP, 1)], ids=["first", "stopped"]
 )
-def test_all_end_within_the_heartbeat(start, tmp_path, number, process):
+def test_all_processes_end_within_the_heartbeat_timeout(start, tmp_path, number, process):
     code, output, seconds = end_after(start(2, tmp_path / "run", LONG), number, process)
     assert code == 75 and seconds < IN_TIME, output
 
 
 @pytest.mark.slow
-def test_an_exception_on_one_process_is_not_tried_again_and_named_by_all(start, tmp_path):
+def test_an_exception_on_one_process_is_not_retried_and_is_reported_by_all(start, tmp_path):
     batch = ("--config.training.batch_size=9", "--config.evaluation.batch_size=9")
     code, output = start(3, tmp_path / "run", LONG, *batch, fault="raise").finish()
     assert code == 65, output
@@ -89,7 +89,7 @@ def test_an_exception_on_one_process_is_not_tried_again_and_named_by_all(start, 
 
 
 @pytest.mark.slow
-def test_a_stuck_process_shows_where_and_ends_all(start, tmp_path):
+def test_a_stuck_process_prints_its_stack_and_ends_all(start, tmp_path):
     code, output = start(
         2, tmp_path / "run", LONG, "--config.training.watchdog_minutes=0.15", fault="sleep"
     ).finish()

@@ -1,4 +1,4 @@
-"""Of a quantized mixture of experts each process reads what its devices hold."""
+"""Each process reads only the parts of a quantized mixture that its devices hold."""
 
 import json
 import re
@@ -26,7 +26,7 @@ def share_of(name, fsdp, expert):
     return 1 / fsdp if plain else 1
 
 
-def test_experts_and_rows_of_others_are_left_unread(start, families, tmp_path):
+def test_experts_and_rows_of_other_processes_are_not_read(start, families, tmp_path):
     model, rows = families("deepseek_v2"), tmp_path / "rows.jsonl"
     generator = np.random.default_rng(0)
     lines = [generator.integers(3, 160, 12).tolist() for _ in range(16)]

@@ -1,4 +1,4 @@
-"""What several processes compute is what one computes."""
+"""Several processes compute the same results as one."""
 
 import re
 import shutil
@@ -55,7 +55,7 @@ def test_each_of_four_processes_reads_its_shards_alone(start, alone, tmp_path, t
         assert abs(count - (norms + (weights - norms) / 4)) < 0.02 * weights
 
 
-def test_a_run_goes_on_with_other_devices_and_processes(start, alone, tmp_path):
+def test_a_run_resumes_with_other_devices_and_processes(start, alone, tmp_path):
     """8 devices of one process, then 4, and from the same checkpoint two processes."""
     mesh, workdir = "--config.mesh.fsdp=2", tmp_path / "run"
     run = start(1, workdir, mesh, devices=8, fault="pause")

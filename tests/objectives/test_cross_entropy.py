@@ -1,4 +1,4 @@
-"""The loss differentiates what is trained of the head, and nothing else."""
+"""The loss differentiates only the trained parts of the head."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ class Int8:
         return self.codes.astype(dtype) * self.scale.astype(dtype)
 
 
-def test_an_edited_head_over_integers_gives_its_edit_the_gradient_of_a_plain_one():
+def test_an_edit_of_a_quantized_head_has_the_gradient_over_a_plain_head():
     keys = jax.random.split(jax.random.key(0), 5)
     hidden = jax.random.normal(keys[0], (2, 24, HIDDEN))
     targets = jax.random.randint(keys[1], (2, 24), 0, VOCABULARY)

@@ -1,4 +1,4 @@
-"""DeepSeek-MoE-16B in torch, for transformers has no such model: LLaMA with other feed-forwards."""
+"""DeepSeek-MoE-16B in torch, which transformers lacks: LLaMA with other feed-forward layers."""
 
 from __future__ import annotations
 

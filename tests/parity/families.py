@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of the DeepSeek families, each with what breaks parity turned on."""
+"""Tiny random checkpoints of the DeepSeek families, with all features that affect parity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Other people's programs as the parity tests run them, and the bars that results must meet."""
+"""Other people's programs as oracles of the parity tests, and the tolerances of results."""
 
 from __future__ import annotations
 

@@ -163,7 +163,7 @@ def edited(tmp_path, **changes):
         ({"mh_adapter": False}, "attention_adapters.* has no place in the model"),
     ],
 )
-def test_what_would_be_dropped_is_refused_by_name(changes, message, tmp_path):
+def test_unsupported_content_is_rejected_by_name(changes, message, tmp_path):
     with pytest.raises(jaxtune.JaxtuneError, match=message):
         opened(THEIRS / "model", edited(tmp_path, **changes))
 

@@ -1,4 +1,4 @@
-"""Checkpoints that transformers and bitsandbytes wrote, and ours as they load them."""
+"""Checkpoints of transformers and bitsandbytes load here, and ours load there."""
 
 import bitsandbytes.functional as bnb
 import jax
@@ -91,7 +91,7 @@ def assert_close(ours, theirs):
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 @pytest.mark.parametrize("name", ["double", "single", "as float32", "as bfloat16"])
-def test_their_nf4_checkpoint_is_kept_bit_for_bit(tiny, tmp_path, kind, name):
+def test_an_nf4_checkpoint_of_bitsandbytes_is_kept_bit_for_bit(tiny, tmp_path, kind, name):
     model = theirs_of(tiny(kind, **WIDE), SETTINGS[name])
     model.save_pretrained(tmp_path / "theirs")
     ours = jaxtune.load(tmp_path / "theirs", quantize="nf4", dtype="float32", progress=False)
@@ -100,7 +100,7 @@ def test_their_nf4_checkpoint_is_kept_bit_for_bit(tiny, tmp_path, kind, name):
 
 
 @pytest.mark.parametrize("name", ["double", "skipped", "with a head"])
-def test_their_nf4_checkpoint_is_dequantized_where_nothing_else_is_asked_for(tiny, tmp_path, name):
+def test_an_nf4_checkpoint_of_bitsandbytes_is_dequantized_by_default(tiny, tmp_path, name):
     model = theirs_of(tiny("llama", **WIDE), SETTINGS[name])
     model.save_pretrained(tmp_path / "theirs")
     source = huggingface.open_source(tmp_path / "theirs")
@@ -110,7 +110,7 @@ def test_their_nf4_checkpoint_is_dequantized_where_nothing_else_is_asked_for(tin
     assert_close(ours.logits(TOKENS), logits(model))
 
 
-def test_weights_that_they_skipped_are_quantized_when_asked(tiny, tmp_path):
+def test_weights_that_bitsandbytes_skipped_are_quantized_on_request(tiny, tmp_path):
     model = theirs_of(tiny("llama", **WIDE), SETTINGS["skipped"])
     model.save_pretrained(tmp_path / "theirs")
     ours = jaxtune.load(tmp_path / "theirs", quantize="nf4", dtype="float32", progress=False)
@@ -118,7 +118,7 @@ def test_weights_that_they_skipped_are_quantized_when_asked(tiny, tmp_path):
     assert_equal(decoded_by_us(ours), decoded_by_them(everything))
 
 
-def test_their_int8_checkpoint_is_kept_bit_for_bit(tiny, tmp_path):
+def test_an_int8_checkpoint_of_bitsandbytes_is_kept_bit_for_bit(tiny, tmp_path):
     model = theirs_of(tiny("llama", **WIDE), {"load_in_8bit": True})
     model.save_pretrained(tmp_path / "theirs")
     ours = jaxtune.load(tmp_path / "theirs", quantize="int8", dtype="float32", progress=False)
@@ -133,7 +133,7 @@ def test_their_int8_checkpoint_is_kept_bit_for_bit(tiny, tmp_path):
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 @pytest.mark.parametrize("double", [True, False])
-def test_they_load_our_nf4_checkpoint(tiny, tmp_path, kind, double):
+def test_transformers_loads_our_nf4_checkpoint(tiny, tmp_path, kind, double):
     settings = {"format": "nf4", "double": double}
     ours = jaxtune.load(tiny(kind, **WIDE), quantize=settings, dtype="float32", progress=False)
     model = load_theirs(ours.save_pretrained(tmp_path / "ours", quantized=True))
@@ -141,7 +141,7 @@ def test_they_load_our_nf4_checkpoint(tiny, tmp_path, kind, double):
     assert_close(ours.logits(TOKENS), logits(model))
 
 
-def test_they_load_our_nf4_checkpoint_of_some_modules(tiny, tmp_path):
+def test_transformers_loads_our_nf4_checkpoint_of_some_modules(tiny, tmp_path):
     settings = {"format": "nf4", "modules": ("lm_head", "self_attn.v_proj", "mlp.down_proj")}
     directory = tiny("llama", **WIDE)
     ours = jaxtune.load(directory, quantize=settings, dtype="float32", progress=False)
@@ -150,7 +150,7 @@ def test_they_load_our_nf4_checkpoint_of_some_modules(tiny, tmp_path):
     assert_close(ours.logits(TOKENS), logits(model))
 
 
-def test_they_load_our_nf4_checkpoint_with_a_tied_head(tiny, tmp_path):
+def test_transformers_loads_our_nf4_checkpoint_with_a_tied_head(tiny, tmp_path):
     directory = tiny("qwen2", tie_word_embeddings=True, **WIDE)
     ours = jaxtune.load(directory, quantize="nf4", dtype="float32", progress=False)
     model = load_theirs(ours.save_pretrained(tmp_path / "ours", quantized=True))
@@ -158,7 +158,7 @@ def test_they_load_our_nf4_checkpoint_with_a_tied_head(tiny, tmp_path):
     assert_close(ours.logits(TOKENS), logits(model))
 
 
-def test_they_load_our_int8_checkpoint(tiny, tmp_path):
+def test_transformers_loads_our_int8_checkpoint(tiny, tmp_path):
     jaxtune.convert(tiny("llama", **WIDE), tmp_path / "ours", "int8", "float32", progress=False)
     model = load_theirs(tmp_path / "ours")
     ours = jaxtune.load(tmp_path / "ours", quantize="int8", dtype="float32", progress=False)
@@ -182,7 +182,7 @@ def test_fp4_is_refused_by_name(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("double", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_an_adapter_merged_into_nf4_is_what_they_quantize(tiny, tmp_path, double):
+def test_an_adapter_merged_into_nf4_equals_their_quantization(tiny, tmp_path, double):
     """Edited weights in float32, quantized by them, are the very bytes that we write."""
     settings = {"format": "nf4", "double": double}
     directory, rng = tiny("llama", **WIDE), np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Keys of config.json, one at a time: the logits are those of transformers, or the key is refused.
+"""Keys of config.json, one at a time: logits equal those of transformers, or an error names it.
 
 Torch and jaxtune read the same directory, so that what a key means is up to transformers.
 """
@@ -173,7 +173,7 @@ def test_a_key_means_what_it_means_to_transformers(base, tmp_path, model_type):
     assert not different
 
 
-def test_what_is_not_read_is_refused_by_name(base):
+def test_unsupported_settings_are_rejected_by_name(base):
     for kind, changes, key in REFUSED:
         config = json.loads((base(kind) / "config.json").read_text())
         build_model(config)
@@ -183,7 +183,7 @@ def test_what_is_not_read_is_refused_by_name(base):
         assert "\n" not in str(raised.value)
 
 
-def test_a_null_comes_back_from_an_export(base, tmp_path):
+def test_a_null_survives_an_export(base, tmp_path):
     changes = {"norm_topk_prob": None, "rope_interleave": None}
     directory = varied(base("deepseek_v3"), tmp_path / "model", changes)
     written = jaxtune.load(directory, dtype="float32").save_pretrained(tmp_path / "out")

@@ -179,7 +179,7 @@ def test_merging_changes_the_chosen_experts_and_no_other_bit(trained, tmp_path):
     assert_same_logits(model.logits(TOKENS), expected)
 
 
-def test_an_adapter_comes_back_bit_for_bit_from_either_config(trained, tmp_path):
+def test_an_adapter_round_trips_bit_for_bit_with_either_config(trained, tmp_path):
     directory, runs = trained
     saved = runs[""].adapter_directory("last")
     method, before = method_from_peft(read_adapter(saved)), read_adapter(saved).tensors
@@ -209,7 +209,7 @@ def test_the_files_of_esfts_programs(tmp_path):
     assert read.keys() == {f"model.{name}" for name in names}
     assert all((read[f"model.{name}"] == tensors[name].numpy()).all() for name in names)
     torch.save(tensors, tmp_path / "pytorch_model.bin")
-    with pytest.raises(JaxtuneError, match=r'model.bin: tensor "layers.*" is in another file'):
+    with pytest.raises(JaxtuneError, match=r'model.bin: tensor "layers.*" is also in another file'):
         read_adapter(tmp_path)
     save_file(
         {name: value.numpy() + 1 for name, value in tensors.items()}, tmp_path / "x.safetensors"
@@ -232,7 +232,7 @@ def test_before_the_first_step_the_model_is_the_base_bit_for_bit(
     assert np.array_equal(model.logits(TOKENS), base.logits(TOKENS))
 
 
-def test_what_pads_a_layer_stays_zero(trained):
+def test_the_padding_of_a_layer_stays_zero(trained):
     model = trained[1][""].model("last")
     chosen = dict(flatten(model.trainable))
     assert len(chosen) == len(PROJECTIONS)
@@ -306,7 +306,7 @@ def test_scores_are_those_of_the_paper_and_of_torch(family, families, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_new_run_scores_its_data_and_goes_on_with_the_scores_it_has(families, tmp_path):
+def test_a_new_run_scores_its_data_and_a_resumed_run_keeps_the_scores(families, tmp_path):
     directory = families("deepseek_v3")
     rows = write_rows(tmp_path / "rows.jsonl", make_examples(13, longest=LENGTH))
     recipe = Recipe(steps=2, accumulation=1, warmup_steps=0)

@@ -1,4 +1,4 @@
-"""The balance loss of each family is that of its report, with torch's gradient, however cut."""
+"""The balance loss of each family is its report's, with torch's gradient, for every split."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_the_split_of_the_same_tokens_changes_nothing(method, families):
 
 
 @pytest.mark.slow
-def test_a_run_evens_the_load_and_writes_it_down(families, tmp_path):
+def test_a_run_balances_the_load_and_records_it(families, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", make_examples(16, longest=32))
     recipe = Recipe(steps=12, accumulation=2, warmup_steps=0, learning_rate=1e-2)
     finals = {}

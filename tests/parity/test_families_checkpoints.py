@@ -1,4 +1,4 @@
-"""DeepSeek-MoE, V2 and V3 go back to Hugging Face as they came, and other programs load them."""
+"""DeepSeek-MoE, V2 and V3 are saved to Hugging Face unchanged, and other programs load them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def assert_same_tensors(before: Path, after: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_checkpoint_comes_back_bit_for_bit(family, dtype, families, tmp_path):
+def test_a_checkpoint_round_trips_bit_for_bit(family, dtype, families, tmp_path):
     theirs = families(family)
     if dtype == "bfloat16":
         theirs = in_bfloat16(theirs, tmp_path / "in")
@@ -84,7 +84,7 @@ def test_a_sharded_checkpoint_is_read_by_torch_and_by_us(family, families, tmp_p
         assert not any(info.values()), info
 
 
-def test_a_multi_token_prediction_layer_is_skipped_and_said_so(families, tmp_path, caplog):
+def test_a_multi_token_prediction_layer_is_skipped_with_a_reason(families, tmp_path, caplog):
     theirs = tmp_path / "in"
     shutil.copytree(families("deepseek_v3"), theirs)
     tensors = tensors_of(theirs)

@@ -128,7 +128,7 @@ def test_the_loss_falls_and_the_summary_names_every_group(trained):
     assert up.parameters == mixtures * experts * 4 * (64 + 24)
 
 
-def test_an_adapter_comes_back_bit_for_bit_under_a_name_for_each_expert(trained, tmp_path):
+def test_an_adapter_round_trips_bit_for_bit_with_a_name_for_each_expert(trained, tmp_path):
     directory, run = trained
     saved = run.adapter_directory("last")
     method = method_from_peft(read_adapter(saved))

@@ -159,7 +159,7 @@ def test_the_seed_decides(sampled):
     assert first != other
 
 
-def test_equal_prompts_in_a_batch_are_sampled_apart(sampled):
+def test_equal_prompts_in_a_batch_are_sampled_independently(sampled):
     rows = sampled.generate_tokens([PROMPTS[0]] * 8, 16, Sampling(1.5, 1.0, 1))
     assert len({tuple(row) for row in rows}) > 1
 
@@ -183,7 +183,7 @@ def test_greedy_text_of_smollm2_is_that_of_transformers(smollm2):
     assert model.generate(texts, max_new_tokens=64) == decoded
 
 
-def test_a_text_with_bos_is_continued_as_the_text_without(tiny_chat, tmp_path):
+def test_a_text_with_bos_is_continued_like_the_text_without(tiny_chat, tmp_path):
     """Where the tokenizer adds BOS, and what it adds behind a text does not end the prompt."""
     shutil.copytree(tiny_chat, tmp_path / "model")
     path = tmp_path / "model" / "tokenizer_config.json"

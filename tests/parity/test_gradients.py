@@ -1,4 +1,4 @@
-"""Gradients of every weight are those of torch's autograd, whatever is recomputed."""
+"""Gradients of every weight equal those of torch's autograd under every remat policy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every edit of a projection starts as the base, merges, decodes and comes back from its file."""
+"""Every edit of a projection starts as the base, merges, decodes and survives its file."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def moved(parts):
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n == "bitfit" else pytest.mark.slow) for n in METHODS]
 )
-def test_it_starts_as_the_base_and_ends_as_one_model(name, directory, base, tmp_path):
+def test_a_run_starts_as_the_base_and_ends_as_one_model(name, directory, base, tmp_path):
     method = METHODS[name]
     parts = load_parts(directory, method)
     start = np.asarray(as_model(parts, directory).logits(TOKENS))
@@ -114,7 +114,7 @@ def test_it_starts_as_the_base_and_ends_as_one_model(name, directory, base, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SOME_LAYERS)
-def test_it_leaves_all_other_layers_and_experts_alone(name, directory, base, tmp_path):
+def test_an_edit_leaves_all_other_layers_and_experts_unchanged(name, directory, base, tmp_path):
     method = SOME_LAYERS[name]
     parts = moved(load_parts(directory, method))
     stored = method.store(parts.definition, parts.trainable, parts.constants)
@@ -135,7 +135,7 @@ def test_it_leaves_all_other_layers_and_experts_alone(name, directory, base, tmp
         assert trained_share(parameter_summary(parts.definition))[0] == stored_values
 
 
-def test_bitfit_trains_the_biases_that_there_are_and_merges_them(tiny, tmp_path):
+def test_bitfit_trains_existing_biases_and_merges_them(tiny, tmp_path):
     directory = tiny("qwen2")
     method = BitFit(("o_proj",))
     parts = load_parts(directory, method)

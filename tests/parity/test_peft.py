@@ -1,4 +1,4 @@
-"""Adapters cross over to PEFT and back with the same logits, and so do merged models."""
+"""Adapters and merged models have the same logits in PEFT, in both directions."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_transformers_loads_our_merged_model(case, tiny, tmp_path):
         ("lora_bias", {"lora_bias": True}),
     ],
 )
-def test_a_setting_that_would_be_dropped_is_refused_by_name(key, settings, tiny, tmp_path):
+def test_an_unsupported_setting_is_rejected_by_name(key, settings, tiny, tmp_path):
     directory = tiny("qwen2")
     peft_adapter(directory, tmp_path / "adapter", target_modules=["q_proj"], **settings)
     with pytest.raises(jaxtune.JaxtuneError, match=f'"{key}"'):

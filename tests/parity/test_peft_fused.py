@@ -1,4 +1,4 @@
-"""LoRA of experts that transformers fuses crosses over to PEFT and back with the same logits."""
+"""LoRA of fused experts has the same logits in PEFT, in both directions."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def _shapes(directory):
 
 
 @pytest.mark.parametrize("version", ["0.18.1", None])
-def test_the_convention_of_older_versions_is_refused(version, families, tmp_path):
+def test_the_layout_of_older_versions_is_rejected(version, families, tmp_path):
     directory = families("deepseek_v3")
     config = LoraConfig(r=2, target_modules=[], **THEIRS["both"])
     get_peft_model(reference(directory), config).save_pretrained(tmp_path / "adapter")
@@ -142,7 +142,7 @@ def test_the_convention_of_older_versions_is_refused(version, families, tmp_path
         read_adapter(tmp_path / "adapter")
 
 
-def test_what_peft_has_no_form_for_is_left_as_it_is_and_said(families, caplog):
+def test_adapters_without_a_fused_form_in_peft_are_unchanged_and_logged(families, caplog):
     method = Dora(2, 3.0, targets=("down_proj",))
     parts = load_parts(families("deepseek_v3"), method)
     stored = method.store(parts.definition, parts.trainable, parts.constants)

@@ -1,4 +1,4 @@
-"""Methods beside plain LoRA: trained as PEFT trains them, and read and written as PEFT does."""
+"""Methods other than plain LoRA train, read and write like PEFT."""
 
 from __future__ import annotations
 
@@ -143,7 +143,9 @@ def test_it_trains_as_peft_does(case, checkpoint, model_type, tmp_path):
 
 @ON_BOTH
 @pytest.mark.parametrize("case", CASES)
-def test_adapters_cross_both_ways_and_merge(case, checkpoint, model_type, tmp_path):
+def test_adapters_are_exchanged_in_both_directions_and_merge(
+    case, checkpoint, model_type, tmp_path
+):
     base = torch_logits(reference(checkpoint), TOKENS)
     model = scramble(peft_start(case, checkpoint, model_type, tmp_path / "start"))
     model.save_pretrained(tmp_path / "theirs")
@@ -264,7 +266,7 @@ def adapters_by_name(definition):
         ({"modules_to_save": "q_proj"}, r"q_proj is in adapter\.modules_to_save, which trains all"),
     ],
 )
-def test_a_choice_that_cannot_be_is_refused_by_name(settings, message, tiny):
+def test_an_invalid_setting_is_rejected_by_name(settings, message, tiny):
     config = read_json(tiny("llama") / "config.json")
     with pytest.raises(jaxtune.JaxtuneError, match=message):
         section = resolve({"adapter": {"targets": "q_proj"} | settings}).adapter

@@ -140,7 +140,7 @@ def test_training_is_that_of_peft(case, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_both_read_the_files_of_the_other(case, tiny, tmp_path):
+def test_peft_and_jaxtune_read_each_others_files(case, tiny, tmp_path):
     model_type, changes, kind, settings = CASES[case]
     directory = tiny(model_type, **changes)
     model = start(directory, tmp_path / "theirs", kind, settings).eval()

@@ -1,4 +1,4 @@
-"""Checkpoints in int4 and fp8, beside compressed-tensors and transformers."""
+"""Checkpoints in int4 and fp8, compared with compressed-tensors and transformers."""
 
 from pathlib import Path
 

@@ -104,7 +104,7 @@ def train(directory, mesh):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_a_mesh_does_not_divide_is_computed_all_the_same(name, tiny, families, tmp_path):
+def test_sizes_that_a_mesh_does_not_divide_give_the_same_result(name, tiny, families, tmp_path):
     model_type, changes = MODELS[name]
     make = families if model_type == "deepseek_v3" else tiny
     directory = make(model_type, **changes)

@@ -104,7 +104,7 @@ def opened(directory, target, **options):
 
 @pytest.mark.parametrize("method", METHODS)
 @every(EVERY, quick=("qwen2", "deepseek_v2"))
-def test_what_is_stored_is_what_was_trained(model_type, method, checkpoint, tmp_path):
+def test_the_stored_adapter_is_the_trained_one(model_type, method, checkpoint, tmp_path):
     directory = checkpoint(model_type)
     parts = stored(directory, METHODS[method], tmp_path / "adapter")
     again = read_adapter(tmp_path / "adapter", encoder=True)
@@ -207,7 +207,7 @@ def test_a_prompt_can_start_from_text(tiny_chat, tmp_path):
         np.testing.assert_array_equal(embeddings, expected)
 
 
-def test_room_is_made_in_front_of_every_segment():
+def test_positions_are_reserved_in_front_of_every_segment():
     tokens, segments = (
         jnp.asarray([[0, 7, 8, 9], [5, 6, 0, 0]]),
         jnp.asarray([[0, 1, 1, 2], [3, 3, 0, 0]]),

@@ -1,4 +1,4 @@
-"""Adapters for vLLM obey its published checks, and edit what they edited before."""
+"""Adapters for vLLM pass its published checks and have the same edits."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_peft_reads_the_same_edits(case, tiny, tmp_path):
         pytest.param(("experts.3.down_proj", "o_proj"), marks=pytest.mark.slow),
     ],
 )
-def test_every_expert_is_there_with_all_its_projections(targets, tmp_path):
+def test_every_expert_has_all_of_its_projections(targets, tmp_path):
     directory = Families(tmp_path)("deepseek_v3")
     settings = {"targets": targets, "rslora": True}
     if "up_proj" in targets:
@@ -134,7 +134,7 @@ def lora(tiny):
         ({"peft_type": "VERA"}, r"this one is VERA: write the whole model with --format merged"),
     ],
 )
-def test_what_vllm_refuses_is_named_with_what_is_left(change, message, lora):
+def test_adapters_that_vllm_rejects_are_an_error_with_an_alternative(change, message, lora):
     definition, stored = lora
     with pytest.raises(jaxtune.JaxtuneError, match=message):
         for_vllm(StoredAdapter(stored.config | change, stored.tensors), definition)
@@ -156,9 +156,11 @@ def test_other_methods_are_refused(method, message, tiny):
         for_vllm(stored, parts.definition)
 
 
-def test_what_would_be_left_out_is_refused(tmp_path):
+def test_adapters_that_vllm_would_ignore_are_rejected(tmp_path):
     method = Lora(2, 3.0, targets=("kv_b_proj", "o_proj"))
     parts = load_parts(Families(tmp_path)("deepseek_v2"), method)
     stored = method.store(parts.definition, parts.trainable, parts.constants)
-    with pytest.raises(jaxtune.JaxtuneError, match=r"kv_b_proj into other weights .* left out"):
+    with pytest.raises(
+        jaxtune.JaxtuneError, match=r"kv_b_proj into other weights .* would be ignored"
+    ):
         for_vllm(stored, parts.definition)

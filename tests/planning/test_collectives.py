@@ -1,4 +1,4 @@
-"""Collectives read off compiled programs of known communication."""
+"""Collectives counted in compiled programs with known communication."""
 
 # ruff: noqa: E501 (a compiler's lines are as long as they are)
 
@@ -36,7 +36,7 @@ print(json.dumps(totals_by_kind(collectives(text, 8))))
 """
 
 
-def test_loops_multiply_what_they_hold():
+def test_collectives_in_loops_are_counted_per_trip():
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         env={
@@ -111,7 +111,7 @@ TPU = textwrap.dedent(
 )
 
 
-def test_what_a_tpu_compiler_writes_is_understood():
+def test_the_text_of_the_tpu_compiler_is_parsed():
     found = collectives(TPU, 8)
     assert {(c.kind, c.dtype, c.times, c.sent, c.group) for c in found} == {
         ("all-gather", "u8", 1, 16, 2),

@@ -61,14 +61,14 @@ TOLERANCE = 0.01
 
 
 @pytest.mark.parametrize("method, each", [("lora", 4), ("full", 6)])
-def test_a_dense_model_takes_so_many_per_weight(method, each):
+def test_operations_of_a_dense_model_per_weight(method, each):
     setup, asked, done = flops(model("deepseek-llm-7b"), adapter={"method": method, "rank": 1})
     expected = each * matrices(setup) + causal(30, 32, 128 + 128)
     assert abs(asked / expected - 1) < TOLERANCE
     assert done > asked  # the plain attention of a CPU computes what is masked
 
 
-def test_recomputation_is_a_forward_pass_more():
+def test_recomputation_is_one_more_forward_pass():
     setup, asked, done = flops(model("deepseek-llm-7b"), remat="full", adapter={"rank": 1})
     _, same, without = flops(model("deepseek-llm-7b"), adapter={"rank": 1})
     # The head's gradient is taken at once, and a layer's last product is not needed again.
@@ -79,7 +79,7 @@ def test_recomputation_is_a_forward_pass_more():
 
 
 @pytest.mark.parametrize("name", ["deepseek-v2-lite", "deepseek-moe-16b"])
-def test_experts_count_as_routing_asks_for(name):
+def test_operations_of_experts_follow_the_routing(name):
     config = model(name)
     setup, asked, _ = flops(config, adapter={"rank": 1, "targets": "o_proj"})
     met = matrices(setup, config["num_experts_per_tok"] / config["n_routed_experts"])

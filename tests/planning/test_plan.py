@@ -49,7 +49,7 @@ def planned(config):
     return plan(config, "cpu")
 
 
-def test_every_kind_has_its_bytes(planned):
+def test_every_kind_of_argument_has_its_size(planned):
     # Per layer: q and o, k and v, gate, up and down, two norms. Then embedding and last norm.
     layer = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64 + 2 * 64
     assert planned.arguments["base"] == 2 * (2 * layer + 512 * 64 + 64)
@@ -63,7 +63,7 @@ def test_every_kind_has_its_bytes(planned):
     assert planned.attention == "xla"
 
 
-def test_the_plan_fits_when_the_device_has_as_much(planned):
+def test_the_plan_fits_exactly_if_the_device_has_the_memory(planned):
     assert planned.fits
     assert "fits, with" in planned.render()
     short = dataclasses.replace(planned, capacity=planned.total - 1)
@@ -72,7 +72,7 @@ def test_the_plan_fits_when_the_device_has_as_much(planned):
     assert dataclasses.replace(planned, capacity=planned.total).fits
 
 
-def test_the_base_is_named_by_its_formats(config, planned):
+def test_the_base_is_listed_by_weight_format(config, planned):
     quantized = plan(resolve({**config.to_dict(), "quantize": {"format": "nf4"}}), "cpu")
     # Every projection of the two layers is quantized; embedding and norms stay in bfloat16.
     matrices = (64, 64), (32, 64), (32, 64), (64, 64), (128, 64), (128, 64), (64, 128)
@@ -84,7 +84,7 @@ def test_the_base_is_named_by_its_formats(config, planned):
     assert planned.base_formats == {"bfloat16": planned.arguments["base"]}
 
 
-def test_what_does_not_fit_is_told_what_to_change(planned):
+def test_a_plan_that_does_not_fit_suggests_settings(planned):
     short = dataclasses.replace(planned, capacity=planned.total - 1).render()
     for key in ("quantize.format", "training.accumulation", "data.max_length", "mesh.fsdp"):
         assert key in short

@@ -46,7 +46,7 @@ def config(tmp_path, config_file):
     return resolve({"model": {"path": str(tmp_path)}, **sections})
 
 
-def test_every_candidate_makes_use_of_the_devices_and_keeps_the_batch(config):
+def test_every_candidate_uses_all_devices_and_keeps_the_batch(config):
     found = list(candidates(config.training.batch_size, TINY, 8))
     assert not any(dict(c.mesh).get("expert") for c in found), "there are no experts"
     for candidate in found:
@@ -61,7 +61,7 @@ def test_every_candidate_makes_use_of_the_devices_and_keeps_the_batch(config):
     assert any(dict(c.mesh).get("expert") == 2 for c in mixture)
 
 
-def test_the_lines_of_a_candidate_make_it(config):
+def test_the_lines_of_a_candidate_reproduce_it(config):
     candidate = Candidate((("fsdp", 4), ("tensor", 2)), "save_qkv", 2)
     from ml_collections import ConfigDict
 
@@ -79,7 +79,7 @@ def test_a_search_ranks_what_fits(capsys, config_file):
     assert all(row["fits"] for row in content["ranked"])
 
 
-def test_a_search_needs_something_to_try(config):
+def test_a_search_without_candidates_is_an_error(config):
     with pytest.raises(JaxtuneError, match="--tries is at least 1"):
         search(config, "cpu", 0)
 
@@ -97,7 +97,7 @@ def test_without_its_compiler_an_h100_gets_an_estimate(monkeypatch, capsys, conf
     assert "estimated, not compiled" in text and "gpu-plan" in text and "tokens/s" in text
 
 
-def test_an_estimate_knows_the_arguments(monkeypatch, config):
+def test_an_estimate_has_the_exact_size_of_the_arguments(monkeypatch, config):
     monkeypatch.setattr(cuda, "available", lambda: False)
     exact, estimated = plan(config, "cpu"), plan(config, "h100")
     for kind in ("base", "trainable", "optimizer", "constants", "batch"):
@@ -114,7 +114,7 @@ def test_a_plan_needs_a_config(capsys):
     assert "--config FILE is required" in capsys.readouterr().err
 
 
-def test_an_unknown_card_is_named_with_the_closest(capsys, config_file):
+def test_an_unknown_gpu_is_reported_with_the_closest(capsys, config_file):
     with pytest.raises(SystemExit):
         main(["plan", "--config", str(config_file), "--device", "rtx4009"])
     assert 'did you mean "rtx4090"' in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""NF4 beside bitsandbytes, which wrote the checkpoints that are about."""
+"""NF4 compared with bitsandbytes."""
 
 import bitsandbytes.functional as bnb
 import jax
@@ -39,13 +39,13 @@ def row_order(parts):
     return np.asarray(parts["absmax"]).T.reshape(-1)
 
 
-def test_the_tables_are_theirs():
+def test_the_tables_equal_those_of_bitsandbytes():
     assert np.array_equal(NF4, bnb.get_4bit_type("nf4", device="cpu").numpy())
     assert np.array_equal(DYNAMIC, bnb.create_dynamic_map().numpy())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_codes_and_scales_are_theirs(shape):
+def test_codes_and_scales_equal_those_of_bitsandbytes(shape):
     weight = draw(shape)
     parts = jax.jit(NormalFloat4(double=False).encode)(weight)
     codes, state = theirs(weight, double=False)
@@ -54,7 +54,7 @@ def test_codes_and_scales_are_theirs(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_quantized_scales_are_theirs_given_their_offset(shape):
+def test_quantized_scales_equal_those_of_bitsandbytes_given_its_offset(shape):
     absmax = row_order(jax.jit(NormalFloat4().encode)(draw(shape)))
     _, state = theirs(draw(shape), double=True)
     offset = np.float32(state.offset.item())
@@ -71,7 +71,7 @@ def test_quantized_scales_are_theirs_given_their_offset(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_our_offset_is_theirs_within_two_units_in_the_last_place(shape):
+def test_the_offset_is_that_of_bitsandbytes_within_two_units_in_the_last_place(shape):
     _, state = theirs(draw(shape), double=True)
     form = NormalFloat4()
     parts = form.finish(jax.tree.map(np.asarray, form.encode(jnp.asarray(draw(shape)))))
@@ -82,7 +82,7 @@ def test_our_offset_is_theirs_within_two_units_in_the_last_place(shape):
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_decoding_is_theirs_bit_for_bit(shape, double, dtype):
+def test_decoding_equals_that_of_bitsandbytes_bit_for_bit(shape, double, dtype):
     weight = torch.tensor(draw(shape)).to(getattr(torch, dtype))
     codes, state = bnb.quantize_4bit(weight, compress_statistics=double, quant_type="nf4")
     form = NormalFloat4(double)
@@ -99,7 +99,7 @@ def test_decoding_is_theirs_bit_for_bit(shape, double, dtype):
     assert np.array_equal(np.asarray(ours, np.float32), expected)
 
 
-def test_a_block_of_zeros_stays_zero():
+def test_a_block_of_zeros_is_decoded_to_zeros():
     weight = draw((4, 128))
     weight[1] = 0
     form = NormalFloat4()

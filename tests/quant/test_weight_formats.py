@@ -1,4 +1,4 @@
-"""What every weight format has to do, and what each promises of its error."""
+"""Requirements on every weight format, and the error bound of each."""
 
 import bitsandbytes  # noqa: F401 – registers its operators with torch
 import jax
@@ -48,7 +48,7 @@ def quantize(form: Format, weight) -> QuantizedWeight:
 
 @every_format
 @every_shape
-def test_parts_are_what_the_format_says(form, shape):
+def test_parts_have_the_shapes_and_dtypes_of_the_format(form, shape):
     quantized, specified = quantize(form, draw(shape)), form.parts(shape)
     assert set(quantized.parts) == set(specified)
     for name, part in specified.items():
@@ -66,7 +66,7 @@ LARGEST_ERROR = {"nf4": 0.16, "int4": 1 / 8 + 0.01, "int8": 0.5 / 127 + 1e-6, "f
 
 @every_format
 @every_shape
-def test_no_value_is_further_off_than_the_codes_are_wide(form, shape):
+def test_no_decoded_value_exceeds_the_largest_error(form, shape):
     weight = draw(shape)
     decoded = np.asarray(quantize(form, weight).dequantize(jnp.float32))
     assert decoded.shape == shape
@@ -87,7 +87,7 @@ def test_numpy_decodes_to_the_same_bits(form, shape):
 
 
 @every_format
-def test_what_was_dequantized_is_quantized_to_itself(form):
+def test_dequantized_values_are_quantized_to_themselves(form):
     once = quantize(form, draw((64, 192))).dequantize(jnp.float32)
     twice = quantize(form, np.asarray(once)).dequantize(jnp.float32)
     # A scale is found again but for its rounding: to bfloat16, or to 8 bits under double NF4. Of a

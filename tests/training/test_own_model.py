@@ -72,7 +72,7 @@ def test_a_run_is_loaded_as_it_was_trained(method, form, tiny, deepseek, tmp_pat
     loaded = run.model("last")
     assert loss_of(loaded, tokens) == pytest.approx(logged["loss"], rel=SAME)
     if method == "pissa":
-        with pytest.raises(jaxtune.JaxtuneError, match="pissa has edited the base for the one"):
+        with pytest.raises(jaxtune.JaxtuneError, match="pissa has edited the base for the adapter"):
             loaded.use(None)
     # The base alone is something else, and the same to both.
     base = evaluate(RunDirectory(run.path), "none")["loss"]

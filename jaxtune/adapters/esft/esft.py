@@ -123,6 +123,7 @@ class Esft(Method):
             declared = declaration_of(linear.weight)
             if linear.experts is None or declared.layers is None:
                 continue
+            # One tuple per layer of the block; layers without a choice stay frozen.
             first, count = declared.layers
             chosen = tuple(wanted.get(layer, ()) for layer in range(first, first + count))
             found |= set(range(first, first + count))

@@ -1,1 +1,1 @@
-"""Methods that edit projections, and what they train beside them."""
+"""Methods that edit projections, and the modules, tokens and biases trained with them."""

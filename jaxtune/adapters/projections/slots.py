@@ -229,6 +229,8 @@ class LinearMethod(Method):
                 part: _flat(np.asarray(values[(*path, "adapter", part)], np.float32), declared)
                 for part, declared in _declared(definition, path, adapter).items()
             }
+            # i counts layers and experts as in the flattened leading axes. `_slices` cuts the
+            # padding off.
             for i, (name, setting) in enumerate(zip(names, adapter.settings, strict=True)):
                 if setting is None:
                     continue

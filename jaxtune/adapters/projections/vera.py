@@ -173,7 +173,7 @@ class Vera(LinearMethod):
         return trainable, _with_matrices(constants, read)
 
     def peft_config(self, definition: Definition, settings: Mapping[str, int]) -> dict[str, Any]:
-        """Returns the config; ``save_projection`` says that the file has the matrices."""
+        """Returns the config, with ``save_projection``: the matrices are in the file."""
         return peft_config("VERA", definition, settings) | {
             "r": self.rank,
             "vera_dropout": self.dropout,

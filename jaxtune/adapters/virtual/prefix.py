@@ -161,7 +161,7 @@ class Prefix(Method):
         if not self.projection:
             shape = (n, layers * width)
             value = checked(stored.tensors, EMBEDDINGS, shape, WEIGHTS_FILE)
-            value = value.reshape(n, layers, width).transpose(1, 0, 2)
+            value = value.reshape(n, layers, width).transpose(1, 0, 2)  # [layers, n, width]
             return _cut(blocks, {("embedding",): value}), {}
         token_dim, hidden = storage["token_dim"], self.encoder_hidden_size
         shapes = {

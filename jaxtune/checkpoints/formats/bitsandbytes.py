@@ -1,10 +1,16 @@
-"""Checkpoints that bitsandbytes quantized, in NF4 or int8, both ways.
+"""Checkpoints quantized by bitsandbytes, in NF4 or int8: reading and writing.
 
-A weight W in NF4 is a column of bytes, two codes in each, the first in the high half. Beside it are
-the scales of its blocks (``W.absmax``), their own scales under double quantization
-(``W.nested_absmax``), the tables (``W.quant_map``, ``W.nested_quant_map``) and, as the bytes of a
-JSON object, the rest (``W.quant_state.bitsandbytes__nf4``). A weight in int8 is int8 [out, in] with
-the largest magnitude of each row beside it (``SCB``).
+A weight W [out, in] in NF4 consists of
+
+- ``W``: uint8 [⌈out · in / 2⌉, 1]; the codes of the flattened weight, two in a byte, the first in
+  the high half (jaxtune's own layout is different, see `jaxtune.quant.codes`);
+- ``W.absmax``: one scale per block of 64 successive values; float32, or uint8 codes with double
+  quantization, which adds ``W.nested_absmax``, one float32 scale per 256 scales;
+- ``W.quant_map`` and ``W.nested_quant_map``: the tables of code values;
+- ``W.quant_state.bitsandbytes__nf4``: the bytes of a JSON object with shape, block sizes and the
+  offset of double quantization.
+
+A weight in int8 consists of int8 [out, in] and the largest magnitude of each row (``SCB``).
 
 Source: the checkpoints that transformers writes with bitsandbytes.
 """
@@ -53,15 +59,15 @@ _DOUBLE_ENDINGS = _NF4_ENDINGS | {
     "nested_map": ".weight.nested_quant_map",
 }
 _INT8_ENDINGS = {"codes": ".weight", "absmax": ".SCB", "format": ".weight_format"}
-_ZERO = 7  # the code of zero, which fills the last byte of an odd number of codes
-_SPARE = 24  # characters of the longest number, beyond those of "0.0"
+_ZERO = 7  # the code of zero, which pads an odd number of codes to whole bytes
+_SPARE = 24  # extra characters for the offset: more than the longest float needs beyond "0.0"
 
 
 def bitsandbytes_format(settings: Mapping[str, Any], path: Path) -> Format:
     """Returns the format of a checkpoint from its ``quantization_config``.
 
     Raises:
-      JaxtuneError: another format of bitsandbytes.
+      JaxtuneError: an unsupported format of bitsandbytes.
     """
     if settings.get("load_in_8bit"):
         return Int8()
@@ -74,10 +80,10 @@ def bitsandbytes_format(settings: Mapping[str, Any], path: Path) -> Format:
 
 
 def open_bitsandbytes(source: TensorSource) -> TensorSource:
-    """Returns a checkpoint in NF4 or int8 as one that reads as float32.
+    """Returns a checkpoint in NF4 or int8 as a source of float32 weights.
 
     Raises:
-      JaxtuneError: a setting that is not known, or tensors that do not belong together.
+      JaxtuneError: an unsupported setting, or a tensor that is missing or inconsistent.
     """
     form = bitsandbytes_format(source.config["quantization_config"], source.path)
     return NF4Source(source, form) if isinstance(form, NormalFloat4) else Int8Source(source)
@@ -87,10 +93,10 @@ class NF4Source(PackedSource):
     """A checkpoint in NF4."""
 
     def __init__(self, source: TensorSource, form: NormalFloat4):
-        """Pairs weights with their companions and checks these.
+        """Groups the tensors of each weight and checks them.
 
         Raises:
-          JaxtuneError: a tensor is missing, or is not what this format has.
+          JaxtuneError: a tensor is missing or inconsistent with the format.
         """
         self._double = form.double
         self._states: dict[str, dict[str, Any]] = {}
@@ -110,7 +116,7 @@ class NF4Source(PackedSource):
             stored = self._stored(weight, key)
             if not np.array_equal(stored, table):
                 at = int(np.argmax(stored != table))
-                found = f"has {stored[at]} at {at}, where this format has {table[at]}"
+                found = f"has {stored[at]} at {at}, but this format has {table[at]}"
                 raise self._error(weight, key, found)
 
     def _read_state(self, weight: str) -> dict[str, Any]:
@@ -151,17 +157,21 @@ class NF4Source(PackedSource):
         return specified
 
     def _codes(self, weight: str, first: int, last: int) -> np.ndarray:
-        """Returns the codes of some rows, uint8 [last − first, in]."""
+        """Returns the codes of rows first … last − 1, uint8 [last − first, in].
+
+        Codes are packed over the flattened weight, so with an odd number of columns a row may
+        begin in the middle of a byte; its first half is then cut off.
+        """
         columns = self._shape(weight)[1]
         start, stop = first * columns, last * columns
-        # bnb_4bit_quant_storage may have the bytes stored under another dtype.
+        # The bytes may be stored under another dtype (bnb_4bit_quant_storage).
         raw = self._stored(weight, "codes").reshape(-1).view(np.uint8)
         pairs = raw[start // 2 : (stop + 1) // 2]
         codes = np.stack([pairs >> 4, pairs & 15], axis=-1).reshape(-1)
         return codes[start % 2 :][: stop - start].reshape(-1, columns)
 
     def _scales(self, weight: str, first: int, last: int) -> np.ndarray:
-        """Returns the scales of some blocks, float32 [last − first]."""
+        """Returns the scales of blocks first … last − 1, float32 [last − first]."""
         absmax = self._stored(weight, "absmax")[first:last]
         if not self._double:
             return absmax
@@ -172,6 +182,7 @@ class NF4Source(PackedSource):
     def _decode(self, weight: str, first: int, last: int) -> np.ndarray:
         columns = self._shape(weight)[1]
         start, stop = first * columns, last * columns
+        # Blocks run over the flattened weight: the first one may begin before the first row.
         block = start // BLOCK
         scales = np.repeat(self._scales(weight, block, -(-stop // BLOCK)), BLOCK)
         scales = scales[start - block * BLOCK :][: stop - start]
@@ -194,19 +205,19 @@ class Int8Source(PackedSource):
     """A checkpoint in int8."""
 
     def __init__(self, source: TensorSource):
-        """Pairs weights with the magnitudes of their rows.
+        """Groups weights with the magnitudes of their rows.
 
         Raises:
-          JaxtuneError: a tensor is missing, or is not what this format has.
+          JaxtuneError: a tensor is missing or inconsistent with the format.
         """
         super().__init__(source, Int8(), _INT8_ENDINGS, optional=("format",))
 
     def _check(self, weight: str) -> None:
         shape = self._source.shape(self._tensors[weight]["codes"])
         if len(shape) != 2:
-            raise self._error(weight, "codes", f"is {list(shape)}, and a weight has two dimensions")
+            raise self._error(weight, "codes", f"has shape {list(shape)}, not two dimensions")
         super()._check(weight)
-        # For older GPUs weights were stored in the tiles of their instructions.
+        # Older versions could store weights in the tile layouts of GPU instructions.
         if "format" in self._tensors[weight] and (order := int(self._stored(weight, "format"))):
             raise self._error(weight, "format", f"is {order}; only 0, row by row, is supported")
 
@@ -260,7 +271,7 @@ def nf4_tensors(
 
     def state() -> np.ndarray:
         offset = float(part("nested_offset")) if form.double else None
-        # A file's header says how long a tensor is before the offset is known.
+        # The header fixes a tensor's length before the offset is known; JSON ignores the spaces.
         return np.frombuffer(_state(shape, dtype, offset).ljust(length), np.uint8)
 
     tensors = {
@@ -285,7 +296,10 @@ def _state(shape: tuple[int, int], dtype: str, offset: float | None) -> bytes:
 
 
 def _row_by_row(packed: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Returns our codes as bitsandbytes packs them, uint8 [⌈out · in / 2⌉, 1]."""
+    """Converts packed codes from jaxtune's layout to uint8 [⌈out · in / 2⌉, 1] of bitsandbytes.
+
+    Chunks begin at even rows (see `row_chunks`), hence at whole bytes.
+    """
     stored = np.empty((-(-math.prod(shape) // 2), 1), np.uint8)
     for first, codes in unpack_rows(packed, shape):
         flat = codes.reshape(-1)
@@ -304,7 +318,7 @@ def int8_settings(form: Int8, plain: Sequence[str], dtype: str) -> dict[str, Any
         "load_in_4bit": False,
         "load_in_8bit": True,
         "llm_int8_has_fp16_weight": False,
-        "llm_int8_threshold": 6.0,  # of activations that are multiplied in 16 bits: the default
+        "llm_int8_threshold": 6.0,  # default threshold of activations multiplied in 16 bits
         "llm_int8_skip_modules": list(plain),
     }
 

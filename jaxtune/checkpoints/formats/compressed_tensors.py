@@ -1,11 +1,16 @@
-"""Checkpoints in int4 of the format "pack-quantized" of compressed-tensors, both ways.
+"""Checkpoints in int4 of the format "pack-quantized" of compressed-tensors: reading and writing.
 
-A weight [out, in] is eight codes in each int32 along `in`, the first in the lowest bits
-(``weight_packed``), its scales [out, groups] (``weight_scale``), its shape (``weight_shape``) and,
-where groups have zero points, these, packed along `out` (``weight_zero_point``). Codes and zero
-points are stored from 0 to 15: w = scale · (code − 8), or scale · (code − zero).
+A weight [out, in] with groups of `group_size` columns consists of
 
-Source: the package compressed-tensors, which vLLM and transformers read such checkpoints with.
+- ``weight_packed``: int32 [out, ⌈in / 8⌉], eight 4-bit codes in a word, the first in the lowest
+  bits;
+- ``weight_scale``: [out, groups];
+- ``weight_shape``: int64 [2], (out, in);
+- ``weight_zero_point``, if asymmetric: int32 [⌈out / 8⌉, groups], zero points packed along `out`.
+
+Codes and zero points are stored as 0 … 15: w = scale · (code − 8), or scale · (code − zero).
+
+Source: the compressed-tensors package, with which vLLM and transformers read such checkpoints.
 """
 
 from __future__ import annotations
@@ -42,7 +47,7 @@ _SCHEME: dict[str, tuple[Any, ...]] = {
     "type": ("int",),
     "strategy": ("group", "channel"),
     "symmetric": (True, False),
-    "actorder": (None, "weight", "static"),  # all of which leave the columns where they are
+    "actorder": (None, "weight", "static"),  # the values that do not permute columns
 }
 
 
@@ -50,7 +55,7 @@ def compressed_tensors_format(settings: Mapping[str, Any], path: Path) -> Int4:
     """Returns the format of a checkpoint from its ``quantization_config``.
 
     Raises:
-      JaxtuneError: another format of compressed-tensors.
+      JaxtuneError: an unsupported format of compressed-tensors.
     """
     where = f"{path / 'config.json'}: quantization_config"
     if (kind := settings.get("format")) != "pack-quantized":
@@ -76,13 +81,17 @@ def compressed_tensors_format(settings: Mapping[str, Any], path: Path) -> Int4:
 
 
 def _from_words(words: np.ndarray) -> np.ndarray:
-    """Returns the codes of int32 [rows, words], uint8 [rows, 8 · words]."""
+    """Unpacks int32 [rows, words] to codes uint8 [rows, 8 · words].
+
+    In a little-endian word the first code is the low half of the first byte, so bytes can be split
+    in order: low half, high half.
+    """
     raw = np.ascontiguousarray(words, "<i4").view(np.uint8)
     return np.stack([raw & 15, raw >> 4], axis=-1).reshape(words.shape[0], -1)
 
 
 def _to_words(codes: np.ndarray) -> np.ndarray:
-    """Undoes `_from_words` for codes uint8 [rows, columns], filling up with zeros."""
+    """Packs codes uint8 [rows, columns] to int32 [rows, ⌈columns / 8⌉], padded with zeros."""
     padded = np.pad(codes, ((0, 0), (0, -codes.shape[1] % PER_WORD)))
     return np.ascontiguousarray(padded[:, ::2] | (padded[:, 1::2] << 4)).view("<i4")
 
@@ -91,10 +100,10 @@ class PackedInt4Source(PackedSource):
     """A checkpoint in int4."""
 
     def __init__(self, source: TensorSource):
-        """Pairs codes with their scales.
+        """Groups the tensors of each weight and checks them.
 
         Raises:
-          JaxtuneError: a setting that is not known, or a tensor that is missing or wrong.
+          JaxtuneError: an unsupported setting, or a tensor that is missing or inconsistent.
         """
         self._int4 = compressed_tensors_format(source.config["quantization_config"], source.path)
         endings = _ENDINGS if self._int4.symmetric else _ASYMMETRIC_ENDINGS
@@ -126,7 +135,7 @@ class PackedInt4Source(PackedSource):
         return specified
 
     def _codes(self, weight: str, first: int, last: int) -> np.ndarray:
-        """Returns the codes of some rows, uint8 [last − first, in]."""
+        """Returns the codes of rows first … last − 1, uint8 [last − first, in]."""
         columns = self._shape(weight)[1]
         return _from_words(self._stored(weight, "codes")[first:last])[:, :columns]
 
@@ -138,14 +147,15 @@ class PackedInt4Source(PackedSource):
         columns = self._shape(weight)[1]
         size = self._int4.group_size or columns
 
-        def spread(groups: np.ndarray) -> np.ndarray:
+        def per_value(groups: np.ndarray) -> np.ndarray:
+            """Repeats [out, groups] to one entry per value; the last group may be shorter."""
             wide = np.repeat(groups[first:last].astype(np.float32), size, axis=1)
             return wide[:, :columns]
 
-        codes, scale = self._codes(weight, first, last), spread(self._stored(weight, "scale"))
+        codes, scale = self._codes(weight, first, last), per_value(self._stored(weight, "scale"))
         if self._int4.symmetric:
             return decode_values(codes, scale)
-        return decode_values(codes, scale, spread(self._zeros(weight).T))
+        return decode_values(codes, scale, per_value(self._zeros(weight).T))
 
     def _parts(self, weight: str) -> dict[str, np.ndarray] | None:
         scale = self._stored(weight, "scale")

@@ -1,8 +1,8 @@
-"""DeepSeek's block-scaled fp8 checkpoints: dequantized as they are read, and written.
+"""DeepSeek's block-scaled fp8 checkpoints: reading and writing.
 
-A weight W of type float8_e4m3fn comes with ``W_scale_inv``, float32: one value for each block of
-128 rows and 128 columns, ragged blocks at the edges included. The weight is ``float32(W) × scale``
-of its block: it multiplies, whatever the name says.
+A weight W [out, in] of type float8_e4m3fn comes with ``W_scale_inv``, float32
+[⌈out / 128⌉, ⌈in / 128⌉]: one scale for each block of 128 rows and 128 columns; blocks at the edges
+may be smaller. The value is ``float32(W) × scale``: despite its name the scale is a factor.
 
 Source: the inference code of DeepSeek-V3 and its config.json (``weight_block_size``).
 """
@@ -30,11 +30,10 @@ class Float8Source(PackedSource):
     """A checkpoint in block-scaled fp8."""
 
     def __init__(self, source: TensorSource):
-        """Pairs weights with their scales.
+        """Groups weights with their scales and checks them.
 
         Raises:
-          JaxtuneError: an unsupported setting, or a weight whose scale is missing or has the wrong
-            shape.
+          JaxtuneError: an unsupported setting, or a scale that is missing or has the wrong shape.
         """
         form = deepseek_fp8_format(source.config["quantization_config"], source.path)
         self._block = form.block
@@ -42,7 +41,7 @@ class Float8Source(PackedSource):
         for name in self.names():
             if self.dtype(name) == ml_dtypes.float8_e4m3fn:
                 raise JaxtuneError(
-                    f'{self.where(name)}: "{name}" is fp8 and has no "{name}_scale_inv"'
+                    f'{self.where(name)}: "{name}" is fp8 but has no "{name}_scale_inv"'
                 )
 
     def _check(self, weight: str) -> None:
@@ -67,7 +66,7 @@ class Float8Source(PackedSource):
         return self._block[0]
 
     def _decode(self, weight: str, first: int, last: int) -> np.ndarray:
-        # Rows of a block share their scales, so decoding begins at a block's first row.
+        # The rows of a block share their scales, so decoding starts at the first row of a block.
         block, parts = first // self._block[0], self._parts(weight)
         start = block * self._block[0]
         parts = {"codes": parts["codes"][start:last], "scale": parts["scale"][block:]}
@@ -83,7 +82,7 @@ def deepseek_fp8_format(settings: Mapping[str, Any], path: Path) -> Float8:
     """Returns the format of a checkpoint from its ``quantization_config``.
 
     Raises:
-      JaxtuneError: another kind of fp8, or no block size.
+      JaxtuneError: an unsupported kind of fp8, or an invalid block size.
     """
     where = f"{path / 'config.json'}: quantization_config"
     if (kind := settings.get("fmt", "e4m3")) != "e4m3":

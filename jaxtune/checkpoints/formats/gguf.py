@@ -1,6 +1,6 @@
 """Reads GGUF checkpoints of the LLaMA and Qwen families under their Hugging Face names.
 
-Block formats and their decoding are the ``gguf`` package's.
+Block formats are decoded by the ``gguf`` package.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxtune.errors import JaxtuneError, closest, lookup
 from jaxtune.layers.rope import rope_from_config
 from jaxtune.quant import Format
 
-_ROWS_PER_CHUNK = 2048  # keeps the decoder's temporaries far below a large tensor
+_ROWS_PER_CHUNK = 2048  # keeps the decoder's temporaries far smaller than a large tensor
 _WHOLE_MODEL_NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -45,7 +45,8 @@ _ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 _ROPE_FACTORS = "rope_freqs.weight"
-# Every published checkpoint with llama3 scaling has these three; the file holds only their effect.
+# The values of all published checkpoints with llama3 scaling. A GGUF stores only their effect, the
+# divisors of the frequencies.
 _LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -54,7 +55,7 @@ _LLAMA3_ROPE = {
 
 
 def _hugging_face_name(name: str) -> str | None:
-    """Returns the Hugging Face name of a GGUF tensor, or None where it has no counterpart."""
+    """Returns the Hugging Face name of a GGUF tensor, or None if it has no counterpart."""
     stem, _, kind = name.rpartition(".")
     if kind not in ("weight", "bias"):
         return None
@@ -65,19 +66,19 @@ def _hugging_face_name(name: str) -> str | None:
 
 
 def _decimal(value: float) -> float:
-    """Returns the shortest decimal that is the same float32: 1e-05, not 9.99999974737875e-06."""
+    """Returns the shortest decimal of the same float32 value: 1e-05, not 9.99999974737875e-06."""
     return float(str(np.float32(value)))
 
 
 class GGUFSource:
-    """The tensors and the config of a GGUF file, as a Hugging Face checkpoint would hold them.
+    """The tensors and config of a GGUF file in the form of a Hugging Face checkpoint.
 
     Attributes:
       path: the file.
-      config: what ``config.json`` would say.
+      config: equivalent content of ``config.json``.
 
     Raises:
-      JaxtuneError: a damaged file, an unknown architecture, or a tensor without counterpart.
+      JaxtuneError: a damaged file, an unknown architecture, or a tensor without a counterpart.
     """
 
     def __init__(self, path: str | Path):
@@ -93,12 +94,12 @@ class GGUFSource:
                 self._tensors[name] = info
             elif gguf_name != _ROPE_FACTORS:
                 raise JaxtuneError(
-                    f'{self.path}: tensor "{gguf_name}" has no place in a {self._architecture} '
-                    f"model"
+                    f'{self.path}: tensor "{gguf_name}" does not belong to a '
+                    f"{self._architecture} model"
                 )
         self._rope_factors = infos.get(_ROPE_FACTORS)
         self.config = self._build_config(class_name)
-        del self._metadata  # the vocabulary would outweigh all else that this object keeps
+        del self._metadata  # frees the vocabulary, by far the largest part of this object
 
     def names(self) -> list[str]:
         """Returns the Hugging Face tensor names, in the order of the file."""
@@ -109,7 +110,7 @@ class GGUFSource:
         return self._info(name).shape
 
     def dtype(self, name: str) -> np.dtype:
-        """Returns the dtype that `read` gives: float32, whatever the file packs."""
+        """Returns float32, the dtype of the result of `read` for every block type."""
         self._info(name)
         return np.dtype(np.float32)
 
@@ -122,16 +123,16 @@ class GGUFSource:
         """Decodes one tensor.
 
         Args:
-          name: of the tensor.
-          rows: to return; all by default, and the only ones for a tensor without dimensions.
+          name: name of the tensor.
+          rows: rows to return; ignored for a scalar.
 
         Returns:
-          float32 of `shape(name)`; read-only and memory-mapped where the file holds float32. The
-          query and key rows of LLaMA are in Hugging Face's order: GGUF interleaves both halves of
-          each head for its rotary embedding.
+          float32 of `shape(name)`; read-only and memory-mapped if the file holds float32. The
+          query and key rows of LLaMA are returned in Hugging Face's order: GGUF interleaves both
+          halves of each head for its rotary embedding.
 
         Raises:
-          JaxtuneError: no such tensor, or a block type that cannot be decoded here.
+          JaxtuneError: an unknown tensor, or a block type that cannot be decoded.
         """
         info = self._info(name)
         order = self._row_order(name, info)
@@ -140,11 +141,15 @@ class GGUFSource:
         return self._decode(info, name, rows if order is None else order[rows])
 
     def read_parts(self, name: str, form: Format) -> None:
-        """Returns None: no tensor is stored in a format of jaxtune's."""
+        """Returns None: GGUF's block types are not among jaxtune's weight formats."""
         del name, form
 
     def _row_order(self, name: str, info: TensorInfo) -> np.ndarray | None:
-        """Returns the row in the file of each row of a tensor; None where they are the same."""
+        """Returns int [rows], the row in the file of each row of a tensor; None if identical.
+
+        With heads of size d, row 2 i + j of a head in the file is row i + j · d / 2 in Hugging
+        Face's order, where j is the half of the head.
+        """
         heads = {
             "q_proj": self.config["num_attention_heads"],
             "k_proj": self.config["num_key_value_heads"],
@@ -162,7 +167,7 @@ class GGUFSource:
         return self._tensors[name]
 
     def _decode(self, info: TensorInfo, name: str, chosen: slice | np.ndarray = ALL) -> np.ndarray:
-        """Returns a tensor as it lies in the file, or chosen rows of a matrix, in float32."""
+        """Returns a tensor, or chosen rows of a matrix, in the file's order, in float32."""
         if not info.size:
             return np.zeros(info.shape, np.float32)[chosen]
         packed = np.memmap(self.path, np.uint8, "r", info.offset, (info.size,))
@@ -183,7 +188,13 @@ class GGUFSource:
         return values.reshape(-1, *info.shape[1:])
 
     def _key(self, key: str, default: Any = None) -> Any:
-        """Returns a value under the architecture's prefix; without a default it has to exist."""
+        """Returns a value of the metadata under the architecture's prefix.
+
+        A list with one value per layer is accepted if the values are equal.
+
+        Raises:
+          JaxtuneError: the value is missing and has no default, or it differs between layers.
+        """
         value = self._metadata.get(f"{self._architecture}.{key}", default)
         if value is None:
             raise JaxtuneError(f'{self.path}: metadata lacks "{self._architecture}.{key}"')
@@ -196,7 +207,7 @@ class GGUFSource:
         return value
 
     def _count(self, key: str, default: int | None = None) -> int:
-        """Returns a value that has to be a positive integer."""
+        """Returns a value of the metadata that must be a positive integer."""
         value = self._key(key, default)
         if not isinstance(value, int) or value < 1:
             raise JaxtuneError(
@@ -230,7 +241,7 @@ class GGUFSource:
             "tie_word_embeddings": "lm_head.weight" not in self._tensors,
             "torch_dtype": "bfloat16",
         }
-        if self._architecture != "qwen2":  # whose biases are part of the architecture
+        if self._architecture != "qwen2":  # in Qwen2 biases are part of the architecture
             first = "model.layers.0"
             config["attention_bias"] = f"{first}.self_attn.q_proj.bias" in self._tensors
         if self._architecture == "llama":
@@ -240,7 +251,7 @@ class GGUFSource:
         return config
 
     def _rope_scaling(self, head_dim: int) -> dict[str, Any] | None:
-        """Returns the ``rope_scaling`` entry of the config, None where nothing is scaled."""
+        """Returns the ``rope_scaling`` entry of the config, or None without scaling."""
         kind = self._key("rope.scaling.type", "none")
         factor = self._key("rope.scaling.factor", self._key("rope.scale_linear", 1.0))
         if self._rope_factors is not None:
@@ -269,18 +280,22 @@ class GGUFSource:
         return scaling
 
     def _llama3_rope(self, info: TensorInfo, head_dim: int) -> dict[str, Any]:
-        """Recovers llama3 scaling from the divisor that the file holds for each frequency."""
+        """Recovers llama3 scaling from the divisors of the frequencies that the file holds.
+
+        Only the factor varies between published checkpoints. It is read off the divisors, and the
+        divisors computed from it must match the file's.
+        """
         divisors = self._decode(info, _ROPE_FACTORS)
         theta = self._key("rope.freq_base", 10000.0)
-        # The largest divisor is the factor, but for the rounding of a float32 division.
+        # The largest divisor is the factor, up to the rounding of a float32 division.
         scaling = {"rope_type": "llama3", "factor": round(float(divisors.max()), 4)} | _LLAMA3_ROPE
         plain = np.array(rope_from_config({"rope_theta": theta}, head_dim).inv_freq)
         try:
             scaled = rope_from_config({"rope_theta": theta, "rope_scaling": scaling}, head_dim)
             expected = plain / np.array(scaled.inv_freq)
-        except JaxtuneError:  # a factor that is not positive
+        except JaxtuneError:  # the factor is not positive
             expected = np.zeros(0)
-        # The divisors were computed in float32, from frequencies that went through a power.
+        # The file's divisors were computed in float32 from powers of theta, hence the tolerance.
         if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
             raise JaxtuneError(
                 f'{self.path}: tensor "{_ROPE_FACTORS}" is not the llama3 scaling of {_LLAMA3_ROPE}'

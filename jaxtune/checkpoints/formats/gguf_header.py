@@ -1,7 +1,8 @@
-"""Reads what stands before the weights of a GGUF file: metadata and where each tensor lies.
+"""Reads the header of a GGUF file: metadata and the location of each tensor.
 
-Parsed here and not by ``gguf.GGUFReader``: a damaged or hostile file has to be refused by name,
-before anything is allocated, and that reader keeps two arrays for every word of the vocabulary.
+``gguf.GGUFReader`` is not used, because a damaged or hostile file must be rejected with a clear
+message before anything is allocated, and because that reader keeps two arrays for every word of the
+vocabulary.
 
 Source: the GGUF specification, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
@@ -43,13 +44,13 @@ _SCALARS = {
 
 
 class TensorInfo(NamedTuple):
-    """Where a tensor lies in its file.
+    """Location of a tensor in its file.
 
     Attributes:
-      shape: dimensions, slowest first, as NumPy orders them.
-      block_type: how the values are packed.
-      offset: first byte, from the start of the file.
-      size: bytes.
+      shape: dimensions in NumPy's order, slowest first.
+      block_type: packing of the values.
+      offset: first byte, counted from the start of the file.
+      size: size in bytes.
     """
 
     shape: tuple[int, ...]
@@ -59,14 +60,14 @@ class TensorInfo(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What stands before the weights: metadata by key, tensors by GGUF name."""
+    """The header of a GGUF file: metadata by key, tensors by GGUF name."""
 
     metadata: dict[str, Any]
     tensors: dict[str, TensorInfo]
 
 
 class _Cursor:
-    """Reads typed values from a buffer in order and refuses to pass its end."""
+    """Reads typed values from a buffer in order; raises at its end."""
 
     def __init__(self, path: Path, buffer: mmap.mmap):
         self.path = path
@@ -128,7 +129,7 @@ def _read_tensor_info(cursor: _Cursor, name: str) -> TensorInfo:
     block_values, block_bytes = GGML_QUANT_SIZES[block_type]
     if shape[-1] % block_values:
         raise JaxtuneError(
-            f'{path}: tensor "{name}" has rows of {shape[-1]} values, no multiple of '
+            f'{path}: tensor "{name}" has rows of {shape[-1]} values, which is not a multiple of '
             f"{block_type.name}'s blocks of {block_values}"
         )
     return TensorInfo(shape, block_type, offset, math.prod(shape) // block_values * block_bytes)
@@ -152,6 +153,7 @@ def _read_header(cursor: _Cursor) -> Header:
         if name in relative:
             raise JaxtuneError(f'{path}: tensor "{name}" occurs twice')
         relative[name] = _read_tensor_info(cursor, name)
+    # Offsets of tensors count from the start of the data, the first aligned byte after the header.
     alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1:
         raise JaxtuneError(f"{path}: general.alignment={alignment!r} is not a positive integer")
@@ -169,17 +171,17 @@ def _read_header(cursor: _Cursor) -> Header:
 
 
 def read_header(path: str | Path) -> Header:
-    """Reads and checks everything before the weights of a GGUF file.
+    """Reads and checks the header of a GGUF file.
 
     Args:
       path: a ``.gguf`` file, version 2 or 3, little-endian.
 
     Returns:
-      Metadata (numbers, strings and lists of them) and where each tensor lies; every tensor is
-      known to lie inside the file.
+      Metadata (numbers, strings and lists of these) and the location of each tensor, which is
+      checked to be inside the file.
 
     Raises:
-      JaxtuneError: no such file, another format, or a damaged or truncated file.
+      JaxtuneError: the file is missing, damaged, truncated or not a GGUF file.
     """
     path = Path(path)
     try:
@@ -187,7 +189,7 @@ def read_header(path: str | Path) -> Header:
             return _read_header(_Cursor(path, data))
     except JaxtuneError:
         raise
-    except ValueError as error:  # mmap refuses an empty file
+    except ValueError as error:  # raised by mmap for an empty file
         raise JaxtuneError(f"{path}: not a GGUF file ({error})") from error
     except OSError as error:
         raise JaxtuneError(f"{path}: {error.strerror}") from error

@@ -1,4 +1,4 @@
-"""Checkpoints in which a quantized weight is several tensors: its codes and their companions."""
+"""Base class of checkpoints that store a quantized weight as several tensors: codes, scales, …"""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _unpack = jax.jit(unpack, static_argnums=1)
 
 
 class Specified(NamedTuple):
-    """What a tensor on disk has to be.
+    """The required shape and dtype of a tensor on disk.
 
     Attributes:
-      shape: of the tensor.
-      dtypes: any of these, by name.
+      shape: required shape.
+      dtypes: names of the allowed dtypes.
     """
 
     shape: tuple[int, ...]
@@ -33,9 +33,9 @@ class Specified(NamedTuple):
 
 
 class PackedSource(WrappedSource, abc.ABC):
-    """Such a checkpoint, read as one whose weights are whole and in float32.
+    """A checkpoint with packed weights, read as one with plain float32 weights.
 
-    A subclass says which tensors make up a weight, and decodes them.
+    A subclass defines which tensors make up a weight, and decodes them.
     """
 
     def __init__(
@@ -45,17 +45,16 @@ class PackedSource(WrappedSource, abc.ABC):
         endings: Mapping[str, str],
         optional: tuple[str, ...] = (),
     ):
-        """Finds what belongs together, and checks all but the codes and scales themselves.
+        """Groups the tensors of each weight and checks them; codes and scales are not read.
 
         Args:
-          source: the tensors as they are on disk.
-          form: of the quantized weights.
-          endings: for each tensor of a weight, what its name has after that of the module; the
-            codes come first.
-          optional: those of them that a weight may lack.
+          source: the tensors on disk.
+          form: weight format of the quantized weights.
+          endings: suffix after the module's name, for each tensor of a weight; codes first.
+          optional: keys of tensors that a weight may lack.
 
         Raises:
-          JaxtuneError: a tensor is missing, or of the wrong shape or dtype.
+          JaxtuneError: a tensor is missing, or has the wrong shape or dtype.
         """
         super().__init__(source)
         self.form = form
@@ -68,11 +67,12 @@ class PackedSource(WrappedSource, abc.ABC):
             needed = [tensors[key] for key in missing if key not in optional]
             if needed:
                 raise JaxtuneError(
-                    f'{source.path}: {weight} is stored as {form.name} and has no "{needed[0]}"'
+                    f'{source.path}: {weight} is stored as {form.name} but has no "{needed[0]}"'
                 )
+            # Some formats keep the codes under another name than "….weight".
             if weight in present and weight not in tensors.values():
                 raise JaxtuneError(
-                    f"{source.where(weight)}: {weight} is plain, and stored as {form.name} as well"
+                    f"{source.where(weight)}: {weight} is stored both plain and as {form.name}"
                 )
             self._tensors[weight] = {k: n for k, n in tensors.items() if k not in missing}
         taken = {name for tensors in self._tensors.values() for name in tensors.values()}
@@ -90,17 +90,17 @@ class PackedSource(WrappedSource, abc.ABC):
                 raise self._error(weight, key, f"is {dtype} {list(shape)}, not {wanted}")
 
     def _error(self, weight: str, key: str, problem: str) -> JaxtuneError:
-        """Returns what to raise about one tensor of a weight."""
+        """Returns the error about one tensor of a weight."""
         name = self._tensors[weight][key]
         return JaxtuneError(f'{self._source.where(name)}: "{name}" {problem}')
 
     def _stored(self, weight: str, key: str) -> np.ndarray:
-        """Returns one tensor of a weight as it is on disk."""
+        """Returns one tensor of a weight as stored on disk."""
         return self._source.read(self._tensors[weight][key])
 
     @abc.abstractmethod
     def _specified(self, weight: str) -> dict[str, Specified]:
-        """Returns what tensors of a weight have to be."""
+        """Returns the required shapes and dtypes of a weight's tensors."""
 
     @abc.abstractmethod
     def _shape(self, weight: str) -> tuple[int, int]:
@@ -108,7 +108,7 @@ class PackedSource(WrappedSource, abc.ABC):
 
     @property
     def _row_multiple(self) -> int:
-        """Number of rows that are decoded together at the least."""
+        """Number of rows that have to be decoded together."""
         return 1
 
     @abc.abstractmethod
@@ -117,10 +117,10 @@ class PackedSource(WrappedSource, abc.ABC):
 
     @abc.abstractmethod
     def _parts(self, weight: str) -> dict[str, np.ndarray] | None:
-        """Returns a quantized weight as the parts of `form`; None where these would lose bits."""
+        """Returns a quantized weight as the parts of `form`; None if that would lose precision."""
 
     def names(self) -> list[str]:
-        """Returns the names of all weights, quantized or not, without their companions."""
+        """Returns the names of all weights, without those of scales and other companion tensors."""
         return list(self._names)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -128,11 +128,11 @@ class PackedSource(WrappedSource, abc.ABC):
         return self._shape(name) if name in self._tensors else super().shape(name)
 
     def dtype(self, name: str) -> np.dtype:
-        """Returns the dtype that `read` gives: float32 for a quantized weight."""
+        """Returns the dtype of the result of `read`: float32 for a quantized weight."""
         return np.dtype(np.float32) if name in self._tensors else super().dtype(name)
 
     def read(self, name: str, rows: slice = ALL) -> np.ndarray:
-        """Returns a tensor of the shape `shape(name)`, or rows of it, dequantized if need be."""
+        """Returns a tensor of the shape `shape(name)`, or rows of it, dequantized if quantized."""
         if name not in self._tensors:
             return super().read(name, rows)
         height, columns = self._shape(name)
@@ -143,7 +143,7 @@ class PackedSource(WrappedSource, abc.ABC):
         return values
 
     def read_parts(self, name: str, form: Format) -> dict[str, np.ndarray] | None:
-        """Returns parts, of the format's shapes, if a weight is stored in just this format."""
+        """Returns the parts, of the format's shapes, or None; see `TensorSource.read_parts`."""
         return self._parts(name) if name in self._tensors and form == self.form else None
 
     def where(self, name: str) -> str:
@@ -153,11 +153,11 @@ class PackedSource(WrappedSource, abc.ABC):
 
 
 def _modules(source: TensorSource, endings: Mapping[str, str]) -> list[str]:
-    """Returns the modules that have any tensor which only quantized weights have."""
-    telling = tuple(ending for ending in endings.values() if ending != ".weight")
+    """Returns the modules that have any tensor that only quantized weights have."""
+    distinctive = tuple(ending for ending in endings.values() if ending != ".weight")
     found: dict[str, None] = {}
     for name in source.names():
-        for ending in telling:
+        for ending in distinctive:
             if name.endswith(ending):
                 found[name.removesuffix(ending)] = None
     return list(found)
@@ -166,8 +166,9 @@ def _modules(source: TensorSource, endings: Mapping[str, str]) -> list[str]:
 def row_chunks(start: int, stop: int, columns: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
     """Yields the bounds (first, last + 1) of chunks of rows.
 
-    Chunks begin at multiples of 2 and of `multiple`, except for the first, so that no byte of two
-    codes and no block of rows is in two of them.
+    All chunks but the first begin at a multiple of 2 and of `multiple`. The 2 keeps the two 4-bit
+    codes of a byte in one chunk even if rows have an odd number of columns; `multiple` does the
+    same for blocks of rows.
     """
     multiple = math.lcm(2, multiple)
     step = max(CHUNK // columns // multiple, 1) * multiple
@@ -179,10 +180,10 @@ def row_chunks(start: int, stop: int, columns: int, multiple: int = 1) -> Iterat
 
 
 def pack_rows(codes: Callable[[int, int], np.ndarray], shape: tuple[int, int]) -> np.ndarray:
-    """Packs 4-bit codes as `jaxtune.quant.codes` has them: uint8 [packed_size(in), out].
+    """Packs 4-bit codes into the layout of `jaxtune.quant.codes`: uint8 [packed_size(in), out].
 
     Args:
-      codes: gives the codes from one row up to another, uint8 [rows, in], each under 16.
+      codes: returns the codes of rows first … last − 1, uint8 [rows, in], each below 16.
       shape: (out, in).
     """
     rows, columns = shape
@@ -193,7 +194,7 @@ def pack_rows(codes: Callable[[int, int], np.ndarray], shape: tuple[int, int]) -
 
 
 def unpack_rows(packed: np.ndarray, shape: tuple[int, int]) -> Iterator[tuple[int, np.ndarray]]:
-    """Undoes `pack_rows`: yields (first row, codes uint8 [rows, in]), chunk by chunk."""
+    """Inverts `pack_rows`: yields (first row, codes uint8 [rows, in]) in chunks of rows."""
     rows, columns = shape
     device = host_device()
     for first, last in row_chunks(0, rows, columns):

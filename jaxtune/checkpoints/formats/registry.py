@@ -1,6 +1,6 @@
-"""How quantized weights are stored on disk, in formats that other tools read.
+"""Formats of quantized weights on disk, shared with other tools.
 
-A format on disk is one file, with a line in `READERS` and one in `WRITERS`.
+A format is one file, with a line in `READERS` and one in `WRITERS`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from jaxtune.quant import Format
 
 
 class FormatReader(NamedTuple):
-    """How a kind of quantized checkpoint is read.
+    """Functions that read one kind of quantized checkpoint.
 
     Attributes:
-      open: from the tensors on disk to the weights of the model, read as float32.
-      form: from the ``quantization_config`` and the directory it is from to the format.
+      open: maps a source of the tensors on disk to a source of the model's weights in float32.
+      form: returns the weight format, given the ``quantization_config`` and its directory.
     """
 
     open: Callable[[TensorSource], TensorSource]
@@ -30,13 +30,14 @@ class FormatReader(NamedTuple):
 
 
 class FormatWriter(NamedTuple):
-    """How a format is written.
+    """Functions that write a weight format.
 
     Attributes:
-      settings: returns the ``quantization_config`` from the format, the names of the modules whose
-        weights are plain, and the dtype of these.
-      tensors: returns the tensors of a weight [out, in] by name, from the name of its module, the
-        format, the shape, the dtype of plain weights, and what gives each part as a host array.
+      settings: returns the ``quantization_config``, given the format, the names of modules with
+        plain weights, and the dtype of these.
+      tensors: returns the tensors of a weight [out, in] by name, given the name of its module, the
+        format, the shape, the dtype of plain weights, and a function that returns a part, by key,
+        as a host array.
     """
 
     settings: Callable[[Any, Sequence[str], str], dict[str, Any]]
@@ -54,7 +55,7 @@ READERS: dict[str, FormatReader] = {
         compressed_tensors.PackedInt4Source, compressed_tensors.compressed_tensors_format
     ),
 }
-"""By the ``quant_method`` of a config.json."""
+"""Readers by ``quant_method`` of config.json."""
 
 WRITERS: dict[str, FormatWriter] = {
     "nf4": FormatWriter(bitsandbytes.nf4_settings, bitsandbytes.nf4_tensors),
@@ -62,4 +63,4 @@ WRITERS: dict[str, FormatWriter] = {
     "int4": FormatWriter(compressed_tensors.int4_settings, compressed_tensors.int4_tensors),
     "fp8": FormatWriter(deepseek_fp8.fp8_settings, deepseek_fp8.fp8_tensors),
 }
-"""By the name of a format."""
+"""Writers by name of the weight format."""

@@ -1,6 +1,6 @@
-"""Safetensors files, read through a memory map and written in shards.
+"""Safetensors files: read through a memory map and written in shards.
 
-Source: the format's own description, https://github.com/huggingface/safetensors.
+Source: the specification, https://github.com/huggingface/safetensors.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ DTYPES: dict[str, np.dtype] = {
 class SafetensorsFile:
     """One safetensors file; its tensors are views of a memory map.
 
-    The header is validated by the safetensors library before any of its offsets is used.
+    The safetensors library validates the header before any of its offsets is used.
     """
 
     def __init__(self, path: Path):
         """Opens a file.
 
         Raises:
-          JaxtuneError: no such file, or not a whole and valid safetensors file.
+          JaxtuneError: the file is missing, truncated or not a valid safetensors file.
         """
         self.path = path
         if not path.is_file():
@@ -57,7 +57,7 @@ class SafetensorsFile:
             with safe_open(path, framework="numpy"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise JaxtuneError(f"{path}: not a whole safetensors file: {error}") from error
+            raise JaxtuneError(f"{path}: not a valid safetensors file: {error}") from error
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header: dict[str, Any] = json.loads(file.read(length))
@@ -78,17 +78,17 @@ class SafetensorsFile:
         """Returns a tensor's dtype.
 
         Raises:
-          JaxtuneError: a dtype that jaxtune cannot read.
+          JaxtuneError: an unsupported dtype.
         """
         kind = self._entries[name]["dtype"]
         if kind not in DTYPES:
-            raise JaxtuneError(f'{self.path}: tensor "{name}" has dtype {kind}, which is not read')
+            raise JaxtuneError(f'{self.path}: tensor "{name}" has the unsupported dtype {kind}')
         return DTYPES[kind]
 
     def read(self, name: str, rows: slice = ALL) -> np.ndarray:
-        """Returns a tensor of the shape `shape(name)`, or some rows of one that has dimensions.
+        """Returns a tensor of the shape `shape(name)`, or a slice of its rows.
 
-        It is a read-only view of the file.
+        The array is a read-only view of the file. `rows` is ignored for a scalar.
         """
         start, stop = self._entries[name]["data_offsets"]
         dtype = self.dtype(name)
@@ -100,7 +100,7 @@ class SafetensorsFile:
 
 
 def read_all(path: Path) -> dict[str, np.ndarray]:
-    """Reads a small file whole: tensors of any shape by name, as views of its memory map."""
+    """Returns all tensors of a file by name, of any shape, as views of its memory map."""
     file = SafetensorsFile(path)
     return {name: file.read(name) for name in file.names()}
 
@@ -119,12 +119,12 @@ def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 class Pending(NamedTuple):
-    """A tensor that is made when it is written, so that a shard of them takes no memory.
+    """A tensor that is computed when it is written, so that a shard takes no memory.
 
     Attributes:
-      shape: of what `make` gives.
-      dtype: of what `make` gives.
-      make: returns the value.
+      shape: shape of the value.
+      dtype: dtype of the value.
+      make: computes the value.
     """
 
     shape: tuple[int, ...]
@@ -138,11 +138,15 @@ class Pending(NamedTuple):
 
 
 def _write_pending(path: Path, tensors: Mapping[str, Pending], advance: Callable[[], None]) -> None:
-    """Writes tensors one after the other, each to the place that the header gives it."""
+    """Writes tensors one at a time, each at its offset in the header.
+
+    Offsets are assigned by decreasing item size, but values are computed in the given order, in
+    which the parts of one weight are adjacent.
+    """
     kinds = {dtype: kind for kind, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    # Wide values first: PyTorch takes no tensor that is out of line with its own dtype.
+    # Wide dtypes first: PyTorch requires each tensor to be aligned to its item size.
     for name in sorted(tensors, key=lambda name: -np.dtype(tensors[name].dtype).itemsize):
         tensor = tensors[name]
         start, end = end, end + tensor.nbytes
@@ -169,22 +173,23 @@ def write_sharded(
     shard_bytes: int,
     advance: Callable[[], None] = lambda: None,
 ) -> list[str]:
-    """Writes tensors of any shape, a file when `shard_bytes` are full, and the index.
+    """Writes tensors of any shape into files of at most `shard_bytes`, and the index.
 
     Args:
       directory: an existing directory.
-      tensors: (name, tensor); they are made in this order, one at a time.
-      shard_bytes: a new file starts before a shard would exceed this.
+      tensors: (name, tensor) pairs, computed one at a time in this order.
+      shard_bytes: maximum size of a file in bytes; a single larger tensor gets a file of its own.
       advance: called after each tensor.
 
     Returns:
-      The names of the files written. One file is called model.safetensors and has no index.
+      The names of the files written. A single file is named model.safetensors and has no index.
     """
     parts: list[Path] = []
     where: dict[str, int] = {}
     shard: dict[str, Pending] = {}
     held = total = 0
 
+    # Files are named by their number and the number of files, which is known only at the end.
     def flush() -> None:
         nonlocal held
         parts.append(directory / f"part-{len(parts)}.safetensors")

@@ -1,8 +1,8 @@
 """PyTorch's own checkpoints (``.bin``, ``.pt``), read through a memory map and without PyTorch.
 
-Such a file is an uncompressed zip archive: ``<name>/data.pkl`` says which tensors there are
-(`torch_pickle`), and ``<name>/data/<key>`` are the values of their storages. Several tensors may
-share a storage, each with an offset, a shape and strides.
+Such a file is an uncompressed zip archive: ``<name>/data.pkl`` is a pickle that describes the
+tensors (see `torch_pickle`), and ``<name>/data/<key>`` are the values of their storages. Several
+tensors may share a storage, each with its own offset, shape and strides.
 
 Source: ``torch/serialization.py``.
 """
@@ -25,7 +25,7 @@ from jaxtune.checkpoints.source import ALL, refuse_pointer
 from jaxtune.errors import JaxtuneError
 
 PICKLE_BYTES = 128 * 2**20
-COPIED_BYTES = 16 * 2**20  # of expanded tensors, in a file that is smaller
+COPIED_BYTES = 16 * 2**20  # size of expanded views that a smaller file may have
 
 _PLAIN = set(STORAGES.values()) - {"bfloat16"}
 _NARROW = (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)
@@ -49,7 +49,7 @@ class _Entry(NamedTuple):
 
     @property
     def contiguous(self) -> bool:
-        """Whether the values lie in the file as they do in an array of C order."""
+        """Whether the values are contiguous in C order and aligned in the file."""
         size = self.dtype.itemsize
         for length, stride in zip(self.shape[::-1], self.strides[::-1], strict=True):
             if length != 1 and stride != size:
@@ -61,14 +61,14 @@ class _Entry(NamedTuple):
 class TorchFile:
     """One file of `torch.save`; its tensors are views of a memory map.
 
-    Nothing in the file is run, and no offset, size or stride in it is used before it is checked.
+    Nothing in the file is executed, and every offset, size and stride is checked before use.
     """
 
     def __init__(self, path: Path):
         """Opens a file.
 
         Raises:
-          JaxtuneError: no such file, or not a state dict of plain tensors in the zip format.
+          JaxtuneError: the file is missing or not a zip file with a state dict of plain tensors.
         """
         self.path = path
         if not path.is_file():
@@ -86,20 +86,22 @@ class TorchFile:
         for name, record in records.items():
             key = record.storage.key
             if storages.setdefault(key, record.storage) != record.storage:
-                self._refuse(f'tensor "{name}": its storage has another dtype or size elsewhere')
+                self._refuse(
+                    f'tensor "{name}": another tensor gives its storage another dtype or size'
+                )
             self._entries[name] = self._entry(name, record, members.get(f"{prefix}data/{key}"))
         copied = sum(entry.nbytes for entry in self._entries.values() if not entry.contiguous)
         if copied > max(len(self._map), COPIED_BYTES):
-            self._refuse("has tensors of more values than the file, from overlapping views")
+            self._refuse("has overlapping views with more values than the file")
 
     def _refuse(self, problem: str) -> NoReturn:
         raise JaxtuneError(f"{self.path}: {problem}")
 
     def _prefix(self, members: dict[str, Member]) -> str:
-        """Returns what precedes the names of the members, with its slash."""
+        """Returns the common directory of the members, with a trailing slash."""
         pickles = [name for name in members if name.endswith("/data.pkl")]
         if len(pickles) != 1:
-            self._refuse(f"is a zip file with {len(pickles)} data.pkl, so not one of torch.save")
+            self._refuse(f"is a zip file with {len(pickles)} data.pkl, not a file of torch.save")
         prefix = pickles[0].removesuffix("data.pkl")
         for name in members:
             if name == f"{prefix}constants.pkl" or name.startswith(f"{prefix}code/"):
@@ -109,33 +111,33 @@ class TorchFile:
                 )
         if not all(member.plain for member in members.values()):
             self._refuse(
-                "has files in it that are compressed or encrypted, which torch.save does not do: "
-                "unpack it and zip it again without"
+                "contains compressed or encrypted files, unlike files of torch.save: unpack it and "
+                "zip it again without compression"
             )
         order = members.get(f"{prefix}byteorder")
         if order and self._map[order.start : order.start + min(order.size, 16)] != b"little":
             self._refuse(
-                "is of a big-endian machine (its byteorder is not little): load and save it with "
-                "torch on a little-endian one"
+                "was written on a big-endian machine (its byteorder is not little): load and save "
+                "it with torch on a little-endian one"
             )
         return prefix
 
     def _pickle(self, member: Member) -> Member:
-        """Returns the member that is the pickle, after checking its size and checksum."""
+        """Checks the size and checksum of the pickle and returns it."""
         if member.size > PICKLE_BYTES:
             self._refuse(f"its pickle has {member.size} bytes, more than any state dict needs")
         with memoryview(self._map) as whole, whole[member.start :][: member.size] as content:
             crc = zlib.crc32(content)
         if member.crc not in (0, crc):
-            self._refuse("is damaged: its data.pkl does not have the checksum it was stored with")
+            self._refuse("is damaged: the checksum of its data.pkl is wrong")
         return member
 
     def _entry(self, name: str, record: TensorRecord, member: Member | None) -> _Entry:
-        """Returns where a tensor lies in the file, after checking that it lies in its storage."""
+        """Returns the location of a tensor, after checking that it lies within its storage."""
         storage, dtype = record.storage, _NUMPY[record.dtype]
         where = f'tensor "{printable(name)}"'
         if member is None:
-            self._refuse(f"{where} is in a storage that the file does not have")
+            self._refuse(f"{where} is in a storage that is missing from the file")
         itemsize = _NUMPY[storage.dtype].itemsize if storage.dtype else 1
         if storage.count * itemsize > member.size:
             self._refuse(
@@ -149,10 +151,10 @@ class TorchFile:
         if last * dtype.itemsize > storage.count * itemsize:
             self._refuse(f"{where} reaches beyond the end of its storage")
         if math.prod(length or 1 for length in record.shape) * dtype.itemsize >= 2**63:
-            self._refuse(f"{where} has more values than memory can")
+            self._refuse(f"{where} has more values than memory can hold")
         strides = tuple(stride * dtype.itemsize for stride in record.strides)
         if 0 in record.shape or max(strides, default=0) >= 2**63:
-            strides = (0,) * len(strides)  # of no consequence: each such dimension has length 1
+            strides = (0,) * len(strides)  # harmless: such dimensions have length 1 or 0
         start = member.start + record.offset * dtype.itemsize
         return _Entry(dtype, record.shape, start, strides)
 
@@ -169,9 +171,10 @@ class TorchFile:
         return self._entries[name].dtype
 
     def read(self, name: str, rows: slice = ALL) -> np.ndarray:
-        """Returns a tensor of the shape `shape(name)`, or some rows of one that has dimensions.
+        """Returns a tensor of the shape `shape(name)`, or a slice of its rows.
 
-        It is read-only: a view of the file, or a copy where it is not contiguous or not aligned.
+        The array is read-only: a view of the file, or a copy if it is not contiguous or aligned.
+        `rows` is ignored for a scalar.
         """
         dtype, shape, offset, strides = self._entries[name]
         if 0 in shape:
@@ -184,11 +187,11 @@ class TorchFile:
 
 
 def _check_format(head: bytes, path: Path) -> None:
-    """Refuses what is not a zip file, naming what it is.
+    """Checks that a file is a zip file; the error names the format that it has instead.
 
     Args:
-      head: the first 512 bytes of the file.
-      path: of the file.
+      head: first 512 bytes of the file.
+      path: path of the file.
     """
     if head.startswith(b"PK\x03\x04"):
         return

@@ -1,4 +1,4 @@
-"""What a PyTorch state dict may name, and what a call of it would give: descriptions, all inert.
+"""Names that a PyTorch state dict may refer to, and inert descriptions of the calls it makes.
 
 Source: ``torch/_utils.py``, for the functions and their arguments.
 """
@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-LENGTH = 32  # the most dimensions of a tensor
+LENGTH = 32  # maximum number of dimensions of a tensor
 
 
 class Refusal(Exception):
-    """What is wrong with a pickle; the message continues "its pickle"."""
+    """A pickle is rejected; the message continues "its pickle …"."""
 
 
-# The dtypes of torch that are read, by the class of a storage with such values.
+# The supported dtypes of torch, by the storage class with such values.
 STORAGES = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
@@ -34,9 +34,9 @@ class Storage(NamedTuple):
     """The values of one or several tensors.
 
     Attributes:
-      key: names the member of the archive.
-      dtype: of torch, by name; empty where the storage has bytes.
-      count: values; bytes where the storage has no dtype.
+      key: name of the member of the archive.
+      dtype: name of the torch dtype; empty for an untyped storage.
+      count: number of values; number of bytes for an untyped storage.
     """
 
     key: str
@@ -45,14 +45,14 @@ class Storage(NamedTuple):
 
 
 class TensorRecord(NamedTuple):
-    """What a state dict says of a tensor; nothing in it has been checked against the archive.
+    """The description of a tensor in a state dict, not yet checked against the archive.
 
     Attributes:
-      storage: where its values are.
-      dtype: of torch, by name.
-      offset: of the first value, in values.
-      shape: of the tensor.
-      strides: in values, one for each dimension.
+      storage: storage that holds the values.
+      dtype: name of the torch dtype.
+      offset: index of the first value in the storage.
+      shape: shape of the tensor.
+      strides: stride of each dimension, in values.
     """
 
     storage: Storage
@@ -63,7 +63,7 @@ class TensorRecord(NamedTuple):
 
 
 class Tag(NamedTuple):
-    """A name that a state dict may refer to: of a function, a storage class or a dtype."""
+    """The inert stand-in for a name in a state dict: a function, storage class or dtype."""
 
     kind: str
     value: str = ""
@@ -82,16 +82,16 @@ TAGS = {
 
 
 class OrderedDict(dict[str, Any]):
-    """What an OrderedDict is here: a plain dict that a pickler may give attributes."""
+    """Stands for collections.OrderedDict: a plain dict to which a pickle may assign attributes."""
 
     __slots__ = ()
 
 
 def describe_storage(identifier: Any) -> Storage:
-    """Returns the storage that a persistent id stands for; its device is ignored.
+    """Returns the storage that a persistent id refers to; its device is ignored.
 
     Raises:
-      Refusal: the id of anything else.
+      Refusal: the id does not refer to a storage.
     """
     match identifier:
         case ("storage", Tag("storage", dtype), str(key), str(), int(count)) if count >= 0:
@@ -101,10 +101,10 @@ def describe_storage(identifier: Any) -> Storage:
 
 
 def describe_call(tag: Any, arguments: Any) -> TensorRecord | OrderedDict:
-    """Returns what a call would give: a tensor, or an empty dict.
+    """Returns the description of a call's result: a tensor, or an empty dict.
 
     Raises:
-      Refusal: a call of anything else, or with other arguments.
+      Refusal: an unknown function, or unexpected arguments.
     """
     if not isinstance(tag, Tag) or type(arguments) is not tuple:
         raise Refusal("calls something that is not a function")
@@ -125,11 +125,11 @@ def describe_call(tag: Any, arguments: Any) -> TensorRecord | OrderedDict:
             _check_plain(hooks, [])
             return tensor
         case _:
-            raise Refusal("calls a function with arguments that it does not take")
+            raise Refusal("calls a function with unexpected arguments")
 
 
 def _check_plain(hooks: dict[str, Any], rest: list[Any]) -> None:
-    """Refuses a tensor with hooks, or with a flag by which its values are others."""
+    """Raises if a tensor has hooks, or a flag that changes its values."""
     if hooks or len(rest) > 1 or (rest and rest[0]):
         raise Refusal("gives a tensor hooks or flags (such as a pending conjugation)")
 
@@ -138,7 +138,7 @@ def _tensor(storage: Any, dtype: str, offset: Any, shape: Any, strides: Any) -> 
     if type(storage) is not Storage or bool(storage.dtype) == bool(dtype):
         raise Refusal("gives a tensor a storage of another kind")
     if type(shape) is not tuple or type(strides) is not tuple or len(shape) != len(strides):
-        raise Refusal("gives a tensor a shape and strides that do not fit one another")
+        raise Refusal("gives a tensor a shape and strides that do not match")
     if len(shape) > LENGTH or not all(map(_natural, (offset, *shape, *strides))):
         raise Refusal("gives a tensor a size, stride or offset that is not a natural number")
     return TensorRecord(storage, dtype or storage.dtype, offset, shape, strides)

@@ -1,10 +1,14 @@
 """The pickle of a PyTorch state dict, interpreted without Python's unpickler.
 
-A pickle is a program for a small stack machine, and Python's own machine imports and calls what the
-program names. This one has nothing to call: names become inert tags, and a call of a tag builds the
-description of a tensor. Whatever a state dict does not need is refused by name, before its argument
-is read. The numbers of steps and bytes are bounded, so that a small file cannot describe a large
-structure.
+A pickle is a program for a small stack machine, and Python's own machine imports and calls whatever
+the program names. This one cannot call anything: names become inert tags, and calling a tag builds
+the description of a tensor. Opcodes that state dicts do not need are rejected by name, before their
+argument is read. The numbers of steps and bytes are bounded, so that a small file cannot describe a
+large structure.
+
+The machine has a stack of values, a stack of marks (positions in it, which delimit the items of
+tuples and dicts) and a memo of numbered values. A tensor is, in essence: push the tag of
+``_rebuild_tensor_v2``, push its arguments, pack them into a tuple, REDUCE.
 
 Source: the descriptions of the opcodes in the standard library's `pickletools`.
 """
@@ -29,13 +33,13 @@ from jaxtune.checkpoints.formats.torch_names import (
 )
 from jaxtune.errors import JaxtuneError
 
-# An adapter of 100,000 tensors takes 2.8 million steps and 120 MB.
+# Limits. For comparison, an adapter with 100,000 tensors takes 2.8 million steps and 120 MB.
 TENSORS = 2**17
 STEPS = 2**22
-MEMORY = 160 * 2**20
-ARGUMENT = 2**16  # bytes of one opcode's argument: a name, at most
-STACK = 2**14  # picklers fill a dict in batches of 1000
-MARKS = 32
+MEMORY = 160 * 2**20  # bytes of described values
+ARGUMENT = 2**16  # bytes of one opcode's argument; the longest are names
+STACK = 2**14  # values; picklers fill a dict in batches of 1000 items
+MARKS = 32  # depth of nesting
 MALFORMED = "is malformed"
 
 ANOTHER_WAY = (
@@ -45,12 +49,12 @@ ANOTHER_WAY = (
 
 
 def printable(text: str) -> str:
-    """Returns a name from a file as it may stand in a message of one line."""
+    """Returns a name from a file, escaped and cut if necessary, for a one-line message."""
     return text if text.isprintable() and len(text) < 200 else ascii(text[:100])
 
 
 class _Bytes:
-    """The bytes of the pickle, as `pickletools` reads the arguments of opcodes."""
+    """The bytes of the pickle, with the file interface that `pickletools` needs."""
 
     def __init__(self, data: mmap.mmap, start: int, size: int):
         self._data, self._at, self._end = data, start, start + size
@@ -60,7 +64,7 @@ class _Bytes:
         start = self._at
         self._at = stop = start + count
         if count > ARGUMENT or stop > self._end:
-            raise Refusal("is cut short, or has a wrong length in it")
+            raise Refusal("is truncated, or contains a wrong length")
         return self._data[start:stop]
 
     def readline(self) -> bytes:
@@ -69,12 +73,12 @@ class _Bytes:
         return self.read((stop if stop >= 0 else self._end) + 1 - self._at)
 
     def read_name(self) -> str:
-        """Returns the dotted name that two lines give: a module and what is in it."""
+        """Returns the dotted name from the next two lines, a module and an attribute."""
         return ".".join(self.readline()[:-1].decode("ascii") for _ in range(2))
 
 
 class _Machine:
-    """The stack, the memo and what each opcode does to them."""
+    """The stack, the memo, and the action of each opcode on them."""
 
     def __init__(self):
         self._stack: list[Any] = []
@@ -109,14 +113,14 @@ class _Machine:
         }
 
     def run(self, source: _Bytes) -> Any:
-        """Returns what the program leaves on the stack."""
-        # By code: what it does, and what reads its argument.
+        """Runs the program and returns the value it leaves on the stack."""
+        # (action, reader of the argument) by opcode.
         steps: dict[bytes, tuple[Callable[[Any], None], Any]] = {
             info.code.encode("latin-1"): (does, info.arg.reader if info.arg else None)
             for info in pickletools.opcodes
             if (does := self._does.get(info.name))
         }
-        # `pickletools` would interpret backslashes in names, with warnings.
+        # The reader of `pickletools` would interpret backslashes in names, with warnings.
         steps[b"c"] = self._push_tag, _Bytes.read_name
         for _ in range(STEPS):
             code = source.read(1)
@@ -134,10 +138,10 @@ class _Machine:
         raise Refusal(f"takes more than {STEPS} steps")
 
     def _push(self, value: Any, size: int) -> None:
-        """Pushes a value that was made here, with its size in bytes."""
+        """Pushes a value and adds its size in bytes to the memory in use."""
         self._spend(size)
         if len(self._stack) >= STACK:
-            raise Refusal("piles up more values than any state dict needs")
+            raise Refusal("stacks more values than any state dict needs")
         self._stack.append(value)
 
     def _spend(self, size: int) -> None:
@@ -146,7 +150,7 @@ class _Machine:
             raise Refusal(f"describes more than {MEMORY // 2**20} MB of structure")
 
     def _pop(self, count: int) -> list[Any]:
-        """Returns the topmost values, none of which is below the last mark."""
+        """Pops the topmost `count` values, none of which may be below the last mark."""
         at = len(self._stack) - count
         if at < (self._marks[-1] if self._marks else 0):
             raise Refusal(MALFORMED)
@@ -174,7 +178,7 @@ class _Machine:
         self._marks.append(len(self._stack))
 
     def _from_mark(self) -> list[Any]:
-        """Returns the values above the last mark, and takes the mark away."""
+        """Pops the last mark and the values above it, and returns the values."""
         if not self._marks:
             raise Refusal(MALFORMED)
         at = self._marks.pop()
@@ -183,7 +187,7 @@ class _Machine:
         return values
 
     def _push_tuple(self, values: list[Any]) -> None:
-        """Pushes a tuple; one that it contains contains no other."""
+        """Pushes a tuple, which may contain tuples but no deeper nesting."""
         if len(values) > LENGTH:
             raise Refusal("has a longer tuple than any state dict needs")
         for value in values:
@@ -205,7 +209,7 @@ class _Machine:
 
     def _put(self, index: int) -> None:
         if index != len(self._memo):
-            raise Refusal(f"numbers what it remembers out of order, by {index}")
+            raise Refusal(f"fills its memo out of order, at {index}")
         self._spend(16)
         self._memo.append(self._top())
 
@@ -233,47 +237,45 @@ class _Machine:
         self._push(describe_call(*self._pop(2)), 104)
 
     def _build(self, _: Any) -> None:
-        """Drops the attributes of an OrderedDict: the versions of modules."""
+        """Discards the attributes of an OrderedDict, which hold the versions of modules."""
         self._pop(1)
         if type(self._top()) is not OrderedDict:
             raise Refusal("gives attributes to something other than an OrderedDict")
 
 
 def read_state_dict(data: mmap.mmap, start: int, size: int, path: Path) -> dict[str, TensorRecord]:
-    """Interprets the pickle of a state dict.
+    """Returns the tensors that the pickle of a state dict describes, by name.
 
     Args:
       data: the mapped file.
-      start: of the pickle.
-      size: of the pickle, in bytes.
-      path: of the file, for messages.
+      start: offset of the pickle in bytes.
+      size: size of the pickle in bytes.
+      path: path of the file, for messages.
 
     Raises:
-      JaxtuneError: something other than a flat state dict of plain tensors.
+      JaxtuneError: the pickle is not a flat state dict of plain tensors.
     """
     try:
         value = _Machine().run(_Bytes(data, start, size))
     except Refusal as error:
         raise JaxtuneError(
-            f"{path}: its pickle {error}; nothing in it was run: {ANOTHER_WAY}"
+            f"{path}: its pickle {error}; nothing in it was executed: {ANOTHER_WAY}"
         ) from None
     except ValueError as error:  # of `pickletools`
         reason = printable(str(error))
         raise JaxtuneError(f"{path}: its pickle {MALFORMED}: {reason}") from None
     if not isinstance(value, dict):
-        raise JaxtuneError(f"{path}: holds no state dict, that is, tensors by name")
+        raise JaxtuneError(f"{path}: is not a state dict, a dict of tensors by name")
     if len(value) > TENSORS:
-        raise JaxtuneError(
-            f"{path}: has {len(value)} tensors, more than the {TENSORS} that are read"
-        )
+        raise JaxtuneError(f"{path}: has {len(value)} tensors, more than the limit of {TENSORS}")
     for name, tensor in value.items():
         if not name.isprintable():
-            raise JaxtuneError(f"{path}: refuses the tensor name {printable(name)}")
+            raise JaxtuneError(f"{path}: the tensor name {printable(name)} is not allowed")
         if isinstance(tensor, dict):
             keys = f"torch.load({path.name!r}, weights_only=True)[{printable(name)!r}]"
             raise JaxtuneError(
-                f'{path}: "{printable(name)}" is a dict of its own, not a tensor: save the state '
-                f"dict alone, torch.save({keys}, {path.name!r})"
+                f'{path}: "{printable(name)}" is a nested dict, not a tensor: save that dict '
+                f"alone, torch.save({keys}, {path.name!r})"
             )
         if type(tensor) is not TensorRecord:
             raise JaxtuneError(

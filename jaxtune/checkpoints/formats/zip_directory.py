@@ -1,9 +1,9 @@
 """The directory of a zip archive, read from a memory map.
 
-The standard library's `zipfile` takes 800 MB for a directory of 10⁶ entries, and does not compare
-the entries with one another. Here the directory is bounded before it is read.
+The standard library's `zipfile` needs 800 MB for a directory of 10⁶ entries and does not check
+whether entries overlap. Here the size of the directory is limited before it is read.
 
-Source: the format's own description, APPNOTE.TXT of PKWARE.
+Source: the specification, APPNOTE.TXT of PKWARE.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from jaxtune.errors import JaxtuneError
 
-MEMBERS = 2**17 + 2**10  # a file for each tensor, and the others
+MEMBERS = 2**17 + 2**10  # maximum number of files: one per tensor, and some others
 DIRECTORY_BYTES = 64 * 2**20
 
 _END = struct.Struct("<4s4H2LH")
@@ -24,16 +24,16 @@ _LOCATOR64 = struct.Struct("<4sLQL")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _ENTRY = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
-_ENCRYPTED = 0x2041  # flags: of the file, strongly, of the directory
+_ENCRYPTED = 0x2041  # flag bits: encrypted, strongly encrypted, encrypted directory
 
 
 class Member(NamedTuple):
     """A file in the archive.
 
     Attributes:
-      start: of its bytes in the archive.
-      size: in bytes, as they are stored.
-      crc: its checksum; 0 where none was written.
+      start: offset of its content in the archive, in bytes.
+      size: size in the archive, in bytes.
+      crc: CRC-32 checksum; 0 if none was written.
       plain: whether it is neither compressed nor encrypted.
     """
 
@@ -44,7 +44,7 @@ class Member(NamedTuple):
 
 
 class _Listed(NamedTuple):
-    """What the directory says of a file: it begins with a header of its own at `header`."""
+    """A file's entry in the directory; `header` is the offset of its local header."""
 
     name: bytes
     header: int
@@ -54,34 +54,37 @@ class _Listed(NamedTuple):
 
 
 def read_directory(data: mmap.mmap, path: Path) -> dict[str, Member]:
-    """Returns the files of an archive by name.
-
-    Each lies in the archive, and no two overlap.
+    """Returns the files of an archive by name, checked to be inside it and not to overlap.
 
     Args:
       data: the mapped archive.
-      path: of the archive, for messages.
+      path: path of the archive, for messages.
 
     Raises:
-      JaxtuneError: not such an archive, or not a whole one.
+      JaxtuneError: not a zip archive, or a truncated or malformed one.
     """
     try:
         at, end, count = _find(data, path)
-        listed = sorted(_entries(data, at, end, count, path), key=lambda each: each.header)
+        listed = sorted(_entries(data, at, end, count, path), key=lambda entry: entry.header)
         return _members(data, listed, at, path)
     except (struct.error, UnicodeDecodeError):
         raise _malformed(path) from None
 
 
 def _malformed(path: Path) -> JaxtuneError:
-    return JaxtuneError(f"{path}: is not a whole zip file: its directory is malformed")
+    return JaxtuneError(f"{path}: is not a valid zip file: its directory is malformed")
 
 
 def _find(data: mmap.mmap, path: Path) -> tuple[int, int, int]:
-    """Returns where the directory begins and ends, and how many entries it has."""
+    """Returns the offsets of the directory's start and end, and its number of entries.
+
+    The archive ends with a record that locates the directory. In the zip64 variant that record is
+    preceded by a locator of a second record with 64-bit numbers. Neither may be followed by a
+    comment, which torch.save does not write.
+    """
     end = len(data) - _END.size
     if end < 0 or data[end : end + 4] != b"PK\5\6":
-        raise JaxtuneError(f"{path}: is not a whole zip file: it does not end with a directory")
+        raise JaxtuneError(f"{path}: is not a valid zip file: it does not end with a directory")
     _, *_, count, size, at, _ = _END.unpack_from(data, end)
     locator = end - _LOCATOR64.size
     if locator >= 0 and data[locator : locator + 4] == b"PK\6\7":
@@ -90,7 +93,7 @@ def _find(data: mmap.mmap, path: Path) -> tuple[int, int, int]:
         if signature != b"PK\6\6" or end + _END64.size != locator:
             raise _malformed(path)
     if count > MEMBERS or size > DIRECTORY_BYTES:
-        raise JaxtuneError(f"{path}: lists {count} files in {size} bytes, more than is read")
+        raise JaxtuneError(f"{path}: lists {count} files in {size} bytes, more than the limit")
     if at + size != end:
         raise _malformed(path)
     return at, end, count
@@ -114,7 +117,7 @@ def _entries(data: mmap.mmap, at: int, end: int, count: int, path: Path) -> Iter
 
 
 def _wide(extra: bytes, *values: int) -> Iterator[int]:
-    """Yields 32-bit values, or those of 64 bits that stand for them in an extra field."""
+    """Yields the values, with those of 0xFFFFFFFF replaced from the zip64 extra field."""
     at, wide = 0, b""
     while at + 4 <= len(extra):
         kind, length = struct.unpack_from("<2H", extra, at)
@@ -130,9 +133,9 @@ def _wide(extra: bytes, *values: int) -> Iterator[int]:
 
 
 def _members(data: mmap.mmap, listed: list[_Listed], end: int, path: Path) -> dict[str, Member]:
-    """Compares the entries, in the order of their place, with the headers and one another."""
+    """Checks the entries, sorted by offset, against local headers and for overlaps."""
     members: dict[str, Member] = {}
-    free = 0  # where the next one may begin
+    free = 0  # lowest offset at which the next file may begin
     for name, header, size, crc, plain in listed:
         if header + _LOCAL.size > end:
             raise _malformed(path)
@@ -143,7 +146,7 @@ def _members(data: mmap.mmap, listed: list[_Listed], end: int, path: Path) -> di
         start = after + name_size + extra_size
         text = name.decode("utf-8")
         if header < free or start + size > end or text in members:
-            raise JaxtuneError(f"{path}: is not a whole zip file: its files overlap")
+            raise JaxtuneError(f"{path}: is not a valid zip file: its files overlap")
         members[text] = Member(start, size, crc, plain)
         free = start + size
     return members

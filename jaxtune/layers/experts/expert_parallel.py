@@ -83,15 +83,19 @@ def apply_over_mesh(
         if shares > 1:
             x, experts, weights = (_gathered(a) for a in (x, experts, weights))
         lead = x.shape[:2]
+        # Experts here, here + 1, …, here + own - 1 of the layer are on this device. Choices of
+        # other experts get the index `own`, which `grouped.group` treats as "without an expert".
         own = _own_experts(state)
         here = lax.axis_index(AXIS) * own
         mine = (experts >= here) & (experts < here + own)
         chosen = jnp.where(mine, experts - here, own)
-        if key is not None:
+        if key is not None:  # devices have different rows, so their dropout must differ too
             key = jax.random.fold_in(key, lax.axis_index(mesh.axis_names))
         weights = jnp.where(mine, weights, 0)
         x, chosen, weights = (a.reshape(-1, a.shape[-1]) for a in (x, chosen, weights))
         out = apply(x, chosen, weights, key, local).reshape(*lead, -1)
+        # Each device has the contributions of its own experts to all gathered tokens. The scatter
+        # sums them and returns to each device its tokens.
         if shares > 1:
             out = lax.psum_scatter(out, AXIS, scatter_dimension=0, tiled=True)
         return out

@@ -59,12 +59,12 @@ class Groups:
     """The layout of routed rows in tiles.
 
     Attributes:
-      source: int32[P], the row in each padded row; N for padding.
+      source: int32[P], the row that each padded row holds; N for padding.
       slot: int32[N], the padded row of each row; P for a row without an expert.
       tile_expert: int32[P / tile], the expert of each tile.
       tiles: int32 scalar, number of tiles with rows: at most ⌈N / tile⌉ + E.
       tile: rows per tile.
-      kernel: for plain weights: "loop", "pallas" (TPU) or "triton" (GPU).
+      kernel: implementation for plain weights: "loop", "pallas" (TPU) or "triton" (GPU).
     """
 
     source: jax.Array
@@ -84,7 +84,7 @@ class Replaced(NamedTuple):
     """Weights of experts, some of which are trained in place of frozen ones.
 
     Attributes:
-      frozen: [E, out, in], plain or quantized; those of replaced experts are never read.
+      frozen: [E, out, in], plain or quantized; weights of replaced experts are never read.
       trained: [K, out, in].
       slot: int32[E], the index in `trained` of each expert; -1 for a frozen one.
     """
@@ -131,10 +131,15 @@ def tile_size(rows: int, experts: int, kernel: str = "loop") -> int:
 def group(expert: jax.Array, experts: int, kernel: str = "loop") -> Groups:
     """Sorts rows into tiles.
 
+    A stable sort orders the rows by expert. Within the sorted rows, expert e owns `sizes[e]` rows
+    from `first_row[e]` on; in the padded layout it owns `tiles[e]` whole tiles from padded row
+    `first_slot[e]` on. A row's slot is therefore `first_slot` of its expert plus its rank among the
+    expert's rows. Rows without an expert sort to the end and get the slot P, out of range.
+
     Args:
       expert: int32[N], the expert of each row; E for a row without one.
       experts: E.
-      kernel: of the products to come; see `choose_kernel`.
+      kernel: kernel of the following products; see `choose_kernel`.
     """
     rows = expert.shape[0]
     tile = tile_size(rows, experts, kernel)
@@ -147,6 +152,7 @@ def group(expert: jax.Array, experts: int, kernel: str = "loop") -> Groups:
     ordered = expert[order]
     slots = first_slot[ordered] + jnp.arange(rows) - first_row[ordered]
     slots = jnp.where(ordered < experts, slots, padded).astype(jnp.int32)
+    # The expert of a tile is the first whose cumulative number of tiles exceeds the tile's index.
     tile_expert = jnp.searchsorted(last_tile, jnp.arange(padded // tile), side="right")
     return Groups(
         source=jnp.full(padded, rows, jnp.int32).at[slots].set(order.astype(jnp.int32)),

@@ -1,8 +1,11 @@
 """Grouped products as Pallas kernels for TPUs.
 
 All rows of a tile have the same weight: the kernel multiplies each tile with the weight of its
-expert. A block of the weight stays in VMEM from one tile of an expert to the next. Operands are
-plain arrays: a quantized stack would have to be dequantized whole.
+expert. The grid runs over blocks of output features, and within these over tiles. Since tiles are
+sorted by expert, successive steps ask for the same block of the weight, which then stays in VMEM.
+`tile_expert` and `tiles` are prefetched scalars: the index maps of the blocks read them to find the
+weight of a tile before its step begins. Operands are plain arrays: a quantized stack would have to
+be dequantized whole.
 
 P padded rows, E experts.
 """
@@ -30,8 +33,8 @@ def features_per_block(contracted: int, features: int, itemsize: int) -> int:
 
     Args:
       contracted: length of the contracted axis, which is not split.
-      features: of the result.
-      itemsize: bytes of a number.
+      features: number of output features.
+      itemsize: size of a value in bytes.
     """
     return min(features, max(WEIGHT_BLOCK // (contracted * itemsize) // LANES, 1) * LANES)
 
@@ -52,7 +55,7 @@ def multiply(
       weight: [E, out, in].
       tile_expert: int32[P / tile].
       tiles: int32 scalar, number of tiles with rows.
-      axis: of one expert's weight: 1 for in, 0 for out.
+      axis: contracted axis of one expert's weight: 1 for in, 0 for out.
 
     Returns:
       float32 [P, features]; zero in tiles without rows.
@@ -72,6 +75,7 @@ def multiply(
         def _clear() -> None:
             y[...] = jnp.zeros_like(y)
 
+    # Block indices in [E, out, in] for tile i: its expert's weight, cut along the output features.
     def weight_block(column: Any, i: Any, expert: Any, tiles: Any) -> tuple[Any, ...]:
         return (expert[i], column, 0) if axis == 1 else (expert[i], 0, column)
 
@@ -114,6 +118,8 @@ def outer_sums(
     height, width = min(GRADIENT_BLOCK, out), min(GRADIENT_BLOCK, features)
 
     def kernel(expert: Any, tiles: Any, g: Any, x: Any, total: Any) -> None:
+        # Tiles are the innermost axis of the grid, so the block of an expert's sum stays in VMEM
+        # while its tiles are added; the first of them overwrites what is there.
         i = pl.program_id(2)
         first = (i == 0) | (expert[i] != expert[jnp.maximum(i - 1, 0)])
 
@@ -146,7 +152,7 @@ def outer_sums(
         cost_estimate=_cost(rows * out * features, g, x),
         name="grouped_outer_sums",
     )(tile_expert, tiles[None], g, x)
-    # The blocks of experts without rows have not been written by any tile.
+    # No tile has written the blocks of experts without rows, so their content is undefined.
     held = jnp.arange(count) < tiles
     chosen = jnp.zeros(experts, bool).at[tile_expert].max(held)
     return jnp.where(chosen[:, None, None], total, 0.0)

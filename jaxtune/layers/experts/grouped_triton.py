@@ -1,8 +1,8 @@
 """Grouped products as Pallas kernels for NVIDIA GPUs, compiled by Triton.
 
 All rows of a tile have the same weight: a program multiplies a tile with a block of it. For
-gradients a program sums over the tiles of one expert. Each program writes its own block once, so
-that every element is written and none is added to atomically. Operands are plain arrays: a
+gradients a program sums over the tiles of one expert. Each program writes its own block exactly
+once, so every element is written and no atomic additions are needed. Operands are plain arrays: a
 quantized stack would have to be dequantized whole.
 
 P padded rows, E experts.
@@ -30,8 +30,8 @@ except ImportError:
 
 # The largest block of output features, and the smallest for tensor cores.
 FEATURES_BLOCK, SMALLEST_BLOCK = 128, 16
-# Bytes of a block along the contracted axis: a swizzled row of shared memory. Three stages of two
-# such blocks with 128 rows take 96 KiB, which all GPUs from Ampere on have.
+# Bytes of a block along the contracted axis: one swizzled row of shared memory. Three pipeline
+# stages of two such blocks with 128 rows take 96 KiB, which all GPUs since Ampere have.
 SUMMED_BYTES = 128
 # Tensor cores multiply bfloat16 from this compute capability (Ampere) on.
 LEAST_CAPABILITY = 8.0
@@ -43,7 +43,7 @@ def unsupported(compute_capability: str | None) -> str | None:
     """Returns why a GPU cannot run these kernels, or None if it can.
 
     Args:
-      compute_capability: of the device, "9.0"; a name such as "gfx942" for other vendors.
+      compute_capability: the device's, such as "9.0"; a name such as "gfx942" for other vendors.
     """
     if triton is None:
         return "this jaxlib has no Triton"
@@ -114,8 +114,8 @@ def multiply(
       weight: [E, out, in]; its blocks are cast to the dtype of x.
       tile_expert: int32[P / tile].
       tiles: int32 scalar, number of tiles with rows.
-      axis: of one expert's weight: 1 for in, 0 for out.
-      dtype: of the result. Sums are float32 and rounded once.
+      axis: contracted axis of one expert's weight: 1 for in, 0 for out.
+      dtype: dtype of the result. Sums are float32 and rounded once.
 
     Returns:
       [P, features]; zero in tiles without rows.
@@ -136,7 +136,8 @@ def multiply(
             w = _load(weight, chosen, *place).astype(x.dtype)
             return total + product(_load(x, mine, summed), w, axis)
 
-        # A product instead of a choice between literals, whose integer type differs in Pallas.
+        # Zero steps for a tile without rows. A product instead of jnp.where, whose integer literals
+        # have another type in Pallas.
         steps = pl.cdiv(contracted, depth) * (index < tiles[0]).astype(jnp.int32)
         total = lax.fori_loop(0, steps, add, jnp.zeros((tile, width), jnp.float32))
         _store(y, total, mine, columns)
@@ -163,7 +164,7 @@ def outer_sums(
       tile_expert: int32[P / tile], ascending.
       tiles: int32 scalar, number of tiles with rows.
       experts: E.
-      dtype: of the result. Sums are float32 and rounded once.
+      dtype: dtype of the result. Sums are float32 and rounded once.
 
     Returns:
       [E, out, in]; zero for experts without rows.
@@ -172,6 +173,7 @@ def outer_sums(
     tile = rows // count
     height, width = _block(out, FEATURES_BLOCK), _block(features, FEATURES_BLOCK)
     depth = min(tile, SUMMED_BYTES // x.dtype.itemsize)
+    # Number of tiles with rows of each expert, and its first tile.
     held = (jnp.arange(count) < tiles).astype(jnp.int32)
     sizes = jnp.zeros(experts, jnp.int32).at[tile_expert].add(held)
     first = jnp.cumsum(sizes, dtype=jnp.int32) - sizes

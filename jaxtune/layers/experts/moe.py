@@ -96,6 +96,8 @@ class Router(Projection):
     def choose(self, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns (weights float32 [N, k], experts int32 [N, k]) by scores [N, E]."""
         routing = self.routing
+        # The choice has no gradient; weights are the scores of the chosen experts, which have one,
+        # without the correction bias.
         choice = lax.stop_gradient(scores)
         if self.e_score_correction_bias is not None:
             choice = choice + self.e_score_correction_bias.get_value()
@@ -108,13 +110,18 @@ class Router(Projection):
     def routing_stats(
         self, scores: jax.Array, weights: jax.Array, experts: jax.Array, segment_ids: jax.Array
     ) -> Routed:
-        """Returns the statistics of a choice of experts int32 [N, k], weighted [N, k].
+        """Returns the statistics of a routing; the sums of weights leave out `Routing.scale`.
 
-        Scores are [N, E], for the tokens of int[B, T]. Weights are counted without `Routing.scale`.
+        Args:
+          scores: float32 [N, E], with N = B · T.
+          weights: float32 [N, k].
+          experts: int32 [N, k].
+          segment_ids: int[B, T]; 0 is padding.
         """
         counted, (batch, length) = experts, segment_ids.shape
         if self.e_score_correction_bias is not None:
-            # V3's report counts the experts with the highest scores, without bias and groups.
+            # The balance loss of V3 counts the experts with the highest scores, ignoring the
+            # correction bias and groups (equation 18 of the report).
             _, counted = lax.top_k(scores, self.routing.top_k)
         if self.routing.scores == "sigmoid":
             scores = scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
@@ -128,6 +135,8 @@ class Router(Projection):
         routing = self.routing
         if routing.groups == 1:
             return choice
+        # [N, groups, E / groups]; a group scores the sum of its best `group_top` experts. Experts
+        # outside the best groups get the score `masked`, below or equal to any real one.
         grouped = choice.reshape(choice.shape[0], routing.groups, -1)
         group_scores = jnp.sum(lax.top_k(grouped, routing.group_top)[0], axis=-1)
         _, best = lax.top_k(group_scores, routing.top_groups)
@@ -181,7 +190,11 @@ def _of_rows(values: Any, groups: Groups) -> Any:
 
 
 def _low_rank(x: jax.Array, term: LowRank, groups: Groups, out_features: int) -> jax.Array:
-    """Returns the low-rank term of padded rows, float32 [P, out]."""
+    """Returns the low-rank term of padded rows, float32 [P, out].
+
+    Factors are [E, r, in] and [E, out, r], one pair per expert, or without the axis E if all
+    experts share them (VeRA's matrices).
+    """
 
     def multiply(rows: jax.Array, factor: jax.Array, features: int) -> jax.Array:
         if factor.ndim == 2:  # shared by all experts
@@ -228,10 +241,10 @@ class MoE(nnx.Module):
 
     @property
     def activation_width(self) -> int:
-        """Values that a token has within the mixture.
+        """Values per token within the mixture.
 
-        For each of its experts: rows of the hidden size, in float32 and in the compute dtype, and
-        three of the expert's own width.
+        For each of its k experts: three vectors of the hidden size (one in the compute dtype, one
+        in float32, which counts twice) and three of the expert's width.
         """
         one = self.experts.gate_proj
         return self.gate.routing.top_k * (3 * one.in_features + 3 * one.out_features)
@@ -288,7 +301,8 @@ def _apply(
     top_k, count = chosen.shape[1], experts.gate_proj.count
     kernel = choose_kernel(context.platform)
     groups = group(chosen.reshape(-1), count, kernel)
-    # Padding reads an additional row of zeros.
+    # groups.source numbers the N · k (token, choice) pairs, so // top_k is the token. Padding has
+    # the number N · k and reads an additional row of zeros.
     padded = jnp.pad(rows, ((0, 1), (0, 0)))[jnp.minimum(groups.source // top_k, len(rows))]
     y = experts(padded, groups, context)
     returned = y[groups.slot].reshape(*chosen.shape, -1)

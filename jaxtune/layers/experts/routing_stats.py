@@ -55,6 +55,8 @@ def routed(
         def total(values: jax.Array) -> jax.Array:
             return jax.ops.segment_sum(values, segments, length + 1)
 
+        # Sums per segment id, [length + 1], and share f_i of every segment, [length + 1, E]; each
+        # token then takes the f of its segment, so that the mean over a segment is Σ_i f_i P_i.
         tokens = jnp.maximum(total(jnp.ones(length)), 1.0)
         share = total(chosen) / tokens[:, None] * (count / experts.shape[-1])
         return jnp.sum(share[segments] * scores, axis=-1)
