@@ -8,7 +8,7 @@ import pytest
 from runs import read_losses
 from safetensors import safe_open
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_lightly")]
+pytestmark = pytest.mark.slow
 
 TOLERANCE = 1e-5  # sums over devices come in another order in float32
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from runs import read_losses
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_lightly")]
+pytestmark = pytest.mark.slow
 
 # Sums over devices come in another order in float32, and the updates before carry it on.
 TOLERANCE = 1e-5
