@@ -479,7 +479,7 @@ class Prepared:
         self.config = resolve(TREE, overrides)
         self.location = huggingface.resolve_path(self.config.model.path, self.config.model.revision)
         self.source = huggingface.open_source(self.location)
-        self.method, self.stored = training.choose_method(self.config)
+        self.method, self.stored = training.choose_method(self.config.adapter)
         self.setup = set_up(self.config, self.source.config, self.method)
 
     def description(self):

@@ -80,7 +80,7 @@ def model_config(config):
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_model_can_be_set_up_with_it(name):
     config = read(name, ONE_DEVICE)
-    method, _ = choose_method(config)
+    method, _ = choose_method(config.adapter)
     setup = set_up(config, model_config(config), method, jax.devices()[:1])
     assert jax.tree.leaves(setup.like.trainable)
     formats = {leaf.format.name for leaf in setup.definition.leaves.values() if leaf.format}

@@ -65,7 +65,7 @@ def load_run(
 def _choose(run: RunDirectory, config: Config, adapter: str) -> tuple[Method, StoredAdapter | None]:
     if adapter == "none":
         return NoMethod(), None
-    method, _ = choose_method(config)
+    method, _ = choose_method(config.adapter)
     if not method.has_adapter:
         return method, None
     stored = read_adapter(run.adapter(adapter))

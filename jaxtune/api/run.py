@@ -89,7 +89,7 @@ class Run:
         )
         if adapter == "none":
             return load()
-        method, _ = training.choose_method(settings)
+        method, _ = training.choose_method(settings.adapter)
         quantized = bool(settings.quantize.format)
         if method.edits_base or (quantized and not method.has_adapter):
             return self._as_trained(adapter, chats)
@@ -115,7 +115,7 @@ class Run:
         Raises:
           JaxtuneError: nothing has been saved yet, or the adapter cannot be merged.
         """
-        check_merges(training.choose_method(self.config)[0])
+        check_merges(training.choose_method(self.config.adapter)[0])
         if quantized and not self.config.quantize.format:
             raise JaxtuneError(f"{self.path}: quantize.format is empty: the base is not quantized")
         if self.config.quantize.format and not quantized:

@@ -79,7 +79,7 @@ def row_config(row: TableRow) -> Config:
 def compile_row(row: TableRow) -> tuple[Plan, float]:
     """Compiles a row; returns its plan and the share of weights that are trained."""
     config, hardware = row_config(row), find_topology(row.chips)
-    setup = set_up(config, DEEPSEEK_7B, choose_method(config)[0], hardware.devices)
+    setup = set_up(config, DEEPSEEK_7B, choose_method(config.adapter)[0], hardware.devices)
     return compile_plan(setup, hardware), trained_share(parameter_summary(setup.definition))[2]
 
 

@@ -42,7 +42,7 @@ def plan(config: Config, topology: str) -> Plan:
       JaxtuneError: an unknown topology, or a setting that cannot be met.
     """
     hardware = find_topology(topology)
-    method, _ = choose_method(config)
+    method, _ = choose_method(config.adapter)
     model = model_config(config.model)
     if hardware.devices is None:
         return _estimated(config, model, method, hardware)

@@ -148,7 +148,7 @@ def _on_one_device(
 ) -> tuple[Setup, StepFlops]:
     """Sets up a candidate on one device, which is enough for formulas."""
     chosen = Candidate((), remat, accumulation).apply(config)
-    setup = set_up(chosen, model, choose_method(chosen)[0], jax.devices("cpu")[:1])
+    setup = set_up(chosen, model, choose_method(chosen.adapter)[0], jax.devices("cpu")[:1])
     return setup, step_flops(setup)
 
 
@@ -191,7 +191,7 @@ def _try(
                 continue
             chosen = candidate.apply(config)
             try:
-                method, _ = choose_method(chosen)
+                method, _ = choose_method(chosen.adapter)
                 setup = set_up(chosen, model, method, hardware.devices)
             except JaxtuneError as error:
                 logger.info("%s: %s", candidate, error)  # sizes that the mesh does not divide

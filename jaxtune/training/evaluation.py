@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxtune.checkpoints.chat import Chat
-from jaxtune.config import Config
+from jaxtune.config import Config, EvaluationConfig
 from jaxtune.data import DataOrder, Examples, eval_batches, eval_order
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.tree import Tree
@@ -114,10 +114,10 @@ def bind_evaluation(
     return evaluate
 
 
-def score_names(config: Config, sets: Mapping[str, Any], experts: bool) -> list[str]:
-    """Returns the names of the scores of `bind_evaluation` for a config."""
+def score_names(section: EvaluationConfig, sets: Collection[str], experts: bool) -> list[str]:
+    """Returns the names of the scores of `bind_evaluation` for an ``evaluation`` section."""
     names = ["loss", "perplexity", "token_accuracy"]
-    names += list(ANSWER_SCORES) if config.evaluation.generate else []
+    names += list(ANSWER_SCORES) if section.generate else []
     named = [f"{name}/{score}" for name in filter(None, sets) for score in names]
     return names + (["balance_loss"] if experts else []) + named
 

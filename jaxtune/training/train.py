@@ -26,7 +26,7 @@ from jaxtune.checkpoints.chat import Chat
 from jaxtune.checkpoints.load_model import LoadedModel, load_model
 from jaxtune.checkpoints.open_model import open_model
 from jaxtune.checkpoints.source import TensorSource
-from jaxtune.config import Config
+from jaxtune.config import AdapterConfig, Config, EvaluationConfig
 from jaxtune.data import BatchLoader, DataOrder, DataReader, Examples, ReaderOptions, Splits
 from jaxtune.errors import JaxtuneError
 from jaxtune.intervals import parse_interval
@@ -90,7 +90,7 @@ def train(
         tokenizer = chat.tokenizer
         options = reader_options(config.data, chat)
         read = functools.cache(lambda: data_reader(config, source, tokenizer, **options).splits())
-        method, stored = choose_method(config)
+        method, stored = choose_method(config.adapter)
         method = method.with_tokenizer(tokenizer)
         method = method.with_scores(lambda: _expert_scores(run, config, source, read))
         setup = set_up(config, source.config, method)
@@ -98,7 +98,7 @@ def train(
         splits = read()
         held_out = splits.held_out
         chat = save_end_tokens(run, chat, splits.train)
-        _check_stopping(config, splits.sets, setup)
+        _check_stopping(config.evaluation, splits.sets, setup)
         loader = make_loader(config, splits.train, setup.reserved)
         timeline = Timeline(loader.order)
         setup = setup.with_total_steps(timeline.total_steps(config.training))
@@ -167,18 +167,17 @@ def _write_summary(
     run.write_description(summarize(setup, training, evaluation))
 
 
-def choose_method(config: Config) -> tuple[Method, StoredAdapter | None]:
-    """Returns the method of a config, and the adapter of ``adapter.init_from``, if any."""
-    if not config.adapter.init_from:
-        return method_from_config(config.adapter), None
-    stored = read_adapter(config.adapter.init_from, encoder=True)
+def choose_method(section: AdapterConfig) -> tuple[Method, StoredAdapter | None]:
+    """Returns the method of a section, and the adapter of ``adapter.init_from``, if any."""
+    if not section.init_from:
+        return method_from_config(section), None
+    stored = read_adapter(section.init_from, encoder=True)
     method = method_from_peft(stored)
-    if method.name != config.adapter.method:
+    if method.name != section.method:
         raise JaxtuneError(
-            f"adapter.init_from holds a {method.name} adapter, not adapter.method="
-            f"{config.adapter.method}"
+            f"adapter.init_from holds a {method.name} adapter, not adapter.method={section.method}"
         )
-    return init_from(method, stored, config.adapter), stored
+    return init_from(method, stored, section), stored
 
 
 def _expert_scores(
@@ -220,16 +219,17 @@ def data_reader(
     )
 
 
-def _check_stopping(config: Config, sets: Mapping[str, Examples], setup: Setup) -> None:
+def _check_stopping(
+    evaluation: EvaluationConfig, sets: Mapping[str, Examples], setup: Setup
+) -> None:
     """Raises if early stopping depends on a score that is never measured."""
-    evaluation = config.evaluation
     never = not parse_interval("evaluation.every", evaluation.every).amount
     if evaluation.stop_patience and (not sets or never):
         missing = "evaluation.every is 0" if sets else "nothing is held out: set data.eval"
         raise JaxtuneError(f"evaluation.stop_patience={evaluation.stop_patience}: {missing}")
     if sets and not never:
         experts = bool(setup.definition.mixture_layers)
-        check_metric(evaluation.stop_metric, score_names(config, sets, experts))
+        check_metric(evaluation.stop_metric, score_names(evaluation, sets, experts))
 
 
 def make_loader(config: Config, examples: Examples, reserved: int = 0) -> BatchLoader:
@@ -268,7 +268,7 @@ def reserved_tokens(config: Config, model_config: Mapping[str, Any]) -> int:
       config: resolved config.
       model_config: content of the model's config.json.
     """
-    method, _ = choose_method(config)
+    method, _ = choose_method(config.adapter)
     if not hasattr(method, "virtual_tokens"):
         return 0
     return define(model_config, config.training.dtype, method).reserved
@@ -296,7 +296,10 @@ def _adapter_writer(
 
 
 def fingerprint(
-    source: TensorSource, tokenizer: Any, examples: Examples, held_out: Examples | None
+    source: TensorSource,
+    tokenizer: PreTrainedTokenizerBase | None,
+    examples: Examples,
+    held_out: Examples | None,
 ) -> dict[str, str]:
     """Returns hashes of the inputs of a run other than its config."""
     shapes = {name: source.shape(name) for name in source.names()}

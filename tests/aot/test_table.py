@@ -59,7 +59,7 @@ def test_a_row_is_within_what_the_guide_or_the_weights_allow(row):
 @pytest.mark.parametrize("row", ROWS_OF_TABLE, ids=lambda row: row.method)
 def test_a_row_is_the_arrays_of_its_step_and_little_else(row):
     config, hardware = resolve(row_config(row)), find_topology(row.chips)
-    setup = set_up(config, DEEPSEEK_7B, choose_method(config)[0], hardware.devices)
+    setup = set_up(config, DEEPSEEK_7B, choose_method(config.adapter)[0], hardware.devices)
     _, published, _, published_share, share = cells = written(row)
     assert (published, published_share) == (row.published, row.published_share)
     trained = trained_share(parameter_summary(setup.definition))[2]

@@ -34,7 +34,7 @@ def flops(config, remat="none", **sections):
         ),
         config,
     )
-    setup = set_up(*config, choose_method(config[0])[0], jax.devices("cpu")[:1])
+    setup = set_up(*config, choose_method(config[0].adapter)[0], jax.devices("cpu")[:1])
     counted = step_flops(setup)
     assert counted.tokens == 2 * LENGTH
     return setup, counted.model / counted.tokens, counted.hardware / counted.tokens

@@ -155,7 +155,7 @@ def test_a_step_takes_what_the_plan_says(smollm2_gguf):
             "training": {{"batch_size": 4}},
         }})
         planned = plan(config, "cpu").total
-        setup = set_up(config, model_config(config.model), choose_method(config)[0])
+        setup = set_up(config, model_config(config.model), choose_method(config.adapter)[0])
         arguments = step_arguments(setup)
 
         def anonymous():

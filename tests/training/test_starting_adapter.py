@@ -24,7 +24,7 @@ def adapter(tiny, tmp_path):
 def test_the_log_says_what_it_brings_and_what_it_replaces(adapter, caplog):
     section = {"init_from": adapter, "rank": 8, "targets": "v_proj", "modules_to_save": "lm_head"}
     with caplog.at_level(logging.INFO, "jaxtune"):
-        method, stored = choose_method(resolve({"adapter": section | {"dropout": 0.25}}))
+        method, stored = choose_method(resolve({"adapter": section | {"dropout": 0.25}}).adapter)
     assert stored is not None and {f.rank for _, f in method.factors} == {3}
     assert method.dropout == 0.25  # of training, and so of the config
     brings, replaces = (record.getMessage() for record in caplog.records[-2:])
@@ -40,6 +40,6 @@ def test_the_log_says_what_it_brings_and_what_it_replaces(adapter, caplog):
 
 def test_nothing_is_said_to_be_replaced_where_nothing_is_set(adapter, caplog):
     with caplog.at_level(logging.INFO, "jaxtune"):
-        method, _ = choose_method(resolve({"adapter": {"init_from": adapter}}))
+        method, _ = choose_method(resolve({"adapter": {"init_from": adapter}}).adapter)
     assert method.dropout == 0
     assert "without effect" not in caplog.text
