@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from oracles import IGNORE, Example
@@ -34,3 +39,22 @@ def as_batch(
         examples, batch_size=batch_size, length=length, packing=packing, reserved=reserved
     )
     return batch
+
+
+_ON_EIGHT_DEVICES = """
+import json, sys
+import jax, jaxtune
+assert jax.device_count() == 8
+for directory, config in json.loads(sys.argv[1]).items():
+    jaxtune.train(config, directory)
+"""
+
+
+def train_on_eight_devices(runs: Mapping[Path, Mapping[str, Any]]) -> None:
+    """Trains configs, each to its directory, one after the other in a process of eight devices."""
+    configs = json.dumps({str(directory): config for directory, config in runs.items()})
+    subprocess.run(
+        [sys.executable, "-c", _ON_EIGHT_DEVICES, configs],
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"},
+        check=True,
+    )

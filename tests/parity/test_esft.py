@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -21,6 +18,7 @@ from oracles import (
     torch_logits,
     train_torch,
 )
+from parts import train_on_eight_devices
 from safetensors.numpy import load_file, save_file
 from test_training import FACTORS, LENGTH, assert_same_training, run_config, write_rows
 from torch import nn
@@ -328,14 +326,6 @@ def test_a_new_run_scores_its_data_and_a_resumed_run_keeps_the_scores(families, 
     assert other == swapped.choose("token", 0.2)
 
 
-ON_8_DEVICES = """
-import json, sys
-import jax, jaxtune
-assert jax.device_count() == 8
-jaxtune.train(json.loads(sys.argv[1]), sys.argv[2])
-"""
-
-
 @pytest.mark.slow
 def test_eight_devices_train_as_one_does(families, choice, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", make_examples(16, longest=LENGTH))
@@ -343,12 +333,7 @@ def test_eight_devices_train_as_one_does(families, choice, tmp_path):
     config = run_config(families("deepseek_v3"), rows, recipe, adapter=choice)
     expected = jaxtune.train(config, tmp_path / "one").metrics()
     config["mesh"] = {"data": 2, "tensor": 2, "expert": 2}
-    subprocess.run(
-        [sys.executable, "-c", ON_8_DEVICES, json.dumps(config), str(tmp_path / "eight")],
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"},
-        check=True,
-        timeout=600,
-    )
+    train_on_eight_devices({tmp_path / "eight": config})
     ours = jaxtune.Run(tmp_path / "eight").metrics()
     assert len(ours) == len(expected) == 3
     for line, other in zip(ours, expected, strict=True):

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -21,6 +18,7 @@ from oracles import (
     torch_logits,
     train_torch,
 )
+from parts import train_on_eight_devices
 from peft import LoraConfig, get_peft_model
 from safetensors.numpy import load_file
 from test_training import GRAD_NORM, LENGTH, assert_same_training, run_config, write_rows
@@ -199,14 +197,6 @@ def test_one_expert_may_have_a_rank_of_its_own(trained, tmp_path):
     assert_same_logits(model.logits(TOKENS), expected)
 
 
-ON_8_DEVICES = """
-import json, sys
-import jax, jaxtune
-assert jax.device_count() == 8
-jaxtune.train(json.loads(sys.argv[1]), sys.argv[2])
-"""
-
-
 @pytest.mark.slow
 def test_eight_devices_train_as_one_does(families, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", make_examples(16, longest=LENGTH))
@@ -215,12 +205,7 @@ def test_eight_devices_train_as_one_does(families, tmp_path):
     config["training"]["balance_loss"] = 0.01
     expected = jaxtune.train(config, tmp_path / "one").metrics()
     config["mesh"] = {"data": 2, "tensor": 2, "expert": 2}
-    subprocess.run(
-        [sys.executable, "-c", ON_8_DEVICES, json.dumps(config), str(tmp_path / "eight")],
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"},
-        check=True,
-        timeout=600,
-    )
+    train_on_eight_devices({tmp_path / "eight": config})
     ours = jaxtune.Run(tmp_path / "eight").metrics()
     assert len(ours) == len(expected) == 3
     for line, other in zip(ours, expected, strict=True):

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import jax
 import numpy as np
 import pytest
 from families import Families
 from oracles import LOSS, Recipe, assert_same_logits, make_examples, random_tokens, relative
-from parts import load_parts
+from parts import load_parts, train_on_eight_devices
 from test_families import decode
 from test_training import LENGTH, run_config, write_rows
 
@@ -155,14 +150,6 @@ def test_bitfit_trains_existing_biases_and_merges_them(tiny, tmp_path):
     assert_same_logits(ours.logits(TOKENS), expected)
 
 
-ON_8_DEVICES = """
-import json, sys
-import jax, jaxtune
-assert jax.device_count() == 8
-jaxtune.train(json.loads(sys.argv[1]), sys.argv[2])
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["dora", "vera"])
 def test_eight_devices_train_as_one_does(method, directory, tmp_path):
@@ -172,12 +159,7 @@ def test_eight_devices_train_as_one_does(method, directory, tmp_path):
     config = run_config(directory, rows, recipe, adapter=adapter)
     expected = jaxtune.train(config, tmp_path / "one").metrics()
     config["mesh"] = {"data": 2, "tensor": 2, "expert": 2}
-    subprocess.run(
-        [sys.executable, "-c", ON_8_DEVICES, json.dumps(config), str(tmp_path / "eight")],
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"},
-        check=True,
-        timeout=600,
-    )
+    train_on_eight_devices({tmp_path / "eight": config})
     ours = jaxtune.Run(tmp_path / "eight").metrics()
     assert len(ours) == len(expected) == 3
     for line, other in zip(ours, expected, strict=True):

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +11,7 @@ import optax
 import pytest
 import torch
 from oracles import LOSS, Recipe, load_torch, make_examples, relative, train_torch
-from parts import as_batch, load_parts
+from parts import as_batch, load_parts, train_on_eight_devices
 from peft import LoraConfig, get_peft_model
 
 import jaxtune
@@ -260,52 +257,39 @@ def test_the_configured_dropout_takes_effect_once_b_is_not_zero(tiny, tmp_path):
     assert all(relative(losses[0.5][i], losses[0.0][i]) > 100 * LOSS for i in (1, 2))
 
 
-ON_8_DEVICES = """
-import json, sys
-import jax, jaxtune
-assert jax.device_count() == 8
-jaxtune.train(json.loads(sys.argv[1]), sys.argv[2])
-"""
+METHODS = ("lora", "full")
+MESHES = {
+    "data": {"data": 8},
+    "fsdp": {"data": 1, "fsdp": 8},
+    "data-fsdp-tensor": {"data": 2, "fsdp": 2, "tensor": 2},
+    "data-fsdp-sequence": {"data": 2, "fsdp": 2, "sequence": 2},
+}
 
 
 @pytest.fixture(scope="module")
-def on_devices(tiny, tmp_path_factory):
-    """Trains 5 steps under a mesh, on 8 devices in a process of their own; returns the run."""
+def metrics(tiny, tmp_path_factory):
+    """Trains every method under every mesh; returns the metrics by method and mesh."""
     scratch = tmp_path_factory.mktemp("meshes")
     rows = write_rows(scratch / "rows.jsonl", make_examples(40, longest=LENGTH))
 
-    def train(method, **mesh):
+    def config(method, mesh):
         recipe = Recipe(steps=5, batch_size=16, accumulation=2, warmup_steps=1)
         sections = {"adapter": {"method": method, "rank": 4, "targets": "all-linear"}, "mesh": mesh}
-        config = run_config(tiny("qwen3"), rows, recipe, **sections)
-        workdir = scratch / "-".join([method, *(f"{axis}{size}" for axis, size in mesh.items())])
-        if mesh == {}:
-            return jaxtune.train(config, workdir)
-        subprocess.run(
-            [sys.executable, "-c", ON_8_DEVICES, json.dumps(config), str(workdir)],
-            env=os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"},
-            check=True,
-        )
-        return jaxtune.Run(workdir)
+        return run_config(tiny("qwen3"), rows, recipe, **sections)
 
-    return train
+    for method in METHODS:
+        jaxtune.train(config(method, {}), scratch / f"{method}-alone")
+    train_on_eight_devices(
+        {scratch / f"{m}-{name}": config(m, mesh) for m in METHODS for name, mesh in MESHES.items()}
+    )
+    return lambda method, mesh: jaxtune.Run(scratch / f"{method}-{mesh}").metrics()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize(
-    "mesh",
-    [
-        {"data": 8},
-        {"data": 1, "fsdp": 8},
-        {"data": 2, "fsdp": 2, "tensor": 2},
-        {"data": 2, "fsdp": 2, "sequence": 2},
-    ],
-    ids=["data", "fsdp", "data-fsdp-tensor", "data-fsdp-sequence"],
-)
-def test_eight_devices_train_as_one_does(mesh, method, on_devices):
-    expected = on_devices(method).metrics()
-    ours = on_devices(method, **mesh).metrics()
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("mesh", MESHES)
+def test_eight_devices_train_as_one_does(mesh, method, metrics):
+    ours, expected = metrics(method, mesh), metrics(method, "alone")
     assert len(ours) == len(expected) == 5
     for line, other in zip(ours, expected, strict=True):
         assert relative(line["loss"], other["loss"]) <= LOSS, line

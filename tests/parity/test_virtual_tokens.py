@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from families import Families
 from oracles import LOSS, Recipe, assert_same_logits, make_examples, random_tokens, relative
-from parts import as_batch, load_parts
+from parts import as_batch, load_parts, train_on_eight_devices
 from test_training import (
     GRAD_NORM,
     LENGTH,
-    ON_8_DEVICES,
     one_update,
     run_config,
     write_rows,
@@ -251,11 +245,7 @@ def test_eight_devices_train_as_one_does(adapter, checkpoint, tmp_path):
     expected = jaxtune.train(run_config(directory, rows, recipe, **sections), tmp_path / "one")
     mesh = {"data": 1, "fsdp": 2, "tensor": 2, "sequence": 2}
     config = run_config(directory, rows, recipe, **sections, mesh=mesh)
-    subprocess.run(
-        [sys.executable, "-c", ON_8_DEVICES, json.dumps(config), str(tmp_path / "eight")],
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"},
-        check=True,
-    )
+    train_on_eight_devices({tmp_path / "eight": config})
     ours = jaxtune.Run(tmp_path / "eight").metrics()
     for line, other in zip(ours, expected.metrics(), strict=True):
         assert relative(line["loss"], other["loss"]) <= LOSS

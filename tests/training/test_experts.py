@@ -10,8 +10,6 @@ from jaxtune.planning.plan import step_arguments
 from jaxtune.training.expert_load import load_summary, load_table
 from jaxtune.training.setup import set_up
 
-pytestmark = pytest.mark.usefixtures("compiled_fully")
-
 LENGTH, EXPERTS = 37, 11
 MIXTURE = {
     "model_type": "deepseek",
