@@ -12,7 +12,7 @@ from jaxtune.layers.tree import Path, declaration_of, layer_names
 
 ALL_LINEAR = "all-linear"
 # Advice for a model whose head is tied to its embedding.
-UNTIE = "jaxtune convert --untie makes a checkpoint whose head is a weight of its own"
+UNTIE = "jaxtune convert --untie writes a checkpoint with a separate head"
 TIED_HEAD = f"lm_head is tied to embed_tokens in this model (tie_word_embeddings): {UNTIE}"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _REGEX = re.compile(r"[*+?\[\](){}|^$\\]")

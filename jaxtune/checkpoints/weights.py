@@ -2,7 +2,8 @@
 
 A directory may contain the same weights twice: a single file and an index of several, or PyTorch's
 own files and safetensors. transformers and PEFT use the first form they find, so that an outdated
-file may be read silently. Here, forms that should agree are compared.
+file may be read silently. Here, a single file is compared with an index, and the two forms of an
+adapter with each other; if a model has both forms, the log names the one that is ignored.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ def splash_self_attention(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     t, heads = q.shape[1:3]
-    # Padding to a multiple of the lanes is a segment of its own at the end of the row (id -1), so
+    # Padding to a multiple of the lanes is a separate segment (id −1) at the end of the row, so
     # that no other token attends to it.
     pad = -t % SPLASH_LANES
     length = t + pad
