@@ -152,7 +152,7 @@ def test_biases_that_cannot_be_trained_are_named(tiny, tmp_path):
         load_parts(tiny("llama"), Lora(4, 6.0, bias="all"))
     some = Lora(4, 6.0, targets=("q_proj",), layers=(1,), bias="lora_only")
     with pytest.raises(
-        jaxtune.JaxtuneError, match=r"layers\.1\.self_attn\.q_proj\.bias is trained"
+        jaxtune.JaxtuneError, match=r"layers\.1\.self_attn\.q_proj\.bias would be trained"
     ):
         load_parts(tiny("qwen2"), some)
     peft_adapter(tiny("llama"), tmp_path / "none", target_modules=["q_proj"], bias="all")
