@@ -7,8 +7,6 @@ import importlib.util
 import json
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -235,21 +233,3 @@ def small_config(tiny_chat, chats, tmp_path_factory):
         "    return c\n"
     )
     return path
-
-
-@pytest.fixture
-def jaxtune_command(tmp_path):
-    """Starts the command line in a process of its own; ``cache`` names an empty compilation cache
-    for it in place of the shared one."""
-
-    def start(*arguments, cache=None):
-        own = {} if cache is None else {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / cache)}
-        return subprocess.Popen(
-            [sys.executable, "-m", "jaxtune.cli", *map(str, arguments)],
-            env=os.environ | {"JAX_PLATFORMS": "cpu"} | own,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    return start

@@ -1,6 +1,7 @@
 """A run that is killed repeatedly ends like an uninterrupted one."""
 
 import collections
+import functools
 import itertools
 import json
 import random
@@ -9,7 +10,7 @@ import time
 
 import pytest
 
-EPOCHS, STEPS = 32, 160  # more than ten kills can use up
+EPOCHS, STEPS = 32, 160  # more than ten kills can use up: 4 × 13 + 6 × 16
 # Dropout, noise, shuffling, packing, spikes and the best score all have a state to lose.
 FLAGS = (
     f"--config.training.epochs={EPOCHS}",
@@ -46,38 +47,51 @@ def evaluating(workdir):
     return len(lines(workdir)) // 9 > len(lines(workdir, "evaluations.jsonl"))
 
 
-def kill(process, workdir, moment, chance):
-    """Kills a run that has made an update, when the moment has come; says at how many lines."""
+def newest_checkpoint(workdir):
+    """Returns the step of the newest complete checkpoint, or 0."""
+    complete = (workdir / "checkpoints").glob("[0-9]*/manifest.json")
+    return max((int(path.parent.name) for path in complete), default=0)
+
+
+def kill(start, workdir, moment, chance, paused):
+    """Starts a run and kills it when it has made a step and the moment has come.
+
+    Returns whether the moment came. The run cannot end before: it pauses some steps later.
+    """
     before = len(lines(workdir))
     # Later starts get further, or the run would never end.
     target, delay = before + chance.randint(3, 9), chance.uniform(0, 0.05)
-    while process.poll() is None:
+    last = target + 4 if moment is None else before + 16
+    process = start(workdir, steps=last - newest_checkpoint(workdir))
+    came = False
+    while not came and not paused.exists():
+        assert process.poll() is None, process.communicate()[1]
         done = len(lines(workdir))
-        if moment is None and done >= target:
-            time.sleep(delay)
-            break
-        if moment is not None and done > before and moment(workdir):
-            break
-        time.sleep(0.0005)
-    assert process.poll() is None, process.communicate()[1]
+        came = done >= target if moment is None else done > before and moment(workdir)
+        time.sleep(delay if came and moment is None else 0.0005)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert len(lines(workdir)) < STEPS, "killed too late to show anything"
+    assert before < len(lines(workdir)) <= last < STEPS
+    return came
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_any_moment_resumes_bit_for_bit(small_config, jaxtune_command, tmp_path):
-    start = ("train", "--config", small_config, *FLAGS, "--workdir")
+def test_a_run_killed_at_any_moment_resumes_bit_for_bit(
+    small_config, jaxtune_command, tmp_path, paused
+):
+    start = functools.partial(
+        jaxtune_command, "train", "--config", small_config, *FLAGS, "--workdir"
+    )
     # A cache that is empty, beside one that is warm from the second start on.
-    unbroken = jaxtune_command(*start, tmp_path / "unbroken", cache="cold")
+    unbroken = start(tmp_path / "unbroken", cache="cold")
     _, error = unbroken.communicate()
     assert unbroken.returncode == 0, error
 
     workdir, chance = tmp_path / "killed", random.Random(0)
     moments = [None] * 4 + [saving] * 3 + [evaluating] * 3
     chance.shuffle(moments)
-    for moment in moments:
-        kill(jaxtune_command(*start, workdir), workdir, moment, chance)
+    came = {moment for moment in moments if kill(start, workdir, moment, chance, paused)}
+    assert came == {None, saving, evaluating}
     finished = jaxtune_command("train", "--workdir", workdir)
     _, error = finished.communicate()
     assert finished.returncode == 0, error
@@ -98,7 +112,7 @@ def test_a_run_killed_at_any_moment_resumes_bit_for_bit(small_config, jaxtune_co
 
 @pytest.mark.slow
 def test_a_killed_run_stops_early_where_an_unbroken_one_does(
-    small_config, jaxtune_command, tmp_path
+    small_config, jaxtune_command, tmp_path, paused
 ):
     """Patience is counted across the kill: the best score is old by then."""
     held_out = tmp_path / "held_out.jsonl"
@@ -117,12 +131,12 @@ def test_a_killed_run_stops_early_where_an_unbroken_one_does(
     assert "6 evaluations in a row without a better loss" in error
     stopped = json.loads(lines(tmp_path / "unbroken")[-1])["step"]
     workdir = tmp_path / "killed"
-    process = jaxtune_command(*start, workdir)
-    while process.poll() is None and len(lines(workdir)) < stopped - 6:
-        time.sleep(0.001)
+    process = jaxtune_command(*start, workdir, steps=stopped - 5)
+    while process.poll() is None and not paused.exists():
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert len(lines(workdir)) < stopped, "killed too late to show anything"
+    assert 0 < len(lines(workdir)) < stopped
     output, error = jaxtune_command("train", "--workdir", workdir).communicate()
     assert f"done: {stopped} steps" in output and "adapter/best" in error
     for name in ("metrics.jsonl", "evaluations.jsonl"):

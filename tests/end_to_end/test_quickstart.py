@@ -12,8 +12,6 @@ from jaxtune.cli import main
 from jaxtune.config import load_file, resolve
 from jaxtune.demos.quickstart import quickstart
 
-pytestmark = pytest.mark.usefixtures("compiled_fully")
-
 ROOT = Path(__file__).parents[2]
 FULL = "JAXTUNE_TEST_FULL" in os.environ
 
@@ -40,12 +38,11 @@ def test_quickstart_evaluates_trains_and_evaluates_again(small_config, tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("interruptible")
-def test_it_resumes_after_an_interruption(small_config, jaxtune_command, tmp_path):
+def test_it_resumes_after_an_interruption(small_config, jaxtune_command, tmp_path, paused):
     workdir = tmp_path / "quickstart"
     command = ("quickstart", "--config", small_config, "--workdir", workdir)
-    command += ("--config.training.steps=300",)
-    process, metrics = jaxtune_command(*command), workdir / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and metrics.read_text()):
+    process = jaxtune_command(*command, steps=3)
+    while process.poll() is None and not paused.exists():
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate()
@@ -61,6 +58,7 @@ def test_it_resumes_after_an_interruption(small_config, jaxtune_command, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiled_fully")
 @pytest.mark.timeout(3600)
 def test_a_real_model_learns_the_task(tmp_path, monkeypatch, capsys):
     """The whole quickstart with ``JAXTUNE_TEST_FULL=1``, as `make test-quickstart` sets it;

@@ -6,10 +6,13 @@ from runs import Running
 
 @pytest.fixture(scope="module")
 def start(small_config):
-    """Starts a run of 12 steps in a directory: ``start(processes, workdir, *flags)``."""
+    """Starts a run of 12 steps in a directory: ``start(processes, workdir, *flags)``.
+
+    When a process has failed, the others have `grace` seconds before the launcher kills them.
+    """
     running = []
 
-    def begin(processes, workdir, *flags, devices=1, fault="none", resume=False):
+    def begin(processes, workdir, *flags, devices=1, fault="none", grace=60, resume=False):
         fresh = (
             "--config",
             small_config,
@@ -20,7 +23,7 @@ def start(small_config):
             *flags,
         )
         arguments = [*(() if resume else fresh), "--workdir", str(workdir)]
-        running.append(Running(processes, arguments, devices=devices, fault=fault))
+        running.append(Running(processes, arguments, devices=devices, fault=fault, grace=grace))
         return running[-1]
 
     yield begin

@@ -24,10 +24,12 @@ def read_losses(workdir):
 class Running:
     """A launcher with its run, of which single processes can be reached."""
 
-    def __init__(self, processes, arguments, *, devices, fault):
+    def __init__(self, processes, arguments, *, devices, fault, grace):
         self.workdir = Path(arguments[arguments.index("--workdir") + 1])
+        self._signalled = self.workdir.with_name(f"{self.workdir.name}-signalled")
         command = [sys.executable, str(HERE / "faulty.py"), "train", *map(str, arguments)]
-        launcher = [sys.executable, str(LOCAL), "--processes", str(processes), "--grace", "20"]
+        launcher = [sys.executable, str(LOCAL), "--processes", str(processes)]
+        launcher += ["--grace", str(grace)]
         self._process = subprocess.Popen(
             [*launcher, "--", *command, "--heartbeat", str(HEARTBEAT)],
             env=os.environ
@@ -35,6 +37,7 @@ class Running:
                 "JAX_PLATFORMS": "cpu",
                 "JAX_NUM_CPU_DEVICES": str(devices),
                 "JAXTUNE_FAULT": fault,
+                "JAXTUNE_SIGNALLED": str(self._signalled),
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -44,12 +47,17 @@ class Running:
     def wait_for_steps(self, count):
         """Waits until the log has so many lines."""
         while len(read_losses(self.workdir)) < count:
-            assert self._process.poll() is None, self._process.communicate()[0]
-            time.sleep(0.02)
+            self.wait_a_moment()
+
+    def wait_a_moment(self):
+        """Waits for what a run is about to do; fails if it has ended."""
+        assert self._process.poll() is None, self._process.communicate()[0]
+        time.sleep(0.02)
 
     def send(self, number, process=None):
         """Sends a signal to one process of the run, or to the launcher."""
         os.kill(self._pid(process), number)
+        self._signalled.touch()
 
     def _pid(self, process):
         if process is None:

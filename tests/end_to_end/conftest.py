@@ -1,0 +1,37 @@
+"""How tests start jaxtune's command line."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMAND = Path(__file__).with_name("command.py")
+
+
+@pytest.fixture
+def paused(tmp_path):
+    """The file that a command creates when it has made the steps that it may make."""
+    return tmp_path / "paused"
+
+
+@pytest.fixture
+def jaxtune_command(tmp_path, paused):
+    """Starts the command line in a process of its own; ``cache`` names an empty compilation cache
+    for it in place of the shared one, and it waits to be killed after so many ``steps``."""
+
+    def start(*arguments, cache=None, steps=None):
+        own = {} if cache is None else {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / cache)}
+        if steps is not None:
+            paused.unlink(missing_ok=True)
+            own |= {"JAXTUNE_STEPS": str(steps), "JAXTUNE_PAUSED": str(paused)}
+        return subprocess.Popen(
+            [sys.executable, str(COMMAND), *map(str, arguments)],
+            env=os.environ | {"JAX_PLATFORMS": "cpu"} | own,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
