@@ -38,6 +38,8 @@ CONFIG = {
     "topk_group": 2,
 }
 SETTINGS = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+# A stack of 124 experts exceeds what is allowed even in four bits; two layers have one.
+LARGE = CONFIG | {"n_routed_experts": 124, "num_hidden_layers": 3}
 # Bits of 1 in each dtype of a file, and bytes of a value.
 ONE = {"F8_E4M3": b"\x38", "BF16": b"\x80\x3f", "F32": b"\0\0\x80\x3f"}
 PLAIN = ("embed_tokens", "lm_head", "norm", "mlp.gate")
@@ -157,30 +159,28 @@ def test_quantizing_takes_two_tensors_of_the_file_beyond_the_quantized_model(tmp
     from jaxtune.config import resolve
     from jaxtune.quant import quantization_from_config
 
-    config = CONFIG | {"n_routed_experts": 124}
-    directory = write_checkpoint(tmp_path / "fp8", config)
-    largest = max(math.prod(shape) * len(ONE[kind]) for _, kind, shape in tensors(config))
+    directory = write_checkpoint(tmp_path / "fp8", LARGE)
+    largest = max(math.prod(shape) * len(ONE[kind]) for _, kind, shape in tensors(LARGE))
     measured = measure(directory, form, program=__file__)
     file = directory / "model.safetensors"
     megabytes, plain = file.stat().st_size / 1e6, seconds_to_read(file)
     quantization = quantization_from_config(resolve({"quantize": {"format": form}}).quantize)
-    definition = define(config, "bfloat16", quantization=quantization)
+    definition = define(LARGE, "bfloat16", quantization=quantization)
     resident = sum(leaf.nbytes for leaf in definition.leaves.values())
     print(
         f"\n{megabytes:.0f} MB of fp8 to {form}: {megabytes / measured.seconds:.0f} MB/s; plain "
         f"reading: {megabytes / plain:.0f} MB/s; {(measured.peak - resident) / 2**20:.0f} MiB "
         f"beyond the model's {resident / 2**20:.0f}, the largest tensor {largest / 2**20:.0f}"
     )
-    assert megabytes > 1900
+    assert megabytes > 1250
     assert measured.peak > resident  # or it measured something else
     assert measured.peak - resident <= 2 * largest + SLACK
 
 
 @pytest.mark.slow
 def test_converting_takes_two_tensors_of_the_file_and_no_model(tmp_path):
-    config = CONFIG | {"n_routed_experts": 124}
-    directory = write_checkpoint(tmp_path / "fp8", config)
-    largest = max(math.prod(shape) * len(ONE[kind]) for _, kind, shape in tensors(config))
+    directory = write_checkpoint(tmp_path / "fp8", LARGE)
+    largest = max(math.prod(shape) * len(ONE[kind]) for _, kind, shape in tensors(LARGE))
     measured = measure(directory, "nf4", tmp_path / "nf4", program=__file__)
     megabytes = (directory / "model.safetensors").stat().st_size / 1e6
     written = sum(path.stat().st_size for path in (tmp_path / "nf4").iterdir()) / 1e6
