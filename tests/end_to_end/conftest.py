@@ -19,7 +19,7 @@ def paused(tmp_path):
 @pytest.fixture
 def jaxtune_command(tmp_path, paused):
     """Starts the command line in a process of its own; ``cache`` names an empty compilation cache
-    for it in place of the shared one, and it waits to be killed after so many ``steps``."""
+    for it in place of the shared one, and it pauses after a number of ``steps``."""
 
     def start(*arguments, cache=None, steps=None):
         own = {} if cache is None else {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / cache)}

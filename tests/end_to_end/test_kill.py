@@ -37,13 +37,13 @@ def comparable(workdir, name="metrics.jsonl"):
 
 
 def saving(workdir):
-    """Says whether a checkpoint is being written right now."""
+    """Returns whether a checkpoint is being written right now."""
     steps = (workdir / "checkpoints").glob("[0-9]*")
     return any(not (step / "manifest.json").exists() for step in steps)
 
 
 def evaluating(workdir):
-    """Says whether an update is done whose evaluation is not."""
+    """Returns whether a step is done whose evaluation is not."""
     return len(lines(workdir)) // 9 > len(lines(workdir, "evaluations.jsonl"))
 
 

@@ -45,7 +45,7 @@ class Running:
         )
 
     def wait_for_steps(self, count):
-        """Waits until the log has so many lines."""
+        """Waits until the log has a number of lines."""
         while len(read_losses(self.workdir)) < count:
             self.wait_a_moment()
 
