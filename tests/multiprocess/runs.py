@@ -78,6 +78,7 @@ class Running:
     def stop(self):
         """Ends the run if it has not ended."""
         if self._process.poll() is None:
+            self._signalled.touch()  # a process that waits for it would not react
             self._process.terminate()
             self._process.wait(60)
 
