@@ -108,7 +108,7 @@ def make_train_step(
         weight = jnp.maximum(sums.weight, 1.0)
         divisor = weight * state.guard.scale if scaling else weight
         gradient = jax.tree.map(lambda g: g / divisor, gradient)
-        metrics = _metrics(settings, state, batch, gradient, sums)
+        metrics = _metrics(settings, state, batch, gradient, sums, weight)
         metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
         loss = sums.loss / weight
         outcome, state = _apply(optimizer, settings, state, gradient, loss, metrics["grad_norm"])
@@ -173,9 +173,9 @@ def _metrics(
     batch: Batch,
     gradient: Tree,
     sums: BatchSums,
+    weight: jax.Array,
 ) -> dict[str, jax.Array]:
     """Returns the metrics of a step; terms of the loss besides −log p are without their factors."""
-    weight = jnp.maximum(sums.weight, 1.0)
     metrics = {
         "loss": sums.nll / weight,
         "grad_norm": optax.tree.norm(gradient),
