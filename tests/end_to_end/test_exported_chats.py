@@ -330,7 +330,7 @@ def test_an_adapter_made_elsewhere_keeps_its_template(coder, exports, tmp_path, 
     assert "the adapters x and ours have different chat templates" in caplog.text
     named = [f"--adapter=x={elsewhere}", f"--adapter=bare={other}"]
     main(["combine", *named, "--to", str(tmp_path / "both")])
-    assert "that of x: bare brings none" in caplog.text
+    assert "using the chat template of x; there is none with bare" in caplog.text
     assert rendered(tmp_path / "both", {"messages": asked}) == model.use("x").encode(asked)
     # A tokenizer with other ids is not used.
     tokenizer.add_tokens(["<new>"])
