@@ -40,8 +40,8 @@ class TrainingConfig(Section):
     )
     watchdog_minutes: float = option(
         0.0,
-        "minutes without a finished step, evaluation or save after which the run prints its stack "
-        "and exits with code 75; 0: off",
+        "longest time between two steps in minutes, including evaluations and saves; after it the "
+        "run prints the stacks of its threads and exits with code 75; 0: off",
         minimum=0,
     )
     label_smoothing: float = option(
