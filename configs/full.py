@@ -7,7 +7,7 @@ Memory per device, 41.92 GiB of 95.74:
 
   jaxtune plan --config configs/full.py --topology v5p:2x2x1
 
-Float32 weights, gradients and two moments take 16 bytes per weight, 110 GB for this model, split
+Float32 weights, gradients and two moments take 16 bytes per weight, 111 GB for this model, split
 over all devices. Of all recipes this one fits large data best. It overfits small data, for which
 LoRA is the better choice.
 """

@@ -28,19 +28,29 @@ DO_NOT_RETRY, RETRY = 65, 75
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the processes; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--processes", type=int, required=True, metavar="N")
+    parser.add_argument(
+        "--processes", type=int, required=True, metavar="N", help="number of processes"
+    )
     parser.add_argument(
         "--devices-per-process",
         type=int,
         metavar="K",
         help="GPUs of each process: the first K for process 0, and so on",
     )
-    parser.add_argument("--grace", type=float, default=30.0, metavar="SECONDS")
-    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND")
+    parser.add_argument(
+        "--grace",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="time that the other processes have to exit after a failure (default: 30)",
+    )
+    parser.add_argument(
+        "command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="command of each process"
+    )
     arguments = parser.parse_args(argv)
     command = arguments.command[arguments.command[:1] == ["--"] :]
     if not command or arguments.processes < 1:
-        parser.error("needs --processes of at least 1, and a command after --")
+        parser.error("--processes of at least 1 and a command after -- are required")
     port = _free_port()
     workers = [
         _start(command, _environment(number, port, arguments))

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--untie",
         action="store_true",
-        help="write a separate LM head if it is tied to the embedding",
+        help="write a separate LM head if the head is tied to the embedding",
     )
     parser.add_argument(
         "--vocab-size",

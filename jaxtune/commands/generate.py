@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--adapter",
         metavar="WHICH",
         action="append",
-        help=f"{ADAPTER_HELP}; with --model: PEFT directory, or NAME=DIR, repeat for several",
+        help=f"{ADAPTER_HELP}; with --model: PEFT directory or NAME=DIR (repeat for several)",
     )
     add_combination(parser)
     parser.add_argument(

@@ -26,8 +26,8 @@ class AdapterConfig(Section):
     rslora: bool = option(False, "LoRA: the scale is alpha / √rank, for high ranks")
     dropout: float = option(
         0.0,
-        "dropout of LoRA's and VeRA's input, between the layers of P-Tuning's LSTM, and of a "
-        "bottleneck's output",
+        "dropout rate on the input of LoRA and VeRA, between the layers of P-Tuning's LSTM, or on "
+        "the output of a bottleneck",
         minimum=0,
         maximum=0.999,
     )
@@ -39,11 +39,11 @@ class AdapterConfig(Section):
     layers: str = option("", "layers to adapt, such as 0,4-7; empty: all")
     rank_pattern: tuple[str, ...] = option(
         (),
-        "ranks of single modules, such as up_proj=8; patterns match ends of paths",
+        "ranks of individual modules, such as up_proj=8; patterns match the ends of paths",
         names=True,
     )
     alpha_pattern: tuple[str, ...] = option(
-        (), "alphas of single modules, such as up_proj=8", names=True
+        (), "alphas of individual modules, such as up_proj=8", names=True
     )
     modules_to_save: tuple[str, ...] = option(
         (), "modules trained in full and stored with the adapter, such as lm_head", names=True
@@ -55,27 +55,27 @@ class AdapterConfig(Section):
     )
     new_tokens: int = option(
         0,
-        "number of the tokenizer's last tokens whose rows in the embedding and an untied head are "
-        "trained",
+        "number of tokens at the end of the tokenizer's vocabulary whose rows in the embedding and "
+        "in an untied head are trained",
         minimum=0,
     )
     train_tokens: tuple[str, ...] = option(
-        (), "further tokens whose rows are trained, by name, such as <sql>,</sql>", names=True
+        (), "names of further tokens whose rows are trained, such as <sql>,</sql>", names=True
     )
     freeze: tuple[str, ...] = option(
         (),
         "full: weights to freeze, as regular expressions that match the start of names, such as "
-        "model.embed_tokens,model.layers.[0-3].",
+        r"model.embed_tokens,model\.layers\.[0-3]\.",
         names=True,
     )
     expert_scores: str = option(
         "",
-        "ESFT: scores that select the experts, a file of jaxtune experts score or an expert config "
-        "of ESFT's authors; empty: a new run scores its training data",
+        "ESFT: file with the scores that select the experts, from jaxtune experts score, or an "
+        "expert config from ESFT's authors; empty: a new run scores its training data",
     )
     expert_score: str = option(
         "token",
-        "ESFT: score of an expert: the share of tokens routed to it (token) or their mean gate "
+        "ESFT: score of an expert: the share of tokens routed to it (token) or its mean gate "
         "weight (gate)",
         choices=("token", "gate"),
     )
@@ -86,36 +86,38 @@ class AdapterConfig(Section):
         maximum=1,
     )
     expert_sample: int = option(
-        131072, "ESFT: training tokens on which the experts are scored", minimum=1
+        131072, "ESFT: number of training tokens on which the experts are scored", minimum=1
     )
     feedforward: tuple[str, ...] = option(
         ("down_proj",),
         "(IA)³: modules scaled at their inputs; adapter.targets are scaled at their outputs",
         names=True,
     )
-    virtual_tokens: int = option(20, "virtual tokens before each example", minimum=1)
+    virtual_tokens: int = option(20, "number of virtual tokens before each example", minimum=1)
     prompt_init_text: str = option(
         "", "prompt tuning: text whose embeddings are the initial values; empty: random values"
     )
     encoder_reparameterization_type: str = option(
         "MLP", "P-Tuning: network of the prompt encoder, MLP or LSTM", choices=("MLP", "LSTM")
     )
-    encoder_num_layers: int = option(2, "P-Tuning: layers of the LSTM", minimum=1)
-    prefix_projection: bool = option(False, "prefix: compute prefixes by a two-layer network")
+    encoder_num_layers: int = option(2, "P-Tuning: number of LSTM layers", minimum=1)
+    prefix_projection: bool = option(False, "prefix: compute prefixes with a two-layer network")
     encoder_hidden_size: int = option(
         128, "P-Tuning, prefix: hidden size of the network that computes virtual tokens", minimum=1
     )
     placement: str = option(
         "pfeiffer",
-        "bottleneck: houlsby (after both blocks), pfeiffer (after the feed-forward block) or "
-        "parallel (in parallel to it)",
+        "bottleneck: houlsby (after the attention and the feed-forward sublayer), pfeiffer (after "
+        "the feed-forward sublayer) or parallel (parallel to the feed-forward sublayer)",
         choices=PLACEMENTS,
     )
     reduction_factor: float = option(
-        16.0, "bottleneck: hidden size of the model over that of the bottleneck", minimum=0.001
+        16.0, "bottleneck: hidden size of the model divided by its own", minimum=0.001
     )
-    activation: str = option("relu", "bottleneck: activation: relu, silu, gelu, tanh, …")
+    activation: str = option("relu", "bottleneck: activation function: relu, silu, gelu, …")
     scaling: float = option(1.0, "bottleneck: factor on its output")
     init_from: str = option(
-        "", "PEFT adapter to start from; it brings its own settings except adapter.dropout"
+        "",
+        "PEFT adapter to start from; its settings replace those of the config, except "
+        "adapter.dropout",
     )

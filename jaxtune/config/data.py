@@ -15,8 +15,8 @@ class DataConfig(Section):
     train: str = option(
         "",
         "training examples: files (.jsonl, .json, .csv, .tsv, .txt, .parquet; .gz, .zst), glob "
-        "patterns, directories, saved data sets or hub ids, separated by commas; NAME@2 repeats "
-        "one twice per epoch",
+        "patterns, directories, saved data sets or hub ids, separated by commas; NAME@2 shows "
+        "a source twice per epoch",
     )
     eval: str = option("", "held-out examples, in the same forms; empty: only data.eval_split")
     eval_split: float = option(
@@ -53,7 +53,7 @@ class DataConfig(Section):
         "target) or mask",
         choices=("learn", "mask"),
     )
-    max_length: int = option(1024, "tokens in a row of a batch", minimum=2)
+    max_length: int = option(1024, "number of tokens in a row of a batch", minimum=2)
     packing: bool = option(True, "pack several examples into a row (best fit)")
     shuffle: bool = option(True, "shuffle in every epoch, as a function of training.seed")
     too_long: str = option(
@@ -64,11 +64,11 @@ class DataConfig(Section):
     )
     bad_rows: str = option(
         "error",
-        "unusable rows: error, or skip (each is named in the log)",
+        "unusable rows: error, or skip (the log names each of them)",
         choices=("error", "skip"),
     )
     bad_rows_limit: int = option(
-        100, "data.bad_rows=skip: largest number of skipped rows", minimum=0
+        100, "data.bad_rows=skip: maximum number of skipped rows", minimum=0
     )
     chat_template: str = option(
         "",

@@ -45,11 +45,11 @@ class QuantizeConfig(Section):
 class MeshConfig(Section):
     """The ``mesh`` section: devices along each axis."""
 
-    data: int = option(-1, "devices that split the batch; -1: all remaining ones", minimum=-1)
-    fsdp: int = option(1, "devices that split batch and weights", minimum=-1)
-    tensor: int = option(1, "devices that split heads and hidden units", minimum=-1)
-    expert: int = option(1, "devices that split batch and routed experts", minimum=-1)
-    sequence: int = option(1, "devices that split the sequence", minimum=-1)
+    data: int = option(-1, "number of devices that split the batch; -1: all others", minimum=-1)
+    fsdp: int = option(1, "number of devices that split batch and weights", minimum=-1)
+    tensor: int = option(1, "number of devices that split heads and hidden units", minimum=-1)
+    expert: int = option(1, "number of devices that split batch and routed experts", minimum=-1)
+    sequence: int = option(1, "number of devices that split the sequence", minimum=-1)
 
     def to_dict(self) -> dict[str, int]:
         """Returns the number of devices by axis."""

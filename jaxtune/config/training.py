@@ -16,7 +16,7 @@ class TrainingConfig(Section):
         100, "length of the run in optimizer steps, unless epochs or tokens are set", minimum=0
     )
     epochs: float = option(0.0, "length of the run in passes over the data; 0: unset", minimum=0)
-    tokens: int = option(0, "length of the run in tokens, padding not counted; 0: unset", minimum=0)
+    tokens: int = option(0, "length of the run in tokens without padding; 0: unset", minimum=0)
     batch_size: int = option(8, "rows per optimizer step, over all devices", minimum=1)
     accumulation: int = option(1, "micro-batches per optimizer step", minimum=1)
     seed: int = option(0, "seed of initial values, data order, dropout and noise", minimum=0)
@@ -40,8 +40,8 @@ class TrainingConfig(Section):
     )
     watchdog_minutes: float = option(
         0.0,
-        "minutes without a finished step, evaluation or save after which the run prints its stack "
-        "and exits with code 75; 0: off",
+        "longest time between two steps in minutes, including evaluations and saves; after it the "
+        "run prints the stacks of its threads and exits with code 75; 0: off",
         minimum=0,
     )
     label_smoothing: float = option(
@@ -71,10 +71,10 @@ class TrainingConfig(Section):
 class OptimizerConfig(Section):
     """The ``optimizer`` section."""
 
-    name: str = option("adamw", "adamw, adafactor, lion or sgd", choices=OPTIMIZERS)
+    name: str = option("adamw", "optimizer: adamw, adafactor, lion or sgd", choices=OPTIMIZERS)
     learning_rate: float = option(2e-4, "peak learning rate", minimum=0)
     schedule: str = option(
-        "cosine", "constant, linear, cosine or wsd, after the warm-up", choices=SCHEDULES
+        "cosine", "schedule after the warm-up: constant, linear, cosine or wsd", choices=SCHEDULES
     )
     warmup_steps: int | float = option(
         0, "steps of linear warm-up from 0, or a share of the run below 1", minimum=0, share=True
@@ -92,12 +92,14 @@ class OptimizerConfig(Section):
         names=True,
     )
     lora_plus_ratio: float = option(
-        1.0, "LoRA+: learning rate of the factors B over that of A", minimum=0
+        1.0,
+        "LoRA+: learning rate of the factors B divided by that of all other parameters",
+        minimum=0,
     )
     weight_decay: float = option(
         0.0, "decoupled weight decay; norms and biases are excluded", minimum=0
     )
-    clip_norm: float = option(1.0, "largest global gradient norm; 0: no clipping", minimum=0)
+    clip_norm: float = option(1.0, "maximum global norm of the gradient; 0: no clipping", minimum=0)
     b1: float = option(0.9, "decay rate of the first moment; sgd: momentum", minimum=0, maximum=1)
     b2: float = option(
         0.999,
@@ -140,14 +142,15 @@ class EvaluationConfig(Section):
         "loss", "evaluation metric that selects the best adapter and stops the run early"
     )
     stop_patience: int = option(
-        0, "evaluations in a row without improvement that stop the run; 0: never", minimum=0
+        0, "consecutive evaluations without improvement that stop the run; 0: never", minimum=0
     )
     stop_min_change: float = option(
         0.0, "smallest change of the metric that counts as improvement", minimum=0
     )
     generate: int = option(
         0,
-        "held-out prompts answered at each evaluation, for exact_match and samples.jsonl",
+        "number of prompts per held-out set to answer at each evaluation, for exact_match and "
+        "samples.jsonl",
         minimum=0,
     )
 

@@ -63,7 +63,8 @@ def create(arguments: argparse.Namespace) -> list[list[str]]:
     runtime = arguments.runtime or RUNTIMES.get(generation)
     if runtime is None:
         raise SystemExit(
-            f"--type={arguments.type} needs --runtime; not needed for {', '.join(RUNTIMES)}"
+            f"--type={arguments.type}: unknown TPU generation; set --runtime "
+            f"(known: {', '.join(RUNTIMES)})"
         )
     command = [*TPUS, "queued-resources", "create", arguments.name, *_where(arguments)]
     command += [
@@ -75,7 +76,7 @@ def create(arguments: argparse.Namespace) -> list[list[str]]:
 
 
 def wait(arguments: argparse.Namespace) -> list[list[str]]:
-    """Shows the state of the slice: ACTIVE when it is ready."""
+    """Shows the state of the slice, which is ACTIVE when it is ready."""
     described = [*TPUS, "queued-resources", "describe", arguments.name, *_where(arguments)]
     return [[*described, "--format=value(state.state)"]]
 
@@ -151,19 +152,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, step in STEPS.items():
         each = steps.add_parser(name, help=step.__doc__)
         each.add_argument("--name", required=True, help="name of the slice")
-        each.add_argument("--zone", required=True)
-        each.add_argument("--project", default="", help="gcloud's default project if not given")
+        each.add_argument("--zone", required=True, help="zone, such as us-west4-a")
+        each.add_argument("--project", default="", help="project (default: that of gcloud)")
         each.add_argument("--go", action="store_true", help="run the commands (default: print)")
         if name == "create":
-            each.add_argument("--type", required=True, help="such as v5litepod-16 or v6e-64")
-            each.add_argument("--runtime", default="", help="runtime version of the VMs")
-            each.add_argument("--spot", action="store_true", help="cheaper, can be preempted")
+            each.add_argument(
+                "--type", required=True, help="accelerator type, such as v5litepod-16 or v6e-64"
+            )
+            each.add_argument(
+                "--runtime", default="", help="runtime version of the VMs (default: by type)"
+            )
+            each.add_argument(
+                "--spot", action="store_true", help="request spot capacity, which can be preempted"
+            )
         if name == "setup":
-            each.add_argument("--share", required=True, help="HOST:/PATH, mounted at /PATH")
+            each.add_argument(
+                "--share", required=True, help="NFS share HOST:/PATH, mounted at /PATH"
+            )
         if name == "resume":
             each.add_argument("--workdir", required=True, help="directory of the run, on the share")
         if name == "run":
-            each.add_argument("train", nargs=argparse.REMAINDER, metavar="-- ARGUMENTS")
+            each.add_argument(
+                "train",
+                nargs=argparse.REMAINDER,
+                metavar="-- ARGUMENTS",
+                help="arguments of jaxtune train",
+            )
     arguments = parser.parse_args(argv)
     if arguments.step == "run":
         arguments.train = arguments.train[arguments.train[:1] == ["--"] :]
