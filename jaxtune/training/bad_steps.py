@@ -87,7 +87,7 @@ def check_step(
       settings: static settings.
 
     Returns:
-      The outcome, an int32 scalar (`APPLIED` or a key of `REASONS`), and the new state of the check.
+      The outcome, int32 scalar (`APPLIED` or a key of `REASONS`), and the new state of the check.
 
     Source: torch.amp.GradScaler for the scale.
     """

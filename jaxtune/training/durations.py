@@ -37,8 +37,8 @@ class Timeline:
     """Exact progress through the data by step, computed from the lengths of the examples.
 
     Packing makes the number of steps differ between passes, so each pass is planned once, on demand
-    and in order. `_ends[i]` and `_tokens[i]` are the steps and tokens of all passes before pass `i`;
-    a bisection of either finds the pass of a step or token, whose plan has the position within it.
+    and in order. `_ends[i]` and `_tokens[i]` are the total steps and tokens of the passes before
+    pass `i`. A bisection finds the pass of a step or token; its plan has the position within it.
     """
 
     def __init__(self, order: DataOrder):

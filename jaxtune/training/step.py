@@ -203,7 +203,7 @@ def _metrics(
 
 
 def _dropout_key(settings: StepSettings, step: jax.Array, micro: jax.Array) -> jax.Array | None:
-    """Returns the key of a micro-batch, a function of seed and step, so that resuming repeats it."""
+    """Returns the key of a micro-batch: a function of seed, step and index, stable on resuming."""
     if not settings.dropout:
         return None
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(settings.seed), step), micro)
