@@ -10,7 +10,7 @@ from jaxtune.registry import DTYPES, OPTIMIZERS, REMAT_POLICIES, SCHEDULES
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig(Section):
-    """The ``training`` section. ``steps``, ``epochs`` and ``tokens`` are one setting."""
+    """The ``training`` section. Only one of ``steps``, ``epochs`` and ``tokens`` may be set."""
 
     steps: int = option(
         100, "length of the run in optimizer steps, unless epochs or tokens are set", minimum=0
@@ -92,7 +92,7 @@ class OptimizerConfig(Section):
         names=True,
     )
     lora_plus_ratio: float = option(
-        1.0, "LoRA+: learning rate of the factors B over that of A", minimum=0
+        1.0, "LoRA+: ratio of the learning rate of B to that of A", minimum=0
     )
     weight_decay: float = option(
         0.0, "decoupled weight decay; norms and biases are excluded", minimum=0
@@ -140,7 +140,7 @@ class EvaluationConfig(Section):
         "loss", "evaluation metric that selects the best adapter and stops the run early"
     )
     stop_patience: int = option(
-        0, "evaluations in a row without improvement that stop the run; 0: never", minimum=0
+        0, "consecutive evaluations without improvement that stop the run; 0: never", minimum=0
     )
     stop_min_change: float = option(
         0.0, "smallest change of the metric that counts as improvement", minimum=0
