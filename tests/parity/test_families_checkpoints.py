@@ -1,4 +1,4 @@
-"""DeepSeek-MoE, V2 and V3 are saved to Hugging Face unchanged, and other programs load them."""
+"""DeepSeek-MoE, V2 and V3 round-trip through Hugging Face checkpoints, which others can load."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def tensors_of(directory: Path):
 
 
 def in_bfloat16(directory: Path, target: Path) -> Path:
-    """Copies a checkpoint with all but the correction bias rounded, as DeepSeek's are."""
+    """Copies a checkpoint in bfloat16, except for the correction bias, like DeepSeek's own."""
     shutil.copytree(directory, target)
     rounded = {k: v if BIAS in k else v.bfloat16() for k, v in tensors_of(directory).items()}
     save_file(rounded, target / "model.safetensors", metadata={"format": "pt"})
