@@ -112,7 +112,9 @@ class AdapterConfig(Section):
         choices=PLACEMENTS,
     )
     reduction_factor: float = option(
-        16.0, "bottleneck: ratio of the model's hidden size to its own", minimum=0.001
+        16.0,
+        "bottleneck: ratio of the model's hidden size to that of the bottleneck",
+        minimum=0.001,
     )
     activation: str = option("relu", "bottleneck: activation: relu, silu, gelu, tanh, …")
     scaling: float = option(1.0, "bottleneck: factor on its output")
