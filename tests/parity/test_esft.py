@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from families import Families, reference
+from families import reference
 from oracles import (
     LOSS,
     Recipe,
@@ -47,11 +47,6 @@ NAMES = {
     for projection in PROJECTIONS
 }
 SIZE = 64 * 24  # number of values of each matrix
-
-
-@pytest.fixture(scope="module")
-def families(tmp_path_factory):
-    return Families(tmp_path_factory.mktemp("families"))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from families import YARN, Families, reference
+from families import YARN, reference
 from oracles import assert_same_logits, load_torch, random_tokens, relative, torch_logits
 
 import jaxtune
@@ -93,11 +93,6 @@ EACH = [
     for family, settings in SETTINGS.items()
     for name in settings
 ]
-
-
-@pytest.fixture(scope="module")
-def families(tmp_path_factory):
-    return Families(tmp_path_factory.mktemp("families"))
 
 
 def ours(directory):

@@ -11,7 +11,7 @@ import optax
 import pytest
 import torch
 import torch.nn.functional as F
-from families import Families, reference
+from families import reference
 from oracles import LOSS, Recipe, make_examples, relative, summed_loss
 from parts import as_batch, load_parts
 from test_families_gradients import GRADIENT, torch_gradients
@@ -32,11 +32,6 @@ from jaxtune.training.step import StepSettings, make_train_step
 ROWS = make_examples(4, longest=24, seed=3)
 FACTOR = 20.0  # large, so that the balance loss has a visible share of the gradient
 EXPERTS, TOP_K, LAYERS = 8, 3, (1, 2)
-
-
-@pytest.fixture(scope="module")
-def families(tmp_path_factory):
-    return Families(tmp_path_factory.mktemp("families"))
 
 
 def routers(model):

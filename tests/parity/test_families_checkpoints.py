@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import Families, reference
+from families import reference
 from oracles import assert_same_logits, make_examples, random_tokens, torch_logits
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -23,11 +23,6 @@ FAMILIES = ["deepseek", "deepseek_v2", "deepseek_v3"]
 INDEX = "model.safetensors.index.json"
 BIAS = "e_score_correction_bias"
 TOKENS = random_tokens(1, 2, 24)
-
-
-@pytest.fixture(scope="module")
-def families(tmp_path_factory):
-    return Families(tmp_path_factory.mktemp("families"))
 
 
 def tensors_of(directory: Path):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import YARN, Families, reference
+from families import YARN, reference
 from oracles import LOSS, make_examples, relative, summed_loss
 from parts import as_batch, load_parts
 
@@ -20,11 +20,6 @@ from jaxtune.objectives.sft import sft_loss
 GRADIENT = 1e-4
 BIAS = "e_score_correction_bias"
 ROWS = make_examples(4, longest=24, seed=3)
-
-
-@pytest.fixture(scope="module")
-def families(tmp_path_factory):
-    return Families(tmp_path_factory.mktemp("families"))
 
 
 def gradient(parts, batch, policy="none"):

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from families import YARN, Families, reference
+from families import YARN, reference
 from oracles import (
     LOSS,
     Recipe,
@@ -33,11 +33,6 @@ SHOWS = 1e-3  # a change of the logits beyond any rounding error
 ATTENTION = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
 FEED_FORWARD = ["gate_proj", "up_proj", "down_proj"]
 WEIGHTS = "adapter_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def families(tmp_path_factory):
-    return Families(tmp_path_factory.mktemp("families"))
 
 
 def start(model, target, **settings):

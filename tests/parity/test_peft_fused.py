@@ -8,7 +8,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from families import Families, reference
+from families import reference
 from oracles import assert_same_logits, random_tokens, relative, torch_logits
 from parts import load_parts
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -65,11 +65,6 @@ def crossed(cases, quick):
         for family in ("deepseek_v2", "deepseek_v3")
         for case in cases
     ]
-
-
-@pytest.fixture(scope="module")
-def families(tmp_path_factory):
-    return Families(tmp_path_factory.mktemp("families"))
 
 
 def loaded_by_peft(directory, adapter):

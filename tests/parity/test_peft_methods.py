@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from families import Families, reference
+from families import reference
 from oracles import (
     LOSS,
     Recipe,
@@ -77,11 +77,6 @@ TARGETS = {
     "llama": {"target_modules": [*ATTENTION, "gate_proj", "down_proj"]},
     "deepseek_v3": {"target_modules": LATENT},
 }
-
-
-@pytest.fixture(scope="module")
-def families(tmp_path_factory):
-    return Families(tmp_path_factory.mktemp("families"))
 
 
 @pytest.fixture
