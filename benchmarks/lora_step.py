@@ -1,11 +1,11 @@
-"""Compares a LoRA step of SmolLM2-135M with PEFT's on torch: speed and memory.
+"""Compares the speed and memory of a LoRA step of SmolLM2-135M in jaxtune and in PEFT on torch.
 
     python benchmarks/lora_step.py [--steps 6] [--rounds 2] [--batch 4] [--length 256]
 
-Both train the same rank on the same modules over the same random tokens, with AdamW and clipping.
-The sides run alternately, in separate processes, so that changes in the speed of the machine affect
-both. Each runs in float32 and in bfloat16, and its better time counts. On a CPU only the ratios are
-meaningful. Needs `make install`.
+Both train factors of the same rank on the same modules and random tokens, with AdamW and clipping.
+The programs run alternately, in separate processes, so that changes in the speed of the machine
+affect both. Each runs in float32 and in bfloat16, and the better result of each is compared. On a
+CPU, only the ratios are meaningful. Requires `make install`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SIDES = ("jaxtune-bfloat16", "jaxtune-float32", "peft-float32", "peft-bfloat16")
 
 
 class PeakMemory:
-    """Peak anonymous memory of this process in MiB, by polling."""
+    """The peak anonymous memory of this process within the block, in MiB, sampled every 5 ms."""
 
     def __enter__(self) -> PeakMemory:
         self.peak, self._stop = 0.0, threading.Event()
@@ -45,13 +45,14 @@ class PeakMemory:
 
 
 def tokens(batch: int, length: int):
-    """Returns random token ids [batch, length]."""
+    """Returns random token ids, int64[batch, length]."""
     import numpy as np
 
     return np.random.default_rng(0).integers(0, 49152, (batch, length))
 
 
 def run_jaxtune(checkpoint: str, dtype: str, options: argparse.Namespace) -> dict:
+    """Measures jaxtune: seconds per step, peak memory in MiB, losses, seconds of compilation."""
     import jax
     import numpy as np
 
@@ -100,6 +101,7 @@ def run_jaxtune(checkpoint: str, dtype: str, options: argparse.Namespace) -> dic
 
 
 def run_peft(checkpoint: str, dtype: str, options: argparse.Namespace) -> dict:
+    """Measures PEFT on torch; the results are those of `run_jaxtune`."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -129,7 +131,7 @@ def run_peft(checkpoint: str, dtype: str, options: argparse.Namespace) -> dict:
 
 
 def spawn(side: str, checkpoint: str, options: argparse.Namespace) -> dict:
-    """Runs one side in a separate process and returns its measurements."""
+    """Runs one program in a separate process and returns its measurements."""
     command = [sys.executable, __file__, "--side", side, "--checkpoint", checkpoint]
     for name in ("batch", "length", "steps", "remat"):
         command += [f"--{name}", str(getattr(options, name))]
@@ -138,14 +140,14 @@ def spawn(side: str, checkpoint: str, options: argparse.Namespace) -> dict:
 
 
 def main() -> None:
-    """Runs all sides alternately and prints the comparison."""
+    """Runs all programs alternately and prints the comparison."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--remat", default="full")
-    parser.add_argument("--side", choices=SIDES, help="run one side only, and print JSON")
+    parser.add_argument("--side", choices=SIDES, help="run one program only and print JSON")
     parser.add_argument("--checkpoint", default="")
     options = parser.parse_args()
     if options.side:
@@ -171,7 +173,7 @@ def main() -> None:
 
 
 def report(results: dict[str, list[dict]], tokens_per_step: int) -> None:
-    """Prints a row for each side, and the ratios."""
+    """Prints a row for each program and dtype, and the ratios."""
     print(f"{'':<18}{'s/step':>9}{'tokens/s':>10}{'peak MiB':>10}{'compile s':>11}{'loss':>9}")
     speed, memory = {}, {}
     for side, runs in results.items():

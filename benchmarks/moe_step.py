@@ -1,11 +1,11 @@
-"""Compares the time of a mixture of 64 experts with one of 8: forward and backward.
+"""Compares the time of a mixture of 64 experts with one of 8: forward and backward pass.
 
     python benchmarks/moe_step.py [--rounds 7] [--hidden 256] [--width 128] [--top-k 4]
 
-Both mixtures see the same tokens and choose the same number of experts for each, with at least four
-full tiles of rows for each of 64 experts. Their steps are timed alternately, so that changes in the
-speed of the machine affect both. Prints seconds, their ratio and the number of tiles, with frozen
-and with trained weights. The ratio should be within 25 % of 1.
+Both mixtures have the same tokens and the same number of experts per token, with four full tiles of
+rows for each of 64 experts on average. Steps are timed alternately, so that changes in the speed of
+the machine affect both. Prints the seconds, their ratio and the number of tiles, for frozen and for
+trained weights. The ratio should be within 25 % of 1.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Measures the error of quantizing a real model before training, for each format.
+"""Measures the error of quantizing a pretrained model, for each weight format.
 
     python benchmarks/quantization_error.py [--examples 32]
 
-Loads SmolLM2-135M-Instruct in float32 and in every format, and prints bits per quantized
-weight, the relative error of the weights (Frobenius norm), and the mean negative log-likelihood of
-the answers of the quickstart's held-out examples with its difference from float32's. The model was
-published in 4 bits (groups of 32), which favours formats with such groups.
+Loads SmolLM2-135M-Instruct in float32 and in every format. Prints the bits per quantized weight,
+the relative error of the weights (Frobenius norm), the mean negative log-likelihood of the answers
+in the quickstart's held-out examples, and its difference from float32. The source file stores the
+model in 4 bits with groups of 32, which favors formats with such groups.
 """
 
 from __future__ import annotations
@@ -53,7 +53,12 @@ def held_out_loss(model: jaxtune.Model, examples: Examples) -> float:
 
 
 def weight_error(quantized: jaxtune.Model, exact: dict[Any, Any]) -> tuple[float, float]:
-    """Returns bits per quantized weight and the relative error over all of them."""
+    """Returns the bits per quantized weight and the relative error over all quantized weights.
+
+    Args:
+      quantized: quantized model.
+      exact: float32 weights by path, in the shapes of the quantized ones.
+    """
     size, count, wrong, norm = 0, 0, 0.0, 0.0
     for path, leaf in flatten(quantized.base):
         if not is_quantized(leaf):

@@ -1,12 +1,12 @@
-"""Compares training over a quantized base with training over a float32 base.
+"""Compares training on a quantized base with training on a float32 base.
 
     python benchmarks/quantized_training.py [--steps 160] [--formats nf4 int8] [--seeds 0 1 2]
         [--method pissa]
 
-Trains the quickstart over SmolLM2-135M-Instruct in float32 (LoRA) and in each format (LoRA, or
-`--method`), with the same seeds, batches and schedule. Prints the held-out loss for each seed,
-its mean, the fraction of right answer tokens, and the increase of the perplexity over float32. Each
-run takes 4 to 18 minutes on two cores.
+Trains the quickstart on SmolLM2-135M-Instruct in float32 (LoRA) and in each format (LoRA, or
+`--method`), with the same seeds, batches and schedule. Prints the held-out loss of each seed, its
+mean, the share of correct answer tokens, and the increase in perplexity over float32. Each run
+takes 4 to 18 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FORMATS = ("nf4", "int4", "int8", "fp8")
 def last_evaluation(
     form: str, method: str, steps: int, seed: int, workdir: Path
 ) -> dict[str, float]:
-    """Trains over a format, or over float32 if it is empty; returns the last scores."""
+    """Trains on a base in a weight format, float32 if empty; returns the last held-out scores."""
     config = load_file(QUICKSTART)
     config.quantize.format, config.adapter.method, config.training.seed = form, method, seed
     config.training.steps = config.evaluation.every = config.checkpoint.every = steps
@@ -39,9 +39,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--formats", nargs="*", choices=FORMATS, default=["nf4"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--method", default="lora", help="over the formats: lora, pissa, …")
+    parser.add_argument("--method", default="lora", help="for quantized bases: lora, pissa, …")
     arguments = parser.parse_args()
-    print("| base | held-out loss by seed | mean | tokens right | perplexity above float32's |")
+    print("| base | held-out loss by seed | mean | correct tokens | perplexity over float32 |")
     print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as workdir:
         plain = math.nan

@@ -1,10 +1,10 @@
-"""Compiles large runs for chips without having them, and writes docs/scaling.md.
+"""Compiles large runs ahead of time, without the accelerators, and writes docs/scaling.md.
 
-  python benchmarks/scaling.py                        # everything: an hour or more on two cores
-  python benchmarks/scaling.py --only v3-v6e-256      # one; the others stay as they are
-  python benchmarks/scaling.py --only none            # only rewrites the page and its picture
+  python benchmarks/scaling.py                        # all cases: an hour or more on two cores
+  python benchmarks/scaling.py --only v3-v6e-256      # one case; other results are kept
+  python benchmarks/scaling.py --only none            # rewrites the page and its plot only
 
-Needs the extras tpu-plan, gpu-plan and scaling. Every program is compiled in a separate process.
+Requires the extras tpu-plan, gpu-plan and scaling. Each case is compiled in a separate process.
 """
 
 from __future__ import annotations
@@ -29,7 +29,15 @@ INT4, NF4 = {"format": "int4"}, {"format": "nf4"}
 
 
 def case(model: str, chips: str, rows: int, mesh: dict[str, int], **sections: Any) -> Any:
-    """Describes a run: rows of a batch, the mesh, and other sections of its config."""
+    """Returns a case: model, topology and config.
+
+    Args:
+      model: name of a config in ``tests/models/configs``.
+      chips: topology to compile for.
+      rows: ``training.batch_size``.
+      mesh: devices along each axis of the mesh.
+      sections: further sections of the config.
+    """
     sections = {"adapter": LORA, "data": {"max_length": 1024}} | sections
     training = {"batch_size": rows, "remat": "full"} | sections.pop("training", {})
     mesh = {"data": 1, **mesh}
@@ -57,7 +65,7 @@ CHECKS = {
     "7b-h100-8": case("deepseek-llm-7b", "h100:8", 32, {"fsdp": 8}),
     "7b-nf4-h100-8": case("deepseek-llm-7b", "h100:8", 32, {"fsdp": 8}, quantize=NF4),
 }
-# NVIDIA's compiler takes a tenth of the time that a TPU's takes.
+# For GPUs only, because compiling for them takes a tenth of the time of compiling for TPUs.
 SIZES = (16, 32, 64, 128, 256, 512)
 SCALING = {
     f"7b-scaling-{chips}": case(
@@ -129,7 +137,7 @@ def check_rows(results: dict[str, Any]) -> list[str]:
 
 
 def scaling_rows(results: dict[str, Any]) -> list[str]:
-    """Returns the lines of the table of slices."""
+    """Returns the lines of the table of numbers of chips."""
     lines = [
         "| chips | GiB at the peak | TFLOP per chip | GiB sent per chip | all-gather | "
         "reduce-scatter | all-reduce | compiled in |",
@@ -162,10 +170,10 @@ def picture(results: dict[str, Any], path: Path) -> None:
     chips = [n for n, _ in found]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 3), layout="constrained")
     left.plot(chips, [r["flops_per_device"] / 1e12 for _, r in found], "o-")
-    left.set(title="operations of a chip", ylabel="TFLOP per update")
+    left.set(title="operations per chip", ylabel="TFLOP per step")
     sent = [sum(row["bytes"] for row in r["collectives"].values()) / GIB for _, r in found]
     right.plot(chips, sent, "o-")
-    right.set(title="sent by a chip", ylabel="GiB per update")
+    right.set(title="bytes sent per chip", ylabel="GiB per step")
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.set_xticks(chips, [str(n) for n in chips])
@@ -189,7 +197,7 @@ def write_page(results: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", metavar="CASE", help=f"of {', '.join(CASES)}")
+    parser.add_argument("--only", nargs="+", metavar="CASE", help=f"cases: {', '.join(CASES)}")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:

@@ -1,13 +1,12 @@
-"""Compares tokenizing a data set with the tokenizer alone: tokens per second, and memory.
+"""Compares `load_examples` with the tokenizer alone: tokens per second, and memory.
 
     python benchmarks/tokenize_data.py [--rows 4000] [--rounds 3] [--workers 2]
 
-Conversations of log-normal length are generated as JSONL. One side is `tokenizer(texts)` of
-transformers over the rendered texts in batches, the upper bound; the
-other is `load_examples`: reading, checking, rendering, tokenizing, masking and writing. Both
-alternate in one process, so that changes in the speed of the machine affect both, and the better
-time of each counts. The third figure adds worker processes and their start-up. On a CPU only the
-ratios are meaningful. Needs `make install`.
+Conversations of log-normal length are generated as JSONL. The upper bound is `tokenizer(texts)` of
+transformers on batches of rendered texts; `load_examples` also reads, checks, renders, masks and
+writes. Both run alternately in one process, so that changes in the speed of the machine affect
+both, and the best time of each is used. The third figure is for worker processes, including their
+start. On a CPU, only the ratios are meaningful. Requires `make install`.
 """
 
 from __future__ import annotations
@@ -50,6 +49,7 @@ def write_rows(path: Path, count: int) -> None:
 
 
 def anonymous_mib() -> float:
+    """Returns the anonymous memory of this process in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
 
@@ -71,7 +71,7 @@ def main() -> None:
         path, small = Path(directory) / "rows.jsonl", Path(directory) / "small.jsonl"
         write_rows(path, options.rows)
         write_rows(small, BATCH)
-        load_examples(small, settings, tokenizer=tokenize, progress=False)  # whatever happens once
+        load_examples(small, settings, tokenizer=tokenize, progress=False)  # warm-up
         texts = [template.render(row.values["messages"]) for row in read_rows(path)]
         batches = [texts[start : start + BATCH] for start in range(0, len(texts), BATCH)]
         best, grown = {"tokenizer": float("inf"), "jaxtune": float("inf")}, 0.0

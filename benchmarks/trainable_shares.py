@@ -1,8 +1,8 @@
-"""Compares the share of DeepSeek-7B that each method trains with guides to fine-tuning.
+"""Compares the share of DeepSeek-7B that each method trains with figures in fine-tuning guides.
 
     python benchmarks/trainable_shares.py [--model tests/models/configs/deepseek-llm-7b.json]
 
-Counts parameters of the abstract model: nothing is allocated. Prints the table of
+Counts the parameters of the abstract model, without allocating arrays. Prints the table of
 docs/methods/shares.md.
 """
 
@@ -18,7 +18,7 @@ from jaxtune.adapters.parameter_summary import parameter_summary, trained_share
 from jaxtune.config import load_file, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
-# What guides give for a model of 7 billion parameters, in percent.
+# Shares that guides state for a model of 7 billion parameters, in percent: minimum and maximum.
 GUIDES = {"full": (100, 100), "lora": (0.1, 1), "prompt": (0.001, 0.1)}
 LOW_RANK = ("lora", "dora", "pissa")
 ROWS = (
@@ -49,14 +49,14 @@ RECIPES = ("domain_expert", "dialogue", "low_resource", "small_data", "low_resou
 
 
 def guide_of(method: str) -> str:
-    """Returns the name of the range that a method's share is compared with."""
+    """Returns the key of `GUIDES` that a method is compared with."""
     if method in LOW_RANK:
         return "lora"
     return "prompt" if method in ("prompt", "ptuning") else method
 
 
 def row(name: str, section: object, model: dict[str, object]) -> str:
-    """Returns a line of the table."""
+    """Returns a line of the table, for an ``adapter`` section and the content of config.json."""
     method = method_from_config(section)
     trained, _, share = trained_share(parameter_summary(define(model, "bfloat16", method)))
     percent, guide = 100 * share, GUIDES.get(guide_of(method.name))
@@ -71,7 +71,7 @@ def row(name: str, section: object, model: dict[str, object]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     default = ROOT / "tests" / "models" / "configs" / "deepseek-llm-7b.json"
-    parser.add_argument("--model", type=Path, default=default, help="its config.json")
+    parser.add_argument("--model", type=Path, default=default, help="config.json of the model")
     model = json.loads(parser.parse_args().model.read_text())
     print("| method | trained | share | guides | |\n|---|---|---|---|---|")
     for name, settings in ROWS:

@@ -21,7 +21,7 @@ USER_ERROR, INTERRUPTED = 65, 130
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises `JaxtuneError` for wrong arguments, where argparse would exit."""
+    """A parser that raises `JaxtuneError` for wrong arguments, where argparse would exit."""
 
     def error(self, message: str) -> NoReturn:
         raise JaxtuneError(f"{self.prog}: {message}")
@@ -63,7 +63,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _check_flags(command: _Parser, arguments: Sequence[str]) -> None:
-    """Raises for unknown flags before argparse reports a misspelt one as missing."""
+    """Raises for unknown flags.
+
+    argparse would report a misspelled required flag as missing, without naming the misspelling.
+    """
     known = re.findall(r"--[\w-]+", command.format_help())
     for argument in arguments:
         flag = argument.partition("=")[0]
@@ -88,7 +91,7 @@ def _split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 class _Stderr(logging.StreamHandler):
-    """Writes to the current sys.stderr, which a progress bar replaces while it is shown."""
+    """A handler that writes to the current sys.stderr, which a progress bar replaces."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.setStream(sys.stderr)
@@ -96,7 +99,7 @@ class _Stderr(logging.StreamHandler):
 
 
 class _Formatter(logging.Formatter):
-    """Prefixes warnings and errors with their level."""
+    """A formatter that prefixes warnings and errors with their level."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
@@ -111,7 +114,7 @@ def set_up_process() -> None:
     logging.getLogger("jaxtune").setLevel(logging.INFO)
     # Only the tokenizers of transformers are used; it would warn that its models need torch.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # jax reads this when it is imported. A second run of a config then starts without compiling.
+    # Read when jax is imported. With this cache, a second run of a config starts without compiling.
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxtune" / "xla"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
 
@@ -121,9 +124,9 @@ def one_line_errors() -> Iterator[None]:
     """Turns errors that a user can fix into one line on standard error and an exit code.
 
     Raises:
-      SystemExit: with code 65 for a wrong input, a full device or an unusable file; 75 if running
-        the same command again resumes the run; 130 after an interruption. Other exceptions are bugs
-        and propagate unchanged.
+      SystemExit: the code is 65 for a wrong input, a full device or an unusable file, 75 if running
+        the same command again resumes the run, and 130 after an interruption. Other exceptions are
+        bugs and propagate unchanged.
     """
     try:
         yield

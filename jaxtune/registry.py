@@ -1,7 +1,7 @@
 """The choices of a config, and the options that each of them reads.
 
-A choice is a line here and the code that the line points to. The tables import nothing: an entry
-is loaded when it is used, so `jaxtune --help` and the check of a config do not wait for jax.
+Each choice is one line here, which names the code that implements it. The tables import nothing: an
+entry is loaded when it is used, so `jaxtune --help` and the check of a config do not import jax.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ class Entry:
     """One choice.
 
     Attributes:
-      target: ``"module:attribute"`` that implements the choice.
-      options: options that take effect with this choice but not with all others: names in the
-        section of the choice, or ``"section.name"``.
+      target: implementation of the choice, ``"module:attribute"``.
+      options: options that take effect with this choice but not with every other one, as names in
+        the section of the choice or as ``"section.name"``.
     """
 
     target: str
@@ -72,7 +72,7 @@ WEIGHT_FORMATS = {
     "int8": Entry("jaxtune.quant.int8:Int8", ("modules",)),
     "fp8": Entry("jaxtune.quant.fp8:Float8", ("modules",)),
 }
-"""``quantize.format``: a `Format`, whose fields are the options but ``modules``."""
+"""``quantize.format``: a `Format`, whose fields are the options other than ``modules``."""
 
 OPTIMIZERS = {
     "adamw": Entry("jaxtune.training.optimizer:adamw", ("b1", "b2", "eps", "moment_dtype")),
@@ -109,7 +109,7 @@ ATTENTION_BACKENDS = {
     "cudnn": Entry("jaxtune.layers.attention_kernels:cudnn_attention"),
     "splash": Entry("jaxtune.layers.attention_kernels:splash_attention"),
 }
-"""``model.attention``, besides ``auto``."""
+"""``model.attention``, in addition to ``auto``."""
 
 REMAT_POLICIES: dict[str, tuple[str, ...] | None] = {
     "full": (),
@@ -119,7 +119,7 @@ REMAT_POLICIES: dict[str, tuple[str, ...] | None] = {
     "none": None,
 }
 """``training.remat``: the activations of a layer that are saved for its backward pass, by their
-``checkpoint_name``; None saves all. From the least memory to the most speed."""
+`checkpoint_name`; None saves all. Ordered from least memory to highest speed."""
 
 PLACEMENTS = {
     "houlsby": (True, True, "block"),
@@ -135,4 +135,4 @@ SELECTORS = {
     "optimizer.name": OPTIMIZERS,
     "optimizer.schedule": SCHEDULES,
 }
-"""The options whose value decides which other options take effect."""
+"""Options whose value determines which other options take effect."""

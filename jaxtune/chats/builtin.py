@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BUILT_IN = Path(__file__).parent / "templates"
-# Control tokens such as <|im_end|>; think tags are not among them, as many tokenizers lack them.
+# Control tokens such as <|im_end|>. Think tags are excluded, because many tokenizers lack them.
 _CONTROL = re.compile(r"<[|｜][^|｜<>\s]+[|｜]>")
 
 
@@ -38,7 +38,7 @@ def read_template(path: str | Path, key: str = "data.chat_template") -> str:
       key: name of the setting, for errors.
 
     Raises:
-      JaxtuneError: `path` is neither of these, or the file cannot be read.
+      JaxtuneError: there is no such template or file, or the file cannot be read.
     """
     if not str(path):
         return ""
@@ -50,7 +50,7 @@ def read_template(path: str | Path, key: str = "data.chat_template") -> str:
             f"{key}={path}: no such file or built-in template"
             f"{closest(str(path), known)} (built-in: {', '.join(known)})"
         ) from error
-    # Among others: the user of ~user does not exist; the path contains a zero byte.
+    # Among others: the user of ~user does not exist; the path has a zero byte.
     except (RuntimeError, ValueError, OSError) as error:
         reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
         reason = getattr(error, "strerror", None) or reason
@@ -65,14 +65,14 @@ def built_in_name(source: str) -> str:
 
 
 def missing_tokens(source: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Returns the control tokens of a template that are not tokens of the tokenizer.
+    """Returns the control tokens of a template that the tokenizer does not have.
 
     Args:
       source: Jinja source; empty: the tokenizer's own template, which is not checked.
       tokenizer: tokenizer of the model.
 
     Returns:
-      Number of tokens that each control token is split into.
+      The number of tokens into which each of them is split.
     """
     added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
     tokens = [token for token in dict.fromkeys(_CONTROL.findall(source)) if token not in added]
@@ -102,7 +102,7 @@ def warn_missing_tokens(text: str, missing: dict[str, int], source: str) -> None
 def matching_built_ins(
     asked: str, tokenizer: PreTrainedTokenizerBase, *, other_than: str
 ) -> list[str]:
-    """Returns the names of the built-in templates that render a prompt in the same way.
+    """Returns the names of the built-in templates that render a prompt to the same text.
 
     Args:
       asked: rendering of the user turn ``?`` with the generation prompt.
@@ -129,7 +129,7 @@ def matching_built_ins(
 def set_default_arguments(source: str, arguments: Mapping[str, Any]) -> str:
     """Returns a template with default values for its arguments.
 
-    An exported model is then prompted as in training, unless the caller passes other arguments.
+    An exported model is then prompted as in training unless the caller passes other arguments.
 
     Args:
       source: Jinja source.

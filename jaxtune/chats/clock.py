@@ -3,6 +3,8 @@
 Templates get it from ``strftime_now(format)``, a global function of `transformers` that returns the
 current time. `apply_chat_template` passes data to a template, but not functions. The clock is
 therefore fixed in the template: a macro of the same name, prepended to it, shadows the function.
+Jinja has no strftime, so the macro contains a table of the formatted values of every format and
+directive that occurs in the template, and looks them up.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ from jaxtune.errors import JaxtuneError
 _CALL = "strftime_now"
 # A strftime directive with an optional flag or modifier; not the start of a Jinja block, {%if.
 _DIRECTIVE = re.compile(r"(?<!\{)%[-_0^#EO]?[A-Za-z%]")
-# Formats that are string literals of the template are looked up as a whole. A format that the
-# template concatenates is scanned: a directive is a percent sign, an optional flag and a letter.
+# A format that is a string literal of the template is looked up as a whole. Any other format, such
+# as a concatenation, is scanned by character. `at.code` is the directive read so far, a percent
+# sign, an optional flag and a letter; once complete, it is replaced by its value.
 _MACRO = (
     "{%%- macro strftime_now(format) -%%}"
     "{%%- set whole = %(whole)s -%%}"
@@ -49,7 +52,7 @@ def now() -> datetime.datetime:
 
 
 def read_clock(text: str, place: str) -> datetime.datetime:
-    """Parses a time in ISO 8601; raises an error that names `place`."""
+    """Parses an ISO 8601 time; `place` is named in errors."""
     try:
         return datetime.datetime.fromisoformat(text)
     except (TypeError, ValueError) as error:
@@ -57,9 +60,10 @@ def read_clock(text: str, place: str) -> datetime.datetime:
 
 
 def printed_values(source: str, clock: datetime.datetime) -> dict[str, str]:
-    """Returns the values that a template can print of a clock, by format: ``{"%Y": "2026"}``.
+    """Returns the values of a clock that a template may print, by format: ``{"%Y": "2026"}``.
 
-    Empty if the template does not use the time. Clocks with equal values give equal renderings.
+    It is empty if the template does not use the time. Clocks with equal values give equal
+    renderings.
     """
     if _CALL not in source:
         return {}
@@ -73,12 +77,13 @@ def _strings(source: str) -> list[str]:
     with contextlib.suppress(jinja2.TemplateSyntaxError, UnicodeDecodeError):
         for _, kind, text in jinja2.Environment().lex(source):
             if kind == "string" and "%" in text:
-                escaped = text[1:-1].encode("ascii", "backslashreplace")  # as Jinja reads strings
+                escaped = text[1:-1].encode("ascii", "backslashreplace")  # as Jinja decodes them
                 found.append(escaped.decode("unicode-escape"))
     return found
 
 
 def _format_values(formats: list[str], clock: datetime.datetime) -> dict[str, str]:
+    """Returns the formatted clock by format."""
     values = {}
     for format_ in sorted(set(formats)):
         with contextlib.suppress(ValueError):  # the string is not a format

@@ -1,4 +1,4 @@
-"""End tokens: the last tokens of learned spans, and the token with which a template ends turns."""
+"""End tokens: the last tokens of learned spans, and the token with which a template ends a turn."""
 
 from __future__ import annotations
 
@@ -15,16 +15,21 @@ if TYPE_CHECKING:
 
 
 def span_end_tokens(labels: np.ndarray) -> list[int]:
-    """Returns the ids of the last token of each learned span, for the labels int[n] of a row."""
+    """Returns the id of the last token of each learned span.
+
+    Args:
+      labels: int[n], labels of a row; a learned span is a maximal range without `IGNORE`.
+    """
     learned = labels != IGNORE
     last = learned & ~np.append(learned[1:], False)
     return labels[last].tolist()
 
 
 def turn_end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Returns the id of the added token that ends an answer in the tokenizer's template, if any.
+    """Returns the id of the token that ends an answer in the tokenizer's template, as a list.
 
-    Empty if the template rejects or rewrites a conversation of one question and answer.
+    The list is empty if that token is not an added token, or if the template rejects or rewrites a
+    conversation of one question and answer.
     """
     probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
     try:

@@ -1,4 +1,4 @@
-"""JSON in strings: messages in a CSV cell, arguments of a call, options."""
+"""JSON within strings, such as messages in a CSV cell or the arguments of a tool call."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _FIRST_PLACEHOLDER = 2.0**51 + 0.5
 
 
 def parse_json_text(value: Any, place: str) -> Any:
-    """Parses JSON text of a list or an object; returns any other value unchanged.
+    """Parses the JSON text of a list or an object; returns any other value unchanged.
 
     Args:
       value: a string that begins with ``[`` or ``{``, or any other value.
@@ -34,13 +34,16 @@ def parse_json_text(value: Any, place: str) -> Any:
 def parse_exact_numbers(text: str, taken: str, numbers: dict[str, str]) -> Any:
     """Parses JSON so that `restore_numbers` can restore the spelling of each number.
 
-    A float has at most 17 digits, and 1.10 and 0.00001 are printed as 1.1 and 1e-05. A number that
-    would be printed differently is replaced by a placeholder: a float that is not in `taken`.
+    A template prints parsed numbers, and Python's float prints 1.10 as 1.1, 0.00001 as 1e-05 and
+    keeps at most 17 digits. A number that would be printed differently is therefore replaced by a
+    placeholder: a float whose text is unique. After rendering, that text is replaced by the
+    original spelling.
 
     Args:
       text: JSON text.
       taken: text that must not contain a placeholder.
-      numbers: updated in place: the spelling of each replaced number by its printed placeholder.
+      numbers: original spelling of each replaced number by the text of its placeholder, updated in
+        place.
     """
 
     def read(written: str) -> float:
@@ -62,7 +65,7 @@ def parse_exact_numbers(text: str, taken: str, numbers: dict[str, str]) -> Any:
 
 
 def restore_numbers(text: str, numbers: dict[str, str]) -> str:
-    """Replaces the placeholders of `parse_exact_numbers` in a text by the original numbers."""
+    """Replaces the placeholders of `parse_exact_numbers` in a text by the original spellings."""
     for placeholder, written in numbers.items():
         text = text.replace(placeholder, written)
     return text

@@ -25,7 +25,7 @@ Message = Mapping[str, Any]
 _MARKS = ("train", "weight")
 _OF_ASSISTANT = ("tool_calls", *REASONING_KEYS)
 _OF_TOOL = ("tool_call_id", "name")
-# Arguments of apply_chat_template that jaxtune sets, so a row must not.
+# Arguments of apply_chat_template that jaxtune sets and rows must not set.
 _OWN_ARGUMENTS = frozenset(
     (
         *("conversation", "conversations", "messages", "tools", "chat_template", "tokenize"),
@@ -34,19 +34,19 @@ _OWN_ARGUMENTS = frozenset(
         *("return_assistant_tokens_mask", "tokenizer_kwargs"),
     )
 )
-_ALIKE = 0.8  # similarity from which an unknown key counts as a misspelling of a known one
+_ALIKE = 0.8  # similarity at which an unknown key counts as a misspelling of a known one
 
 
 class Conversation(NamedTuple):
     """A checked conversation.
 
     Attributes:
-      turns: turns with role and content, for the assistant optionally tool_calls and reasoning, and
-        extra keys. Content may be None if there are tool_calls.
-      marks: by turn, the value of ``train`` or ``weight``; None if it has neither.
+      turns: turns with role, content and extra keys; assistant turns may have tool_calls and
+        reasoning, and may then have None as content.
+      marks: value of ``train`` or ``weight`` of each turn; None if it has neither.
       tools: functions that the assistant may call, as JSON schemas.
       arguments: template arguments, such as ``{"enable_thinking": False}``.
-      extra: keys of turns that are not known here but may be used by a template.
+      extra: unknown keys of turns, which a template may use.
     """
 
     turns: list[dict[str, Any]]
@@ -63,7 +63,7 @@ def check_text(value: Any, name: str, place: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        # Readers of text files decode invalid bytes to this range.
+        # Readers of text files decode invalid bytes to surrogates in this range.
         raw = "\udc80" <= value[error.start] <= "\udcff"
         what = "is not UTF-8" if raw else "contains an unpaired surrogate"
         raise JaxtuneError(f"{place}: {name} {what}") from error
@@ -71,7 +71,7 @@ def check_text(value: Any, name: str, place: str) -> str:
 
 
 def check_messages(messages: Any, place: str) -> list[dict[str, Any]]:
-    """Returns the turns of a conversation after checking them."""
+    """Returns the turns of a conversation after checking it; see `read_conversation`."""
     return read_conversation(messages, place).turns
 
 
@@ -82,11 +82,11 @@ def read_conversation(
 
     Args:
       messages: objects with role and content, or their JSON text. Assistant turns may have
-        tool_calls and reasoning (`REASONING_KEYS`), all turns ``train`` (true or false) or
+        tool_calls and reasoning (`REASONING_KEYS`); any turn may have ``train`` (true or false) or
         ``weight`` (0 or 1).
       place: location of the conversation, for errors.
-      tools: JSON schemas of functions, or their JSON text, or None.
-      arguments: template arguments, an object or its JSON text, or None.
+      tools: JSON schemas of functions, their JSON text, or None.
+      arguments: template arguments as an object, its JSON text, or None.
 
     Raises:
       JaxtuneError: a key is missing, or a value has the wrong type.
@@ -119,7 +119,7 @@ def read_arguments(value: Any, place: str, name: str = "chat_template_kwargs") -
         raise JaxtuneError(f"{place}: {name} must be a JSON object")
     if taken := sorted(set(arguments) & _OWN_ARGUMENTS):
         raise JaxtuneError(f"{place}: {name} must not set {taken[0]}, which jaxtune sets")
-    # In a table of `datasets` every row has every key, with the value None if it is missing.
+    # In a table of `datasets`, a key that a row lacks has the value None.
     return {key: given for key, given in arguments.items() if given is not None}
 
 
@@ -131,7 +131,7 @@ def tool_name(tool: Any) -> str:
 
 
 def _read_turn(given: Message, name: str, place: str) -> tuple[dict[str, Any], set[str]]:
-    """Returns a turn and its unknown keys."""
+    """Returns a checked turn and the set of its unknown keys."""
     role = given.get("role")
     calls = role == "assistant" and bool(given.get("tool_calls"))
     # Reasoning without content is equivalent to content with only a think block.
@@ -225,7 +225,7 @@ def _read_reasoning(given: Message, content: str | None, name: str, place: str) 
 
 
 def _read_tool_calls(calls: Any, name: str, place: str) -> list[dict[str, Any]]:
-    """Returns checked calls; their arguments stay an object or JSON text, as in the row."""
+    """Returns checked calls; arguments keep their form, an object or JSON text."""
     calls = parse_json_text(calls, f"{place}: {name}.tool_calls")
     if not isinstance(calls, list):
         raise JaxtuneError(f"{place}: {name}.tool_calls must be a list")
@@ -289,8 +289,8 @@ def choose_targets(conversation: Conversation, targets: str, place: str) -> list
 
     Args:
       conversation: conversation with marks.
-      targets: ``all`` (assistant turns not marked false), ``last`` (the last assistant turn, unless
-        marked false) or ``marked`` (turns marked true).
+      targets: ``all`` (assistant turns not marked false), ``last`` (the last assistant turn, if it
+        is not marked false) or ``marked`` (turns marked true).
       place: location of the conversation, for errors.
 
     Raises:
@@ -319,7 +319,11 @@ def choose_targets(conversation: Conversation, targets: str, place: str) -> list
 
 
 def canonical_content(conversation: Conversation) -> bytes:
-    """Returns the content of a conversation as bytes, equal for equivalent spellings."""
+    """Returns the content of a conversation as bytes, equal for equivalent conversations.
+
+    Reasoning is moved to the start of the content, arguments of calls are parsed, and unknown keys
+    are dropped, so that duplicates are recognized in any form.
+    """
     said = []
     for turn in conversation.turns:
         within, answer = split_content(turn["content"] or "", opened=False)
@@ -338,4 +342,5 @@ def canonical_content(conversation: Conversation) -> bytes:
 
 
 def _parse_arguments(function: Message) -> dict[str, Any]:
+    """Returns a called function with its arguments as an object."""
     return {**function, "arguments": parse_json_text(function["arguments"], "arguments")}

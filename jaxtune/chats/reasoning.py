@@ -1,8 +1,8 @@
-"""The reasoning of a turn, under a key of its own or between think tags in the content.
+"""The reasoning of a turn, under a separate key or between think tags in the content.
 
 Content has reasoning if it begins with ``<think>`` or if the prompt ends with that tag. The
-reasoning ends at the last ``</think>`` that is not quoted as code. Other think tags are part of the
-answer.
+reasoning ends at the last ``</think>`` that is not quoted by backticks. Other think tags are part
+of the answer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _OPENING = re.compile(r"<think>\s*(?:</think>\s*)?$")
 
 
 def separate_reasoning(turn: Mapping[str, Any]) -> str:
-    """Returns the reasoning under a key of its own; empty if there is none."""
+    """Returns the reasoning under a separate key; empty if there is none."""
     return next((turn[key] for key in REASONING_KEYS if turn.get(key)), "")
 
 
@@ -30,7 +30,10 @@ def split_content(content: str, opened: bool) -> tuple[str, str]:
 
     Args:
       content: content of an assistant turn.
-      opened: the prompt ends with ``<think>``.
+      opened: whether the prompt ends with ``<think>``.
+
+    Returns:
+      The reasoning without tags, empty if there is none, and the answer.
     """
     begins = content.lstrip().startswith(THINK)
     ends = list(_END.finditer(content)) if begins or opened else []

@@ -1,4 +1,4 @@
-"""Renders conversations, in the spelling for which the template shows all content."""
+"""Rendering of conversations, in the spelling of which the template shows all content."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Apply = Callable[[Sequence[Message], bool], str]
 
 
 class Rendering:
-    """Renderings of a conversation and of its first turns, cached."""
+    """Cached renderings of a conversation and of its prefixes."""
 
     def __init__(self, spelling: Spelling, apply: Apply, place: str):
-        """Initializes from a spelling and the template that renders it."""
+        """Initializes from a spelling and a template; `place` is named in errors."""
         self._spelling, self._apply, self._place = spelling, apply, place
         self._made: dict[tuple[int, bool], str] = {}
 
@@ -37,7 +37,7 @@ class Rendering:
         if (count, prompt) not in self._made:
             try:
                 text = self._apply(self.turns[:count], prompt)
-            # An expression of the template can raise any exception.
+            # The expressions of a template can raise anything.
             except Exception as error:
                 raise _rejection(self._place, error) from error
             self._made[count, prompt] = restore_numbers(text, self._spelling.numbers)
@@ -47,13 +47,16 @@ class Rendering:
 def choose_rendering(
     turns: Sequence[dict[str, Any]], apply: Apply, place: str, *, generation_prompt: bool = False
 ) -> Rendering:
-    """Returns the rendering of the first spelling for which the template shows all content.
+    """Returns the rendering of the first spelling of which the template shows all content.
+
+    If the template omits content of every spelling, the first one that it accepts is used; finding
+    the spans of its turns then reports what is missing.
 
     Args:
       turns: turns of the conversation.
-      apply: the template.
+      apply: function that applies the template.
       place: location of the conversation, for errors.
-      generation_prompt: the conversation will be rendered with a generation prompt.
+      generation_prompt: whether the conversation will be rendered with a generation prompt.
 
     Raises:
       JaxtuneError: the template rejects every spelling.
@@ -79,12 +82,13 @@ def choose_rendering(
 def _is_complete(
     spelling: Spelling, turns: Sequence[dict[str, Any]], apply: Apply, prompt: bool
 ) -> bool:
+    """Returns whether a rendering shows all arguments of calls, and the last reasoning."""
     if not spelling.shows(apply(spelling.turns, prompt)):
         return False
     reasons = [i for i, turn in enumerate(turns) if separate_reasoning(turn).strip()]
     if not reasons:
         return True
-    # A template may show only the reasoning of the last turn.
+    # Templates may omit the reasoning of earlier turns, so the last one is rendered as the end.
     rendered = apply(spelling.turns[: reasons[-1] + 1], False)
     return remove_whitespace(separate_reasoning(turns[reasons[-1]])) in remove_whitespace(rendered)
 

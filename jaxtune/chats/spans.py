@@ -1,8 +1,10 @@
-"""Finds the assistant's turns in a rendered conversation by comparing renderings.
+"""Spans of the assistant's turns in a rendered conversation, found by comparing renderings.
 
-The algorithm is independent of the markup of the template. The text of a turn is the difference
-between the renderings with and without it. It is then located in the rendering of the whole
-conversation, because templates may omit the think block of all turns but the last.
+The algorithm is independent of the markup of the template. Let R(n) be the rendering of the first n
+turns and P(n) the same with a generation prompt. Turn n + 1 begins where P(n) ends, so its text is
+R(n + 1) without the prefix P(n). If the whole conversation starts with R(n + 1), the span is known.
+Otherwise the template changes earlier turns; many omit the think block of all turns but the last.
+The end of the turn, as long as possible, is then located in the whole conversation.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ Render = Callable[[int, bool], str]
 
 
 class RewrittenTurn(Exception):
-    """The template changes a turn, so its targets cannot be determined."""
+    """Raised if the template changes a turn, so that its targets cannot be determined."""
 
 
 def turn_span(
@@ -38,8 +40,8 @@ def turn_span(
     Args:
       messages: all turns.
       index: index of an assistant turn, above 0.
-      render: renders the first turns.
-      ends: tokens that may end a turn.
+      render: ``(count, generation_prompt) -> text`` of the first turns.
+      ends: texts of the tokens that may end a turn.
 
     Raises:
       RewrittenTurn: the turn does not start with its generation prompt, or lacks content.
@@ -72,7 +74,11 @@ def skip_empty_block(text: str, span: Span, message: Message) -> Span:
 
 
 def _span_within(text: str, prompt: str, written: str, ends: tuple[str, ...]) -> Span:
-    """Finds a turn in a text that omits the beginning of the turn, such as a think block."""
+    """Finds a turn in a text that omits the beginning of the turn, such as a think block.
+
+    The text must continue after the generation prompt, with or without its think tag, with the
+    longest possible end of the turn, up to and including its end token.
+    """
     body = written[: _trimmed_length(written, ends)]
     if body.endswith(ends):
         for opening in (prompt, strip_think(prompt)):
@@ -85,7 +91,7 @@ def _span_within(text: str, prompt: str, written: str, ends: tuple[str, ...]) ->
 
 
 def _trimmed_length(turn: str, ends: tuple[str, ...]) -> int:
-    """Returns the length of a turn without whitespace after its end token."""
+    """Returns the length of a turn without the whitespace after its end token."""
     kept = turn.rstrip()
     return len(kept) if kept.endswith(ends) else len(turn)
 

@@ -1,4 +1,4 @@
-"""Spellings of a conversation: that of the row, and equivalent ones that a template may need.
+"""Spellings of a conversation: that of the row, and equivalent ones that some templates need.
 
 Templates differ in the input they expect: arguments of calls as text or as an object, reasoning
 under a key or in the content. The spelling of the row comes first, because `transformers` renders
@@ -23,14 +23,14 @@ class Spelling(NamedTuple):
 
     Attributes:
       turns: turns of the conversation.
-      numbers: spellings of numbers by placeholder, for `restore_numbers`.
+      numbers: original numbers by placeholder, for `restore_numbers`.
     """
 
     turns: list[Turn]
     numbers: dict[str, str]
 
     def shows(self, rendered: str) -> bool:
-        """Returns whether a rendering contains the arguments of the calls in this spelling.
+        """Returns whether a rendering contains the arguments of all calls, as spelled here.
 
         Args:
           rendered: the conversation as text, before `restore_numbers`.
@@ -46,7 +46,12 @@ class Spelling(NamedTuple):
 
 
 def spellings(turns: Sequence[Turn]) -> Iterator[Spelling]:
-    """Yields the spellings of a conversation, starting with that of the row."""
+    """Yields the spellings of a conversation, starting with that of the row.
+
+    They are the product of up to two forms of reasoning (as given, folded into the content), two of
+    a missing content (None, empty) and three of the arguments of calls (as given, as objects with
+    exact or plain numbers, as text). Forms that would not differ from the given one are left out.
+    """
     reasoning: list[Callable[[Turn], Turn]] = [lambda turn: turn]
     content: list[Callable[[Turn], Turn]] = [lambda turn: turn]
     arguments: list[Callable[[Sequence[Turn]], Spelling]] = [lambda given: Spelling([*given], {})]

@@ -48,7 +48,7 @@ class ChatTemplate:
           tokenizer: a fast tokenizer of `transformers`.
           source: Jinja source of the template; empty: the tokenizer's own template.
           arguments: template arguments, such as ``{"enable_thinking": False}``.
-          clock: time that the template prints; None: the time of rendering.
+          clock: date and time that the template prints; None: the time of rendering.
 
         Raises:
           JaxtuneError: the tokenizer has no offsets or drops spaces, or the source is invalid.
@@ -69,15 +69,15 @@ class ChatTemplate:
             )
         own = tokenizer.chat_template or ""
         self._text = source or ("\n".join(own.values()) if isinstance(own, dict) else own)
-        # The end token of turns is one of the added tokens.
+        # Candidates for the end token of a turn.
         self._added = tuple(str(token) for token in tokenizer.added_tokens_decoder.values())
         self._missing = missing_tokens(self.source, tokenizer)
         if self.exists():
-            self._check_syntax()  # before the clock is set, whose macro would shift line numbers
+            self._check_syntax()  # before the clock is set: its macro would shift line numbers
         self.clock = clock
 
     def exists(self) -> bool:
-        """Returns whether there is a template, from `source` or the tokenizer."""
+        """Returns whether there is a template, given as `source` or by the tokenizer."""
         return bool(self.source or self.tokenizer.chat_template)
 
     def _check_syntax(self) -> None:
@@ -154,7 +154,7 @@ class ChatTemplate:
 
         Args:
           messages: turns with role and content, one or more.
-          generation_prompt: end with the start of the assistant's next turn.
+          generation_prompt: whether the text ends with the start of the assistant's next turn.
           tools: JSON schemas of functions, for templates that support them.
           arguments: template arguments; override those of the constructor.
           place: location of the conversation, for errors.
@@ -180,12 +180,12 @@ class ChatTemplate:
         """Renders a conversation and finds the spans of assistant turns; see `turn_span`.
 
         Args:
-          messages: turns as `check_messages` returns them.
+          messages: checked turns; see `check_messages`.
           place: location of the conversation, for errors.
-          learned: indices of the turns to find; by default all assistant turns.
+          learned: indices of the turns to find; all assistant turns by default.
           tools: JSON schemas of functions, for templates that support them.
           arguments: template arguments; override those of the constructor.
-          empty_reasoning: include empty think blocks in the spans.
+          empty_reasoning: whether spans include empty think blocks.
 
         Returns:
           The text, and ``(start, end)`` of each turn, in characters.
@@ -220,7 +220,7 @@ class ChatTemplate:
         arguments: Mapping[str, Any] | None,
         place: str,
     ) -> None:
-        """Raises if a rendering omits a tool."""
+        """Raises if the rendering `text` omits a tool."""
         if not tools:
             return
         shown = True
@@ -241,7 +241,11 @@ class ChatTemplate:
         tools: list[Any] | None = None,
         arguments: Mapping[str, Any] | None = None,
     ) -> set[str]:
-        """Returns the keys of turns that do not change the rendering."""
+        """Returns the keys of turns that do not affect the rendering.
+
+        A key that the source of the template never mentions has no effect; for any other key, the
+        conversation is rendered with and without it.
+        """
         unread = {key for key in keys if not re.search(rf"\b{re.escape(key)}\b", self._text)}
         mentioned = set(keys) - unread
         if not mentioned:
@@ -254,10 +258,10 @@ class ChatTemplate:
         return unread
 
     def encode(self, messages: Sequence[Message], place: str = "chat") -> Tokenized:
-        """Returns tokens and labels of a conversation; all assistant turns are labels.
+        """Returns the tokens and labels of a conversation, int[n]; assistant turns are targets.
 
         Raises:
-          JaxtuneError: as `check_messages` and `spans` do.
+          JaxtuneError: the messages are invalid, or the template rejects or rewrites them.
         """
         text, spans = self.spans(check_messages(messages, place), place)
         # The template itself writes BOS if the model uses it.
@@ -294,7 +298,10 @@ def encode_prompt(
       messages: turns with role and content.
       chat_template: Jinja file or name of a built-in template; empty: the tokenizer's own.
       arguments: template arguments, such as ``{"enable_thinking": False}``.
-      clock: time that the template prints; None: now.
+      clock: date and time that the template prints; None: now.
+
+    Raises:
+      JaxtuneError: the messages are invalid, or the template rejects them.
     """
     template = ChatTemplate(tokenizer, read_template(chat_template), arguments, clock)
     turns = check_messages(messages, "prompt")

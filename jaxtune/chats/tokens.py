@@ -30,8 +30,8 @@ class Tokens(NamedTuple):
     Attributes:
       ids: int32[n].
       learned: bool[n], whether a token is a target.
-      merged: a token extends across the start of a span, so the prompt alone is tokenized
-        differently from the prompt followed by its answer.
+      merged: whether a token extends across the start of a span, so that the prompt alone is
+        tokenized differently from the prompt followed by its answer.
     """
 
     ids: np.ndarray
@@ -48,19 +48,20 @@ def tokenize_batch(
 ) -> list[Tokens]:
     """Tokenizes each text as a whole; tokens that overlap a span are targets.
 
-    BOS and EOS occur once, whether the text has them, the tokenizer adds them, or both: consecutive
-    copies are merged. An end token that an answer has and its template adds is merged as well. BOS
-    is not a target, unless it is also EOS.
+    Spans in characters are mapped to ranges of tokens by the offsets of the encoding. Consecutive
+    copies of BOS or EOS are merged, because a text may contain one that the tokenizer adds as well;
+    so is an end token that both an answer and its template write. BOS is not a target, unless it is
+    also EOS.
 
     Args:
       tokenizer: a fast tokenizer.
       texts: complete examples.
-      spans: by text, ``(start, end)`` in characters, in order. A token that partly overlaps a span
-        is included; otherwise the first word of an answer would not be trained on after a prompt
-        that ends in a space.
-      complete: the tokenizer adds its special tokens, such as BOS, and EOS, a target, ends the text
-        in place of whitespace after an EOS of the text. Otherwise the text has its own special
-        tokens, written by a chat template.
+      spans: ``(start, end)`` of the spans of each text, in characters, in order. A token that
+        overlaps a span partly is included; otherwise the first word of an answer would not be
+        trained on after a prompt that ends in a space.
+      complete: whether the tokenizer adds its special tokens, such as BOS, and the text ends with
+        EOS as a target, which replaces whitespace after an EOS in the text. Otherwise the text has
+        its own special tokens, written by a chat template.
 
     Returns:
       The tokens of each text.
@@ -111,8 +112,8 @@ def tokenize_prompt(
     Args:
       tokenizer: a fast tokenizer.
       text: a prompt.
-      complete: the tokenizer adds its special tokens at the start. Those at the end, such as EOS,
-        are removed: they would end the text before it is continued.
+      complete: whether the tokenizer adds its special tokens at the start. Those that it adds at
+        the end, such as EOS, are removed, because the model is to continue the text.
     """
     backend = _unlimited_backend(tokenizer)
     encoding = backend.encode(text, add_special_tokens=complete)
@@ -137,7 +138,7 @@ def _unlimited_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 def _unrepeated_ids(tokenizer: PreTrainedTokenizerBase, backend: Any) -> set[int]:
-    """Returns the ids whose consecutive copies are merged: BOS, EOS and what the tokenizer adds."""
+    """Returns the ids whose consecutive copies are merged: BOS, EOS and any the tokenizer adds."""
     empty = backend.encode("")
     marks = zip(empty.ids, empty.special_tokens_mask, strict=True)
     by_itself = [token for token, mark in marks if mark]
@@ -146,7 +147,7 @@ def _unrepeated_ids(tokenizer: PreTrainedTokenizerBase, backend: Any) -> set[int
 
 
 def _strip_after_eos(text: str, end: object) -> str:
-    """Returns a text without whitespace after an EOS at its end."""
+    """Returns a text without the whitespace that follows an EOS at its end."""
     kept = text.rstrip()
     return kept if end and kept.endswith(str(end)) else text
 
@@ -165,7 +166,11 @@ def _repeated_end(
 def _remove_repeated_end(
     text: str, spans: Sequence[tuple[int, int]], end: str
 ) -> tuple[str, list[tuple[int, int]]]:
-    """Removes an end token that is followed, up to whitespace, by the end token of its span."""
+    """Removes an end token that is followed, apart from whitespace, by the end token of its span.
+
+    Returns:
+      The text, and the spans moved to their new positions.
+    """
     pieces, moved, done, size = [], [], 0, 0
     for start, stop in spans:
         said = text[start:stop]
@@ -185,7 +190,19 @@ def _remove_repeated_end(
 def _merge_repeats(
     ids: np.ndarray, learned: np.ndarray, single: set[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Merges consecutive copies of tokens in `single`; a target if any of the copies is."""
+    """Merges consecutive copies of the ids in `single`.
+
+    A copy is dropped if the token before it is the same. The merged token is a target if any of the
+    copies is: `reduceat` takes the disjunction of each kept token and the copies dropped after it.
+
+    Args:
+      ids: int32[n].
+      learned: bool[n].
+      single: ids to merge.
+
+    Returns:
+      ids int32[m] and learned bool[m], m ≤ n.
+    """
     same = ids[1:] == ids[:-1]
     if not same.any():
         return ids, learned
@@ -200,12 +217,12 @@ def _end_with_eos(
     assert isinstance(end, int)  # reading text has checked it
     if not len(ids) or ids[-1] != end:
         ids, learned = np.append(ids, np.int32(end)), np.append(learned, True)
-    learned[-1] = True  # also if the tokenizer itself has added EOS
+    learned[-1] = True  # also if the tokenizer has added EOS itself
     return ids, learned
 
 
 def _token_range(encoding: Any, span: tuple[int, int]) -> tuple[int, int]:
-    """Returns the range of the tokens that overlap a span."""
+    """Returns ``(first, stop)``, the range of the tokens that overlap a span; (0, 0) if none do."""
     start, end = span
     first = last = None
     while start < end and (first := encoding.char_to_token(start)) is None:

@@ -1,7 +1,6 @@
-"""The commands of `jaxtune`, one file each: ``SUMMARY``, ``add_arguments(parser)`` and
-``run(arguments)``.
+"""The commands of `jaxtune`, one module each; see `Command` for their interface.
 
-These files import jax inside functions only: the import takes seconds, and --help should be fast.
+The modules import jax inside functions only: the import takes seconds, and --help should be fast.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from jaxtune.commands import (
 
 
 class Command(Protocol):
-    """Interface of a command's module."""
+    """The interface of a command, implemented by a module."""
 
     @property
     def SUMMARY(self) -> str:

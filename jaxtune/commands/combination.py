@@ -1,4 +1,4 @@
-"""Arguments that select several adapters and the method that combines them."""
+"""Arguments that select several adapters and a method to combine them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DEFAULT = "cat"
 
 
 def add_combination(parser: argparse.ArgumentParser) -> None:
-    """Adds --weights, --combine and the options of the latter."""
+    """Adds --weights, --combine and the options of combination methods."""
     parser.add_argument(
         "--weights",
         metavar="NAME=W,…",
@@ -48,10 +48,10 @@ def add_combination(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_adapters(entries: Sequence[str]) -> dict[str, str]:
-    """Parses entries NAME=DIR; returns directories by name.
+    """Parses entries NAME=DIR; returns the directories by name.
 
     Raises:
-      JaxtuneError: an entry has no name, or two have the same one.
+      JaxtuneError: an entry has no name, or two entries have the same name.
     """
     directories: dict[str, str] = {}
     for entry in entries:
@@ -120,11 +120,12 @@ def parse_method(arguments: argparse.Namespace) -> tuple[str, Options]:
     return method, Options(**{fields[flag]: value for flag, value in options.items()})
 
 
-# `generate` has a --seed of its own.
+# Fields of `Options` by flag, where the names differ: --seed is the sampling seed of `generate`.
 _FIELDS = {"--drop-seed": "seed"}
 
 
 def _combination_flags(arguments: argparse.Namespace) -> Mapping[str, Any]:
+    """Returns the arguments of `add_combination` by flag; None where a flag is not given."""
     return {
         "--weights": arguments.weights,
         "--combine": arguments.combine,

@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _reader(
     config: Config, **options: Unpack[ReaderOptions]
 ) -> tuple[DataReader, TensorSource, PreTrainedTokenizerBase | None]:
-    """Returns the data reader that a run would use, the model's checkpoint and its tokenizer."""
+    """Returns the data reader of a run with this config, the model's checkpoint and tokenizer."""
     from jaxtune.checkpoints.open_model import open_model
     from jaxtune.runs.chat import configured_chat, reader_options
     from jaxtune.training.train import data_reader
@@ -92,7 +92,7 @@ def _inspect(config: Config, arguments: argparse.Namespace) -> None:
     console = Console()
     for index in range(min(max(arguments.rows, 1), len(examples))):
         text = show_example(examples, index, tokenizer, marks=not console.is_terminal)
-        # No hard line breaks at the width of the terminal when the output goes to a file.
+        # Without hard line breaks at the width of the console, which would end up in files.
         console.print(text, soft_wrap=True)
 
 
@@ -103,7 +103,7 @@ def _stats(config: Config, arguments: argparse.Namespace) -> None:
 
     problems: list[Problem] = []
     reader, source, _ = _reader(config, problems=problems)
-    # `DataReader.splits` would raise for rows in both splits; here they are counted.
+    # Not `DataReader.splits`, which raises for rows in both splits; here they are counted.
     train, bad = reader.read(config.data.train, training=True), len(problems)
     other_sides: tuple[int | None, int | None] = (None, None)
     if config.data.eval_split:
@@ -138,7 +138,7 @@ def _timeline(config: Config, train: Examples, source: TensorSource) -> Timeline
 
 
 def _order(config: Config, arguments: argparse.Namespace) -> None:
-    """Prints the rows of each step of the run."""
+    """Prints the row numbers of each step of the run, as JSON lines."""
     del arguments
     reader, source, _ = _reader(config)
     train = reader.splits().train

@@ -58,7 +58,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _config(arguments: argparse.Namespace) -> Config | None:
-    """Returns the config of a new run, or that of the existing run with overrides, if any."""
+    """Returns the config of a new run; without --config, that of the existing run with overrides,
+    or None to resume it unchanged."""
     from jaxtune.api.run import Run
 
     if arguments.config:

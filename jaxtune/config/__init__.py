@@ -1,8 +1,8 @@
 """The config of a run: typed sections, checked and frozen.
 
-A config file is Python with a ``get_config()`` that starts from `default` and changes what it
-wants; the command line overrides single keys (``--config.adapter.rank=8``). `resolve` checks the
-whole tree and freezes it. A run directory stores the frozen tree.
+The ``get_config()`` of a config file, a Python file, returns `default` with changes; the command
+line overrides single keys (``--config.adapter.rank=8``). `resolve` checks the whole tree and
+freezes it. A run directory stores the frozen tree.
 """
 
 from jaxtune.config.adapter import AdapterConfig

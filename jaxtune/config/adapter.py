@@ -112,7 +112,9 @@ class AdapterConfig(Section):
         choices=PLACEMENTS,
     )
     reduction_factor: float = option(
-        16.0, "bottleneck: hidden size of the model divided by its own", minimum=0.001
+        16.0,
+        "bottleneck: ratio of the model's hidden size to that of the bottleneck",
+        minimum=0.001,
     )
     activation: str = option("relu", "bottleneck: activation function: relu, silu, gelu, …")
     scaling: float = option(1.0, "bottleneck: factor on its output")

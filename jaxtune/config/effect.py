@@ -15,10 +15,10 @@ class Unused(NamedTuple):
 
     Attributes:
       key: ``section.name`` of the option.
-      selector: key of the option whose value rules it out, such as ``adapter.method``.
-      choice: that value; empty where nothing is chosen.
-      readers: the choices that read the option.
-      read: the options that the choice reads.
+      selector: key of the option whose value makes it ineffective, such as ``adapter.method``.
+      choice: that value; empty if the selector is not set.
+      readers: choices that read the option.
+      read: options that the current choice reads.
     """
 
     key: str
@@ -39,7 +39,7 @@ class Unused(NamedTuple):
 
 
 def unused_options(values: Mapping[str, OptionValue]) -> Iterator[Unused]:
-    """Yields the options that take no effect, whatever their value.
+    """Yields the options that take no effect, regardless of their value.
 
     An option belongs to a selector if one of the selector's choices lists it, and takes effect if
     the current choice does. Options that no choice lists always take effect.
@@ -58,10 +58,11 @@ def unused_options(values: Mapping[str, OptionValue]) -> Iterator[Unused]:
 
 
 def text(value: OptionValue) -> str:
-    """Returns a value as the command line takes it."""
+    """Returns a value in the syntax of the command line."""
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _keys(selector: str, entry: Entry) -> tuple[str, ...]:
+    """Returns the options that a choice reads, as ``section.name``."""
     section = selector.partition(".")[0]
     return tuple(name if "." in name else f"{section}.{name}" for name in entry.options)

@@ -14,12 +14,12 @@ from jaxtune.errors import JaxtuneError, closest
 
 
 def load_file(path: str | Path) -> ml_collections.ConfigDict | Mapping[str, Any]:
-    """Runs a config file and returns what its ``get_config()`` returns.
+    """Runs a config file and returns the result of its ``get_config()``.
 
     A config file is a Python program: run only files that you trust.
 
     Raises:
-      JaxtuneError: no such file, no ``get_config``, or an error inside the file.
+      JaxtuneError: the file does not exist, has no ``get_config`` or raises an error.
     """
     path = Path(path)
     if not path.is_file():
@@ -44,7 +44,7 @@ def load_file(path: str | Path) -> ml_collections.ConfigDict | Mapping[str, Any]
 
 
 def _line_within(path: Path, error: Exception) -> int:
-    """Returns the number of the line in `path` that an error came from; 0 if none did."""
+    """Returns the line number in `path` at which an error occurred; 0 if it did not occur there."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno or 0 for frame in frames if Path(frame.filename) == path]
     return lines[-1] if lines else 0

@@ -15,14 +15,14 @@ from jaxtune.errors import JaxtuneError
 _log = logging.getLogger(__name__)
 
 LENGTHS = {name: getattr(TrainingConfig(), name) for name in ("steps", "epochs", "tokens")}
-"""The three spellings of the length with their defaults."""
+"""The options that set the length, with their defaults."""
 
 
 class TrainingDict(ml_collections.ConfigDict):
-    """The ``training`` section of `default`: the length that is set last replaces the others."""
+    """The ``training`` section of `default`, in which the length that is set last applies."""
 
     def __setitem__(self, name: str, value: OptionValue) -> None:
-        """Sets an option, as attributes do; a length resets the other two to their defaults."""
+        """Sets an option, also for attribute access; a length resets the other two to defaults."""
         super().__setitem__(name, value)
         for other, default in LENGTHS.items() if name in LENGTHS else ():
             if other != name and other in self:
@@ -30,17 +30,17 @@ class TrainingDict(ml_collections.ConfigDict):
 
 
 def replace_length(training: TrainingConfig, overridden: Sequence[str]) -> TrainingConfig:
-    """Lets a length from the command line replace the one of the config.
+    """Replaces the length of the config by one from the command line.
 
     Args:
-      training: the section, with the options from the command line.
-      overridden: the keys set on the command line.
+      training: the ``training`` section with all overrides applied.
+      overridden: keys set on the command line.
 
     Returns:
-      The section with the length from the command line alone.
+      The section with only the length from the command line, if there is one.
 
     Raises:
-      JaxtuneError: two lengths on the command line.
+      JaxtuneError: the command line sets two lengths.
     """
     given = [name for name in LENGTHS if f"training.{name}" in overridden]
     if len(given) > 1:

@@ -1,4 +1,4 @@
-"""The sections ``model``, ``quantize`` and ``mesh``: the base model and where it lies."""
+"""The sections ``model``, ``quantize`` and ``mesh``: the base model, its weights and devices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options: how a section of the config declares its fields, and which values they take."""
+"""Options: the declaration of a config section's fields, and the checks of their values."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class Option:
     """One option of a section.
 
     Attributes:
-      default: value of a config that does not set it; its type is the option's.
-      help: one sentence.
-      choices: the values it takes; empty: any.
-      minimum: the smallest number.
-      maximum: the largest number.
-      names: a name, a comma-separated string of names, or a sequence of names.
-      share: a whole number, or a fraction below 1.
-      interval: an interval as `parse_interval` reads it.
-      json: a mapping, or a JSON object as text; kept as text.
+      default: default value; its type is the type of the option.
+      help: description, one phrase.
+      choices: valid values; empty: any.
+      minimum: smallest valid number; None: unbounded.
+      maximum: largest valid number; None: unbounded.
+      names: whether the value is one or more names: a comma-separated string or a sequence.
+      share: whether a float is a fraction below 1; an integer is a count.
+      interval: whether the value is an interval in the syntax of `parse_interval`.
+      json: whether the value is a mapping or the text of a JSON object; it is stored as text.
     """
 
     default: OptionValue
@@ -45,14 +45,14 @@ class Option:
     json: bool = False
 
     def check(self, key: str, value: object) -> OptionValue:
-        """Returns `value` in the type of the option.
+        """Checks a value and converts it to the type of the option.
 
         Args:
-          key: ``section.name``, for the message.
-          value: as a config file or the command line gives it.
+          key: ``section.name``, for errors.
+          value: value from a config file or from `parse`.
 
         Raises:
-          JaxtuneError: a value that the option does not take.
+          JaxtuneError: the value is not valid for the option.
         """
         if self.names:
             return self._names(key, value)
@@ -75,7 +75,11 @@ class Option:
         return value
 
     def parse(self, key: str, text: str) -> object:
-        """Reads a value from the command line; `check` decides whether it is one."""
+        """Parses a value from the command line, to be checked with `check`.
+
+        Raises:
+          JaxtuneError: a value of a bool option is not true or false.
+        """
         if isinstance(self.default, str):
             return text
         if isinstance(self.default, bool):
@@ -86,7 +90,7 @@ class Option:
         try:
             return ast.literal_eval(text)
         except (ValueError, SyntaxError):
-            return text  # a list of names; anything else fails its type check
+            return text  # names; for any other option, `check` reports the type
 
     def _check_range(self, key: str, value: OptionValue) -> None:
         if self.choices and value not in self.choices:
@@ -108,7 +112,7 @@ class Option:
             given = tuple(value.split(","))
         elif isinstance(value, Iterable) and not isinstance(value, str):
             given = tuple(value)
-        # Numbers are names too: the steps of a profile, written (10, 20) in a config file.
+        # Integers count as names, for the steps of a profile, written (10, 20) in a config file.
         names = [str(name).strip() for name in given if type(name) is int or isinstance(name, str)]
         if (self.default and not names) or not all(names) or len(names) < len(given):
             raise JaxtuneError(f"{key} takes one or more names, not {value!r}")
@@ -116,7 +120,7 @@ class Option:
 
 
 def option(default: OptionValue, help: str, **check: Any) -> Any:
-    """Declares a field of a section; see `Option` for `check`."""
+    """Declares a field of a section; `check` are further attributes of `Option`."""
     about = Option(default, help, **check)
     return dataclasses.field(default=default, metadata={"option": about})
 
@@ -142,7 +146,7 @@ def _interval(key: str, value: object) -> int | str:
 
 
 def _json_text(key: str, value: object) -> str:
-    """Returns a mapping, or JSON text of one, as JSON text; an empty one as an empty string."""
+    """Returns a mapping, or the JSON text of one, as JSON text; an empty string if it is empty."""
     if isinstance(value, ml_collections.ConfigDict):
         value = value.to_dict()
     try:

@@ -1,4 +1,4 @@
-"""From a config file's tree and command-line overrides to a checked, frozen `Config`."""
+"""Checks the tree of a config file, applies overrides and freezes it as a `Config`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 
 def default() -> ml_collections.ConfigDict:
-    """Returns the documented default tree, locked: setting a key that does not exist raises."""
+    """Returns the tree of defaults, locked, so that setting an unknown key raises."""
     config = ml_collections.ConfigDict(Config().to_dict(), type_safe=False)
     config.training = TrainingDict(Config().to_dict()["training"], type_safe=False)
     config.lock()
@@ -34,25 +34,25 @@ def resolve(config: ConfigLike, overrides: Sequence[str] = ()) -> Config:
     listed in one warning.
 
     Args:
-      config: a tree of sections; keys that are absent take their default.
-      overrides: ``"section.name=value"`` strings, applied in order. A length of the run among them
-        (``training.steps``, ``epochs`` or ``tokens``) replaces the config's.
+      config: tree of sections; absent keys have their defaults.
+      overrides: strings ``"section.name=value"``, applied in order. A length of the run
+        (``training.steps``, ``epochs`` or ``tokens``) replaces that of the config.
 
     Returns:
-      The config.
+      The checked config.
 
     Raises:
-      JaxtuneError: an unknown key (the message names the closest one), a bad value, or an override
-        that takes no effect.
+      JaxtuneError: an unknown key (the message names the closest one), an invalid value, or an
+        override that takes no effect.
     """
     values = _read(config)
     overridden: dict[str, None] = {}
     for override in overrides:
-        key, equals, text = override.partition("=")
+        key, equals, value = override.partition("=")
         if not equals:
             raise JaxtuneError(f"--config.{key} needs a value: --config.{key}=…")
         option = _option(key)
-        values[key] = option.check(key, option.parse(key, text))
+        values[key] = option.check(key, option.parse(key, value))
         overridden[key] = None
     resolved = _from_flat(values)
     training = replace_length(resolved.training, list(overridden))
@@ -67,7 +67,7 @@ def resolve(config: ConfigLike, overrides: Sequence[str] = ()) -> Config:
 
 
 def from_json(path: str | Path) -> Config:
-    """Reads the config of a run; the config file that made it is never run again."""
+    """Reads ``config.json`` of a run; the original config file is not needed."""
     return _from_flat(_read(json.loads(Path(path).read_text(encoding="utf-8"))))
 
 
@@ -83,7 +83,7 @@ def _option(key: str) -> Option:
 
 
 def _read(config: ConfigLike) -> dict[str, OptionValue]:
-    """Returns all options of a tree by ``section.name``, checked."""
+    """Returns all options of a tree by ``section.name``, after checking them."""
     if isinstance(config, Config):
         return config.flat()
     if not isinstance(config, (Mapping, ml_collections.ConfigDict)):
@@ -99,7 +99,7 @@ def _read(config: ConfigLike) -> dict[str, OptionValue]:
 
 
 def _from_flat(values: Mapping[str, OptionValue]) -> Config:
-    """Returns the config of checked options by ``section.name``."""
+    """Returns a config from checked options by ``section.name``."""
     tree: dict[str, dict[str, OptionValue]] = {section: {} for section in SECTIONS}
     for key, value in values.items():
         section, _, name = key.partition(".")
@@ -110,7 +110,7 @@ def _from_flat(values: Mapping[str, OptionValue]) -> Config:
 def _check_effect(
     values: Mapping[str, OptionValue], overridden: Sequence[str], *, warn: bool
 ) -> None:
-    """Raises for an override without effect; may warn of other options without effect."""
+    """Raises for an override without effect; with `warn`, warns of other such options."""
     without: dict[str, list[str]] = {}
     for unused in unused_options(values):
         value = values[unused.key]

@@ -10,7 +10,7 @@ from jaxtune.registry import DTYPES, OPTIMIZERS, REMAT_POLICIES, SCHEDULES
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig(Section):
-    """The ``training`` section. ``steps``, ``epochs`` and ``tokens`` are one setting."""
+    """The ``training`` section. Only one of ``steps``, ``epochs`` and ``tokens`` may be set."""
 
     steps: int = option(
         100, "length of the run in optimizer steps, unless epochs or tokens are set", minimum=0

@@ -52,7 +52,7 @@ class Config:
         }
 
     def replace(self, **sections: Mapping[str, OptionValue]) -> Config:
-        """Returns a copy with other options, unchecked: ``config.replace(mesh={"data": 1})``."""
+        """Returns a copy with changed options: ``config.replace(mesh={"data": 1})``; no checks."""
         changed = {
             name: dataclasses.replace(getattr(self, name), **options)
             for name, options in sections.items()
@@ -65,10 +65,10 @@ class Config:
 
 
 ConfigLike: TypeAlias = Config | ml_collections.ConfigDict | Mapping[str, Any]
-"""What `jaxtune.config.resolve` takes: a resolved config, or a tree of sections."""
+"""An argument of `jaxtune.config.resolve`: a resolved config, or a tree of sections."""
 
 SECTIONS: dict[str, Section] = {name: getattr(Config(), name) for name in Config.__annotations__}
-"""The sections with their defaults, by name."""
+"""Sections with default values, by name."""
 
 OPTIONS: dict[str, Option] = {
     f"{section}.{name}": option

@@ -24,6 +24,9 @@ ORDER_VERSION = 2
 class _TokenNoise:
     """Replaces random input tokens by tokens drawn from the unigram distribution of the data.
 
+    The pool of replacements is the concatenation of 1024 random examples without special tokens, so
+    a uniform draw from it has the data's frequencies, approximately.
+
     Source: Xie et al., Data Noising as Smoothing in Neural Network Language Models, 2017.
     """
 
@@ -37,7 +40,11 @@ class _TokenNoise:
             raise JaxtuneError("data.mask_tokens: the examples contain only special tokens")
 
     def __call__(self, tokens: np.ndarray, number: int, place: int) -> np.ndarray:
-        """Returns int32[n] for the example at `place` in pass `number`, which seed the draw."""
+        """Returns the tokens int32[n] of an example after noise; targets are not affected.
+
+        The draw is seeded by the pass `number` and the example's `place` in it, so a resumed run
+        repeats it and two copies of an example differ.
+        """
         key = np.random.SeedSequence(self._seed, spawn_key=(OF_NOISE, number, place))
         rng = np.random.default_rng(key)
         others = self._pool[rng.integers(len(self._pool), size=len(tokens))]
@@ -53,7 +60,13 @@ def _batch(
     reserved: int,
     masking: _TokenNoise | None,
 ) -> Batch:
-    """Returns batch `step` of a pass, with T = `length`; rows beyond its end are empty."""
+    """Returns batch `step` of a pass, with T = `length`.
+
+    The examples of a row follow each other and are numbered as segments 1, 2, …. Each takes
+    `reserved` positions and then its tokens: ``[0 … 0, t_1 … t_n]``; the reserved positions belong
+    to its segment but have no target. Padding at the end of a row, and rows after the last packed
+    one of the pass, keep segment 0 and targets `IGNORE`.
+    """
     shape = (plan.batch_size, length)
     tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
     targets = np.full(shape, IGNORE, np.int32)
@@ -82,10 +95,10 @@ class BatchLoader:
     """An endless iterator of batches, pass after pass over the data.
 
     A batch consists of ``tokens``, ``targets``, ``segment_ids`` (0: padding; the examples of a row
-    count from 1) and ``positions`` (from 0 in each example), int32[B, T] each. Examples start with
-    `reserved` extra positions for methods with virtual tokens. A pass shows each example as often
-    as the weight of its source, once by default. Its last batch is filled up with empty rows
-    (segment 0, targets `IGNORE`).
+    are numbered from 1) and ``positions`` (from 0 in each example), int32[B, T] each. Examples
+    start with `reserved` extra positions for methods with virtual tokens. A pass shows each example
+    as often as the weight of its source, once by default. Its last batch is filled up with empty
+    rows (segment 0, targets `IGNORE`).
 
     Attributes:
       order: order of the examples.
@@ -108,12 +121,14 @@ class BatchLoader:
         Args:
           examples: one or more examples.
           batch_size: B.
-          length: tokens of a row, without reserved ones.
-          packing: put several examples into a row, rather than one.
-          shuffle: use a new order in every pass, which depends on `seed` and the pass number;
-            otherwise the order of the files, except that packing fills gaps with later examples.
+          length: number of tokens of a row, without reserved ones.
+          packing: whether a row has several examples, rather than one.
+          shuffle: whether every pass has a new order, a function of `seed` and the pass number.
+            Otherwise the order is that of the files, except that packing fills gaps with later
+            examples.
           seed: nonnegative integer.
-          reserved: virtual tokens at the beginning of each example; T = `length` + `reserved`.
+          reserved: number of virtual tokens at the start of each example; T = `length` +
+            `reserved`.
           mask_tokens: fraction of tokens to replace at random in every pass, except special tokens.
 
         Raises:
@@ -142,7 +157,7 @@ class BatchLoader:
         weights = [part.weight for part in examples.parts]
         self._made_from |= {"mask_tokens": mask_tokens} if mask_tokens else {}
         self._made_from |= {"weights": weights} if any(w != 1 for w in weights) else {}
-        self._pass = self._step = 0  # of the next batch
+        self._pass = self._step = 0  # position of the next batch
 
     def __iter__(self) -> BatchLoader:
         return self
@@ -179,8 +194,8 @@ class BatchLoader:
           state: a return value of `state`.
 
         Raises:
-          JaxtuneError: the position belongs to other data or settings, which the message names, or
-            to a version with another order of the same data.
+          JaxtuneError: the position was saved with other data or settings, which the message names,
+            or by a version of jaxtune that orders the data differently.
         """
         saved = state.get("made_from")
         if not isinstance(saved, Mapping):
@@ -214,6 +229,7 @@ def _is_count(value: Any) -> TypeGuard[int]:
 
 
 def _short(value: Any) -> str:
+    """Returns a value as text, with a long hash cut off."""
     return f"{value[:12]}…" if isinstance(value, str) and len(value) > 12 else str(value)
 
 
@@ -225,9 +241,9 @@ def eval_batches(
     Args:
       examples: one or more examples.
       batch_size: B; the last batch is filled up with empty rows (segment 0, targets `IGNORE`).
-      length: tokens of a row, without reserved ones.
-      packing: put several examples into a row, rather than one.
-      reserved: virtual tokens at the beginning of each example; T = `length` + `reserved`.
+      length: number of tokens of a row, without reserved ones.
+      packing: whether a row has several examples, rather than one.
+      reserved: number of virtual tokens at the start of each example; T = `length` + `reserved`.
 
     Returns:
       An iterator of batches in the format of `BatchLoader`, int32[B, T].
@@ -248,7 +264,7 @@ def eval_batches(
 def eval_order(
     examples: Examples, *, batch_size: int, length: int, packing: bool, reserved: int = 0
 ) -> DataOrder:
-    """Returns the order whose pass 0 `eval_batches` uses."""
+    """Returns the order of `eval_batches`, which are its pass 0; see there for the arguments."""
     return DataOrder(
         examples,
         batch_size=batch_size,

@@ -16,12 +16,12 @@ def detect_format(row: Row, chosen: str = "") -> str:
 
     Args:
       row: a row.
-      chosen: name of the format to check for; empty: detect it.
+      chosen: name of the format to require; empty: detected.
 
     Raises:
       JaxtuneError: no format matches, or several do; the message lists the keys and the formats.
     """
-    # In a table of `datasets` every row has every key, with the value None if it is missing.
+    # In a table of `datasets`, a key that a row lacks has the value None.
     found = [key for key, value in row.values.items() if value is not None]
     if media := find_media(row.values):
         raise JaxtuneError(

@@ -93,7 +93,14 @@ class Chunk:
 
 
 class _Encoded(NamedTuple):
-    """Token ids and labels of a row, int[n] each; ``merged`` as in `Tokens`; ``text``: was text."""
+    """The tokens of a row.
+
+    Attributes:
+      ids: int[n], token ids.
+      labels: int[n], the same ids where a token is trained on, otherwise `IGNORE`.
+      merged: whether a token spans the boundary of prompt and answer; see `Tokens`.
+      text: whether the row was text, rather than input_ids and labels.
+    """
 
     ids: np.ndarray
     labels: np.ndarray
@@ -102,27 +109,27 @@ class _Encoded(NamedTuple):
 
 
 class Encoder:
-    """Tokenizes rows; can be pickled for worker processes."""
+    """Tokenizes chunks of rows; picklable, for worker processes."""
 
     def __init__(self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase | None):
-        """Raises if the tokenizer, the chat template or the prompt templates cannot be used."""
+        """Reads the templates; raises if they or the tokenizer cannot be used."""
         self.settings, self.tokenizer = settings, tokenizer
         self._reading = settings.reading(tokenizer)
 
     def detect_format(self, record: Record) -> str:
-        """Returns the format of a row, or an empty string if it has none."""
+        """Returns the format of a row, or an empty string if it matches none."""
         try:
             return detect_format(parse_row(record), self.settings.format)
         except JaxtuneError:
             return ""
 
     def __call__(self, records: Sequence[Record], form: str, first: str) -> Chunk:
-        """Tokenizes consecutive rows.
+        """Tokenizes consecutive rows; a bad row becomes a `Problem` of the chunk.
 
         Args:
-          records: the rows.
-          form: format of their source; empty: unknown.
-          first: location of the first row of that format.
+          records: rows of one source.
+          form: format of the source; empty: unknown.
+          first: location of the first row of that format, for errors.
         """
         chunk = Chunk(len(records))
         kept: list[tuple[int, Record, Sample]] = []
@@ -176,7 +183,11 @@ class Encoder:
         return FORMATS[form].read(row, self._reading)
 
     def _tokenize(self, samples: Sequence[Sample]) -> Iterator[_Encoded]:
-        """Yields the tokens of each sample, in order; tokenizes texts in batches."""
+        """Yields the tokens of each sample, in order.
+
+        Texts are tokenized in two batches, with and without the tokenizer's special tokens, and the
+        results are interleaved in the order of the samples.
+        """
         texts = [sample for sample in samples if sample.tokens is None]
         batches: dict[bool, Iterator[Tokens]] = {}
         for complete in (False, True):
@@ -198,6 +209,7 @@ class Encoder:
                 yield _Encoded(ids, np.where(learned, ids, np.int32(IGNORE)), merged, text=True)
 
     def _check_ids(self, encoded: _Encoded, place: str) -> None:
+        """Raises if a token id or label is outside the vocabulary."""
         limit = self.settings.vocab_size or 2**31
         labels = encoded.labels[encoded.labels != IGNORE]
         for name, ids in (("input_ids", encoded.ids), ("labels", labels)):
@@ -221,7 +233,7 @@ class Encoder:
 
 
 def _array(ids: Sequence[int]) -> np.ndarray:
-    """Returns int64[n], or object[n] if an id does not fit, which `_check_ids` then reports."""
+    """Returns int64[n]; object[n] if an id exceeds 64 bits, for `_check_ids` to report."""
     try:
         return np.array(ids, np.int64)
     except OverflowError:

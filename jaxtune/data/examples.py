@@ -72,7 +72,7 @@ class Ragged(_LazySequence):
 
 
 class Places(_LazySequence):
-    """Locations of examples, ``"train.jsonl:17"``, stored as numbers of files and rows."""
+    """Locations of examples, ``"train.jsonl:17"``, stored as indices of files and row numbers."""
 
     def __init__(self, files: Sequence[str], file_ids: np.ndarray, numbers: np.ndarray):
         """Initializes from file parts, indices into them, int32[n], and row numbers, int64[n]."""
@@ -105,11 +105,12 @@ class Examples:
 
     Attributes:
       tokens: int32[n] per example; n differs between examples.
-      targets: int32[n] per example: the token after ``tokens[t]`` to predict, or `IGNORE`.
+      targets: int32[n] per example: ``targets[t]`` is the token to predict after ``tokens[t]``, or
+        `IGNORE`.
       places: location of each example, ``"train.jsonl:17"``.
       dropped: number of rows dropped because they are too long.
       truncated: number of rows truncated because they are too long.
-      unread: keys of rows that their format does not use.
+      unread: keys of rows that are not used by their format.
       windows: number of examples that are windows of a longer row.
       rejected: number of bad rows by reason.
       parts: the examples by source, in order; empty: a single source of weight 1.
@@ -190,14 +191,14 @@ class Examples:
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()
         for tokens, targets in zip(self.tokens, self.targets, strict=True):
-            # The length keeps two short examples from looking like one long one.
+            # With the length, two short examples hash differently from one long one.
             digest.update(len(tokens).to_bytes(8, "little"))
             digest.update(np.ascontiguousarray(tokens, "<i4").tobytes())
             digest.update(np.ascontiguousarray(targets, "<i4").tobytes())
         return digest.hexdigest()
 
     def select(self, indices: Sequence[int] | np.ndarray) -> Examples:
-        """Returns the examples at ascending indices int64[n], without copying them."""
+        """Returns a view of the examples at ascending indices int64[n], without copying them."""
         chosen = np.asarray(indices, np.int64)
         parts, start = [], 0
         for part in self.parts:
@@ -251,7 +252,11 @@ def _sum_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 
 class ExamplesWriter:
-    """Writes examples to a directory, chunk by chunk; `open_examples` maps them."""
+    """Writes examples to a directory, chunk by chunk, for `open_examples`.
+
+    Tokens and targets of all examples are concatenated in two flat int32 files. The index, a .npz
+    file, has an array [examples] for each column; offsets follow from ``lengths``.
+    """
 
     def __init__(self, directory: Path):
         """Creates the files."""
@@ -281,7 +286,7 @@ class ExamplesWriter:
             self._columns[name].append(column)
 
     def finish(self, meta: Mapping[str, Any]) -> None:
-        """Writes the index and `meta`, JSON-serializable values of the data set, and closes."""
+        """Closes the files, and writes the index and `meta`, JSON-serializable values."""
         self._tokens.close()
         self._targets.close()
         whole = {name: np.concatenate(columns) for name, columns in self._columns.items()}
@@ -295,7 +300,8 @@ def open_examples(directory: Path, weights: Sequence[float]) -> Examples:
 
     Args:
       directory: directory of the examples.
-      weights: weights of the sources, in order.
+      weights: weights of the sources, in order; they are not stored, so that a cached data set
+        serves all weights.
     """
     meta = json.loads((directory / META).read_text(encoding="utf-8"))
     with np.load(directory / INDEX) as index:

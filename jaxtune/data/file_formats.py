@@ -1,4 +1,4 @@
-"""Data file formats: one reader per format, and the rules that they share.
+"""Data file formats: one reader per format, and their common rules.
 
 In every format, keys and column names are unique, every row has all columns, text is UTF-8 (with or
 without a byte-order mark) without NUL bytes, and NaN is invalid within objects and lists. An error
@@ -73,7 +73,7 @@ def _open(path: Path) -> IO[bytes]:
 def _name_file_in_errors(
     read: Callable[[Path], Iterator[Record]],
 ) -> Callable[[Path], Iterator[Record]]:
-    """Decorates a reader: errors of the operating system and of libraries name the file."""
+    """Decorates a reader so that errors of the operating system and of libraries name the file."""
 
     @functools.wraps(read)
     def checked(path: Path) -> Iterator[Record]:
@@ -90,7 +90,10 @@ def _name_file_in_errors(
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes | JaxtuneError]]:
-    """Yields numbers and contents of non-blank lines, without line ends and byte-order mark."""
+    """Yields number and content of each non-blank line, without line end and byte-order mark.
+
+    A line longer than `MAX_LINE` is skipped in pieces and yields an error instead of its content.
+    """
     with _open(path) as file:
         number = 0
         while line := file.readline(MAX_LINE + 1):
@@ -242,7 +245,11 @@ def _parquet(path: Path) -> Iterator[Record]:
 
 
 def _row_readers(batch: Any) -> list[Callable[[], dict[str, Any]]]:
-    """Returns functions that read the rows of a record batch, converted at once if possible."""
+    """Returns a function for each row of a record batch that reads its values.
+
+    The batch is converted at once, which is fast. If a value is invalid, such as text that is not
+    UTF-8, each function converts its own row, so that only the bad rows raise.
+    """
     try:
         return [functools.partial(dict, row) for row in batch.to_pylist()]
     except ValueError:
@@ -282,7 +289,7 @@ def table_record(place: str, number: int, read: Callable[[], dict[str, Any]]) ->
 
 
 def _without_nulls(value: Any) -> Any:
-    """Removes None from nested objects: in a table every object has the keys of all others.
+    """Removes None from nested objects, because in a table every object has the keys of all.
 
     Raises:
       ValueError: an object or a list contains NaN or infinity, which are not valid JSON.
@@ -300,7 +307,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _check_columns(names: Sequence[str], place: str) -> None:
-    """Raises if two columns have the same name; unnamed columns are not used."""
+    """Raises if two columns have the same name or a name is not text; names may be empty."""
     for index, name in enumerate(names):
         if not _is_text(name):
             raise JaxtuneError(f"{place}: the column names are not UTF-8 text")

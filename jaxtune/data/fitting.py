@@ -15,7 +15,7 @@ TOO_LONG = tuple(OPTIONS["data.too_long"].choices)
 
 
 class OverLong(JaxtuneError):
-    """A row has more than max_length tokens, and too_long is ``error``."""
+    """Raised for a row of more than max_length tokens if too_long is ``error``."""
 
 
 class Limits(Protocol):
@@ -35,14 +35,17 @@ class Limits(Protocol):
 def fit_to_length(
     tokens: np.ndarray, labels: np.ndarray, limits: Limits, place: str, counts: Counter[str]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Returns the examples of a row: pairs of tokens and targets, int32[n], n ≤ max_length.
+    """Returns the examples of a row: pairs of tokens and targets, int32[m], m ≤ max_length.
+
+    Targets are the labels shifted by one: ``targets[t]`` is ``labels[t + 1]``, the token that the
+    model should predict at t.
 
     Args:
-      tokens: int[n].
-      labels: int[n], aligned with the tokens.
+      tokens: int[n], token ids of the row.
+      labels: int[n], the same ids where a token is trained on, otherwise `IGNORE`.
       limits: maximum length and treatment of longer rows.
       place: location of the row, for errors.
-      counts: updated in place: ``drop``, ``truncate``, ``windows``, ``windowed``.
+      counts: counts of ``drop``, ``truncate``, ``windows`` and ``windowed``, updated in place.
 
     Raises:
       OverLong: the row is too long, and ``too_long`` is ``error``.
@@ -72,14 +75,14 @@ def fit_to_length(
 def _split(
     tokens: np.ndarray, targets: np.ndarray, limit: int, too_long: str
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Returns the pieces of a longer row that are kept, int32[n] with n ≤ `limit`."""
+    """Returns the pieces to keep of a row that is longer than `limit`, int32[m], m ≤ `limit`."""
     if too_long == "drop":
         return []
     if too_long == "truncate":
-        # The target of the last token is cut off.
+        # The target of the last kept token is the first token that is cut off.
         return [(tokens[:limit], np.append(targets[: limit - 1], np.int32(IGNORE)))]
     if too_long == "truncate_start":
         return [(tokens[-limit:], targets[-limit:])]
-    # The last token of a window predicts the first of the next, so no target is lost.
+    # The target of a window's last token is the first token of the next window: none is lost.
     starts = range(0, len(tokens), limit)
     return [(tokens[i : i + limit], targets[i : i + limit]) for i in starts]

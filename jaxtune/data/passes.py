@@ -1,7 +1,9 @@
 """Passes over the data: the assignment of examples to rows and batches, planned from lengths alone.
 
-A pass is a function of the data, the config and its number. It starts with a new batch, and its
-last batch is filled up with empty rows, so that no batch contains examples of two passes.
+A pass is a function of the data, the config and its number, so any pass can be planned again when a
+run is resumed. It starts with a new batch, and its last batch is filled up with empty rows, so that
+no batch contains examples of two passes. A plan has four steps: choose the examples by the weights
+of their sources, shuffle them, pack them into rows, and shuffle the rows.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from jaxtune.errors import JaxtuneError
 
 # Open rows of packing when the order is shuffled. More rows hardly reduce the padding.
 _PACKING_ROWS = 256
-# First element of the spawn key of each random stream, which keeps the streams independent.
+# First element of the spawn key of each random stream, to keep the streams independent.
 _OF_PASS, _OF_ROWS, _OF_PART, OF_NOISE = range(4)
 
 
@@ -32,10 +34,10 @@ class Pass(NamedTuple):
       examples: int64[n], indices of the examples, row by row.
       places: int64[n], position of each example in the pass before shuffling; distinguishes the
         copies of an example that a weight above 1 creates.
-      starts: int64[R + 1], start of each packed row in `examples`, and n.
-      batch_size: packed rows per batch.
-      shown: int64[S + 1], number of examples before each batch, and n.
-      tokens: int64[S + 1], number of tokens before each batch, and the total.
+      starts: int64[R + 1], start of each packed row in `examples`; the last entry is n.
+      batch_size: number of packed rows per batch.
+      shown: int64[S + 1], number of examples before each batch; the last entry is n.
+      tokens: int64[S + 1], number of tokens before each batch; the last entry is the total.
     """
 
     number: int
@@ -52,7 +54,7 @@ class Pass(NamedTuple):
         return len(self.shown) - 1
 
     def rows(self, step: int) -> list[slice]:
-        """Returns the slice of `examples` for each packed row of batch `step`, from 0."""
+        """Returns the slice of `examples` of each packed row of batch `step`, from 0."""
         first = step * self.batch_size
         bounds = self.starts[first : first + self.batch_size + 1].tolist()
         return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
@@ -80,7 +82,7 @@ class DataOrder:
         _check_lengths(examples, length)
         self._lengths = examples.lengths + reserved
         self._parts = examples.parts or (SourceSlice("", "", len(examples)),)
-        # Exact fractions, so that the examples of all passes add up to the weights.
+        # Exact fractions: with floats, rounding errors would add up over the passes.
         self._taken = [max(Fraction(str(p.weight)) * p.count, Fraction(1)) for p in self._parts]
         self._batch_size, self._capacity = batch_size, length + reserved
         self._packing, self._shuffle, self._seed = packing, shuffle, seed
@@ -88,16 +90,16 @@ class DataOrder:
 
     @property
     def rows_per_pass(self) -> float:
-        """Average number of examples of a pass; repeated examples count each time."""
+        """Average number of examples of a pass, with repetitions."""
         total = sum(self._taken, Fraction())
         return int(total) if total.denominator == 1 else float(total)
 
     def rows_before(self, number: int) -> int:
-        """Returns the number of examples of all passes before pass `number`."""
+        """Returns the total number of examples in the passes before pass `number`."""
         return sum(math.ceil(number * amount) for amount in self._taken)
 
     def filled(self, plan: Pass) -> float:
-        """Returns the fraction of the positions in a pass's batches that are not padding."""
+        """Returns the share of positions in the batches of a pass that are not padding."""
         return float(plan.tokens[-1] / (plan.steps * self._batch_size * self._capacity))
 
     def plan(self, number: int, advance: Callable[[int], None] | None = None) -> Pass:
@@ -119,6 +121,12 @@ class DataOrder:
         return self._recent[number]
 
     def _make(self, number: int, advance: Callable[[int], None] | None) -> Pass:
+        """Plans a pass.
+
+        `places` [n] is the order in which the examples are shown, as indices into the pass before
+        shuffling. Packing assigns a row to each of them; a stable sort by row then groups the
+        examples of a row and keeps their order, and the cumulative counts are the starts of rows.
+        """
         examples = self._examples_of_pass(number)
         places = np.arange(len(examples))
         if self._shuffle:
@@ -130,7 +138,7 @@ class DataOrder:
             lengths = self._lengths[examples[places]]
             rows = pack_rows(lengths, self._capacity, open_rows, advance)
             if self._shuffle:
-                # Shuffles rows as well, because the rows opened last are less full.
+                # Rows are shuffled as well, because those opened last are less full.
                 rows = _permutation(int(rows.max()) + 1, self._seed, _OF_ROWS, number)[rows]
             places = places[np.argsort(rows, kind="stable")]
             starts = np.concatenate([[0], np.cumsum(np.bincount(rows))])
@@ -145,9 +153,10 @@ class DataOrder:
         """Returns the examples of a pass, int64[n], source by source.
 
         A pass takes ``weight × count`` examples of each source, at least one; n passes take n times
-        that, rounded up. The examples of a source form an endless series of rounds, and each pass
-        continues where the previous one stopped, so that all examples of a source are shown equally
-        often.
+        that, rounded up. A source is an endless sequence of rounds over its examples, and each pass
+        continues where the previous one stopped, so all examples of a source are shown equally
+        often. With 10 examples and weight 0.25, pass 0 takes items 0–2 of round 0, pass 1 items
+        3–4, pass 2 items 5–7. A round that is split between passes is shuffled as a whole first.
         """
         taken, first = [], 0
         for index, (part, amount) in enumerate(zip(self._parts, self._taken, strict=True)):
@@ -156,7 +165,7 @@ class DataOrder:
                 begin = max(start - turn * part.count, 0)
                 end = min(stop - turn * part.count, part.count)
                 order = np.arange(part.count)
-                # A complete round is shuffled with the pass.
+                # A round within one pass needs no separate shuffle, because the pass is shuffled.
                 if self._shuffle and end - begin < part.count:
                     order = _permutation(part.count, self._seed, _OF_PART, turn, index)
                 taken.append(first + order[begin:end])

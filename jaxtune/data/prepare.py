@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Increment whenever the examples of a row change, so that older caches are not used.
+# Increment whenever the same rows give other examples, so that older caches are not used.
 CACHE_VERSION = 2
-_CHUNK_ROWS, _CHUNK_BYTES = 128, 2**20
-_Chunks = Iterator[tuple[list[Record], str, str]]
+_CHUNK_ROWS, _CHUNK_BYTES = 128, 2**20  # upper bounds of a chunk, the unit of work of a process
+_Chunks = Iterator[tuple[list[Record], str, str]]  # arguments of `Encoder.__call__`
 
 
 def load_examples(
@@ -55,20 +55,20 @@ def load_examples(
     """Reads, renders and tokenizes a data set.
 
     Args:
-      source: entries as `find_sources` takes them.
+      source: entries in the syntax of `find_sources`.
       settings: settings that the tokens and targets depend on.
       tokenizer: a fast tokenizer; None if all rows have input_ids and labels.
       revision: commit, tag or branch of hub ids.
-      progress: show a progress bar on a terminal.
-      cache: directory of prepared data sets, which is searched for one with the same content,
-        tokenizer and settings; None: no cache.
-      keep: write the data set to the cache.
-      workers: number of processes that tokenize; 1: this process.
+      progress: whether to show a progress bar on a terminal.
+      cache: directory of prepared data sets; one with the same content, tokenizer and settings is
+        used if it exists. None: no cache.
+      keep: whether to write the data set to the cache.
+      workers: number of processes that tokenize; 1: this process only.
       problems: list to which rejected rows are appended instead of raising an error.
 
     Raises:
       JaxtuneError: a row cannot be read or rendered, has no targets, is too long or contains ids
-        outside the vocabulary; the message names the row. Or there are no examples.
+        outside the vocabulary, and the message names the row; or there are no examples.
     """
     sources = find_sources(source, revision=revision)
     encoder = Encoder(settings, tokenizer)
@@ -134,7 +134,11 @@ def cache_key(
 
 
 class _DatasetBuilder:
-    """Builds a data set and counts what happens to its rows."""
+    """Builds a data set and counts the changes to its rows.
+
+    Rows are read here and tokenized in chunks by a pool; chunks come back in order and are appended
+    to the files, so the memory needed does not depend on the size of the data.
+    """
 
     def __init__(
         self,
@@ -194,7 +198,7 @@ class _DatasetBuilder:
         )
 
     def _add(self, chunk: Chunk, writer: ExamplesWriter, read: int) -> int:
-        """Writes the examples of a chunk that follows `read` rows; returns their number."""
+        """Writes the examples of a chunk and returns their number; `read` rows came before it."""
         for problem in chunk.problems:
             self._handle_problem(problem)
         self._counts.update(chunk.counts)
@@ -216,6 +220,7 @@ class _DatasetBuilder:
         return len(chunk.lengths)
 
     def _handle_problem(self, problem: Problem) -> None:
+        """Collects, logs or raises a rejected row, as the settings require."""
         settings = self._encoder.settings
         self._rejected[problem.reason] += 1
         if self._problems is not None:
@@ -251,11 +256,14 @@ class _DatasetBuilder:
 def _split_into_chunks(
     records: Iterator[Record], encoder: Encoder
 ) -> tuple[_Chunks, list[tuple[str, str]]]:
-    """Splits rows into chunks of bounded size.
+    """Splits the rows of a source into chunks of bounded size.
+
+    The format of a source is that of its first row with a format. It becomes known while chunks are
+    produced, so it is also appended to a list.
 
     Returns:
-      An iterator of chunks, each with the format of the source and the location of its first row.
-      And a list to which the format and that location are appended once they are known.
+      An iterator of chunks, each with the format and the location of the first row that has it; and
+      the list, which is empty until the format is known and then holds the same pair.
     """
     found: list[tuple[str, str]] = []
 
@@ -296,12 +304,15 @@ def _encode_in_worker(*arguments: Any) -> Chunk:
 
 @contextlib.contextmanager
 def _encoder_pool(encoder: Encoder, workers: int) -> Iterator[Callable[[_Chunks], Iterator[Chunk]]]:
-    """Yields a function that tokenizes chunks in order, in threads or in worker processes."""
+    """Yields a function that tokenizes chunks in order, in threads or in worker processes.
+
+    The function keeps up to `in_flight` chunks submitted and returns the oldest result first.
+    """
     pool: concurrent.futures.Executor
     work: Callable[..., Chunk]
     if workers <= 1:
         # The tokenizer releases the GIL: one thread renders while the other one tokenizes.
-        pool, work, waiting_most = concurrent.futures.ThreadPoolExecutor(2), encoder, 2
+        pool, work, in_flight = concurrent.futures.ThreadPoolExecutor(2), encoder, 2
     else:
         pool = concurrent.futures.ProcessPoolExecutor(
             workers,
@@ -310,14 +321,14 @@ def _encoder_pool(encoder: Encoder, workers: int) -> Iterator[Callable[[_Chunks]
             initializer=_start_worker,
             initargs=(encoder,),
         )
-        work, waiting_most = _encode_in_worker, 2 * workers
+        work, in_flight = _encode_in_worker, 2 * workers
 
     def encode(chunks: _Chunks) -> Iterator[Chunk]:
         waiting: collections.deque[concurrent.futures.Future[Chunk]] = collections.deque()
         for chunk in chunks:
             waiting.append(pool.submit(work, *chunk))
             # The queue is bounded so that memory does not grow with the size of the files.
-            if len(waiting) > waiting_most:
+            if len(waiting) > in_flight:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import itertools
 import re
 from collections.abc import Mapping, Sequence
@@ -31,14 +30,14 @@ def statistics(
 ) -> dict[str, Any]:
     """Returns the statistics of a data set, JSON-serializable.
 
-    Rows read = rows + other side + dropped + rejected. Counts of changes to rows before a split
-    (``dropped`` to ``windowed``, ``merged``, ``turns``) are for both sides together.
+    Rows read = rows + other side + dropped + rejected. Counts of changes that are made before the
+    data is split (``dropped`` to ``windowed``, ``merged``, ``turns``) include both sides.
 
     Args:
       examples: one or more examples.
       problems: rejected rows.
       order: order of the examples, for the size of a pass and the packing efficiency.
-      other_side: rows of the same source in the other split; None: it was not split.
+      other_side: number of rows of the same source in the other split; None: no split.
     """
     lengths = examples.lengths
     low, middle, high = np.percentile(lengths, [5, 50, 95])
@@ -87,6 +86,7 @@ def statistics(
 
 
 def _histogram(lengths: np.ndarray) -> list[dict[str, int]]:
+    """Returns the number of examples in intervals of equal width, from lengths int64[examples]."""
     counts, edges = np.histogram(lengths, bins=_BARS, range=(0, int(lengths.max()) + 1))
     return [
         {"from": int(np.ceil(start)), "below": int(np.ceil(stop)), "examples": int(count)}
@@ -148,7 +148,7 @@ def show_example(
       examples: a data set.
       index: index of the example.
       tokenizer: decodes the tokens; None: shows their ids.
-      marks: enclose targets in ⟦ ⟧, for output without colors.
+      marks: whether to enclose targets in ⟦ ⟧, for output without colors.
     """
     tokens, targets = examples.tokens[index], examples.targets[index]
     # targets[t] is the token at t + 1.
@@ -176,5 +176,4 @@ def count_overlap(train: Examples, held_out: Examples) -> int:
     """Returns the number of training examples that are also held out."""
     if train.contents is None or held_out.contents is None:
         return 0
-    held = collections.Counter(held_out.contents.tolist())
-    return sum(content in held for content in train.contents.tolist())
+    return int(np.isin(train.contents, held_out.contents).sum())

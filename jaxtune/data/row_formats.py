@@ -33,6 +33,7 @@ class DataFormat:
 
 
 def _content_key(*values: Any) -> bytes:
+    """Returns the content of a row as bytes, equal for duplicate rows."""
     return json.dumps(values, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
 
 
@@ -62,7 +63,7 @@ def _read_completion(row: Row, reading: ReadingOptions) -> Sample:
             row.values.get("tools"),
             row.values.get(_ARGUMENTS),
         )
-        # No turn of the prompt is trained on, not even the assistant's.
+        # The prompt is not trained on, including its assistant turns.
         both = [*asked.turns, *answered.turns]
         marks = [*[False] * len(asked.turns), *answered.marks]
         joined = answered._replace(turns=both, marks=marks, extra=asked.extra | answered.extra)
@@ -83,7 +84,7 @@ def _read_completion(row: Row, reading: ReadingOptions) -> Sample:
 
 
 def _parse_turns(text: Any) -> list[Any] | None:
-    """Returns turns given as JSON text, as in a CSV cell; None for any other text."""
+    """Returns turns given as JSON text, such as a CSV cell; None for any other value."""
     if not isinstance(text, str) or not text.lstrip().startswith("[") or '"role"' not in text:
         return None
     try:
@@ -107,7 +108,7 @@ def _read_alpaca(row: Row, reading: ReadingOptions) -> Sample:
 
 
 def _history(row: Row) -> list[dict[str, Any]]:
-    """Returns the turns of ``history``; its answers are trained on like the last one."""
+    """Returns the turns of ``history``; its answers are trained on, like ``output``."""
     rounds = parse_json_text(row.values.get("history") or [], f"{row.place}: history")
     turns: list[dict[str, Any]] = []
     for index, pair in enumerate(rounds if isinstance(rounds, list) else [None]):

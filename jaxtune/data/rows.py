@@ -1,4 +1,4 @@
-"""Rows as values by key, with their locations."""
+"""Rows of data files, parsed into values by key."""
 
 from __future__ import annotations
 
@@ -15,17 +15,22 @@ from jaxtune.strict_json import parse_json
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A row: its location (``"train.jsonl:17"``) and its values by key."""
+    """A row.
+
+    Attributes:
+      place: location, ``"train.jsonl:17"``.
+      values: values by key.
+    """
 
     place: str
     values: dict[str, Any]
 
 
 def read_rows(source: str | Path, *, revision: str | None = None) -> Iterator[Row]:
-    """Yields the rows of `source` in order.
+    """Yields the rows of a data set in order.
 
     Args:
-      source: entries as `find_sources` takes them; weights are ignored.
+      source: entries in the syntax of `find_sources`; weights are ignored.
       revision: commit, tag or branch of hub ids.
 
     Raises:

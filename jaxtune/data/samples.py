@@ -32,10 +32,10 @@ class Sample(NamedTuple):
       content: canonical content, equal for duplicate rows.
       text: text to tokenize as a whole.
       spans: ``(start, end)`` of the spans to train on, in characters.
-      ends: the tokenizer adds its special tokens, and EOS, which is trained on, ends the text;
-        otherwise the text contains its own special tokens.
+      ends: whether the tokenizer adds its special tokens and a trained EOS; otherwise the text
+        contains its own special tokens.
       tokens: ids and labels of a tokenized row, instead of a text.
-      unread: keys of turns that neither jaxtune nor the chat template uses.
+      unread: keys of turns that are used neither by jaxtune nor by the chat template.
       turns: number of turns that were changed or not trained on, by kind of change.
     """
 
@@ -73,7 +73,7 @@ class ReadingOptions:
 
         Args:
           place: location of the row, for errors.
-          ends: require an EOS token of the tokenizer.
+          ends: whether the tokenizer must have an EOS token.
 
         Raises:
           JaxtuneError: there is no tokenizer, or it has no EOS token.
@@ -88,17 +88,17 @@ class ReadingOptions:
         return self.template
 
     def apply_wording(self, prompt: str, content: bytes) -> str:
-        """Returns the prompt in a prompt template drawn from the seed and the row's content."""
+        """Inserts a prompt into a prompt template, chosen by a hash of the seed and the content."""
         if not self.wordings:
             return prompt
         drawn = int.from_bytes(hashlib.sha256(b"%d " % self.seed + content).digest()[:8], "little")
         return self.wordings[drawn % len(self.wordings)].replace("{prompt}", prompt)
 
     def answer(self, prompt: str, completion: str, place: str) -> tuple[str, dict[str, int]]:
-        """Returns a completion without reasoning if that is dropped, and the count of changes.
+        """Returns a completion, without its reasoning if that is dropped, and counts of changes.
 
         Raises:
-          JaxtuneError: the completion has only reasoning, or a think block that is not closed.
+          JaxtuneError: the completion is only reasoning, or its think block is not closed.
         """
         opened = ends_with_think(prompt)
         if self.reasoning == "keep" or not (opened or THINK in completion):
@@ -165,7 +165,7 @@ def _drop_reasoning(
     counts: collections.Counter[str],
     place: str,
 ) -> Conversation:
-    """Removes the reasoning from the assistant's turns; counts the turns that had some."""
+    """Removes the reasoning from assistant turns, and counts the turns that had any."""
     turns: list[dict[str, Any]] = []
     for index, turn in enumerate(conversation.turns):
         if turn["role"] == "assistant":

@@ -1,4 +1,4 @@
-"""The settings of the ``data`` section that tokens and targets depend on."""
+"""The settings that the tokens and targets of a data set depend on."""
 
 from __future__ import annotations
 
@@ -34,8 +34,7 @@ class DataSettings:
       targets: assistant turns that are trained on: ``all``, ``last`` or ``marked``.
       reasoning: ``keep`` or ``drop``.
       empty_reasoning: ``learn`` or ``mask``.
-      prompt_templates: file with one prompt template per line, which contains ``{prompt}``; empty:
-        none.
+      prompt_templates: file of prompt templates, one per line, each with ``{prompt}``; empty: none.
       seed: random seed for the choice among prompt templates.
       bad_rows: ``error`` or ``skip``.
       bad_rows_limit: maximum number of skipped rows.
@@ -60,7 +59,7 @@ class DataSettings:
     template_text: str = ""
 
     def __post_init__(self) -> None:
-        """Raises if a value is not one of its choices."""
+        """Raises if a setting is not one of its choices."""
         for name in ("too_long", "targets", "reasoning", "empty_reasoning", "bad_rows", "format"):
             key = f"data.{name}"
             OPTIONS[key].check(key, getattr(self, name))

@@ -18,7 +18,7 @@ from jaxtune.errors import JaxtuneError, closest
 logger = logging.getLogger(__name__)
 
 _REGISTRY = "dataset_info.json"
-# Parts of file names that indicate another split than train.
+# Words in file names that indicate a split other than train.
 _OTHER_SPLIT = re.compile(
     r"(?<![a-z])(test|valid|validation|val|dev|eval|heldout|held-out)(?![a-z])"
 )
@@ -92,7 +92,7 @@ def _find_source(entry: str, revision: str | None) -> Source:
         there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise JaxtuneError(f"{name}: no such file{closest(path.name, there)}")
     load = functools.cache(lambda: _load_dataset(stem, split or "train", revision))
-    # The fingerprint of an Arrow table covers its files and the operations on them.
+    # `datasets` derives the fingerprint of a table from its files and the operations on them.
     return Source(
         name, weight, lambda: _table_rows(stem, load()), lambda: f"{stem} {load()._fingerprint}"
     )
@@ -102,7 +102,7 @@ def path_exists(name: str) -> bool:
     """Returns whether a file or directory exists; False for an invalid path."""
     try:
         return Path(name).expanduser().exists()
-    # The name is too long or contains a zero byte, or the user of ~user does not exist.
+    # Among others: the name is too long or has a zero byte; the user of ~user does not exist.
     except (OSError, ValueError, RuntimeError):
         return False
 
@@ -118,7 +118,7 @@ def _is_saved_dataset(directory: Path) -> bool:
 
 
 def _files_in(directory: Path) -> list[Path]:
-    """Returns the sorted data files of a directory; none if `datasets` has to read it.
+    """Returns the sorted data files of a directory; empty if `datasets` has to read it.
 
     Raises:
       JaxtuneError: the files are not a single data set.
@@ -169,7 +169,7 @@ def _load_dataset(name: str, split: str, revision: str | None) -> Any:
             rows = datasets.load_from_disk(name)
         else:
             rows = datasets.load_dataset(name, split=split, revision=revision)
-    # Any exception of the network, the hub and the file parsers can occur.
+    # The network, the hub and the file parsers can raise anything.
     except Exception as error:
         cause: BaseException = error
         while cause.__cause__ is not None:  # the outer messages are often generic

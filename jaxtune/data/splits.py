@@ -76,7 +76,7 @@ class DataReader:
           tokenizer: tokenizer of the model, if it has one.
           vocab_size: vocabulary size of the model; None: unchecked.
           max_positions: max_position_embeddings of the model; None: unknown.
-          keep: write tokenized data to the cache.
+          keep: whether to write tokenized data to the cache.
           workers: number of processes that tokenize.
           problems: list to which rejected rows are appended instead of raising an error.
           chat_template: Jinja source that replaces the config's template; empty: the tokenizer's
@@ -93,7 +93,7 @@ class DataReader:
             load_examples,
             tokenizer=tokenizer,
             revision=config.data.revision or None,
-            # Cached data would not report its rejected rows again.
+            # A cached data set has no record of its rejected rows.
             cache=None if problems is not None else self.cache,
             keep=keep,
             workers=workers,
@@ -105,7 +105,7 @@ class DataReader:
 
         Args:
           path: sources in the syntax of ``data.train``.
-          training: allow weights and apply prompt templates.
+          training: whether weights are allowed and prompt templates applied.
 
         Raises:
           JaxtuneError: a row is not valid.
@@ -195,7 +195,7 @@ def hold_out(examples: Examples, amount: float) -> Splits:
     """Splits examples by the content of their rows, so that duplicates are in the same split.
 
     Rows are sorted by content hash and the first ones are held out. The selection does not depend
-    on the order of the files and hardly on the other rows.
+    on the order of the files, and rows that are added or removed hardly change it.
 
     Args:
       examples: examples with `contents`.

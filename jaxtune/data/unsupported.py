@@ -1,4 +1,4 @@
-"""Recognizes rows that cannot be trained on, for specific error messages."""
+"""Recognition of rows that cannot be trained on, for specific error messages."""
 
 from __future__ import annotations
 

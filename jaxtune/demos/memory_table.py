@@ -77,16 +77,19 @@ def row_config(row: TableRow) -> Config:
 
 
 def compile_row(row: TableRow) -> tuple[Plan, float]:
-    """Compiles a row; returns its plan and the share of weights that are trained."""
+    """Compiles a row; returns its plan and the share of trained weights."""
     config, hardware = row_config(row), find_topology(row.chips)
     setup = set_up(config, DEEPSEEK_7B, choose_method(config.adapter)[0], hardware.devices)
     return compile_plan(setup, hardware), trained_share(parameter_summary(setup.definition))[2]
 
 
 def row_cells(row: TableRow) -> list[str]:
-    """Compiles a row; returns its cells: method, memory (published, planned), share (the same)."""
+    """Compiles a row; returns its cells: method, and published and own figures of memory and share.
+
+    Memory is the total over all devices, in GB.
+    """
     plan, share = compile_row(row)
-    # Total over all devices: sharding splits what a single device would hold.
+    # The total over all devices is comparable with the memory of a single device.
     total = plan.total * plan.devices / 1e9
     over = f" (4 × {plan.total / 1e9:.1f})" if plan.devices > 1 else ""
     trained = "100 %" if share == 1 else f"{share:.2%}".replace("%", " %")

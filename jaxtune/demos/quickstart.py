@@ -21,24 +21,24 @@ SAMPLES = 5
 
 
 def quickstart(config: Config, workdir: str | Path) -> dict[str, Any]:
-    """Scores the base model, trains it, scores the trained model and prints both.
+    """Evaluates the base model, trains it, evaluates the trained model and prints both results.
 
-    Finished parts are kept, so that an interrupted quickstart can be resumed.
+    The results of completed parts are kept, so that an interrupted quickstart can be resumed.
 
     Args:
       config: resolved config, with held-out questions in ``data.eval``.
-      workdir: directory of the run; ``result.json`` and ``before.json`` are written there too.
+      workdir: directory of the run; ``result.json`` and ``before.json`` are written there as well.
 
     Returns:
-      The content of ``result.json``: ``before`` and ``after`` with ``loss`` and ``exact_match``
-      (share of answers that equal the expected ones), and ``seconds``.
+      The content of ``result.json``: ``before`` and ``after``, each with ``loss`` and
+      ``exact_match`` (share of answers that equal the expected ones), and ``seconds``.
 
     Raises:
-      JaxtuneError: `workdir` holds another run, or any error of training.
+      JaxtuneError: `workdir` contains another run, or training fails.
     """
     begin, console, directory = time.monotonic(), Console(), RunDirectory(workdir)
     with directory.start(config):
-        pass  # writes the config, or raises if the directory holds another one
+        pass  # writes the config, or raises if the directory has another one
     if directory.result.is_file():
         console.print(f"The quickstart has already been run; its results are in {directory.path}.")
         result = json.loads(directory.result.read_text(encoding="utf-8"))
@@ -67,7 +67,7 @@ def quickstart(config: Config, workdir: str | Path) -> dict[str, Any]:
 
 
 def _answers(directory: RunDirectory, adapter: str) -> dict[str, Any]:
-    """Returns ``loss`` and ``exact_match``, and ``answers`` with the ``expected`` ones."""
+    """Evaluates a model; returns ``loss``, ``exact_match``, ``answers`` and ``expected``."""
     scores = evaluate(directory, adapter, answer_all=True)
     return {
         "loss": scores["loss"],
@@ -78,7 +78,7 @@ def _answers(directory: RunDirectory, adapter: str) -> dict[str, Any]:
 
 
 def _length(training: TrainingConfig) -> str:
-    """Returns the length of the run in the unit that the ``training`` section uses."""
+    """Returns the length of the run in the unit of the ``training`` section."""
     if training.epochs:
         return f"{training.epochs:g} epochs"
     return f"{training.tokens} tokens" if training.tokens else f"{training.steps} steps"

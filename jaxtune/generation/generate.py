@@ -1,6 +1,13 @@
 """Generation: prefill and decode in one compiled function, with a key-value cache.
 
-Prompts are padded on the left, so that all rows write their next token at the same index.
+Prompts are padded on the left, so that all rows write their next token at the same cache index. One
+forward pass over the prompts fills indices 0 … P − 1 of the caches and gives the first new token.
+Each iteration of a while loop then feeds the last token back, writes its keys and values at index
+P + i − 1 and generates token i, until all rows are done or N tokens are generated. All shapes are
+static, so calls with the same B, P and N share one compilation.
+
+Legend: B is the number of prompts, P their padded length, N the maximum number of new tokens, V the
+vocabulary size.
 """
 
 from __future__ import annotations
@@ -25,16 +32,16 @@ from jaxtune.vocabulary import check_token_ids
 
 # Prompt lengths are rounded up to a multiple of this, so that similar batches share a compilation.
 PROMPT_MULTIPLE = 32
-_SEEDS = 2**31  # seeds of JAX are int32
+_SEEDS = 2**31  # bound of int32, the dtype of seeds in JAX
 
 
 class Sampling(NamedTuple):
     """Settings for choosing the next token.
 
     Attributes:
-      temperature: sampling temperature; 0 chooses the most likely token.
-      top_p: samples from the smallest set of tokens with at least this probability.
-      seed: seed of the random samples.
+      temperature: sampling temperature; 0 decodes greedily.
+      top_p: minimum total probability of the smallest set of tokens to sample from.
+      seed: random seed.
     """
 
     temperature: float = 0.0
@@ -43,24 +50,39 @@ class Sampling(NamedTuple):
 
 
 class _Loop(NamedTuple):
-    index: jax.Array  # number of tokens generated so far
-    token: jax.Array  # int32[B], the last one
-    done: jax.Array  # bool[B]
-    output: jax.Array  # int32[B, N]
+    """The carry of the decoding loop.
+
+    Attributes:
+      index: int32 scalar, number of tokens generated so far.
+      token: int32[B], token generated last.
+      done: bool[B], whether a row has generated a stop token.
+      output: int32[B, N], generated tokens.
+      caches: key-value caches of all layers, of P + N positions.
+      key: random key of the call; the key of a step is folded in from its index.
+    """
+
+    index: jax.Array
+    token: jax.Array
+    done: jax.Array
+    output: jax.Array
     caches: Any
     key: jax.Array
 
 
 def _choose(logits: jax.Array, greedy: bool, sampling: Sampling, key: jax.Array) -> jax.Array:
-    """Picks a token for each row of logits float32 [B, V]."""
+    """Returns the next token of each row, int32[B], from logits float32[B, V].
+
+    With top_p, the logits are sorted in descending order; the tokens whose predecessors have a
+    total probability below top_p form the smallest sufficient set, and the logit of its last member
+    is the threshold below which all others are masked.
+    """
     if greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / sampling.temperature
     ordered = jnp.sort(logits, axis=-1)[:, ::-1]
     probabilities = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    # A token belongs to the set if the tokens before it have less probability than top_p, so the
-    # token that crosses the threshold, and hence the most likely one, is always included.
+    # The token that crosses top_p is included, and so is the most likely one: nothing precedes it.
     smallest = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), axis=-1)
     logits = jnp.where(logits >= smallest[:, None], logits, -jnp.inf)
     return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
@@ -81,7 +103,15 @@ def _generate(
     greedy: bool,
     stop: tuple[int, ...],
 ) -> jax.Array:
-    """Returns int32[B, N]: new tokens, and the first stop token (or −1) after the end of a row."""
+    """Returns the new tokens, int32[B, N]; a row is filled up with the first stop token (or −1).
+
+    Args:
+      trees, definition, options, max_new_tokens, stop: those of `generate_tokens`.
+      tokens: int32[B, P], prompts padded on the left.
+      lengths: int32[B], number of tokens of each prompt.
+      sampling: settings; they are traced, so that other values share the compilation.
+      greedy: whether the most likely token is chosen.
+    """
     model: CausalLM = definition.bind(*trees)
     batch, prompt = tokens.shape
     tokens = constrain(tokens, "batch", None)
@@ -90,6 +120,8 @@ def _generate(
     index = jnp.arange(prompt)
     segments = (index >= prompt - lengths[:, None]).astype(jnp.int32)
     positions = jnp.maximum(index - (prompt - lengths[:, None]), 0)
+    # [B, P + N]: new tokens belong to segment 1 like the prompt. The causal mask excludes those not
+    # generated yet, whose cache index is larger than that of the query.
     kv_segments = jnp.concatenate([segments, jnp.ones((batch, max_new_tokens), jnp.int32)], axis=1)
     caches = model.decoder.init_cache(batch, prompt + max_new_tokens, options.dtype)
     hidden, caches, _ = model.decoder(
@@ -97,7 +129,7 @@ def _generate(
     )
     end = jnp.asarray(stop, jnp.int32)
 
-    # A finished row repeats the stop token until all rows are finished.
+    # A finished row is filled with the stop token until all rows are finished.
     def choose(hidden: jax.Array, key: jax.Array, done: jax.Array) -> tuple[jax.Array, jax.Array]:
         token = _choose(model.head()(hidden[:, -1]), greedy, sampling, key)
         token = jnp.where(done, stop[0] if stop else -1, token)
@@ -148,10 +180,10 @@ def generate_tokens(
       options: compute dtype and attention backend.
       max_new_tokens: maximum number of new tokens per prompt.
       sampling: settings for choosing tokens.
-      stop: ids that end a row.
+      stop: token ids that end an answer.
 
     Returns:
-      The new tokens of each prompt, without the stop token.
+      The ids of the new tokens of each prompt, without the stop token.
 
     Raises:
       JaxtuneError: an empty prompt, ids outside the vocabulary, or settings out of range.
@@ -190,14 +222,14 @@ def _check(
     sampling: Sampling,
     stop: Sequence[int],
 ) -> None:
-    """Checks the arguments of `generate_tokens`."""
+    """Raises if an argument of `generate_tokens` is out of range."""
     for index, prompt in enumerate(prompts):
         check_token_ids(prompt, definition.vocab_size, f"prompt {index + 1}")
         if np.ndim(prompt) != 1:
             raise JaxtuneError(f"prompt {index + 1} is not a list of token ids")
         if not len(prompt):
             raise JaxtuneError(f"prompt {index + 1} has no tokens")
-    # All comparisons with NaN are false, so a NaN is rejected too.
+    # All comparisons with NaN are false, so NaN is rejected as well.
     if (
         max_new_tokens < 1
         or not 0 <= sampling.temperature < math.inf
@@ -210,5 +242,6 @@ def _check(
 
 
 def _until_stop(row: list[int], stop: tuple[int, ...]) -> list[int]:
+    """Returns the tokens before the first stop token."""
     ends = [i for i, token in enumerate(row) if token in stop]
     return row[: ends[0]] if ends else row

@@ -45,7 +45,7 @@ def initial_chat(adapter: AdapterConfig, source: TensorSource) -> Chat:
 
 
 def configured_chat(config: Config, source: TensorSource) -> Chat:
-    """Returns `initial_chat` with the chat template that the config selects."""
+    """Returns `initial_chat` with the chat template of the config, if it sets one."""
     return _apply_template(initial_chat(config.adapter, source), config.data)
 
 
@@ -54,7 +54,7 @@ def reader_options(data: DataConfig, chat: Chat) -> ReaderOptions:
 
     Args:
       data: the ``data`` section.
-      chat: settings of a run, or those of `configured_chat`.
+      chat: chat settings of a run, or the result of `configured_chat`.
     """
     own = None if chat.tokenizer is None else chat.tokenizer.chat_template
     # A selected template is checked against the tokenizer; a checkpoint's own template is not.
@@ -65,13 +65,13 @@ def reader_options(data: DataConfig, chat: Chat) -> ReaderOptions:
 def create_run_chat(
     run: RunDirectory, config: Config, base: Chat, clock: datetime.datetime | None = None
 ) -> Chat:
-    """Returns the chat settings of a run, after writing them if the run is new.
+    """Returns the chat settings of a run; a new run writes them first.
 
     Args:
       run: directory of the run.
       config: config of the run.
-      base: settings of the model that the run starts from.
-      clock: clock of a new run; now by default.
+      base: chat settings of the model that the run starts from.
+      clock: date and time of a new run; now by default.
 
     Raises:
       JaxtuneError: ``data.chat_template`` cannot be read.
@@ -83,7 +83,7 @@ def create_run_chat(
 
 
 def save_end_tokens(run: RunDirectory, chat: Chat, examples: Examples) -> Chat:
-    """Returns the chat with the end tokens of the training data, and writes them to chat.json.
+    """Writes the end tokens of the training data to chat.json; returns the chat with them.
 
     Warns if no learned span ends in an end token.
     """
@@ -100,11 +100,13 @@ def save_end_tokens(run: RunDirectory, chat: Chat, examples: Examples) -> Chat:
 
 
 def find_end_tokens(ends: Mapping[int, int], chat: Chat) -> list[int]:
-    """Returns the sorted ids of end tokens among the last tokens of learned spans.
+    """Returns the sorted ids of the end tokens in which learned spans end.
+
+    End tokens are EOS and the tokenizer's added tokens, such as ``<|im_end|>``.
 
     Args:
-      ends: number of spans that end in a token, by token id.
-      chat: EOS and the tokenizer's added tokens, such as ``<|im_end|>``, count as end tokens.
+      ends: number of learned spans that end in a token, by token id.
+      chat: chat settings with the tokenizer.
     """
     added = set() if chat.tokenizer is None else set(chat.tokenizer.added_tokens_decoder)
     return sorted(ends.keys() & {*added, *chat.eos_token_ids})
@@ -122,13 +124,13 @@ def load_run_chat(run: RunDirectory, config: Config, source: TensorSource) -> Ch
       JaxtuneError: a file cannot be read.
     """
     base = initial_chat(config.adapter, source)
-    if not run.chat.is_file():  # not trained yet, or by an earlier version
+    if not run.chat.is_file():  # not started yet, or started by an earlier version
         return _apply_template(base, config.data)
     return _read(run, base)
 
 
 def _apply_template(base: Chat, data: DataConfig) -> Chat:
-    """Returns the chat with the template of the section, with its arguments as defaults."""
+    """Returns the chat with the section's template, whose arguments become defaults in it."""
     chat = base.with_template(read_template(data.chat_template))
     arguments = read_arguments(data.chat_template_kwargs, "data")
     template = None if chat.tokenizer is None else chat.tokenizer.chat_template

@@ -1,9 +1,10 @@
 """Checkpoints of a run's state; the only module that uses orbax-checkpoint.
 
-A step consists of ``<step>/state/`` (Orbax's), ``<step>/extra.json`` and ``<step>/manifest.json``.
-The manifest lists the size and SHA-256 of every file and is written last: a step without a manifest
-is unfinished, and a step that does not match its manifest is damaged. Orbax by itself restores a
-flipped byte without an error and takes an empty directory for the latest step.
+A step consists of ``<step>/state/`` (written by Orbax), ``<step>/extra.json`` and
+``<step>/manifest.json``. The manifest lists the size and SHA-256 of every file and is written last:
+a step without a manifest is unfinished, and a step that does not match its manifest is damaged.
+Orbax alone would restore a flipped byte without an error and treat an empty directory as the latest
+step.
 """
 
 from __future__ import annotations
@@ -36,21 +37,34 @@ class Checkpoints:
     """The checkpoints of a run: saved in the background, verified before they are restored.
 
     Every process writes and reads its own shards; only process 0 writes manifests, verifies,
-    quarantines and deletes. Use as a context manager: leaving it waits for the save in progress.
+    quarantines and deletes. Use it as a context manager: leaving it waits for the save in progress.
+
+    A save passes through two threads. Orbax copies the arrays to the host before `save` returns, so
+    the next step may donate them, and writes the files in its own thread. A finisher thread waits
+    for Orbax, hashes the files, writes the manifest and deletes old steps. Steps whose hashes were
+    compared or computed by this process are in `_verified` and are not hashed again.
+
+    Attributes:
+      directory: parent of the step directories.
+      keep: number of checkpoints to keep.
+      pinned: a step that is kept in addition, if any.
     """
 
     def __init__(self, directory: str | Path, keep: int = 2):
-        """Opens a directory of checkpoints, which is created when needed.
+        """Opens a directory of checkpoints, which the first save creates.
 
         Args:
           directory: parent of the step directories.
           keep: number of checkpoints to keep, at least 2 because one may turn out damaged.
+
+        Raises:
+          JaxtuneError: `keep` is below 2.
         """
         if keep < 2:
             raise JaxtuneError(f"checkpoint.keep must be at least 2, not {keep}")
         self.directory = Path(directory).absolute()
         self.keep = keep
-        self.pinned: int | None = None  # a step that is kept in addition
+        self.pinned: int | None = None
         self._checkpointer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
         self._finisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -79,7 +93,7 @@ class Checkpoints:
         Args:
           step: step number, the name of the directory.
           tree: pytree of arrays of any shapes and dtypes.
-          extra: JSON-serializable values: position in the data, scores, counts.
+          extra: JSON-serializable values: position in the data, counters of the run.
 
         Raises:
           JaxtuneError: no space is left for this or the previous save.
@@ -132,7 +146,7 @@ class Checkpoints:
         return step
 
     def _latest_verified(self) -> int:
-        """Returns −1 if there is none."""
+        """Implements `latest_verified` in process 0; returns −1 if there is no such step."""
         for step in reversed(self._directories()):
             fault = self._find_damage(step)
             if fault is None:
@@ -178,11 +192,11 @@ class Checkpoints:
         return sorted(int(entry.name) for entry in self.directory.iterdir() if _is_step(entry))
 
     def _finish(self, step: int, extra: str) -> None:
-        """Runs in the background: waits for Orbax, then writes the manifest."""
+        """Runs in the finisher thread: waits for Orbax, writes the manifest, deletes old steps."""
         path = self._path(step)
         try:
             with report_full_disk(self.directory):
-                self._checkpointer.wait_until_finished()  # until all processes have
+                self._checkpointer.wait_until_finished()  # in all processes
                 if not leads():
                     return
                 write_atomically(path / EXTRA, extra)
@@ -209,7 +223,7 @@ class Checkpoints:
         for step in whole[: -self.keep]:
             if step == self.pinned:
                 continue
-            # The manifest first: an interrupted deletion must not leave a step that looks complete.
+            # The manifest goes first, so that a step whose deletion is interrupted is unfinished.
             (self._path(step) / MANIFEST).unlink()
             shutil.rmtree(self._path(step))
             self._verified.discard(step)
@@ -219,7 +233,7 @@ class Checkpoints:
 
         Args:
           step: a step with a directory.
-          contents: compare hashes as well as sizes.
+          contents: whether to compare hashes as well as names and sizes.
         """
         path = self._path(step)
         if not (path / MANIFEST).is_file():
@@ -242,6 +256,7 @@ class Checkpoints:
         return None
 
     def _quarantine(self, step: int, reason: str) -> None:
+        """Moves a step into ``quarantine/``, under a new name if that is taken, and warns."""
         quarantine = self.directory / QUARANTINE
         quarantine.mkdir(parents=True, exist_ok=True)
         target = quarantine / str(step)
@@ -272,7 +287,7 @@ def _leaves_by_path(tree: Any, nested: bool = False) -> dict[str, Any]:
 
 
 def _check_fit(path: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raises if names, shapes or dtypes differ: Orbax would cast without an error."""
+    """Raises if names, shapes or dtypes differ; Orbax would cast dtypes without an error."""
     for name, leaf in wanted.items():
         if name not in stored:
             raise JaxtuneError(f"{path}: missing {name}{closest(name, stored)}")
@@ -284,7 +299,7 @@ def _check_fit(path: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> No
 
 
 def _dtype_and_shape(array: Any) -> str:
-    """Returns ``"float32[2, 3]"``."""
+    """Returns the type of an array as text, such as ``"float32[2, 3]"``."""
     return f"{np.dtype(array.dtype)}{[*array.shape]}"
 
 

@@ -23,15 +23,15 @@ LOCK = "lock"
 class RunDirectory:
     """The files of a run, and the operations on them.
 
-    Any process may read. Only one run at a time trains in a directory, inside `start`, and only its
-    process 0 writes.
+    Any process may read. Only one run at a time trains in a directory, inside `start`, and only
+    process 0 of that run writes.
     """
 
     def __init__(self, path: str | Path):
-        """Sets the paths of the files, without reading or writing any.
+        """Sets the paths of the files; no file is read or written.
 
         Args:
-          path: directory of the run, which need not exist yet.
+          path: directory of the run, which may not exist yet.
         """
         self.path = Path(path)
         self.config = self.path / "config.json"
@@ -87,7 +87,7 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def _hold(self, config: Config | None) -> Iterator[None]:
-        """Locks the directory, writes the config of a new run and completes cut-off renames."""
+        """Locks the directory, writes the config of a new run, completes interrupted renames."""
         with report_full_disk(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         with _locked(self.path):
@@ -129,7 +129,7 @@ class RunDirectory:
             raise JaxtuneError(message) from error
 
     def steps_done(self) -> int:
-        """Returns the step of the newest checkpoint; 0 if there is none."""
+        """Returns the step of the newest checkpoint, without verifying it; 0 if there is none."""
         saved = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
         return max((int(path.name) for path in saved if path.name.isdecimal()), default=0)
 
@@ -157,7 +157,7 @@ class RunDirectory:
         """Stores the fingerprint of a new run, or compares it when a run is resumed.
 
         Args:
-          fingerprint: hashes and versions of the inputs by name: data, tokenizer, base model, …
+          fingerprint: hashes of the inputs by name: data, tokenizer, base model.
 
         Raises:
           JaxtuneError: an input has changed since the run started; the message lists the changes.
@@ -180,8 +180,8 @@ class RunDirectory:
 
         Args:
           target: one of the adapter directories.
-          write: called with an empty directory to fill. Processes other than 0 call it as well, to
-            take part in gathering arrays; they must not write.
+          write: function that fills an empty directory. Every process calls it, because gathering
+            arrays needs all of them, but only process 0 may write.
         """
         if not leads():
             write(target)
@@ -202,7 +202,7 @@ class RunDirectory:
         self._write_json(self.expert_load, content, indent=None)
 
     def write_expert_scores(self, scores: ExpertScores) -> None:
-        """Writes ``expert_scores.json``: the scores that the trained experts were selected by."""
+        """Writes ``expert_scores.json``: the scores by which the trained experts are selected."""
         if leads():
             with report_full_disk(self.path):
                 write_atomically(self.expert_scores, scores.to_json())
@@ -247,7 +247,7 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 def _format_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Returns ``"key: old → new, …"`` for the keys that differ; empty if none does."""
+    """Returns ``"key: old → new, …"`` for the keys that differ; empty if there are none."""
     return ", ".join(
         f"{key}: {old.get(key, 'absent')} → {new.get(key, 'absent')}"
         for key in sorted(old.keys() | new.keys())

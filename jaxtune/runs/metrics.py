@@ -21,10 +21,11 @@ SAMPLES = "samples.jsonl"
 
 
 class MetricLog:
-    """Appends to ``metrics.jsonl``, ``evaluations.jsonl`` and ``samples.jsonl``; a context manager.
+    """A context manager that appends to the JSON-lines files of a run and to other loggers.
 
-    Only process 0 writes. Every line is a JSON object whose first key is ``step``; it is on disk
-    when the call returns. A float32 is written so that reading it gives the same bits.
+    Only process 0 writes. Every line of ``metrics.jsonl``, ``evaluations.jsonl`` and
+    ``samples.jsonl`` is a JSON object whose first key is ``step``, and is written when the call
+    returns. A float32 value is read back with the same bits.
     """
 
     def __init__(self, directory: str | Path, tensorboard: bool, resume_step: int, wandb: str = ""):
@@ -32,11 +33,11 @@ class MetricLog:
 
         Args:
           directory: directory of the run.
-          tensorboard: also write TensorBoard events, to ``tensorboard/``.
+          tensorboard: whether to write TensorBoard events to ``tensorboard/`` as well.
           resume_step: step to resume from, 0 for a new run. Lines of later steps, which an
-            interrupted run wrote after its last checkpoint, are dropped, so that the files read as
-            those of an uninterrupted run.
-          wandb: project of Weights & Biases to log to as well; empty: none.
+            interrupted run wrote after its last checkpoint, are dropped, because the resumed run
+            writes them again.
+          wandb: Weights & Biases project to log to as well; empty: none.
 
         Raises:
           JaxtuneError: a line is not a JSON object with a step; an incomplete last line is allowed.
@@ -51,7 +52,6 @@ class MetricLog:
             return
         for name in (METRICS, EVALUATIONS, SAMPLES):
             _drop_after(directory / name, resume_step)
-        self._samples = directory / SAMPLES
         self._metrics = (directory / METRICS).open("a", encoding="utf-8", buffering=1)
         self._evaluations = (directory / EVALUATIONS).open("a", encoding="utf-8", buffering=1)
         if tensorboard:
@@ -72,13 +72,13 @@ class MetricLog:
         Args:
           step: step number, from 1.
           values: ``loss``, ``learning_rate``, ``grad_norm``, ``tokens`` (seen so far, without
-            padding), ``rows`` (seen so far), ``tokens_per_second`` and others. Finite numbers; for
-            a skipped step also None and text, which TensorBoard does not get.
+            padding), ``rows`` (seen so far), ``tokens_per_second`` and others: finite numbers; for
+            a skipped step also None and text, which are written to ``metrics.jsonl`` only.
         """
         self._write(self._metrics, "train", step, values)
 
     def evaluation(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes the scores of an evaluation after `step` steps; finite numbers."""
+        """Writes the scores of an evaluation after `step` steps, finite numbers by name."""
         self._write(self._evaluations, "evaluation", step, values)
 
     def samples(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
@@ -114,7 +114,7 @@ class MetricLog:
 
 
 def check_wandb(project: str) -> None:
-    """Checks that Weights & Biases can be used, before a run starts.
+    """Checks before a run starts that Weights & Biases can be used.
 
     Raises:
       JaxtuneError: a project is given and the package is not installed.
@@ -140,7 +140,7 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
     """Reads ``metrics.jsonl`` or ``evaluations.jsonl``.
 
     Args:
-      path: the file; a missing file has no lines.
+      path: path of the file; a missing file is read as empty.
 
     Returns:
       The objects in order, without an incomplete last line.
@@ -166,6 +166,7 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _drop_after(path: Path, step: int) -> None:
+    """Removes the lines of steps after `step`, and an incomplete last line."""
     if not path.exists():
         return
     kept = [entry for entry in read_lines(path) if entry["step"] <= step]

@@ -1,7 +1,7 @@
 """Skipping bad steps: values that are not finite, float16 overflows and spikes.
 
-The check is part of the jitted step and its memory is part of the training state, so a resumed run
-decides as an uninterrupted one.
+The check runs inside the jitted step, and its running means and loss scale are part of the training
+state, so a resumed run skips the same steps as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ REASONS = {
     OVERFLOW: "float16 overflow",
     SPIKE: "spike",
 }
-"""Reasons for a skipped step, by the metric ``skipped`` of a step; 0 is `APPLIED`."""
+"""Reason for a skipped step by its code, the value of the metric ``skipped``; 0 is `APPLIED`."""
 
-# The values of torch.amp.GradScaler, plus a largest scale, which keeps the scale finite.
+# Defaults of torch.amp.GradScaler, and an upper bound that keeps the scale finite.
 _INITIAL_SCALE, _LARGEST_SCALE, _GROWTH_INTERVAL = 2.0**16, 2.0**24, 2000
-_WINDOW = 20  # steps of the running means
+_WINDOW = 20  # applied steps that the running means average over
 
 
 class GuardSettings(NamedTuple):
@@ -29,8 +29,8 @@ class GuardSettings(NamedTuple):
 
     Attributes:
       scaling: whether gradients are computed with a loss scale, as float16 needs.
-      spike_factor: ratio of loss or gradient norm to its running mean from which a step is a
-        spike; 0 turns the check off.
+      spike_factor: multiple of its running mean above which a loss or gradient norm counts as a
+        spike; 0 disables the check.
     """
 
     scaling: bool = False
@@ -41,11 +41,11 @@ NO_GUARD = GuardSettings()
 
 
 class Guard(NamedTuple):
-    """The state of the check: scalars.
+    """The state of the check; all fields are scalars.
 
     Attributes:
       scale: float32, loss scale; 1 where gradients are not scaled.
-      steady: int32, steps since the scale last changed.
+      steady: int32, applied steps since the scale last changed.
       loss: float32, running mean of the loss over applied steps.
       grad_norm: float32, running mean of the gradient norm before clipping.
       seen: int32, applied steps in these means.
@@ -76,8 +76,9 @@ def check_step(
 ) -> tuple[jax.Array, Guard]:
     """Decides whether a step is applied.
 
-    The loss scale is halved when gradients overflow and doubled after 2000 steps without an
-    overflow. An overflow at scale 1, or a loss that is not finite, is not caused by the scale.
+    The loss scale is halved when gradients overflow and doubled after 2000 applied steps without an
+    overflow. A smaller scale cannot help at scale 1 or if the loss itself is not finite; such a
+    step is `NOT_FINITE` rather than `OVERFLOW`.
 
     Args:
       guard: state of the check.
@@ -86,7 +87,7 @@ def check_step(
       settings: static settings.
 
     Returns:
-      `APPLIED` or a key of `REASONS`, int32, and the new state of the check.
+      The outcome, int32 scalar (`APPLIED` or a key of `REASONS`), and the new state of the check.
 
     Source: torch.amp.GradScaler for the scale.
     """
@@ -100,6 +101,8 @@ def check_step(
         high = (loss > factor * guard.loss) | (grad_norm > factor * guard.grad_norm)
         outcome = jnp.where(finite & high & (guard.seen >= _WINDOW), SPIKE, outcome)
     applied = outcome == APPLIED
+    # The mean of all applied steps up to `_WINDOW` of them, then an exponential moving average. The
+    # `where` below excludes skipped steps; with weight 0, a NaN would still enter the mean.
     weight = 1 / jnp.minimum(guard.seen + 1, _WINDOW).astype(jnp.float32)
 
     def mean(old: jax.Array, new: jax.Array) -> jax.Array:

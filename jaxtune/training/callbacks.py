@@ -26,10 +26,10 @@ class Callbacks:
     """Evaluation, checkpoints, adapter export and preemption after a step.
 
     Attributes:
-      config, evaluate, save_adapter, run, loader, timeline: those of `Trainer`.
-      checkpoints: checkpoints of the run, open.
+      config, evaluate, save_adapter, run, loader, timeline: the fields of `Trainer`.
+      checkpoints: open checkpoint manager of the run.
       log: metric files.
-      recorder: output of the run, which is flushed before an evaluation or a save.
+      recorder: metrics of the steps; flushed before an evaluation or a save.
       tally: counters of the run.
     """
 
@@ -50,7 +50,9 @@ class Callbacks:
         self._saved: int | None = None
 
     def after_step(self, number: int, state: Any, last: bool = False) -> None:
-        """Evaluates and saves where due after step `number`; both are due after the last step.
+        """Evaluates and saves if due after step `number`.
+
+        After the last step it always saves, and evaluates unless ``evaluation.every`` is 0.
 
         Raises:
           Preempted: a preemption notice was received; the step is saved.
@@ -59,15 +61,17 @@ class Callbacks:
         evaluates = self.evaluate is not None and not self._evaluating.never
         if evaluates and (self._evaluating(number) or last):
             best = self._evaluate(number, state)
-        # The best weights of full fine-tuning exist in a checkpoint only.
+        # Full fine-tuning exports no adapter, so the best weights need a checkpoint.
         only_copy = best and self.save_adapter is None
-        # After the evaluation: a resumed run does not evaluate the step of its checkpoint again.
+        # The save comes after the evaluation and includes its result in the tally, so a resumed run
+        # does not repeat the evaluation.
         if last or saving or only_copy or self.tally.stopped:
             self._save(number, state)
         if not last and not self.tally.stopped and preempted(number):
             self._leave(number, state)
 
     def _leave(self, number: int, state: Any) -> NoReturn:
+        """Saves step `number` unless it is saved already, and raises `Preempted`."""
         if self._saved != number:
             self._save(number, state)
         self.checkpoints.wait()
@@ -77,7 +81,7 @@ class Callbacks:
         )
 
     def finish(self) -> None:
-        """Logs the best evaluation and where its adapter is."""
+        """Logs the skipped steps, the best evaluation and the location of its weights."""
         tally, metric = self.tally, self.config.evaluation.stop_metric
         if tally.skipped:
             counts = ", ".join(f"{count} {reason}" for reason, count in tally.skipped.items())
@@ -88,15 +92,15 @@ class Callbacks:
         if self.save_adapter is None:
             where = self.checkpoints.directory / str(tally.best_step)
         logger.info(
-            "the best held-out %s is that of step %d, %.4f: %s",
+            "best held-out %s: %.4f after step %d (%s)",
             metric,
-            tally.best_step,
             tally.best,
+            tally.best_step,
             where,
         )
 
     def _evaluate(self, number: int, state: Any) -> bool:
-        """Evaluates, and returns whether the score is the best so far."""
+        """Evaluates, writes the scores, and returns whether they are the best so far."""
         assert self.evaluate is not None
         with self.recorder.paused():
             scores = dict(self.evaluate(state.trainable))
@@ -119,6 +123,7 @@ class Callbacks:
         return best
 
     def _save(self, number: int, state: Any) -> None:
+        """Saves a checkpoint with the position in the data and the tally; exports the adapter."""
         with self.recorder.paused():
             extra = {"loader": self.loader.state(), "tally": dataclasses.asdict(self.tally)}
             self.checkpoints.save(number, state, extra)

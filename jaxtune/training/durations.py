@@ -14,8 +14,8 @@ from jaxtune.intervals import parse_interval
 from jaxtune.parallel.processes import agree
 from jaxtune.progress import track
 
-# Limits of the planning that is done for a log line only: a second or two. Planning a pass has a
-# fixed cost of about 200 examples.
+# `Timeline.describe` plans passes for a log line only, so it gives up after `_AHEAD` examples, a
+# second or two. A pass counts `_PASS` examples more than it has, for the fixed cost of planning it.
 _AHEAD, _PASS = 5_000_000, 200
 
 
@@ -23,9 +23,9 @@ class Shown(NamedTuple):
     """The data shown to the model up to a step.
 
     Attributes:
-      passes: passes over the data; within a pass, the fraction of its steps that are done is added.
-      rows: number of examples, counting repetitions.
-      tokens: number of tokens in these examples, without padding.
+      passes: number of passes; a pass in progress counts by the fraction of its steps.
+      rows: number of examples, with repetitions.
+      tokens: number of tokens of these examples, without padding.
     """
 
     passes: float
@@ -34,9 +34,11 @@ class Shown(NamedTuple):
 
 
 class Timeline:
-    """Exact progress through the data by step. Passes are planned on demand.
+    """Exact progress through the data by step, computed from the lengths of the examples.
 
-    It is computed from the lengths of the examples; no batch is made.
+    Packing makes the number of steps differ between passes, so each pass is planned once, on demand
+    and in order. `_ends[i]` and `_tokens[i]` are the total steps and tokens of the passes before
+    pass `i`. A bisection finds the pass of a step or token; its plan has the position within it.
     """
 
     def __init__(self, order: DataOrder):
@@ -45,7 +47,7 @@ class Timeline:
         self._ends, self._tokens = [0], [0]  # steps and tokens before each pass
 
     def extend(self, advance: Callable[[int], None] | None = None) -> None:
-        """Plans one more pass."""
+        """Plans one more pass; `advance` is called with the number of examples planned."""
         number = len(self._ends) - 1
         plan = self.order.plan(number, advance)
         self._ends.append(self._ends[-1] + plan.steps)
@@ -71,9 +73,11 @@ class Timeline:
     def total_steps(self, training: TrainingConfig) -> int:
         """Returns the number of steps of a run; at least one if given in epochs or tokens.
 
+        A fraction of an epoch is rounded up to whole steps of its pass, and a number of tokens to
+        the step that reaches it.
+
         Args:
-          training: the ``training`` section. A fraction of a pass is rounded up to steps of that
-            pass, and tokens to the step that reaches them.
+          training: the ``training`` section.
         """
         if training.epochs:
             return self._steps_of_passes(training.epochs)
@@ -82,6 +86,7 @@ class Timeline:
         return training.steps
 
     def _steps_of_passes(self, epochs: float) -> int:
+        # The small constants absorb rounding errors, as in 0.1 + 0.2 or 3 × 1/3 epochs.
         whole = math.floor(epochs + 1e-9)
         part = epochs - whole if epochs - whole > 1e-9 else 0.0
         passes = whole + (part > 0)
@@ -100,7 +105,7 @@ class Timeline:
         return max(1, self._ends[number] + int(within))
 
     def describe(self, steps: int) -> str:
-        """Returns the length of a run in steps and passes, and whether it ends within a pass."""
+        """Returns text: a run's length in steps and passes, and whether it ends within a pass."""
         rows, cost = self.order.rows_per_pass, 0
         with track(None, "planning passes") as advance:
             while self._ends[-1] < steps and (cost <= _AHEAD or len(self._ends) == 1):
@@ -127,14 +132,14 @@ def _plural(word: str, count: float) -> str:
 
 
 class Due:
-    """An interval: decides after which steps an event is due."""
+    """An interval in steps, epochs, tokens or minutes, after which an event is due."""
 
     def __init__(self, key: str, value: int | str, timeline: Timeline | None = None):
-        """Starts the clock of an interval in minutes.
+        """Parses the interval; an interval in minutes begins now.
 
         Args:
           key: config key, for messages.
-          value: interval as in `parse_interval`; 0 is never.
+          value: interval in the syntax of `parse_interval`; 0: never.
           timeline: timeline of the run, for intervals in epochs or tokens.
         """
         self._amount, self._unit = parse_interval(key, value)
@@ -150,7 +155,7 @@ class Due:
             return False
         if self._unit != "minutes":
             return self._periods(number) > self._periods(number - 1)
-        # The clocks of the processes differ; all have to decide the same.
+        # Clocks differ between processes, which all have to make the same decision.
         due = bool(agree(time.monotonic() - self._since >= 60 * self._amount))
         if due:
             self._since = time.monotonic()

@@ -19,7 +19,10 @@ HIGHER_IS_BETTER = {
     "exact_match": True,
     "balance_loss": False,
 }
-"""Scores that can choose the best adapter; those of a named set have its name, as in a/loss."""
+"""Scores that can select the best adapter, with their order.
+
+Scores of a named held-out set have its name as a prefix, as in ``law/loss``.
+"""
 
 
 @dataclasses.dataclass
@@ -29,7 +32,7 @@ class Tally:
     Attributes:
       tokens: tokens seen, as in the metric of that name.
       skipped: number of skipped steps by reason.
-      bad_in_a_row: number of skipped steps since the last applied step, without float16 overflows.
+      bad_in_a_row: number of steps skipped since the last applied one, except float16 overflows.
       best: best score so far.
       best_step: step of the best score.
       stale: number of evaluations since the best score.
@@ -46,7 +49,7 @@ class Tally:
 
 
 def check_metric(metric: str, scores: Iterable[str]) -> None:
-    """Raises if a score cannot choose the best adapter.
+    """Raises if a score cannot select the best adapter.
 
     Args:
       metric: ``evaluation.stop_metric``.
@@ -68,7 +71,7 @@ def check_metric(metric: str, scores: Iterable[str]) -> None:
 def consider(
     tally: Tally, number: int, scores: Mapping[str, Any], settings: EvaluationConfig
 ) -> bool:
-    """Updates the counters after an evaluation.
+    """Updates the best score, and requests early stopping, after an evaluation.
 
     Args:
       tally: counters of the run, updated in place.
@@ -77,7 +80,7 @@ def consider(
       settings: the ``evaluation`` section.
 
     Returns:
-      Whether it is the best so far.
+      Whether the evaluation is the best so far.
     """
     metric = settings.stop_metric
     check_metric(metric, scores)

@@ -55,7 +55,7 @@ def bind_evaluation(
     sets: Mapping[str, Examples],
     chat: Chat | None = None,
 ) -> Callable[[Tree], dict[str, Any]] | None:
-    """Returns the evaluation as a function ``trainable -> scores``; None without a held-out set.
+    """Returns the evaluation as a function ``trainable → scores``; None without held-out sets.
 
     Scores are ``loss`` (mean over target tokens, nats), ``perplexity``, ``token_accuracy`` (share
     of targets with the highest probability) and ``tokens`` (targets), over all sets together and
@@ -84,11 +84,11 @@ def bind_evaluation(
     questions = {name: read_questions(examples, count) for name, examples in sets.items() if count}
 
     def summed(trainable: Tree, examples: Examples) -> Any:
+        """Returns the `BatchSums` of a whole set, in float64."""
         total = None
         for batch in held_out_batches(setup.config, examples, setup.reserved):
             sums = compiled(trainable, base, constants, setup.put_batch(batch))
             sums = jax.device_get(fetch(sums))
-            # Sums over a whole set in float64.
             sums = jax.tree.map(np.float64, sums)
             total = sums if total is None else jax.tree.map(np.add, total, sums)
         assert total is not None  # a set is never empty
@@ -123,6 +123,7 @@ def score_names(section: EvaluationConfig, sets: Collection[str], experts: bool)
 
 
 def _scores(sums: Any) -> dict[str, Any]:
+    """Returns the scores of a `BatchSums` of float64 scalars."""
     loss = float(sums.nll / sums.weight)
     return {
         "loss": loss,

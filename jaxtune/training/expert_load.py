@@ -1,4 +1,4 @@
-"""Load of the experts in a mixture of experts: how evenly they are chosen."""
+"""Load of the experts in a mixture of experts: how evenly the router selects them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ import numpy as np
 
 
 def relative_load(load: Any) -> Any:
-    """Returns tokens per expert [layers, E] relative to an even load in each layer."""
+    """Returns the load of each expert relative to an even load in its layer, which is 1.
+
+    Args:
+      load: float [layers, E], number of tokens of each expert.
+
+    Returns:
+      An array of the same shape; 0 in a layer without tokens.
+    """
     even = jnp.sum(load, axis=-1, keepdims=True) / load.shape[-1]
     return load / jnp.maximum(even, 1e-9)
 
@@ -41,7 +48,7 @@ def load_table(load: np.ndarray, layers: list[int]) -> dict[str, list[float]]:
       layers: indices of these layers in the model.
 
     Returns:
-      E values for each layer, by the module name of its experts.
+      The E values of each layer by the module name of its experts, rounded to 4 digits.
     """
     rows = np.asarray(relative_load(load)).round(4).tolist()
     names = [f"model.layers.{layer}.mlp.experts" for layer in layers]

@@ -28,14 +28,17 @@ class Question(NamedTuple):
 
 
 def read_questions(examples: Examples, count: int) -> list[Question]:
-    """Splits the first `count` examples into their last span of targets and the text before it."""
+    """Returns the last span of targets of each of the first `count` examples as its answer.
+
+    The prompt is everything before that span. ``targets[t]`` is the token at t + 1, so a span of
+    targets at positions first … last is the tokens first + 1 … last + 1.
+    """
     questions = []
     for tokens, targets in zip(examples.tokens[:count], examples.targets[:count], strict=True):
         counted = np.asarray(targets) != IGNORE
         last = int(np.flatnonzero(counted)[-1])
         gaps = np.flatnonzero(~counted[:last])
         first = int(gaps[-1]) + 1 if gaps.size else 0
-        # The target at a position is the token after it.
         prompt = [int(token) for token in tokens[: first + 1]]
         questions.append(Question(prompt, [int(token) for token in targets[first : last + 1]]))
     return questions
@@ -45,6 +48,9 @@ def answer_questions(
     setup: Setup, trees: Any, questions: Mapping[str, Sequence[Question]], chat: Chat
 ) -> list[dict[str, Any]]:
     """Generates answers greedily, in batches of ``evaluation.batch_size`` rows.
+
+    Questions are sorted by the length of their prompts, so that a batch has little padding, and the
+    last batch repeats a question, so that all have the compiled number of rows.
 
     Args:
       setup: setup of the run.
@@ -57,7 +63,7 @@ def answer_questions(
       ``answer`` and `ANSWER_SCORES`.
     """
     flat = [(name, question) for name, some in questions.items() for question in some]
-    # A longer answer than the longest expected one is wrong in any case.
+    # One token more than the longest expected answer: anything longer is wrong already.
     longest = max(len(question.answer) for _, question in flat) + 1
     order = sorted(range(len(flat)), key=lambda index: len(flat[index][1].prompt))
     rows, answers = setup.config.evaluation.batch_size, {}
@@ -83,9 +89,10 @@ def answer_questions(
 
 
 def _sample(chat: Chat, question: Question, answer: Sequence[int]) -> dict[str, Any]:
+    """Returns the row of ``samples.jsonl`` for a generated answer, without ``set``."""
+
     def text(tokens: Sequence[int]) -> str:
-        # With special tokens, which can be the whole answer, and without the clean-up of spaces,
-        # which would change it.
+        # Keeps special tokens, which can be the whole answer, and all spaces.
         return chat.tokenizer.decode(
             tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
@@ -99,7 +106,7 @@ def _sample(chat: Chat, question: Question, answer: Sequence[int]) -> dict[str, 
 
 
 def average(samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Averages the scores of samples over all sets and over each named set."""
+    """Returns the mean scores over all samples and, prefixed by its name, over each named set."""
     scores = {}
     for name in ("", *dict.fromkeys(sample["set"] for sample in samples if "set" in sample)):
         own = [sample for sample in samples if not name or sample["set"] == name]

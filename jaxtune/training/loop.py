@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class Loader(Protocol):
-    """Interface of the data: an endless iterator over batches with a position."""
+    """An endless iterator over batches whose position can be saved and restored."""
 
     def __next__(self) -> Any:
         """Returns the next batch, a pytree of NumPy arrays."""
@@ -43,7 +43,7 @@ class Loader(Protocol):
         ...
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Moves to a position that `state` has returned."""
+        """Restores a position returned by `state`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +55,12 @@ class Trainer:
         scalars and include ``loss``, ``grad_norm``, ``learning_rate`` and ``tokens`` (of the
         batch), and ``skipped`` if steps can be skipped.
       loader: source of the batches.
-      evaluate: ``trainable -> scores`` on the held-out sets; scores are numbers and include
-        ``loss``, except ``expert_load`` and ``samples``, which have files of their own. None:
-        nothing is held out.
-      save_adapter: writes the trainables to a directory. None: checkpoints are the only copy.
-      run: directory of the run, started.
+      evaluate: ``trainable -> scores`` on the held-out sets: numbers, among them ``loss``, and
+        optionally ``expert_load`` and ``samples``, which have separate files. None: no
+        held-out data.
+      save_adapter: ``(trainable, directory)``, exports the adapter. None: full fine-tuning, whose
+        only copies are checkpoints.
+      run: directory of the run, already started.
       config: resolved config of the run.
       steps: number of steps; ``training.steps`` by default.
       timeline: progress through the data, for intervals in epochs or tokens.
@@ -77,8 +78,8 @@ class Trainer:
     def fit(self, state: Any) -> Any:
         """Trains to the end, from the newest undamaged checkpoint of the run if there is one.
 
-        On a deterministic backend, a run that was killed at any moment resumes to bitwise the same
-        losses as an uninterrupted one.
+        On a deterministic backend, a run that is killed at any moment and resumed has bitwise the
+        same losses as an uninterrupted one.
 
         Args:
           state: initial state of a new run, a pytree of `jax.Array` with an attribute
@@ -88,10 +89,11 @@ class Trainer:
           The state after the last step: step `steps`, or earlier with early stopping.
 
         Raises:
-          JaxtuneError: too many skipped steps in a row, a held-out score that is not finite
-            (nothing of it is saved), a full disk, or a checkpoint that does not fit.
-          Preempted: SIGTERM or a preemption notice; every process has saved the same step.
-          KeyboardInterrupt: after the save in progress, if any, is complete.
+          JaxtuneError: too many skipped steps in a row, a held-out score that is not finite (the
+            step is not saved), a full disk, or a checkpoint of other shapes.
+          Preempted: SIGTERM or a preemption notice was received; every process has saved the same
+            step.
+          KeyboardInterrupt: raised again once a save in progress is complete.
         """
         config, run = self.config, self.run
         steps = int(config.training.steps if self.steps is None else self.steps)
@@ -149,7 +151,8 @@ class Trainer:
 
 
 def _resume(state: Any, loader: Loader, checkpoints: Checkpoints) -> tuple[Any, Tally, int | None]:
-    """Returns the initial state and tally, and the step of their checkpoint, if there is one."""
+    """Returns the state and tally of the newest checkpoint, and its step; without one, `state`, an
+    empty tally and None."""
     latest = checkpoints.latest_verified()
     if latest is None:
         return state, Tally(), None
@@ -157,7 +160,7 @@ def _resume(state: Any, loader: Loader, checkpoints: Checkpoints) -> tuple[Any, 
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
     )
     for leaf in jax.tree.leaves(state):
-        leaf.delete()  # otherwise the device would hold two states during the restore
+        leaf.delete()  # a restore next to it would need the memory of two states
     state, extra = checkpoints.restore(latest, like)
     loader.restore(extra["loader"])
     logger.info("resuming after step %d, from %s", latest, checkpoints.directory)

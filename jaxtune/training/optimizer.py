@@ -49,7 +49,10 @@ def _decayed(
     schedule: optax.Schedule,
     mask: Any,
 ) -> optax.GradientTransformation:
-    """Chains a rule with decoupled decay and the learning rate."""
+    """Chains a rule with decoupled weight decay and the learning rate.
+
+    `mask` is a tree of bools with the structure of the trainables: True where decay applies.
+    """
     return optax.chain(
         rule,
         optax.add_decayed_weights(settings.weight_decay, mask),
@@ -58,16 +61,16 @@ def _decayed(
 
 
 def adamw(settings: OptimizerConfig) -> optax.GradientTransformation:
-    """Returns Adam's rule (Loshchilov and Hutter, 2019), without decay and learning rate."""
+    """Returns AdamW's rule (Loshchilov and Hutter, 2019), without decay and learning rate."""
     return optax.scale_by_adam(
         b1=settings.b1, b2=settings.b2, eps=settings.eps, mu_dtype=settings.moment_dtype
     )
 
 
 def adafactor(settings: OptimizerConfig) -> optax.GradientTransformation:
-    """Returns Adafactor's rule (Shazeer and Stern, 2018) at an absolute learning rate.
+    """Returns Adafactor's rule (Shazeer and Stern, 2018), for an absolute learning rate.
 
-    There is no first moment, to save memory.
+    It has no first moment, which saves memory.
     """
     del settings
     return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
@@ -94,10 +97,11 @@ def make_schedule(
     Args:
       settings: the ``optimizer`` section.
       steps: length of the run.
-      provisional: whether the length is a stand-in for one in epochs or tokens.
+      provisional: whether `steps` is a placeholder for a length in epochs or tokens, which is not
+        known yet; suppresses the warning about a long warm-up.
 
     Returns:
-      A function of the step's index, from 0 (int32 scalar), to its rate (float32 scalar).
+      A function from the index of a step, from 0 (int32 scalar), to its rate (float32 scalar).
 
     Raises:
       JaxtuneError: an unknown schedule.
@@ -145,7 +149,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def scale_rates(multipliers: Any) -> optax.GradientTransformation:
-    """Scales the updates of each leaf, that is, its learning rate.
+    """Multiplies the updates of each leaf, and so its learning rate, by a constant.
 
     Args:
       multipliers: pytree of floats with the structure of the trainables.
@@ -162,15 +166,21 @@ def scale_rates(multipliers: Any) -> optax.GradientTransformation:
 
 
 def rate_multipliers(settings: OptimizerConfig, trainable: Any) -> Any:
-    """Returns the learning rate of each leaf over that of the run.
+    """Returns the learning rate of each leaf as a multiple of ``optimizer.learning_rate``.
+
+    A pattern of ``group_rates`` is a regular expression that matches whole components of a dotted
+    path: ``v_proj`` matches ``….self_attn.v_proj.lora_A`` but not ``kv_proj``. The first matching
+    entry applies. LoRA+ multiplies the rate of every ``lora_B`` by its ratio in addition.
 
     Args:
-      settings: the ``optimizer`` section: ``group_rates``, and LoRA+'s ratio, which multiplies
-        the rate of every LoRA factor B.
+      settings: the ``optimizer`` section.
       trainable: pytree of arrays, named by its paths.
 
+    Returns:
+      A pytree of floats with the structure of `trainable`.
+
     Raises:
-      JaxtuneError: an entry of another form, or one that matches no trainable.
+      JaxtuneError: an entry is malformed or matches no trainable.
 
     Source: Hayou et al., 2024 (LoRA+).
     """
@@ -197,7 +207,7 @@ def rate_multipliers(settings: OptimizerConfig, trainable: Any) -> Any:
 
 
 def _group_rate(entry: str, peak: float) -> tuple[str, float]:
-    """Reads ``pattern=4e-4`` or ``pattern=0.1x``; returns pattern and multiple of `peak`."""
+    """Parses ``pattern=4e-4`` or ``pattern=0.1x`` into a pattern and a multiple of `peak`."""
     pattern, _, text = entry.rpartition("=")
     try:
         re.compile(pattern)
@@ -220,19 +230,21 @@ def _group_rate(entry: str, peak: float) -> tuple[str, float]:
 
 
 def _name(path: jax.tree_util.KeyPath) -> str:
+    """Returns the dotted path of a leaf."""
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def decay_mask(trainable: Any) -> Any:
-    """Returns which trainables weight decay applies to: all but norms and biases.
+    """Returns the mask of weight decay, which applies to all trainables but norms and biases.
 
-    The names decide, since arrays stacked over layers have one more dimension than in the model.
+    They are recognized by name. The usual test, fewer than two dimensions, does not work here:
+    weights are stacked over the layers of a block, so a norm is [layers, n].
 
     Args:
       trainable: pytree of arrays, named by its paths.
 
     Returns:
-      The same tree with a bool for each leaf.
+      A pytree of bools with the structure of `trainable`.
     """
 
     def decays(path: jax.tree_util.KeyPath, leaf: Any) -> bool:
@@ -250,14 +262,14 @@ def make_optimizer(
 
     Args:
       settings: the ``optimizer`` section.
-      trainable: pytree of float32 arrays or shapes; second moments take their dtype.
+      trainable: pytree of float32 arrays or ShapeDtypeStructs; second moments have their dtype.
       schedule: learning-rate schedule; see `make_schedule`.
 
     Returns:
       The transformation from gradients to updates, both with the structure of `trainable`.
 
     Raises:
-      JaxtuneError: an unknown optimizer, or a group rate that matches nothing trained.
+      JaxtuneError: an unknown optimizer, or a group rate that matches no trainable.
     """
     rule = lookup(OPTIMIZERS, settings.name, key="optimizer.name").load()(settings)
     parts = [_decayed(rule, settings, schedule, decay_mask(trainable))]

@@ -16,10 +16,10 @@ from jaxtune.parallel.rules import RULES
 from jaxtune.training.setup import Setup
 
 GIB = 2**30
-# Activations that a decoder layer saves for its backward pass, per token and hidden unit:
-# Korthikanti et al., 2022, count 34 bytes in 16 bits, without attention scores.
+# Values that a decoder layer saves for its backward pass, per token and hidden unit. Korthikanti et
+# al., 2022, count 34 bytes at 16 bits, without attention scores.
 _SAVED_PER_LAYER = 17
-_NF4_SHARE = 0.53 / 2  # bytes of a weight in NF4 with its scales, over those in 16 bits
+_NF4_SHARE = 0.53 / 2  # size of a weight in NF4 with its scales, relative to 16 bits
 
 
 class Remedy(NamedTuple):
@@ -56,7 +56,7 @@ def explain(text: str, setup: Setup) -> str:
     """
     program, array, limit = read_shortage(text)
     needed = array if program is None else program
-    # A program that is too large as a whole, or one more array.
+    # XLA reports either the size of a whole program with the limit, or one more allocation without.
     more = "" if limit is not None else " more"
     if limit is None:
         limit = _device_bytes(setup.mesh.devices.flat[0])
@@ -69,20 +69,24 @@ def explain(text: str, setup: Setup) -> str:
     then = f"; then {', '.join(remedy.change for remedy in others)}" if others else ""
     return (
         f"{', '.join(parts)}; change first: {first.change}, which saves about "
-        f"{first.bytes / GIB:.2g} GiB of each device (an estimate; jaxtune plan has the compiler's "
+        f"{first.bytes / GIB:.2g} GiB per device (an estimate; jaxtune plan has the compiler's "
         f"own figures){then}"
     )
 
 
 def remedies(setup: Setup) -> list[Remedy]:
-    """Returns changes that need less memory, the least costly in speed and quality first."""
+    """Returns changes that reduce memory, the least costly in speed and quality first.
+
+    Savings are estimates per device. `values` is the size of one [rows, T, hidden] array; with
+    remat, a layer saves that one input, otherwise about `_SAVED_PER_LAYER` such arrays.
+    """
     training, model = setup.config.training, setup.definition.config
     shares = math.prod(setup.mesh.shape[axis] for axis in RULES["batch"])
     rows = training.batch_size // training.accumulation
     length = setup.config.data.max_length // setup.mesh.shape["sequence"]
     values = rows // shares * length * model["hidden_size"] * setup.options.dtype.itemsize
     saved = values * model["num_hidden_layers"]
-    # With remat: the inputs of all layers, and all activations of one layer at a time.
+    # With remat, the inputs of all layers are saved, and all activations of one layer at a time.
     kept = saved + values * _SAVED_PER_LAYER
     found = []
     if training.remat != "full":
@@ -99,7 +103,7 @@ def remedies(setup: Setup) -> list[Remedy]:
 
 
 def _frozen_bytes(setup: Setup) -> float:
-    """Returns the bytes per device of the frozen matrices in layers, in their current dtype."""
+    """Returns the bytes per device of the layers' frozen matrices, in their current dtype."""
     total = 0
     for leaf in jax.tree.leaves(setup.definition.abstract("base", setup.mesh)):
         if leaf.ndim > 2:  # stacked over layers

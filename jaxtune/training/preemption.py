@@ -19,11 +19,11 @@ __all__ = ["Preempted", "Watchdog", "preempted", "watchdog"]
 def preempted(step: int) -> bool:
     """Returns whether SIGTERM reached any process and this is the step that all save.
 
-    Every process calls this after every step. Returns False without
-    `jax.distributed.initialize`, which the command line calls and which handles SIGTERM.
+    Every process calls it after every step. It is always False without
+    `jax.distributed.initialize`, which handles SIGTERM and which the command line calls.
 
     Args:
-      step: number of the step that is done.
+      step: number of the completed step.
     """
     return jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(step)
 
@@ -35,14 +35,14 @@ class Watchdog:
         """Creates a watchdog that starts at the first `step`, after loading and compilation.
 
         Args:
-          seconds: longest time between two steps, with evaluation and saving; 0: off.
+          seconds: maximum time between two steps, including evaluation and saving; 0: off.
         """
         self._seconds = seconds
         self._last: float | None = None
         self._stopped = threading.Event()
 
     def step(self) -> None:
-        """Reports a finished step."""
+        """Records a completed step."""
         if self._last is None and self._seconds:
             threading.Thread(target=self._run, name="watchdog", daemon=True).start()
         self._last = time.monotonic()

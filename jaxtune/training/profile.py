@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class Profile:
-    """Writes a trace of a window of steps, for XProf or TensorBoard; a context manager."""
+    """A context manager that writes a trace of a window of steps, for XProf or TensorBoard."""
 
     def __init__(self, steps: tuple[str, ...], directory: Path):
         """Prepares a trace.

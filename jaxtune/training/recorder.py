@@ -1,4 +1,4 @@
-"""The output of a run in progress: metrics, a progress bar or lines, warnings."""
+"""Output of a run in progress: metrics, warnings, and a progress bar or progress lines."""
 
 from __future__ import annotations
 
@@ -30,12 +30,16 @@ from jaxtune.training.early_stopping import Tally
 
 logger = logging.getLogger(__name__)
 
-_ESTIMATED_BY = 3  # steps
-SECONDS_BETWEEN_LINES = 30.0  # of progress, without a terminal
+_ESTIMATED_BY = 3  # steps that are timed to estimate the duration of the run
+SECONDS_BETWEEN_LINES = 30.0  # between progress lines, without a terminal
 
 
 class Recorder:
-    """Reads metrics one step late, so that the next step is queued before the host waits."""
+    """Reads and logs the metrics of each step.
+
+    Metrics are read one step late. JAX dispatches steps asynchronously and reading a metric waits
+    for its step, so the next step is queued first and the device does not idle.
+    """
 
     def __init__(
         self,
@@ -46,13 +50,13 @@ class Recorder:
         steps: int,
         timeline: Timeline | None,
     ):
-        """Starts the clock of the first line.
+        """Starts the clock of the throughput.
 
         Args:
           log: metric files.
           display: progress bar or lines.
-          tally: counters of the run, which are updated.
-          config: resolved config: the interval of lines and the limit of skipped steps.
+          tally: counters of the run, updated in place.
+          config: resolved config; the logging interval and the limit of skipped steps are used.
           steps: number of steps of the run.
           timeline: progress through the data, for intervals in epochs or tokens.
         """
@@ -67,7 +71,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Counts the time of the block as waiting for data."""
+        """Adds the time of the block to the time spent waiting for data."""
         begin = time.monotonic()
         yield
         self._waited += time.monotonic() - begin
@@ -75,12 +79,12 @@ class Recorder:
     def put(
         self, number: int, metrics: Mapping[str, jax.Array], batch: Any = None, rows: int = 0
     ) -> None:
-        """Queues the metrics of a step, which may still run, and reads those of the previous step.
+        """Queues the metrics of a step that may still be running; reads those of the previous step.
 
         Args:
           number: number of the step.
           metrics: metrics of the step, scalars.
-          batch: batch of the step, NumPy arrays of any shape; its hash is logged.
+          batch: pytree of NumPy arrays of any shape, the batch of the step; its hash is logged.
           rows: number of data rows shown so far.
         """
         self.flush()
@@ -97,7 +101,7 @@ class Recorder:
             return
         (number, metrics), self._pending = self._pending, None
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
-        # The loss comes first; jit has sorted the names.
+        # jit returns dicts with sorted keys; the loss comes first in every output.
         values = {"loss": values["loss"], **values}
         outcome = int(values.pop("skipped", 0))
         reason = REASONS.get(outcome)
@@ -120,7 +124,7 @@ class Recorder:
         if self._due(number):
             line: dict[str, Any] = values
             if reason is not None:
-                # JSON has no literal for nan and inf.
+                # JSON has no literals for NaN and infinity.
                 line = {k: v if math.isfinite(v) else None for k, v in values.items()}
                 line["skipped"] = reason
             line = line | {"batch": _hash(self._batch)}
@@ -145,12 +149,13 @@ class Recorder:
             )
 
     def _skipped(self, number: int, outcome: int, reason: str, values: dict[str, float]) -> None:
+        """Counts and logs a skipped step; raises after too many in a row."""
         tally = self._tally
         tally.skipped[reason] = tally.skipped.get(reason, 0) + 1
         numbers = f"loss {values['loss']:.6g}, grad_norm {values['grad_norm']:.6g}"
         if outcome == OVERFLOW:
-            # Part of the search for the scale: not caused by data or settings.
-            numbers += f", at a loss scale of {values['loss_scale']:g}, which halves"
+            # Expected while the loss scale adapts, so it does not count as a bad step.
+            numbers += f", at a loss scale of {values['loss_scale']:g}, which is halved"
         else:
             tally.bad_in_a_row += 1
         logger.warning(
@@ -169,7 +174,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Flushes, and excludes the time of the block from the tokens per second."""
+        """Flushes, and excludes the time of the block from the throughput."""
         self.flush()
         begin = time.monotonic()
         yield
@@ -192,6 +197,7 @@ class Display:
             TimeRemainingColumn(),
             transient=False,
         )
+        # Monotonic time of the next progress line; never with a bar.
         self._due = 0.0 if self._bar.disable else math.inf
         self._task = self._bar.add_task(
             "train", total=steps, completed=start, loss=math.nan, speed=0.0
@@ -205,7 +211,7 @@ class Display:
         self._bar.stop()
 
     def show(self, number: int, loss: float, speed: float) -> None:
-        """Shows that step `number` is done, with its loss and the tokens per second."""
+        """Shows step `number` as completed, with its loss and the tokens per second."""
         self._bar.update(self._task, completed=number, loss=loss, speed=speed)
         if time.monotonic() >= self._due:
             self._due = time.monotonic() + SECONDS_BETWEEN_LINES
@@ -223,12 +229,17 @@ def _hash(batch: Any) -> str:
 def check_finite(number: int, values: Mapping[str, float], prefix: str = "") -> None:
     """Raises if a metric is not finite.
 
+    Args:
+      number: number of the step, for the message.
+      values: metrics by name.
+      prefix: text in front of the metric's name in the message.
+
     Raises:
-      JaxtuneError: the message names the metric.
+      JaxtuneError: a metric is not finite; the message names it.
     """
     for name, value in values.items():
         if not math.isfinite(value):
             raise JaxtuneError(
-                f"step {number}: {prefix}{name} is {value}; stopped, and nothing of it was saved "
+                f"step {number}: {prefix}{name} is {value}; stopped before the step was saved "
                 "(a lower optimizer.learning_rate or optimizer.clip_norm may help)"
             )

@@ -1,4 +1,4 @@
-"""The summary of a run, taken from its real objects before the first step."""
+"""The summary of a prepared run, written before its first step."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ BATCHES = 2  # number of hashed batches, enough to distinguish two orders of the
 
 
 class SplitSummary(NamedTuple):
-    """Examples and their batches, of which `summarize` consumes the first ones.
+    """Examples and their batches; `summarize` consumes the first batches.
 
     Attributes:
       examples: examples in the order of their files.
-      batches: int32[B, T] arrays by name.
+      batches: iterator of batches, int32[B, T] arrays by name.
     """
 
     examples: Examples
@@ -39,8 +39,8 @@ def summarize(setup: Setup, train: SplitSummary, held_out: SplitSummary | None) 
       held_out: held-out examples and batches, if any.
 
     Returns:
-      JSON values: modules of the model with their parameters and bytes, the mesh, the method, the
-      learning rate along the run, the data with a hash of the first batches.
+      JSON values: the model's modules with their parameters and bytes, the method, the mesh, the
+      learning rate at a few steps, and the data with a hash of the first batches.
     """
     rows = parameter_summary(setup.definition)
     trained, parameters, _ = trained_share(rows)
@@ -94,6 +94,7 @@ def _data(split: SplitSummary) -> dict[str, Any]:
 
 
 def _hash(batches: list[Mapping[str, np.ndarray]]) -> str:
+    """Returns the hexadecimal SHA-256 of batches of int[B, T] arrays."""
     digest = hashlib.sha256()
     for batch in batches:
         for name in BATCH_ARRAYS:

@@ -1,4 +1,4 @@
-"""Scores of the base model's experts on the training data, by which ESFT selects experts."""
+"""Scores of the base model's experts on the training data, from which ESFT selects experts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,13 @@ logger = logging.getLogger(__name__)
 
 
 class _Sums(NamedTuple):
-    """Sums over tokens: number of tokens; choices and gate weights [layers, E]."""
+    """Sums over tokens.
+
+    Attributes:
+      tokens: scalar, number of tokens.
+      load: [layers, E], number of tokens routed to each expert.
+      gates: [layers, E], sum of the gate weights of each expert.
+    """
 
     tokens: Any
     load: Any
@@ -40,9 +46,13 @@ def score_experts(config: Config, source: TensorSource, examples: Examples) -> E
     """Scores every routed expert of the base model on a sample of the training data.
 
     Args:
-      config: resolved config: sample size, batch size, mesh, dtypes and quantization.
+      config: resolved config; sample size, batch size, mesh, dtypes and quantization are used.
       source: checkpoint of the base model.
       examples: training examples.
+
+    Returns:
+      Two scores of each expert by layer: the share of the choices in its layer, and the mean gate
+      weight over all tokens.
 
     Raises:
       JaxtuneError: the model has no routed experts.
@@ -84,7 +94,7 @@ def score_experts(config: Config, source: TensorSource, examples: Examples) -> E
 
 
 def take_sample(examples: Examples, tokens: int, seed: int) -> Examples:
-    """Draws whole examples at random until they have `tokens` tokens, or all are drawn."""
+    """Draws random examples until they have at least `tokens` tokens, or all are drawn."""
     order = np.random.default_rng(seed).permutation(len(examples))
     sizes = np.cumsum(examples.lengths[order])
     kept = sorted(order[: int(np.searchsorted(sizes, tokens)) + 1].tolist())
@@ -92,7 +102,7 @@ def take_sample(examples: Examples, tokens: int, seed: int) -> Examples:
 
 
 def summarize(scores: ExpertScores, section: AdapterConfig) -> str:
-    """Returns text: the number of experts per layer that an ``adapter`` section selects."""
+    """Returns text: the experts of each layer that an ``adapter`` section selects."""
     kind, threshold = section.expert_score, section.expert_threshold
     lines = [f"experts of each layer whose {kind} scores sum to {threshold:g}:"]
     for layer, experts in scores.choose(kind, threshold):

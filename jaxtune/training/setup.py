@@ -1,5 +1,7 @@
-"""The static half of a run, known before a weight is loaded: `jaxtune plan` compiles it and
-`jaxtune train` runs it."""
+"""The static half of a run, known before any weight is loaded.
+
+`jaxtune plan` compiles it, and `jaxtune train` runs it.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,7 @@ BATCH_ARRAYS = ("tokens", "targets", "segment_ids", "positions")
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """The static half of a run.
+    """The static half of a run: everything but arrays.
 
     Attributes:
       config: resolved config.
@@ -116,13 +118,13 @@ class Setup:
         return make_eval_step(self.definition, sft_loss, self.options)
 
     def put_batch(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """Places a batch of NumPy arrays int[rows, T] on the mesh."""
+        """Places the `BATCH_ARRAYS` of a batch, NumPy arrays int32[rows, T], on the mesh."""
         shape = batch[BATCH_ARRAYS[0]].shape
         sharding = named_sharding(self.mesh, ("batch", "sequence"), shape)
         return {name: put(batch[name], sharding) for name in BATCH_ARRAYS}
 
     def batch_like(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Returns a training batch as ShapeDtypeStructs with shardings."""
+        """Returns the shapes of a training batch, int32[rows, T], with shardings."""
         length = self.config.data.max_length + self.reserved
         shape = (self.config.training.batch_size, length)
         sharding = named_sharding(self.mesh, ("batch", "sequence"), shape)
@@ -146,7 +148,8 @@ def set_up(
       devices: devices to train on; all devices by default.
 
     Raises:
-      JaxtuneError: a setting cannot be met; the message names the key.
+      JaxtuneError: settings do not fit the model, the method or the devices; the message names
+        the key.
     """
     training = config.training
     quantization = choose_quantization(config.quantize, model_config)
@@ -188,7 +191,7 @@ def set_up(
 
 
 def _check_batches(config: Config, definition: Definition, mesh: Mesh) -> None:
-    """Raises if a batch cannot be divided evenly over the devices."""
+    """Raises if rows or tokens of a batch cannot be divided evenly over the devices."""
     rows = config.training.batch_size // config.training.accumulation
     shares = math.prod(mesh.shape[axis] for axis in RULES["batch"])
     parts = {"rows per micro-batch (training.batch_size / training.accumulation)": rows}

@@ -24,7 +24,7 @@ from jaxtune.training.bad_steps import NO_GUARD, Guard, GuardSettings, initial_g
 )
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """The arrays that change during training, all of which a checkpoint holds.
+    """The arrays that change during training; a checkpoint holds all of them.
 
     Attributes:
       step: int32 scalar, number of applied steps; skipped steps are not counted.
@@ -42,10 +42,10 @@ class TrainState:
 def state_like(
     definition: Definition, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """Returns the state as ShapeDtypeStructs with shardings.
+    """Returns the shapes, dtypes and shardings of the state, as ShapeDtypeStructs.
 
-    Moments have the sharding of their weights; arrays of other shapes, such as factored moments,
-    are replicated.
+    A moment has the sharding of its weight. Optimizer arrays of other shapes, such as Adafactor's
+    factored moments, are replicated.
     """
     trainable = definition.abstract("trainable", mesh)
     replicated = NamedSharding(mesh, PartitionSpec())

@@ -1,4 +1,4 @@
-"""The jitted steps of a run: an optimizer step over micro-batches, and one evaluation batch."""
+"""The jitted functions of a run: an optimizer step over micro-batches, and an evaluation step."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class StepSettings(NamedTuple):
     """Static settings of a training step.
 
     Attributes:
-      accumulation: micro-batches per step.
-      seed: seed of dropout and noise.
-      dropout: whether dropout or noise is used, and random keys are needed.
-      balance_loss: factor of the balance loss of a mixture of experts; 0 leaves it out.
+      accumulation: number of micro-batches per step.
+      seed: random seed of dropout and noise.
+      dropout: whether dropout or noise needs random keys.
+      balance_loss: factor of the balance loss of a mixture of experts; 0 omits it.
       guard: conditions under which a step is skipped.
-      terms: additional terms of the loss, which are reported.
+      terms: additional terms of the loss, for the metrics.
     """
 
     accumulation: int
@@ -95,8 +95,9 @@ def make_train_step(
             gradient, sums = differentiate(state.trainable, base, constants, micro, key, scale)
             return jax.tree.map(jnp.add, total, gradient), sums
 
-        # [rows, T] → [accumulation, rows per micro-batch, T]; a scan holds the activations of one
-        # micro-batch at a time.
+        # [rows, T] → [accumulation, rows per micro-batch, T]. The scan carries the sum of gradients
+        # and holds the activations of one micro-batch at a time; its outputs, the sums of each
+        # micro-batch, are stacked on axis 0. A single micro-batch needs no loop.
         split = {name: rows.reshape(count, -1, rows.shape[-1]) for name, rows in batch.items()}
         zero = jax.tree.map(jnp.zeros_like, state.trainable)
         if count == 1:
@@ -121,8 +122,11 @@ def make_train_step(
 def _make_loss(
     definition: Definition, objective: Objective, options: ForwardOptions, settings: StepSettings
 ) -> Callable[..., tuple[jax.Array, BatchSums]]:
-    """Returns the summed loss of a micro-batch, times the loss scale, as a function to be
-    differentiated by its first argument, the trainable tree."""
+    """Returns the function to differentiate with respect to its first argument, the trainables.
+
+    Its value is the loss summed over the targets of a micro-batch, times the loss scale, and its
+    auxiliary output the unscaled `BatchSums`.
+    """
 
     def loss_sum(
         trainable: Tree,
@@ -163,7 +167,7 @@ def _apply(
 
     outcome, guard = check_step(state.guard, loss, grad_norm, settings.guard)
     state = dataclasses.replace(state, guard=guard)
-    # A branch: a select between the old and the new state would hold both.
+    # A branch, because a select between the old and the new state would keep both in memory.
     return outcome, lax.cond(outcome == APPLIED, applied, skipped, gradient, state)
 
 
@@ -175,7 +179,10 @@ def _metrics(
     sums: BatchSums,
     weight: jax.Array,
 ) -> dict[str, jax.Array]:
-    """Returns the metrics of a step; terms of the loss besides −log p are without their factors."""
+    """Returns the metrics of `make_train_step` but ``learning_rate`` and ``skipped``.
+
+    `gradient` is the mean over targets, without the loss scale; `weight` is the number of targets.
+    """
     metrics = {
         "loss": sums.nll / weight,
         "grad_norm": optax.tree.norm(gradient),
@@ -196,6 +203,7 @@ def _metrics(
 
 
 def _dropout_key(settings: StepSettings, step: jax.Array, micro: jax.Array) -> jax.Array | None:
+    """Returns the key of a micro-batch: a function of seed, step and index, stable on resuming."""
     if not settings.dropout:
         return None
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(settings.seed), step), micro)
@@ -204,7 +212,7 @@ def _dropout_key(settings: StepSettings, step: jax.Array, micro: jax.Array) -> j
 class CompiledStep:
     """A training step over a fixed base: ``(state, batch) → (state, metrics)``.
 
-    It is compiled at the first call and logs the compiler's memory figures.
+    The first call compiles it ahead of time and logs the memory that the compiler reports.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A training run: from a config to a directory with metrics, checkpoints and adapter."""
+"""A training run: from a config to a directory with metrics, checkpoints and an adapter."""
 
 from __future__ import annotations
 
@@ -66,18 +66,18 @@ logger = logging.getLogger(__name__)
 def train(
     config: Config | None, workdir: str | Path, *, clock: datetime.datetime | None = None
 ) -> RunDirectory:
-    """Trains, or resumes the run in `workdir`.
+    """Trains a new run, or resumes the run in `workdir`.
 
     Args:
       config: resolved config of a new run; None resumes the existing run.
       workdir: directory of the run.
-      clock: time that the chat template of a new run prints; now by default.
+      clock: date and time that the chat template of a new run prints; now by default.
 
     Returns:
       The directory of the run, with all its files.
 
     Raises:
-      JaxtuneError: an error that the user can fix; no half-written file is left.
+      JaxtuneError: an error that the user can fix; no incomplete file is left behind.
     """
     if not str(workdir):
         raise JaxtuneError("workdir is empty: name a directory for the run")
@@ -104,7 +104,7 @@ def train(
         setup = setup.with_total_steps(timeline.total_steps(config.training))
         logger.info("training for %s", timeline.describe(setup.steps))
         model = _load(setup, source, stored, tokenizer)
-        # From here on the run is new: errors in its inputs have been found by now.
+        # Recorded only now, so that a run whose inputs have errors can be started again.
         run.check_fingerprint(fingerprint(source, tokenizer, splits.train, held_out))
         _write_summary(run, setup, splits.train, held_out, loader)
         like = setup.definition.abstract("constants", setup.mesh)
@@ -130,7 +130,7 @@ def _load(
     stored: StoredAdapter | None,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> LoadedModel:
-    """Loads the model of a run, with the adapter that it starts from."""
+    """Loads the base model of a run, with `stored` or the method's own initial adapter."""
     if stored is None:
         embeddings = functools.partial(source.read, "model.embed_tokens.weight")
         stored = setup.method.start(tokenizer, embeddings)
@@ -168,7 +168,7 @@ def _write_summary(
 
 
 def choose_method(section: AdapterConfig) -> tuple[Method, StoredAdapter | None]:
-    """Returns the method of a section, and the adapter of ``adapter.init_from``, if any."""
+    """Returns the method of an ``adapter`` section, and the adapter of ``init_from``, if any."""
     if not section.init_from:
         return method_from_config(section), None
     stored = read_adapter(section.init_from, encoder=True)
@@ -183,7 +183,7 @@ def choose_method(section: AdapterConfig) -> tuple[Method, StoredAdapter | None]
 def _expert_scores(
     run: RunDirectory, config: Config, source: TensorSource, read: Callable[[], Splits]
 ) -> ExpertScores:
-    """Returns the expert scores of the run, after scoring the training data of a new run."""
+    """Returns the expert scores of the run; a new run computes and stores them first."""
     if not run.expert_scores.is_file():
         run.write_expert_scores(score_experts(config, source, read().train))
     return run.read_expert_scores()
@@ -222,7 +222,7 @@ def data_reader(
 def _check_stopping(
     evaluation: EvaluationConfig, sets: Mapping[str, Examples], setup: Setup
 ) -> None:
-    """Raises if early stopping depends on a score that is never measured."""
+    """Raises if early stopping depends on a score that is never computed."""
     never = not parse_interval("evaluation.every", evaluation.every).amount
     if evaluation.stop_patience and (not sets or never):
         missing = "evaluation.every is 0" if sets else "nothing is held out: set data.eval"
@@ -277,10 +277,10 @@ def reserved_tokens(config: Config, model_config: Mapping[str, Any]) -> int:
 def _adapter_writer(
     setup: Setup, constants: Tree, chat: Chat
 ) -> Callable[[Tree, Path], Any] | None:
-    """Returns a function that writes the adapter, or None for full fine-tuning."""
+    """Returns a function that exports the adapter, or None for full fine-tuning."""
     if not setup.method.has_adapter:
         return None
-    files = functools.cache(chat.files)  # saving a tokenizer is slow, copying its files is not
+    files = functools.cache(chat.files)  # serializing the tokenizer is slow; done once
 
     def write(trainable: Tree, directory: Path) -> None:
         trainable, whole = fetch(trainable), fetch(constants)

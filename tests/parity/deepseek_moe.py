@@ -1,4 +1,4 @@
-"""DeepSeek-MoE-16B in torch, which transformers lacks: LLaMA with other feed-forward layers."""
+"""DeepSeek-MoE-16B in torch: LLaMA with a mixture of experts. It is not part of transformers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FILE = "model.safetensors"
 
 
 class FeedForward(nn.Module):
-    """down(silu(gate(x)) · up(x))."""
+    """The gated feed-forward layer ``down(silu(gate(x)) · up(x))`` on [B, T, hidden]."""
 
     def __init__(self, hidden: int, width: int):
         super().__init__()
@@ -29,7 +29,7 @@ class FeedForward(nn.Module):
 
 
 class Mixture(nn.Module):
-    """Every expert sees every token; the weights of those not chosen are zero."""
+    """A mixture of experts; every expert sees every token, with weight 0 if it is not chosen."""
 
     def __init__(self, config: dict[str, Any]):
         super().__init__()
@@ -42,7 +42,7 @@ class Mixture(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         chosen, index = self.gate(x).softmax(-1).topk(self.top_k)
-        # The checkpoint's own code leaves a single weight as it is.
+        # DeepSeek's code does not normalize the weight of a single expert.
         if self.normalize and self.top_k > 1:
             chosen = chosen / (chosen.sum(-1, keepdim=True) + 1e-20)
         weights = torch.zeros(*x.shape[:-1], len(self.experts)).scatter(-1, index, chosen)
@@ -51,7 +51,7 @@ class Mixture(nn.Module):
 
 
 def build(config: dict[str, Any]) -> LlamaForCausalLM:
-    """Returns a model of the content of a config.json, its weights not those of any checkpoint."""
+    """Returns a randomly initialized model from the content of a config.json."""
     known = {k: v for k, v in config.items() if k not in ("model_type", "architectures")}
     model = LlamaForCausalLM(LlamaConfig(**known))
     for i, layer in enumerate(model.model.layers):
@@ -61,13 +61,13 @@ def build(config: dict[str, Any]) -> LlamaForCausalLM:
 
 
 def save(model: LlamaForCausalLM, config: dict[str, Any], directory: Path) -> None:
-    """Writes a checkpoint as DeepSeek's is: the names on disk are those of the modules above."""
+    """Writes a checkpoint in DeepSeek's format, whose names are those of the modules above."""
     (directory / "config.json").write_text(json.dumps(config))
     save_file(model.state_dict(), directory / FILE, metadata={"format": "pt"})
 
 
 def load(directory: str | Path) -> LlamaForCausalLM:
-    """Reads what `save` or jaxtune wrote, in float32."""
+    """Loads a checkpoint written by `save` or by jaxtune, in float32."""
     directory = Path(directory)
     model = build(json.loads((directory / "config.json").read_text()))
     tensors = {

@@ -21,8 +21,8 @@ SHARED = {
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "max_position_embeddings": 256,
-    # Ten times the usual: attention, routing and logits are far from uniform. Two experts whose
-    # scores differ by no more than rounding errs are then rare, and no seed here meets them.
+    # Ten times the default, so that attention, routing and logits are far from uniform. Two experts
+    # whose scores differ by less than the rounding error are then rare; no seed here has any.
     "initializer_range": 0.2,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -66,13 +66,13 @@ YARN = {
 
 
 class Families:
-    """Makes checkpoints in a directory; the same arguments give the same one, to be read only."""
+    """Makes checkpoints in a directory; equal arguments return the same one, which is read-only."""
 
     def __init__(self, directory: Path):
         self._directory = directory
 
     def __call__(self, model_type: str, *, seed: int = 0, **changes: Any) -> Path:
-        """Returns a float32 checkpoint in which no norm, bias or buffer is at its start."""
+        """Returns a float32 checkpoint whose norms, biases and buffers are random as well."""
         key = json.dumps([model_type, seed, changes], sort_keys=True)
         directory = self._directory / hashlib.sha256(key.encode()).hexdigest()[:16]
         if directory.is_dir():
@@ -98,7 +98,7 @@ class Families:
 
 @torch.no_grad()
 def randomize(model: Any) -> None:
-    """Draws the weights that start at constants."""
+    """Draws random values for all weights and buffers with constant initial values."""
     for name, value in model.named_parameters():
         if value.ndim == 1:
             value.normal_(mean=float("norm" in name), std=0.3)
@@ -110,7 +110,7 @@ def randomize(model: Any) -> None:
 
 
 def reference(directory: str | Path) -> Any:
-    """Loads a checkpoint in torch, float32."""
+    """Loads a checkpoint in torch, in float32."""
     config = json.loads((Path(directory) / "config.json").read_text())
     if config["model_type"] == "deepseek":
         return deepseek_moe.load(directory)

@@ -1,4 +1,4 @@
-"""Other people's programs as oracles of the parity tests, and the tolerances of results."""
+"""Reference implementations for the parity tests, and the tolerances of comparisons."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
 IGNORE = -100
 
-# Two float32 programs that sum in another order differ by a few units in the last place (6e-8) for
-# each of some tens of operations in a row.
+# Two float32 programs that sum in a different order differ by a few units in the last place (6e-8)
+# per operation, over some tens of consecutive operations.
 LOGITS = 2e-5
-# A loss averages errors of logits, over many tokens.
+# A loss averages the errors of logits over many tokens.
 LOSS = 1e-5
 
 
@@ -28,13 +28,13 @@ def load_torch(directory: str | Path) -> Any:
 
 
 def torch_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
-    """Returns float32[B, T, V] of int[B, T]."""
+    """Returns the logits float32[B, T, V] of tokens int[B, T]."""
     with torch.no_grad():
         return model(torch.as_tensor(np.asarray(tokens, np.int64))).logits.numpy()
 
 
 def relative(ours: Any, theirs: Any) -> float:
-    """Returns the largest difference over the largest value."""
+    """Returns the largest absolute difference, relative to the largest value of `theirs`."""
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     assert ours.shape == theirs.shape, f"{ours.shape} is not {theirs.shape}"
     assert np.isfinite(ours).all(), "not finite"
@@ -42,17 +42,22 @@ def relative(ours: Any, theirs: Any) -> float:
 
 
 def assert_same_logits(ours: Any, theirs: Any) -> None:
-    """Holds logits to the bar."""
+    """Asserts that logits agree within `LOGITS`."""
     assert relative(ours, theirs) <= LOGITS
 
 
 def random_tokens(seed: int, *shape: int, vocabulary: int = 160) -> np.ndarray:
-    """Returns int32 tokens that are no special ones."""
+    """Returns random int32 tokens of a shape, without the special tokens 0 to 2."""
     return np.random.default_rng(seed).integers(3, vocabulary, shape).astype(np.int32)
 
 
 class Example(NamedTuple):
-    """One row of training data, as Hugging Face has it."""
+    """A row of training data in the format of Hugging Face.
+
+    Attributes:
+      input_ids: token ids.
+      labels: the same ids where a token is trained on, otherwise `IGNORE`.
+    """
 
     input_ids: list[int]
     labels: list[int]
@@ -61,7 +66,7 @@ class Example(NamedTuple):
 def make_examples(
     count: int, *, longest: int, shortest: int = 4, seed: int = 0, vocabulary: int = 160
 ) -> list[Example]:
-    """Makes rows of different lengths whose first few tokens are no targets."""
+    """Makes random rows of different lengths, in which a prompt of random length has no labels."""
     rng = np.random.default_rng(seed)
     examples = []
     for _ in range(count):
@@ -73,7 +78,7 @@ def make_examples(
 
 
 def summed_loss(model: Any, rows: Sequence[Example]) -> torch.Tensor:
-    """Returns the sum of the cross-entropy of every target of right-padded rows."""
+    """Returns the cross-entropy summed over all targets; rows are padded on the right."""
     width = max(len(row.input_ids) for row in rows)
     tokens = torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros_like(tokens)
@@ -90,12 +95,12 @@ def summed_loss(model: Any, rows: Sequence[Example]) -> torch.Tensor:
 
 
 def target_count(rows: Sequence[Example]) -> int:
-    """Counts the targets; a label on the first token predicts nothing and so is none."""
+    """Returns the number of targets; the first token is never one, because nothing predicts it."""
     return sum(label != IGNORE for row in rows for label in row.labels[1:])
 
 
 class Recipe(NamedTuple):
-    """An AdamW run, as both programs make it."""
+    """The settings of a training run with AdamW, for both programs."""
 
     steps: int = 20
     batch_size: int = 8
@@ -107,7 +112,7 @@ class Recipe(NamedTuple):
 
 
 class Update(NamedTuple):
-    """What one update reports."""
+    """The metrics of an optimizer step."""
 
     loss: float
     learning_rate: float
@@ -115,8 +120,10 @@ class Update(NamedTuple):
 
 
 def train_torch(model: Any, examples: Sequence[Example], recipe: Recipe) -> list[Update]:
-    """Trains whatever of a model requires a gradient; rows come in order, pass after pass, as from
-    a `torch.utils.data.DataLoader`."""
+    """Trains the parameters that require a gradient; returns the metrics of each step.
+
+    Rows come in order, pass after pass, as from a `torch.utils.data.DataLoader` without shuffling.
+    """
     model.train()
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     plain = [p for n, p in named if n.endswith("bias") or "norm" in n]

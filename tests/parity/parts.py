@@ -1,4 +1,4 @@
-"""jaxtune's parts as the parity tests put them together."""
+"""Combinations of jaxtune's parts that several parity tests use."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def load_parts(directory: Path, method: Method) -> LoadedModel:
 def as_batch(
     rows: Sequence[Example], batch_size: int, length: int, *, packing: bool, reserved: int = 0
 ) -> Batch:
-    """Makes one batch of all rows, as the loader does; int32[batch_size, length] each."""
+    """Returns all rows as a batch of the loader, with arrays int32[batch_size, length]."""
     tokens = [np.asarray(row.input_ids, np.int32) for row in rows]
     targets = [np.asarray([*row.labels[1:], IGNORE], np.int32) for row in rows]
     examples = Examples(tokens, targets, [f"rows:{i}" for i in range(len(rows))])
@@ -51,7 +51,7 @@ for directory, config in json.loads(sys.argv[1]).items():
 
 
 def train_on_eight_devices(runs: Mapping[Path, Mapping[str, Any]]) -> None:
-    """Trains configs, each to its directory, one after the other in a process of eight devices."""
+    """Trains the config of each directory, one after the other, in a process with eight devices."""
     configs = json.dumps({str(directory): config for directory, config in runs.items()})
     subprocess.run(
         [sys.executable, "-c", _ON_EIGHT_DEVICES, configs],

@@ -1,6 +1,6 @@
-"""Configurations of PEFT adapters, after those that PEFT's own tests try, as data.
+"""Configurations of PEFT adapters, as in PEFT's own tests.
 
-Names of modules are those of LLaMA; `settings_for` gives those of another architecture.
+Module names are those of LLaMA; `settings_for` translates them to another architecture.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from peft.tuners.lora.config import BdLoraConfig, MontecloraConfig
 
 
 class Case(NamedTuple):
-    """A configuration of PEFT, and what comes of its adapter.
+    """A configuration of PEFT, and the expected outcome of loading its adapter.
 
     Attributes:
-      config: PEFT's class.
-      settings: of it.
-      refused: an expression that the refusal has to match; empty where the adapter is read.
-      bases: architectures that it is tried on; all for none.
+      config: class of the configuration.
+      settings: arguments of the class.
+      refused: regular expression that the error must match; empty if the adapter is supported.
+      bases: architectures to test; empty: all.
     """
 
     config: type
@@ -186,7 +186,7 @@ CASES: dict[str, Case] = {
         TrainableTokensConfig, {"token_indices": [3, 9]}, "TRAINABLE_TOKENS", ("llama",)
     ),
 }
-# Those that depend on the architecture; the others are quickly tried on LLaMA alone.
+# Cases that depend on the architecture; the quick tests try all others on LLaMA only.
 EVERYWHERE = {
     "targets-default",
     "all-linear",
@@ -207,12 +207,12 @@ EVERYWHERE = {
     "vera",
     "prefix",
 }
-# What DeepSeek-V3 has in place of LLaMA's projections.
+# Projections of DeepSeek-V3 that correspond to those of LLaMA.
 _LATENT = {"q_proj": "q_b_proj", "k_proj": "kv_a_proj_with_mqa", "v_proj": "kv_b_proj"}
 
 
 def settings_for(base: str, value: Any) -> Any:
-    """Returns settings with the names of another architecture's modules."""
+    """Returns settings with the module names of the architecture `base`."""
     if base != "deepseek_v3":
         return value
     if isinstance(value, Mapping):

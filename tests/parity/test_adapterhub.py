@@ -1,7 +1,7 @@
-"""Bottleneck adapters: the logits and the files of AdapterHub's own package.
+"""Bottleneck adapters have the logits and the files of AdapterHub's package.
 
-What is compared with was made by fixtures/make_adapterhub.py, for that package needs another
-transformers than the other tests do.
+The reference values were made by fixtures/make_adapterhub.py, because that package requires another
+version of transformers than the other tests.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from jaxtune.generation.generate import Sampling
 from jaxtune.layers.tree import flatten, unflatten
 
 THEIRS = Path(__file__).parent / "fixtures" / "adapterhub"
-# Ours starts elsewhere than theirs, which no longer matters once it is trained.
+# Initial values differ from AdapterHub's; the setting has no effect on a trained adapter.
 START = {"init_weights"}
 DENSE = ("llama", "qwen2", "qwen3")
 EVERY = (*DENSE, "deepseek", "deepseek_v2", "deepseek_v3")
@@ -117,7 +117,7 @@ def test_bottlenecks_start_as_the_base_and_are_stored_whole(
     jax.tree.map(np.testing.assert_array_equal, model.trainable, unflatten(drawn))
     logits = np.asarray(model.logits(TOKENS))
     assert relative(logits, plain.logits(TOKENS)) > 1e-2
-    # Decoding adds what a whole pass adds.
+    # Decoding with a cache applies the bottlenecks as a full pass does.
     model.stop_ids = ()
     (new,) = model.generate_tokens([TOKENS[0, :8].tolist()], 1, Sampling())
     last = np.asarray(model.logits(TOKENS[:1, :8])[0, -1])
@@ -140,7 +140,7 @@ def test_the_loss_falls_and_the_run_is_stored(model_type, placement, checkpoint,
 
 
 def edited(tmp_path, **changes):
-    """Copies an adapter with changes to its config."""
+    """Copies an adapter and changes its config."""
     shutil.copytree(THEIRS / "houlsby", tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_config.json"
     content = json.loads(path.read_text())

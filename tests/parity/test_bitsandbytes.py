@@ -1,4 +1,4 @@
-"""Checkpoints of transformers and bitsandbytes load here, and ours load there."""
+"""jaxtune loads checkpoints of bitsandbytes, and transformers with bitsandbytes loads jaxtune's."""
 
 import bitsandbytes.functional as bnb
 import jax
@@ -18,9 +18,9 @@ from jaxtune.layers.tree import flatten, layer_names
 from jaxtune.quant.weight import QuantizedWeight
 
 TOKENS = np.arange(3, 35).reshape(2, 16)
-LOGITS = 2e-5  # of the largest: two float32 programs that sum in another order; see oracles.py
-# Rows of whole blocks: on a CPU bitsandbytes 0.50.2 decodes rows of 96 values to other ones than it
-# encoded, by as much as the largest of them.
+LOGITS = 2e-5  # relative to the largest; see oracles.py
+# Rows are a multiple of the block size: on a CPU, bitsandbytes 0.50.2 decodes rows of 96 values
+# with errors as large as the largest value.
 WIDE = {"intermediate_size": 128}
 EDITED = {"up_proj": (128, 64), "down_proj": (64, 128)}
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
@@ -39,7 +39,7 @@ def load_theirs(directory, **options):
     model = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, device_map="cpu", **options
     )
-    # In evaluation bitsandbytes computes in bfloat16 on CPUs that can. There is no dropout here.
+    # In eval mode, bitsandbytes computes in bfloat16 on CPUs that support it. There is no dropout.
     return model.train()
 
 
@@ -53,7 +53,7 @@ def logits(model):
 
 
 def decoded_by_them(model):
-    """Returns every quantized weight by name, float32; before the model has computed anything."""
+    """Returns every quantized weight by name, in float32; called before any forward pass."""
     weights = {}
     for name, module in model.named_modules():
         kind = type(module).__name__
@@ -122,7 +122,7 @@ def test_an_int8_checkpoint_of_bitsandbytes_is_kept_bit_for_bit(tiny, tmp_path):
     model = theirs_of(tiny("llama", **WIDE), {"load_in_8bit": True})
     model.save_pretrained(tmp_path / "theirs")
     ours = jaxtune.load(tmp_path / "theirs", quantize="int8", dtype="float32", progress=False)
-    # Written as they write it, ours are their very tensors.
+    # A checkpoint that jaxtune writes in this format has bitwise the same tensors.
     ours.save_pretrained(tmp_path / "ours", quantized=True)
     one = huggingface.HuggingFaceSource(tmp_path / "theirs")
     other = huggingface.HuggingFaceSource(tmp_path / "ours")
@@ -165,7 +165,7 @@ def test_transformers_loads_our_int8_checkpoint(tiny, tmp_path):
     theirs = decoded_by_them(model)
     assert decoded_by_us(ours).keys() == theirs.keys()
     for name, value in decoded_by_us(ours).items():
-        # They divide by 127 where we multiply with its inverse.
+        # bitsandbytes divides by 127; jaxtune multiplies by its inverse.
         assert np.abs(value - theirs[name]).max() <= 2**-23 * np.abs(value).max(), name
         assert np.array_equal(
             model.get_parameter(name).data.numpy(),
@@ -183,7 +183,7 @@ def test_fp4_is_refused_by_name(tiny, tmp_path):
 
 @pytest.mark.parametrize("double", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_an_adapter_merged_into_nf4_equals_their_quantization(tiny, tmp_path, double):
-    """Edited weights in float32, quantized by them, are the very bytes that we write."""
+    """Quantizing the edited float32 weights with bitsandbytes gives bitwise jaxtune's tensors."""
     settings = {"format": "nf4", "double": double}
     directory, rng = tiny("llama", **WIDE), np.random.default_rng(0)
     names = [f"model.layers.{layer}.mlp.{name}" for layer in range(3) for name in EDITED]

@@ -1,6 +1,6 @@
-"""Keys of config.json, one at a time: logits equal those of transformers, or an error names it.
+"""Each key of config.json has the same effect as in transformers, or an error names it.
 
-Torch and jaxtune read the same directory, so that what a key means is up to transformers.
+Both programs read the same directory, so transformers defines the meaning of each key.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DENSE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
-    # Ten times the usual: attention, routing and logits are far from uniform.
+    # Ten times the default, so that attention, routing and logits are far from uniform.
     "initializer_range": 0.2,
 }
 MIXTURE = DENSE | {
@@ -62,8 +62,7 @@ def without_length(rope):
     return {k: v for k, v in rope.items() if k != "original_max_position_embeddings"}
 
 
-# By model type: changes of config.json that leave the shapes of all weights as they are. ABSENT
-# takes a key away.
+# Model types and changes of config.json that keep the shapes of all weights; ABSENT removes a key.
 ABSENT = "absent"
 EQUAL = [
     ("llama", {"hidden_act": "swish"}),
@@ -134,7 +133,7 @@ REFUSED = [
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """Makes one checkpoint of each type with transformers; all of a type share their weights."""
+    """Makes a checkpoint of a model type with transformers, once per type."""
     made = {}
 
     def make(model_type):
@@ -151,7 +150,7 @@ def base(tmp_path_factory):
 
 
 def varied(directory, target, changes):
-    """Makes a checkpoint of the same weights with another config.json."""
+    """Makes a checkpoint with the same weights and a changed config.json."""
     config = json.loads((directory / "config.json").read_text()) | changes
     kept = {key: value for key, value in config.items() if value != ABSENT}
     target.mkdir()

@@ -1,4 +1,4 @@
-"""ESFT: experts are chosen by the scores of torch's routers and trained as torch trains them."""
+"""ESFT selects experts by the scores of torch's routers and trains them as torch does."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from families import Families, reference
+from families import reference
 from oracles import (
     LOSS,
     Recipe,
@@ -35,9 +35,9 @@ from jaxtune.layers.tree import flatten
 from jaxtune.training.train import score_training_data
 
 TOKENS = random_tokens(1, 2, 24)
-SHOWS = 1e-3  # a change of the logits that no rounding makes
+SHOWS = 1e-3  # a change of the logits beyond any rounding error
 FAMILIES = ["deepseek", "deepseek_v2", "deepseek_v3"]
-# Layers choose different experts, and not equally many.
+# Experts by layer; their number differs between layers.
 CHOICE = {1: [1, 4, 6], 2: [3]}
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 NAMES = {
@@ -46,12 +46,7 @@ NAMES = {
     for expert in experts
     for projection in PROJECTIONS
 }
-SIZE = 64 * 24  # of each matrix
-
-
-@pytest.fixture(scope="module")
-def families(tmp_path_factory):
-    return Families(tmp_path_factory.mktemp("families"))
+SIZE = 64 * 24  # number of values of each matrix
 
 
 @pytest.fixture
@@ -63,7 +58,7 @@ def choice(tmp_path):
 
 
 class Chosen(nn.Module):
-    """Some rows of an array, as the only ones that are trained."""
+    """A parametrization that trains some rows of an array and freezes the others."""
 
     def __init__(self, whole: torch.Tensor, rows: list[int]):
         super().__init__()
@@ -78,7 +73,7 @@ class Chosen(nn.Module):
 
 
 def train_only(model, choice):
-    """Freezes all of a torch model but some experts."""
+    """Freezes a torch model except for the chosen experts of each layer."""
     model.requires_grad_(False)
     for layer, chosen in choice.items():
         experts = model.model.layers[layer].mlp.experts
@@ -94,7 +89,7 @@ def train_only(model, choice):
 
 
 def expert_weights(model, choice):
-    """Returns the weights of some experts of a torch model by the names of a checkpoint."""
+    """Returns the weights of the chosen experts of a torch model by their names in a checkpoint."""
     found = {}
     for layer, chosen in choice.items():
         experts = model.model.layers[layer].mlp.experts
@@ -115,7 +110,7 @@ def expert_weights(model, choice):
 def test_chosen_experts_train_as_torch_trains_them_with_all_else_frozen(
     family, families, choice, tmp_path
 ):
-    # With these few weights gradients are small: the clipping is in effect at a lower norm.
+    # The gradients of these few weights are small, so clipping takes effect only at a lower norm.
     directory, recipe = families(family), Recipe(accumulation=2, clip_norm=0.05)
     examples = make_examples(60, longest=LENGTH)
     rows = write_rows(tmp_path / "rows.jsonl", examples)
@@ -135,7 +130,7 @@ def test_chosen_experts_train_as_torch_trains_them_with_all_else_frozen(
     scope="module", params=["deepseek_v3", pytest.param("deepseek_v2", marks=pytest.mark.slow)]
 )
 def trained(request, families, tmp_path_factory):
-    """Trains chosen experts over an int8 base and a plain one; (checkpoint, {format: run})."""
+    """Trains chosen experts on a plain and on an int8 base; (checkpoint, {format: run})."""
     directory, scratch = families(request.param), tmp_path_factory.mktemp(request.param)
     rows = write_rows(scratch / "rows.jsonl", make_examples(16, longest=LENGTH))
     (scratch / "choice.json").write_text(json.dumps({"experts": CHOICE}))
@@ -186,7 +181,7 @@ def test_an_adapter_round_trips_bit_for_bit_with_either_config(trained, tmp_path
     again = write_adapter(
         tmp_path / "again", method.store(model.definition, model.trainable, model.constants)
     )
-    (again / "adapter_config.json").unlink()  # ESFT's programs write the other one alone
+    (again / "adapter_config.json").unlink()  # ESFT's programs write only expert_cfg.json
     after = read_adapter(again)
     assert method_from_peft(after) == method
     assert all(before[name].tobytes() == after.tensors[name].tobytes() for name in NAMES)
@@ -200,7 +195,7 @@ def test_the_files_of_esfts_programs(tmp_path):
         JaxtuneError, match=r"expert_cfg.json but no \*.safetensors or pytorch_model"
     ):
         read_adapter(tmp_path)
-    torch.save(object, tmp_path / "training_args.bin")  # beside the weights, and no state dict
+    torch.save(object, tmp_path / "training_args.bin")  # a file that is not a state dict
     for number, name in enumerate(names):
         torch.save({name: tensors[name]}, tmp_path / f"pytorch_model-{number}.bin")
     read = read_adapter(tmp_path).tensors
@@ -241,7 +236,7 @@ def test_the_padding_of_a_layer_stays_zero(trained):
 
 
 def torch_scores(model, examples, experts, scale):
-    """Scores experts by the paper's equations, of samples of one length."""
+    """Scores experts by the equations of the paper, which assume samples of equal length."""
     tables = [
         {i: np.zeros(experts) for i, layer in enumerate(model.model.layers) if is_mixture(layer)}
         for _ in range(2)
@@ -250,7 +245,7 @@ def torch_scores(model, examples, experts, scale):
 
     def record(layer):
         def hook(module, inputs, output):
-            if isinstance(module, nn.Linear):  # the model of our own has no router but this
+            if isinstance(module, nn.Linear):  # the router of deepseek_moe.py
                 mixture = model.model.layers[layer].mlp
                 weights, indices = output.softmax(-1).topk(mixture.top_k)
                 if mixture.normalize:
@@ -290,7 +285,7 @@ def test_scores_are_those_of_the_paper_and_of_torch(family, families, tmp_path):
     examples = make_examples(13, longest=LENGTH)
     rows = write_rows(tmp_path / "rows.jsonl", examples)
     config = run_config(directory, rows, Recipe(batch_size=4, accumulation=2))
-    # Packed and padded, with a last batch that is not full.
+    # Rows are packed and padded, and the last batch is not full.
     config["data"]["packing"] = True
     ours = score_training_data(resolve(config))
     scale = json.loads((directory / "config.json").read_text()).get("routed_scaling_factor", 1.0)
@@ -316,7 +311,7 @@ def test_a_new_run_scores_its_data_and_a_resumed_run_keeps_the_scores(families, 
     assert json.loads(written) == json.loads(scores.to_json())
     chosen = method_from_peft(read_adapter(run.adapter_directory("last"))).experts
     assert chosen == scores.choose("token", 0.2)
-    # Other scores in their place are what the run goes by from now on.
+    # A run uses the scores that its directory contains already.
     swapped = ExpertScores(*({i: row[::-1] for i, row in table.items()} for table in scores))
     assert swapped.choose("token", 0.2) != chosen
     (tmp_path / "again").mkdir()

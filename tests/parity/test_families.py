@@ -1,4 +1,4 @@
-"""Logits and generation of DeepSeek-MoE, V2 and V3 are those of torch, setting by setting."""
+"""Logits and generated tokens of DeepSeek-MoE, V2 and V3 equal those of torch in every setting."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from families import YARN, Families, reference
+from families import YARN, reference
 from oracles import assert_same_logits, load_torch, random_tokens, relative, torch_logits
 
 import jaxtune
@@ -18,7 +18,7 @@ from jaxtune.generation.generate import Sampling
 from jaxtune.layers.decoder import ForwardOptions
 
 TOKENS = random_tokens(1, 2, 48)
-# A setting that changed the logits by less could be ignored without the bar noticing.
+# Smallest change of the logits by a setting, far above the tolerance, so that ignoring it fails.
 SHOWS = 1e-3
 
 V2, V3, MOE = "deepseek_v2", "deepseek_v3", "deepseek"
@@ -48,7 +48,7 @@ SETTINGS = {
         "groups": {},
         "greedy": {"topk_method": "greedy", "n_group": None, "topk_group": None},
         "no-q-lora": {"q_lora_rank": None},
-        # transformers does not read it, though the family's configs have it.
+        # The family's configs have the key, but transformers does not read it.
         "norm-is-not-read": {"norm_topk_prob": True},
         "scaled": {"routed_scaling_factor": 16.0},
         "eps": {"rms_norm_eps": 1e-2},
@@ -74,7 +74,7 @@ SETTINGS = {
         **{name: {"rope_parameters": rope} for name, rope in MSCALES.items()},
     },
 }
-# Enough to see that nothing is broken; the others run with the slow tests.
+# Settings of the quick tests; the others are slow tests.
 QUICK = {
     (MOE, "one-normalized"),
     (MOE, "every-second-layer"),
@@ -95,11 +95,6 @@ EACH = [
 ]
 
 
-@pytest.fixture(scope="module")
-def families(tmp_path_factory):
-    return Families(tmp_path_factory.mktemp("families"))
-
-
 def ours(directory):
     return jaxtune.load(directory, dtype="float32", progress=False)
 
@@ -111,7 +106,7 @@ def test_logits_are_those_of_torch(family, setting, families):
 
 
 def same_weights(directory, target, **changes):
-    """Copies a checkpoint and changes its config alone."""
+    """Copies a checkpoint and changes its config only."""
     shutil.copytree(directory, target)
     path = target / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -130,7 +125,7 @@ def same_weights(directory, target, **changes):
     ],
 )
 def test_a_setting_shows_in_the_logits(family, changes, families, tmp_path):
-    # With the same weights: otherwise the test above could not tell one setting from another.
+    # Weights are the same, so the setting alone changes the logits, and the test above detects it.
     directory = families(family)
     changed = torch_logits(reference(same_weights(directory, tmp_path / "a", **changes)), TOKENS)
     assert relative(changed, torch_logits(reference(directory), TOKENS)) > SHOWS
@@ -179,7 +174,7 @@ PROMPTS = [random_tokens(i, n).tolist() for i, n in enumerate((3, 17, 1, 30, 8))
 
 
 def greedy_torch(model, prompt, count):
-    """Continues a prompt greedily without a cache, whose use in torch is not the question."""
+    """Continues a prompt greedily, without a cache, so that torch's cache is not a factor."""
     tokens = torch.tensor([prompt])
     with torch.no_grad():
         for _ in range(count):
@@ -212,7 +207,10 @@ def test_greedy_tokens_are_those_of_torch(family, changes, families, tmp_path):
 
 
 def decode(model, tokens, prefill):
-    """Returns the logits of a prefill and of every token after it, one at a time, with a cache."""
+    """Returns the logits [B, T, V] of tokens int[B, T], computed with a cache.
+
+    The first `prefill` tokens are computed together and the others one at a time.
+    """
     bound = model.definition.bind(model.base, model.trainable, model.constants)
     options, (batch, length) = ForwardOptions(jnp.float32), tokens.shape
     segments = jnp.ones((batch, length), jnp.int32)

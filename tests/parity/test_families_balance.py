@@ -1,4 +1,4 @@
-"""The balance loss of each family is its report's, with torch's gradient, for every split."""
+"""The balance loss of each family is that of its paper, with torch's gradient, for every split."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import optax
 import pytest
 import torch
 import torch.nn.functional as F
-from families import Families, reference
+from families import reference
 from oracles import LOSS, Recipe, make_examples, relative, summed_loss
 from parts import as_batch, load_parts
 from test_families_gradients import GRADIENT, torch_gradients
@@ -30,17 +30,12 @@ from jaxtune.training.state import initial_state, state_like
 from jaxtune.training.step import StepSettings, make_train_step
 
 ROWS = make_examples(4, longest=24, seed=3)
-FACTOR = 20.0  # so large that the gradient is not that of the loss alone
+FACTOR = 20.0  # large, so that the balance loss has a visible share of the gradient
 EXPERTS, TOP_K, LAYERS = 8, 3, (1, 2)
 
 
-@pytest.fixture(scope="module")
-def families(tmp_path_factory):
-    return Families(tmp_path_factory.mktemp("families"))
-
-
 def routers(model):
-    """Makes a torch model note the input and the output of every router."""
+    """Records (module, input, output) of every router of a torch model in the returned list."""
     seen = []
     for layer in LAYERS:
         gate = model.model.layers[layer].mlp.gate
@@ -49,7 +44,12 @@ def routers(model):
 
 
 def routing(family, module, x, output):
-    """Returns (scores that sum to 1, counted experts, chosen experts) of [B, T, …]."""
+    """Returns the routing of a layer, from its router's input x [B, T, hidden] and output.
+
+    Returns:
+      Scores [B, T, E] that sum to 1; the experts [B, T, k] that the balance loss counts; and the
+      experts [B, T, k] that are chosen. V3 chooses with a correction bias and counts without it.
+    """
     logits = F.linear(x, module.weight)
     if family == "deepseek_v3":
         scores = logits.sigmoid()
@@ -62,7 +62,12 @@ def routing(family, module, x, output):
 
 
 def published(family, seen, rows):
-    """Returns (Σ over layers and sequences of targets · Σ f P, tokens per layer and expert)."""
+    """Returns the balance loss by the papers' equation, and the load [layers, experts].
+
+    The loss is Σ_i f_i P_i, where f_i is the share of tokens of expert i relative to an even load
+    and P_i its mean score, weighted by the number of targets of each sequence and summed over
+    sequences and layers.
+    """
     total, load = 0.0, np.zeros((len(seen), EXPERTS))
     for layer, (module, x, output) in enumerate(seen):
         scores, counted, chosen = routing(family, module, x, output)
@@ -77,7 +82,7 @@ def published(family, seen, rows):
 
 
 def one_update(parts, batch, accumulation=1, factor=FACTOR):
-    """Returns (metrics, gradient by path) of one update."""
+    """Returns the metrics and the gradient tree of one optimizer step."""
     mesh, optimizer = single_device_mesh(), keep_gradient()
     like = state_like(parts.definition, optimizer, mesh)
     step = make_train_step(
@@ -111,10 +116,10 @@ def test_balance_loss_load_and_gradient_are_those_of_torch(family, families):
     parts = load_parts(directory, Full())
     metrics, gradient = one_update(parts, as_batch(ROWS, 4, 24, packing=False))
     weight = metrics["targets"]
-    # The loss that is reported has no part of the balance loss.
+    # The reported loss does not include the balance loss.
     assert relative(metrics["loss"], loss.item() / weight) <= LOSS
     assert relative(metrics["balance_loss"], balance.item() / weight) <= LOSS
-    assert balance.item() / weight > 1.05 * len(LAYERS)  # 1 for each layer where it is even
+    assert balance.item() / weight > 1.05 * len(LAYERS)  # an even load has 1 per layer
     even = load.sum(1, keepdims=True) / EXPERTS
     assert relative(metrics["expert_load_max"], (load / even).max()) <= LOSS
     assert relative(metrics["expert_load_min"] + 1, (load / even).min() + 1) <= LOSS
@@ -149,7 +154,7 @@ def test_the_split_of_the_same_tokens_changes_nothing(method, families):
     expected = {path: g for path, g in flatten(expected) if np.any(np.asarray(g))}
     without = dict(flatten(without))
     assert any(relative(without[path], g) > 100 * GRADIENT for path, g in expected.items())
-    # The last batch of a pass is filled up: here two of four micro-batches hold nothing.
+    # As in the last batch of a pass, rows are empty: here all rows of two of four micro-batches.
     half_empty = as_batch(rows, 16, 24, packing=False)
     assert not half_empty["segment_ids"][8:].any()
     for other, gradient in (

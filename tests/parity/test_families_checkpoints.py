@@ -1,4 +1,4 @@
-"""DeepSeek-MoE, V2 and V3 are saved to Hugging Face unchanged, and other programs load them."""
+"""DeepSeek-MoE, V2 and V3 round-trip through Hugging Face checkpoints, which others can load."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import Families, reference
+from families import reference
 from oracles import assert_same_logits, make_examples, random_tokens, torch_logits
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -25,17 +25,12 @@ BIAS = "e_score_correction_bias"
 TOKENS = random_tokens(1, 2, 24)
 
 
-@pytest.fixture(scope="module")
-def families(tmp_path_factory):
-    return Families(tmp_path_factory.mktemp("families"))
-
-
 def tensors_of(directory: Path):
     return {k: v for path in directory.glob("*.safetensors") for k, v in load_file(path).items()}
 
 
 def in_bfloat16(directory: Path, target: Path) -> Path:
-    """Copies a checkpoint with all but the correction bias rounded, as DeepSeek's are."""
+    """Copies a checkpoint in bfloat16, except for the correction bias, like DeepSeek's own."""
     shutil.copytree(directory, target)
     rounded = {k: v if BIAS in k else v.bfloat16() for k, v in tensors_of(directory).items()}
     save_file(rounded, target / "model.safetensors", metadata={"format": "pt"})

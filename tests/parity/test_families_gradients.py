@@ -1,4 +1,4 @@
-"""Gradients of DeepSeek-MoE, V2 and V3 are those of torch's autograd, and packing changes none."""
+"""Gradients of DeepSeek-MoE, V2 and V3 equal those of torch's autograd, also with packing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import YARN, Families, reference
+from families import YARN, reference
 from oracles import LOSS, make_examples, relative, summed_loss
 from parts import as_batch, load_parts
 
@@ -16,19 +16,14 @@ from jaxtune.layers.decoder import ForwardOptions
 from jaxtune.layers.tree import flatten, merge
 from jaxtune.objectives.sft import sft_loss
 
-# Errors of the logits, carried back through every layer and summed over tokens.
+# Errors of logits are propagated back through all layers and summed over tokens.
 GRADIENT = 1e-4
 BIAS = "e_score_correction_bias"
 ROWS = make_examples(4, longest=24, seed=3)
 
 
-@pytest.fixture(scope="module")
-def families(tmp_path_factory):
-    return Families(tmp_path_factory.mktemp("families"))
-
-
 def gradient(parts, batch, policy="none"):
-    """Returns (loss, gradient of the trainables), both summed over the targets of a batch."""
+    """Returns the loss and the gradient of the trainables, summed over the targets of a batch."""
     options = ForwardOptions(jnp.float32, "xla", policy)
     batch = jax.tree.map(jnp.asarray, batch)
 
@@ -40,10 +35,10 @@ def gradient(parts, batch, policy="none"):
 
 
 def torch_gradients(model):
-    """Returns the gradient of every weight under its name on disk: experts come one by one."""
+    """Returns the gradient of every weight by its name in a checkpoint, one for each expert."""
     gradients = {}
     for name, value in model.named_parameters():
-        # An expert that no token chose has none.
+        # An expert without tokens has no gradient.
         grad = np.zeros(value.shape) if value.grad is None else value.grad.numpy()
         prefix, _, fused = name.rpartition("experts.")
         if fused == "gate_up_proj":
@@ -87,7 +82,7 @@ def test_the_gradient_of_every_weight_is_that_of_torch(family, changes, policy, 
     batch = as_batch(ROWS, 4, 24, packing=False)
     our_loss, tree = gradient(parts, batch, policy)
     assert relative(our_loss, their_loss.item()) <= LOSS
-    # What is not trained is the correction bias alone.
+    # Only the correction bias is frozen.
     frozen = {path[-1] for path, _ in flatten(parts.base)}
     assert frozen == ({BIAS} if family == "deepseek_v3" else set())
     every = checkpoint_tensors(parts.definition, merge(tree, parts.base), jnp.float32, {})

@@ -1,4 +1,4 @@
-"""LoRA on latent attention and on experts: trained as PEFT trains it, stored and merged whole."""
+"""LoRA on latent attention and on experts trains as in PEFT, and is stored and merged correctly."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from families import YARN, Families, reference
+from families import YARN, reference
 from oracles import (
     LOSS,
     Recipe,
@@ -29,19 +29,14 @@ from jaxtune.adapters import method_from_peft
 from jaxtune.adapters.parameter_summary import parameter_summary
 
 TOKENS = random_tokens(1, 2, 24)
-SHOWS = 1e-3  # a change of the logits that no rounding makes
+SHOWS = 1e-3  # a change of the logits beyond any rounding error
 ATTENTION = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
 FEED_FORWARD = ["gate_proj", "up_proj", "down_proj"]
 WEIGHTS = "adapter_model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def families(tmp_path_factory):
-    return Families(tmp_path_factory.mktemp("families"))
-
-
 def start(model, target, **settings):
-    """Puts PEFT's LoRA around a model and saves it for us to start from as well."""
+    """Wraps a model in PEFT's LoRA and saves the initial adapter, from which jaxtune starts."""
     torch.manual_seed(0)
     defaults = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"}
     model = get_peft_model(model, LoraConfig(**(defaults | settings)))
@@ -59,7 +54,7 @@ def start(model, target, **settings):
             id="v3-attention",
             marks=pytest.mark.slow,
         ),
-        # Experts are modules of their own in this torch model alone, where PEFT can adapt them.
+        # PEFT can adapt experts in this torch model only, because they are separate modules.
         pytest.param(
             "deepseek",
             {},
@@ -97,10 +92,10 @@ def test_lora_trains_as_peft_does(family, changes, settings, families, tmp_path)
     scope="module", params=[pytest.param("deepseek_v2", marks=pytest.mark.slow), "deepseek_v3"]
 )
 def trained(request, families, tmp_path_factory):
-    """Trains LoRA on every projection of a model for 20 steps; (checkpoint, run)."""
+    """Trains LoRA on every projection for 20 steps; returns (checkpoint, run)."""
     directory = families(request.param)
     scratch = tmp_path_factory.mktemp(request.param)
-    # Few examples, seen many times: what a random model can learn.
+    # Few examples in many passes, so that a random model can learn them.
     rows = write_rows(scratch / "rows.jsonl", make_examples(16, longest=LENGTH))
     targets = "all-linear" if request.param == "deepseek_v3" else [*ATTENTION, *FEED_FORWARD]
     config = run_config(
@@ -143,7 +138,7 @@ def test_an_adapter_round_trips_bit_for_bit_with_a_name_for_each_expert(trained,
 
 
 def merged_by_hand(directory, adapter):
-    """Returns the torch model with scale · B A added to each weight that the adapter names."""
+    """Returns the torch model with alpha / r · B A added to each weight that the adapter names."""
     config = json.loads((adapter / "adapter_config.json").read_text())
     tensors, model = load_file(adapter / WEIGHTS), reference(directory)
     weights = dict(model.named_parameters())
@@ -158,7 +153,7 @@ def merged_by_hand(directory, adapter):
 
 
 def _weight(weights, name):
-    """Finds the weight of a module; transformers keeps those of all experts in two arrays."""
+    """Returns the weight of a module; transformers stores those of all experts in two arrays."""
     layer, _, expert = name.partition("experts.")
     if layer.endswith("shared_") or not expert:
         return weights[f"{name}.weight"]
@@ -212,8 +207,8 @@ def test_eight_devices_train_as_one_does(families, tmp_path):
         for name in ("loss", "balance_loss", "expert_load_max"):
             assert relative(line[name], other[name]) <= LOSS, line
         assert relative(line["grad_norm"], other["grad_norm"]) <= GRAD_NORM, line
-    # What eight devices have trained opens on the one that is here. AdamW makes more of small
-    # differences between gradients than a loss does.
+    # A run of eight devices opens on one. AdamW amplifies small differences of gradients, so logits
+    # differ more than losses.
     one, eight = (
         np.asarray(jaxtune.Run(tmp_path / run).model("last").logits(TOKENS))
         for run in ("one", "eight")

@@ -1,4 +1,4 @@
-"""Generation: the tokens of transformers when greedy, the model's own distribution when not."""
+"""Greedy decoding equals that of transformers; samples follow the distribution of the model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROMPTS = [random_tokens(i, n).tolist() for i, n in enumerate((3, 17, 1, 40, 8))
 
 
 def generate_torch(model, prompts, count, stop=None):
-    """Greedy continuations of each prompt, alone and so without padding, up to a stop token."""
+    """Continues each prompt greedily up to a stop token, one at a time and so without padding."""
     outputs = []
     for prompt in prompts:
         tokens = torch.tensor([prompt])
@@ -38,7 +38,7 @@ def generate_torch(model, prompts, count, stop=None):
 
 
 def with_eos(directory, target, token):
-    """Copies a checkpoint and sets its end token (None: it has none)."""
+    """Copies a checkpoint and sets its end token; None: no end token."""
     shutil.copytree(directory, target)
     for name in ("config.json", "generation_config.json"):
         content = json.loads((target / name).read_text())
@@ -103,9 +103,9 @@ DRAWS = 4096
 
 
 def draw(model, sampling):
-    """Draws the token after one prompt many times; returns the share of each token."""
+    """Samples the token after a prompt `DRAWS` times; returns the share of each token, [V]."""
     drawn = model.generate_tokens([PROMPTS[0]] * DRAWS, 1, sampling)
-    # A row that ends at once is empty: its token was the end.
+    # The answer is empty if the sampled token is the end token.
     tokens = [row[0] if row else model.stop_ids[0] for row in drawn]
     return np.bincount(tokens, minlength=160) / DRAWS
 
@@ -117,9 +117,12 @@ def probabilities(model, temperature):
 
 
 def assert_drawn_from(shares, expected):
-    """Five standard errors: over 160 tokens a right program fails once in 10,000 seeds."""
+    """Asserts that shares [V] are within five standard errors of the expected probabilities.
+
+    With 160 tokens, a correct program fails for one in 10,000 seeds.
+    """
     error = np.sqrt(expected * (1 - expected) / DRAWS)
-    # A token of less than one expected draw is not normally distributed: allow it a few.
+    # Counts of rare tokens are not normally distributed, so a few draws more are allowed.
     assert (np.abs(shares - expected) <= 5 * error + 3 / DRAWS).all()
 
 
@@ -184,7 +187,7 @@ def test_greedy_text_of_smollm2_is_that_of_transformers(smollm2):
 
 
 def test_a_text_with_bos_is_continued_like_the_text_without(tiny_chat, tmp_path):
-    """Where the tokenizer adds BOS, and what it adds behind a text does not end the prompt."""
+    """The tokenizer adds BOS, which is not repeated, and EOS, which is removed from the prompt."""
     shutil.copytree(tiny_chat, tmp_path / "model")
     path = tmp_path / "model" / "tokenizer_config.json"
     settings = json.loads(path.read_text()) | {"add_bos_token": True, "add_eos_token": True}

@@ -1,4 +1,4 @@
-"""Gradients of every weight equal those of torch's autograd under every remat policy."""
+"""The gradient of every weight equals that of torch's autograd under every remat policy."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from jaxtune.layers.tree import flatten
 from jaxtune.objectives.sft import sft_loss
 from jaxtune.registry import REMAT_POLICIES
 
-# Errors of the logits, carried back through every layer and summed over tokens.
+# Errors of logits are propagated back through all layers and summed over tokens.
 GRADIENT = 1e-4
-# The same program with other operations fused: a few units in the last place of float32.
+# The same computation with different fusions: a few units in the last place of float32.
 RECOMPUTED = 1e-5
 ROWS = make_examples(4, longest=24, seed=3)
 
 
 def gradient(parts, policy, key=None, attention="xla"):
-    """Returns (loss, gradient of the trainables), both summed over the targets of `ROWS`."""
+    """Returns the loss and the gradient of the trainables, summed over the targets of `ROWS`."""
     options = ForwardOptions(jnp.float32, attention, policy)
     batch = jax.tree.map(jnp.asarray, as_batch(ROWS, 4, 24, packing=False))
 
@@ -68,7 +68,7 @@ def test_every_remat_policy_gives_the_same_gradient(method, tiny):
     key = jax.random.key(1) if method.name == "lora" else None
     loss, expected = gradient(parts, "none", key)
     theirs = dict(flatten(expected))
-    # The factor A has no gradient while B is zero; that of B is where dropout shows.
+    # While B is zero, the gradient of A is zero; dropout changes that of B.
     kept = [path for path, value in theirs.items() if np.any(np.asarray(value))]
     assert kept
     for policy in REMAT_POLICIES:

@@ -1,4 +1,4 @@
-"""Every edit of a projection starts as the base, merges, decodes and survives its file."""
+"""Every method on projections starts as the base, decodes, merges, and is stored and loaded."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from jaxtune.layers.tree import flatten, unflatten
 from jaxtune.parallel.mesh import single_device_mesh
 
 TOKENS = random_tokens(1, 2, 12)
-SHOWS = 1e-3  # a change of the logits that no rounding makes
-# What starts at 1 by a division, or as the sum of two parts of a weight, is off by rounding.
+SHOWS = 1e-3  # a change of the logits beyond any rounding error
+# Rounding error of a scale that is 1 by a division, or of a weight split into two summands.
 ROUNDED = 1e-5
 ALL = ("all-linear",)
-# Two runs of layers (dense, then experts), every projection, latent attention's included.
+# On a model with two blocks, dense layers and experts: all projections, latent attention included.
 METHODS = {
     "lora": Lora(4, 8.0, targets=(*ALL, "lm_head")),
     "rslora": Lora(4, 8.0, targets=ALL, rslora=True),
@@ -58,7 +58,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(directory):
-    """The logits of the checkpoint."""
+    """The logits of the checkpoint without an adapter."""
     return np.asarray(jaxtune.load(directory, dtype="float32", progress=False).logits(TOKENS))
 
 
@@ -67,7 +67,7 @@ def as_model(parts, directory):
 
 
 def moved(parts):
-    """Adds noise to every trained array, to what a method leaves alone as well."""
+    """Adds noise to every trained array, also where a method has no effect."""
     leaves = dict(flatten(parts.trainable))
     keys = jax.random.split(jax.random.key(3), len(leaves))
     drawn = {
@@ -92,7 +92,7 @@ def test_a_run_starts_as_the_base_and_ends_as_one_model(name, directory, base, t
     model = as_model(parts, directory)
     expected = np.asarray(model.logits(TOKENS))
     assert relative(expected, base) > SHOWS
-    # One token at a time latent attention needs the edited matrix, and its bias, as such.
+    # When decoding, latent attention uses the edited matrix and bias directly.
     assert_same_logits(decode(model, TOKENS, 5), expected)
     stored = method.store(parts.definition, parts.trainable, parts.constants)
     adapter = write_adapter(tmp_path / "adapter", stored)
@@ -121,12 +121,12 @@ def test_an_edit_leaves_all_other_layers_and_experts_unchanged(name, directory, 
     trainable, constants = again.restore(restored.definition, stored)
     trees = again.complete(restored.definition, restored.base, (trainable, constants), None)
     restored = restored._replace(trainable=trees[0], constants=trees[1])
-    # The file has the chosen layers alone: noise on the others must have changed nothing.
+    # The file contains the chosen layers only, so noise on the others must have no effect.
     expected = np.asarray(as_model(parts, directory).logits(TOKENS))
     assert relative(expected, base) > SHOWS
     assert_same_logits(as_model(restored, directory).logits(TOKENS), expected)
     stored_values = sum(value.size for key, value in stored.tensors.items() if "vera_A" not in key)
-    if name not in ("vera", "pissa"):  # whose files hold more than what was trained
+    if name not in ("vera", "pissa"):  # whose files contain more than the trained values
         assert trained_share(parameter_summary(parts.definition))[0] == stored_values
 
 

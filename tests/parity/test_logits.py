@@ -1,4 +1,4 @@
-"""The logits of every architecture and setting are those of transformers."""
+"""The logits of every architecture and setting equal those of transformers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from oracles import assert_same_logits, load_torch, random_tokens, relative, tor
 import jaxtune
 
 THETA = {"rope_theta": 1e5}
-# Texts are longer than this, and heads wide enough to have waves in every band of a scaling.
+# Shorter than the texts. Heads are wide, so that every band of a scaling has frequencies.
 ORIGINAL = {"original_max_position_embeddings": 32}
 WIDE = {"head_dim": 64}
 YARN = {"rope_type": "yarn", "factor": 8.0, **THETA, **ORIGINAL}
@@ -62,7 +62,7 @@ def test_logits_are_those_of_transformers(setting, tiny):
 
 
 def test_every_rotary_setting_shows_in_the_logits(tiny):
-    # Otherwise the test above could not tell one from another.
+    # Without a visible change of the logits, the test above would not detect an ignored setting.
     seen = {}
     for name, rope in ROPES.items():
         logits = torch_logits(load_torch(tiny("llama", **WIDE, rope_parameters=rope)), TOKENS)
@@ -72,7 +72,7 @@ def test_every_rotary_setting_shows_in_the_logits(tiny):
 
 
 def old_style(directory, target, rope_scaling):
-    """Copies a checkpoint and writes its rotary settings as older versions of transformers did."""
+    """Copies a checkpoint with rotary settings in the format of older versions of transformers."""
     shutil.copytree(directory, target)
     config = json.loads((target / "config.json").read_text())
     del config["rope_parameters"]
@@ -106,7 +106,7 @@ def test_documents_packed_in_a_row_give_the_logits_of_each_alone(model_type, att
     directory = tiny(model_type)
     theirs = load_torch(directory)
     ours = jaxtune.load(directory, dtype="float32", attention=attention, progress=False)
-    # Long enough for the blockwise backend to have two blocks, the last one incomplete.
+    # Long enough for two blocks of the blockwise backend, of which the last one is incomplete.
     lengths = (41, 1, 250)
     documents = [random_tokens(i, 1, n) for i, n in enumerate(lengths)]
     padding = np.zeros((1, 5), np.int32)

@@ -52,7 +52,7 @@ THEIRS = {
 
 
 def with_random_factors(parts, seed=0):
-    """Replaces every factor, B included, with random values; padding of lower ranks stays zero."""
+    """Replaces all factors, also B, by random values; the padding of lower ranks stays zero."""
     leaves = dict(flatten(parts.trainable))
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     drawn = {
@@ -63,7 +63,7 @@ def with_random_factors(parts, seed=0):
 
 
 def _kept(trainable, path):
-    # A freshly drawn A is zero exactly where its rank is padded.
+    # The initial A is zero exactly in the rows that pad a lower rank.
     factors = dict(flatten(trainable))
     lora_A = factors[(*path[:-1], "lora_A")]
     rows = jnp.any(lora_A != 0, axis=-1)
@@ -71,7 +71,7 @@ def _kept(trainable, path):
 
 
 def peft_adapter(directory, target, *, seed=0, **settings):
-    """Makes an adapter with PEFT, with random factors; returns the logits of PEFT's model."""
+    """Makes an adapter with random factors with PEFT; returns the logits of PEFT's model."""
     torch.manual_seed(seed)
     config = LoraConfig(
         **({"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM"} | settings), init_lora_weights=False
@@ -94,7 +94,7 @@ def test_peft_loads_our_adapter(case, tiny, tmp_path):
     ours = jaxtune.load(directory, adapter=tmp_path / "adapter", dtype="float32", progress=False)
     assert_same_logits(ours.logits(TOKENS), theirs)
     assert relative(theirs, plain) > 1e-2
-    # What was written is what was in memory.
+    # The file has the values that were in memory.
     for path, value in flatten(parts.trainable):
         np.testing.assert_array_equal(dict(flatten(ours.trainable))[path], value)
 
@@ -105,7 +105,7 @@ def test_we_load_an_adapter_of_peft(case, tiny, tmp_path):
     theirs = peft_adapter(directory, tmp_path / "adapter", **THEIRS[case])
     ours = jaxtune.load(directory, adapter=tmp_path / "adapter", dtype="float32", progress=False)
     assert_same_logits(ours.logits(TOKENS), theirs)
-    # Written again by us, in our own terms, PEFT reads the same adapter.
+    # PEFT reads the same adapter from the files that jaxtune writes.
     method = method_from_peft(read_adapter(tmp_path / "adapter"))
     stored = method.store(ours.definition, ours.trainable, ours.constants)
     write_adapter(tmp_path / "again", stored)
@@ -114,7 +114,7 @@ def test_we_load_an_adapter_of_peft(case, tiny, tmp_path):
 
 
 def with_other_biases(model):
-    """Gives every bias that PEFT trains another value; returns the logits."""
+    """Draws random values for every bias that PEFT trains; returns the logits."""
     with torch.no_grad():
         for name, value in model.named_parameters():
             if value.requires_grad and name.endswith(".bias"):
@@ -143,7 +143,7 @@ def test_trained_biases_cross_over_both_ways(bias, tiny, tmp_path):
     assert_same_logits(torch_logits(loaded, TOKENS), theirs)
     merged = load_torch(ours.save_pretrained(tmp_path / "merged", dtype="float32"))
     assert_same_logits(torch_logits(merged, TOKENS), theirs)
-    # Those of the base are not lost.
+    # The biases of the base are kept.
     np.testing.assert_array_equal(ours.use(None).logits(TOKENS), plain)
 
 
@@ -182,7 +182,7 @@ def test_an_unsupported_setting_is_rejected_by_name(key, settings, tiny, tmp_pat
 
 
 def test_a_head_of_another_base_model_is_refused(tiny, tmp_path):
-    # PEFT stores the frozen weight of a head that it edits, and loads it over the base's own.
+    # PEFT stores the frozen weight of an edited head and loads it in place of the base's weight.
     peft_adapter(tiny("llama"), tmp_path / "adapter", target_modules=["lm_head"])
     with pytest.raises(jaxtune.JaxtuneError, match=r"lm_head\.weight"):
         jaxtune.load(tiny("llama", seed=1), adapter=tmp_path / "adapter", progress=False)

@@ -8,7 +8,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from families import Families, reference
+from families import reference
 from oracles import assert_same_logits, random_tokens, relative, torch_logits
 from parts import load_parts
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -54,7 +54,7 @@ THEIRS = {
 
 
 def crossed(cases, quick):
-    """Every case with every family; all but one are slow."""
+    """Returns the parameters of every case with every family; all but one are slow."""
     return [
         pytest.param(
             family,
@@ -65,11 +65,6 @@ def crossed(cases, quick):
         for family in ("deepseek_v2", "deepseek_v3")
         for case in cases
     ]
-
-
-@pytest.fixture(scope="module")
-def families(tmp_path_factory):
-    return Families(tmp_path_factory.mktemp("families"))
 
 
 def loaded_by_peft(directory, adapter):
@@ -92,7 +87,7 @@ def test_peft_loads_what_we_train(family, case, families, tmp_path):
     assert_same_logits(ours, theirs)
     assert relative(theirs, torch_logits(reference(directory), TOKENS)) > 1e-2
     assert_same_logits(load(directory, tmp_path / "fused").logits(TOKENS), theirs)
-    # Gate and up projection come apart again, each of the rank that it had at most.
+    # Reading separates gate and up projection again, without increasing the largest rank.
     before, after = pairs_of(stored), pairs_of(read_adapter(tmp_path / "fused"))
     for name, pair in before.items():
         np.testing.assert_allclose(after[name].edit, pair.edit, atol=1e-5)
@@ -113,7 +108,7 @@ def test_we_load_what_peft_trains(family, case, families, tmp_path):
     again = fuse(read_adapter(tmp_path / "adapter"), ours.definition)
     write_adapter(tmp_path / "again", again)
     assert_same_logits(loaded_by_peft(directory, tmp_path / "again"), theirs)
-    # Factors that gate and up projection share are not stored twice.
+    # Factors that gate and up projection share are stored once.
     shapes = {key: value.shape for key, value in again.tensors.items()}
     saved = {
         key.replace(".base_layer", ""): shape

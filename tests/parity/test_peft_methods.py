@@ -1,4 +1,4 @@
-"""Methods other than plain LoRA train, read and write like PEFT."""
+"""Methods other than plain LoRA train as in PEFT, and both programs read each other's files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from families import Families, reference
+from families import reference
 from oracles import (
     LOSS,
     Recipe,
@@ -35,24 +35,25 @@ from jaxtune.layers.tree import flatten
 from jaxtune.parallel.mesh import single_device_mesh
 
 TOKENS = random_tokens(1, 2, 24)
-SHOWS = 1e-3  # a change of the logits that no rounding makes
+SHOWS = 1e-3  # a change of the logits beyond any rounding error
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LATENT = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
-# The norm of each row comes from a sum of three terms here and of the edited weight itself there.
+# jaxtune computes the norm of a row as a sum of three terms, PEFT from the edited weight.
 DORA_LOSS = 1e-4
 
-# Of logits after training: AdamW makes more of small differences of gradients than a loss does.
+# Error of logits after training: AdamW amplifies small differences of gradients.
 TRAINED = 1e-3
 
 
 class Case(NamedTuple):
-    """A method as PEFT and jaxtune call it.
+    """A method in PEFT and in jaxtune.
 
     Attributes:
-      config: of PEFT.
-      method: adapter.method of jaxtune.
-      bar: on the relative error of a loss.
-      learning_rate: of the recipe.
+      config: class of PEFT's config.
+      settings: arguments of the class.
+      method: ``adapter.method`` in jaxtune.
+      bar: tolerance of the relative error of a loss.
+      learning_rate: learning rate of the recipe.
     """
 
     config: type
@@ -78,11 +79,6 @@ TARGETS = {
 }
 
 
-@pytest.fixture(scope="module")
-def families(tmp_path_factory):
-    return Families(tmp_path_factory.mktemp("families"))
-
-
 @pytest.fixture
 def checkpoint(request, tiny, families):
     """The directory of a tiny model."""
@@ -90,7 +86,7 @@ def checkpoint(request, tiny, families):
 
 
 def peft_start(case, directory, model_type, target, **changes):
-    """Puts a method of PEFT around a model; saves it for us to start from as well."""
+    """Wraps a model in a method of PEFT; saves the initial adapter, from which jaxtune starts."""
     torch.manual_seed(0)
     settings = {"task_type": "CAUSAL_LM"} | TARGETS[model_type] | CASES[case].settings | changes
     if case == "ia3":
@@ -101,7 +97,7 @@ def peft_start(case, directory, model_type, target, **changes):
 
 
 def scramble(model):
-    """Draws every trained value anew, so that nothing is the identity."""
+    """Adds noise to every trained value, so that no part of the method is the identity."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for value in (v for v in model.parameters() if v.requires_grad):
@@ -153,13 +149,13 @@ def test_adapters_are_exchanged_in_both_directions_and_merge(
     assert relative(theirs, base) > SHOWS
     ours = jaxtune.load(checkpoint, adapter=tmp_path / "theirs", dtype="float32", progress=False)
     assert_same_logits(ours.logits(TOKENS), theirs)
-    # Written again by us, in our own terms, PEFT reads the same adapter.
+    # PEFT reads the same adapter from the files that jaxtune writes.
     method = method_from_peft(read_adapter(tmp_path / "theirs"))
     stored = method.store(ours.definition, ours.trainable, ours.constants)
     write_adapter(tmp_path / "ours", stored)
     again = PeftModel.from_pretrained(reference(checkpoint), tmp_path / "ours").eval()
     assert_same_logits(torch_logits(again, TOKENS), theirs)
-    # The merged model needs no adapter, and merging leaves the base as it was.
+    # The merged model needs no adapter, and merging does not change the base in memory.
     before = {path: np.asarray(value).tobytes() for path, value in flatten(ours.base)}
     merged = ours.save_pretrained(tmp_path / "merged", dtype="float32")
     assert_same_logits(torch_logits(reference(merged), TOKENS), theirs)
@@ -167,7 +163,7 @@ def test_adapters_are_exchanged_in_both_directions_and_merge(
 
 
 def test_the_scales_of_ia3_take_a_bias_along(tiny, tmp_path):
-    # Qwen2's projections of queries, keys and values have biases; attention's output has none.
+    # In Qwen2, q_proj, k_proj and v_proj have biases; o_proj has none.
     directory = tiny("qwen2")
     settings = {"target_modules": ATTENTION, "feedforward_modules": []}
     model = get_peft_model(reference(directory), IA3Config(task_type="CAUSAL_LM", **settings))
@@ -203,7 +199,7 @@ def test_pissa_starts_and_trains_as_peft_does(rslora, checkpoint, model_type, tm
         relative(line["loss"], loss) for line, loss in zip(run.metrics(), theirs, strict=True)
     ]
     assert max(errors) <= LOSS, errors
-    # What the run stores is LoRA of the checkpoint as it is, for anybody.
+    # The run stores plain LoRA of the unchanged checkpoint, which PEFT can load.
     expected = torch_logits(model.eval(), TOKENS)
     adapter = run.adapter_directory("last")
     plain = PeftModel.from_pretrained(reference(checkpoint), adapter).eval()
@@ -247,7 +243,7 @@ def test_patterns_and_layers_choose_what_peft_chooses(tiny, tmp_path):
 
 
 def adapters_by_name(definition):
-    """Yields each adapter with its projection's path."""
+    """Yields the path of each adapted projection and its adapter."""
     return (((".").join(path), adapter) for path, _, adapter in adapters(definition))
 
 
@@ -287,7 +283,7 @@ def test_new_tokens_start_as_the_base_and_count_in_a_tied_head(tied, tiny, tmp_p
     base = jaxtune.load(directory, dtype="float32", progress=False).logits(tokens)
     parts = load_parts(directory, Lora(4, 8.0, new_tokens=3, token_ids=(157, 158, 159)))
     model = Model(parts, directory, single_device_mesh(), dtype="float32")
-    # A few columns of the head are a product of their own, summed in another order.
+    # The columns of new tokens in the head are a separate product, summed in a different order.
     assert_same_logits(model.logits(tokens), base)
     peft = LoraConfig(
         r=4,

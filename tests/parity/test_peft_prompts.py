@@ -1,4 +1,4 @@
-"""Prefixes and prompts: the same numbers as PEFT in training, and both read each other's files."""
+"""Prefixes and prompts train as in PEFT, and both programs read each other's files."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ QUICK = ("prefix-gqa", "prompt")
 
 
 class TextOnly(torch.nn.Module):
-    """A model with virtual tokens whose logits are those of the text alone."""
+    """A model with virtual tokens that returns the logits of the text only."""
 
     def __init__(self, model):
         super().__init__()
         self.model = model
 
     def forward(self, tokens, attention_mask=None):
-        """Returns an output whose logits are [B, T, V]."""
+        """Returns the output for tokens int[B, T], with logits [B, T, V]."""
         mask = torch.ones_like(tokens) if attention_mask is None else attention_mask
         output = self.model(tokens, attention_mask=mask)
         output.logits = output.logits[:, -tokens.shape[1] :]
@@ -82,7 +82,7 @@ class TextOnly(torch.nn.Module):
 
 
 def start(directory, target, kind, settings):
-    """Puts virtual tokens around a model with PEFT; saves them, and what makes them, as we do."""
+    """Adds virtual tokens to a model with PEFT; saves them, and their network as jaxtune does."""
     torch.manual_seed(0)
     config = kind(task_type="CAUSAL_LM", num_virtual_tokens=N, **settings)
     model = get_peft_model(load_torch(directory), config)
@@ -114,9 +114,9 @@ def test_training_is_that_of_peft(case, tiny, tmp_path):
     for ours, theirs in zip(run.metrics(), updates, strict=True):
         assert relative(ours["loss"], theirs.loss) <= LOSS
         assert relative(ours["grad_norm"], theirs.grad_norm) <= GRAD_NORM
-    # What was trained matters: at the start both would agree without it.
+    # Training has an effect; an untrained adapter would agree with itself.
     assert relative(updates[-1].loss, updates[0].loss) > 100 * LOSS
-    # PEFT reads what the run wrote, and would have written the same settings.
+    # PEFT reads the files of the run, which have the settings that PEFT would write.
     last = run.adapter_directory("last")
     again = PeftModel.from_pretrained(load_torch(directory), last).eval()
     ours = ours_on(directory, last)
@@ -129,7 +129,7 @@ def test_training_is_that_of_peft(case, tiny, tmp_path):
     assert {k: v for k, v in written.items() if k not in free} == {
         k: theirs[k] for k in written if k not in free
     }
-    # What made the tokens lies beside them, and makes them again.
+    # The network that computes the virtual tokens is stored with them.
     encoder = read_adapter(last, encoder=True).encoder
     network = model.prompt_encoder["default"].state_dict()
     assert (encoder is not None) == (len(network) > 1)

@@ -1,7 +1,7 @@
-"""Configurations that PEFT's own tests try: each adapter has PEFT's logits or is refused by name.
+"""Configurations of PEFT's own tests: each adapter has PEFT's logits or is refused by name.
 
-What an adapter makes of the weights is folded into them and runs through one compiled function for
-each architecture, so that a case costs no compilation.
+Adapters are merged into the weights without jit, and the merged model runs through one compiled
+function for each architecture, so that a case needs no compilation.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from jaxtune.parallel.mesh import single_device_mesh
 
 TOKENS = random_tokens(1, 2, 24)
 BASES = ("llama", "qwen2", "deepseek_v3", "tied")
-# Tried on a part of the configurations where time is short.
+# Architectures for which the quick tests try a part of the configurations.
 SPARSE = ("qwen2", "deepseek_v3")
 
 
@@ -49,7 +49,7 @@ class Base:
         self.plain = torch_logits(self.torch, TOKENS)
 
     def theirs(self, config, target):
-        """Makes an adapter with PEFT in which nothing is the identity; returns PEFT's logits."""
+        """Makes an adapter with random values with PEFT; returns PEFT's logits [B, T, V]."""
         torch.manual_seed(0)
         model = get_peft_model(copy.deepcopy(self.torch), config).eval()
         with torch.no_grad():
@@ -59,12 +59,12 @@ class Base:
         return torch_logits(model, TOKENS)[:, -TOKENS.shape[1] :]
 
     def ours(self, directory):
-        """Returns jaxtune's logits of an adapter, folded into the weights where it has a place."""
+        """Returns jaxtune's logits with an adapter, merged into the weights if that is possible."""
         parts = attach_adapter(self.bare, self.source, "float32", read_adapter(directory))
         if not parts.method.can_merge:
             return self._logits(parts)
         trees = parts.base, parts.trainable, parts.constants
-        with jax.disable_jit():  # of many shapes, each but once
+        with jax.disable_jit():  # many shapes occur once each
             found = edits(parts.definition.bind(*trees))
             values = {path: value for tree in trees[:2] for path, value in flatten(tree)}
             merged = {
@@ -86,7 +86,7 @@ class Base:
 
 @pytest.fixture(scope="module")
 def base(request, tiny, families):
-    """A base by name."""
+    """The base model of a name."""
     name = request.param
     if name == "tied":
         return Base(tiny("llama", tie_word_embeddings=True), name)
@@ -94,7 +94,7 @@ def base(request, tiny, families):
 
 
 def outcome(base, config, case, tmp_path):
-    """Tries a case; returns what is wrong with it, or None."""
+    """Returns a description of the failure of a case, or None."""
     try:
         theirs = base.theirs(config, tmp_path)
     except Exception as error:
@@ -114,7 +114,7 @@ def test_an_adapter_of_a_resized_model_needs_a_base_of_that_size(tiny, tmp_path)
     small, grown = Base(tiny("llama")), tmp_path / "grown"
     model = load_torch(small.directory)
     model.resize_token_embeddings(164, mean_resizing=False)
-    with torch.no_grad():  # the adapter has rows of its own, as after training
+    with torch.no_grad():  # the adapter stores other rows, as after training
         model.get_input_embeddings().weight[160:] = 0.5
     config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
     adapted = get_peft_model(model, config).eval()
@@ -157,9 +157,9 @@ def test_every_setting_of_peft_is_read_or_refused(kind, tmp_path):
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     check_settings(config)  # PEFT's defaults are fine
     known = KINDS[config["peft_type"]]
-    # No name that PEFT has given up or that is misspelt.
+    # All known names are names of PEFT, neither outdated nor misspelled.
     assert (known.read | known.inert) - TARGETS <= config.keys()
-    # Whatever else PEFT has, or will have, is refused once it is in use.
+    # Any other setting, also of future versions, is refused if it is used.
     for name in [*config, "new_setting"]:
         for value in (True, 3, "other", {"top_k": 2}, [[0, 2]]):
             if name in known.read | known.inert | ALWAYS:
@@ -170,7 +170,7 @@ def test_every_setting_of_peft_is_read_or_refused(kind, tmp_path):
 
 
 def cases_of(name):
-    """Yields the cases of an architecture, and whether each is among the quick ones."""
+    """Yields the name of each case of an architecture, the case, and whether it is quick."""
     for key, case in CASES.items():
         if name in (case.bases or BASES[:3]):
             quick = name not in SPARSE or key in EVERYWHERE or case.bases == (name,)

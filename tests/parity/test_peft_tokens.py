@@ -1,4 +1,4 @@
-"""Trained tokens: the right rows of embedding and head, in PEFT's files and in merged weights."""
+"""Trained tokens: the correct rows of embedding and head in PEFT's files and merged weights."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from jaxtune.adapters.define import define
 from jaxtune.adapters.projections.lora import Lora
 from jaxtune.config import resolve
 
-# More rows than the tokenizer has tokens, as most checkpoints of the Qwen family have.
+# More rows than the tokenizer has tokens, as in most checkpoints of the Qwen family.
 PADDED = 272
 
 
 @pytest.fixture(scope="module")
 def padded(tiny, tiny_chat, tmp_path_factory):
-    """A model of more rows than its tokenizer has tokens, 256 and 257 the last of them."""
+    """A model with more rows than its tokenizer has tokens; the last tokens are 256 and 257."""
 
     def make(tied):
         directory = tmp_path_factory.mktemp("padded") / "model"
@@ -59,12 +59,12 @@ def test_rows_of_real_tokens_are_trained_in_embedding_and_head(tied, padded, cha
     ids = [256, 257, named]
     both = {"embed_tokens": ids, "lm_head": ids}
     assert config["trainable_token_indices"] == (ids if tied else both)
-    # PEFT reads the adapter and has the same logits.
+    # PEFT loads the adapter and has the same logits.
     tokens = np.concatenate([random_tokens(1, 2, 16), [ids * 2, ids * 2]], axis=1)
     theirs = PeftModel.from_pretrained(load_torch(directory), adapter).eval()
     ours = run.model("last").logits(tokens)
     assert_same_logits(ours, torch_logits(theirs, tokens))
-    # The merged model has these rows changed, of both weights, and no others.
+    # Merging changes exactly these rows of both weights.
     merged = load_torch(run.save_merged(tmp_path / "merged", "last"))
     assert_same_logits(torch_logits(merged, tokens), ours)
     base = load_torch(directory)

@@ -1,5 +1,7 @@
-"""One set of examples, split, packed, padded and spread over devices in many ways: one loss, one
-gradient. Run as a program, this file computes them on eight devices."""
+"""Loss and gradient do not depend on micro-batches, packing, padding and devices.
+
+Run as a program, this file computes them on eight devices.
+"""
 
 import itertools
 import os
@@ -38,12 +40,12 @@ LAYOUTS = {
     "packed": {"length": 64, "packing": True},
     "half empty": {"length": 32, "packing": False, "batch_size": 16},
 }
-# Devices, and into how many micro-batches the 8 rows are cut.
+# Number of devices, and number of micro-batches of the 8 rows.
 SPLITS = ((1, 1), (1, 2), (1, 8), (2, 1), (2, 4), (8, 1))
 
 
 def compute(directory):
-    """Yields (name, loss, gradient by path) of each way."""
+    """Yields name, losses [3] and gradient by path of each combination of split and layout."""
     rows = make_examples(8, longest=32, seed=4)
     for devices in (1, 2, 8):
         mesh = make_mesh(resolve({}).mesh.to_dict(), jax.devices()[:devices])

@@ -1,4 +1,4 @@
-"""Training: every step's loss, rate and gradient norm are those of PEFT or plain torch."""
+"""Loss, learning rate and gradient norm of every step equal those of PEFT or plain torch."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from jaxtune.parallel.mesh import single_device_mesh
 from jaxtune.training.state import initial_state, state_like
 from jaxtune.training.step import StepSettings, make_train_step
 
-# A norm sums the squares of gradients, which err more than losses do.
+# A norm sums the squares of gradients, whose errors are larger than those of losses.
 GRAD_NORM = 1e-4
-# Of the peak: schedules are computed in float32 here and in float64 there.
+# Relative to the peak: jaxtune computes schedules in float32, torch in float64.
 RATE = 1e-6
-# Of trained factors: AdamW divides by the root of the second moment, so the error of a small
-# gradient weighs as much as that of a large one.
+# For trained factors: AdamW divides by the root of the second moment, so the relative error of a
+# small gradient counts as much as that of a large one.
 FACTORS = 1e-3
 LENGTH = 32
 
@@ -41,7 +41,7 @@ def write_rows(path, examples):
 
 
 def run_config(model, rows, recipe, **sections):
-    """Writes a recipe as a config of jaxtune: float32, one example a row, in the file's order."""
+    """Returns a recipe as a config: float32, one example per row, in the order of the file."""
     tree = {
         "model": {"path": str(model)},
         "data": {"train": str(rows), "max_length": LENGTH, "packing": False, "shuffle": False},
@@ -64,7 +64,7 @@ def run_config(model, rows, recipe, **sections):
 
 
 def assert_same_training(metrics, updates, recipe):
-    """Holds every update to the bars; the decay, the clipping and the schedule are in effect."""
+    """Asserts that all steps agree, and that clipping, schedule and training have an effect."""
     assert [line["step"] for line in metrics] == list(range(1, recipe.steps + 1))
     for line, update in zip(metrics, updates, strict=True):
         assert relative(line["loss"], update.loss) <= LOSS, line
@@ -77,7 +77,7 @@ def assert_same_training(metrics, updates, recipe):
 
 
 def peft_model(directory, target, **settings):
-    """Returns a PEFT model at its start, saved to `target` for us to start from as well."""
+    """Returns an untrained PEFT model; saves its adapter to `target`, from which jaxtune starts."""
     torch.manual_seed(0)
     defaults = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"}
     model = get_peft_model(load_torch(directory), LoraConfig(**(defaults | settings)))
@@ -161,7 +161,7 @@ def test_lora_on_smollm2_trains_as_peft_does(smollm2, tmp_path):
 
 
 def keep_gradient():
-    """An optimizer that changes nothing and remembers the gradient that it was given."""
+    """Returns an optimizer that changes no weights and whose state is the last gradient."""
 
     def init(params):
         return jax.tree.map(jnp.zeros_like, params)
@@ -174,7 +174,7 @@ def keep_gradient():
 
 
 def one_update(parts, batch, accumulation):
-    """Returns (loss, gradient by path) of one update."""
+    """Returns the loss and the gradient by path of one optimizer step."""
     mesh, optimizer = single_device_mesh(), keep_gradient()
     like = state_like(parts.definition, optimizer, mesh)
     step = make_train_step(
@@ -186,7 +186,7 @@ def one_update(parts, batch, accumulation):
         StepSettings(accumulation, 0, False),
         like,
     )
-    trainable = jax.tree.map(jnp.copy, parts.trainable)  # the step consumes its state
+    trainable = jax.tree.map(jnp.copy, parts.trainable)  # the step donates its state
     state = initial_state(trainable, optimizer, like)
     state, metrics = step(state, parts.base, parts.constants, batch)
     return float(metrics["loss"]), dict(flatten(state.opt_state))
@@ -215,14 +215,14 @@ def test_the_split_of_the_same_tokens_changes_nothing(method, tiny):
 
 def test_dropout_is_repeatable_and_differs_between_steps(tiny, tmp_path):
     directory = tiny("llama")
-    # At a rate of 0 what differs between the steps is what was dropped.
+    # With a learning rate of 0, steps differ by their dropout masks only.
     recipe = Recipe(steps=4, warmup_steps=0, learning_rate=0.0)
     examples = make_examples(8, longest=LENGTH)
     rows = write_rows(tmp_path / "rows.jsonl", examples)
     settings = {"target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
     peft_model(directory, tmp_path / "start", lora_dropout=0.3, **settings)
     sections = {
-        # Dropout is a setting of training: the config's counts, not the adapter's.
+        # Dropout is taken from the config rather than from the adapter.
         "adapter": {"init_from": str(tmp_path / "start"), "dropout": 0.3},
         "evaluation": {"every": 2},
     }
@@ -268,7 +268,7 @@ MESHES = {
 
 @pytest.fixture(scope="module")
 def metrics(tiny, tmp_path_factory):
-    """Trains every method under every mesh; returns the metrics by method and mesh."""
+    """Trains every method on every mesh; returns a function from method and mesh to metrics."""
     scratch = tmp_path_factory.mktemp("meshes")
     rows = write_rows(scratch / "rows.jsonl", make_examples(40, longest=LENGTH))
 

@@ -1,4 +1,4 @@
-"""The loss of every step is that of TRL's SFTTrainer, on the answers of conversations."""
+"""The loss of every step on the answers of conversations equals that of TRL's SFTTrainer."""
 
 import json
 
@@ -11,7 +11,7 @@ from test_training import peft_model, run_config
 import jaxtune
 
 RECIPE = Recipe(steps=8, batch_size=8, accumulation=4, warmup_steps=2)
-# As `tiny_chat` renders, and marking what TRL is to train on: an answer and the token that ends it.
+# The template of `tiny_chat` with generation tags, which mark the answers and their end tokens.
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
@@ -21,7 +21,7 @@ TEMPLATE = (
 
 
 class InOrder(trl.SFTTrainer):
-    """Takes rows in the order of the file, and keeps losses before they are rounded."""
+    """A trainer that keeps the order of the file and records losses before they are rounded."""
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)

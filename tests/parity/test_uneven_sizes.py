@@ -1,4 +1,4 @@
-"""Sizes that a mesh does not divide: logits, loss and gradients are those of one device.
+"""Logits, loss and gradients equal those of one device for sizes that the mesh does not divide.
 
 Run as a program with four devices, this file computes them on each mesh.
 """
@@ -37,7 +37,7 @@ from jaxtune.planning.plan import plan
 from jaxtune.training.state import initial_state, state_like
 from jaxtune.training.step import StepSettings, make_train_step
 
-# No size is a multiple of two but that of a head, which has pairs.
+# All sizes are odd, except for layers and the head size, which rotary embeddings halve.
 ODD = {
     "vocab_size": 161,
     "hidden_size": 45,
@@ -61,13 +61,13 @@ TOKENS = random_tokens(1, 3, 13)
 
 
 def compute(name, directory):
-    """Yields what each mesh gives: logits and new tokens of uneven batches, loss and gradient."""
+    """Yields the name, results (logits, new tokens, loss, gradient) and undivided sizes by mesh."""
     for which, sizes in {"one": {}, "mesh": MESHES[name]}.items():
         devices = jax.devices()[: 4 if sizes else 1]
         mesh = make_mesh({**resolve({}).mesh.to_dict(), "data": 1, **sizes}, devices)
         model = jaxtune.load(directory, dtype="float32", mesh=mesh, progress=False)
         results = {"logits": model.logits(TOKENS)}
-        if name != "mixture":  # which takes long to compile, and has the same weights
+        if name != "mixture":  # which compiles slowly
             prompts = [row[:5].tolist() for row in TOKENS]
             new = model.generate_tokens(prompts, 4, Sampling())
             results["new"] = np.array([(row + [-1] * 4)[:4] for row in new])
@@ -76,7 +76,7 @@ def compute(name, directory):
 
 
 def train(directory, mesh):
-    """Returns the loss and the gradient of LoRA factors by path."""
+    """Returns the loss and the gradient of the LoRA factors, by path."""
     method = Lora(4, 8.0, targets=("all-linear",))
     parts = load_model(open_source(directory), "float32", mesh, method=method, progress=False)
     optimizer = keep_gradient()

@@ -1,4 +1,4 @@
-"""Virtual tokens over every architecture: packed, decoded, trained, stored and counted right."""
+"""Virtual tokens on every architecture: packing, decoding, training, storing and counting."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from jaxtune.generation.generate import Sampling
 from jaxtune.layers.tree import flatten, unflatten
 
 N = 5
-# Each value sums over every token of every example, in another order when they are packed.
+# Each value is a sum over all tokens of all examples, whose order packing changes.
 GRADIENT = 1e-4
 METHODS = {
     "prompt": Prompt(N),
@@ -52,7 +52,7 @@ TOKENS = random_tokens(1, 2, 24)
 
 
 def every(model_types, quick):
-    """Parametrizes a test over architectures, most of them left to the slow run."""
+    """Parametrizes a test over architectures; all but those in `quick` are slow."""
     return pytest.mark.parametrize(
         "model_type",
         [m if m in quick else pytest.param(m, marks=pytest.mark.slow) for m in model_types],
@@ -66,7 +66,7 @@ def checkpoint(tiny, tmp_path_factory):
 
 
 def with_effect(parts, seed=0):
-    """Draws what is trained again, large enough to change what the model says."""
+    """Adds noise to the trained values, large enough to change the model's output."""
     leaves = dict(flatten(parts.trainable))
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     drawn = {
@@ -77,14 +77,14 @@ def with_effect(parts, seed=0):
 
 
 def stored(directory, method, target):
-    """Writes an adapter with an effect; returns what was written."""
+    """Writes an adapter with an effect to `target`; returns the model with it."""
     parts = with_effect(load_parts(directory, method))
     write_adapter(target, method.store(parts.definition, parts.trainable, parts.constants))
     return parts
 
 
 def logits_of(model, rows):
-    """Returns the logits of rows of different lengths, computed together, padded on the right."""
+    """Returns the logits [n, V] of each row of n tokens, computed as one right-padded batch."""
     width = max(map(len, rows))
     tokens = np.asarray([row + [0] * (width - len(row)) for row in rows])
     segments = np.asarray([[1] * len(row) + [0] * (width - len(row)) for row in rows])
@@ -142,7 +142,7 @@ def test_decoding_gives_the_tokens_of_whole_passes(model_type, method, checkpoin
     whole = logits_of(model, [prompt + row for prompt, row in zip(prompts, new, strict=True)])
     for prompt, row, logits in zip(prompts, new, whole, strict=True):
         at = logits[len(prompt) - 1 : -1]
-        # The likeliest token of one pass, or one that rounding cannot tell from it.
+        # The most likely token of a full pass, or one whose logit differs by rounding only.
         chosen = at[np.arange(len(row)), row]
         assert (at.max(-1) - chosen <= 1e-4 * np.abs(at).max()).all()
 
@@ -169,7 +169,7 @@ def test_packed_rows_have_the_gradient_of_single_ones(model_type, method, checkp
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("model_type", ["deepseek", *LATENT])
 def test_the_loss_falls(model_type, method, checkpoint, tmp_path):
-    # Prefixes that no network makes start small, and AdamW moves them by the rate at most.
+    # Prefixes without a network are small at first and change by at most the rate per step.
     rate = 1e-1 if method == "prefix" else 2e-2
     recipe = Recipe(steps=30, accumulation=1, learning_rate=rate, weight_decay=0.0)
     rows = write_rows(tmp_path / "rows.jsonl", make_examples(8, longest=LENGTH))

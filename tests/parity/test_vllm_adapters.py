@@ -1,4 +1,4 @@
-"""Adapters for vLLM pass its published checks and have the same edits."""
+"""Adapters exported for vLLM pass its checks and make the same edits."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ DENSE = {
     "rslora": Lora(8, 3.0, targets=("all-linear",), rslora=True),
     "some-layers": Lora(3, 3.0, targets=(r"model\.layers\.[12]\.mlp\.up_proj", "lm_head")),
 }
-# All of latent attention but what vLLM leaves out.
+# Projections of latent attention, except kv_b_proj, which vLLM cannot adapt.
 LATENT = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")
 
 
 def vllm_takes(directory, experts=0):
-    """Holds an adapter to what vLLM checks and reads; returns its modules.
+    """Asserts that an adapter passes the checks of vLLM; returns the names of its modules.
 
-    vLLM's PEFTHelper takes r, lora_alpha, bias, modules_to_save, use_rslora and use_dora of the
-    config and nothing else; max_lora_rank is one of a few numbers; every key has to be a factor,
-    and the three projections of all experts of a layer are stacked.
+    vLLM's PEFTHelper reads only r, lora_alpha, bias, modules_to_save, use_rslora and use_dora from
+    the config. max_lora_rank is one of a few numbers, every tensor must be a factor, and an adapted
+    layer must have the three projections of all its experts, which vLLM stacks.
     """
     config = json.loads((directory / "adapter_config.json").read_text())
     tensors = load_file(directory / "adapter_model.safetensors")
@@ -68,7 +68,7 @@ def vllm_takes(directory, experts=0):
 
 
 def export(directory, method, target):
-    """Writes an adapter with random factors for vLLM; returns our logits with it."""
+    """Writes a random adapter in PEFT's format and for vLLM; returns jaxtune's logits with it."""
     parts = with_random_factors(load_parts(directory, method))
     stored = method.store(parts.definition, parts.trainable, parts.constants)
     write_adapter(target / "ours", stored)

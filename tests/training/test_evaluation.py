@@ -110,7 +110,8 @@ def test_an_over_fitting_run_stops_and_keeps_its_best(method, tiny_chat, tmp_pat
     best = int(np.argmin(losses))
     assert len(losses) == best + 1 + 3 and evaluations[-1]["step"] < 400
     assert run.directory.steps_done() == evaluations[-1]["step"]
-    assert f"the best held-out loss is that of step {evaluations[best]['step']}" in caplog.text
+    step = evaluations[best]["step"]
+    assert f"best held-out loss: {losses[best]:.4f} after step {step}" in caplog.text
     from jaxtune.api.evaluate_run import evaluate
 
     assert evaluate(run.directory, "best")["loss"] == pytest.approx(losses[best], rel=1e-6)
