@@ -133,25 +133,29 @@ class Checkpoints:
         """Returns the finished steps in order, without verifying them."""
         return [step for step in self._directories() if (self._path(step) / MANIFEST).is_file()]
 
-    def latest_verified(self) -> int | None:
+    def latest_verified(self, *, quarantine: bool = True) -> int | None:
         """Returns the newest step whose files all match its manifest, or None.
 
-        Newer steps that are unfinished or damaged are moved into ``quarantine/`` with a warning.
+        Args:
+          quarantine: whether newer steps that are unfinished or damaged are moved into
+            ``quarantine/`` with a warning. Readers skip them instead, because another process may
+            be writing them.
         """
         self.wait()
-        step = agree(self._latest_verified() if leads() else -1)
+        step = agree(self._latest_verified(quarantine) if leads() else -1)
         if step < 0:
             return None
         self._verified.add(step)
         return step
 
-    def _latest_verified(self) -> int:
+    def _latest_verified(self, quarantine: bool) -> int:
         """Implements `latest_verified` in process 0; returns −1 if there is no such step."""
         for step in reversed(self._directories()):
             fault = self._find_damage(step)
             if fault is None:
                 return step
-            self._quarantine(step, fault)
+            if quarantine:
+                self._quarantine(step, fault)
         return -1
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:

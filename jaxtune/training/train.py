@@ -325,7 +325,7 @@ def trained_arrays(run: RunDirectory, setup: Setup, which: str = "last") -> Tree
       JaxtuneError: the run has no checkpoint yet.
     """
     with Checkpoints(run.checkpoints, run.read_config().checkpoint.keep) as checkpoints:
-        step = checkpoints.latest_verified()
+        step = checkpoints.latest_verified(quarantine=False)
         if step is None:
             raise JaxtuneError(f"{run.path}: the run has no checkpoint yet")
         state, extra = checkpoints.restore(step, setup.like)

@@ -145,6 +145,18 @@ def test_a_damaged_step_is_set_aside_and_the_one_before_is_used(tmp_path, caplog
     assert (tmp_path / "quarantine" / "3-2").is_dir()
 
 
+def test_a_reader_skips_an_unfinished_step_and_leaves_it_to_its_writer(tmp_path):
+    save_all(tmp_path, [1, 2])
+    # The manifest is the last file of a step to be written.
+    (tmp_path / "2" / "manifest.json").rename(tmp_path / "manifest.json")
+    with Checkpoints(tmp_path) as reader:
+        assert reader.latest_verified(quarantine=False) == 1
+    assert not (tmp_path / "quarantine").exists()
+    (tmp_path / "manifest.json").rename(tmp_path / "2" / "manifest.json")
+    with Checkpoints(tmp_path) as reader:
+        assert reader.latest_verified(quarantine=False) == 2
+
+
 def test_restoring_a_damaged_step_by_number_is_refused(tmp_path):
     save_all(tmp_path, [1])
     flip(array_file(tmp_path, 1))
