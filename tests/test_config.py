@@ -18,6 +18,7 @@ from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.load_model import load_model
 from jaxtune.checkpoints.tokenizer import load_tokenizer
 from jaxtune.config import OPTIONS, default, load_file, resolve
+from jaxtune.runs.directory import RunDirectory
 from jaxtune.training import train as training
 from jaxtune.training.durations import Timeline
 from jaxtune.training.evaluation import held_out_batches
@@ -243,8 +244,24 @@ def test_a_missing_config_file_is_named_with_the_closest(tmp_path):
 
 def test_the_frozen_json_gives_back_the_config(tmp_path):
     original = resolve({}, ["adapter.targets=q_proj,v_proj", "optimizer.learning_rate=3e-4"])
-    (tmp_path / "config.json").write_text(config.to_json(original))
+    (tmp_path / "config.json").write_text(original.to_json())
     assert config.from_json(tmp_path / "config.json") == original
+
+
+def test_a_run_of_another_version_has_defaults_or_is_refused_in_one_line(tmp_path):
+    original = resolve({}, ["adapter.rank=3"])
+    tree = json.loads(original.to_json())
+    del tree["optimizer"]["decay_steps"]
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    assert RunDirectory(tmp_path).read_config() == original
+    tree["adapter"]["rnak"] = tree["adapter"].pop("rank")
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    with pytest.raises(JaxtuneError) as caught:
+        RunDirectory(tmp_path).read_config()
+    assert str(caught.value) == (
+        f'{tmp_path}/config.json: unknown config key "adapter.rnak"; did you mean '
+        '"adapter.rank"? (edited, or written by another version of jaxtune)'
+    )
 
 
 # Every option and a value that must change what a run does; names in braces are those of `places`.

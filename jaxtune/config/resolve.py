@@ -67,13 +67,21 @@ def resolve(config: ConfigLike, overrides: Sequence[str] = ()) -> Config:
 
 
 def from_json(path: str | Path) -> Config:
-    """Reads ``config.json`` of a run; the original config file is not needed."""
-    return _from_flat(_read(json.loads(Path(path).read_text(encoding="utf-8"))))
+    """Reads ``config.json`` of a run; the original config file is not needed.
 
+    Options that the file lacks, because an older version wrote it, have their defaults.
 
-def to_json(config: Config) -> str:
-    """Returns the content of a run's ``config.json``."""
-    return config.to_json()
+    Raises:
+      JaxtuneError: an unknown key or an invalid value; the message names the file.
+      json.JSONDecodeError: the file is not JSON.
+    """
+    tree = json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        return _from_flat(_read(tree))
+    except JaxtuneError as error:
+        raise JaxtuneError(
+            f"{path}: {error} (edited, or written by another version of jaxtune)"
+        ) from error
 
 
 def _option(key: str) -> Option:

@@ -145,7 +145,7 @@ def test_full_fine_tuning_trains_as_torch_does(model_type, tiny, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)  # two minutes of two idle cores, but they may be shared
 def test_lora_on_smollm2_trains_as_peft_does(smollm2, tmp_path):
-    recipe = Recipe(steps=10, batch_size=4, accumulation=2, learning_rate=1e-3)
+    recipe = Recipe(batch_size=4, accumulation=2, learning_rate=1e-3)
     examples = make_examples(30, longest=64, shortest=16, vocabulary=49152)
     config = run_config(
         smollm2,
