@@ -7,6 +7,8 @@ import importlib.util
 import json
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -30,7 +32,7 @@ TINY = {
 
 # XLA's fusion emitters take most of the compilation time, and code generation in several threads
 # does not help where all cores are busy.
-LIGHT = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+LIGHT = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
 
 
 def pytest_configure(config):
@@ -53,8 +55,31 @@ def pytest_configure(config):
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {LIGHT}".strip()
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_known_flags()]).strip()
     os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def _known_flags() -> list[str]:
+    """Returns the flags of `LIGHT` that this release of XLA has.
+
+    XLA aborts a process with an unknown flag, but only rejects an unknown option of a compilation.
+    A child process tries them, because jax must not be imported before XLA_FLAGS are set.
+    """
+    script = (
+        "import jax\n"
+        "program = jax.jit(lambda x: x).lower(1.0)\n"
+        f"for name, value in {LIGHT}.items():\n"
+        "    try:\n"
+        "        program.compile(compiler_options={name: value})\n"
+        "    except jax.errors.JaxRuntimeError:\n"
+        "        continue\n"
+        "    print(f'--{name}={value}'.lower())\n"
+    )
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    return done.stdout.split()
 
 
 def pytest_collection_modifyitems(items):
