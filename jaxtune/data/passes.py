@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Callable
 from fractions import Fraction
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 
@@ -58,6 +58,16 @@ class Pass(NamedTuple):
         first = step * self.batch_size
         bounds = self.starts[first : first + self.batch_size + 1].tolist()
         return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
+
+
+class OrderOptions(TypedDict):
+    """Options of `DataOrder` that the config decides; see `BatchLoader` for their meaning."""
+
+    batch_size: int
+    length: int
+    packing: bool
+    shuffle: bool
+    seed: int
 
 
 class DataOrder:

@@ -28,6 +28,7 @@ from jaxtune.checkpoints.open_model import open_model
 from jaxtune.checkpoints.source import TensorSource
 from jaxtune.config import AdapterConfig, Config, EvaluationConfig
 from jaxtune.data import BatchLoader, DataOrder, DataReader, Examples, ReaderOptions, Splits
+from jaxtune.data.passes import OrderOptions
 from jaxtune.errors import JaxtuneError
 from jaxtune.intervals import parse_interval
 from jaxtune.layers.tree import Tree
@@ -234,31 +235,27 @@ def _check_stopping(
 
 def make_loader(config: Config, examples: Examples, reserved: int = 0) -> BatchLoader:
     """Returns the endless stream of training batches; see `BatchLoader` for `reserved`."""
-    training, data = config.training, config.data
     return BatchLoader(
         examples,
-        batch_size=training.batch_size,
-        length=data.max_length,
-        packing=data.packing,
-        shuffle=data.shuffle,
-        seed=training.seed,
+        **_order_options(config),
         reserved=reserved,
-        mask_tokens=data.mask_tokens,
+        mask_tokens=config.data.mask_tokens,
     )
 
 
 def make_order(config: Config, examples: Examples, reserved: int = 0) -> DataOrder:
     """Returns the order of `make_loader`'s batches, without hashing the examples."""
-    training, data = config.training, config.data
-    return DataOrder(
-        examples,
-        batch_size=training.batch_size,
-        length=data.max_length,
-        packing=data.packing,
-        shuffle=data.shuffle,
-        seed=training.seed,
-        reserved=reserved,
-    )
+    return DataOrder(examples, **_order_options(config), reserved=reserved)
+
+
+def _order_options(config: Config) -> OrderOptions:
+    return {
+        "batch_size": config.training.batch_size,
+        "length": config.data.max_length,
+        "packing": config.data.packing,
+        "shuffle": config.data.shuffle,
+        "seed": config.training.seed,
+    }
 
 
 def reserved_tokens(config: Config, model_config: Mapping[str, Any]) -> int:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import gzip
 import json
-import shutil
-import subprocess
 
 import pytest
 from loading import load_examples
@@ -65,14 +64,12 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, kind):
     assert len({row.place for row in rows}) == 3
 
 
-@pytest.mark.skipif(shutil.which("zstd") is None, reason="needs the zstd program")
 def test_zstandard_files_of_its_own_program_are_read(tmp_path):
-    path = write(tmp_path, "jsonl")
-    for part in ("a", "b"):  # two frames, as appending makes them
-        subprocess.run(["zstd", "-q", str(path), "-o", str(tmp_path / part)], check=True)
-    both = tmp_path / "both.jsonl.zst"
-    both.write_bytes((tmp_path / "a").read_bytes() + (tmp_path / "b").read_bytes())
-    assert [row.values for row in read_rows(both)] == ROWS * 2
+    """Two frames, as appending makes them, written by the program zstd 1.5.4 with --quiet."""
+    frames = "KLUv/QRYgQAAeyJ0ZXh0IjogIm9uZSJ9CtpHCh0otS/9BFiBAAB7InRleHQiOiAidHdvIn0KRWrEHw=="
+    path = tmp_path / "both.jsonl.zst"
+    path.write_bytes(base64.b64decode(frames))
+    assert [row.values for row in read_rows(path)] == [{"text": "one"}, {"text": "two"}]
 
 
 def test_patterns_and_lists_are_read_in_order(tmp_path):
