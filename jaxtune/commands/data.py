@@ -100,6 +100,7 @@ def _stats(config: Config, arguments: argparse.Namespace) -> None:
     from jaxtune.data.report import count_overlap, render_statistics, statistics
     from jaxtune.data.splits import Splits, hold_out, resolve_overlap
     from jaxtune.training.evaluation import held_out_order
+    from jaxtune.training.train import reserved_tokens
 
     problems: list[Problem] = []
     reader, source, _ = _reader(config, problems=problems)
@@ -121,7 +122,7 @@ def _stats(config: Config, arguments: argparse.Namespace) -> None:
     numbers["train"]["run"] = {"steps": steps, "text": timeline.describe(steps)}
     if held_out is not None:
         numbers["train"]["held_out_too"] = count_overlap(train, held_out)
-        order = held_out_order(config, held_out)
+        order = held_out_order(config, held_out, reserved_tokens(config, source.config))
         # With data.eval_split the problems are listed once, under the training split.
         numbers["eval"] = statistics(held_out, problems[bad:], order, other_sides[1])
     if arguments.json:

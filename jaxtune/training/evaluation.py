@@ -38,13 +38,14 @@ def held_out_batches(
     )
 
 
-def held_out_order(config: Config, examples: Examples) -> DataOrder:
-    """Returns the order of the batches of one evaluation."""
+def held_out_order(config: Config, examples: Examples, reserved: int = 0) -> DataOrder:
+    """Returns the order of `held_out_batches`."""
     return eval_order(
         examples,
         batch_size=config.evaluation.batch_size,
         length=config.data.max_length,
         packing=config.data.packing,
+        reserved=reserved,
     )
 
 

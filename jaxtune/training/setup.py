@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxtune.adapters.define import define
 from jaxtune.adapters.method import Method
 from jaxtune.checkpoints.huggingface import choose_quantization
-from jaxtune.config import Config
+from jaxtune.config import Config, TrainingConfig
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.attention import choose_backend
 from jaxtune.layers.cpu_bfloat16 import Jitted
@@ -81,6 +81,8 @@ class Setup:
 
     def with_total_steps(self, steps: int) -> Setup:
         """Returns a copy whose learning-rate schedule spans `steps` steps."""
+        if steps == self.steps and not _counts_data(self.config.training):
+            return self
         schedule = make_schedule(self.config.optimizer, steps)
         optimizer = make_optimizer(
             self.config.optimizer, self.definition.abstract("trainable"), schedule
@@ -173,8 +175,8 @@ def set_up(
     options = ForwardOptions(
         jnp.dtype(training.dtype), backend, training.remat, platform, training.neftune_alpha
     )
-    unknown = bool(training.epochs or training.tokens)
-    schedule = make_schedule(config.optimizer, training.steps, provisional=unknown)
+    provisional = _counts_data(training)
+    schedule = make_schedule(config.optimizer, training.steps, provisional=provisional)
     optimizer = make_optimizer(config.optimizer, definition.abstract("trainable"), schedule)
     return Setup(
         config=config,
@@ -188,6 +190,11 @@ def set_up(
         optimizer=optimizer,
         like=state_like(definition, optimizer, mesh),
     )
+
+
+def _counts_data(training: TrainingConfig) -> bool:
+    """Returns whether the length is in epochs or tokens, so that the steps depend on the data."""
+    return bool(training.epochs or training.tokens)
 
 
 def _check_batches(config: Config, definition: Definition, mesh: Mesh) -> None:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 import jaxtune
+from jaxtune.checkpoints.open_model import open_model
 from jaxtune.cli import main
 from jaxtune.config import load_file, resolve
+from jaxtune.runs.chat import configured_chat
+from jaxtune.training.evaluation import held_out_batches
+from jaxtune.training.train import data_reader
 
 
 @pytest.fixture
@@ -94,6 +99,20 @@ def test_stats_count_what_is_there(config, tmp_path, capsys):
     text = data(capsys, "stats", "--config", config)
     assert "█" in text
     assert "rejected rows" in text and f"{path}:13: messages must be a list" in text
+
+
+def test_stats_count_the_virtual_tokens_of_held_out_rows(config, capsys):
+    """The padding in the statistics is that of the batches of an evaluation."""
+    overrides = ["adapter.method=prompt", "adapter.virtual_tokens=40"]
+    flags = [f"--config.{override}" for override in overrides]
+    numbers = json.loads(data(capsys, "stats", "--config", config, "--json", *flags))
+    resolved = resolve(load_file(config), overrides)
+    source = open_model(resolved.model.path).source
+    chat = configured_chat(resolved, source)
+    held_out = data_reader(resolved, source, chat.tokenizer).splits().held_out
+    batches = list(held_out_batches(resolved, held_out, reserved=40))
+    filled = np.mean([batch["segment_ids"] != 0 for batch in batches])
+    assert numbers["eval"]["packing_efficiency"] == pytest.approx(filled)
 
 
 @pytest.mark.slow

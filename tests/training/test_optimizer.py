@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 
+import jaxtune
 from jaxtune.config import resolve
 from jaxtune.errors import JaxtuneError
 from jaxtune.training.optimizer import (
@@ -206,6 +207,19 @@ def test_a_warm_up_longer_than_the_run_is_said(caplog):
     schedule = make_schedule(config(warmup_steps=40, learning_rate=1e-3), 20)
     assert "optimizer.warmup_steps=40 exceeds the 20 steps of the run" in caplog.text
     assert float(schedule(20)) == pytest.approx(0.5e-3, rel=1e-6)
+
+
+def test_a_run_warns_of_its_warm_up_once(tiny_chat, chats, tmp_path, caplog):
+    for length in ({"steps": 2}, {"epochs": 0.05}):
+        caplog.clear()
+        sections = {
+            "model": {"path": str(tiny_chat)},
+            "data": {"train": str(chats), "max_length": 64},
+            "training": {"batch_size": 2, **length},
+            "optimizer": {"warmup_steps": 40},
+        }
+        jaxtune.train(sections, tmp_path / next(iter(length)))
+        assert caplog.text.count("optimizer.warmup_steps=40 exceeds the ") == 1
 
 
 def test_lora_plus_scales_the_rate_of_b_alone():
