@@ -98,8 +98,10 @@ def _read(config: ConfigLike) -> dict[str, OptionValue]:
         raise JaxtuneError(f"a config is a tree of sections, not {config!r}")
     values = Config().flat()
     for section, entries in dict(config).items():
-        if section not in SECTIONS or not isinstance(entries, (Mapping, ml_collections.ConfigDict)):
+        if section not in SECTIONS:
             raise JaxtuneError(f'unknown config section "{section}"{closest(section, SECTIONS)}')
+        if not isinstance(entries, (Mapping, ml_collections.ConfigDict)):
+            raise JaxtuneError(f'config section "{section}" has named options, not {entries!r}')
         for name, value in dict(entries).items():
             key = f"{section}.{name}"
             values[key] = _option(key).check(key, value)
