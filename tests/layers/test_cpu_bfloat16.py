@@ -10,6 +10,7 @@ import pytest
 from jax import lax
 
 import jaxtune
+from jaxtune.compatibility import newer_than_tested
 from jaxtune.layers.cpu_bfloat16 import decode, jit, pick
 
 pytestmark = pytest.mark.usefixtures("compiled_fully")
@@ -48,7 +49,9 @@ def test_no_float32_copy_of_a_stack_is_held(tree):
     ours = jit(apply).lower(tree, x).compile().memory_analysis().temp_size_in_bytes
     print(f"temporaries: {ours} bytes; {plain} with jax.jit")
     assert ours < stack / 4
-    assert plain >= stack, "XLA no longer widens a stack: this module has no use any more"
+    # jaxlib 0.12 no longer widens a stack; the oldest supported release needs the module.
+    if not newer_than_tested({"jax": jax.__version__}):
+        assert plain >= stack, "XLA no longer widens a stack: this module has no use any more"
 
 
 def test_arguments_are_views_of_the_arrays(tree):
