@@ -16,9 +16,9 @@ quickstart: $(LIGHT)
 
 test-quick test-slow test-all test-large test-quickstart test-plans: export JAX_PLATFORMS := cpu
 
-# The quick tests, with the installation they need, in 8 minutes of two idle cores.
+# The quick tests, with the installation they need, in 10 minutes of two idle cores.
 test:
-	@.ci/timed "make test" 8 $(MAKE) --no-print-directory test-quick
+	@.ci/timed "make test" 10 $(MAKE) --no-print-directory test-quick
 
 test-quick: $(FULL)
 	$(PYTEST) -m "not slow"
