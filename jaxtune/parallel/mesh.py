@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -12,6 +12,105 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jaxtune.compatibility import check_versions
 from jaxtune.errors import JaxtuneError
 from jaxtune.parallel.rules import MESH_AXES, even_spec
+
+
+class FittedMesh(NamedTuple):
+    """Sizes of the mesh axes for a number of devices.
+
+    Attributes:
+      sizes: devices along each of `MESH_AXES`, all positive.
+      changes: axes that have another size than requested, as ``{axis: (requested, fitted)}``; axes
+        with -1 are not among them.
+    """
+
+    sizes: dict[str, int]
+    changes: dict[str, tuple[int, int]]
+
+
+def fit_mesh(
+    sizes: Mapping[str, int], devices: int, *, fixed: Collection[str] = (), experts: int = 0
+) -> FittedMesh:
+    """Fits the sizes of mesh axes to a number of devices; the result uses all of them.
+
+    Axes in `fixed` keep their size. The other axes but ``data`` shrink to the largest divisor of
+    the devices that are left, in the order of `MESH_AXES`. Then an axis of -1 takes all that are
+    left, and ``data`` the rest.
+
+    Args:
+      sizes: devices along each of `MESH_AXES`. Besides ``data``, one axis may be -1, for all
+        remaining devices. An axis of -1 in `fixed` has priority over one that is not.
+      devices: number of devices.
+      fixed: axes whose size must not change.
+      experts: number of routed experts of a layer, a multiple of the size of ``expert``; 0: that
+        size may be any.
+
+    Raises:
+      JaxtuneError: the sizes are invalid, or those in `fixed` do not allow all devices to be used;
+        the message has the nearest sizes that do.
+    """
+    kept = {axis: sizes[axis] for axis in MESH_AXES if axis in fixed}
+    free = {axis: sizes[axis] for axis in MESH_AXES if axis not in fixed}
+    for group in (kept, free):
+        rest = [axis for axis, size in group.items() if size == -1 and axis != "data"]
+        if len(rest) > 1 or any(size == 0 or size < -1 for size in group.values()):
+            raise JaxtuneError(
+                "mesh sizes must be positive, and at most one besides mesh.data may be -1: "
+                + _show(sizes)
+            )
+    fitted = _fit(kept, free, devices, experts)
+    if fitted is None:
+        positive = {axis: size for axis, size in kept.items() if size > 0}
+        nearest = min(
+            (
+                split
+                for split in _factorizations(devices, list(positive))
+                if _fit(kept | split, free, devices, experts)
+            ),
+            key=lambda split: sum(abs(math.log(split[a] / size)) for a, size in positive.items()),
+        )
+        routed = f" with {experts} routed experts" if experts and "expert" in positive else ""
+        raise JaxtuneError(
+            f"{_show(positive)} cannot be used on {devices} device(s){routed}; the nearest sizes "
+            f"that can: {_show(nearest)}"
+        )
+    changed = {axis for axis, size in free.items() if size not in (-1, fitted[axis])}
+    return FittedMesh(
+        fitted, {axis: (free[axis], fitted[axis]) for axis in fitted if axis in changed}
+    )
+
+
+def _fit(
+    kept: dict[str, int], free: dict[str, int], devices: int, experts: int
+) -> dict[str, int] | None:
+    """Returns the sizes of all axes; None if `kept` does not allow all devices to be used."""
+    fitted, left = {}, devices
+    for axis, size in kept.items():
+        if size > 0:
+            if left % size or (axis == "expert" and experts % size):
+                return None
+            fitted[axis], left = size, left // size
+    others = [(axis, size) for axis, size in (free | kept).items() if axis not in fitted]
+    positive = [pair for pair in others if pair[1] > 0]
+    rest = sorted((pair for pair in others if pair[1] == -1), key=lambda pair: pair[0] in free)
+    for axis, size in [*positive, *rest]:
+        if axis != "data":
+            most = left if size == -1 else min(size, left)
+            total = math.gcd(left, experts) if axis == "expert" else left
+            fitted[axis] = max(n for n in range(1, most + 1) if total % n == 0)
+            left //= fitted[axis]
+    if "data" not in fitted:
+        fitted["data"], left = left, 1
+    return {axis: fitted[axis] for axis in MESH_AXES} if left == 1 else None
+
+
+def _factorizations(number: int, axes: Sequence[str]) -> Iterator[dict[str, int]]:
+    """Yields all sizes of `axes` whose product divides `number`."""
+    if not axes:
+        yield {}
+        return
+    for size in (n for n in range(1, number + 1) if number % n == 0):
+        for others in _factorizations(number // size, axes[1:]):
+            yield {axes[0]: size} | others
 
 
 def mesh_shape(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:
@@ -41,7 +140,7 @@ def mesh_shape(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:
 
 
 def _show(sizes: Mapping[str, int]) -> str:
-    return ", ".join(f"mesh.{axis}={sizes[axis]}" for axis in MESH_AXES)
+    return ", ".join(f"mesh.{axis}={sizes[axis]}" for axis in MESH_AXES if axis in sizes)
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
