@@ -21,7 +21,7 @@ from jaxtune.errors import JaxtuneError
 from jaxtune.runs.checkpoints import Checkpoints
 from jaxtune.runs.directory import RunDirectory
 from jaxtune.runs.metrics import read_lines
-from jaxtune.training.loop import Trainer
+from jaxtune.training.loop.trainer import Trainer
 from jaxtune.training.optimizer import make_optimizer, make_schedule
 
 SIZE = 64

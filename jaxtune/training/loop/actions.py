@@ -14,15 +14,15 @@ from jaxtune.runs.checkpoints import Checkpoints
 from jaxtune.runs.directory import RunDirectory
 from jaxtune.runs.metrics import MetricLog
 from jaxtune.training.durations import Due, Timeline
-from jaxtune.training.early_stopping import Tally, consider
-from jaxtune.training.preemption import Preempted, preempted
-from jaxtune.training.recorder import Recorder, check_finite
+from jaxtune.training.loop.early_stopping import Tally, consider
+from jaxtune.training.loop.preemption import Preempted, preempted
+from jaxtune.training.loop.recorder import Recorder, check_finite
 
 logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
-class Callbacks:
+class Actions:
     """Evaluation, checkpoints, adapter export and preemption after a step.
 
     Attributes:
