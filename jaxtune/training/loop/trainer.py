@@ -103,6 +103,8 @@ class Trainer:
             _log_interrupt(checkpoints, run),
         ):
             state, tally, resumed = _resume(state, self.loader, checkpoints)
+            if self.save_adapter is None:
+                checkpoints.pinned = tally.best_step
             start = resumed or 0
             if resumed is not None and self.save_adapter is not None:
                 # The adapter on disk may belong to another step than the restored checkpoint.
@@ -164,9 +166,7 @@ def _resume(state: Any, loader: Loader, checkpoints: Checkpoints) -> tuple[Any, 
     state, extra = checkpoints.restore(latest, like)
     loader.restore(extra["loader"])
     logger.info("resuming after step %d, from %s", latest, checkpoints.directory)
-    tally = Tally(**extra["tally"])
-    checkpoints.pinned = tally.best_step
-    return state, tally, latest
+    return state, Tally(**extra["tally"]), latest
 
 
 @contextlib.contextmanager
