@@ -17,6 +17,7 @@ from jaxtune.training.durations import Due, Timeline
 from jaxtune.training.loop.early_stopping import Tally, consider
 from jaxtune.training.loop.preemption import Preempted, preempted
 from jaxtune.training.loop.recorder import Recorder, check_finite
+from jaxtune.training.scores import answer_scores
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ class Actions:
             if load is not None:
                 self.run.write_expert_load({"step": number, "load": load})
             shown = "".join(
-                f", {name} {scores[name]:.4f}" for name in ("exact_match",) if name in scores
+                f", {name} {scores[name]:.4f}" for name in answer_scores() if name in scores
             )
             logger.info("step %d: held-out loss %.4f%s", number, scores["loss"], shown)
             best = consider(self.tally, number, scores, self.config.evaluation)
