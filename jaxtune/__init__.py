@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxtune.api import Model, Run, Sampling, convert, load, train
     from jaxtune.errors import JaxtuneError
+    from jaxtune.training.scores import register_score
 
-__all__ = ["JaxtuneError", "Model", "Run", "Sampling", "convert", "load", "train"]
+__all__ = ["JaxtuneError", "Model", "Run", "Sampling", "convert", "load", "register_score", "train"]
+
+# Modules that import no jax; the other names are in jaxtune.api.
+_LIGHT = {"JaxtuneError": "jaxtune.errors", "register_score": "jaxtune.training.scores"}
 
 
 def __getattr__(name: str) -> Any:
     # Importing jax takes seconds, which `jaxtune --help` and a typing error need not wait for.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "jaxtune.errors" if name == "JaxtuneError" else "jaxtune.api"
-    return getattr(importlib.import_module(module), name)
+    return getattr(importlib.import_module(_LIGHT.get(name, "jaxtune.api")), name)
 
 
 def __dir__() -> list[str]:

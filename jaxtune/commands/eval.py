@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import runpy
+from pathlib import Path
 
 from jaxtune.commands.arguments import add_adapter, add_workdir
+from jaxtune.errors import JaxtuneError
 
 SUMMARY = "Evaluate a run on held-out examples."
 
@@ -19,13 +22,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_adapter(parser)
     parser.add_argument("--base-only", action="store_true", help="evaluate the base model")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--scores",
+        metavar="FILE",
+        help="Python file that registers scores with jaxtune.register_score, such as the config "
+        "file of the run",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
     from jaxtune.api.evaluate_run import evaluate
     from jaxtune.runs.directory import RunDirectory
+    from jaxtune.training.scores import answer_scores
 
+    if arguments.scores:
+        _register_scores(Path(arguments.scores))
     adapter = "none" if arguments.base_only else arguments.adapter
     scores = evaluate(RunDirectory(arguments.workdir), adapter, arguments.data)
     if arguments.json:
@@ -36,5 +48,18 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"token accuracy  {scores['token_accuracy']:.2%}")
     print(f"target tokens   {scores['tokens']:,.0f}")
     for name, value in scores.items():
-        if "/" in name or name == "exact_match":  # scores of named sets; of generated answers
+        if "/" in name or name in answer_scores():  # scores of named sets; of generated answers
             print(f"{name:<15} {value:.4g}")
+
+
+def _register_scores(path: Path) -> None:
+    """Runs a Python file that registers scores."""
+    if not path.is_file():
+        raise JaxtuneError(f"--scores={path}: no such file")
+    try:
+        runpy.run_path(str(path))
+    except JaxtuneError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise JaxtuneError(f"--scores={path}: {type(error).__name__}: {reason}") from error

@@ -27,10 +27,11 @@ from flax import traverse_util
 from jaxtune.atomic_files import report_full_disk, write_atomically
 from jaxtune.errors import JaxtuneError, closest
 from jaxtune.parallel.processes import agree, leads
+from jaxtune.runs.directory import MANIFEST
 
 logger = logging.getLogger(__name__)
 
-STATE, EXTRA, MANIFEST, QUARANTINE = "state", "extra.json", "manifest.json", "quarantine"
+STATE, EXTRA, QUARANTINE = "state", "extra.json", "quarantine"
 
 
 class Checkpoints:

@@ -17,7 +17,7 @@ from jaxtune.errors import JaxtuneError
 from jaxtune.parallel.processes import barrier, leads
 from jaxtune.runs.metrics import EVALUATIONS, METRICS
 
-LOCK = "lock"
+LOCK, MANIFEST = "lock", "manifest.json"
 
 
 class RunDirectory:
@@ -129,9 +129,10 @@ class RunDirectory:
             raise JaxtuneError(message) from error
 
     def steps_done(self) -> int:
-        """Returns the step of the newest checkpoint, without verifying it; 0 if there is none."""
-        saved = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
-        return max((int(path.name) for path in saved if path.name.isdecimal()), default=0)
+        """Returns the step of the newest finished checkpoint, without verifying it, or 0."""
+        saved = self.checkpoints.glob(f"*/{MANIFEST}")
+        names = (manifest.parent.name for manifest in saved)
+        return max((int(name) for name in names if name.isdecimal()), default=0)
 
     def adapter(self, which: str = "best") -> Path:
         """Returns the directory of an adapter in PEFT's format.

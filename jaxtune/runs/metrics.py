@@ -169,7 +169,9 @@ def _drop_after(path: Path, step: int) -> None:
     """Removes the lines of steps after `step`, and an incomplete last line."""
     if not path.exists():
         return
-    kept = [entry for entry in read_lines(path) if entry["step"] <= step]
-    text = "".join(json.dumps(entry) + "\n" for entry in kept)
-    if text != path.read_text(encoding="utf-8", errors="replace"):
-        write_atomically(path, text)
+    text = path.read_text(encoding="utf-8", errors="replace")
+    entries = zip(text.split("\n"), read_lines(path), strict=False)
+    # The lines themselves, because encoding them again could change them.
+    kept = "".join(f"{line}\n" for line, entry in entries if entry["step"] <= step)
+    if kept != text:
+        write_atomically(path, kept)

@@ -16,12 +16,8 @@ from jaxtune.errors import JaxtuneError
 from jaxtune.layers.tree import Tree
 from jaxtune.parallel.processes import fetch
 from jaxtune.training.expert_load import load_summary, load_table
-from jaxtune.training.generation_eval import (
-    ANSWER_SCORES,
-    answer_questions,
-    average,
-    read_questions,
-)
+from jaxtune.training.generation_eval import answer_questions, average, read_questions
+from jaxtune.training.scores import answer_scores
 from jaxtune.training.setup import Setup
 
 
@@ -62,7 +58,7 @@ def bind_evaluation(
     of targets with the highest probability) and ``tokens`` (targets), over all sets together and
     for each named set, as in ``law/loss``. A mixture of experts adds `load_summary`,
     ``balance_loss`` (summed over layers) and ``expert_load``, the table of `load_table`.
-    ``evaluation.generate`` adds `ANSWER_SCORES` and ``samples``.
+    ``evaluation.generate`` adds those of `answer_scores` and ``samples``.
 
     Args:
       setup: setup of the run.
@@ -118,7 +114,7 @@ def bind_evaluation(
 def score_names(section: EvaluationConfig, sets: Collection[str], experts: bool) -> list[str]:
     """Returns the names of the scores of `bind_evaluation` for an ``evaluation`` section."""
     names = ["loss", "perplexity", "token_accuracy"]
-    names += list(ANSWER_SCORES) if section.generate else []
+    names += answer_scores() if section.generate else []
     named = [f"{name}/{score}" for name in filter(None, sets) for score in names]
     return names + (["balance_loss"] if experts else []) + named
 

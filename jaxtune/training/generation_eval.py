@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,12 +12,8 @@ from jaxtune.data import Examples
 from jaxtune.generation.generate import Sampling, generate_tokens
 from jaxtune.objectives.cross_entropy import IGNORE
 from jaxtune.progress import track
+from jaxtune.training.scores import answer_scores, rate_answer
 from jaxtune.training.setup import Setup
-
-ANSWER_SCORES: dict[str, Callable[[str, str], float]] = {
-    "exact_match": lambda answer, expected: float(answer == expected),
-}
-"""Scores of an answer by name: ``(answer, expected) -> [0, 1]``, averaged over a set."""
 
 
 class Question(NamedTuple):
@@ -60,7 +56,7 @@ def answer_questions(
 
     Returns:
       The rows of ``samples.jsonl``, in order: ``set`` (if it has a name), ``prompt``, ``expected``,
-      ``answer`` and `ANSWER_SCORES`.
+      ``answer`` and the scores of `rate_answer`.
     """
     flat = [(name, question) for name, some in questions.items() for question in some]
     # One token more than the longest expected answer: anything longer is wrong already.
@@ -102,7 +98,7 @@ def _sample(chat: Chat, question: Question, answer: Sequence[int]) -> dict[str, 
         right = right[:-1]  # `generate_tokens` omits the end token
     given, expected = text(answer).strip(), text(right).strip()
     shown = {"prompt": text(question.prompt), "expected": expected, "answer": given}
-    return shown | {score: rate(given, expected) for score, rate in ANSWER_SCORES.items()}
+    return shown | rate_answer(given, expected)
 
 
 def average(samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -111,6 +107,6 @@ def average(samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     for name in ("", *dict.fromkeys(sample["set"] for sample in samples if "set" in sample)):
         own = [sample for sample in samples if not name or sample["set"] == name]
         prefix = f"{name}/" if name else ""
-        for score in ANSWER_SCORES:
+        for score in answer_scores():
             scores[f"{prefix}{score}"] = sum(sample[score] for sample in own) / len(own)
     return scores

@@ -44,15 +44,15 @@ from jaxtune.runs.checkpoints import Checkpoints
 from jaxtune.runs.directory import RunDirectory
 from jaxtune.runs.metrics import check_wandb
 from jaxtune.training.durations import Timeline
-from jaxtune.training.early_stopping import check_metric
 from jaxtune.training.evaluation import (
     bind_evaluation,
     held_out_batches,
     score_names,
 )
-from jaxtune.training.loop import Trainer
+from jaxtune.training.loop.early_stopping import check_metric
+from jaxtune.training.loop.profile import profile_window
+from jaxtune.training.loop.trainer import Trainer
 from jaxtune.training.out_of_memory import out_of_memory_named
-from jaxtune.training.profile import profile_window
 from jaxtune.training.run_summary import SplitSummary, summarize
 from jaxtune.training.score_experts import score_experts
 from jaxtune.training.setup import Setup, set_up

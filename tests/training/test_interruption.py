@@ -4,11 +4,11 @@ import time
 
 import pytest
 
-from jaxtune.training.preemption import preempted, watchdog
+from jaxtune.training.loop.preemption import preempted, watchdog
 
 PROGRAM = """
 import time
-from jaxtune.training.preemption import watchdog
+from jaxtune.training.loop.preemption import watchdog
 with watchdog({minutes}) as dog:
     for _ in range(3):
         dog.step()

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from jaxtune.errors import JaxtuneError
 from jaxtune.runs.checkpoints import Checkpoints
 from jaxtune.runs.directory import RunDirectory
 from jaxtune.runs.metrics import read_lines
-from jaxtune.training.loop import Trainer
+from jaxtune.training.loop.trainer import Trainer
 from jaxtune.training.optimizer import make_optimizer, make_schedule
 
 SIZE = 64
@@ -268,6 +269,31 @@ def test_a_damaged_checkpoint_costs_steps_but_no_exactness(tmp_path, unbroken, c
     assert "moved to" in caplog.text
     assert (run.checkpoints / "quarantine" / "12").is_dir()
     assert_same_run(tmp_path, unbroken)
+
+
+def test_a_resumed_run_keeps_no_more_checkpoints_than_asked(tmp_path):
+    parts = {"evaluate": lambda trainable: {"loss": 1.0}}  # the first evaluation is the best
+    config = settings(evaluation={"every": 3})
+    with pytest.raises(JaxtuneError):
+        train(tmp_path, config, loader=Loader(poison=5), **parts)
+    train(tmp_path, None, **parts)
+    assert Checkpoints(RunDirectory(tmp_path).checkpoints).steps() == [18, 20]
+
+
+def test_a_run_that_resumes_within_a_profiled_window_traces_the_rest(tmp_path, caplog):
+    with pytest.raises(JaxtuneError):
+        train(tmp_path / "a", settings(profile={"steps": "2,8"}), loader=Loader(poison=7))
+    run = RunDirectory(tmp_path / "a")
+    shutil.rmtree(run.path / "profile")
+    with caplog.at_level(logging.INFO, "jaxtune"):
+        train(run.path, None)
+    assert "profile.steps=2,8: the run resumes after step 6: tracing steps 7 to 8" in caplog.text
+    assert list((run.path / "profile").rglob("*.xplane.pb"))
+    with pytest.raises(JaxtuneError):
+        train(tmp_path / "b", settings(profile={"steps": "2,3"}), loader=Loader(poison=8))
+    with caplog.at_level(logging.INFO, "jaxtune"):
+        train(tmp_path / "b", None)
+    assert "profile.steps=2,3: the run resumes after step 6: no trace" in caplog.text
 
 
 @pytest.mark.usefixtures("interruptible")

@@ -112,3 +112,13 @@ def test_events_are_optional(tmp_path):
     write(tmp_path, [2], resume_step=1, tensorboard=True)
     assert any((tmp_path / "tensorboard").iterdir())
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])["step"] == 2
+
+
+def test_resuming_keeps_the_text_of_earlier_lines(tmp_path):
+    with MetricLog(tmp_path, tensorboard=False, resume_step=0) as log:
+        for step in (1, 2):
+            log.samples(step, [{"prompt": "你好", "answer": "é"}])
+    path = tmp_path / "samples.jsonl"
+    first = path.read_text().splitlines(keepends=True)[0]
+    write(tmp_path, [2], resume_step=1)
+    assert path.read_text() == first and "你好" in first

@@ -164,3 +164,13 @@ def test_result_is_written(tmp_path):
     run = RunDirectory(tmp_path)
     run.write_result({"seconds": {"train": 1.5}})
     assert json.loads(run.result.read_text()) == {"seconds": {"train": 1.5}}
+
+
+def test_only_finished_checkpoints_count_as_steps_done(tmp_path):
+    run = RunDirectory(tmp_path)
+    assert run.steps_done() == 0
+    for step in (3, 6):
+        (run.checkpoints / str(step)).mkdir(parents=True)
+    (run.checkpoints / "quarantine" / "9").mkdir(parents=True)
+    (run.checkpoints / "3" / "manifest.json").touch()
+    assert run.steps_done() == 3

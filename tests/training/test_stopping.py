@@ -4,7 +4,7 @@ import pytest
 
 from jaxtune.config import resolve
 from jaxtune.errors import JaxtuneError
-from jaxtune.training.early_stopping import Tally, check_metric, consider
+from jaxtune.training.loop.early_stopping import Tally, check_metric, consider
 
 
 def outcomes(values, metric="loss", **settings):

@@ -26,7 +26,7 @@ from jaxtune.progress import Bar
 from jaxtune.runs.metrics import MetricLog
 from jaxtune.training.bad_steps import OVERFLOW, REASONS
 from jaxtune.training.durations import Due, Timeline
-from jaxtune.training.early_stopping import Tally
+from jaxtune.training.loop.early_stopping import Tally
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ class Profile:
         Raises:
           JaxtuneError: `steps` are not two numbers in ascending order.
         """
-        self._directory, self._running = directory, False
+        self._directory, self._running, self._asked = directory, False, False
         self._first, self._last = profile_window(steps)
 
     def __enter__(self) -> Profile:
@@ -36,10 +36,19 @@ class Profile:
         self._stop()
 
     def before(self, number: int) -> None:
-        """Starts the trace if `number` is its first step."""
-        if number == self._first:
+        """Starts the trace before its first step.
+
+        A run that resumes within the window traces the rest of it, and one that resumes after it
+        logs that there is no trace.
+        """
+        if not self._running and self._first <= number <= self._last:
             jax.profiler.start_trace(self._directory)
             self._running = True
+        if not self._asked and self._first < number and self._last:
+            window = f"profile.steps={self._first},{self._last}"
+            what = f"tracing steps {number} to {self._last}" if self._running else "no trace"
+            logger.info("%s: the run resumes after step %d: %s", window, number - 1, what)
+        self._asked = True
 
     def after(self, number: int, state: Any) -> None:
         """Ends the trace if `number` is its last step, whose result is `state`."""

@@ -9,20 +9,9 @@ from typing import Any
 
 from jaxtune.config import EvaluationConfig
 from jaxtune.errors import JaxtuneError, closest
+from jaxtune.training.scores import answer_scores, has_order, higher_is_better
 
 logger = logging.getLogger(__name__)
-
-HIGHER_IS_BETTER = {
-    "loss": False,
-    "perplexity": False,
-    "token_accuracy": True,
-    "exact_match": True,
-    "balance_loss": False,
-}
-"""Scores that can select the best adapter, with their order.
-
-Scores of a named held-out set have its name as a prefix, as in ``law/loss``.
-"""
 
 
 @dataclasses.dataclass
@@ -59,9 +48,12 @@ def check_metric(metric: str, scores: Iterable[str]) -> None:
       JaxtuneError: the evaluation has no such score, or the score has no order; the message names
         the closest valid one.
     """
-    usable = [name for name in scores if name.rsplit("/", 1)[-1] in HIGHER_IS_BETTER]
+    usable = [name for name in scores if has_order(name)]
     if metric not in usable:
-        hint = " (it needs evaluation.generate)" if metric.endswith("exact_match") else ""
+        of_answers = metric.rsplit("/", 1)[-1] in answer_scores()
+        hint = " (it needs evaluation.generate)" if of_answers else ""
+        if not closest(metric, usable) and not has_order(metric):
+            hint = " (jaxtune.register_score, in the config file for instance, adds others)"
         raise JaxtuneError(
             f'evaluation.stop_metric="{metric}" is not a metric of an evaluation'
             f"{closest(metric, usable)} (known: {', '.join(usable)}){hint}"
@@ -84,7 +76,7 @@ def consider(
     """
     metric = settings.stop_metric
     check_metric(metric, scores)
-    value, sign = scores[metric], -1 if HIGHER_IS_BETTER[metric.rsplit("/", 1)[-1]] else 1
+    value, sign = scores[metric], -1 if higher_is_better(metric) else 1
     change = 0.0 if tally.best is None else sign * (tally.best - value)
     if tally.best is None or (change > 0 and change >= settings.stop_min_change):
         tally.best, tally.best_step, tally.stale = value, number, 0

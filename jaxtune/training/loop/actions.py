@@ -14,15 +14,16 @@ from jaxtune.runs.checkpoints import Checkpoints
 from jaxtune.runs.directory import RunDirectory
 from jaxtune.runs.metrics import MetricLog
 from jaxtune.training.durations import Due, Timeline
-from jaxtune.training.early_stopping import Tally, consider
-from jaxtune.training.preemption import Preempted, preempted
-from jaxtune.training.recorder import Recorder, check_finite
+from jaxtune.training.loop.early_stopping import Tally, consider
+from jaxtune.training.loop.preemption import Preempted, preempted
+from jaxtune.training.loop.recorder import Recorder, check_finite
+from jaxtune.training.scores import answer_scores
 
 logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
-class Callbacks:
+class Actions:
     """Evaluation, checkpoints, adapter export and preemption after a step.
 
     Attributes:
@@ -112,7 +113,7 @@ class Callbacks:
             if load is not None:
                 self.run.write_expert_load({"step": number, "load": load})
             shown = "".join(
-                f", {name} {scores[name]:.4f}" for name in ("exact_match",) if name in scores
+                f", {name} {scores[name]:.4f}" for name in answer_scores() if name in scores
             )
             logger.info("step %d: held-out loss %.4f%s", number, scores["loss"], shown)
             best = consider(self.tally, number, scores, self.config.evaluation)

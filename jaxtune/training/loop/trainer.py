@@ -17,12 +17,12 @@ from jaxtune.config import Config
 from jaxtune.runs.checkpoints import Checkpoints
 from jaxtune.runs.directory import RunDirectory
 from jaxtune.runs.metrics import MetricLog
-from jaxtune.training.callbacks import Callbacks
 from jaxtune.training.durations import Timeline
-from jaxtune.training.early_stopping import Tally
-from jaxtune.training.preemption import watchdog
-from jaxtune.training.profile import Profile
-from jaxtune.training.recorder import Display, Recorder
+from jaxtune.training.loop.actions import Actions
+from jaxtune.training.loop.early_stopping import Tally
+from jaxtune.training.loop.preemption import watchdog
+from jaxtune.training.loop.profile import Profile
+from jaxtune.training.loop.recorder import Display, Recorder
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +103,8 @@ class Trainer:
             _log_interrupt(checkpoints, run),
         ):
             state, tally, resumed = _resume(state, self.loader, checkpoints)
+            if self.save_adapter is None:
+                checkpoints.pinned = tally.best_step
             start = resumed or 0
             if resumed is not None and self.save_adapter is not None:
                 # The adapter on disk may belong to another step than the restored checkpoint.
@@ -114,9 +116,9 @@ class Trainer:
                 watchdog(config.training.watchdog_minutes) as dog,
             ):
                 recorder = Recorder(log, display, tally, config, steps, self.timeline)
-                callbacks = self._callbacks(checkpoints, log, recorder, tally)
+                actions = self._actions(checkpoints, log, recorder, tally)
                 if steps == 0 and resumed is None:
-                    callbacks.after_step(0, state, last=True)
+                    actions.after_step(0, state, last=True)
                 for number in range(start + 1, steps + 1):
                     if tally.stopped:
                         break
@@ -128,15 +130,15 @@ class Trainer:
                     recorder.put(number, metrics, batch, self.loader.rows)
                     checkpoints.poll()
                     dog.step()
-                    callbacks.after_step(number, state, last=number == steps)
+                    actions.after_step(number, state, last=number == steps)
                 checkpoints.wait()
-                callbacks.finish()
+                actions.finish()
         return state
 
-    def _callbacks(
+    def _actions(
         self, checkpoints: Checkpoints, log: MetricLog, recorder: Recorder, tally: Tally
-    ) -> Callbacks:
-        return Callbacks(
+    ) -> Actions:
+        return Actions(
             config=self.config,
             evaluate=self.evaluate,
             save_adapter=self.save_adapter,
@@ -164,9 +166,7 @@ def _resume(state: Any, loader: Loader, checkpoints: Checkpoints) -> tuple[Any, 
     state, extra = checkpoints.restore(latest, like)
     loader.restore(extra["loader"])
     logger.info("resuming after step %d, from %s", latest, checkpoints.directory)
-    tally = Tally(**extra["tally"])
-    checkpoints.pinned = tally.best_step
-    return state, tally, latest
+    return state, Tally(**extra["tally"]), latest
 
 
 @contextlib.contextmanager
