@@ -32,8 +32,9 @@ class AdapterConfig(Section):
         maximum=0.999,
     )
     targets: tuple[str, ...] = option(
-        ("q_proj", "k_proj", "v_proj", "o_proj"),
-        "modules to adapt: names, all-linear, or a regular expression that matches whole paths",
+        ("attention",),
+        "modules to adapt: names such as q_proj; attention, mlp (with shared experts), experts "
+        "(routed ones) or all (= all-linear); or a regular expression that matches whole paths",
         names=True,
     )
     layers: str = option("", "layers to adapt, such as 0,4-7; empty: all")
