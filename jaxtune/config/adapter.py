@@ -65,7 +65,7 @@ class AdapterConfig(Section):
     )
     freeze: tuple[str, ...] = option(
         (),
-        "full: weights to freeze, as regular expressions that match the start of names, such as "
+        "full: weights to freeze: names of modules, or regular expressions for the start of names: "
         r"model.embed_tokens,model\.layers\.[0-3]\.",
         names=True,
     )
