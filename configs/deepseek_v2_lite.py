@@ -7,8 +7,9 @@ Memory per device, 9.26 GiB of 15.75:
 
   jaxtune plan --config configs/deepseek_v2_lite.py --topology v5e:1x1
 
-Adapts the attention projections. The experts, which hold most of the 15.7 billion weights, are
-frozen in NF4. Latent attention has projections of its own: there is no k_proj or v_proj.
+Adapts the attention projections except kv_b_proj, whose edits vLLM cannot load. The experts, which
+hold most of the 15.7 billion weights, are frozen in NF4. Latent attention has projections of its
+own: there is no k_proj or v_proj.
 """
 
 from pathlib import Path
@@ -26,7 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.path = "deepseek-ai/DeepSeek-V2-Lite-Chat"
     c.data.train = str(HERE / "data" / "dialogue.jsonl")
     c.data.chat_template = "deepseek-llm"
-    c.adapter.targets = ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+    c.adapter.targets = ("q_proj", "kv_a_proj_with_mqa", "o_proj")
     c.quantize.format = "nf4"
     c.training.accumulation = 16
     return c

@@ -9,7 +9,8 @@ Memory per device:
 
 The fp8 blocks of the checkpoint are kept bit for bit and split over the devices: the experts along
 mesh.expert, the hidden dimension along mesh.fsdp. The batch is split along both axes, with one row
-per device. The attention projections are adapted. On 512 chips (v5p:8x8x8), set mesh.fsdp=64 and
+per device. The attention projections are adapted, except
+kv_b_proj, whose edits vLLM cannot load. On 512 chips (v5p:8x8x8), set mesh.fsdp=64 and
 training.batch_size=512. quantize.format=int4 halves the weights: docs/scaling.md.
 """
 
@@ -30,7 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.chat_template = "deepseek-v3"
     c.adapter.rank = 8
     c.adapter.alpha = 16.0
-    c.adapter.targets = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+    c.adapter.targets = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")
     c.quantize.format = "fp8"
     c.training.batch_size = 64
     c.training.accumulation = 1

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 import re
 from typing import ClassVar
 
 from jaxtune.adapters.method import Method, StoredAdapter
 from jaxtune.config import AdapterConfig
-from jaxtune.errors import JaxtuneError
+from jaxtune.errors import JaxtuneError, closest
 from jaxtune.layers.decoder import CausalLM
 from jaxtune.layers.tree import Tree, declaration_of, layer_names, variables
 from jaxtune.models.definition import Definition
+
+_log = logging.getLogger(__name__)
+
+_NAME = re.compile(r"[\w.]+")
+# A dot that stands for one character of any kind.
+_DOT = re.compile(r"(?<!\\)\.(?![*+?{])")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +27,8 @@ class Full(Method):
     """Trains the base model itself.
 
     Attributes:
-      freeze: regular expressions; a weight is frozen if one matches the start of its name.
+      freeze: names of modules or weights, whose parts are compared exactly, or regular
+        expressions; a weight is frozen if one matches the start of its name.
     """
 
     name: ClassVar[str] = "full"
@@ -56,8 +65,7 @@ class Full(Method):
                 if declared.layers and trained == {False}:
                     frozen.setdefault(first + layer, set()).add(".".join(path[3:]))
         for pattern in self.freeze:
-            if not any(re.match(pattern, name) for name in names):
-                raise JaxtuneError(f'adapter.freeze: "{pattern}" matches the start of no name')
+            _check_pattern(pattern, names)
         if not any(self.trains(name) for name in names):
             raise JaxtuneError("adapter.freeze leaves nothing to train")
         last = sum(blocks.count for blocks in model.decoder.blocks)
@@ -67,7 +75,7 @@ class Full(Method):
 
     def trains(self, name: str) -> bool:
         """Returns whether the weight is not frozen."""
-        return not any(re.match(pattern, name) for pattern in self.freeze)
+        return not any(_matches(pattern, name) for pattern in self.freeze)
 
     def init(self, definition: Definition, seed: int) -> tuple[Tree, Tree]:
         """Adds no arrays of its own."""
@@ -81,6 +89,40 @@ class Full(Method):
     def restore(self, definition: Definition, stored: StoredAdapter) -> tuple[Tree, Tree]:
         """Raises: full fine-tuning has no adapter."""
         raise JaxtuneError("adapter.method=full has no adapter to restore")
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """Returns whether a pattern of `Full.freeze` matches a weight's name."""
+    if _NAME.fullmatch(pattern):
+        return f"{name}.".startswith(f"{pattern.removesuffix('.')}.")
+    return re.match(pattern, name) is not None
+
+
+def _check_pattern(pattern: str, names: list[str]) -> None:
+    """Raises if a pattern matches nothing; warns if its dots match more than dots.
+
+    Raises:
+      JaxtuneError: the pattern matches the start of no name.
+    """
+    found = [name for name in names if _matches(pattern, name)]
+    if not found:
+        parts = {name[: match.end()] for name in names for match in re.finditer(r"\w+", name)}
+        raise JaxtuneError(
+            f'adapter.freeze: "{pattern}" matches the start of no name{closest(pattern, parts)}'
+        )
+    literal = _DOT.sub(r"\.", pattern)
+    more = [name for name in found if not re.match(literal, name)]
+    if more and len(more) < len(found) and not _NAME.fullmatch(pattern):
+        _warn(
+            f'adapter.freeze: "{pattern}" freezes {len(found)} weights, {len(more)} of which only '
+            f'because "." matches any character, such as {more[0]}; "{literal}" leaves them out'
+        )
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    """Logs a warning, once per process: a model is defined several times in a run."""
+    _log.warning("%s", message)
 
 
 def from_config(section: AdapterConfig) -> Full:

@@ -11,6 +11,17 @@ from jaxtune.layers.linear import Projection
 from jaxtune.layers.tree import Path, declaration_of, layer_names
 
 ALL_LINEAR = "all-linear"
+# Words that stand for the same modules in every family, as patterns of whole module names. The head
+# and the routers are in none of them.
+ALIASES = {
+    "attention": re.compile(r".*\.self_attn\.[^.]+"),
+    # Dense feed-forward layers and shared experts.
+    "mlp": re.compile(r".*\.mlp\.(?!gate$|experts\.).+"),
+    # Routed experts.
+    "experts": re.compile(r".*\.mlp\.experts\..+"),
+    "all": re.compile(r"(?!lm_head$)(?!.*\.mlp\.gate$).+"),
+}
+ALIASES[ALL_LINEAR] = ALIASES["all"]
 # Advice for a model whose head is tied to its embedding.
 UNTIE = "jaxtune convert --untie writes a checkpoint with a separate head"
 TIED_HEAD = f"lm_head is tied to embed_tokens in this model (tie_word_embeddings): {UNTIE}"
@@ -31,9 +42,10 @@ def match_targets(
     """Returns the modules that match `targets`.
 
     Args:
-      targets: each is the end of a module's path (``q_proj``, ``mlp.up_proj``), ``all-linear``
-        (every projection except the head and routers), or a regular expression of the whole path,
-        which never matches a router.
+      targets: each is the end of a module's path (``q_proj``, ``mlp.up_proj``), a word of `ALIASES`
+        (``attention``, ``mlp``, ``experts``, and ``all`` or ``all-linear`` for every projection
+        except the head and routers), or a regular expression of the whole path, which never
+        matches a router.
       names: Hugging Face names of all projections.
       key: name of the setting, for messages.
 
@@ -48,18 +60,20 @@ def match_targets(
         if not found:
             if target == "lm_head":
                 raise JaxtuneError(f"{key}: {TIED_HEAD}")
+            if target == "experts":
+                raise JaxtuneError(f'{key}: "experts" matches no module: none has routed experts')
             known = sorted({name.rsplit(".", 1)[-1] for name in names})
             raise JaxtuneError(
-                f'{key}: "{target}" matches no module{closest(target, known)} '
-                f"(there are: {', '.join(known)})"
+                f'{key}: "{target}" matches no module{closest(target, [*known, *ALIASES])} '
+                f"(there are: {', '.join(known)}; or for several: {', '.join(ALIASES)})"
             )
         matched |= found
     return matched
 
 
 def _matches(target: str, name: str, key: str) -> bool:
-    if target == ALL_LINEAR:
-        return name != "lm_head" and not name.endswith(ROUTER)
+    if target in ALIASES:
+        return ALIASES[target].fullmatch(name) is not None
     if _REGEX.search(target):
         try:
             # Patterns such as ".*mlp.*" are meant for projections; routers have to be named.

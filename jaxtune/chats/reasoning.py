@@ -43,6 +43,11 @@ def split_content(content: str, opened: bool) -> tuple[str, str]:
     return reasoning.strip(), content[ends[-1].end() :].lstrip("\r\n")
 
 
+def ends_reasoning(content: str) -> bool:
+    """Returns whether content has a ``</think>`` that is not quoted."""
+    return _END.search(content) is not None
+
+
 def ends_with_think(prompt: str) -> bool:
     """Returns whether a prompt ends with an open ``<think>``."""
     return prompt.rstrip().endswith(THINK)

@@ -80,13 +80,17 @@ def _span_within(text: str, prompt: str, written: str, ends: tuple[str, ...]) ->
     longest possible end of the turn, up to and including its end token.
     """
     body = written[: _trimmed_length(written, ends)]
-    if body.endswith(ends):
-        for opening in (prompt, strip_think(prompt)):
-            if not text.startswith(opening):
-                continue
-            for left_out in range(len(body)):
-                if text.startswith(body[left_out:], len(opening)):
-                    return len(opening), len(opening) + len(body) - left_out
+    end = min((end for end in ends if body.endswith(end)), key=len, default=None)
+    for opening in (prompt, strip_think(prompt)):
+        if end is None or not text.startswith(opening):
+            continue
+        # Only texts up to an end token are compared with the turn: comparing each possible end of
+        # the turn instead would take quadratic time.
+        start, stop = len(opening), len(opening) + len(body)
+        while (last := text.rfind(end, start, stop)) >= 0:
+            if body.endswith(text[start : last + len(end)]):
+                return start, last + len(end)
+            stop = last + len(end) - 1
     raise RewrittenTurn("renders differently when other turns follow")
 
 

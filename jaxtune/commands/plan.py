@@ -16,10 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument(
         "--topology",
         metavar="CHIPS",
-        help="target topology: cpu (default), v5e:1x1, v5p:2x2x1, h100:8, …",
+        help="target topology: cpu (default), v5e:1x1, v5p:2x2x1, h100:8 or 8xh100, …",
     )
     where.add_argument(
-        "--device", metavar="CARD", help="a single GPU: rtx4090, rtx3090, a100-80g, …"
+        "--device", metavar="CARD", help="a single GPU: rtx4090, rtx5090, a100-80g, mi300x, …"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
@@ -54,7 +54,11 @@ def run(arguments: argparse.Namespace) -> None:
     if not arguments.config:
         raise JaxtuneError("jaxtune plan: --config FILE is required (except with --table)")
     config = resolve(load_file(arguments.config), arguments.overrides)
-    where = arguments.device or arguments.topology or "cpu"
+    where = arguments.topology or "cpu"
+    if arguments.device:
+        from jaxtune.planning.devices import gpu
+
+        where = gpu(arguments.device).name
     if arguments.search:
         from jaxtune.planning.search import search
 

@@ -32,8 +32,9 @@ class AdapterConfig(Section):
         maximum=0.999,
     )
     targets: tuple[str, ...] = option(
-        ("q_proj", "k_proj", "v_proj", "o_proj"),
-        "modules to adapt: names, all-linear, or a regular expression that matches whole paths",
+        ("attention",),
+        "modules to adapt: names such as q_proj; attention, mlp (with shared experts), experts "
+        "(routed ones) or all (= all-linear); or a regular expression that matches whole paths",
         names=True,
     )
     layers: str = option("", "layers to adapt, such as 0,4-7; empty: all")
@@ -64,7 +65,7 @@ class AdapterConfig(Section):
     )
     freeze: tuple[str, ...] = option(
         (),
-        "full: weights to freeze, as regular expressions that match the start of names, such as "
+        "full: weights to freeze: names of modules, or regular expressions for the start of names: "
         r"model.embed_tokens,model\.layers\.[0-3]\.",
         names=True,
     )

@@ -13,6 +13,7 @@ from jaxtune.chats.reasoning import (
     END_THINK,
     REASONING_KEYS,
     THINK,
+    ends_reasoning,
     ends_with_think,
     separate_reasoning,
     split_content,
@@ -104,6 +105,11 @@ class ReadingOptions:
         if self.reasoning == "keep" or not (opened or THINK in completion):
             return completion, {}
         _check_closed(completion, f"{place}: completion")
+        if opened and not ends_reasoning(completion):
+            raise JaxtuneError(
+                f"{place}: the prompt ends with <think> and the completion has no </think>, so the "
+                "reasoning cannot be dropped"
+            )
         reasoning, answer = split_content(completion, opened)
         if not reasoning:
             return completion, {}

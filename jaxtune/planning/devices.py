@@ -24,6 +24,8 @@ class Chip:
       memory_bandwidth: bytes per second of the device's memory.
       link_bandwidth: bytes per second sent to other devices, over all links, one way.
       source: source of the figures.
+      compiled_as: name in the TPU compiler, if it differs.
+      maker: manufacturer; there is no compiler for AMD's.
     """
 
     name: str
@@ -32,41 +34,65 @@ class Chip:
     memory_bandwidth: float
     link_bandwidth: float
     source: str
+    compiled_as: str = ""
+    maker: str = "NVIDIA"
 
 
 _CLOUD = "https://cloud.google.com/tpu/docs/"
 _AMPERE = "NVIDIA Ampere GA102 GPU architecture whitepaper, v2"
 
+_BLACKWELL = "NVIDIA RTX Blackwell GPU architecture whitepaper, v1.1"
+
 # Memory of a TPU is the limit in libtpu's error for a program that does not fit: slightly less than
 # that of the chip (16, 95 and 32 GB), because the system reserves some. Link bandwidth is one way:
-# half of the bidirectional figure in the sources.
+# half of the bidirectional figure in the sources. JAX sees each of the two TensorCores of a v7x
+# (Ironwood) as a device, so its figures are half of those of a chip.
 TPUS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", int(15.75 * GIB), 197e12, 819e9, 200e9, _CLOUD + "v5e"),
-        Chip("v5p", int(95.74 * GIB), 459e12, 2765e9, 600e9, _CLOUD + "v5p"),
-        Chip("v6e", int(31.25 * GIB), 918e12, 1638e9, 400e9, _CLOUD + "v6e"),
+        Chip(
+            *("v4", int(30.75 * GIB), 275e12, 1200e9, 300e9),
+            f"{_CLOUD}v4; links: Jouppi et al., 2023 (https://arxiv.org/abs/2304.01433)",
+            maker="Google",
+        ),
+        Chip("v5e", int(15.75 * GIB), 197e12, 819e9, 200e9, _CLOUD + "v5e", maker="Google"),
+        Chip("v5p", int(95.74 * GIB), 459e12, 2765e9, 600e9, _CLOUD + "v5p", maker="Google"),
+        Chip("v6e", int(31.25 * GIB), 918e12, 1638e9, 400e9, _CLOUD + "v6e", maker="Google"),
+        Chip(
+            *("v7x", int(94.75 * GIB), 1153.5e12, 3690e9, 300e9, _CLOUD + "tpu7x"),
+            compiled_as="tpu7x",
+            maker="Google",
+        ),
     )
 }
 
-# Memory as reported by nvidia-smi, less a CUDA context. Links are NVLink if the GPU has it, or PCI
-# Express 4.0 × 16 at 32 GB/s, one way.
+# Memory as reported by nvidia-smi (rocm-smi for AMD), less a CUDA context. Links are NVLink or
+# Infinity Fabric if the GPU has it (the A6000's bridge joins only two cards), or PCI Express × 16
+# at 32 GB/s (4.0) or 64 GB/s (5.0), one way.
 GPUS = {
     name: Chip(name, mib * MIB - _CUDA_CONTEXT, flops, memory, link, source)
     for name, mib, flops, memory, link, source in (
         ("h100", 81559, 989e12, 3352e9, 450e9, "NVIDIA H100 SXM data sheet"),
         ("h200", 143771, 989e12, 4800e9, 450e9, "NVIDIA H200 SXM data sheet"),
+        ("b200", 183359, 2250e12, 8000e9, 900e9, "NVIDIA HGX B200 data sheet"),
         ("a100-80g", 81920, 312e12, 2039e9, 300e9, "NVIDIA A100 SXM data sheet"),
         ("a100-40g", 40960, 312e12, 1555e9, 300e9, "NVIDIA A100 SXM data sheet"),
         ("l40s", 46068, 362e12, 864e9, 32e9, "NVIDIA L40S data sheet"),
+        ("rtx5090", 32607, 209.5e12, 1792e9, 64e9, _BLACKWELL),
         ("rtx4090", 24564, 165.2e12, 1008e9, 32e9, "NVIDIA Ada GPU architecture whitepaper, v2"),
         ("rtx4080", 16376, 97.5e12, 717e9, 32e9, "NVIDIA Ada GPU architecture whitepaper, v2"),
         ("rtx3090", 24576, 71e12, 936e9, 32e9, _AMPERE),
         ("rtx3080", 10240, 59.5e12, 760e9, 32e9, _AMPERE),
         ("rtx3080-12g", 12288, 61e12, 912e9, 32e9, _AMPERE),
+        ("a6000", 49140, 154.8e12, 768e9, 32e9, _AMPERE),
         ("a10", 23028, 125e12, 600e9, 32e9, "NVIDIA A10 data sheet"),
     )
 }
+GPUS["mi300x"] = Chip(
+    *("mi300x", 196592 * MIB - _CUDA_CONTEXT, 1307.4e12, 5325e9, 448e9),
+    source="AMD Instinct MI300X data sheet",
+    maker="AMD",
+)
 
 
 def gpu(name: str) -> Chip:

@@ -47,7 +47,7 @@ def find_topology(name: str) -> Topology:
 
     Args:
       name: "cpu" for this machine; a TPU generation and its chips, "v5e:1x1", "v5p:2x2x1"; or
-        NVIDIA GPUs, "h100:8", "rtx4090".
+        GPUs, "h100:8" or "8xh100", "rtx4090".
 
     Raises:
       JaxtuneError: an unknown name, a shape that does not exist, or no compiler for a TPU.
@@ -55,13 +55,17 @@ def find_topology(name: str) -> Topology:
     if name == "cpu":
         devices = jax.devices("cpu")
         return Topology(name, devices, len(devices), available_memory() // len(devices))
+    if number := re.fullmatch(r"(\d+)x([a-z].*)", name):
+        name = f"{number[2]}:{number[1]}"
     kind, colon, shape = name.partition(":")
     if kind in GPUS:
         return describe_cards(name)
+    _check_grid(name)
     if colon and re.fullmatch(r"\d+(x\d+){1,2}", shape):
         chip = lookup(TPUS, kind, "topology")
-        devices = _tpu_devices(name, shape)
-        return Topology(name, devices, len(devices), chip.capacity_bytes, chip)
+        devices = _tpu_devices(name, shape, chip.compiled_as or kind)
+        note = "" if chip.name != "v7x" else "each chip is two devices"
+        return Topology(name, devices, len(devices), chip.capacity_bytes, chip, note)
     raise JaxtuneError(
         f'topology "{name}" is neither "cpu" nor a TPU generation and its chips, as in "v5e:1x1" '
         f'or "v5p:2x2x1" (generations: {", ".join(TPUS)}), nor GPUs, as in "h100:8"'
@@ -69,8 +73,29 @@ def find_topology(name: str) -> Topology:
     )
 
 
+# Grids of Cloud TPU slices by number of chips, with two dimensions for v5e and v6e and with three
+# for the others.
+_GRIDS = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+_CUBES = {
+    **{1: "1x1x1", 4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4"},
+    **{128: "4x4x8", 256: "4x8x8", 512: "8x8x8"},
+}
+
+
+def _check_grid(name: str) -> None:
+    """Raises if a TPU is given with a number of chips instead of a grid, as in "v5e:8"."""
+    kind, _, number = name.partition(":")
+    if kind in TPUS and number.isdigit():
+        grids = _GRIDS if kind in ("v5e", "v6e") else _CUBES
+        nearest = min(grids, key=lambda count: abs(count - int(number)))
+        raise JaxtuneError(
+            f'topology "{name}": a TPU takes a grid of chips; did you mean '
+            f'"{kind}:{grids[nearest]}" ({nearest} {"chip" if nearest == 1 else "chips"})?'
+        )
+
+
 def describe_cards(name: str) -> Topology:
-    """Returns the topology of NVIDIA GPUs, "rtx4090" or "h100:8".
+    """Returns the topology of GPUs, "rtx4090" or "h100:8".
 
     They are compiled for the nearest chip with a compiler, if there is one.
 
@@ -82,6 +107,9 @@ def describe_cards(name: str) -> Topology:
     if number and not (number.isdigit() and int(number) > 0):
         raise JaxtuneError(f'"{name}" is not a number of GPUs, as in "{kind}:8"')
     count = int(number or 1)
+    if chip.maker == "AMD":
+        note = f"{kind}: jaxtune plans AMD GPUs by formulas only and has not been tested on one"
+        return Topology(name, None, count, chip.capacity_bytes, chip, note)
     stand_in = f"compiled for {{}} and compared with the memory of the {kind}"
     if cuda.available():
         note = "" if kind == "h100" else f"there is no compiler for it: {stand_in}; "
@@ -90,12 +118,13 @@ def describe_cards(name: str) -> Topology:
     missing = f"needs the GPU compiler for an exact plan: {cuda.HOW_TO_INSTALL}"
     if kind == "h100" or count > 1 or importlib.util.find_spec("libtpu") is None:
         return Topology(name, None, count, chip.capacity_bytes, chip, f"{kind} {missing}")
-    devices = _tpu_devices("v5p:1x1x1", "1x1x1")
+    devices = _tpu_devices("v5p:1x1x1", "1x1x1", "v5p")
     note = f"{stand_in.format('a v5p, the nearest chip with a compiler,')}; {kind} {missing}"
     return Topology(name, devices, count, chip.capacity_bytes, chip, note)
 
 
-def _tpu_devices(name: str, shape: str) -> Sequence[Any]:
+def _tpu_devices(name: str, shape: str, kind: str) -> Sequence[Any]:
+    """Returns the devices of a grid; `kind` is the compiler's name of the generation."""
     if importlib.util.find_spec("libtpu") is None:
         raise JaxtuneError(
             f'topology "{name}" needs the TPU compiler: pip install "jaxtune[tpu-plan]"'
@@ -109,9 +138,11 @@ def _tpu_devices(name: str, shape: str) -> Sequence[Any]:
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     # By default hosts have 2 × 2 chips; a single chip needs a host of its own.
     one_chip = set(shape.split("x")) == {"1"}
-    bounds = {"chips_per_host_bounds": (1, 1, 1)} if one_chip else {}
+    settings: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if one_chip else {}
+    if kind == "v4":
+        settings["chip_config_name"] = "megacore"  # one device per chip, as on Cloud TPU
     try:
-        return topologies.get_topology_desc(name, "tpu", **bounds).devices
+        return topologies.get_topology_desc(f"{kind}:{shape}", "tpu", **settings).devices
     except jax.errors.JaxRuntimeError as error:
         raise JaxtuneError(f'topology "{name}": {str(error).splitlines()[0]}') from error
 

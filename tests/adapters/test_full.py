@@ -35,7 +35,12 @@ def test_blocks_are_split_where_what_is_trained_changes(tiny):
 @pytest.mark.parametrize(
     ("freeze", "message"),
     [
-        ("model.leyers", 'adapter.freeze: "model.leyers" matches the start of no name'),
+        (
+            "model.leyers.0",
+            'adapter.freeze: "model.leyers.0" matches the start of no name; did you mean '
+            '"model.layers.0"?',
+        ),
+        ("model.embed", 'adapter.freeze: "model.embed" matches the start of no name'),
         ("model.(", 'adapter.freeze: "model.(" is not a valid regular expression: '),
         (".*", "adapter.freeze leaves nothing to train"),
     ],
@@ -46,6 +51,33 @@ def test_an_impossible_freeze_is_rejected(freeze, message, tiny):
         section = resolve({"adapter": {"method": "full", "freeze": [freeze]}}).adapter
         define(config, "float32", method_from_config(section))
     assert str(error.value).startswith(message)
+
+
+def _frozen_layers(tiny, pattern):
+    config = read_json(tiny("llama") / "config.json") | {"num_hidden_layers": 12}
+    definition = define(config, "float32", Full((pattern,)))
+    return {
+        layer
+        for path, leaf in definition.leaves.items()
+        if leaf.kind == "base" and leaf.declaration.layers
+        for layer in range(leaf.declaration.layers[0], sum(leaf.declaration.layers))
+    }
+
+
+@pytest.mark.parametrize("pattern", ["model.layers.1", "model.layers.1.", r"model\.layers\.1\."])
+def test_the_name_of_a_layer_freezes_that_layer_only(tiny, pattern):
+    assert _frozen_layers(tiny, pattern) == {1}
+
+
+def test_a_dot_that_matches_more_than_a_dot_is_reported(tiny, caplog):
+    assert _frozen_layers(tiny, "model.layers.[01].") == {0, 1, 10, 11}
+    (message,) = [record.message for record in caplog.records if "adapter.freeze" in record.message]
+    assert "freezes 36 weights, 18 of which only because" in message
+    assert "such as model.layers.10." in message
+    assert r'"model\.layers\.[01]\." leaves them out' in message
+    caplog.clear()
+    assert _frozen_layers(tiny, r"model\.layers\.[01]\.") == {0, 1}
+    assert not caplog.records
 
 
 def test_frozen_weights_stay_bit_for_bit_and_all_others_change(tiny, tmp_path):

@@ -5,10 +5,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from jaxtune.adapters.targets import match_targets, module_names
+from jaxtune.adapter_files.fused import fuse
+from jaxtune.adapters.define import define
+from jaxtune.adapters.projections import lora
+from jaxtune.adapters.targets import ALIASES, match_targets, module_names
 from jaxtune.checkpoints.huggingface import read_json
+from jaxtune.config import AdapterConfig
 from jaxtune.errors import JaxtuneError
-from jaxtune.models import build_model
+from jaxtune.models import ARCHITECTURES, build_model
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +73,8 @@ def test_an_expression_is_of_the_whole_path(names):
     [
         (["q_prj"], 'adapter.targets: "q_prj" matches no module; did you mean "q_proj"?'),
         (["q_proj", "mlp.upproj"], '"mlp.upproj" matches no module; did you mean "up_proj"?'),
+        (["attn"], '"attn" matches no module; did you mean "attention"?'),
+        (["query"], "or for several: attention, mlp, experts, all, all-linear)"),
         (["query"], "(there are: down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj,"),
         ([r"layers\.7\..*"], r'"layers\.7\..*" matches no module'),
         (["embed_tokens"], '"embed_tokens" matches no module'),
@@ -83,3 +89,64 @@ def test_a_target_that_matches_nothing_lists_the_modules(names, targets, message
 
 def test_all_linear_leaves_the_head_out(names):
     assert set(names) - match_targets(["all-linear"], names) == {"lm_head"}
+
+
+@pytest.fixture(scope="module", params=sorted(ARCHITECTURES))
+def checkpoint(request, tiny, families):
+    """A tiny checkpoint of each family."""
+    mixture = request.param.startswith("deepseek")
+    return (families if mixture else tiny)(request.param)
+
+
+def all_names(model):
+    return [
+        name for path, module in model.projections().items() for name in module_names(path, module)
+    ]
+
+
+def test_an_alias_means_the_same_in_every_family(checkpoint):
+    names = all_names(build_model(read_json(checkpoint / "config.json")))
+    found = {}
+    for alias in ALIASES:
+        if alias == "experts" and not any(".experts." in name for name in names):
+            with pytest.raises(JaxtuneError, match="none has routed experts"):
+                match_targets([alias], names)
+            found[alias] = set()
+        else:
+            found[alias] = match_targets([alias], names)
+    # Three disjoint parts; what remains is the head and the routers.
+    assert not found["attention"] & found["mlp"] | found["mlp"] & found["experts"]
+    parts = found["attention"] | found["mlp"] | found["experts"]
+    assert parts == found["all"] == found["all-linear"]
+    rest = set(names) - parts
+    assert "lm_head" in rest and all(n.endswith(".mlp.gate") for n in rest - {"lm_head"})
+    assert all(".shared_experts." in n or ".experts." not in n for n in found["mlp"])
+
+
+# transformers has no DeepSeek MoE of the first generation.
+@pytest.mark.parametrize("family", sorted(set(ARCHITECTURES) - {"deepseek"}))
+def test_peft_adapts_the_modules_that_an_alias_names(family, tiny, families):
+    checkpoint = (families if family.startswith("deepseek") else tiny)(family)
+    settings = read_json(checkpoint / "config.json")
+    aliases = {"attention": ".self_attn.", "mlp": ".mlp.", "experts": ".experts."}
+    for alias, part in aliases.items():
+        if alias == "experts" and "n_routed_experts" not in settings:
+            continue
+        method = lora.from_config(AdapterConfig(rank=2, targets=(alias,)))
+        definition = define(settings, "float32", method)
+        stored = fuse(method.store(definition, *method.init(definition, 0)), definition)
+        written = {key: stored.config.get(key) for key in ("target_modules", "target_parameters")}
+        assert not set(written["target_modules"]) & set(ALIASES)
+        theirs = AutoModelForCausalLM.from_pretrained(checkpoint)
+        linear = {n for n, m in theirs.named_modules() if isinstance(m, torch.nn.Linear)}
+        fused = {n for n, p in theirs.named_parameters() if p.ndim == 3}
+        base = get_peft_model(theirs, LoraConfig(r=2, **written)).base_model
+        adapted = {*base.targeted_module_names, *getattr(base, "targeted_parameter_names", ())}
+        wanted = fused if alias == "experts" else {name for name in linear if part in name}
+        assert {name.removesuffix(".weight") for name in adapted} == wanted, alias
+
+
+def test_the_default_targets_are_the_projections_of_attention(checkpoint):
+    names = all_names(build_model(read_json(checkpoint / "config.json")))
+    assert match_targets(AdapterConfig().targets, names) == match_targets(["attention"], names)
+    assert any(name.endswith("o_proj") for name in match_targets(AdapterConfig().targets, names))

@@ -155,3 +155,15 @@ def test_a_program_too_large_for_the_compiler_does_not_fit(planned):
 def test_a_shape_that_no_pod_has_is_an_error():
     with pytest.raises(JaxtuneError, match='topology "v5e:3x3"'):
         find_topology("v5e:3x3")
+
+
+@pytest.mark.parametrize(("name", "devices"), [("v4:2x2x1", 4), ("v4:1x1x1", 1), ("v7x:2x2x1", 8)])
+def test_a_generation_has_the_devices_that_jax_sees(name, devices):
+    topology = find_topology(name)
+    assert (topology.count, topology.name) == (devices, name)
+    # Half of a v7x is a device of its own.
+    assert ("two devices" in topology.note) == name.startswith("v7x")
+    sharding = SingleDeviceSharding(topology.devices[0])
+    whole = jax.ShapeDtypeStruct((topology.capacity_bytes + 1,), jnp.int8, sharding=sharding)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"{topology.capacity_bytes / GIB:.2f}G"):
+        jax.jit(lambda x: x + 1).lower(whole).compile()

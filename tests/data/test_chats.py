@@ -239,6 +239,9 @@ def test_reasoning_that_does_not_end_cannot_be_dropped(chatml, jsonl):
         ("Q", "\nthe tag <think>", f"Q⟦\nthe tag <think>{EOS}⟧"),
         ("Q", "\n<think>a", "completion has <think> without </think>"),
         ("Q", "<think>a</think>\n", "completion contains only reasoning"),
+        ("Q<think>\n", "a", "the prompt ends with <think> and the completion has no </think>"),
+        ("Q<think>", "a `</think>`", "the completion has no </think>, so the reasoning cannot be"),
+        ("Q<think>", "\n</think>y", f"Q<think>⟦\n</think>y{EOS}⟧"),
     ],
 )
 def test_drop_reaches_completions_that_are_strings(chatml, jsonl, prompt, completion, expected):
@@ -249,7 +252,7 @@ def test_drop_reaches_completions_that_are_strings(chatml, jsonl, prompt, comple
         return
     examples = load(jsonl, chatml, row, reasoning="drop")
     assert shown(chatml, examples) == expected
-    assert examples.turns == ({"reasoning dropped": 1} if "/think>" in completion else {})
+    assert examples.turns == ({"reasoning dropped": 1} if "a</think>" in completion else {})
 
 
 @pytest.mark.parametrize(
@@ -615,3 +618,18 @@ def test_r1_asks_as_deepseeks_published_templates(chatml, source):
         ]
         prompt = theirs(chatml, source, messages[:1], add_generation_prompt=True)
         assert encode_prompt(chatml, messages[:1], "deepseek-r1") == prompt
+
+
+def test_a_long_turn_that_is_rewritten_is_refused_in_linear_time(chatml):
+    # The template leaves the reasoning of earlier turns out. A search that compares every end of
+    # the turn would copy 10¹² characters before it fails.
+    source = (
+        "{% for m in messages %}{% if m.role == 'user' %}U{{ m.content }}A{% else %}"
+        "{{ m.content if loop.last else m.content.split('</think>')[-1] }}"
+        + EOS
+        + "{% endif %}{% endfor %}"
+    )
+    long = "word " * 400_000
+    turns = [user("Q"), assistant(f"<think>{long}</think>{long}"), user("R"), assistant("S")]
+    with pytest.raises(JaxtuneError, match="renders differently when other turns follow"):
+        ChatTemplate(chatml, source).spans(turns, "f:3")

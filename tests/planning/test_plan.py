@@ -121,8 +121,14 @@ def test_a_longer_batch_takes_more(config, planned):
     [
         ("gpu", r'topology "gpu" is neither "cpu" nor a TPU generation'),
         ("v5e", r'topology "v5e" is neither'),
-        ("v5x:1x1", r'did you mean "v5'),
+        ("v5ee:1x1", r'did you mean "v5e"'),
         ("v5e:1x1x1x1", r"is neither"),
+        (
+            "8xv5e",
+            r'topology "v5e:8": a TPU takes a grid of chips; did you mean "v5e:2x4" \(8 chips',
+        ),
+        ("v5p:5", r'did you mean "v5p:2x2x1" \(4 chips\)'),
+        ("8xh10", r'did you mean "h100'),
         ("h10:8", r'did you mean "h100'),
         ("h100:none", r'is not a number of GPUs, as in "h100:8"'),
     ],

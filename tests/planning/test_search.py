@@ -10,6 +10,7 @@ from jaxtune.errors import JaxtuneError
 from jaxtune.planning import cuda, plan
 from jaxtune.planning.devices import GPUS, TPUS
 from jaxtune.planning.search import Candidate, candidates, search
+from jaxtune.planning.topology import find_topology
 
 TINY = {
     "model_type": "llama",
@@ -117,11 +118,30 @@ def test_a_plan_needs_a_config(capsys):
 def test_an_unknown_gpu_is_reported_with_the_closest(capsys, config_file):
     with pytest.raises(SystemExit):
         main(["plan", "--config", str(config_file), "--device", "rtx4009"])
-    assert 'did you mean "rtx4090"' in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert 'device="rtx4009" is unknown; did you mean "rtx4090"' in message
+    assert "topology" not in message
+
+
+def test_the_named_hardware_is_known():
+    wanted = "h200 b200 l40s rtx5090 a6000 mi300x v4 v7x"
+    assert set(wanted.split()) <= {*GPUS, *TPUS}
+
+
+def test_a_number_of_gpus_may_stand_in_front(monkeypatch, config):
+    monkeypatch.setattr(cuda, "available", lambda: False)
+    assert find_topology("8xh100") == find_topology("h100:8")
+    assert plan(config, "2xh100").to_json() == plan(config, "h100:2").to_json()
+
+
+def test_an_amd_gpu_is_estimated_and_the_plan_says_why(config):
+    planned = plan(config, "mi300x")
+    assert planned.estimated and planned.capacity > 180e9
+    assert "AMD GPUs by formulas only" in " ".join(planned.notes)
 
 
 def test_every_figure_of_a_chip_has_a_source():
     for chip in (*TPUS.values(), *GPUS.values()):
         assert chip.source
-        assert 8e9 < chip.capacity_bytes < 200e9
+        assert 8e9 < chip.capacity_bytes < 210e9
         assert chip.flops > chip.memory_bandwidth > chip.link_bandwidth

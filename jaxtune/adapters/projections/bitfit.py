@@ -87,7 +87,7 @@ class BitFit(LinearMethod):
 
     name: ClassVar[str] = "bitfit"
 
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    targets: tuple[str, ...] = ("attention",)
     modules: tuple[str, ...] = ()
 
     def choose(self, modules: Mapping[str, Projection]) -> dict[str, bool]:

@@ -125,7 +125,7 @@ class Lora(LinearMethod):
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    targets: tuple[str, ...] = ("attention",)
     factors: tuple[tuple[str, Factor], ...] = ()
     rslora: bool = False
     rank_pattern: tuple[tuple[str, int], ...] = ()

@@ -109,7 +109,7 @@ class Vera(LinearMethod):
 
     rank: int = 256
     dropout: float = 0.0
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    targets: tuple[str, ...] = ("attention",)
     modules: tuple[str, ...] = ()
 
     def choose(self, modules: Mapping[str, Projection]) -> dict[str, int]:
