@@ -189,6 +189,27 @@ class Method(abc.ABC):
     def restore(self, definition: Definition, stored: StoredAdapter) -> tuple[Tree, Tree]:
         """Returns (trainable, constants) of an adapter written by `store` or by PEFT."""
 
+    def restore_edits(self, definition: Definition, stored: StoredAdapter) -> tuple[Tree, Tree]:
+        """Returns the trees of `restore` without the arrays that `whole_weights` returns."""
+        return self.restore(definition, stored)
+
+    def whole_weights(
+        self, definition: Definition, stored: StoredAdapter
+    ) -> Mapping[str, np.ndarray]:
+        """Returns the weights that an adapter replaces, by Hugging Face name.
+
+        They have the shapes of the base's weights, and are views of the adapter's file if possible.
+
+        Args:
+          definition: definition of the model.
+          stored: the adapter.
+
+        Raises:
+          JaxtuneError: a weight is missing or has another shape.
+        """
+        del definition, stored
+        return {}
+
 
 @dataclasses.dataclass(frozen=True)
 class NoMethod(Method):

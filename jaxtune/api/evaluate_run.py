@@ -8,15 +8,13 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxtune.adapters.merge import edits
-from jaxtune.api.load_run import LoadedRun, load_run
+from jaxtune.api.load_run import LoadedRun, load_run, merge_run
 from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.chat import Chat
 from jaxtune.checkpoints.source import TensorSource
 from jaxtune.config import Config
 from jaxtune.data import Examples
 from jaxtune.errors import JaxtuneError
-from jaxtune.layers.tree import merge
 from jaxtune.runs.chat import load_run_chat, reader_options
 from jaxtune.runs.directory import RunDirectory
 from jaxtune.training.evaluation import bind_evaluation
@@ -62,7 +60,7 @@ def evaluate(
 def merge_losses(run: RunDirectory, adapter: str, quantized: Path) -> dict[str, float]:
     """Measures the loss due to merging into quantized weights, on the run's held-out examples.
 
-    The merge in 16 bits is computed from the model in memory and never written.
+    The merge in 16 bits is computed from the checkpoint, one tensor at a time, and never written.
 
     Args:
       run: a run over a quantized base, with held-out examples.
@@ -75,18 +73,12 @@ def merge_losses(run: RunDirectory, adapter: str, quantized: Path) -> dict[str, 
     """
     config = run.read_config()
     source, held_out = _open(run, config)
-    trained = load_run(run, config, source, adapter)
-    definition, parts = trained.setup.definition, trained.parts
-    trees = parts.base, parts.trainable, parts.constants
-    wide = huggingface.merged_source(
-        source, definition, merge(*trees), edits(definition.bind(*trees))
-    )
+    wide = merge_run(run, config, source, adapter).as_source()
     plain = config.replace(quantize={"format": ""})
     losses = {
-        "with_adapter": _score(trained, held_out)["loss"],
+        "with_adapter": _score(load_run(run, config, source, adapter), held_out)["loss"],
         "merged": _score(load_run(run, plain, wide, "none"), held_out)["loss"],
     }
-    del trained, parts, trees, wide
     written = huggingface.open_source(quantized)
     scores = _score(load_run(run, config, written, "none"), held_out)
     return losses | {"merged_quantized": scores["loss"]}

@@ -13,7 +13,7 @@ from jaxtune import config as config_module
 from jaxtune.adapter_files.peft import read_adapter
 from jaxtune.adapters.define import define
 from jaxtune.api.adapter_set import AdapterSet
-from jaxtune.api.model import Choice, Model
+from jaxtune.api.model import Choice, Model, files_beside
 from jaxtune.chats.ends import turn_end_tokens
 from jaxtune.chats.template import read_template
 from jaxtune.checkpoints import huggingface
@@ -203,9 +203,7 @@ def convert(
         directory,
         define(source.config, dtype, quantization=quantization),
         source,
-        code_from=opened.directory if opened.directory.is_dir() else None,
-        tokenizer=opened.chat.tokenizer,
-        extra_files=opened.chat.generation_files(),
+        beside=files_beside(opened.directory, opened.chat),
         progress=progress,
     )
 

@@ -287,14 +287,18 @@ class Model:
             directory,
             self.definition,
             merge(self.base, self.trainable, self.constants),
-            code_from=self.source if self.source.is_dir() else None,
-            tokenizer=self.chat.tokenizer,
-            extra_files=self.chat.generation_files(),
+            beside=files_beside(self.source, self.chat),
             dtype=None if dtype is None else jnp.dtype(dtype),
             edits=edits(model),
             quantized=quantized,
             original=huggingface.open_source(self.source) if onto_checkpoint else None,
         )
+
+
+def files_beside(source: Path, chat: Chat) -> huggingface.Beside:
+    """Returns the files to write with the weights of a model from `source`."""
+    code = source if source.is_dir() else None
+    return huggingface.Beside(chat.tokenizer, chat.generation_files(), code)
 
 
 @functools.partial(jit, static_argnames=("definition", "options"))

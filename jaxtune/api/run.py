@@ -17,10 +17,11 @@ from jaxtune.adapters import Method, StoredAdapter
 from jaxtune.adapters.define import define
 from jaxtune.adapters.merge import check_merges
 from jaxtune.api.evaluate_run import merge_losses
-from jaxtune.api.load_run import load_run
+from jaxtune.api.load_run import load_run, merge_run
 from jaxtune.api.loading import ONLY, choose_template, load_with_adapters
-from jaxtune.api.model import Choice, Model
+from jaxtune.api.model import Choice, Model, files_beside
 from jaxtune.chats.template import read_template
+from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.chat import Chat
 from jaxtune.checkpoints.load_model import load_model
 from jaxtune.checkpoints.open_model import OpenModel, open_model
@@ -102,6 +103,9 @@ class Run:
     ) -> Path:
         """Writes the model that the run trained as one Hugging Face checkpoint.
 
+        Weights are read, merged and written one at a time on the host, so that any model can be
+        merged without an accelerator.
+
         Args:
           directory: directory to create.
           adapter: "best" or "last".
@@ -121,9 +125,17 @@ class Run:
         if self.config.quantize.format and not quantized:
             form, dtype = self.config.quantize.format, self.config.training.dtype
             _logger.info("merging into %s weights; quantized=True would keep %s", dtype, form)
-        model, dtype = self.model(adapter), self.config.training.dtype
-        written = model.save_pretrained(directory, dtype, quantized=quantized)
-        del model  # frees its memory before merge_losses loads the model again
+        merge = merge_run(self.directory, self.config, self._base.source, adapter)
+        written = huggingface.convert(
+            directory,
+            merge.definition,
+            merge.source,
+            beside=files_beside(self._base.directory, self._chats("")(None)),
+            dtype=self.config.training.dtype,
+            edits=merge.edits,
+            quantized=quantized,
+            original=merge.original,
+        )
         held_out = self.config.data.eval or self.config.data.eval_split
         if (written / REPORT).is_file() and held_out:
             losses = merge_losses(self.directory, adapter, written)

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtune.checkpoints.embeddings import TIED, with_stored_head
 from jaxtune.checkpoints.formats.gguf import GGUFSource
 from jaxtune.checkpoints.formats.registry import READERS
-from jaxtune.checkpoints.saving import checkpoint_tensors, convert, merged_source, save
+from jaxtune.checkpoints.saving import Beside, checkpoint_tensors, convert, save
 from jaxtune.checkpoints.source import ALL, TensorSource
 from jaxtune.checkpoints.streaming import load
 from jaxtune.checkpoints.weights import FORMS, has_weights, open_weights, read_json
@@ -22,12 +22,12 @@ from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.quant import Format, Quantization, quantization_from_config
 
 __all__ = [
+    "Beside",
     "HuggingFaceSource",
     "checkpoint_tensors",
     "choose_quantization",
     "convert",
     "load",
-    "merged_source",
     "open_source",
     "read_config",
     "read_json",

@@ -70,7 +70,7 @@ def load_model(
     """
     definition = define(source.config, dtype, method, quantization)
     if stored is not None:
-        _check_copies(source, stored)
+        check_copies(source, stored)
     # A method may edit weights while they stream in (PiSSA), and `complete` may read the loaded
     # weights (DoRA's norms, ESFT's experts), so the method's arrays come last.
     edit = None if method is None else method.base_edit(definition, stored)
@@ -110,7 +110,7 @@ def attach_adapter(
     if method.dropout:  # not applied here, and rejected for some modules (see LinearMethod.attach)
         method = dataclasses.replace(method, dropout=0.0)  # type: ignore[type-var]
     definition = define(bare.definition.config, dtype, method, quantization)
-    _check_copies(source, stored)
+    check_copies(source, stored)
     added = method.restore(definition, stored)
     added = method.complete(definition, bare.base, added, None)
     parts: dict[Any, Tree] = definition.split(merge(bare.base, *added))
@@ -119,7 +119,7 @@ def attach_adapter(
     )
 
 
-def _check_copies(source: TensorSource, stored: StoredAdapter) -> None:
+def check_copies(source: TensorSource, stored: StoredAdapter) -> None:
     """Checks an adapter's copies of frozen weights against the checkpoint.
 
     Raises:

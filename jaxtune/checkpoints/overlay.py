@@ -6,13 +6,13 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxtune.adapters.method import BaseEdit
 from jaxtune.checkpoints.source import ALL, TensorSource, WrappedSource
 from jaxtune.layers.tree import Tree, flatten, layer_names
 from jaxtune.models.definition import Definition
+from jaxtune.parallel.host import read_part
 from jaxtune.quant import Format
 
 
@@ -28,8 +28,7 @@ class OverlaySource(WrappedSource):
         """
         super().__init__(source)
         self._values = values
-        # A tensor may be read in several chunks of rows; its value is computed once.
-        self._value = functools.lru_cache(maxsize=1)(lambda name: self._values[name]())
+        self._last: tuple[str, np.ndarray] | None = None
 
     def dtype(self, name: str) -> np.dtype:
         """Returns the dtype of the result of `read`: float32 for replaced tensors."""
@@ -41,6 +40,14 @@ class OverlaySource(WrappedSource):
             return self._source.read(name, rows)
         value = self._value(name)
         return value[rows] if value.ndim else value
+
+    def _value(self, name: str) -> np.ndarray:
+        # A tensor may be read in several chunks of rows; its value is computed once. The previous
+        # one is freed first.
+        if self._last is None or self._last[0] != name:
+            self._last = None
+            self._last = name, self._values[name]()
+        return self._last[1]
 
     def read_parts(self, name: str, form: Format) -> dict[str, np.ndarray] | None:
         """Returns the parts, of the format's shapes, or None; always None if replaced."""
@@ -64,11 +71,12 @@ def with_trained_weights(
     Args:
       source: the checkpoint from which the run started.
       definition: definition of the run's model.
-      trainable: tree of trained arrays, all of them weights of the base model.
+      trainable: tree of trained arrays, all of them weights of the base model; stacks are read one
+        layer (and expert) at a time.
     """
 
-    def value(stack: jax.Array, place: tuple[Any, ...]) -> np.ndarray:
-        return np.asarray(stack[place], np.float32)
+    def value(stack: Any, place: tuple[Any, ...]) -> np.ndarray:
+        return read_part(stack, place).astype(np.float32, copy=False)
 
     values: dict[str, Callable[[], np.ndarray]] = {}
     # A part is one layer (and expert) of a stack, under the name that the checkpoint has for it.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ import numpy as np
 from jaxtune.checkpoints.source import ALL, TensorSource
 from jaxtune.errors import JaxtuneError
 from jaxtune.models.definition import as_matrix
+from jaxtune.parallel.host import host_device
 from jaxtune.quant import Format
 
 # Number of values converted to float32 at a time (2 MiB), unless 128 rows have more.
@@ -25,14 +25,6 @@ ROWS = 128  # rows of a block of an fp8 checkpoint, which is read in whole block
 def _encode(weight: jax.Array, form: Format) -> tuple[dict[str, jax.Array], jax.Array]:
     weight = weight.astype(jnp.float32)
     return form.encode(weight), jnp.isfinite(weight).all()
-
-
-def host_device() -> Any:
-    """Returns a CPU device, or an accelerator if the CPU backend of JAX is disabled."""
-    try:
-        return jax.local_devices(backend="cpu")[0]
-    except RuntimeError:
-        return jax.local_devices()[0]
 
 
 def read_quantized(

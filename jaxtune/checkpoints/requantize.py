@@ -26,8 +26,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jaxtune.checkpoints.quantize import CHUNK, encode_rows
+from jaxtune.adapters.merge import Frozen, MergedRows, decoded, row_chunks
+from jaxtune.checkpoints.quantize import encode_rows
 from jaxtune.checkpoints.source import TensorSource
+from jaxtune.parallel.host import host_device
 from jaxtune.quant import QuantizedWeight
 
 REPORT = "merge_report.json"
@@ -72,11 +74,6 @@ def _root(part: float, whole: float) -> float | None:
 
 
 @jax.jit
-def _decode(weight: QuantizedWeight) -> jax.Array:
-    return weight.dequantize(jnp.float32)
-
-
-@jax.jit
 def _row_sums(
     frozen: jax.Array, merged: jax.Array, written: jax.Array, original: jax.Array | None
 ) -> Squares:
@@ -106,17 +103,16 @@ def _row_sums(
     return jax.tree.map(functools.partial(jnp.sum, axis=1), values)
 
 
-def _sum(*arrays: np.ndarray | None) -> Squares:
-    """Returns sums over a weight [out, in], computed in chunks of rows.
-
-    The arrays are the arguments of `_row_sums`, for all rows.
-    """
-    assert arrays[0] is not None
-    rows, columns = arrays[0].shape
-    step, totals = max(CHUNK // columns, 1), np.zeros(len(Squares._fields))
-    for first in range(0, rows, step):
-        some = (None if a is None else a[first : first + step] for a in arrays)
-        totals += [np.asarray(sums).sum(dtype=np.float64) for sums in _row_sums(*some)]
+def _sum(
+    frozen: np.ndarray, merged: MergedRows, written: np.ndarray, original: np.ndarray | None
+) -> Squares:
+    """Returns sums over a weight [out, in], computed in chunks of rows; see `_row_sums`."""
+    totals = np.zeros(len(Squares._fields))
+    for rows in row_chunks(frozen.shape):
+        known = None if original is None else original[rows]
+        with jax.default_device(host_device()):
+            sums = _row_sums(frozen[rows], merged(rows, jnp.float32), written[rows], known)
+        totals += [np.asarray(each).sum(dtype=np.float64) for each in sums]
     return Squares(*totals.tolist())
 
 
@@ -134,34 +130,33 @@ class Requantizer:
         self._rows: dict[str, Squares] = {}
         self._format = ""
 
-    def __call__(
-        self, name: str, weight: QuantizedWeight, merged: jax.Array
-    ) -> dict[str, np.ndarray]:
+    def __call__(self, name: str, frozen: Frozen, merged: MergedRows) -> dict[str, np.ndarray]:
         """Returns the parts of a merged weight, in the format of the frozen one.
 
         Args:
           name: name of the weight.
-          weight: the frozen weight W_q [out, in].
-          merged: W_q + Δ, float32 [out, in]. If it equals W_q, its parts are returned bit for
-            bit.
+          frozen: the frozen weight W_q [out, in].
+          merged: returns rows of W_q + Δ. If it equals W_q, its parts are returned bit for bit.
 
         Raises:
           JaxtuneError: a merged value is not finite.
         """
-        edited, frozen = np.asarray(merged), np.asarray(_decode(weight))
-        if np.array_equal(edited, frozen):
-            return {key: np.asarray(part) for key, part in weight.parts.items()}
+        weight, values = frozen.weight, frozen.values
+        chunks = row_chunks(values.shape)
+        if all(np.array_equal(merged(rows, jnp.float32), values[rows]) for rows in chunks):
+            return weight.parts
         original = self._read_original(name, weight)
 
         def merged_rows(rows: slice) -> np.ndarray:
             # M = W + Δ, with Δ = (W_q + Δ) − W_q; M = W_q + Δ without W.
+            edited = merged(rows, jnp.float32)
             if original is None:
-                return edited[rows]
-            return original[rows].astype(np.float32) + (edited[rows] - frozen[rows])
+                return edited
+            return original[rows].astype(np.float32) + (edited - values[rows])
 
         parts = encode_rows(merged_rows, weight.matrix, weight.format, f"{name} as merged")
-        written = np.asarray(_decode(dataclasses.replace(weight, parts=parts)))
-        self._rows[name] = _sum(frozen, edited, written, original)
+        written = decoded(dataclasses.replace(weight, parts=parts), jnp.float32)
+        self._rows[name] = _sum(values, merged, written, original)
         self._format = weight.format.name
         return parts
 

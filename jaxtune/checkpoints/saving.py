@@ -6,11 +6,11 @@ import functools
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -18,114 +18,24 @@ from jaxtune.adapters.merge import WeightEdit
 from jaxtune.atomic_files import new_directory
 from jaxtune.checkpoints.formats.registry import WRITERS, FormatWriter
 from jaxtune.checkpoints.formats.safetensors import Pending, write_sharded
-from jaxtune.checkpoints.overlay import OverlaySource
-from jaxtune.checkpoints.quantize import read_quantized
 from jaxtune.checkpoints.remote_code import keep_named_code
 from jaxtune.checkpoints.requantize import Requantizer, warn_of_loss, write_report
 from jaxtune.checkpoints.source import TensorSource
 from jaxtune.checkpoints.streaming import check_names
+from jaxtune.checkpoints.values import SourceValues, TreeValues, Values
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.tree import Path as TreePath
-from jaxtune.layers.tree import Tree, flatten, layer_names
+from jaxtune.layers.tree import Tree, layer_names
 from jaxtune.models.definition import Definition, as_matrix
+from jaxtune.parallel.processes import barrier, leads
 from jaxtune.progress import track
-from jaxtune.quant import Format, QuantizedWeight
+from jaxtune.quant import Format
 
 SHARD_BYTES = 2 * 2**30
 
 
-class _Values(Protocol):
-    """Source of the weights of a checkpoint to write.
-
-    A weight is identified by the path of its leaf, its flat index in the leaf's stack (`part`) and
-    its Hugging Face name.
-    """
-
-    def plain(self, path: TreePath, part: int, name: str, dtype: Any) -> np.ndarray:
-        """Returns a weight with the declared shape, in `dtype` or its own dtype."""
-        ...
-
-    def quantized(self, path: TreePath, part: int, name: str, key: str) -> np.ndarray:
-        """Returns the part `key` of a quantized weight, with the shape of `Format.parts`."""
-        ...
-
-
-class _TreeValues:
-    """The weights of a model in memory, with edits merged."""
-
-    def __init__(
-        self,
-        definition: Definition,
-        tree: Tree,
-        edits: Mapping[TreePath, WeightEdit],
-        requantizer: Requantizer | None = None,
-    ):
-        self._leaves, self._edits = definition.leaves, edits
-        self._values = dict(flatten(tree))
-        self._requantizer = Requantizer() if requantizer is None else requantizer
-        # The parts of a weight are written in succession, so one result is kept.
-        self._parts = functools.lru_cache(maxsize=1)(self._requantize)
-
-    def _place(self, path: TreePath, part: int) -> tuple[Any, ...]:
-        return tuple(np.unravel_index(part, self._leaves[path].declaration.stack_shape))
-
-    def plain(self, path: TreePath, part: int, name: str, dtype: Any) -> np.ndarray:
-        """Returns a weight, as a view if it is in host memory."""
-        if path in self._edits:
-            return np.asarray(self._edits[path](part, dtype))
-        value, place = self._values[path], self._place(path, part)
-        if isinstance(value, QuantizedWeight):
-            return np.asarray(_dequantize(value, place, jnp.dtype(dtype)))
-        return _to_host(value, place)
-
-    def quantized(self, path: TreePath, part: int, name: str, key: str) -> np.ndarray:
-        """Returns a part of a weight; an edited weight is requantized."""
-        if path in self._edits:
-            return self._parts(path, part, name)[key]
-        return _to_host(self._values[path].parts[key], self._place(path, part))
-
-    def _requantize(self, path: TreePath, part: int, name: str) -> dict[str, np.ndarray]:
-        place = self._place(path, part)
-        frozen = jax.tree.map(lambda value: value[place], self._values[path])
-        return self._requantizer(name, frozen, self._edits[path](part, jnp.float32))
-
-
-class _SourceValues:
-    """The weights of another checkpoint, read one at a time."""
-
-    def __init__(self, definition: Definition, source: TensorSource):
-        self._leaves, self._source = definition.leaves, source
-        # The parts of a weight are written in succession, so one result is kept.
-        self._parts = functools.lru_cache(maxsize=1)(self._quantize)
-
-    def _quantize(self, name: str, form: Format) -> dict[str, np.ndarray]:
-        return read_quantized(self._source, name, form)
-
-    def plain(self, path: TreePath, part: int, name: str, dtype: Any) -> np.ndarray:
-        """Returns a weight, as a view of the file if possible."""
-        return self._source.read(name)
-
-    def quantized(self, path: TreePath, part: int, name: str, key: str) -> np.ndarray:
-        """Returns a part of a weight, which is quantized on the first call for it."""
-        form = self._leaves[path].format
-        assert form is not None
-        return self._parts(name, form)[key]
-
-
-@functools.partial(jax.jit, static_argnames="dtype")
-def _dequantize(weight: QuantizedWeight, place: tuple[Any, ...], dtype: Any) -> jax.Array:
-    return jax.tree.map(lambda part: part[place], weight).dequantize(dtype)
-
-
-def _to_host(value: jax.Array, place: tuple[Any, ...]) -> np.ndarray:
-    """Returns one layer (and expert) of an array, as a view if it is in host memory."""
-    devices = value.sharding.device_set
-    in_host_memory = len(devices) == 1 and next(iter(devices)).platform == "cpu"
-    return np.asarray(value)[place] if in_host_memory else np.asarray(value[place])
-
-
 def _pending(
-    definition: Definition, values: _Values, dtype: Any, quantized: bool
+    definition: Definition, values: Values, dtype: Any, quantized: bool
 ) -> Iterator[tuple[str, Pending]]:
     """Yields (name on disk, tensor) of every weight, sorted by layer; others come first."""
     order: list[tuple[int, str, TreePath, int]] = []
@@ -157,7 +67,7 @@ def checkpoint_tensors(
     definition: Definition,
     tree: Tree,
     dtype: Any,
-    edits: Mapping[TreePath, WeightEdit],
+    edits: Mapping[str, WeightEdit],
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (Hugging Face name, value) of every weight, sorted by layer.
 
@@ -167,33 +77,28 @@ def checkpoint_tensors(
       definition: definition of the model.
       tree: every weight of the base model.
       dtype: dtype of the values; None keeps each leaf's own.
-      edits: functions that compute the merged weight of a layer, by path of the edited leaf.
+      edits: edits to merge, by name; see `jaxtune.adapters.merge.edits`.
     """
-    values = _TreeValues(definition, tree, edits)
+    values = TreeValues(definition, tree, edits)
     for name, tensor in _pending(definition, values, dtype, quantized=False):
         yield name, tensor.make()
 
 
-def merged_source(
-    source: TensorSource, definition: Definition, tree: Tree, edits: Mapping[TreePath, WeightEdit]
-) -> OverlaySource:
-    """Returns the weights of a model in memory, with edits merged, as a checkpoint to read.
+class Beside(NamedTuple):
+    """The files of a checkpoint other than weights and config.json.
 
-    Args:
-      source: the checkpoint from which the model was loaded.
-      definition: definition of the model.
-      tree: every weight of the base model.
-      edits: see `checkpoint_tensors`.
+    Attributes:
+      tokenizer: tokenizer to save with the weights, if any.
+      extra_files: further files by name: their content, or a file to copy.
+      code_from: directory of the source, whose ``auto_map`` may reference Python files to copy.
     """
-    values, replaced = _TreeValues(definition, tree, edits), {}
 
-    def value(path: TreePath, part: int, name: str, dtype: Any) -> np.ndarray:
-        return values.plain(path, part, name, dtype).astype(np.float32)
+    tokenizer: Any = None
+    extra_files: Mapping[str, Path | bytes] = MappingProxyType({})
+    code_from: Path | None = None
 
-    for path, leaf in definition.in_checkpoint().items():
-        for part, name in enumerate(layer_names(path, leaf.declaration)):
-            replaced[name] = functools.partial(value, path, part, name, leaf.dtype)
-    return OverlaySource(source, replaced)
+
+WEIGHTS_ALONE = Beside()
 
 
 def save(
@@ -201,29 +106,26 @@ def save(
     definition: Definition,
     tree: Tree,
     *,
-    tokenizer: Any = None,
-    extra_files: Mapping[str, Path | bytes] | None = None,
-    code_from: Path | None = None,
+    beside: Beside = WEIGHTS_ALONE,
     dtype: Any = None,
-    edits: Mapping[TreePath, WeightEdit] | None = None,
+    edits: Mapping[str, WeightEdit] | None = None,
     quantized: bool = False,
     original: TensorSource | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Writes a Hugging Face checkpoint: sharded safetensors, index, config.json, tokenizer.
+    """Writes the Hugging Face checkpoint of a model in memory.
 
     If edited weights are written quantized, each is requantized in turn (see `Requantizer`) and
     ``merge_report.json`` reports the rounding loss.
 
-    The directory appears under its name only when it is complete.
+    The model may be sharded over the devices of several processes. Then all of them call the
+    function, its tensors are gathered one at a time, and process 0 writes.
 
     Args:
       directory: directory to create; it must be empty if it exists.
       definition: definition of the model.
       tree: every weight of the base model.
-      tokenizer: tokenizer to save with the weights, if any.
-      extra_files: further files by name: their content, or a file to copy.
-      code_from: directory of the source, whose ``auto_map`` may reference Python files to copy.
+      beside: tokenizer and further files.
       dtype: dtype of plain weights on disk; None keeps each leaf's own.
       edits: see `checkpoint_tensors`.
       quantized: whether to write quantized weights in their format rather than dequantized.
@@ -236,18 +138,17 @@ def save(
     Raises:
       JaxtuneError: the directory exists and is not empty, or a merged weight is not finite.
     """
-    # `_pending` computes a tensor when it is written, so the report is complete only afterwards.
     requantizer = Requantizer(original)
-    values = _TreeValues(definition, tree, edits or {}, requantizer)
-    tensors = _pending(definition, values, dtype, quantized)
-    with new_directory(directory) as scratch:
-        write_sharded(scratch, tensors, shard_bytes)
-        if quantized and edits:
-            report = requantizer.report()
-            warn_of_loss(report)
-            write_report(scratch, report)
-        _write_beside(scratch, _config(definition, dtype, quantized), extra_files, tokenizer)
-        keep_named_code(scratch, code_from)
+    values = TreeValues(definition, tree, edits or {}, requantizer)
+    tensors = list(_pending(definition, values, dtype, quantized))
+    if not leads():  # takes part in gathering
+        for _, tensor in tensors:
+            tensor.make()
+    else:
+        config = _config(definition, dtype, quantized)
+        report = requantizer if quantized and edits else None
+        _write(directory, tensors, config, beside, report, shard_bytes)
+    barrier("the checkpoint is written")
     return Path(directory)
 
 
@@ -256,23 +157,28 @@ def convert(
     definition: Definition,
     source: TensorSource,
     *,
-    tokenizer: Any = None,
-    extra_files: Mapping[str, Path | bytes] | None = None,
-    code_from: Path | None = None,
+    beside: Beside = WEIGHTS_ALONE,
+    dtype: Any = None,
+    edits: Mapping[str, WeightEdit] | None = None,
+    quantized: bool = True,
+    original: TensorSource | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
 ) -> Path:
-    """Converts a checkpoint to the dtypes and weight formats of a definition.
+    """Converts a checkpoint to the dtypes and weight formats of a definition, with edits merged.
 
-    Tensors are read, quantized and written one at a time: the model is never held in memory.
+    Tensors are read, edited, quantized and written one at a time: the model is never held in
+    memory. The files are bit for bit those of `save` for the loaded model.
 
     Args:
       directory: directory to create; it must be empty if it exists.
       definition: definition of the model to write.
       source: the checkpoint to read.
-      tokenizer: tokenizer to save with the weights, if any.
-      extra_files: further files by name: their content, or a file to copy.
-      code_from: directory of the source, whose ``auto_map`` may reference Python files to copy.
+      beside: tokenizer and further files.
+      dtype: dtype of plain weights on disk; None keeps each leaf's own.
+      edits: see `checkpoint_tensors`.
+      quantized: whether to write quantized weights in their format rather than dequantized.
+      original: see `save`.
       shard_bytes: maximum size of a file in bytes.
       progress: shows a progress bar if writing takes more than two seconds.
 
@@ -280,34 +186,51 @@ def convert(
       The directory.
 
     Raises:
-      JaxtuneError: the checkpoint does not fit the definition, or the directory is not empty.
+      JaxtuneError: the checkpoint does not fit the definition, the directory is not empty, or a
+        merged weight is not finite.
     """
     check_names(definition, source)
-    tensors = list(_pending(definition, _SourceValues(definition, source), None, quantized=True))
-    with new_directory(directory) as scratch:
-        with track(len(tensors), "writing weights", progress) as advance:
-            write_sharded(scratch, tensors, shard_bytes, advance)
-        _write_beside(scratch, _config(definition, None, True), extra_files, tokenizer)
-        keep_named_code(scratch, code_from)
+    requantizer = Requantizer(original)
+    values = SourceValues(definition, source, edits, requantizer)
+    tensors = list(_pending(definition, values, dtype, quantized))
+    config = _config(definition, dtype, quantized)
+    report = requantizer if quantized and edits else None
+    _write(directory, tensors, config, beside, report, shard_bytes, progress)
     return Path(directory)
 
 
-def _write_beside(
-    directory: Path,
+def _write(
+    directory: str | Path,
+    tensors: Sequence[tuple[str, Pending]],
     config: Mapping[str, Any],
-    extra_files: Mapping[str, Path | bytes] | None,
-    tokenizer: Any,
+    beside: Beside,
+    report: Requantizer | None,
+    shard_bytes: int,
+    progress: bool = False,
 ) -> None:
+    """Writes the files of a checkpoint; the directory appears only when it is complete."""
+    with new_directory(directory) as scratch:
+        with track(len(tensors), "writing weights", progress) as advance:
+            write_sharded(scratch, tensors, shard_bytes, advance)
+        if report is not None:  # complete only now: a tensor is computed when it is written
+            measures = report.report()
+            warn_of_loss(measures)
+            write_report(scratch, measures)
+        _write_beside(scratch, config, beside)
+
+
+def _write_beside(directory: Path, config: Mapping[str, Any], beside: Beside) -> None:
     """Writes config.json, the tokenizer and the other files of a checkpoint."""
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (directory / "config.json").write_text(text, encoding="utf-8")
-    for name, content in (extra_files or {}).items():
+    for name, content in beside.extra_files.items():
         if isinstance(content, bytes):
             (directory / name).write_bytes(content)
         else:
             shutil.copyfile(content, directory / name)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
+    if beside.tokenizer is not None:
+        beside.tokenizer.save_pretrained(directory)
+    keep_named_code(directory, beside.code_from)
 
 
 def _config(definition: Definition, dtype: Any, quantized: bool) -> dict[str, Any]:

@@ -28,9 +28,11 @@ from jaxtune.atomic_files import report_full_disk, write_atomically
 from jaxtune.errors import JaxtuneError, closest
 from jaxtune.parallel.processes import agree, leads
 from jaxtune.runs.directory import MANIFEST
+from jaxtune.runs.stored_arrays import open_arrays
 
 logger = logging.getLogger(__name__)
 
+LARGE = 2**26  # bytes of an array from which on its layers are stored separately
 STATE, EXTRA, QUARANTINE = "state", "extra.json", "quarantine"
 
 
@@ -108,9 +110,9 @@ class Checkpoints:
             with report_full_disk(self.directory):
                 if leads():
                     target.mkdir(parents=True)
-                self._checkpointer.save(
-                    target / STATE, args=ocp.args.StandardSave(_leaves_by_path(tree, nested=True))
-                )
+                nested = _leaves_by_path(tree, nested=True)
+                chunks = jax.tree.map(_chunks, nested)
+                self._checkpointer.save(target / STATE, args=ocp.args.StandardSave(nested, chunks))
         except BaseException:
             self._discard(target)
             raise
@@ -187,6 +189,35 @@ class Checkpoints:
         leaves = [arrays[name] for name in wanted]
         extra = json.loads((path / EXTRA).read_text(encoding="utf-8"))
         return jax.tree.unflatten(jax.tree.structure(like), leaves), extra
+
+    def best_step(self, step: int) -> int:
+        """Returns the step with the best evaluation up to a finished step, or else that step."""
+        extra = json.loads((self._path(step) / EXTRA).read_text(encoding="utf-8"))
+        best = extra["tally"]["best_step"]
+        return step if best is None else best
+
+    def open_part(self, step: int, name: str, like: Any) -> Any:
+        """Opens a part of the tree of a step, after process 0 has verified the step.
+
+        Args:
+          step: a finished step.
+          name: key of the part in the saved tree.
+          like: pytree of arrays or abstract arrays, with the structure of the part.
+
+        Returns:
+          The part, with a `StoredArray` for each array: indexing it reads from the disk.
+
+        Raises:
+          JaxtuneError: the step does not exist, is damaged or does not match `like`.
+        """
+        self.wait()
+        path = self._path(step)
+        fault = self._find_damage(step) if leads() else None
+        if agree(int(fault is not None)):
+            raise JaxtuneError(f"{path}: {fault or 'process 0 has found it damaged'}")
+        named = {f"{name}/{key}".replace("/", "."): a for key, a in _leaves_by_path(like).items()}
+        opened = open_arrays(path / STATE, named)
+        return jax.tree.unflatten(jax.tree.structure(like), list(opened.values()))
 
     def _path(self, step: int) -> Path:
         return self.directory / str(step)
@@ -276,6 +307,12 @@ class Checkpoints:
 
 def _is_step(entry: Path) -> bool:
     return entry.name.isascii() and entry.name.isdigit() and entry.is_dir()
+
+
+def _chunks(array: Any) -> ocp.SaveArgs:
+    """Returns how an array is stored: a large stack by layer (and expert), to be read by layer."""
+    lead = tuple(range(array.ndim - 2))
+    return ocp.SaveArgs(shard_axes=lead if array.nbytes > LARGE else ())
 
 
 def _leaves_by_path(tree: Any, nested: bool = False) -> dict[str, Any]:

@@ -311,12 +311,15 @@ def fingerprint(
 
 
 def trained_arrays(run: RunDirectory, setup: Setup, which: str = "last") -> Tree:
-    """Reads the trainables of an undamaged checkpoint of a run.
+    """Opens the trainables of an undamaged checkpoint of a run; nothing is read yet.
 
     Args:
       run: directory of the run.
       setup: setup of the run.
       which: "last", or "best" for the best evaluation (the last step if there was none).
+
+    Returns:
+      The tree of trainables, with a `StoredArray` for each array.
 
     Raises:
       JaxtuneError: the run has no checkpoint yet.
@@ -325,11 +328,8 @@ def trained_arrays(run: RunDirectory, setup: Setup, which: str = "last") -> Tree
         step = checkpoints.latest_verified(quarantine=False)
         if step is None:
             raise JaxtuneError(f"{run.path}: the run has no checkpoint yet")
-        state, extra = checkpoints.restore(step, setup.like)
-        best = extra["tally"]["best_step"]
-        if which == "best" and best not in (None, step):
-            state, _ = checkpoints.restore(best, setup.like)
-    return state.trainable
+        step = checkpoints.best_step(step) if which == "best" else step
+        return checkpoints.open_part(step, "trainable", setup.like.trainable)
 
 
 def _hash(text: str) -> str:

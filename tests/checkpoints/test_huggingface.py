@@ -435,11 +435,11 @@ def save(source, target, how):
     slow = {}
     if how == "slowly":
 
-        def wait(layer, dtype):
+        def wait(frozen):
             print("half", flush=True)
             time.sleep(600)
 
-        slow = {("model", "norm", "weight"): wait}
+        slow = {"model.norm.weight": wait}
     try:
         huggingface.save(target, definition, tree, shard_bytes=60_000, edits=slow)
     except JaxtuneError as error:

@@ -12,6 +12,7 @@ import pytest
 
 import jaxtune
 from jaxtune.adapter_files.peft import write_adapter
+from jaxtune.adapters import method_from_peft
 from jaxtune.adapters.esft.esft import Esft
 from jaxtune.adapters.projections.bitfit import BitFit
 from jaxtune.adapters.projections.dora import Dora
@@ -23,6 +24,7 @@ from jaxtune.api import Model
 from jaxtune.api.evaluate_run import evaluate
 from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.load_model import load_model
+from jaxtune.checkpoints.merging import merge_adapter
 from jaxtune.checkpoints.requantize import REPORT
 from jaxtune.cli import main
 from jaxtune.config import resolve
@@ -88,6 +90,33 @@ def open_model(directory, method, form):
     return Model(parts._replace(trainable=unflatten(moved)), directory, mesh, dtype="float32")
 
 
+def streamed(model, directory, target, form, *, quantized):
+    """The same merge as `Model.save_pretrained`, from the checkpoint and the stored adapter."""
+    method, source = model.method, huggingface.open_source(directory)
+    stored = method.store(model.definition, model.trainable, model.constants)
+    method = method.with_stored(stored) if method.edits_base else method_from_peft(stored)
+    quantization = quantization_from_config(resolve({"quantize": {"format": form}}).quantize)
+    merge = merge_adapter(source, "float32", method, stored, quantization)
+    return huggingface.convert(
+        target,
+        merge.definition,
+        merge.source,
+        edits=merge.edits,
+        quantized=quantized,
+        original=merge.original,
+        progress=False,
+    )
+
+
+def assert_equal_weights(ours, theirs):
+    for name in (
+        "model.safetensors",
+        "config.json",
+        *([REPORT] if (theirs / REPORT).exists() else []),
+    ):
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+
+
 def as_bytes(tree):
     return {
         path: [np.asarray(part).tobytes() for part in jax.tree.leaves(leaf)]
@@ -114,10 +143,16 @@ def test_merged_weights_are_written_and_the_base_is_unchanged(name, form, tiny, 
     before = as_bytes(model.base)
     # The merged weights in float32 are held against the edits themselves elsewhere.
     wide = model.save_pretrained(tmp_path / "wide", "float32")
+    assert_equal_weights(
+        streamed(model, directory, tmp_path / "streamed", form, quantized=False), wide
+    )
     exact = jaxtune.load(wide, dtype="float32", progress=False).logits(TOKENS)
     assert np.abs(exact - model.logits(TOKENS)).max() <= 2e-5 * np.abs(exact).max()
     if form:
         written = model.save_pretrained(tmp_path / "merged", quantized=True)
+        assert_equal_weights(
+            streamed(model, directory, tmp_path / "streamed-q", form, quantized=True), written
+        )
         merged = jaxtune.load(written, None, form, "float32", progress=False)
         report = json.loads((written / REPORT).read_text())
         edited = {row["name"] for row in report["weights"]}

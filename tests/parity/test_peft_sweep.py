@@ -25,10 +25,10 @@ from jaxtune.adapter_files.peft import read_adapter
 from jaxtune.adapter_files.settings import ALWAYS, KINDS, TARGETS, check_settings
 from jaxtune.adapters.merge import edits
 from jaxtune.api import Model
-from jaxtune.checkpoints.huggingface import open_source
+from jaxtune.checkpoints.huggingface import checkpoint_tensors, open_source
 from jaxtune.checkpoints.load_model import attach_adapter, load_model
 from jaxtune.errors import JaxtuneError
-from jaxtune.layers.tree import flatten, unflatten
+from jaxtune.layers.tree import layer_names, merge, unflatten
 from jaxtune.parallel.mesh import single_device_mesh
 
 TOKENS = random_tokens(1, 2, 24)
@@ -66,18 +66,16 @@ class Base:
         trees = parts.base, parts.trainable, parts.constants
         with jax.disable_jit():  # many shapes occur once each
             found = edits(parts.definition.bind(*trees))
-            values = {path: value for tree in trees[:2] for path, value in flatten(tree)}
-            merged = {
-                path: self._stacked(path, found[path]) if path in found else values[path]
-                for path in self.bare.definition.leaves
-            }
-        return self._logits(self.bare._replace(base=unflatten(merged)))
+            merged = dict(checkpoint_tensors(parts.definition, merge(*trees), "float32", found))
+        stacked = {
+            path: self._stacked(path, leaf.declaration, merged)
+            for path, leaf in self.bare.definition.leaves.items()
+        }
+        return self._logits(self.bare._replace(base=unflatten(stacked)))
 
-    def _stacked(self, path, edit):
-        declared = self.bare.definition.leaves[path].declaration
-        count = int(np.prod(declared.stack_shape, dtype=int))
-        values = [edit(part, jnp.float32) for part in range(count)]
-        return jnp.stack(values).reshape(declared.stacked_shape)
+    def _stacked(self, path, declared, merged):
+        values = [merged[name] for name in layer_names(path, declared)]
+        return jnp.asarray(np.stack(values).reshape(declared.stacked_shape))
 
     def _logits(self, parts):
         mesh = single_device_mesh()

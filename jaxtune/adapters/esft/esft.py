@@ -6,7 +6,7 @@ Source: Wang et al., 2024 (Let the Expert Stick to His Last).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -35,7 +35,7 @@ from jaxtune.layers.tree import (
     unflatten,
 )
 from jaxtune.models.definition import Definition
-from jaxtune.quant import QuantizedWeight, materialize
+from jaxtune.quant import QuantizedWeight
 
 PEFT_TYPE = "ESFT"
 
@@ -62,14 +62,6 @@ class ChosenExperts(nnx.Module):
         The two are not combined into one array: the grouped product picks from one or the other.
         """
         return Replaced(frozen, self.weight.get_value(), self.slot.get_value().astype(jnp.int32))
-
-    def merged(self, frozen: Any, place: tuple[Any, ...]) -> jax.Array:
-        """Returns the current weight [out, in] of one (layer, expert) of a block, in float32."""
-        layer, expert = (int(index) for index in place)
-        chosen = self.experts[layer]
-        if expert in chosen:
-            return self.weight.get_value()[layer, chosen.index(expert)]
-        return materialize(jax.tree.map(lambda part: part[place], frozen), jnp.float32)
 
     @property
     def mask(self) -> list[bool]:
@@ -180,33 +172,41 @@ class Esft(Method):
         )
 
     def restore(self, definition: Definition, stored: StoredAdapter) -> tuple[Tree, Tree]:
-        """Stacks the stored weights of the chosen experts.
-
-        Raises:
-          JaxtuneError: a weight is missing, has another shape or belongs to no chosen expert.
-        """
-        trainable, needed = {}, set()
+        """Stacks the stored weights of the chosen experts."""
+        whole, trainable = self.whole_weights(definition, stored), {}
         for path, names, _ in _each(definition):
             declared = definition.leaves[(*path, "weight")].declaration
             packed = np.zeros(declared.stacked_shape, np.float32)
             for place, name in names.items():
-                key = f"{name}.weight"
-                needed.add(key)
+                packed[place] = whole[f"{name}.weight"].astype(np.float32)
+            trainable[(*path, "weight")] = jnp.asarray(packed)
+        return unflatten(trainable), self.init(definition, 0)[1]
+
+    def whole_weights(
+        self, definition: Definition, stored: StoredAdapter
+    ) -> Mapping[str, np.ndarray]:
+        """Returns the stored weights of the chosen experts, each [out, in], by name.
+
+        Raises:
+          JaxtuneError: a weight is missing, has another shape or belongs to no chosen expert.
+        """
+        found: dict[str, np.ndarray] = {}
+        for path, names, _ in _each(definition):
+            shape = definition.leaves[(*path, "weight")].declaration.shape[1:]
+            for key in (f"{name}.weight" for name in names.values()):
                 if key not in stored.tensors:
                     raise JaxtuneError(f'adapter_model.safetensors: lacks "{key}"')
-                value = stored.tensors[key]
-                if value.shape != declared.shape[1:]:
+                found[key] = stored.tensors[key]
+                if found[key].shape != shape:
                     raise JaxtuneError(
-                        f'adapter_model.safetensors: "{key}" has shape {list(value.shape)}, the '
-                        f"model needs {list(declared.shape[1:])}"
+                        f'adapter_model.safetensors: "{key}" has shape {list(found[key].shape)}, '
+                        f"the model needs {list(shape)}"
                     )
-                packed[place] = value.astype(np.float32)
-            trainable[(*path, "weight")] = jnp.asarray(packed)
-        for key in sorted(stored.tensors.keys() - needed):
+        for key in sorted(stored.tensors.keys() - found.keys()):
             raise JaxtuneError(
                 f'adapter_model.safetensors: "{key}" is not a weight of a chosen expert'
             )
-        return unflatten(trainable), self.init(definition, 0)[1]
+        return found
 
 
 def _each(

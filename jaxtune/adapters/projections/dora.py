@@ -60,6 +60,10 @@ class DoraAdapter(LoraAdapter):
             return jnp.ones(shape)
         return super().start(name, shape, key)
 
+    def derived(self, weight: Any) -> dict[str, jax.Array]:
+        """Returns the squared norm of each row of the weight, float32 [out]."""
+        return {"squares": jnp.sum(materialize(weight, jnp.float32) ** 2, axis=1)}
+
     def edit(self, weight: Any, bias: jax.Array | None, dtype: DTypeLike) -> Edit:
         """Adds the low-rank term and gives each row of the sum its magnitude [out]."""
         del bias

@@ -249,14 +249,20 @@ class Lora(LinearMethod):
         edited = [n for _, names, one in adapters(definition) for n in _edited(names, one)]
         return biases.wrapped(stored, set(edited))
 
-    def restore(self, definition: Definition, stored: StoredAdapter) -> tuple[Tree, Tree]:
-        """Packs PEFT's tensors into stacked arrays."""
+    def restore_edits(self, definition: Definition, stored: StoredAdapter) -> tuple[Tree, Tree]:
+        """Packs the factors and the rows of new tokens into stacked arrays."""
+        trainable, constants = super().restore_edits(definition, stored)
+        return merge(trainable, unflatten(new_tokens.read(definition, stored))), constants
+
+    def whole_weights(
+        self, definition: Definition, stored: StoredAdapter
+    ) -> Mapping[str, np.ndarray]:
+        """Returns the tensors of saved modules and trained biases, of any shape, by name."""
         if self.bias != "none":
             stored = biases.unwrapped(stored)
             known = {name for _, names, _ in saved_arrays(definition) for name in names}
             biases.check_known(stored, known)
-        trainable, constants = super().restore(definition, stored)
-        return merge(trainable, unflatten(new_tokens.read(definition, stored))), constants
+        return super().whole_weights(definition, stored)
 
     def adapter(self, linear: Projection, settings: tuple[Factor | None, ...]) -> LoraAdapter:
         """Builds the two abstract factors."""

@@ -103,30 +103,25 @@ def check_saved(model: CausalLM, saved: Sequence[str], key: str) -> None:
             )
 
 
-def read_saved(
-    definition: Definition, stored: StoredAdapter, prefix: str
-) -> dict[Path, np.ndarray]:
-    """Returns the stacked float32 arrays of an adapter's saved modules, by path.
+def read_saved(definition: Definition, stored: StoredAdapter, prefix: str) -> dict[str, np.ndarray]:
+    """Returns the tensors of an adapter's saved modules, of any shape, by Hugging Face name.
 
     Raises:
       JaxtuneError: a tensor is missing, has another shape or belongs to no module of the model.
     """
-    found: dict[Path, np.ndarray] = {}
-    needed: set[str] = set()
-    for path, names, declared in saved_arrays(definition):
+    found: dict[str, np.ndarray] = {}
+    for _, names, declared in saved_arrays(definition):
         for name in names:
             value = stored.tensors.get(prefix + name)
             if value is None:
                 raise JaxtuneError(f'adapter_model.safetensors: lacks "{prefix}{name}"')
             if value.shape != declared.shape:
                 raise JaxtuneError(_other_shape(name, value.shape, declared.shape))
-        values = [stored.tensors[prefix + name].astype(np.float32) for name in names]
-        found[path] = np.stack(values).reshape(declared.stacked_shape)
-        needed |= {prefix + name for name in names}
+            found[name] = value
     saved = saved_modules(stored)
     for key in stored.tensors:
         whole = is_whole(key.removeprefix(prefix), saved) and not key.endswith(_BUFFER)
-        if whole and key not in needed:
+        if whole and key.removeprefix(prefix) not in found:
             raise JaxtuneError(f'adapter_model.safetensors: "{key}" has no place in the model')
     return found
 

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import DTypeLike
 
 from jaxtune.adapters.method import StoredAdapter
 from jaxtune.errors import JaxtuneError, closest
@@ -78,11 +77,6 @@ class TokenRows(nnx.Module):
         found = ids[place] == tokens
         trained = jnp.take(self.rows().values, jnp.asarray(order)[place], axis=0, mode="clip")
         return jnp.where(found[..., None], trained.astype(embedded.dtype), embedded)
-
-    def merged(self, weight: Any, dtype: DTypeLike) -> jax.Array:
-        """Returns the plain weight [vocabulary, hidden] with the trained rows in place."""
-        ids, values = self.rows()
-        return materialize(weight, dtype).astype(dtype).at[ids].set(values.astype(dtype))
 
 
 def look_up(last: int, names: Sequence[str], tokenizer: Any) -> tuple[int, ...]:

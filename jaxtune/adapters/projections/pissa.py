@@ -73,7 +73,7 @@ class _Subtract(BaseEdit):
         self.tensors = dict(tensors)
 
     def __call__(self, name: str, weight: np.ndarray) -> np.ndarray:
-        """Returns W − s B₀ A₀, float32 [out, in]."""
+        """Returns W − s B₀ A₀, float32 [out, in]; at most two arrays of this shape are held."""
         factor = self._factors[name]
         if factor.rank > min(weight.shape):
             raise JaxtuneError(
@@ -85,7 +85,10 @@ class _Subtract(BaseEdit):
         if keys[0] not in self.tensors:
             self.tensors |= zip(keys, principal_factors(weight, factor), strict=True)
         lora_A, lora_B = (self.tensors[key] for key in keys)
-        return weight - np.float32(factor.scale) * (lora_B @ lora_A)
+        changed = lora_B @ lora_A
+        changed *= np.float32(-factor.scale)
+        changed += weight
+        return changed
 
 
 def principal_factors(weight: np.ndarray, factor: Factor) -> tuple[np.ndarray, np.ndarray]:
@@ -165,10 +168,11 @@ class Pissa(Lora):
                 tensors[key] = np.concatenate([value, -first.tensors[key]], axis=1)
         return StoredAdapter(trained.config, tensors)
 
-    def restore(self, definition: Definition, stored: StoredAdapter) -> tuple[Tree, Tree]:
+    def restore_edits(self, definition: Definition, stored: StoredAdapter) -> tuple[Tree, Tree]:
         """Splits [A; A₀] and [B, −B₀] into trained and starting factors."""
         trained, first = _halves(stored)
-        trainable, constants = super().restore(definition, StoredAdapter(stored.config, trained))
+        alone = StoredAdapter(stored.config, trained)
+        trainable, constants = super().restore_edits(definition, alone)
         started = pack(definition, StoredAdapter({}, first))[0]
         return trainable, merge(constants, _as_starts(started))
 

@@ -102,6 +102,15 @@ class SlotAdapter(nnx.Module, abc.ABC):
     def edit(self, weight: Any, bias: jax.Array | None, dtype: DTypeLike) -> Edit:
         """Returns the edit of a weight [out, in]; see `LinearAdapter`."""
 
+    def derived(self, weight: Any) -> dict[str, jax.Array]:
+        """Returns the constants of one layer that follow from its frozen weight, by attribute.
+
+        Args:
+          weight: [out, in], plain or quantized.
+        """
+        del weight
+        return {}
+
     def drop(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         """Applies dropout to the inputs [..., in] of the low-rank branch; none without a key."""
         if key is None or self.dropout == 0:
@@ -248,11 +257,24 @@ class LinearMethod(Method):
         )
 
     def restore(self, definition: Definition, stored: StoredAdapter) -> tuple[Tree, Tree]:
-        """Stacks PEFT's tensors over layers and experts, and reads the saved modules."""
-        trainable, constants = pack(definition, stored)
-        whole = read_saved(definition, stored, PREFIX)
-        arrays = {path: jnp.asarray(value) for path, value in whole.items()}
+        """Stacks PEFT's tensors over layers and experts, and those of the saved modules."""
+        trainable, constants = self.restore_edits(definition, stored)
+        whole = self.whole_weights(definition, stored)
+        arrays: dict[Path, jax.Array] = {}
+        for path, names, declared in saved_arrays(definition):
+            values = np.stack([whole[name].astype(np.float32) for name in names])
+            arrays[path] = jnp.asarray(values.reshape(declared.stacked_shape))
         return merge(trainable, unflatten(arrays)), constants
+
+    def restore_edits(self, definition: Definition, stored: StoredAdapter) -> tuple[Tree, Tree]:
+        """Stacks PEFT's tensors of the edited projections over layers and experts."""
+        return pack(definition, stored)
+
+    def whole_weights(
+        self, definition: Definition, stored: StoredAdapter
+    ) -> Mapping[str, np.ndarray]:
+        """Returns the tensors of the saved modules, of any shape, by Hugging Face name."""
+        return read_saved(definition, stored, PREFIX)
 
 
 def pack(definition: Definition, stored: StoredAdapter) -> tuple[Tree, Tree]:

@@ -153,13 +153,13 @@ class Vera(LinearMethod):
                 stored.tensors[f"base_model.{path[-1]}"] = np.asarray(value, np.float32)
         return stored
 
-    def restore(self, definition: Definition, stored: StoredAdapter) -> tuple[Tree, Tree]:
+    def restore_edits(self, definition: Definition, stored: StoredAdapter) -> tuple[Tree, Tree]:
         """Stacks the vectors and reads the matrices.
 
         Raises:
           JaxtuneError: the matrices are smaller than a module needs.
         """
-        trainable, constants = super().restore(definition, stored)
+        trainable, constants = super().restore_edits(definition, stored)
 
         def read(name: str, shape: tuple[int, ...]) -> jax.Array:
             value = stored.tensors[f"base_model.{name}"]

@@ -10,9 +10,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxtune.checkpoints.quantize import CHUNK, host_device
+from jaxtune.checkpoints.quantize import CHUNK
 from jaxtune.checkpoints.source import ALL, TensorSource, WrappedSource
 from jaxtune.errors import JaxtuneError
+from jaxtune.parallel.host import host_device
 from jaxtune.quant import Format
 from jaxtune.quant.codes import pack, packed_size, unpack
 
