@@ -55,7 +55,9 @@ def test_broken_utf8_is_named(tmp_path):
 
 def test_a_missing_file_names_the_closest_one(jsonl):
     path = jsonl({"a": 1}, name="train.jsonl")
-    with pytest.raises(JaxtuneError, match=r'trian\.jsonl: no such file; did you mean ".*/train.jsonl"'):
+    with pytest.raises(
+        JaxtuneError, match=r'trian\.jsonl: no such file; did you mean ".*/train.jsonl"'
+    ):
         read_rows(path.with_name("trian.jsonl"))
     with pytest.raises(JaxtuneError, match=r"\./nowhere: no such file"):
         read_rows("./nowhere")
