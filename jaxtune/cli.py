@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from jaxtune.commands import COMMANDS
+from jaxtune.config import OPTIONS
 from jaxtune.errors import JaxtuneError, closest, user_message
 
 OVERRIDE = "--config."
@@ -29,7 +30,13 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     """Returns the parser and the parsers of its commands by name."""
-    parser = _Parser("jaxtune", description="Fine-tune DeepSeek models.", allow_abbrev=False)
+    parser = _Parser(
+        "jaxtune",
+        description="Fine-tune DeepSeek models.",
+        epilog="jaxtune COMMAND --help lists the arguments of a command, and jaxtune config the "
+        "options of a config.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--version", action="version", version=f"jaxtune {version('jaxtune')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     parsers: dict[str, _Parser] = {}
@@ -52,6 +59,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     rest, overrides = _split_overrides(argv)
     if rest and rest[0] in parsers:
         _check_flags(parsers[rest[0]], rest[1:])
+        _check_positionals(parsers[rest[0]], rest[1:])
     arguments = parser.parse_args(rest)
     if overrides and "config" not in arguments:
         raise JaxtuneError(
@@ -72,6 +80,34 @@ def _check_flags(command: _Parser, arguments: Sequence[str]) -> None:
         flag = argument.partition("=")[0]
         if flag.startswith("--") and flag not in known:
             raise JaxtuneError(f'{command.prog}: unknown argument "{flag}"{closest(flag, known)}')
+
+
+def _check_positionals(command: _Parser, arguments: Sequence[str]) -> None:
+    """Raises for arguments without a flag, with the flag that was probably meant.
+
+    argparse would report the flags that are missing instead.
+    """
+    usage = " ".join(command.format_usage().split()).partition(command.prog)[2]
+    flags = re.findall(r"(--[\w-]+)( [A-Z])?", usage)
+    with_value = {flag for flag, value in flags if value}
+    expected = re.sub(r"--[\w-]+( [A-Z][^\s\])]*)?|-h|[\[\]()|]", " ", usage).split()
+    found = [
+        argument
+        for previous, argument in zip(["", *arguments], arguments, strict=False)
+        if not argument.startswith("-") and previous not in with_value
+    ]
+    if len(found) <= len(expected):
+        return
+    extra, hint = found[len(expected)], ""
+    if extra.partition("=")[0] in OPTIONS:
+        hint = f'; did you mean "{OVERRIDE}{extra}"?'
+    elif Path(extra).suffix in (".py", ".yaml", ".yml", ".json") and "--config" in with_value:
+        hint = "; a config is a Python file (.py) and follows --config"
+    elif Path(extra).is_dir() and "--workdir" in with_value:
+        hint = f'; did you mean "--workdir {extra}"?'
+    else:
+        hint = closest(f"--{extra}", [flag for flag, _ in flags])
+    raise JaxtuneError(f'{command.prog}: unexpected argument "{extra}"{hint}')
 
 
 def _split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:

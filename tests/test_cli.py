@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -68,9 +69,34 @@ def fails(capsys, tmp_path):
     [
         (
             ["trian"],
-            'unknown command "trian"; did you mean "train"? (known: train, data, eval, generate, '
-            "export, combine, convert, plan, experts, quickstart)",
+            'unknown command "trian"; did you mean "train"? (known: train, config, data, eval, '
+            "generate, export, combine, convert, plan, experts, quickstart)",
         ),
+        (
+            ["train", "train.yaml"],
+            'jaxtune train: unexpected argument "train.yaml"; a config is a Python file (.py) and '
+            "follows --config",
+        ),
+        (
+            ["train", "--workdir", "run", "adapter.rank=8"],
+            'jaxtune train: unexpected argument "adapter.rank=8"; did you mean '
+            '"--config.adapter.rank=8"?',
+        ),
+        (
+            ["eval", "."],
+            'jaxtune eval: unexpected argument "."; did you mean "--workdir ."?',
+        ),
+        (
+            ["data", "stats", "--config", "x.py", "rows"],
+            'jaxtune data: unexpected argument "rows"; did you mean "--rows"?',
+        ),
+        (
+            ["config", "adaptr"],
+            'unknown config section or key "adaptr"; did you mean "adapter"? (sections: model, '
+            "data, adapter, quantize, training, optimizer, checkpoint, evaluation, logging, "
+            "profile, mesh)",
+        ),
+        (["config", "a", "b"], 'jaxtune config: unexpected argument "b"'),
         (
             ["train", "--workdri", "run"],
             'jaxtune train: unknown argument "--workdri"; did you mean "--workdir"?',
@@ -202,7 +228,10 @@ SLOW_IMPORTS = {"jax", "flax", "optax", "orbax", "torch", "transformers", "datas
 @pytest.mark.parametrize(
     "action",
     [
-        *(f"main({arguments})" for arguments in (["--help"], ["--version"], ["train", "--help"])),
+        *(
+            f"main({arguments})"
+            for arguments in (["--help"], ["--version"], ["train", "--help"], ["config"])
+        ),
         "resolve(load_file(sys.argv[1]), ['adapter.method=dora', 'data.format=messages'])",
     ],
 )
@@ -217,9 +246,50 @@ def test_help_and_configs_do_not_wait_for_imports(action, config):
     command = [sys.executable, "-c", script, str(config)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     shown, _, imported = done.stdout.rpartition("imported ")
-    assert not done.stderr and ("jaxtune" in shown or "resolve" in action)
+    assert not done.stderr and (shown or "resolve" in action)
     assert "jaxtune.registry" in imported.split()
     assert not SLOW_IMPORTS & set(imported.split())
+
+
+def test_config_lists_every_option(capsys):
+    from jaxtune.config import OPTIONS
+    from jaxtune.registry import METHODS
+
+    main(["config"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition("=")[0] for line in lines] == list(OPTIONS)
+    for line, option in zip(lines, OPTIONS.values(), strict=True):
+        assert option.help in line and all(choice in line for choice in option.choices)
+    (rank,) = [line for line in lines if line.startswith("adapter.rank=16  ")]
+    assert "whole number, at least 1" in rank
+    assert "read with adapter.method: lora, dora, pissa, vera" in rank
+    main(["config", "--json", "--config.adapter.method"[2:]])
+    (method,) = json.loads(capsys.readouterr().out).values()
+    assert method["choices"] == list(METHODS) and method["default"] == "lora"
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("mesh", ["mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.expert", "mesh.sequence"]),
+        ("adapter.rank", ["adapter.rank"]),
+        ("rank", ["adapter.rank"]),
+        ("batch_size", ["training.batch_size", "evaluation.batch_size"]),
+    ],
+)
+def test_config_lists_a_section_or_an_option(capsys, name, keys):
+    main(["config", name])
+    assert [line.partition("=")[0] for line in capsys.readouterr().out.splitlines()] == keys
+
+
+def test_config_on_a_terminal_has_sections_and_wraps(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "60")
+    main(["config", "mesh"])
+    shown = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
+    assert shown.splitlines()[0].startswith("mesh  ")
+    assert "  data=-1" in shown and "--config.SECTION.NAME=VALUE" in shown.replace("\n", " ")
+    assert max(map(len, shown.splitlines())) <= 60
 
 
 def test_a_full_disk_is_one_line(config, tmp_path):

@@ -223,7 +223,7 @@ def test_a_bad_tree_is_refused_by_name(tree, message):
         (
             "from jaxtune import config\n\ndef get_config():\n    c = config.default()\n"
             "    c.adapter.rnak = 8\n    return c\n",
-            ':5: AttributeError: \'Key "rnak" does not exist',
+            ':5: unknown config key "adapter.rnak"; did you mean "adapter.rank"?',
         ),
     ],
 )
@@ -234,6 +234,52 @@ def test_a_broken_config_file_is_named_with_its_line(tmp_path, source, message):
         load_file(path)
     text = str(error.value)
     assert text.startswith(str(path)) and message in text and "\n" not in text
+
+
+LINES = [
+    # (lines of get_config, the line that is named, the message)
+    (["c.trianing.steps = 1"], 1, 'unknown config section "trianing"; did you mean "training"?'),
+    (["c.adapter.rank = 4", "c.adapter.rank = 0"], 2, "adapter.rank is at least 1, not 0"),
+    (["t = c.training", "t.steps = 1", "t.batch_size = 'x'"], 3, "training.batch_size takes int"),
+    (
+        ["t = c.training", "t.stepz = 1"],
+        2,
+        'unknown config key "training.stepz"; did you mean "tra',
+    ),
+    (["c.adapter.update(rank=-1)"], 1, "adapter.rank is at least 1, not -1"),
+    (["c['adapter']['rank'] = 0"], 1, "adapter.rank is at least 1"),
+    (["print(c.adapter.rnak)"], 1, 'unknown config key "adapter.rnak"'),
+    (["c = {", "  'adapter': {'rank': 4,", "  'alpha': 'x'}}"], 3, "adapter.alpha takes float"),
+    (["c = {'adapter':", "  {'rnak': 4}}"], 2, 'unknown config key "adapter.rnak"; did you mean'),
+    (["c = {'data': {},", " 'adaptr': {}}"], 2, 'unknown config section "adaptr"; did you mean'),
+    (["c.adapter.method = 'lara'"], 1, 'adapter.method="lara" is unknown; did you mean "lora"?'),
+]
+
+
+@pytest.mark.parametrize("base", [False, True], ids=["", "in a base"])
+@pytest.mark.parametrize("relative", [False, True], ids=["", "relative"])
+@pytest.mark.parametrize(("lines", "line", "message"), LINES)
+def test_errors_of_a_config_file_have_its_line(
+    tmp_path, monkeypatch, lines, line, message, relative, base
+):
+    body = "".join(f"    {text}\n" for text in ["c = config.default()", *lines, "return c"])
+    bad = "from jaxtune import config\ndef get_config():\n" + body
+    (tmp_path / "bases").mkdir()
+    path = tmp_path / "bases" / "bad.py"
+    path.write_text(bad)
+    monkeypatch.chdir(tmp_path)
+    shown = Path("bases/bad.py") if relative else path
+    loaded = shown
+    if base:
+        loaded = Path("mine.py")
+        loaded.write_text(
+            "from jaxtune import config\n\ndef get_config():\n"
+            f"    c = config.load_file({str(shown)!r})\n    c.adapter.alpha = 1.0\n    return c\n"
+        )
+    with pytest.raises(JaxtuneError) as error:
+        load_file(loaded)
+    assert str(error.value).startswith(f"{shown}:{line + 3}: {message}")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
 def test_a_missing_config_file_is_named_with_the_closest(tmp_path):

@@ -16,6 +16,7 @@ ORDER = (
     "compatibility",
     "intervals",
     "atomic_files",
+    "hub",
     "registry",
     "config",
     "parallel",

@@ -27,6 +27,7 @@ from jaxtune.checkpoints.formats.torch_pickle import printable
 from jaxtune.checkpoints.huggingface import read_json
 from jaxtune.checkpoints.weights import open_file, read_weights
 from jaxtune.errors import JaxtuneError
+from jaxtune.hub import closest_path
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -49,6 +50,8 @@ def read_adapter(directory: str | Path, *, encoder: bool = False) -> StoredAdapt
       JaxtuneError: a file is missing or damaged, or settings and tensors disagree.
     """
     directory = Path(directory)
+    if not directory.exists():
+        raise JaxtuneError(f"{directory / CONFIG}: no such file{closest_path(directory)}")
     if (directory / EXPERTS).is_file() and not (directory / CONFIG).is_file():
         return _read_experts(directory)
     config = read_json(directory / CONFIG)

@@ -19,6 +19,7 @@ from jaxtune.checkpoints.streaming import load
 from jaxtune.checkpoints.weights import FORMS, has_weights, open_weights, read_json
 from jaxtune.config import QuantizeConfig
 from jaxtune.errors import JaxtuneError, lookup
+from jaxtune.hub import closest_path, is_reachable, unreachable
 from jaxtune.quant import Format, Quantization, quantization_from_config
 
 __all__ = [
@@ -83,6 +84,7 @@ class HuggingFaceSource:
 # Python files may be referenced by auto_map; exports copy them, and they are never run.
 FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.py")
 TORCH_FILES = ("pytorch_model*.bin",)
+_WEIGHT_FILES = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".json")
 
 
 def resolve_path(path: str, revision: str = "", files: Sequence[str] = FILES) -> Path:
@@ -103,14 +105,14 @@ def resolve_path(path: str, revision: str = "", files: Sequence[str] = FILES) ->
     local = Path(path).expanduser()
     if local.exists():
         return local
-    if path.startswith((".", "/", "~")) or path.count("/") != 1 or path.endswith(".gguf"):
-        raise JaxtuneError(f"{path}: no such file or directory")
+    if path.startswith((".", "/", "~")) or path.count("/") != 1 or path.endswith(_WEIGHT_FILES):
+        raise JaxtuneError(f"{path}: no such file or directory{closest_path(path)}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     def fetch(patterns: Sequence[str]) -> Path:
         options = {"revision": revision or None, "allow_patterns": list(patterns)}
-        return Path(snapshot_download(path, **options))
+        return Path(snapshot_download(path, local_files_only=not is_reachable(), **options))
 
     try:
         found = fetch(files)
@@ -120,11 +122,13 @@ def resolve_path(path: str, revision: str = "", files: Sequence[str] = FILES) ->
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise JaxtuneError(
             f"{path}: no such directory here, not in the hub's cache, and the hub is out of reach "
-            "(no network, or HF_HUB_OFFLINE is set)"
+            f"({unreachable()}){closest_path(path)}"
         ) from error
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise JaxtuneError(f"{path}: not a local path, and the hub reports: {reason}") from error
+        raise JaxtuneError(
+            f"{path}: not a local path, and the hub reports: {reason}{closest_path(path)}"
+        ) from error
 
 
 def open_source(path: Path) -> TensorSource:

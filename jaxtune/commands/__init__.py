@@ -11,6 +11,7 @@ from typing import Protocol
 
 from jaxtune.commands import (
     combine,
+    config,
     convert,
     data,
     eval,
@@ -40,6 +41,7 @@ class Command(Protocol):
 
 COMMANDS: Mapping[str, Command] = {
     "train": train,
+    "config": config,
     "data": data,
     "eval": eval,
     "generate": generate,

@@ -8,7 +8,10 @@ from pathlib import Path
 
 from jaxtune.errors import JaxtuneError, closest
 
-CONFIG_HELP = "Python file with get_config(); --config.section.key=value overrides a key"
+CONFIG_HELP = (
+    "Python file with get_config(); --config.section.key=value overrides a key (jaxtune config "
+    "lists them)"
+)
 ADAPTER_HELP = "adapter of the run: best (by evaluation.stop_metric, the default) or last"
 
 

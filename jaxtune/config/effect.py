@@ -57,6 +57,16 @@ def unused_options(values: Mapping[str, OptionValue]) -> Iterator[Unused]:
                 yield Unused(key, selector, chosen, readers, current)
 
 
+def readers_of(key: str) -> dict[str, tuple[str, ...]]:
+    """Returns the choices that read an option, by selector; empty if it always takes effect."""
+    found: dict[str, tuple[str, ...]] = {}
+    for selector, choices in SELECTORS.items():
+        readers = tuple(name for name, entry in choices.items() if key in _keys(selector, entry))
+        if readers:
+            found[selector] = readers
+    return found
+
+
 def text(value: OptionValue) -> str:
     """Returns a value in the syntax of the command line."""
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

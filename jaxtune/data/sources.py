@@ -14,6 +14,7 @@ from typing import Any
 
 from jaxtune.data.file_formats import FILE_FORMATS, Record, file_format, read_file, table_record
 from jaxtune.errors import JaxtuneError, closest
+from jaxtune.hub import closest_path, datasets_offline, is_reachable, unreachable
 
 logger = logging.getLogger(__name__)
 
@@ -87,10 +88,10 @@ def _find_source(entry: str, revision: str | None) -> Source:
     if path.is_dir() and (paths := _files_in(path)):
         return _file_source(name, weight, paths)
     stem, split = (str(path), "") if path.is_dir() else _split_suffix(name)
-    local = file_format(path) or name.startswith(("/", "./", "../", "~"))
+    # The hub's ids have at most one slash and no suffix of a data file.
+    local = file_format(path) or stem.count("/") > 1 or name.startswith((".", "/", "~"))
     if local and not Path(stem).is_dir():
-        there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise JaxtuneError(f"{name}: no such file{closest(path.name, there)}")
+        raise JaxtuneError(f"{name}: no such file{closest_path(path)}")
     load = functools.cache(lambda: _load_dataset(stem, split or "train", revision))
     # `datasets` derives the fingerprint of a table from its files and the operations on them.
     return Source(
@@ -167,17 +168,23 @@ def _load_dataset(name: str, split: str, revision: str | None) -> Any:
     try:
         if _is_saved_dataset(Path(name)):
             rows = datasets.load_from_disk(name)
-        else:
+        elif Path(name).is_dir():
             rows = datasets.load_dataset(name, split=split, revision=revision)
+        else:
+            with datasets_offline():
+                rows = datasets.load_dataset(name, split=split, revision=revision)
     # The network, the hub and the file parsers can raise anything.
     except Exception as error:
         cause: BaseException = error
         while cause.__cause__ is not None:  # the outer messages are often generic
             cause = cause.__cause__
         reason = " ".join(str(cause).split())[:500]
-        there = Path(name).is_dir()
-        what = f"no data files ({', '.join(FILE_FORMATS)})" if there else "no such file"
-        raise JaxtuneError(f"{name}: {what} or data set: {reason}") from error
+        what, hint = "no such file", closest_path(name)
+        if Path(name).is_dir():
+            what, hint = f"no data files ({', '.join(FILE_FORMATS)})", ""
+        elif not is_reachable():
+            reason = f"the hub is out of reach ({unreachable()})"
+        raise JaxtuneError(f"{name}: {what} or data set: {reason}{hint}") from error
     if isinstance(rows, datasets.DatasetDict):
         if split not in rows:
             raise JaxtuneError(

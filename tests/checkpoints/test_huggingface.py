@@ -335,6 +335,13 @@ class TestPlace:
     def test_a_missing_path(self, path):
         assert refusal(path) == f"{path}: no such file or directory"
 
+    def test_a_misspelled_directory_is_corrected(self, tmp_path, monkeypatch):
+        (tmp_path / "models" / "qwen").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path)
+        for path in ("./modle/qwen", "modle/qwem/part", f"{tmp_path}/models/qwn"):
+            start = str(tmp_path) if path.startswith("/") else "models"
+            assert f'no such file or directory; did you mean "{start}' in refusal(path)
+
     def test_an_empty_path(self):
         assert "model.path is empty" in refusal("")
 
@@ -349,6 +356,10 @@ class TestPlace:
     def test_an_unreachable_hub_fails_quickly_with_one_line(self, tmp_path, offline):
         """In a process of its own: the hub's client reads its environment when it is imported."""
         value = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}[offline]
+        reason = {
+            "HF_HUB_OFFLINE": "HF_HUB_OFFLINE is set",
+            "HF_ENDPOINT": "http://127.0.0.1:9 does not answer; HF_ENDPOINT selects a mirror",
+        }[offline]
         program = "import sys, jaxtune; jaxtune.load(sys.argv[1])"
         started = time.monotonic()
         done = subprocess.run(
@@ -360,8 +371,7 @@ class TestPlace:
         assert time.monotonic() - started < 60  # imports included, on a busy machine
         assert done.stderr.splitlines()[-1] == (
             "jaxtune.errors.JaxtuneError: deepseek-ai/deepseek-llm-7b-base: no such directory "
-            "here, not in the hub's cache, and the hub is out of reach (no network, or "
-            "HF_HUB_OFFLINE is set)"
+            f"here, not in the hub's cache, and the hub is out of reach ({reason})"
         )
         assert "Retrying" not in done.stderr
 

@@ -1,5 +1,9 @@
 """Rows come with their place, and a line that is no JSON object is refused by name."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from jaxtune.data import read_rows
@@ -51,7 +55,9 @@ def test_broken_utf8_is_named(tmp_path):
 
 def test_a_missing_file_names_the_closest_one(jsonl):
     path = jsonl({"a": 1}, name="train.jsonl")
-    with pytest.raises(JaxtuneError, match=r'trian\.jsonl: no such file; did you mean "train'):
+    with pytest.raises(
+        JaxtuneError, match=r'trian\.jsonl: no such file; did you mean ".*/train.jsonl"'
+    ):
         read_rows(path.with_name("trian.jsonl"))
     with pytest.raises(JaxtuneError, match=r"\./nowhere: no such file"):
         read_rows("./nowhere")
@@ -80,5 +86,34 @@ def test_saved_data_sets_and_their_splits(tmp_path):
     assert [row.values for row in read_rows(f"{split}:test")] == rows[:1]
     with pytest.raises(JaxtuneError, match='no split "tset"; did you mean "test"'):
         list(read_rows(f"{split}:tset"))
-    with pytest.raises(JaxtuneError, match="no such file or data set"):
+    with pytest.raises(JaxtuneError, match="three/part/name: no such file"):
         list(read_rows("three/part/name"))
+
+
+@pytest.mark.parametrize("offline", ["HF_HUB_OFFLINE", "HF_ENDPOINT"])
+def test_a_misspelled_name_does_not_wait_for_the_hub(tmp_path, offline):
+    # The hub's clients would retry for 24 s; importing them is not counted.
+    (tmp_path / "data" / "mine").mkdir(parents=True)
+    program = (
+        "import time, datasets\n"
+        "from jaxtune.data.rows import read_rows\n"
+        "from jaxtune.errors import JaxtuneError\n"
+        "start = time.monotonic()\n"
+        "try: list(read_rows('datta/mine'))\n"
+        "except JaxtuneError as error: print(error)\n"
+        "print(time.monotonic() - start)\n"
+    )
+    value = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}[offline]
+    environment = os.environ | {"HF_HOME": str(tmp_path), offline: value}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    message, seconds = done.stdout.splitlines()
+    assert message.startswith("datta/mine: no such file or data set: the hub is out of reach (")
+    assert offline in message and message.endswith('; did you mean "data/mine"?')
+    assert float(seconds) < 15
