@@ -119,7 +119,8 @@ def test_overrides_win_and_have_the_type_of_their_option():
         ("adapter.rank", "--config.adapter.rank needs a value: --config.adapter.rank=…"),
         (
             "training.batch_size=7",
-            "training.batch_size=7 does not divide into training.accumulation=2 micro-batches",
+            "training.batch_size=7 does not divide into training.accumulation=2 micro-batches; the "
+            "nearest numbers that divide it: 1, 7",
         ),
     ],
 )

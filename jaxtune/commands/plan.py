@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     config = resolve(load_file(arguments.config), arguments.overrides)
     where = arguments.topology or "cpu"
     if arguments.device:
-        from jaxtune.planning.devices import gpu
+        from jaxtune.parallel.devices import gpu
 
         where = gpu(arguments.device).name
     if arguments.search:

@@ -43,7 +43,10 @@ class QuantizeConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(Section):
-    """The ``mesh`` section: devices along each axis."""
+    """The ``mesh`` section: devices along each axis.
+
+    Sizes in a config file shrink to what the devices allow; those on the command line are kept.
+    """
 
     data: int = option(-1, "number of devices that split the batch; -1: all others", minimum=-1)
     fsdp: int = option(1, "number of devices that split batch and weights", minimum=-1)

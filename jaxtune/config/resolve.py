@@ -7,13 +7,14 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 
 from jaxtune.config.effect import text, unused_options
 from jaxtune.config.length import TrainingDict, check_length, replace_length
 from jaxtune.config.option import Option, OptionValue
-from jaxtune.config.tree import OPTIONS, SECTIONS, Config, ConfigLike
+from jaxtune.config.tree import OPTIONS, SECTIONS, Config, ConfigLike, Derived
 from jaxtune.errors import JaxtuneError, closest
 
 _log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ def resolve(config: ConfigLike, overrides: Sequence[str] = ()) -> Config:
         (``training.steps``, ``epochs`` or ``tokens``) replaces that of the config.
 
     Returns:
-      The checked config.
+      The checked config, with the requested values of options that were derived from devices.
 
     Raises:
       JaxtuneError: an unknown key (the message names the closest one), an invalid value, or an
@@ -57,13 +58,10 @@ def resolve(config: ConfigLike, overrides: Sequence[str] = ()) -> Config:
     resolved = _from_flat(values)
     training = replace_length(resolved.training, list(overridden))
     check_length(training)
-    if training.batch_size % training.accumulation:
-        raise JaxtuneError(
-            f"training.batch_size={training.batch_size} does not divide into "
-            f"training.accumulation={training.accumulation} micro-batches"
-        )
+    _check_accumulation(training.batch_size, training.accumulation)
     _check_effect(values, list(overridden), warn=not isinstance(config, Config))
-    return dataclasses.replace(resolved, training=training)
+    given = config.overridden if isinstance(config, Config) else frozenset()
+    return dataclasses.replace(resolved, training=training, overridden=given | overridden.keys())
 
 
 def from_json(path: str | Path) -> Config:
@@ -77,11 +75,24 @@ def from_json(path: str | Path) -> Config:
     """
     tree = json.loads(Path(path).read_text(encoding="utf-8"))
     try:
-        return _from_flat(_read(tree))
+        derived = tree.pop("derived", None) if isinstance(tree, dict) else None
+        config = _from_flat(_read(tree))
+        return config if derived is None else dataclasses.replace(config, derived=_derived(derived))
     except JaxtuneError as error:
         raise JaxtuneError(
             f"{path}: {error} (edited, or written by another version of jaxtune)"
         ) from error
+
+
+def _check_accumulation(rows: int, count: int) -> None:
+    """Raises if a number of micro-batches, unless it is 0, does not divide the rows of a batch."""
+    if count and rows % count:
+        divisors = [n for n in range(1, rows + 1) if rows % n == 0]
+        nearest = [max(n for n in divisors if n < count), *(n for n in divisors if n > count)][:2]
+        raise JaxtuneError(
+            f"training.batch_size={rows} does not divide into training.accumulation={count} "
+            f"micro-batches; the nearest numbers that divide it: {', '.join(map(str, nearest))}"
+        )
 
 
 def _option(key: str) -> Option:
@@ -90,10 +101,23 @@ def _option(key: str) -> Option:
     return OPTIONS[key]
 
 
+def _derived(content: Any) -> Derived:
+    """Returns the entry ``derived`` of a ``config.json``, after checking it."""
+    fields = {"devices": int, "kind": str, "requested": dict}
+    if (
+        not isinstance(content, dict)
+        or content.keys() != fields.keys()
+        or not all(isinstance(content[name], kind) for name, kind in fields.items())
+    ):
+        raise JaxtuneError(f'"derived" has devices, kind and requested, not {content!r}')
+    requested = {key: _option(key).check(key, value) for key, value in content["requested"].items()}
+    return Derived(content["devices"], content["kind"], requested)
+
+
 def _read(config: ConfigLike) -> dict[str, OptionValue]:
     """Returns all options of a tree by ``section.name``, after checking them."""
     if isinstance(config, Config):
-        return config.flat()
+        return config.requested().flat()
     if not isinstance(config, (Mapping, ml_collections.ConfigDict)):
         raise JaxtuneError(f"a config is a tree of sections, not {config!r}")
     values = Config().flat()

@@ -18,7 +18,11 @@ class TrainingConfig(Section):
     epochs: float = option(0.0, "length of the run in passes over the data; 0: unset", minimum=0)
     tokens: int = option(0, "length of the run in tokens without padding; 0: unset", minimum=0)
     batch_size: int = option(8, "rows per optimizer step, over all devices", minimum=1)
-    accumulation: int = option(1, "micro-batches per optimizer step", minimum=1)
+    accumulation: int = option(
+        0,
+        "micro-batches per optimizer step; 0: as few as fit into the memory of the devices",
+        minimum=0,
+    )
     seed: int = option(0, "seed of initial values, data order, dropout and noise", minimum=0)
     dtype: str = option(
         "bfloat16",

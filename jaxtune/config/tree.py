@@ -24,8 +24,28 @@ from jaxtune.config.training import (
 
 
 @dataclasses.dataclass(frozen=True)
+class Derived:
+    """What a config was fitted to, and the values that were requested instead.
+
+    Attributes:
+      devices: number of devices.
+      kind: type of the devices, as JAX names it.
+      requested: requested values of the derived options by ``section.name``.
+    """
+
+    devices: int
+    kind: str
+    requested: Mapping[str, OptionValue]
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
-    """The config of a run. Each section documents its options."""
+    """The config of a run. Each section documents its options.
+
+    Attributes:
+      overridden: options set on the command line, as ``section.name``.
+      derived: options whose values are derived from the devices; None before that.
+    """
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -38,6 +58,8 @@ class Config:
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
     profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    overridden: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)
+    derived: Derived | None = dataclasses.field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, Mapping[str, OptionValue]]:
         """Returns the options as ``{section: {name: value}}``."""
@@ -52,22 +74,61 @@ class Config:
         }
 
     def replace(self, **sections: Mapping[str, OptionValue]) -> Config:
-        """Returns a copy with changed options: ``config.replace(mesh={"data": 1})``; no checks."""
-        changed = {
+        """Returns a copy with changed options: ``config.replace(mesh={"data": 1})``; no checks.
+
+        Derived options keep their values and are no longer marked as derived if one is changed.
+        """
+        changed: dict[str, Any] = {
             name: dataclasses.replace(getattr(self, name), **options)
             for name, options in sections.items()
         }
+        keys = {f"{name}.{option}" for name, options in sections.items() for option in options}
+        if self.derived is not None and keys & self.derived.requested.keys():
+            changed["derived"] = None
         return dataclasses.replace(self, **changed)
 
+    def requested(self) -> Config:
+        """Returns the config with the requested values of derived options."""
+        if self.derived is None:
+            return self
+        sections: dict[str, dict[str, OptionValue]] = {}
+        for key, value in self.derived.requested.items():
+            section, _, name = key.partition(".")
+            sections.setdefault(section, {})[name] = value
+        return dataclasses.replace(self, derived=None).replace(**sections)
+
+    def with_derived(
+        self, devices: int, kind: str, **sections: Mapping[str, OptionValue]
+    ) -> Config:
+        """Returns a copy with values that were derived from devices.
+
+        Args:
+          devices: number of devices.
+          kind: type of the devices.
+          **sections: derived values by section and name.
+        """
+        before = self.requested().flat()
+        fitted = dataclasses.replace(self, derived=None).replace(**sections)
+        changed = {key for key, value in fitted.flat().items() if value != before[key]}
+        requested = {key: value for key, value in before.items() if key in changed}
+        return dataclasses.replace(fitted, derived=Derived(devices, kind, requested))
+
     def to_json(self) -> str:
-        """Returns the content of a run's ``config.json``."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        """Returns the content of a run's ``config.json``: the sections and ``derived``."""
+        content: dict[str, Any] = dict(self.to_dict())
+        if self.derived is not None:
+            content["derived"] = dataclasses.asdict(self.derived)
+        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 ConfigLike: TypeAlias = Config | ml_collections.ConfigDict | Mapping[str, Any]
 """An argument of `jaxtune.config.resolve`: a resolved config, or a tree of sections."""
 
-SECTIONS: dict[str, Section] = {name: getattr(Config(), name) for name in Config.__annotations__}
+SECTIONS: dict[str, Section] = {
+    field.name: value
+    for field in dataclasses.fields(Config)
+    if isinstance(value := getattr(Config(), field.name), Section)
+}
 """Sections with default values, by name."""
 
 OPTIONS: dict[str, Option] = {

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AbstractMesh
 
 from jaxtune.layers.tree import flatten, unflatten
 
@@ -119,7 +120,10 @@ def _encode(argument: Any) -> Any:
 
 
 def _view(leaf: Any) -> Any:
-    if leaf.dtype != jnp.bfloat16 or next(iter(leaf.sharding.device_set)).platform != "cpu":
+    # An abstract mesh stands for devices that are planned for, which are no CPUs.
+    if leaf.dtype != jnp.bfloat16 or isinstance(getattr(leaf.sharding, "mesh", None), AbstractMesh):
+        return leaf
+    if next(iter(leaf.sharding.device_set)).platform != "cpu":
         return leaf
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(leaf.shape, jnp.uint16, sharding=leaf.sharding)

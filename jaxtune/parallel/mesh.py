@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from jaxtune.compatibility import check_versions
 from jaxtune.errors import JaxtuneError
@@ -28,7 +28,12 @@ class FittedMesh(NamedTuple):
 
 
 def fit_mesh(
-    sizes: Mapping[str, int], devices: int, *, fixed: Collection[str] = (), experts: int = 0
+    sizes: Mapping[str, int],
+    devices: int,
+    *,
+    fixed: Collection[str] = (),
+    experts: int = 0,
+    length: int = 0,
 ) -> FittedMesh:
     """Fits the sizes of mesh axes to a number of devices; the result uses all of them.
 
@@ -43,6 +48,8 @@ def fit_mesh(
       fixed: axes whose size must not change.
       experts: number of routed experts of a layer, a multiple of the size of ``expert``; 0: that
         size may be any.
+      length: number of tokens of a row, a multiple of the size of ``sequence``; 0: that size may
+        be any.
 
     Raises:
       JaxtuneError: the sizes are invalid, or those in `fixed` do not allow all devices to be used;
@@ -57,21 +64,24 @@ def fit_mesh(
                 "mesh sizes must be positive, and at most one besides mesh.data may be -1: "
                 + _show(sizes)
             )
-    fitted = _fit(kept, free, devices, experts)
+    multiples = {"expert": experts, "sequence": length}
+    fitted = _fit(kept, free, devices, multiples)
     if fitted is None:
         positive = {axis: size for axis, size in kept.items() if size > 0}
         nearest = min(
             (
                 split
                 for split in _factorizations(devices, list(positive))
-                if _fit(kept | split, free, devices, experts)
+                if _fit(kept | split, free, devices, multiples)
             ),
             key=lambda split: sum(abs(math.log(split[a] / size)) for a, size in positive.items()),
         )
-        routed = f" with {experts} routed experts" if experts and "expert" in positive else ""
+        given = [f"{devices} device(s)"]
+        given += [f"{experts} routed experts"] * bool(experts and "expert" in positive)
+        given += [f"rows of {length} tokens"] * bool(length and "sequence" in positive)
         raise JaxtuneError(
-            f"{_show(positive)} cannot be used on {devices} device(s){routed}; the nearest sizes "
-            f"that can: {_show(nearest)}"
+            f"{_show(positive)} cannot be used with {', '.join(given)}; the nearest sizes that "
+            f"can: {_show(nearest)}"
         )
     changed = {axis for axis, size in free.items() if size not in (-1, fitted[axis])}
     return FittedMesh(
@@ -80,13 +90,16 @@ def fit_mesh(
 
 
 def _fit(
-    kept: dict[str, int], free: dict[str, int], devices: int, experts: int
+    kept: dict[str, int], free: dict[str, int], devices: int, multiples: Mapping[str, int]
 ) -> dict[str, int] | None:
-    """Returns the sizes of all axes; None if `kept` does not allow all devices to be used."""
+    """Returns the sizes of all axes; None if `kept` does not allow all devices to be used.
+
+    `multiples` has numbers that the size of an axis must divide; 0 is a multiple of any.
+    """
     fitted, left = {}, devices
     for axis, size in kept.items():
         if size > 0:
-            if left % size or (axis == "expert" and experts % size):
+            if left % size or multiples.get(axis, 0) % size:
                 return None
             fitted[axis], left = size, left // size
     others = [(axis, size) for axis, size in (free | kept).items() if axis not in fitted]
@@ -95,8 +108,8 @@ def _fit(
     for axis, size in [*positive, *rest]:
         if axis != "data":
             most = left if size == -1 else min(size, left)
-            total = math.gcd(left, experts) if axis == "expert" else left
-            fitted[axis] = max(n for n in range(1, most + 1) if total % n == 0)
+            common = math.gcd(left, multiples.get(axis, 0))
+            fitted[axis] = max(n for n in range(1, most + 1) if common % n == 0)
             left //= fitted[axis]
     if "data" not in fitted:
         fitted["data"], left = left, 1
@@ -143,23 +156,26 @@ def _show(sizes: Mapping[str, int]) -> str:
     return ", ".join(f"mesh.{axis}={sizes[axis]}" for axis in MESH_AXES if axis in sizes)
 
 
-def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | int | None = None) -> Mesh:
     """Builds the mesh of a run; sharding is left to the compiler (automatic axis types).
 
     Args:
       sizes: devices along each of `MESH_AXES`; one of them may be -1.
-      devices: all devices of the run by default.
+      devices: all devices of the run by default; a number for an abstract mesh, which has shapes
+        and shardings but no devices.
 
     Raises:
       JaxtuneError: the sizes do not use all devices, or do not fit their links.
     """
     check_versions()
     devices = jax.devices() if devices is None else devices
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    if isinstance(devices, int):
+        abstract: Any = AbstractMesh(mesh_shape(sizes, devices), MESH_AXES, axis_types=types)
+        return abstract
     shape = mesh_shape(sizes, len(devices))
     try:
-        return jax.make_mesh(
-            shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
-        )
+        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
     except NotImplementedError as error:
         raise JaxtuneError(
             f"{_show(dict(zip(MESH_AXES, shape, strict=True)))}: the links between these "

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from jaxtune.quant import QuantizedWeight
+from jaxtune.training.placement.memory import bytes_per_device
 from jaxtune.training.setup import Setup
 
 
@@ -33,29 +33,6 @@ def by_kind(arguments: tuple[Any, Any, Any, Any]) -> dict[str, Any]:
         "constants": constants,
         "batch": batch,
     }
-
-
-def bytes_per_device(tree: Any, mesh: Mapping[str, int] | None = None) -> int:
-    """Returns the bytes per device of a tree of ShapeDtypeStructs with shardings.
-
-    Args:
-      tree: ShapeDtypeStructs of any shape.
-      mesh: devices along each mesh axis; by default those of the shardings.
-    """
-    total = 0
-    for leaf in jax.tree.leaves(tree):
-        total += math.prod(_shard_shape(leaf, mesh)) * leaf.dtype.itemsize
-    return total
-
-
-def _shard_shape(leaf: Any, mesh: Mapping[str, int] | None) -> tuple[int, ...]:
-    if mesh is None:
-        return leaf.sharding.shard_shape(leaf.shape)
-    spec = (*leaf.sharding.spec, *[None] * leaf.ndim)[: leaf.ndim]
-    parts = [(entry,) if isinstance(entry, str) else entry or () for entry in spec]
-    shares = [math.prod(mesh[axis] for axis in axes) for axes in parts]
-    # A dimension that the devices do not divide stays whole; see `even_spec`.
-    return tuple(n // k if n % k == 0 else n for n, k in zip(leaf.shape, shares, strict=True))
 
 
 def base_formats(base: Any, mesh: Mapping[str, int] | None = None) -> dict[str, int]:

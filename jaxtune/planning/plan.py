@@ -13,20 +13,18 @@ from typing import Any
 
 import jax
 
-from jaxtune.adapters import Method
 from jaxtune.checkpoints import huggingface
-from jaxtune.config import Config, ModelConfig, resolve
+from jaxtune.config import Config, ModelConfig
 from jaxtune.errors import JaxtuneError
 from jaxtune.memory_errors import is_out_of_memory, read_shortage
-from jaxtune.models.definition import check_experts, undivided
-from jaxtune.parallel.mesh import mesh_shape
-from jaxtune.parallel.rules import MESH_AXES
-from jaxtune.planning import estimate, roofline
-from jaxtune.planning.arguments import base_formats, by_kind, bytes_per_device, step_arguments
+from jaxtune.models.definition import undivided
+from jaxtune.planning import roofline
+from jaxtune.planning.arguments import base_formats, by_kind, step_arguments
 from jaxtune.planning.collectives import Collective, collectives
 from jaxtune.planning.flops import StepFlops, step_flops
 from jaxtune.planning.report import Plan
 from jaxtune.planning.topology import Topology, find_topology
+from jaxtune.training.placement.memory import bytes_per_device
 from jaxtune.training.setup import Setup, set_up
 from jaxtune.training.train import choose_method
 
@@ -44,9 +42,10 @@ def plan(config: Config, topology: str) -> Plan:
     hardware = find_topology(topology)
     method, _ = choose_method(config.adapter)
     model = model_config(config.model)
-    if hardware.devices is None:
-        return _estimated(config, model, method, hardware)
-    return compile_plan(set_up(config, model, method, hardware.devices), hardware)
+    setup = set_up(config, model, method, hardware.group)
+    return (
+        _estimated(setup, hardware) if hardware.devices is None else compile_plan(setup, hardware)
+    )
 
 
 def model_config(model: ModelConfig) -> dict[str, Any]:
@@ -62,7 +61,7 @@ def compile_plan(setup: Setup, hardware: Topology) -> Plan:
     arguments = step_arguments(setup)
     kinds = {kind: bytes_per_device(tree) for kind, tree in by_kind(arguments).items()}
     flops, found = step_flops(setup), None
-    notes = [hardware.note, *undivided(setup.definition, setup.mesh.shape)]
+    notes = [hardware.note, *setup_notes(setup)]
     start = time.perf_counter()
     with jax.set_mesh(setup.mesh):
         lowered = setup.train_step().lower(*arguments)
@@ -110,33 +109,33 @@ def _time(
     return roofline.estimate(hardware.chip, flops, mesh, sent)
 
 
-def _estimated(
-    config: Config, model: Mapping[str, Any], method: Method, hardware: Topology
-) -> Plan:
+def setup_notes(setup: Setup) -> list[str]:
+    """Returns what `train` logs about the split over the devices, a line each."""
+    split = setup.split
+    batch = f"{split.accumulation} micro-batch(es) of {split.micro_rows} row(s)"
+    warning = [split.warning()] if split.warning() else []
+    return [batch, *setup.notes, *warning, *undivided(setup.definition, setup.mesh.shape)]
+
+
+def _estimated(setup: Setup, hardware: Topology) -> Plan:
     """Plans without a compiler: arguments are exact, everything else is estimated by formulas."""
-    sizes = mesh_shape(config.mesh.to_dict(), hardware.count)
-    mesh: dict[str, int] = dict(zip(MESH_AXES, sizes, strict=True))
-    # Shapes and operations are those of one device; sizes are divided by the mesh afterwards.
-    alone = resolve({**config.to_dict(), "mesh": dict.fromkeys(MESH_AXES, 1)})
-    setup = set_up(alone, model, method, jax.devices("cpu")[:1])
-    check_experts(setup.definition, mesh)
-    options = setup.options._replace(attention="cudnn", platform="gpu")
-    setup = dataclasses.replace(setup, options=options)
+    setup = dataclasses.replace(setup, options=setup.options._replace(attention="cudnn"))
     arguments, flops = step_arguments(setup), step_flops(setup)
+    kinds = {kind: bytes_per_device(tree) for kind, tree in by_kind(arguments).items()}
+    mesh = dict(setup.mesh.shape)
     found: list[Collective] | None = [] if hardware.count == 1 else None
-    notes = [hardware.note, "estimated by formulas; not compiled"]
-    notes += undivided(setup.definition, mesh)
+    notes = [hardware.note, "estimated by formulas; not compiled", *setup_notes(setup)]
     if found is None:
         notes.append("collectives and time need a compiler")
     return Plan(
         topology=hardware.name,
         devices=hardware.count,
         mesh=mesh,
-        attention=options.attention,
-        base_formats=base_formats(arguments[1], mesh),
-        arguments={kind: bytes_per_device(tree, mesh) for kind, tree in by_kind(arguments).items()},
+        attention=setup.options.attention,
+        base_formats=base_formats(arguments[1]),
+        arguments=kinds,
         outputs=0,
-        temporaries=estimate.temporaries(setup, mesh),
+        temporaries=setup.temporaries(),
         program=0,
         capacity=hardware.capacity_bytes,
         compile_seconds=0.0,

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from rich.console import Console
 from rich.table import Table
 
+from jaxtune.parallel.devices import GIB, GPUS, TPUS
 from jaxtune.planning.collectives import Collective, totals_by_kind
-from jaxtune.planning.devices import GIB, GPUS, TPUS
 from jaxtune.planning.flops import StepFlops
 from jaxtune.planning.roofline import Estimate, assumptions
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from jaxtune.planning.devices import Chip
+from jaxtune.parallel.devices import Chip
 from jaxtune.planning.flops import StepFlops
 
 # Fractions of a chip's peaks that good programs reach. Published training runs use 41-46 % of the

@@ -15,16 +15,16 @@ import jax
 
 from jaxtune.config import Config
 from jaxtune.errors import JaxtuneError
+from jaxtune.parallel.devices import GIB, TPUS
 from jaxtune.parallel.rules import MESH_AXES, RULES
-from jaxtune.planning.arguments import by_kind, bytes_per_device, step_arguments
-from jaxtune.planning.devices import GIB, TPUS
-from jaxtune.planning.estimate import temporaries
+from jaxtune.planning.arguments import by_kind, step_arguments
 from jaxtune.planning.flops import StepFlops, step_flops
 from jaxtune.planning.plan import Plan, compile_plan, model_config
 from jaxtune.planning.roofline import estimate
 from jaxtune.planning.topology import Topology, find_topology
 from jaxtune.progress import track
 from jaxtune.registry import REMAT_POLICIES
+from jaxtune.training.placement.memory import bytes_per_device
 from jaxtune.training.setup import Setup, set_up
 from jaxtune.training.train import choose_method
 
@@ -161,7 +161,7 @@ def promise(
     trees = by_kind(step_arguments(setup))
     base = bytes_per_device(trees["base"], mesh)
     needs = sum(bytes_per_device(tree, mesh) for tree in trees.values())
-    needs += temporaries(setup, mesh)
+    needs += setup.temporaries(mesh)
     # Bytes that a device sends. Each pass over the layers (forward, backward, recomputation)
     # gathers the sharded base along fsdp. Tensor parallelism adds two all-reduces of the residual
     # stream per layer, each of which sends it twice; expert parallelism a gather and a scatter.

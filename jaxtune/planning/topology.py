@@ -14,8 +14,8 @@ import jax
 from jax.experimental import topologies
 
 from jaxtune.errors import JaxtuneError, closest, lookup
+from jaxtune.parallel.devices import GPUS, TPUS, Chip, DeviceGroup, gpu
 from jaxtune.planning import cuda
-from jaxtune.planning.devices import GPUS, TPUS, Chip, gpu
 
 _BLOCKWISE = "blockwise, because cuDNN needs a GPU to check its support; it takes less memory"
 
@@ -40,6 +40,16 @@ class Topology:
     capacity_bytes: int
     chip: Chip | None = None
     note: str = ""
+
+    @property
+    def group(self) -> DeviceGroup:
+        """The devices as those of a run, with the memory of the hardware that is planned for."""
+        if self.devices is None:
+            return DeviceGroup(self.count, self.name, "gpu", self.capacity_bytes)
+        group = DeviceGroup.of(self.devices)
+        return (
+            group if self.chip is None else dataclasses.replace(group, memory=self.capacity_bytes)
+        )
 
 
 def find_topology(name: str) -> Topology:

@@ -77,7 +77,8 @@ class RunDirectory:
                     "directory must be on a file system that all processes share"
                 )
             frozen = self.read_config()
-            changes = _format_changes(frozen.flat(), (config or frozen).flat())
+            requested = frozen.requested()
+            changes = _format_changes(requested.flat(), (config or requested).requested().flat())
             if changes:
                 raise JaxtuneError(
                     f"{self.path}: contains a run with another config: {changes}; resume it "
@@ -127,6 +128,12 @@ class RunDirectory:
         except json.JSONDecodeError as error:
             message = f"{self.config}:{error.lineno}: invalid JSON: {error.msg}"
             raise JaxtuneError(message) from error
+
+    def write_config(self, config: Config) -> None:
+        """Replaces the run's ``config.json``, to add values that were derived from the devices."""
+        if leads():
+            with report_full_disk(self.path):
+                write_atomically(self.config, config.to_json())
 
     def steps_done(self) -> int:
         """Returns the step of the newest finished checkpoint, without verifying it, or 0."""

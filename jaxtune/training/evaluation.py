@@ -84,10 +84,10 @@ def bind_evaluation(
         """Returns the `BatchSums` of a whole set, in float64."""
         total = None
         for batch in held_out_batches(setup.config, examples, setup.reserved):
-            sums = compiled(trainable, base, constants, setup.put_batch(batch))
-            sums = jax.device_get(fetch(sums))
-            sums = jax.tree.map(np.float64, sums)
-            total = sums if total is None else jax.tree.map(np.add, total, sums)
+            for piece in setup.put_pieces(batch):
+                sums = jax.device_get(fetch(compiled(trainable, base, constants, piece)))
+                sums = jax.tree.map(np.float64, sums)
+                total = sums if total is None else jax.tree.map(np.add, total, sums)
         assert total is not None  # a set is never empty
         return total
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -12,7 +11,6 @@ import jax
 
 from jaxtune.errors import JaxtuneError
 from jaxtune.memory_errors import is_out_of_memory, read_shortage
-from jaxtune.parallel.rules import RULES
 from jaxtune.training.setup import Setup
 
 GIB = 2**30
@@ -81,10 +79,9 @@ def remedies(setup: Setup) -> list[Remedy]:
     remat, a layer saves that one input, otherwise about `_SAVED_PER_LAYER` such arrays.
     """
     training, model = setup.config.training, setup.definition.config
-    shares = math.prod(setup.mesh.shape[axis] for axis in RULES["batch"])
-    rows = training.batch_size // training.accumulation
+    split = setup.split
     length = setup.config.data.max_length // setup.mesh.shape["sequence"]
-    values = rows // shares * length * model["hidden_size"] * setup.options.dtype.itemsize
+    values = split.rows_per_device * length * model["hidden_size"] * setup.options.dtype.itemsize
     saved = values * model["num_hidden_layers"]
     # With remat, the inputs of all layers are saved, and all activations of one layer at a time.
     kept = saved + values * _SAVED_PER_LAYER
@@ -93,9 +90,12 @@ def remedies(setup: Setup) -> list[Remedy]:
         found.append(Remedy("training.remat=full", saved * _SAVED_PER_LAYER - kept))
     else:
         saved = kept
-    if rows % 2 == 0 and (rows // 2) % shares == 0 and rows // 2 > 0:
-        change = f"training.accumulation={2 * training.accumulation}"
-        found.append(Remedy(change, saved / 2))
+    for count in range(split.accumulation + 1, split.rows + 1):
+        smaller = split._replace(accumulation=count)
+        if split.rows % count == 0 and smaller.rows_per_device < split.rows_per_device:
+            share = 1 - smaller.rows_per_device / split.rows_per_device
+            found.append(Remedy(f"training.accumulation={count}", saved * share))
+            break
     if setup.quantization is None and setup.method.has_adapter:
         found.append(Remedy("quantize.format=nf4", _frozen_bytes(setup) * (1 - _NF4_SHARE)))
     found.append(Remedy(f"data.max_length={max(2, setup.config.data.max_length // 2)}", saved / 2))

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtune.adapters.define import define
 from jaxtune.adapters.esft.expert_scores import ExpertScores
 from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.load_model import load_model
@@ -22,8 +23,11 @@ from jaxtune.layers.cpu_bfloat16 import jit
 from jaxtune.layers.decoder import ForwardOptions
 from jaxtune.layers.tree import Tree
 from jaxtune.models.definition import Definition
+from jaxtune.parallel.devices import DeviceGroup
 from jaxtune.parallel.mesh import make_mesh, named_sharding
 from jaxtune.parallel.processes import fetch, put
+from jaxtune.training.placement.fit import fit_to_devices, split_of, with_accumulation
+from jaxtune.training.placement.memory import bytes_per_device
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +63,15 @@ def score_experts(config: Config, source: TensorSource, examples: Examples) -> E
     """
     sample = take_sample(examples, config.adapter.expert_sample, config.training.seed)
     logger.info("scoring experts on %d of %d examples", len(sample), len(examples))
-    mesh, training = make_mesh(config.mesh.to_dict()), config.training
     quantization = huggingface.choose_quantization(config.quantize, source.config)
+    definition = define(source.config, config.training.dtype, quantization=quantization)
+    devices = DeviceGroup.of(jax.devices())
+    config, _ = fit_to_devices(config, definition, devices)
+    mesh, training = make_mesh(config.mesh.to_dict()), config.training
+    backend = choose_backend(config.model.attention, devices.platform, False)
+    options = ForwardOptions(jnp.dtype(training.dtype), backend, "none", devices.platform)
+    resident = bytes_per_device(definition.abstract("base", mesh))
+    config = with_accumulation(config, definition, options, devices, resident, trainable=0)
     parts = load_model(source, training.dtype, mesh, quantization=quantization)
     layers = parts.definition.mixture_layers
     if not layers:
@@ -68,14 +79,11 @@ def score_experts(config: Config, source: TensorSource, examples: Examples) -> E
             f"adapter.method=esft trains routed experts, and {source.config.get('model_type')} "
             "has none"
         )
-    platform = mesh.devices.flat[0].platform
-    backend = choose_backend(config.model.attention, platform, False)
-    options = ForwardOptions(jnp.dtype(training.dtype), backend, "none", platform)
     step = _make_step(parts.definition, options)
     total = _Sums(0.0, 0.0, 0.0)
     rows = eval_batches(
         sample,
-        batch_size=training.batch_size // training.accumulation,
+        batch_size=split_of(config).micro_rows,
         length=config.data.max_length,
         packing=config.data.packing,
     )

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -28,12 +28,15 @@ from jaxtune.layers.tree import Tree
 from jaxtune.models.definition import Definition, check_experts
 from jaxtune.objectives.cross_entropy import LossTerms
 from jaxtune.objectives.sft import sft_loss
+from jaxtune.parallel.devices import DeviceGroup
 from jaxtune.parallel.mesh import make_mesh, named_sharding
 from jaxtune.parallel.processes import put
-from jaxtune.parallel.rules import RULES
 from jaxtune.quant import Quantization
 from jaxtune.training.bad_steps import GuardSettings
 from jaxtune.training.optimizer import make_optimizer, make_schedule
+from jaxtune.training.placement.fit import batch_shares, fit_to_devices, split_of, with_accumulation
+from jaxtune.training.placement.memory import bytes_per_device, temporaries
+from jaxtune.training.placement.split import BatchSplit, pad_rows
 from jaxtune.training.state import TrainState, initial_state, state_like
 from jaxtune.training.step import StepSettings, make_eval_step, make_train_step
 
@@ -45,7 +48,8 @@ class Setup:
     """The static half of a run: everything but arrays.
 
     Attributes:
-      config: resolved config.
+      config: resolved config, fitted to the devices: all sizes of the mesh and
+        ``training.accumulation`` are positive.
       method: adapter method with its settings.
       definition: model definition with the method attached.
       quantization: quantization of the frozen weights, if any.
@@ -55,6 +59,7 @@ class Setup:
       schedule: learning-rate schedule.
       optimizer: gradient clipping and update rule.
       like: shapes, dtypes and shardings of the training state.
+      notes: remarks for the log on how the config was fitted, one line each.
     """
 
     config: Config
@@ -67,6 +72,12 @@ class Setup:
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
     like: TrainState
+    notes: tuple[str, ...] = ()
+
+    @property
+    def split(self) -> BatchSplit:
+        """Split of a training batch into micro-batches and devices."""
+        return split_of(self.config)
 
     @property
     def reserved(self) -> int:
@@ -120,15 +131,45 @@ class Setup:
         return make_eval_step(self.definition, sft_loss, self.options)
 
     def put_batch(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """Places the `BATCH_ARRAYS` of a batch, NumPy arrays int32[rows, T], on the mesh."""
-        shape = batch[BATCH_ARRAYS[0]].shape
+        """Places the `BATCH_ARRAYS` of a training batch, NumPy arrays int32[rows, T], on the mesh.
+
+        Empty rows are appended if the devices and micro-batches need them.
+        """
+        return self._put({name: batch[name] for name in BATCH_ARRAYS}, self.split.padded_rows)
+
+    def put_pieces(self, batch: Mapping[str, Any]) -> Iterator[dict[str, jax.Array]]:
+        """Places a batch of any number of rows on the mesh, in pieces of the same shape.
+
+        A piece has at most the rows of a micro-batch, and the last one may end with empty rows.
+        """
+        count, rows = self.split.pieces(len(batch[BATCH_ARRAYS[0]]))
+        for start in range(0, count * rows, rows):
+            piece = {name: batch[name][start : start + rows] for name in BATCH_ARRAYS}
+            yield self._put(piece, rows)
+
+    def _put(self, batch: Mapping[str, np.ndarray], rows: int) -> dict[str, jax.Array]:
+        padded = pad_rows(batch, rows)
+        shape = padded[BATCH_ARRAYS[0]].shape
         sharding = named_sharding(self.mesh, ("batch", "sequence"), shape)
-        return {name: put(batch[name], sharding) for name in BATCH_ARRAYS}
+        return {name: put(array, sharding) for name, array in padded.items()}
+
+    def temporaries(self, mesh: Mapping[str, int] | None = None) -> int:
+        """Estimates the bytes per device of a step's intermediate arrays.
+
+        Args:
+          mesh: devices along each mesh axis; those of the setup by default.
+        """
+        mesh = dict(self.mesh.shape) if mesh is None else mesh
+        split = self.split._replace(shares=batch_shares(mesh))
+        length = (self.config.data.max_length + self.reserved) // mesh["sequence"]
+        trainable = bytes_per_device(self.like.trainable, mesh)
+        tokens = split.rows_per_device * length
+        return temporaries(self.definition, self.options, mesh, tokens, trainable)
 
     def batch_like(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Returns the shapes of a training batch, int32[rows, T], with shardings."""
+        """Returns the shapes of a training batch on the mesh, int32[rows, T], with shardings."""
         length = self.config.data.max_length + self.reserved
-        shape = (self.config.training.batch_size, length)
+        shape = (self.split.padded_rows, length)
         sharding = named_sharding(self.mesh, ("batch", "sequence"), shape)
         return {
             name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for name in BATCH_ARRAYS
@@ -139,15 +180,15 @@ def set_up(
     config: Config,
     model_config: Mapping[str, Any],
     method: Method,
-    devices: Sequence[Any] | None = None,
+    devices: Sequence[Any] | DeviceGroup | None = None,
 ) -> Setup:
-    """Sets up a run without allocating arrays.
+    """Sets up a run without allocating arrays, and fits its config to the devices.
 
     Args:
       config: resolved config.
       model_config: content of the model's config.json.
       method: adapter method, or full fine-tuning.
-      devices: devices to train on; all devices by default.
+      devices: devices to train on, or their description; all devices by default.
 
     Raises:
       JaxtuneError: settings do not fit the model, the method or the devices; the message names
@@ -166,10 +207,14 @@ def set_up(
             f"training.balance_loss={training.balance_loss:g} needs routed experts, and "
             f"{model_config.get('model_type')} has none"
         )
-    mesh = make_mesh(config.mesh.to_dict(), devices)
+    if not isinstance(devices, DeviceGroup):
+        devices = DeviceGroup.of(jax.devices() if devices is None else devices)
+    config, notes = fit_to_devices(config, definition, devices)
+    mesh = make_mesh(
+        config.mesh.to_dict(), devices.count if devices.devices is None else devices.devices
+    )
     check_experts(definition, mesh.shape)
-    _check_batches(config, definition, mesh)
-    platform = mesh.devices.flat[0].platform
+    platform = devices.platform if devices.devices is None else devices.devices[0].platform
     prefix = definition.has_prefix
     backend = choose_backend(config.model.attention, platform, prefix)
     options = ForwardOptions(
@@ -178,8 +223,11 @@ def set_up(
     provisional = _counts_data(training)
     schedule = make_schedule(config.optimizer, training.steps, provisional=provisional)
     optimizer = make_optimizer(config.optimizer, definition.abstract("trainable"), schedule)
+    like = state_like(definition, optimizer, mesh)
+    arrays = (like, definition.abstract("base", mesh), definition.abstract("constants", mesh))
+    resident, trainable = bytes_per_device(arrays), bytes_per_device(like.trainable)
     return Setup(
-        config=config,
+        config=with_accumulation(config, definition, options, devices, resident, trainable),
         method=method,
         definition=definition,
         quantization=quantization,
@@ -188,32 +236,11 @@ def set_up(
         steps=training.steps,
         schedule=schedule,
         optimizer=optimizer,
-        like=state_like(definition, optimizer, mesh),
+        like=like,
+        notes=tuple(notes),
     )
 
 
 def _counts_data(training: TrainingConfig) -> bool:
     """Returns whether the length is in epochs or tokens, so that the steps depend on the data."""
     return bool(training.epochs or training.tokens)
-
-
-def _check_batches(config: Config, definition: Definition, mesh: Mesh) -> None:
-    """Raises if rows or tokens of a batch cannot be divided evenly over the devices."""
-    rows = config.training.batch_size // config.training.accumulation
-    shares = math.prod(mesh.shape[axis] for axis in RULES["batch"])
-    parts = {"rows per micro-batch (training.batch_size / training.accumulation)": rows}
-    if config.data.eval or config.data.eval_split:
-        held_out = config.evaluation.batch_size
-        parts["rows per evaluation batch (evaluation.batch_size)"] = held_out
-    for what, count in parts.items():
-        if count % shares:
-            raise JaxtuneError(
-                f"{count} {what} cannot be divided evenly over {shares} devices (mesh.data × "
-                "mesh.fsdp × mesh.expert)"
-            )
-    length = config.data.max_length + definition.reserved
-    if length % mesh.shape["sequence"]:
-        raise JaxtuneError(
-            f"rows of {length} tokens (data.max_length and virtual tokens) cannot be divided "
-            f"evenly over mesh.sequence={mesh.shape['sequence']}"
-        )

@@ -96,6 +96,8 @@ def train(
         method = method.with_scores(lambda: _expert_scores(run, config, source, read))
         setup = set_up(config, source.config, method)
         _log_setup(setup)
+        if setup.config.derived != config.derived:
+            run.write_config(setup.config)
         splits = read()
         held_out = splits.held_out
         chat = save_end_tokens(run, chat, splits.train)
@@ -202,7 +204,15 @@ def score_training_data(config: Config) -> ExpertScores:
 
 def _log_setup(setup: Setup) -> None:
     mesh = {axis: size for axis, size in setup.mesh.shape.items() if size > 1} or "one device"
-    logger.info("mesh: %s, attention: %s", mesh, setup.options.attention)
+    for note in setup.notes:
+        logger.info(note)
+    if warning := setup.split.warning():
+        logger.warning(warning)
+    split, attention = setup.split, setup.options.attention
+    logger.info(
+        "mesh: %s, %d micro-batch(es) of %d row(s), attention: %s",
+        *(mesh, split.accumulation, split.micro_rows, attention),
+    )
     logger.info("\n%s", render(parameter_summary(setup.definition)))
 
 

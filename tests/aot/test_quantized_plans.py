@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from jaxtune.config import resolve
+from jaxtune.parallel.devices import GIB
 from jaxtune.planning import plan
-from jaxtune.planning.devices import GIB
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_fully")]
 

@@ -13,8 +13,9 @@ import pytest
 from jaxtune.adapters.parameter_summary import parameter_summary, trained_share
 from jaxtune.config import resolve
 from jaxtune.demos.memory_table import DEEPSEEK_7B, ROWS_OF_TABLE, row_cells, row_config
-from jaxtune.planning.arguments import bytes_per_device, step_arguments
+from jaxtune.planning.arguments import step_arguments
 from jaxtune.planning.topology import find_topology
+from jaxtune.training.placement.memory import bytes_per_device
 from jaxtune.training.setup import set_up
 from jaxtune.training.train import choose_method
 

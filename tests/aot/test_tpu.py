@@ -12,10 +12,10 @@ from jaxtune.demos.memory_table import DEEPSEEK_7B
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.attention import BACKENDS, attention
 from jaxtune.layers.remat import remat
+from jaxtune.parallel.devices import GIB
 from jaxtune.parallel.mesh import make_mesh
 from jaxtune.parallel.rules import MESH_AXES
 from jaxtune.planning import plan
-from jaxtune.planning.devices import GIB
 from jaxtune.planning.topology import find_topology
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_fully")]

@@ -95,6 +95,7 @@ def test_fixed_axes_are_kept_or_the_nearest_sizes_are_named():
             {"data": 2, "fsdp": 4, "expert": 256},
         ),
         ({"fsdp": 4}, 6, (), 0, {"data": 2, "fsdp": 3}),
+        ({"sequence": -1}, 12, (), 0, {"data": 3, "sequence": 4}),
         ({"fsdp": -1}, 8, (), 0, {"fsdp": 8}),
         ({"fsdp": -1, "tensor": 2}, 8, {"fsdp"}, 0, {"fsdp": 4, "tensor": 2}),
         # The axis on the command line takes the rest, not that of the config.
@@ -106,20 +107,23 @@ def test_fixed_axes_are_kept_or_the_nearest_sizes_are_named():
 def test_examples(sizes, devices, fixed, experts, expected):
     ones = dict.fromkeys(MESH_AXES, 1)
     requested = ones | {"data": -1} | sizes
-    assert fit_mesh(requested, devices, fixed=fixed, experts=experts).sizes == ones | expected
+    fitted = fit_mesh(requested, devices, fixed=fixed, experts=experts, length=1024)
+    assert fitted.sizes == ones | expected
 
 
 @pytest.mark.parametrize(
     "sizes, devices, fixed, experts, message",
     [
-        ({"fsdp": 3}, 8, {"fsdp"}, 0, "mesh.fsdp=3 cannot be used on 8 device(s); the nearest "
-         "sizes that can: mesh.fsdp=4"),
-        ({"data": 1}, 8, {"data"}, 0, "mesh.data=1 cannot be used on 8 device(s); the nearest "
-         "sizes that can: mesh.data=8"),
+        ({"fsdp": 3}, 8, {"fsdp"}, 0, "mesh.fsdp=3 cannot be used with 8 device(s); the "
+         "nearest sizes that can: mesh.fsdp=4"),
+        ({"data": 1}, 8, {"data"}, 0, "mesh.data=1 cannot be used with 8 device(s); the "
+         "nearest sizes that can: mesh.data=8"),
         ({"data": 4, "fsdp": 4}, 8, {"data", "fsdp"}, 0, "mesh.data=4, mesh.fsdp=4 cannot be used "
-         "on 8 device(s); the nearest sizes that can: mesh.data=2, mesh.fsdp=4"),
-        ({"expert": 16}, 16, {"expert"}, 60, "mesh.expert=16 cannot be used on 16 device(s) with "
+         "with 8 device(s); the nearest sizes that can: mesh.data=2, mesh.fsdp=4"),
+        ({"expert": 16}, 16, {"expert"}, 60, "mesh.expert=16 cannot be used with 16 device(s), "
          "60 routed experts; the nearest sizes that can: mesh.expert=4"),
+        ({"sequence": 8}, 8, {"sequence"}, 0, "mesh.sequence=8 cannot be used with 8 device(s), "
+         "rows of 12 tokens; the nearest sizes that can: mesh.sequence=4"),
         ({"fsdp": -1, "tensor": -1}, 8, (), 0, "at most one besides mesh.data may be -1"),
         ({"fsdp": 0}, 8, (), 0, "mesh sizes must be positive"),
     ],
@@ -127,5 +131,5 @@ def test_examples(sizes, devices, fixed, experts, expected):
 def test_refusals(sizes, devices, fixed, experts, message):
     requested = dict.fromkeys(MESH_AXES, 1) | {"data": -1} | sizes
     with pytest.raises(JaxtuneError) as refused:
-        fit_mesh(requested, devices, fixed=fixed, experts=experts)
+        fit_mesh(requested, devices, fixed=fixed, experts=experts, length=12)
     assert message in str(refused.value)

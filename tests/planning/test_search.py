@@ -7,8 +7,8 @@ import pytest
 from jaxtune.cli import main
 from jaxtune.config import resolve
 from jaxtune.errors import JaxtuneError
+from jaxtune.parallel.devices import GPUS, TPUS
 from jaxtune.planning import cuda, plan
-from jaxtune.planning.devices import GPUS, TPUS
 from jaxtune.planning.search import Candidate, candidates, search
 from jaxtune.planning.topology import find_topology
 

@@ -1,8 +1,11 @@
-"""Accelerator specifications (memory, FLOP/s, bandwidth) with their sources."""
+"""Accelerator specifications (memory, FLOP/s, bandwidth) with their sources, and JAX's devices."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
 
 from jaxtune.errors import lookup
 
@@ -102,3 +105,69 @@ def gpu(name: str) -> Chip:
       JaxtuneError: an unknown GPU; the message names the closest one.
     """
     return lookup(GPUS, name, "device")
+
+
+# Nominal memory where there is no figure: of a CPU, because its devices share what the machine has,
+# and of an unknown GPU.
+CPU_BYTES, UNKNOWN_GPU_BYTES = 16 * GIB, 8 * GIB
+
+_TPU_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "v7x",
+}
+
+
+def chip_of_kind(kind: str) -> Chip | None:
+    """Returns the accelerator that JAX calls `kind`, such as "TPU v5 lite"; None if unknown.
+
+    Of cards that differ in their memory alone it is the one with the least, unless the name has the
+    size ("NVIDIA A100-SXM4-40GB").
+    """
+    if kind in _TPU_KINDS:
+        return TPUS.get(_TPU_KINDS[kind])
+    words = re.sub(r"[^a-z0-9]+", " ", kind.lower()).strip()
+    words = re.sub(r"\b(rtx) (?=\d)", r"\1", words)
+    found = []
+    for chip in GPUS.values():
+        name, _, size = chip.name.partition("-")
+        if re.search(rf"\b{name}\b", words):
+            named = bool(size) and re.search(rf"\b{size}b?\b", words) is not None
+            found.append((not named, chip.capacity_bytes, chip))
+    return min(found, key=lambda each: each[:2])[2] if found else None
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceGroup:
+    """The devices that a run is set up for.
+
+    Attributes:
+      count: number of devices.
+      kind: type of the devices, as JAX names it.
+      platform: "cpu", "gpu" or "tpu".
+      memory: bytes of a device that a program may use: a property of the type, whatever is free.
+      devices: JAX devices; None if they are only described, so that nothing can be compiled.
+    """
+
+    count: int
+    kind: str
+    platform: str
+    memory: int
+    devices: Sequence[Any] | None = None
+
+    @classmethod
+    def of(cls, devices: Sequence[Any]) -> DeviceGroup:
+        """Returns the group of JAX devices, which all are of the same type."""
+        first = devices[0]
+        chip, memory = chip_of_kind(first.device_kind), CPU_BYTES
+        if chip is not None:
+            memory = chip.capacity_bytes
+        elif first.platform != "cpu":
+            # The limit of the allocator: a fixed share of the memory, also while some is in use.
+            memory = (first.memory_stats() or {}).get("bytes_limit", UNKNOWN_GPU_BYTES)
+        return cls(len(devices), first.device_kind, first.platform, memory, devices)

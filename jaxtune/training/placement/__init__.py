@@ -1,0 +1,1 @@
+"""How a run is spread over its devices: mesh, micro-batches and memory."""

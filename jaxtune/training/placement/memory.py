@@ -1,0 +1,77 @@
+"""Memory of a step by formulas, for what is decided before anything is compiled.
+
+The arguments of a step are known exactly; the memory of its intermediate arrays is estimated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from jaxtune.layers.decoder import ForwardOptions
+from jaxtune.models.definition import Definition
+
+_SAVED = {"full": (), "save_attention": ("out",), "save_qkv": ("out", "qkv")}
+
+
+def temporaries(
+    definition: Definition,
+    options: ForwardOptions,
+    mesh: Mapping[str, int],
+    tokens: int,
+    trainable: int,
+) -> int:
+    """Estimates the bytes per device of a step's intermediate arrays.
+
+    Args:
+      definition: definition of the model.
+      options: options of the forward pass.
+      mesh: devices along each mesh axis.
+      tokens: tokens per device of a micro-batch.
+      trainable: bytes per device of the trainable tree.
+    """
+    tensor, width = mesh["tensor"], options.dtype.itemsize
+    hidden = definition.hidden_size
+    # Activations that the remat policy saves for the backward pass, in addition to the input of
+    # each layer.
+    kept = {"out", "qkv", "mlp"} if options.remat in ("none", "save_mlp") else set()
+    kept |= set(_SAVED.get(options.remat, ()))
+    saved, working = definition.layer_count * hidden, 0
+    for blocks in definition.blocks:
+        parts = blocks.layer.activation_widths
+        saved += blocks.count * sum(size for name, size in parts.items() if name in kept) // tensor
+        # A layer's activations and their cotangents.
+        working = max(working, 2 * (4 * hidden + sum(parts.values()) // tensor))
+    vocabulary = definition.vocab_size
+    chunk = min(tokens, options.tokens_per_chunk)
+    columns = vocabulary // tensor if vocabulary % tensor == 0 else vocabulary
+    logits = 3 * 4 * chunk * columns  # float32: logits, probabilities, cotangents
+    matrix = max(math.prod(leaf.declaration.shape) for leaf in definition.leaves.values())
+    gradients = 2 * trainable
+    return tokens * width * (saved + working) + logits + 2 * width * matrix // tensor + gradients
+
+
+def bytes_per_device(tree: Any, mesh: Mapping[str, int] | None = None) -> int:
+    """Returns the bytes per device of a tree of ShapeDtypeStructs with shardings.
+
+    Args:
+      tree: ShapeDtypeStructs of any shape.
+      mesh: devices along each mesh axis; by default those of the shardings.
+    """
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        total += math.prod(_shard_shape(leaf, mesh)) * leaf.dtype.itemsize
+    return total
+
+
+def _shard_shape(leaf: Any, mesh: Mapping[str, int] | None) -> tuple[int, ...]:
+    if mesh is None:
+        return leaf.sharding.shard_shape(leaf.shape)
+    spec = (*leaf.sharding.spec, *[None] * leaf.ndim)[: leaf.ndim]
+    parts = [(entry,) if isinstance(entry, str) else entry or () for entry in spec]
+    shares = [math.prod(mesh[axis] for axis in axes) for axes in parts]
+    # A dimension that the devices do not divide stays whole; see `even_spec`.
+    return tuple(n // k if n % k == 0 else n for n, k in zip(leaf.shape, shares, strict=True))
