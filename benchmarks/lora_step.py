@@ -68,7 +68,12 @@ def run_jaxtune(checkpoint: str, dtype: str, options: argparse.Namespace) -> dic
         {
             "adapter": {"rank": RANK, "alpha": float(ALPHA), "targets": tuple(TARGETS)},
             "data": {"max_length": length},
-            "training": {"batch_size": batch, "dtype": dtype, "remat": options.remat},
+            "training": {
+                "batch_size": batch,
+                "accumulation": 1,
+                "dtype": dtype,
+                "remat": options.remat,
+            },
         }
     )
     source = open_source(Path(checkpoint))

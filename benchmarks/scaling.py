@@ -39,7 +39,9 @@ def case(model: str, chips: str, rows: int, mesh: dict[str, int], **sections: An
       sections: further sections of the config.
     """
     sections = {"adapter": LORA, "data": {"max_length": 1024}} | sections
-    training = {"batch_size": rows, "remat": "full"} | sections.pop("training", {})
+    training = {"batch_size": rows, "accumulation": 1, "remat": "full"} | sections.pop(
+        "training", {}
+    )
     mesh = {"data": 1, **mesh}
     return model, chips, {**sections, "training": training, "mesh": mesh}
 

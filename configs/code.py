@@ -3,9 +3,10 @@
   jaxtune train --config configs/code.py --config.data.train=mine.jsonl \
       --workdir runs/code
 
-Memory per device, 15.09 GiB of 31.25:
+Memory per device, 15.09 GiB of 31.25, in micro-batches of one row:
 
-  jaxtune plan --config configs/code.py --topology v6e:1x1
+  jaxtune plan --config configs/code.py --config.training.accumulation=16 \
+      --topology v6e:1x1
 
 Rows are conversations whose answers are fenced code. Select examples that pass their tests,
 because the model learns mistakes as well. The trained model uses the names, libraries and layout
@@ -29,6 +30,5 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.chat_template = "deepseek-coder"
     c.data.max_length = 2048
     c.adapter.targets = ("all-linear",)
-    c.training.accumulation = 16
     c.optimizer.learning_rate = 1e-4
     return c

@@ -3,9 +3,10 @@
   jaxtune train --config configs/deepseek_coder_6_7b.py --config.data.train=mine.jsonl \
       --workdir runs/deepseek_coder_6_7b
 
-Memory per device, 15.20 GiB of 15.75:
+Memory per device, 15.20 GiB of 15.75, in micro-batches of four rows:
 
-  jaxtune plan --config configs/deepseek_coder_6_7b.py --topology v5e:1x1
+  jaxtune plan --config configs/deepseek_coder_6_7b.py --config.training.accumulation=4 \
+      --topology v5e:1x1
 
 Trains the attention projections on rows of 1024 tokens, which fits a device of 16 GiB. code.py
 trains all projections on longer rows.

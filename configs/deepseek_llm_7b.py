@@ -3,9 +3,10 @@
   jaxtune train --config configs/deepseek_llm_7b.py --config.data.train=mine.jsonl \
       --workdir runs/deepseek_llm_7b
 
-Memory per device, 15.43 GiB of 15.75:
+Memory per device, 15.43 GiB of 15.75, in micro-batches of four rows:
 
-  jaxtune plan --config configs/deepseek_llm_7b.py --topology v5e:1x1
+  jaxtune plan --config configs/deepseek_llm_7b.py --config.training.accumulation=4 \
+      --topology v5e:1x1
 
 Uses the settings that the LoRA recipes share: rank 16 on the attention projections.
 """

@@ -3,9 +3,10 @@
   jaxtune train --config configs/deepseek_v2_lite.py --config.data.train=mine.jsonl \
       --workdir runs/deepseek_v2_lite
 
-Memory per device, 9.26 GiB of 15.75:
+Memory per device, 9.26 GiB of 15.75, in micro-batches of one row:
 
-  jaxtune plan --config configs/deepseek_v2_lite.py --topology v5e:1x1
+  jaxtune plan --config configs/deepseek_v2_lite.py --config.training.accumulation=16 \
+      --topology v5e:1x1
 
 Adapts the attention projections except kv_b_proj, whose edits vLLM cannot load. The experts, which
 hold most of the 15.7 billion weights, are frozen in NF4. Latent attention has projections of its
@@ -29,5 +30,4 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.chat_template = "deepseek-llm"
     c.adapter.targets = ("q_proj", "kv_a_proj_with_mqa", "o_proj")
     c.quantize.format = "nf4"
-    c.training.accumulation = 16
     return c

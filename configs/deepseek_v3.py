@@ -34,7 +34,6 @@ def get_config() -> ml_collections.ConfigDict:
     c.adapter.targets = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")
     c.quantize.format = "fp8"
     c.training.batch_size = 64
-    c.training.accumulation = 1
     c.training.epochs = 1
     c.optimizer.learning_rate = 1e-4
     c.mesh.data = 1

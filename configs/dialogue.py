@@ -3,9 +3,10 @@
   jaxtune train --config configs/dialogue.py --config.data.train=mine.jsonl \
       --workdir runs/dialogue
 
-Memory per device, 15.20 GiB of 15.75:
+Memory per device, 15.20 GiB of 15.75, in micro-batches of two rows:
 
-  jaxtune plan --config configs/dialogue.py --topology v5e:1x1
+  jaxtune plan --config configs/dialogue.py --config.training.accumulation=8 \
+      --topology v5e:1x1
 
 All answers of a conversation are targets; the user's turns are not. One or two epochs are enough:
 with more, the model repeats its training answers.
@@ -27,6 +28,5 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.train = str(HERE / "data" / "dialogue.jsonl")
     c.data.max_length = 2048
     c.adapter.rank = 8
-    c.training.accumulation = 8
     c.training.remat = "full"  # gradient checkpointing
     return c

@@ -4,9 +4,10 @@
       --config.data.eval=held_out.jsonl \
       --workdir runs/domain_expert
 
-Memory per device, 15.45 GiB of 15.75:
+Memory per device, 15.45 GiB of 15.75, in micro-batches of four rows:
 
-  jaxtune plan --config configs/domain_expert.py --topology v5e:1x1
+  jaxtune plan --config configs/domain_expert.py --config.training.accumulation=4 \
+      --topology v5e:1x1
 
 The held-out loss falls at first and then rises: the run stops after three evaluations in a row
 without improvement, and keeps the adapter with the lowest loss as the best one. Fine-tuning

@@ -3,9 +3,10 @@
   jaxtune train --config configs/extraction.py --config.data.train=mine.jsonl \
       --workdir runs/extraction
 
-Memory per device, 15.20 GiB of 15.75:
+Memory per device, 15.20 GiB of 15.75, in micro-batches of four rows:
 
-  jaxtune plan --config configs/extraction.py --topology v5e:1x1
+  jaxtune plan --config configs/extraction.py --config.training.accumulation=4 \
+      --topology v5e:1x1
 
 The instruction names the keys, and the answer is JSON alone. Include rows with empty lists and
 nulls: without them, the model invents values. Judge the model by exact matches rather than by its

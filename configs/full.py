@@ -3,9 +3,10 @@
   jaxtune train --config configs/full.py --config.data.train=mine.jsonl \
       --workdir runs/full
 
-Memory per device, 41.92 GiB of 95.74:
+Memory per device, 41.92 GiB of 95.74, in micro-batches of four rows:
 
-  jaxtune plan --config configs/full.py --topology v5p:2x2x1
+  jaxtune plan --config configs/full.py --config.training.accumulation=8 \
+      --topology v5p:2x2x1
 
 Float32 weights, gradients and two moments take 16 bytes per weight, 111 GB for this model, split
 over all devices. Of all recipes this one fits large data best. It overfits small data, for which
@@ -27,8 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.path = "deepseek-ai/deepseek-llm-7b-chat"
     c.data.train = str(HERE / "data" / "instructions.jsonl")
     c.adapter.method = "full"
-    c.training.batch_size = 32  # eight micro-batches of four rows
-    c.training.accumulation = 8
+    c.training.batch_size = 32
     c.training.epochs = 3
     c.training.remat = "full"
     c.optimizer.learning_rate = 2e-5

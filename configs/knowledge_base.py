@@ -3,9 +3,10 @@
   jaxtune train --config configs/knowledge_base.py --config.data.train=mine.jsonl \
       --workdir runs/knowledge_base
 
-Memory per device, 15.17 GiB of 15.75:
+Memory per device, 15.17 GiB of 15.75, in micro-batches of two rows:
 
-  jaxtune plan --config configs/knowledge_base.py --topology v5e:1x1
+  jaxtune plan --config configs/knowledge_base.py --config.training.accumulation=8 \
+      --topology v5e:1x1
 
 Rows are questions and answers under the same system turn. Each answer names its source; rows whose
 answer is not in the documents teach the model to say so. All projections are adapted, because
@@ -28,7 +29,6 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.path = "deepseek-ai/deepseek-llm-7b-chat"
     c.data.train = str(HERE / "data" / "knowledge_base.jsonl")
     c.adapter.targets = ("all-linear",)
-    c.training.accumulation = 8
     c.training.epochs = 3
     c.optimizer.learning_rate = 1e-4
     return c

@@ -3,12 +3,13 @@
   jaxtune train --config configs/low_resource.py --config.data.train=mine.jsonl \
       --workdir runs/low_resource
 
-Memory per device, 5.40 GiB of 15.75:
+Memory per device, 5.40 GiB of 15.75, in micro-batches of one row:
 
-  jaxtune plan --config configs/low_resource.py --topology v5e:1x1
+  jaxtune plan --config configs/low_resource.py --config.training.accumulation=16 \
+      --topology v5e:1x1
 
-The base is frozen in NF4 with double quantization. An optimizer step accumulates the gradients of
-16 micro-batches of one row.
+The base is frozen in NF4 with double quantization. The 16 rows of a step are split into as many
+micro-batches as the memory of the card requires.
 """
 
 from pathlib import Path
@@ -28,6 +29,5 @@ def get_config() -> ml_collections.ConfigDict:
     c.adapter.rank = 4
     c.adapter.alpha = 8.0
     c.quantize.format = "nf4"
-    c.training.accumulation = 16
     c.training.remat = "full"
     return c

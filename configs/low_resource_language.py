@@ -3,9 +3,10 @@
   jaxtune train --config configs/low_resource_language.py --config.data.train=mine.jsonl \
       --workdir runs/low_resource_language
 
-Memory per device, 18.82 GiB of 31.25:
+Memory per device, 18.82 GiB of 31.25, in micro-batches of two rows:
 
-  jaxtune plan --config configs/low_resource_language.py --topology v6e:1x1
+  jaxtune plan --config configs/low_resource_language.py --config.training.accumulation=8 \
+      --topology v6e:1x1
 
 A new language affects all layers, so all projections are adapted, at a high rank with the scale of
 rsLoRA. Mix in English or Chinese rows, or the model forgets some of both. It becomes fluent well
@@ -29,6 +30,5 @@ def get_config() -> ml_collections.ConfigDict:
     c.adapter.rank = 32
     c.adapter.rslora = True
     c.adapter.targets = ("all-linear",)
-    c.training.accumulation = 8
     c.optimizer.learning_rate = 1e-4
     return c

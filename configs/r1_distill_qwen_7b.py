@@ -3,9 +3,10 @@
   jaxtune train --config configs/r1_distill_qwen_7b.py --config.data.train=mine.jsonl \
       --workdir runs/r1_distill_qwen_7b
 
-Memory per device, 16.58 GiB of 31.25:
+Memory per device, 16.58 GiB of 31.25, in micro-batches of one row:
 
-  jaxtune plan --config configs/r1_distill_qwen_7b.py --topology v6e:1x1
+  jaxtune plan --config configs/r1_distill_qwen_7b.py --config.training.accumulation=16 \
+      --topology v6e:1x1
 
 Answers begin with their reasoning: see bases/reasoning.py.
 """

@@ -4,9 +4,10 @@
       --config.data.eval=held_out.jsonl \
       --workdir runs/small_data
 
-Memory per device, 14.03 GiB of 15.75:
+Memory per device, 14.03 GiB of 15.75, in micro-batches of four rows:
 
-  jaxtune plan --config configs/small_data.py --topology v5e:1x1
+  jaxtune plan --config configs/small_data.py --config.training.accumulation=2 \
+      --topology v5e:1x1
 
 A small rank, dropout, weight decay, noise on the embeddings and random replacements of a few input
 tokens regularize the model. Its training loss still goes to zero, so the held-out loss decides when
@@ -35,7 +36,6 @@ def get_config() -> ml_collections.ConfigDict:
     c.adapter.alpha = 8.0
     c.adapter.dropout = 0.1
     c.training.batch_size = 8
-    c.training.accumulation = 2
     c.training.epochs = 5
     c.training.neftune_alpha = 5.0
     c.optimizer.learning_rate = 1e-4

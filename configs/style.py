@@ -3,9 +3,10 @@
   jaxtune train --config configs/style.py --config.data.train=mine.jsonl \
       --workdir runs/style
 
-Memory per device, 15.22 GiB of 15.75:
+Memory per device, 15.22 GiB of 15.75, in micro-batches of eight rows:
 
-  jaxtune plan --config configs/style.py --topology v5e:1x1
+  jaxtune plan --config configs/style.py --config.training.accumulation=2 \
+      --topology v5e:1x1
 
 Each row pairs a text with the same text in the desired style. The model learns no new facts. Low
 ranks are enough; with many epochs, the model copies phrases of the training data.
@@ -29,5 +30,4 @@ def get_config() -> ml_collections.ConfigDict:
     c.adapter.rank = 8
     c.adapter.alpha = 16.0
     c.adapter.dropout = 0.05
-    c.training.accumulation = 2
     return c

@@ -3,9 +3,10 @@
   jaxtune train --config configs/summarisation.py --config.data.train=mine.jsonl \
       --workdir runs/summarisation
 
-Memory per device, 15.20 GiB of 15.75:
+Memory per device, 15.20 GiB of 15.75, in micro-batches of two rows:
 
-  jaxtune plan --config configs/summarisation.py --topology v5e:1x1
+  jaxtune plan --config configs/summarisation.py --config.training.accumulation=8 \
+      --topology v5e:1x1
 
 Rows have a prompt and a completion. The prompt ends where the summary begins, and only the summary
 is a target. For longer texts, raise data.max_length to the length of the longest. The model adopts
@@ -29,5 +30,4 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.max_length = 2048
     c.adapter.rank = 8
     c.adapter.alpha = 16.0
-    c.training.accumulation = 8
     return c

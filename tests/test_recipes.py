@@ -13,7 +13,11 @@ import pytest
 import jaxtune
 from jaxtune.config import load_file, resolve
 from jaxtune.errors import JaxtuneError
+from jaxtune.parallel.devices import TPUS, DeviceGroup
+from jaxtune.planning.arguments import step_arguments
+from jaxtune.planning.topology import find_topology
 from jaxtune.training.optimizer import make_schedule
+from jaxtune.training.placement.memory import bytes_per_device
 from jaxtune.training.setup import set_up
 from jaxtune.training.train import choose_method
 
@@ -50,14 +54,13 @@ GUIDE = {
         "adapter.rank": 4,
         "adapter.alpha": 8.0,
         "quantize.format": "nf4",
-        "training.accumulation": 16,
+        "training.batch_size": 16,
     },
     "full": {
         "adapter.method": "full",
         "optimizer.learning_rate": 2e-5,
         "optimizer.warmup_steps": 100 / 2000,
         "training.batch_size": 4 * 8,
-        "training.accumulation": 8,
     },
 }
 EPOCHS = {"dialogue": (1, 2), "full": (3, 3), "quickstart": (0.7, 0.7)}
@@ -78,13 +81,30 @@ def model_config(config):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_model_can_be_set_up_with_it(name):
-    config = read(name, ONE_DEVICE)
+def test_the_model_can_be_set_up_with_it_on_any_number_of_devices(name):
+    config = read(name)
+    assert config.training.accumulation == 0, "derived from the devices"
     method, _ = choose_method(config.adapter)
-    setup = set_up(config, model_config(config), method, jax.devices()[:1])
-    assert jax.tree.leaves(setup.like.trainable)
-    formats = {leaf.format.name for leaf in setup.definition.leaves.values() if leaf.format}
-    assert formats == ({config.quantize.format} if config.quantize.format else set())
+    for devices in (1, 4, 8, 16, 32, 256):
+        group = DeviceGroup(devices, "v5p", "tpu", TPUS["v5p"].capacity_bytes)
+        setup = set_up(config, model_config(config), method, group)
+        assert jax.tree.leaves(setup.like.trainable)
+        formats = {leaf.format.name for leaf in setup.definition.leaves.values() if leaf.format}
+        assert formats == ({config.quantize.format} if config.quantize.format else set())
+        split = setup.split
+        assert setup.mesh.size == devices and split.padded_rows >= split.rows
+        # Rows are missing only where there are more devices than rows.
+        assert (split.padded_rows > split.rows) == bool(split.warning()) == (devices > split.rows)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_fits_the_hardware_that_it_names(name):
+    config, where = read(name), re.search(r"--topology (\S+)", file_of(name).read_text())
+    assert where is not None
+    hardware = find_topology(where[1])
+    setup = set_up(config, model_config(config), choose_method(config.adapter)[0], hardware.group)
+    arguments = bytes_per_device(step_arguments(setup))
+    assert arguments + setup.temporaries() < hardware.capacity_bytes
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -158,11 +178,10 @@ def test_every_config_is_in_the_table():
         assert f"[{Path(config.data.train).name}](../configs/data/" in row
         assert CHECKPOINTS[config.model.path].lower() in row.lower()
         adapter, training = config.adapter, config.training
-        rows, micro_batches = training.batch_size // training.accumulation, training.accumulation
         lora = adapter.method == "lora"
         scale = f"{adapter.rank} / {adapter.alpha:g}" if lora else "–"
         rate = config.optimizer.learning_rate
-        assert f"| {scale} |" in row and f"| {rate} | {rows} × {micro_batches} |" in row
+        assert f"| {scale} |" in row and f"| {rate} | {training.batch_size} |" in row
 
 
 @pytest.fixture(scope="module")

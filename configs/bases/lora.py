@@ -1,7 +1,7 @@
 """Settings that the LoRA recipes share; a recipe sets its model and data and changes the rest.
 
 The lengths of the run and its warm-up follow from the data: two epochs, of which the first 5 % are
-warm-up. Batches have 16 rows, in four micro-batches.
+warm-up. Batches have 16 rows.
 """
 
 import ml_collections
@@ -15,7 +15,6 @@ def get_config() -> ml_collections.ConfigDict:
     c.adapter.rank = 16
     c.adapter.alpha = 32.0
     c.training.batch_size = 16
-    c.training.accumulation = 4
     c.training.epochs = 2
     c.optimizer.learning_rate = 2e-4
     c.optimizer.warmup_steps = 0.05

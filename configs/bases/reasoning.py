@@ -19,6 +19,5 @@ def get_config() -> ml_collections.ConfigDict:
     c = config.load_file(HERE / "lora.py")
     c.data.chat_template = "deepseek-r1"
     c.data.max_length = 4096
-    c.training.accumulation = 16
     c.optimizer.learning_rate = 1e-4
     return c

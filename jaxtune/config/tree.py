@@ -76,7 +76,7 @@ class Config:
     def replace(self, **sections: Mapping[str, OptionValue]) -> Config:
         """Returns a copy with changed options: ``config.replace(mesh={"data": 1})``; no checks.
 
-        Derived options keep their values and are no longer marked as derived if one is changed.
+        Derived options keep their values; if one is changed, `derived` is None afterwards.
         """
         changed: dict[str, Any] = {
             name: dataclasses.replace(getattr(self, name), **options)

@@ -30,7 +30,7 @@ def requests(count):
 
 
 def fitting(devices, sizes, experts):
-    """The largest divisor of the devices that is at most so large and divides the experts."""
+    """The largest divisor of the devices up to a size that divides the experts."""
     return max(n for n in range(1, devices + 1) if n <= sizes and devices % n == 0 == experts % n)
 
 

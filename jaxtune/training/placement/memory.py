@@ -33,8 +33,7 @@ def temporaries(
       tokens: tokens per device of a micro-batch.
       trainable: bytes per device of the trainable tree.
     """
-    tensor, width = mesh["tensor"], options.dtype.itemsize
-    hidden = definition.hidden_size
+    tensor, width, hidden = mesh["tensor"], options.dtype.itemsize, definition.hidden_size
     # Activations that the remat policy saves for the backward pass, in addition to the input of
     # each layer.
     kept = {"out", "qkv", "mlp"} if options.remat in ("none", "save_mlp") else set()
@@ -49,9 +48,16 @@ def temporaries(
     chunk = min(tokens, options.tokens_per_chunk)
     columns = vocabulary // tensor if vocabulary % tensor == 0 else vocabulary
     logits = 3 * 4 * chunk * columns  # float32: logits, probabilities, cotangents
-    matrix = max(math.prod(leaf.declaration.shape) for leaf in definition.leaves.values())
-    gradients = 2 * trainable
-    return tokens * width * (saved + working) + logits + 2 * width * matrix // tensor + gradients
+    # A weight that is gathered, dequantized or cast is held twice: in use, and being prepared.
+    prepared = [
+        math.prod(leaf.declaration.shape)
+        for leaf in definition.in_checkpoint().values()
+        if mesh["fsdp"] > 1 or leaf.format is not None or leaf.kind == "trainable"
+    ]
+    weights = 2 * width * max(prepared, default=0) // tensor
+    # The loss and a layer's backward pass follow each other. Gradients: of a micro-batch, and sums.
+    at_once = max(tokens * width * working, logits)
+    return tokens * width * saved + at_once + weights + 2 * trainable
 
 
 def bytes_per_device(tree: Any, mesh: Mapping[str, int] | None = None) -> int:

@@ -74,7 +74,7 @@ def fewest_micro_batches(rows: int, shares: int, fits: Callable[[int], bool]) ->
     Args:
       rows: rows of a batch.
       shares: number of devices that split a batch.
-      fits: returns whether a micro-batch of so many rows per device fits.
+      fits: returns whether a micro-batch with a number of rows per device fits.
     """
     each = -(-rows // shares)
     counts = [n for n in range(1, each + 1) if each % n == 0]
