@@ -49,6 +49,7 @@ from jaxtune.training.evaluation import (
     held_out_batches,
     score_names,
 )
+from jaxtune.training.length import with_length
 from jaxtune.training.loop.early_stopping import check_metric
 from jaxtune.training.loop.profile import profile_window
 from jaxtune.training.loop.trainer import Trainer
@@ -102,11 +103,13 @@ def train(
         _check_stopping(config.evaluation, splits.sets, setup)
         loader = make_loader(config, splits.train, setup.reserved)
         timeline = Timeline(loader.order)
-        setup = setup.with_total_steps(timeline.total_steps(config.training))
+        changes = run.changes(config)
+        setup = with_length(setup, run, timeline, changes)
         logger.info("training for %s", timeline.describe(setup.steps))
         model = _load(setup, source, stored, tokenizer)
         # Recorded only now, so that a run whose inputs have errors can be started again.
         run.check_fingerprint(fingerprint(source, tokenizer, splits.train, held_out))
+        run.record(config, changes)
         _write_summary(run, setup, splits.train, held_out, loader)
         like = setup.definition.abstract("constants", setup.mesh)
         constants = jax.tree.map(lambda x, like: put(x, like.sharding), model.constants, like)

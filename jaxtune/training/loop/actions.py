@@ -14,7 +14,7 @@ from jaxtune.runs.checkpoints import Checkpoints
 from jaxtune.runs.directory import RunDirectory
 from jaxtune.runs.metrics import MetricLog
 from jaxtune.training.durations import Due, Timeline
-from jaxtune.training.loop.early_stopping import Tally, consider
+from jaxtune.training.loop.early_stopping import StopSettings, Tally, consider
 from jaxtune.training.loop.preemption import Preempted, preempted
 from jaxtune.training.loop.recorder import Recorder, check_finite
 from jaxtune.training.scores import answer_scores
@@ -32,6 +32,7 @@ class Actions:
       log: metric files.
       recorder: metrics of the steps; flushed before an evaluation or a save.
       tally: counters of the run.
+      stopping: settings of early stopping, stored in every checkpoint.
     """
 
     config: Config
@@ -44,6 +45,7 @@ class Actions:
     log: MetricLog
     recorder: Recorder
     tally: Tally
+    stopping: StopSettings
 
     def __post_init__(self) -> None:
         self._evaluating = Due("evaluation.every", self.config.evaluation.every, self.timeline)
@@ -126,7 +128,11 @@ class Actions:
     def _save(self, number: int, state: Any) -> None:
         """Saves a checkpoint with the position in the data and the tally; exports the adapter."""
         with self.recorder.paused():
-            extra = {"loader": self.loader.state(), "tally": dataclasses.asdict(self.tally)}
+            extra = {
+                "loader": self.loader.state(),
+                "tally": dataclasses.asdict(self.tally),
+                "stopping": self.stopping._asdict(),
+            }
             self.checkpoints.save(number, state, extra)
             self._saved = number
             self._export(self.run.adapter_last, state)

@@ -19,7 +19,12 @@ from jaxtune.runs.directory import RunDirectory
 from jaxtune.runs.metrics import MetricLog
 from jaxtune.training.durations import Timeline
 from jaxtune.training.loop.actions import Actions
-from jaxtune.training.loop.early_stopping import Tally
+from jaxtune.training.loop.early_stopping import (
+    StopSettings,
+    Tally,
+    adapt,
+    stop_settings,
+)
 from jaxtune.training.loop.preemption import watchdog
 from jaxtune.training.loop.profile import Profile
 from jaxtune.training.loop.recorder import Display, Recorder
@@ -102,7 +107,8 @@ class Trainer:
             Checkpoints(run.checkpoints, config.checkpoint.keep) as checkpoints,
             _log_interrupt(checkpoints, run),
         ):
-            state, tally, resumed = _resume(state, self.loader, checkpoints)
+            stopping = stop_settings(config.evaluation, steps)
+            state, tally, resumed = _resume(state, self.loader, checkpoints, stopping)
             if self.save_adapter is None:
                 checkpoints.pinned = tally.best_step
             start = resumed or 0
@@ -116,7 +122,7 @@ class Trainer:
                 watchdog(config.training.watchdog_minutes) as dog,
             ):
                 recorder = Recorder(log, display, tally, config, steps, self.timeline)
-                actions = self._actions(checkpoints, log, recorder, tally)
+                actions = self._actions(checkpoints, log, recorder, tally, stopping)
                 if steps == 0 and resumed is None:
                     actions.after_step(0, state, last=True)
                 for number in range(start + 1, steps + 1):
@@ -136,7 +142,12 @@ class Trainer:
         return state
 
     def _actions(
-        self, checkpoints: Checkpoints, log: MetricLog, recorder: Recorder, tally: Tally
+        self,
+        checkpoints: Checkpoints,
+        log: MetricLog,
+        recorder: Recorder,
+        tally: Tally,
+        stopping: StopSettings,
     ) -> Actions:
         return Actions(
             config=self.config,
@@ -149,10 +160,13 @@ class Trainer:
             log=log,
             recorder=recorder,
             tally=tally,
+            stopping=stopping,
         )
 
 
-def _resume(state: Any, loader: Loader, checkpoints: Checkpoints) -> tuple[Any, Tally, int | None]:
+def _resume(
+    state: Any, loader: Loader, checkpoints: Checkpoints, stopping: StopSettings
+) -> tuple[Any, Tally, int | None]:
     """Returns the state and tally of the newest checkpoint, and its step; without one, `state`, an
     empty tally and None."""
     latest = checkpoints.latest_verified()
@@ -166,7 +180,10 @@ def _resume(state: Any, loader: Loader, checkpoints: Checkpoints) -> tuple[Any, 
     state, extra = checkpoints.restore(latest, like)
     loader.restore(extra["loader"])
     logger.info("resuming after step %d, from %s", latest, checkpoints.directory)
-    return state, Tally(**extra["tally"]), latest
+    tally = Tally(**extra["tally"])
+    if "stopping" in extra:  # checkpoints of earlier versions lack it
+        adapt(tally, StopSettings(**extra["stopping"]), stopping)
+    return state, tally, latest
 
 
 @contextlib.contextmanager
