@@ -8,12 +8,32 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxtune.api import Model, Run, Sampling, convert, load, train
     from jaxtune.errors import JaxtuneError
+    from jaxtune.log_output import enable_logging
+    from jaxtune.training.loop.callbacks import Callback, Event
     from jaxtune.training.scores import register_score
 
-__all__ = ["JaxtuneError", "Model", "Run", "Sampling", "convert", "load", "register_score", "train"]
+__all__ = [
+    "Callback",
+    "Event",
+    "JaxtuneError",
+    "Model",
+    "Run",
+    "Sampling",
+    "convert",
+    "enable_logging",
+    "load",
+    "register_score",
+    "train",
+]
 
 # Modules that import no jax; the other names are in jaxtune.api.
-_LIGHT = {"JaxtuneError": "jaxtune.errors", "register_score": "jaxtune.training.scores"}
+_LIGHT = {
+    "Callback": "jaxtune.training.loop.callbacks",
+    "Event": "jaxtune.training.loop.callbacks",
+    "JaxtuneError": "jaxtune.errors",
+    "enable_logging": "jaxtune.log_output",
+    "register_score": "jaxtune.training.scores",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,7 @@ from typing import NoReturn
 from jaxtune.commands import COMMANDS
 from jaxtune.config import OPTIONS
 from jaxtune.errors import JaxtuneError, closest, user_message
+from jaxtune.log_output import StderrHandler, enable_logging
 
 OVERRIDE = "--config."
 USER_ERROR, INTERRUPTED = 65, 130
@@ -126,28 +127,10 @@ def _split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return rest, overrides
 
 
-class _Stderr(logging.StreamHandler):
-    """A handler that writes to the current sys.stderr, which a progress bar replaces."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.setStream(sys.stderr)
-        super().emit(record)
-
-
-class _Formatter(logging.Formatter):
-    """A formatter that prefixes warnings and errors with their level."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
-
-
 def set_up_process() -> None:
     """Sets up logging and the persistent compilation cache."""
-    handler = _Stderr()
-    handler.setFormatter(_Formatter())
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logging.getLogger("jaxtune").setLevel(logging.INFO)
+    logging.basicConfig(level=logging.WARNING, handlers=[StderrHandler()])
+    enable_logging()
     # Only the tokenizers of transformers are used; it would warn that its models need torch.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Read when jax is imported. With this cache, a second run of a config starts without compiling.

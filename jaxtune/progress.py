@@ -1,8 +1,9 @@
-"""Progress bars, on standard error and only on a terminal: what a program prints stays clean."""
+"""Progress bars, on standard error of a terminal or in a notebook; standard output stays clean."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import time
 from collections.abc import Callable, Iterator
 from typing import ClassVar
@@ -22,7 +23,7 @@ PATIENCE_SECONDS = 2.0
 
 
 class Bar(Progress):
-    """A progress bar, shown if standard error is a terminal that shows no other bar."""
+    """A progress bar, shown on a terminal or in a notebook that shows no other bar."""
 
     _shown: ClassVar[Bar | None] = None
 
@@ -35,7 +36,7 @@ class Bar(Progress):
           transient: removes the bar when it stops.
         """
         console = Console(stderr=True)
-        disable = not (enabled and console.is_terminal)
+        disable = not (enabled and _shows_bars(console))
         super().__init__(*columns, console=console, transient=transient, disable=disable)
 
     def start(self) -> None:
@@ -49,6 +50,13 @@ class Bar(Progress):
         if Bar._shown is self:
             Bar._shown = None
             super().stop()
+
+
+def _shows_bars(console: Console) -> bool:
+    """Returns whether a bar can be updated in place: on a terminal, or as a notebook's widget."""
+    if console.is_jupyter:
+        return all(importlib.util.find_spec(name) for name in ("IPython", "ipywidgets"))
+    return console.is_terminal
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ ORDER = (
     "errors",
     "vocabulary",
     "progress",
+    "log_output",
     "strict_json",
     "compatibility",
     "intervals",

@@ -55,6 +55,11 @@ def replace_length(training: TrainingConfig, overridden: Sequence[str]) -> Train
     return dataclasses.replace(training, **defaults)
 
 
+def length_unit(training: TrainingConfig) -> str:
+    """Returns the option that sets the length: ``steps``, ``epochs`` or ``tokens``."""
+    return next((name for name in ("epochs", "tokens") if getattr(training, name)), "steps")
+
+
 def check_length(training: TrainingConfig) -> None:
     """Raises if two lengths differ from their defaults."""
     given = _changed(training)

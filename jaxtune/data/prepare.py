@@ -25,7 +25,7 @@ from jaxtune.data.encode import Chunk, Encoder, Problem
 from jaxtune.data.examples import META, Examples, ExamplesWriter, open_examples
 from jaxtune.data.file_formats import Record
 from jaxtune.data.settings import DataSettings
-from jaxtune.data.sources import Source, find_sources
+from jaxtune.data.sources import Source, absolute_sources, find_sources
 from jaxtune.errors import JaxtuneError
 from jaxtune.progress import track
 
@@ -113,7 +113,7 @@ def cache_key(
     reading = settings.reading(tokenizer)
     described: dict[str, Any] = dataclasses.asdict(settings) | {
         "version": CACHE_VERSION,
-        "sources": [(source.name, source.digest()) for source in sources],
+        "sources": [(absolute_sources(source.name), source.digest()) for source in sources],
         "wordings": reading.wordings,
     }
     # Files are identified by content rather than path, the clock by the values that are printed.

@@ -60,16 +60,50 @@ def find_sources(text: str | Path, *, revision: str | None = None) -> list[Sourc
     whole = str(text)
     if not whole.strip():
         raise JaxtuneError("no data: set data.train to a JSONL file or the hub id of a data set")
-    entries = [whole] if path_exists(whole) else whole.split(",")
-    return [_find_source(entry.strip(), revision) for entry in entries if entry.strip()]
+    return [_find_source(entry, revision) for entry in _entries(whole)]
+
+
+def absolute_sources(text: str) -> str:
+    """Returns sources with absolute paths for files, patterns and directories; see `find_sources`.
+
+    Entries that name nothing on this machine, such as hub ids, are kept.
+    """
+    entries = _entries(text)
+    absolute = [_absolute(entry) for entry in entries]
+    # A comma separates entries, so a path that contains one must stay alone.
+    if len(entries) > 1 and any("," in entry for entry in absolute):
+        return text
+    return ",".join(absolute)
+
+
+def _absolute(entry: str) -> str:
+    name, weight = _split_weight(entry)
+    stem, colon, split = name, "", ""
+    if not path_exists(name) and not glob.has_magic(name):
+        stem, colon, split = name.partition(":")
+        if not path_exists(stem):
+            return entry
+    path = Path(stem).expanduser().absolute()
+    return f"{path}{colon}{split}{weight}"
+
+
+def _entries(text: str) -> list[str]:
+    """Returns the entries of a list of sources; a file whose name has a comma is one entry."""
+    entries = [text] if path_exists(text) else text.split(",")
+    return [entry.strip() for entry in entries if entry.strip()]
+
+
+def _split_weight(entry: str) -> tuple[str, str]:
+    """Splits an entry into its name and its weight with the ``@``, or an empty string."""
+    match = None if path_exists(entry) else _WEIGHTED.fullmatch(entry)
+    return (match["name"], f"@{match['weight']}") if match else (entry, "")
 
 
 def _find_source(entry: str, revision: str | None) -> Source:
-    name, weight = entry, 1.0
-    if (match := _WEIGHTED.fullmatch(entry)) and not path_exists(entry):
-        name, weight = match["name"], float(match["weight"])
-        if weight <= 0:
-            raise JaxtuneError(f"{entry}: a weight must be above 0; remove the entry instead")
+    name, suffix = _split_weight(entry)
+    weight = float(suffix[1:] or 1)
+    if weight <= 0:
+        raise JaxtuneError(f"{entry}: a weight must be above 0; remove the entry instead")
     try:
         path = Path(name).expanduser()
         is_file = path.is_file() or path.is_char_device()

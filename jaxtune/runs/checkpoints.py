@@ -118,6 +118,11 @@ class Checkpoints:
             raise
         self._pending = self._finisher.submit(self._finish, step, text)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a save is in progress."""
+        return self._pending is not None and not self._pending.done()
+
     def poll(self) -> None:
         """Raises the error of a failed background save, if any; never waits."""
         if self._pending is not None and self._pending.done():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +16,11 @@ from jaxtune.atomic_files import new_directory, recover, report_full_disk, write
 from jaxtune.config import Config, from_json
 from jaxtune.errors import JaxtuneError
 from jaxtune.parallel.processes import barrier, leads
+from jaxtune.runs.changes import Changes, find_changes, read_history, resumed_config
 from jaxtune.runs.metrics import EVALUATIONS, METRICS
+from jaxtune.runs.paths import check_paths, with_absolute_paths
+
+logger = logging.getLogger(__name__)
 
 LOCK, MANIFEST = "lock", "manifest.json"
 
@@ -37,6 +42,7 @@ class RunDirectory:
         self.config = self.path / "config.json"
         self.fingerprint = self.path / "fingerprint.json"
         self.chat = self.path / "chat.json"
+        self.history = self.path / "history.jsonl"
         self.metrics = self.path / METRICS
         self.evaluations = self.path / EVALUATIONS
         self.checkpoints = self.path / "checkpoints"
@@ -56,17 +62,21 @@ class RunDirectory:
         """Starts or resumes a run; locks the directory for the duration of the block.
 
         Args:
-          config: resolved config of a new run; None, or an equal one, to resume.
+          config: resolved config of a new run; None to resume an existing one, or the config to
+            resume it with (see `resumed_config`).
 
         Yields:
-          The config of ``config.json``.
+          The config of the run, with absolute paths. `record` writes what differs from
+          ``config.json``.
 
         Raises:
-          JaxtuneError: there is neither a config nor a run, the run has another config (the message
+          JaxtuneError: there is neither a config nor a run, an option must not change (the message
             lists the differences), or another process is training in the directory.
         """
         if config is None:
             self.read_config()  # raises if there is no run, before anything is created
+        else:
+            config = with_absolute_paths(config)
         with contextlib.ExitStack() as held:
             if leads():
                 held.enter_context(self._hold(config))
@@ -76,15 +86,9 @@ class RunDirectory:
                     f"{self.path}: created by process 0 but not visible to another process; the "
                     "directory must be on a file system that all processes share"
                 )
-            frozen = self.read_config()
-            requested = frozen.requested()
-            changes = _format_changes(requested.flat(), (config or requested).requested().flat())
-            if changes:
-                raise JaxtuneError(
-                    f"{self.path}: contains a run with another config: {changes}; resume it "
-                    "without a config, or use another directory"
-                )
-            yield frozen
+            check_paths(self.read_config(), self.config)
+            frozen = with_absolute_paths(self.read_config())
+            yield frozen if config is None else resumed_config(self.path, frozen, config)
 
     @contextlib.contextmanager
     def _hold(self, config: Config | None) -> Iterator[None]:
@@ -129,11 +133,41 @@ class RunDirectory:
             message = f"{self.config}:{error.lineno}: invalid JSON: {error.msg}"
             raise JaxtuneError(message) from error
 
-    def write_config(self, config: Config) -> None:
-        """Replaces the run's ``config.json``, to add values that were derived from the devices."""
-        if leads():
+    def read_history(self) -> list[dict[str, Any]]:
+        """Returns the changes of the config, in order; see `read_history`."""
+        return read_history(self.history)
+
+    def changes(self, config: Config) -> dict[str, tuple[Any, Any]]:
+        """Returns the options in which `config`, from `start`, differs from ``config.json``."""
+        return find_changes(with_absolute_paths(self.read_config()), config)
+
+    def record(self, config: Config, changes: Changes) -> None:
+        """Writes the config with which a run continues, and its changes to ``history.jsonl``.
+
+        Args:
+          config: result of `start`, with the values that were derived from the devices.
+          changes: result of `changes`.
+        """
+        if not leads():
+            return
+        if changes:
+            self._add_history(changes)
+        if changes or config.derived != self.read_config().derived:
             with report_full_disk(self.path):
                 write_atomically(self.config, config.to_json())
+        for key, (old, new) in sorted(changes.items()):
+            logger.info("%s: %s → %s", key, old, new)
+
+    def _add_history(self, changes: Changes) -> None:
+        """Adds a line to ``history.jsonl``."""
+        lines = self.read_history()
+        line = {"step": self.steps_done(), "changes": json.loads(json.dumps(dict(changes)))}
+        # The same line is already there if the process was killed before it wrote the config.
+        if line not in lines[-1:]:
+            lines.append(line)
+        text = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in lines)
+        with report_full_disk(self.path):
+            write_atomically(self.history, text)
 
     def steps_done(self) -> int:
         """Returns the step of the newest finished checkpoint, without verifying it, or 0."""

@@ -90,15 +90,25 @@ class Setup:
         training = self.config.training
         return GuardSettings(training.dtype == "float16", training.spike_factor)
 
-    def with_total_steps(self, steps: int) -> Setup:
-        """Returns a copy whose learning-rate schedule spans `steps` steps."""
-        if steps == self.steps and not _counts_data(self.config.training):
+    def with_total_steps(self, steps: int, warmup: int | None = None) -> Setup:
+        """Returns a copy whose learning-rate schedule spans `steps` steps.
+
+        Args:
+          steps: number of steps of the run.
+          warmup: number of warm-up steps; ``optimizer.warmup_steps`` by default.
+        """
+        if steps == self.steps and warmup is None and not _counts_data(self.config.training):
             return self
-        schedule = make_schedule(self.config.optimizer, steps)
+        config = self.config
+        if warmup is not None:
+            config = config.replace(optimizer={"warmup_steps": warmup})
+        schedule = make_schedule(config.optimizer, steps)
         optimizer = make_optimizer(
-            self.config.optimizer, self.definition.abstract("trainable"), schedule
+            config.optimizer, self.definition.abstract("trainable"), schedule
         )
-        return dataclasses.replace(self, steps=steps, schedule=schedule, optimizer=optimizer)
+        return dataclasses.replace(
+            self, config=config, steps=steps, schedule=schedule, optimizer=optimizer
+        )
 
     def initial_state(self, trainable: Tree) -> TrainState:
         """Returns the state before the first step; see `initial_state`."""

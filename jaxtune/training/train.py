@@ -49,6 +49,7 @@ from jaxtune.training.evaluation import (
     held_out_batches,
     score_names,
 )
+from jaxtune.training.length import with_length
 from jaxtune.training.loop.early_stopping import check_metric
 from jaxtune.training.loop.profile import profile_window
 from jaxtune.training.loop.trainer import Trainer
@@ -84,6 +85,7 @@ def train(
         raise JaxtuneError("workdir is empty: name a directory for the run")
     run = RunDirectory(workdir)
     with run.start(config) as config:
+        changes = run.changes(config)
         check_wandb(config.logging.wandb)
         profile_window(config.profile.steps)
         source = open_model(config.model.path, config.model.revision).source
@@ -96,19 +98,18 @@ def train(
         method = method.with_scores(lambda: _expert_scores(run, config, source, read))
         setup = set_up(config, source.config, method)
         _log_setup(setup)
-        if setup.config.derived != config.derived:
-            run.write_config(setup.config)
         splits = read()
         held_out = splits.held_out
         chat = save_end_tokens(run, chat, splits.train)
         _check_stopping(config.evaluation, splits.sets, setup)
         loader = make_loader(config, splits.train, setup.reserved)
         timeline = Timeline(loader.order)
-        setup = setup.with_total_steps(timeline.total_steps(config.training))
+        setup = with_length(setup, run, timeline, changes)
         logger.info("training for %s", timeline.describe(setup.steps))
         model = _load(setup, source, stored, tokenizer)
         # Recorded only now, so that a run whose inputs have errors can be started again.
         run.check_fingerprint(fingerprint(source, tokenizer, splits.train, held_out))
+        run.record(setup.config, changes)
         _write_summary(run, setup, splits.train, held_out, loader)
         like = setup.definition.abstract("constants", setup.mesh)
         constants = jax.tree.map(lambda x, like: put(x, like.sharding), model.constants, like)

@@ -1,6 +1,7 @@
 """The loop under real interruptions. Run as a program, this file is the run that is killed."""
 
 import dataclasses
+import itertools
 import logging
 import random
 import shutil
@@ -314,6 +315,44 @@ def test_an_interrupt_saves_nothing_half_and_says_how_to_go_on(tmp_path, unbroke
     assert sorted(p.name for p in run.checkpoints.iterdir()) == ["3", "6"]
     train(tmp_path, None)
     assert_same_run(tmp_path, unbroken)
+
+
+def resume(directory, evaluate, **sections):
+    """Resumes a run with changed sections; returns the steps of its evaluations and its tally."""
+    run = RunDirectory(directory)
+    config = run.read_config().replace(**sections)
+    run.record(config, run.changes(config))
+    train(directory, None, evaluate=evaluate)
+    with Checkpoints(run.checkpoints) as checkpoints:
+        _, extra = checkpoints.restore(run.steps_done(), problem(config)[0])
+    return [line["step"] for line in read_lines(run.evaluations)], extra["tally"]
+
+
+def test_a_run_that_stopped_early_goes_on_if_it_is_lengthened(tmp_path):
+    rising = itertools.count(1)
+    scores = {"evaluate": lambda trainable: {"loss": float(next(rising))}}
+    train(tmp_path, settings(evaluation={"stop_patience": 2}), **scores)
+    steps, tally = resume(tmp_path, **scores)
+    assert steps == [4, 8, 12] and tally["stopped"]
+    steps, tally = resume(tmp_path, training={"steps": 40}, **scores)
+    assert steps == [4, 8, 12, 16, 20] and tally["stopped"] and tally["best_step"] == 4
+    steps, tally = resume(tmp_path, evaluation={"stop_patience": 0}, **scores)
+    assert steps[-1] == 40 and not tally["stopped"]
+
+
+def test_another_metric_selects_the_best_step_anew(tmp_path):
+    def scored(trainable):
+        loss = evaluate(trainable)["loss"]
+        return {"loss": loss, "token_accuracy": loss}
+
+    train(tmp_path, settings(), evaluate=scored)
+    metric = {"stop_metric": "token_accuracy"}
+    training = {"steps": 28}
+    _, tally = resume(tmp_path, scored, evaluation=metric, training=training)
+    losses = {line["step"]: line["loss"] for line in read_lines(tmp_path / "evaluations.jsonl")}
+    assert losses[20] < losses[4]
+    later = {step: loss for step, loss in losses.items() if step > 20}
+    assert tally["best_step"] == max(later, key=later.__getitem__)
 
 
 def kill_when(process, metrics, lines, delay):

@@ -9,22 +9,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+import jax
+
 from jaxtune.config import Config
+from jaxtune.parallel.processes import agree
 from jaxtune.runs.checkpoints import Checkpoints
 from jaxtune.runs.directory import RunDirectory
 from jaxtune.runs.metrics import MetricLog
 from jaxtune.training.durations import Due, Timeline
-from jaxtune.training.loop.early_stopping import Tally, consider
+from jaxtune.training.loop.callbacks import Callbacks
+from jaxtune.training.loop.early_stopping import StopSettings, Tally, consider
 from jaxtune.training.loop.preemption import Preempted, preempted
 from jaxtune.training.loop.recorder import Recorder, check_finite
 from jaxtune.training.scores import answer_scores
 
 logger = logging.getLogger(__name__)
 
+_STEPS_BETWEEN_AGREEMENTS = 10
+
 
 @dataclasses.dataclass
 class Actions:
-    """Evaluation, checkpoints, adapter export and preemption after a step.
+    """Evaluation, checkpoints, adapter export, callbacks and preemption after a step.
 
     Attributes:
       config, evaluate, save_adapter, run, loader, timeline: the fields of `Trainer`.
@@ -32,6 +38,8 @@ class Actions:
       log: metric files.
       recorder: metrics of the steps; flushed before an evaluation or a save.
       tally: counters of the run.
+      stopping: settings of early stopping, stored in every checkpoint.
+      callbacks: callbacks of the user.
     """
 
     config: Config
@@ -44,11 +52,14 @@ class Actions:
     log: MetricLog
     recorder: Recorder
     tally: Tally
+    stopping: StopSettings
+    callbacks: Callbacks
 
     def __post_init__(self) -> None:
         self._evaluating = Due("evaluation.every", self.config.evaluation.every, self.timeline)
         self._saving = Due("checkpoint.every", self.config.checkpoint.every, self.timeline)
         self._saved: int | None = None
+        self._announced: int | None = None  # the last saved step whose callbacks have run
 
     def after_step(self, number: int, state: Any, last: bool = False) -> None:
         """Evaluates and saves if due after step `number`.
@@ -81,8 +92,42 @@ class Actions:
             f"--workdir {self.run.path}"
         )
 
-    def finish(self) -> None:
-        """Logs the skipped steps, the best evaluation and the location of its weights."""
+    def announce(self) -> None:
+        """Calls `Callback.on_checkpoint` if a checkpoint has become complete."""
+        if self._saved != self._announced and not self.checkpoints.busy:
+            self._announced = self._saved
+            assert self._saved is not None
+            self.callbacks.on_checkpoint(self._saved, self.checkpoints.directory / str(self._saved))
+
+    def stop_requested(self, number: int, state: Any) -> bool:
+        """Returns whether a callback ends the run after step `number`, which is then saved."""
+        if not self.callbacks:
+            return False
+        # Agreeing waits for the device, so several processes do it only now and then.
+        if jax.process_count() > 1 and number % _STEPS_BETWEEN_AGREEMENTS:
+            return False
+        if not agree(self.callbacks.stopping):
+            return False
+        if self._saved != number:
+            self._save(number, state)
+        logger.info(
+            "stopped by a callback after step %d, which is saved; jaxtune train --workdir %s "
+            "resumes the run",
+            number,
+            self.run.path,
+        )
+        return True
+
+    def finish(self, number: int) -> None:
+        """Logs the skipped steps, the best evaluation and the location of its weights.
+
+        Calls `Callback.on_end` with the number of the last step.
+        """
+        self.announce()
+        self._log_end()
+        self.callbacks.on_end(number)
+
+    def _log_end(self) -> None:
         tally, metric = self.tally, self.config.evaluation.stop_metric
         if tally.skipped:
             counts = ", ".join(f"{count} {reason}" for reason, count in tally.skipped.items())
@@ -121,12 +166,19 @@ class Actions:
                 self._export(self.run.adapter_best, state)
                 if self.save_adapter is None:
                     self.checkpoints.pinned = number
+            self.callbacks.on_evaluation(number, scores, best)
         return best
 
     def _save(self, number: int, state: Any) -> None:
         """Saves a checkpoint with the position in the data and the tally; exports the adapter."""
         with self.recorder.paused():
-            extra = {"loader": self.loader.state(), "tally": dataclasses.asdict(self.tally)}
+            extra = {
+                "loader": self.loader.state(),
+                "tally": dataclasses.asdict(self.tally),
+                "stopping": self.stopping._asdict(),
+            }
+            self.checkpoints.wait()
+            self.announce()
             self.checkpoints.save(number, state, extra)
             self._saved = number
             self._export(self.run.adapter_last, state)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxtune.config import EvaluationConfig
 from jaxtune.errors import JaxtuneError, closest
@@ -35,6 +35,54 @@ class Tally:
     best_step: int | None = None
     stale: int = 0
     stopped: bool = False
+
+
+class StopSettings(NamedTuple):
+    """Settings under which a run selects its best step and may stop early.
+
+    Attributes:
+      metric: ``evaluation.stop_metric``.
+      patience: ``evaluation.stop_patience``.
+      min_change: ``evaluation.stop_min_change``.
+      steps: number of steps of the run.
+    """
+
+    metric: str
+    patience: int
+    min_change: float
+    steps: int
+
+
+def stop_settings(section: EvaluationConfig, steps: int) -> StopSettings:
+    """Returns the settings of an ``evaluation`` section for a run of `steps` steps."""
+    return StopSettings(section.stop_metric, section.stop_patience, section.stop_min_change, steps)
+
+
+def adapt(tally: Tally, before: StopSettings, now: StopSettings) -> None:
+    """Adapts the counters of a resumed run to changed settings.
+
+    Another metric starts without a best score. A run that has stopped early goes on if its length
+    or a setting of early stopping has changed; its evaluations without a better score are then
+    counted anew.
+
+    Args:
+      tally: counters of the run, updated in place.
+      before: settings at the time of the checkpoint.
+      now: settings of the resumed run.
+    """
+    if before == now:
+        return
+    if before.metric != now.metric and tally.best is not None:
+        logger.info(
+            "evaluation.stop_metric: %s → %s: the best step is selected anew, from the next "
+            "evaluation on",
+            before.metric,
+            now.metric,
+        )
+        tally.best, tally.best_step, tally.stale = None, None, 0
+    if tally.stopped:
+        logger.info("the run had stopped early; it continues because its settings have changed")
+        tally.stopped, tally.stale = False, 0
 
 
 def check_metric(metric: str, scores: Iterable[str]) -> None:

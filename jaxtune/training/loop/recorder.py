@@ -26,6 +26,7 @@ from jaxtune.progress import Bar
 from jaxtune.runs.metrics import MetricLog
 from jaxtune.training.bad_steps import OVERFLOW, REASONS
 from jaxtune.training.durations import Due, Timeline
+from jaxtune.training.loop.callbacks import Callbacks
 from jaxtune.training.loop.early_stopping import Tally
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class Recorder:
         config: Config,
         steps: int,
         timeline: Timeline | None,
+        callbacks: Callbacks,
     ):
         """Starts the clock of the throughput.
 
@@ -59,7 +61,9 @@ class Recorder:
           config: resolved config; the logging interval and the limit of skipped steps are used.
           steps: number of steps of the run.
           timeline: progress through the data, for intervals in epochs or tokens.
+          callbacks: callbacks of the user, called with the metrics of each step.
         """
+        self._callbacks = callbacks
         self._log, self._display, self._tally = log, display, tally
         self._due = Due("logging.every", config.logging.every, timeline)
         self._max_bad = config.training.max_bad_steps
@@ -130,8 +134,11 @@ class Recorder:
             line = line | {"batch": _hash(self._batch)}
             self._log.train(number, line)
             self._tokens, self._clock, self._waited = 0, time.monotonic(), 0.0
+        skipped: dict[str, Any] = {}
         if reason is not None:
             self._skipped(number, outcome, reason, values)
+            skipped = {"skipped": reason}
+        self._callbacks.on_step(number, values | skipped)
 
     def _estimate(self, number: int) -> None:
         """Logs the expected duration of the run once, from the first steps after compilation."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +19,13 @@ from jaxtune.runs.directory import RunDirectory
 from jaxtune.runs.metrics import MetricLog
 from jaxtune.training.durations import Timeline
 from jaxtune.training.loop.actions import Actions
-from jaxtune.training.loop.early_stopping import Tally
+from jaxtune.training.loop.callbacks import Callback, Callbacks
+from jaxtune.training.loop.early_stopping import (
+    StopSettings,
+    Tally,
+    adapt,
+    stop_settings,
+)
 from jaxtune.training.loop.preemption import watchdog
 from jaxtune.training.loop.profile import Profile
 from jaxtune.training.loop.recorder import Display, Recorder
@@ -64,6 +70,7 @@ class Trainer:
       config: resolved config of the run.
       steps: number of steps; ``training.steps`` by default.
       timeline: progress through the data, for intervals in epochs or tokens.
+      callbacks: callbacks of the user.
     """
 
     step: Callable[[Any, Any], tuple[Any, Mapping[str, jax.Array]]]
@@ -74,6 +81,7 @@ class Trainer:
     config: Config
     steps: int | None = None
     timeline: Timeline | None = None
+    callbacks: Sequence[Callback] = ()
 
     def fit(self, state: Any) -> Any:
         """Trains to the end, from the newest undamaged checkpoint of the run if there is one.
@@ -86,7 +94,7 @@ class Trainer:
             ``trainable``. It is donated.
 
         Returns:
-          The state after the last step: step `steps`, or earlier with early stopping.
+          The state after the last step: step `steps`, or earlier if the run was stopped.
 
         Raises:
           JaxtuneError: too many skipped steps in a row, a held-out score that is not finite (the
@@ -102,7 +110,8 @@ class Trainer:
             Checkpoints(run.checkpoints, config.checkpoint.keep) as checkpoints,
             _log_interrupt(checkpoints, run),
         ):
-            state, tally, resumed = _resume(state, self.loader, checkpoints)
+            stopping = stop_settings(config.evaluation, steps)
+            state, tally, resumed = _resume(state, self.loader, checkpoints, stopping)
             if self.save_adapter is None:
                 checkpoints.pinned = tally.best_step
             start = resumed or 0
@@ -115,13 +124,14 @@ class Trainer:
                 Profile(config.profile.steps, run.path / "profile") as profile,
                 watchdog(config.training.watchdog_minutes) as dog,
             ):
-                recorder = Recorder(log, display, tally, config, steps, self.timeline)
-                actions = self._actions(checkpoints, log, recorder, tally)
+                callbacks = Callbacks(self.callbacks, run.path, steps)
+                recorder = Recorder(log, display, tally, config, steps, self.timeline, callbacks)
+                actions = self._actions(checkpoints, log, recorder, tally, stopping, callbacks)
                 if steps == 0 and resumed is None:
                     actions.after_step(0, state, last=True)
-                for number in range(start + 1, steps + 1):
-                    if tally.stopped:
-                        break
+                number = start
+                while number < steps and not tally.stopped:
+                    number += 1
                     with recorder.waiting():
                         batch = next(self.loader)
                     profile.before(number)
@@ -130,13 +140,22 @@ class Trainer:
                     recorder.put(number, metrics, batch, self.loader.rows)
                     checkpoints.poll()
                     dog.step()
+                    actions.announce()
                     actions.after_step(number, state, last=number == steps)
+                    if number < steps and actions.stop_requested(number, state):
+                        break
                 checkpoints.wait()
-                actions.finish()
+                actions.finish(number)
         return state
 
     def _actions(
-        self, checkpoints: Checkpoints, log: MetricLog, recorder: Recorder, tally: Tally
+        self,
+        checkpoints: Checkpoints,
+        log: MetricLog,
+        recorder: Recorder,
+        tally: Tally,
+        stopping: StopSettings,
+        callbacks: Callbacks,
     ) -> Actions:
         return Actions(
             config=self.config,
@@ -149,10 +168,14 @@ class Trainer:
             log=log,
             recorder=recorder,
             tally=tally,
+            stopping=stopping,
+            callbacks=callbacks,
         )
 
 
-def _resume(state: Any, loader: Loader, checkpoints: Checkpoints) -> tuple[Any, Tally, int | None]:
+def _resume(
+    state: Any, loader: Loader, checkpoints: Checkpoints, stopping: StopSettings
+) -> tuple[Any, Tally, int | None]:
     """Returns the state and tally of the newest checkpoint, and its step; without one, `state`, an
     empty tally and None."""
     latest = checkpoints.latest_verified()
@@ -166,7 +189,10 @@ def _resume(state: Any, loader: Loader, checkpoints: Checkpoints) -> tuple[Any, 
     state, extra = checkpoints.restore(latest, like)
     loader.restore(extra["loader"])
     logger.info("resuming after step %d, from %s", latest, checkpoints.directory)
-    return state, Tally(**extra["tally"]), latest
+    tally = Tally(**extra["tally"])
+    if "stopping" in extra:  # checkpoints of earlier versions lack it
+        adapt(tally, StopSettings(**extra["stopping"]), stopping)
+    return state, tally, latest
 
 
 @contextlib.contextmanager

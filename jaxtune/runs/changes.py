@@ -1,0 +1,107 @@
+"""Changes of a run's config when it is resumed: which are allowed, and their history."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxtune.config import OPTIONS, Config, TrainingConfig
+from jaxtune.config.length import LENGTHS, length_unit
+from jaxtune.errors import JaxtuneError
+
+Changes = Mapping[str, tuple[Any, Any]]
+"""Changed options by ``section.name``, as (old, new)."""
+
+_FREE_SECTIONS = ("logging", "checkpoint", "evaluation", "profile", "mesh")
+FREE = frozenset(
+    [
+        *(key for key in OPTIONS if key.partition(".")[0] in _FREE_SECTIONS),
+        *("training.accumulation", "training.watchdog_minutes", "training.max_bad_steps"),
+        "data.cache",
+    ]
+)
+"""Options that do not change what is learned, so they may differ when a run is resumed."""
+
+_LENGTHS = frozenset(f"training.{name}" for name in LENGTHS)
+
+
+def find_changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Returns the options that differ as requested, whatever was derived from the devices."""
+    before, after = old.requested().flat(), new.requested().flat()
+    return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+
+
+def resumed_config(run: Path, frozen: Config, given: Config) -> Config:
+    """Returns the config with which a run is resumed.
+
+    The length may differ, in the unit in which the run began, and so may the options in `FREE`.
+    Values that were derived from the devices are kept, unless an option in question has changed.
+
+    Args:
+      run: directory of the run, for messages.
+      frozen: config of the run.
+      given: config to resume it with.
+
+    Raises:
+      JaxtuneError: another option differs; the message lists the differences.
+    """
+    changes = find_changes(frozen, given)
+    if other := {key: pair for key, pair in changes.items() if key not in FREE | _LENGTHS}:
+        raise JaxtuneError(
+            f"{run}: contains a run with another config: {describe(other)}; resume it without a "
+            "config, or use another directory"
+        )
+    unit, asked = length_unit(frozen.training), length_unit(given.training)
+    if unit != asked:
+        new, old = getattr(given.training, asked), getattr(frozen.training, unit)
+        raise JaxtuneError(
+            f"{run}: training.{asked}={new}: the length of this run is in {unit} "
+            f"(training.{unit}={old}); change training.{unit}"
+        )
+    sections: dict[str, dict[str, Any]] = {}
+    for key, (_, new) in changes.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = new
+    placed = any(key.startswith("mesh.") or key == "training.accumulation" for key in changes)
+    resumed = (frozen.requested() if placed else frozen).replace(**sections)
+    return dataclasses.replace(resumed, overridden=given.overridden)
+
+
+def describe(changes: Changes) -> str:
+    """Returns ``"key: old → new, …"``, sorted by key."""
+    return ", ".join(f"{key}: {old} → {new}" for key, (old, new) in sorted(changes.items()))
+
+
+def first_training(history: list[dict[str, Any]], config: Config) -> TrainingConfig:
+    """Returns the ``training`` section of a run with the length with which it began.
+
+    Args:
+      history: result of `read_history`.
+      config: config of the run.
+    """
+    unit = length_unit(config.training)
+    for line in history:
+        if pair := line["changes"].get(f"training.{unit}"):
+            return config.replace(training={unit: pair[0]}).training
+    return config.training
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """Reads ``history.jsonl``: ``step`` and ``changes`` of each resume with another config.
+
+    Raises:
+      JaxtuneError: a line is damaged; the message names file and line.
+    """
+    if not path.is_file():
+        return []
+    lines = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            line = json.loads(text)
+            lines.append({"step": int(line["step"]), "changes": dict(line["changes"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise JaxtuneError(f"{path}:{number}: not a change of a config") from error
+    return lines

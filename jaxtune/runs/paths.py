@@ -1,0 +1,66 @@
+"""Paths of a config as absolute paths, so that a run can be used from any directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jaxtune.chats.builtin import built_in_templates
+from jaxtune.config import Config
+from jaxtune.data.sources import absolute_sources, path_exists
+from jaxtune.data.splits import parse_eval_sets
+from jaxtune.errors import JaxtuneError
+
+_PATHS = (
+    "model.path",
+    "data.prompt_templates",
+    "data.chat_template",
+    "adapter.init_from",
+    "adapter.expert_scores",
+)
+"""Options that name one file or directory, or something that is not a path, such as a hub id."""
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """Returns a config with absolute paths for all files and directories that exist.
+
+    Everything else, such as a hub id or the name of a built-in template, is kept.
+
+    Raises:
+      JaxtuneError: ``data.eval`` is malformed.
+    """
+    changed: dict[str, dict[str, str]] = {}
+    values = config.flat()
+    for key in _PATHS:
+        value = str(values[key])
+        built_in = key == "data.chat_template" and value in built_in_templates()
+        if value and not built_in and path_exists(value):
+            section, _, name = key.partition(".")
+            changed.setdefault(section, {})[name] = str(Path(value).expanduser().absolute())
+    held_out = [
+        f"{name}={absolute_sources(path)}" if name else absolute_sources(path)
+        for name, path in parse_eval_sets(config.data.eval).items()
+    ]
+    data = {"train": absolute_sources(config.data.train), "eval": ",".join(held_out)}
+    if config.data.cache:
+        data["cache"] = str(Path(config.data.cache).expanduser().absolute())
+    return config.replace(**changed).replace(data=data)
+
+
+def check_paths(config: Config, place: Path) -> None:
+    """Raises if an absolute path of a stored config no longer exists.
+
+    Args:
+      config: config of a run.
+      place: its ``config.json``, for the message.
+
+    Raises:
+      JaxtuneError: a file or directory is missing; the message names the key.
+    """
+    values = config.flat()
+    for key in _PATHS:
+        value = str(values[key])
+        if value.startswith("/") and not path_exists(value):
+            raise JaxtuneError(
+                f"{place}: {key}={value}: no such file or directory; if it has moved, correct the "
+                "path in this file"
+            )
