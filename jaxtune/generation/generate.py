@@ -46,11 +46,12 @@ PROMPT_MULTIPLE, CACHE_MULTIPLE, END_MULTIPLE = 32, 128, 8
 
 
 def bucket(size: int, multiple: int, steps: int = 1) -> int:
-    """Returns the smallest bucket that holds `size`.
+    """Returns the smallest bucket that holds `size` ≥ 0.
 
     Buckets are the powers of two, with `steps` equal steps from each to the next, but no step is
     smaller than `multiple`, a power of two.
     """
+    size = max(size, 1)
     octave = 1 << (max(size - 1, 1).bit_length() - 1)  # the largest power of two below the size
     step = max(multiple, octave // steps)
     return -(-size // step) * step
