@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from typing import TYPE_CHECKING
 
 from jaxtune.commands.arguments import ADAPTER_HELP
@@ -19,6 +20,7 @@ from jaxtune.errors import JaxtuneError
 
 if TYPE_CHECKING:
     import jaxtune
+    from jaxtune.api.prompts import TextOptions
 
 SUMMARY = "Generate answers to prompts."
 
@@ -78,7 +80,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="nucleus sampling: cumulative probability of the tokens to sample from (default: 1)",
     )
     parser.add_argument(
+        "--top-k",
+        metavar="K",
+        type=int,
+        default=0,
+        help="number of most likely tokens to sample from (default: 0, all tokens)",
+    )
+    parser.add_argument(
         "--seed", metavar="N", type=int, default=0, help="random seed of sampling (default: 0)"
+    )
+    parser.add_argument(
+        "--stop",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="text that ends an answer and is not part of it; repeat for several",
+    )
+    parser.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help="print the answer while it is generated (default: if it is the only one and goes to "
+        "a terminal)",
     )
     parser.add_argument(
         "--special-tokens", action="store_true", help="print the special tokens of the answers"
@@ -93,23 +115,40 @@ def run(arguments: argparse.Namespace) -> None:
             raise JaxtuneError(
                 f"jaxtune generate: --{name} needs a chat template and cannot be used with --raw"
             )
+    alone = len(arguments.prompt) == 1
+    if arguments.stream and not alone:
+        raise JaxtuneError("jaxtune generate: --stream takes a single --prompt")
     model = _load_model(arguments)
     system = [{"role": "system", "content": arguments.system}] if arguments.system else []
-    answers = model.generate(
-        [
-            prompt if arguments.raw else [*system, {"role": "user", "content": prompt}]
-            for prompt in arguments.prompt
-        ],
-        arguments.max_new_tokens,
-        arguments.temperature,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
-        skip_special_tokens=not arguments.special_tokens,
-    )
+    prompts = [
+        prompt if arguments.raw else [*system, {"role": "user", "content": prompt}]
+        for prompt in arguments.prompt
+    ]
+    length, temperature = arguments.max_new_tokens, arguments.temperature
+    options: TextOptions = {
+        "top_k": arguments.top_k,
+        "top_p": arguments.top_p,
+        "seed": arguments.seed,
+        "stop": arguments.stop,
+        "skip_special_tokens": not arguments.special_tokens,
+    }
+    terminal = alone and sys.stdout.isatty()
+    if terminal if arguments.stream is None else arguments.stream:
+        for piece in model.generate(prompts[0], length, temperature, stream=True, **options):
+            _write(piece)
+        _write("\n")
+        return
+    answers = model.generate(prompts, length, temperature, **options)
     for prompt, answer in zip(arguments.prompt, answers, strict=True):
-        if len(answers) > 1:
-            print(f">>> {prompt}")
-        print(answer)
+        _write(f"{answer}\n" if alone else f">>> {prompt}\n{answer}\n")
+
+
+def _write(text: str) -> None:
+    """Prints text at once, in the process that leads."""
+    from jaxtune.parallel.processes import leads
+
+    if leads():
+        print(text, end="", flush=True)
 
 
 def _load_model(arguments: argparse.Namespace) -> jaxtune.Model:

@@ -17,12 +17,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxtune.generation.sampling import Sampling, choose
 from jaxtune.layers.context import Cache
 from jaxtune.layers.cpu_bfloat16 import jit
-from jaxtune.layers.decoder import CausalLM, ForwardOptions
+from jaxtune.layers.decoder import CausalLM, ForwardOptions, constrain_caches
 from jaxtune.layers.tree import Tree
 from jaxtune.models.definition import Definition
 from jaxtune.parallel.rules import constrain
@@ -60,8 +61,8 @@ class Controls(NamedTuple):
       sampling: settings for choosing tokens, as scalars.
     """
 
-    limits: jax.Array
-    end: jax.Array
+    limits: jax.Array | np.ndarray
+    end: jax.Array | np.ndarray
     sampling: Sampling
 
 
@@ -113,14 +114,14 @@ def prefill(
         segments,
         jnp.maximum(positions, 0),
         options,
-        caches=model.decoder.constrain_cache(caches),
+        caches=constrain_caches(caches, definition.blocks),
         kv_segment_ids=jnp.pad(segments, ((0, 0), (0, capacity - width)), constant_values=1),
     )
     assert caches is not None
-    done = controls.limits < 1
+    done = jnp.less(controls.limits, 1)
     state = State(caches, starts, jnp.int32(width), jnp.zeros(batch, jnp.int32), jnp.int32(0), done)
     state, token, log_prob = _choose(model, hidden, state, controls)
-    return _placed(model, state, Chosen(token[:, None], log_prob[:, None]))
+    return _placed(definition, state, Chosen(token[:, None], log_prob[:, None]))
 
 
 @functools.partial(jit, static_argnames=("definition", "options"), donate_argnums=(1,))
@@ -182,7 +183,7 @@ def decode_chunk(
     def unfinished(carry: tuple[State, Chosen]) -> jax.Array:
         return (carry[0].count - first < steps) & ~jnp.all(carry[0].done)
 
-    return _placed(model, *lax.while_loop(unfinished, one_token, (state, chosen)))
+    return _placed(definition, *lax.while_loop(unfinished, one_token, (state, chosen)))
 
 
 @functools.partial(jit, static_argnames=("definition", "capacity"))
@@ -198,7 +199,7 @@ def grow(state: State, *, definition: Definition, capacity: int) -> State:
         return jnp.pad(array, added)
 
     caches = jax.tree.map(larger, state.caches)
-    return state._replace(caches=definition.module.decoder.constrain_cache(caches))
+    return state._replace(caches=constrain_caches(caches, definition.blocks))
 
 
 def _capacity(caches: list[Cache]) -> int:
@@ -221,7 +222,7 @@ def _choose(
     return state._replace(token=token, count=count, done=done), token, log_prob
 
 
-def _placed(model: CausalLM, state: State, chosen: Chosen) -> tuple[State, Chosen]:
+def _placed(definition: Definition, state: State, chosen: Chosen) -> tuple[State, Chosen]:
     """Fixes the sharding of results, so that every call of a function has inputs of the same one.
 
     All arrays except the caches are small and held whole by every device, so that every process can
@@ -231,6 +232,6 @@ def _placed(model: CausalLM, state: State, chosen: Chosen) -> tuple[State, Chose
     def whole(array: jax.Array) -> jax.Array:
         return constrain(array, *(None,) * array.ndim)
 
-    caches = model.decoder.constrain_cache(state.caches)
+    caches = constrain_caches(state.caches, definition.blocks)
     state = jax.tree.map(whole, state._replace(caches=[]))._replace(caches=caches)
     return state, jax.tree.map(whole, chosen)

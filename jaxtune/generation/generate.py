@@ -169,10 +169,10 @@ class Generation(Iterator[list[Answer]]):
             np.pad(self._limits, (0, self._padded)).astype(np.int32),
             end,
             Sampling(
-                np.float32(self._sampling.temperature),
-                np.float32(self._sampling.top_p),
-                np.int32(self._sampling.seed),
-                np.int32(self._sampling.top_k),
+                float(self._sampling.temperature),
+                float(self._sampling.top_p),
+                int(self._sampling.seed),
+                int(self._sampling.top_k),
             ),
         )
         self._capacity = _cache_bucket(self._width + min(int(self._limits.max()), CHUNK))

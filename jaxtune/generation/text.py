@@ -47,6 +47,10 @@ class TextStream:
         """Returns the remaining text of a complete answer."""
         return self._advance(len(self._tokens))
 
+    def text(self) -> str:
+        """Returns the text of all tokens so far."""
+        return self._decode(self._tokens)
+
     def _complete(self, end: int) -> bool:
         """Returns whether the text of the tokens up to `end` cannot change any more."""
         token = self._tokens[end - 1]
@@ -108,6 +112,10 @@ class AnswerText:
         text = self._add(self._stream.finish()) + self._held
         self._held = ""
         return text
+
+    def whole(self) -> str:
+        """Returns the whole text of a complete answer."""
+        return cut_at_stop(self._stream.text(), self._stop)
 
     def _add(self, text: str) -> str:
         if self.stopped:
@@ -182,3 +190,10 @@ def stream_texts(generation: Generation, texts: Sequence[AnswerText]) -> Iterato
                 open_rows.remove(row)
             if piece:
                 yield row, piece
+
+
+def complete_texts(generation: Generation, texts: Sequence[AnswerText]) -> list[str]:
+    """Returns the text of each answer once all are complete; arguments as in `stream_texts`."""
+    for _ in stream_texts(generation, texts):
+        pass
+    return [text.whole() for text in texts]

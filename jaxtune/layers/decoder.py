@@ -215,16 +215,6 @@ class Decoder(nnx.Module):
             for layer, _, count in self.blocks
         ]
 
-    def constrain_cache(self, caches: list[Cache]) -> list[Cache]:
-        """Constrains the sharding of caches: rows as in a batch, heads as in attention."""
-        return [
-            {
-                name: constrain(cache[name], "layers", "batch", None, *axes)
-                for name, axes in layer.self_attn.token_axes.items()
-            }
-            for (layer, _, _), cache in zip(self.blocks, caches, strict=True)
-        ]
-
     def __call__(
         self,
         tokens: jax.Array,
@@ -288,6 +278,17 @@ class Decoder(nnx.Module):
         if routings:
             routing = jax.tree.map(lambda *parts: jnp.concatenate(parts), *routings)
         return self.norm(x, options.dtype), updated or None, routing
+
+
+def constrain_caches(caches: Sequence[Cache], blocks: Sequence[Blocks]) -> list[Cache]:
+    """Constrains the sharding of the blocks' caches: rows as in a batch, heads as in attention."""
+    return [
+        {
+            name: constrain(cache[name], "layers", "batch", None, *axes)
+            for name, axes in layer.self_attn.token_axes.items()
+        }
+        for (layer, _, _), cache in zip(blocks, caches, strict=True)
+    ]
 
 
 def _noisy(x: jax.Array, segment_ids: jax.Array, alpha: float, key: jax.Array) -> jax.Array:

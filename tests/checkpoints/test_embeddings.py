@@ -165,8 +165,6 @@ def test_invalid_ids_and_sampling_options_are_rejected(tiny):
     ):
         with pytest.raises(JaxtuneError, match=message):
             model.generate_tokens(prompts, 1, sampling)
-    with pytest.raises(JaxtuneError, match="put a single prompt into a list"):
-        model.generate(np.array([1, 2]))
     rows = [[1, 2], [3, 4]]
     expected = model.generate_tokens(rows, 2, Sampling())
     assert model.generate_tokens(np.array(rows), 2, Sampling()) == expected

@@ -1,5 +1,7 @@
 """Chunks of decoding: no compilation for other lengths and settings, rows on their own, memory."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -152,7 +154,7 @@ def test_top_k_keeps_the_most_likely_tokens():
     ("sampling", "limit", "message"),
     [
         (Sampling(top_k=-1), 4, "top_k=-1 is not a number of tokens: ≥ 1, or 0 for all tokens"),
-        (Sampling(top_k=2.5), 4, "top_k=2.5 is not"),
+        (Sampling()._replace(top_k=2.5), 4, "top_k=2.5 is not"),
         (Sampling(top_p=0.0), 4, "top_p=0.0 is not within"),
         (Sampling(-1.0), 4, "temperature=-1.0 is not"),
         (GREEDY, 0, "max_new_tokens=0 is not a number of tokens ≥ 1"),
@@ -160,12 +162,12 @@ def test_top_k_keeps_the_most_likely_tokens():
         (GREEDY, 2.5, "max_new_tokens=2.5 is not"),
     ],
 )
-def test_settings_out_of_range(sampling, limit, message, model):
+def test_settings_out_of_range(sampling: Any, limit: Any, message, model):
     with pytest.raises(JaxtuneError, match=message):
         start(model, prompts(3, 3), limit, sampling)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_a_chunk_updates_the_cache_in_place(dtype, tiny, compiled_fully):
     """The compiled program holds a few layers of the cache at most, beside the donated one."""
     directory = tiny("llama", num_hidden_layers=12)

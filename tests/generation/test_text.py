@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -136,6 +137,7 @@ def test_text_ends_before_a_stop_string(text, stop, expected, tokenizer):
 def test_stop_strings_are_checked():
     assert check_stop("\n") == ("\n",)
     assert check_stop(["a", "b"]) == ("a", "b")
-    for wrong in ("", ["a", ""], [7]):
+    wrongs: list[Any] = ["", ["a", ""], [7]]
+    for wrong in wrongs:
         with pytest.raises(JaxtuneError, match="is not a text that can end an answer"):
             check_stop(wrong)

@@ -24,7 +24,7 @@ from jaxtune.adapters.parameter_summary import parameter_summary
 from jaxtune.adapters.virtual.prefix import Prefix
 from jaxtune.adapters.virtual.prompt import Prompt
 from jaxtune.adapters.virtual.ptuning import PTuning
-from jaxtune.api.model import make_room
+from jaxtune.api.logits import make_room
 from jaxtune.generation.generate import Sampling
 from jaxtune.layers.tree import flatten, unflatten
 
