@@ -16,7 +16,7 @@ from jaxtune.adapters.projections.lora import Lora
 from jaxtune.cli import main
 from jaxtune.config import resolve
 from jaxtune.errors import JaxtuneError
-from jaxtune.generation.generate import Sampling
+from jaxtune.generation.sampling import Sampling
 from jaxtune.planning.plan import model_config
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
