@@ -320,6 +320,6 @@ def test_a_traceback_can_be_requested(capsys, monkeypatch, tmp_path):
 
 def test_sampling_is_public():
     import jaxtune
-    from jaxtune.generation.generate import Sampling
+    from jaxtune.generation.sampling import Sampling
 
     assert jaxtune.Sampling is Sampling and "Sampling" in jaxtune.__all__

@@ -3,6 +3,6 @@
 from jaxtune.api.loading import convert, load
 from jaxtune.api.model import Model
 from jaxtune.api.run import Run, train
-from jaxtune.generation.generate import Sampling
+from jaxtune.generation.sampling import Sampling
 
 __all__ = ["Model", "Run", "Sampling", "convert", "load", "train"]

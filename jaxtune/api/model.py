@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -17,24 +17,35 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtune.adapter_files.combine import Options
 from jaxtune.adapters.merge import check_merges, edits
 from jaxtune.api.adapter_set import AdapterSet
+from jaxtune.api.logits import logits as compute_logits
+from jaxtune.api.logits import make_room, segment_positions
+from jaxtune.api.prompts import Prompt, TextOptions, as_prompts
 from jaxtune.chats.template import encode_prompt
 from jaxtune.chats.tokens import tokenize_prompt
 from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.chat import Chat, base_chat
 from jaxtune.checkpoints.load_model import LoadedModel
 from jaxtune.errors import JaxtuneError, lookup
-from jaxtune.generation.generate import Sampling, generate_tokens
+from jaxtune.generation.decoding import CHUNK
+from jaxtune.generation.generate import Generation
+from jaxtune.generation.sampling import Sampling
+from jaxtune.generation.text import (
+    AnswerText,
+    check_stop,
+    complete_texts,
+    stop_tokens,
+    stream_texts,
+)
 from jaxtune.layers.attention import choose_backend
-from jaxtune.layers.cpu_bfloat16 import jit
 from jaxtune.layers.decoder import ForwardOptions
 from jaxtune.layers.tree import Tree, merge
-from jaxtune.models.definition import Definition, Kind
+from jaxtune.models.definition import Kind
 from jaxtune.parallel.processes import fetch, put
 from jaxtune.registry import DTYPES
 from jaxtune.vocabulary import check_token_ids
 
-# A prompt: text, token ids or chat messages.
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+# Tokens per row and piece of a stream: enough to keep a device busy, and few enough to read along.
+STREAM_CHUNK = 8
 # The adapters in use: the name of one, weights of several by name, or None.
 Choice = str | Mapping[str, float] | None
 
@@ -178,67 +189,150 @@ class Model:
         if reserved:  # logits at the positions of virtual tokens are computed and dropped
             tokens, segments, place, text = make_room(tokens, segments, place, reserved)
         with jax.set_mesh(self.mesh):
-            logits = _logits(self._trees, tokens, segments, place, self.definition, self.options)
+            logits = compute_logits(
+                self._trees, tokens, segments, place, self.definition, self.options
+            )
         logits = fetch(logits)
         return jnp.take_along_axis(logits, text[..., None], axis=1) if reserved else logits
 
+    @overload
+    def generate(
+        self,
+        prompts: Prompt,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        *,
+        stream: Literal[False] = False,
+        **options: Unpack[TextOptions],
+    ) -> str: ...
+
+    @overload
     def generate(
         self,
         prompts: Sequence[Prompt],
         max_new_tokens: int = 64,
         temperature: float = 0.0,
         *,
+        stream: Literal[False] = False,
+        **options: Unpack[TextOptions],
+    ) -> list[str]: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: Prompt,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        *,
+        stream: Literal[True],
+        **options: Unpack[TextOptions],
+    ) -> Iterator[str]: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        *,
+        stream: Literal[True],
+        **options: Unpack[TextOptions],
+    ) -> Iterator[tuple[int, str]]: ...
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        *,
+        top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
+        stop: str | Sequence[str] = (),
         skip_special_tokens: bool = True,
-    ) -> list[str]:
-        """Continues each prompt, in one batch.
+        stream: bool = False,
+    ) -> Any:
+        """Continues one prompt, or several in one batch.
 
         Args:
-          prompts: prompts in any form that `encode` accepts.
+          prompts: a prompt in any form that `encode` accepts, or a list of prompts.
           max_new_tokens: maximum number of new tokens per prompt.
           temperature: sampling temperature; 0 is greedy.
+          top_k: samples from this number of most likely tokens; 0 for all.
           top_p: samples from the smallest set of tokens with at least this probability.
           seed: seed of the samples.
+          stop: a string, or several, that end an answer; the text is cut before it.
           skip_special_tokens: leaves special tokens out of the text, as in `transformers`; the
             token that ended the answer is never part of it.
+          stream: returns an iterator over the text as it is generated.
 
         Returns:
-          The new text of each prompt.
+          The new text: a string for one prompt, a list of strings for a list. With `stream`, an
+          iterator over pieces of text for one prompt, and over pairs (index of the prompt, piece)
+          for a list. Pieces hold whole characters and add up to the text.
 
         Raises:
-          JaxtuneError: a single prompt instead of a list, or an error of `encode`.
+          JaxtuneError: an error of `encode`, or settings out of range.
         """
-        if isinstance(prompts, str) or any(
-            isinstance(prompt, (Mapping, int, np.integer)) for prompt in prompts
-        ):
-            raise JaxtuneError("generate takes a list of prompts: put a single prompt into a list")
-        new = self.generate_tokens(
-            [self.encode(prompt) for prompt in prompts],
+        several, alone = as_prompts(prompts)
+        strings = check_stop(stop)
+        ends = stop_tokens(self.tokenizer, strings) if strings else []
+        generation = self.generation(
+            [self.encode(prompt) for prompt in several],
             max_new_tokens,
-            Sampling(temperature, top_p, seed),
+            Sampling(temperature, top_p, seed, top_k),
+            stop=(*self.stop_ids, *ends),
+            largest_chunk=STREAM_CHUNK if stream else CHUNK,
         )
-        decode = functools.partial(
-            self.tokenizer.decode,
-            skip_special_tokens=skip_special_tokens,
-            clean_up_tokenization_spaces=False,  # would change the generated text
-        )
-        return [decode(tokens) for tokens in new]
+        texts = [AnswerText(self.tokenizer, strings, skip_special_tokens) for _ in several]
+        if stream:
+            pairs = stream_texts(generation, texts)
+            return (piece for _, piece in pairs) if alone else pairs
+        answers = complete_texts(generation, texts)
+        return answers[0] if alone else answers
 
     def generate_tokens(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int | Sequence[int],
+        sampling: Sampling,
     ) -> list[list[int]]:
         """Continues prompts of token ids; returns the new ids, without the end token."""
-        with jax.set_mesh(self.mesh):
-            return generate_tokens(
-                self.definition,
-                self._trees,
-                prompts,
-                self.options,
-                max_new_tokens=max_new_tokens,
-                sampling=sampling,
-                stop=self.stop_ids,
-            )
+        answers = self.generation(prompts, max_new_tokens, sampling).complete()
+        return [answer.tokens for answer in answers]
+
+    def generation(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int | Sequence[int],
+        sampling: Sampling,
+        *,
+        stop: Sequence[int] | None = None,
+        largest_chunk: int = CHUNK,
+    ) -> Generation:
+        """Returns an iterator over chunks of new tokens and their log-probabilities.
+
+        Args:
+          prompts: token ids, at least one each.
+          max_new_tokens: maximum number of new tokens, of all prompts or of each.
+          sampling: settings for choosing tokens.
+          stop: token ids that end an answer; `stop_ids` by default.
+          largest_chunk: maximum number of tokens per prompt and iteration.
+
+        Raises:
+          JaxtuneError: an empty prompt, ids outside the vocabulary, or settings out of range.
+        """
+        return Generation(
+            self.definition,
+            self._trees,
+            prompts,
+            self.options,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop=self.stop_ids if stop is None else stop,
+            mesh=self.mesh,
+            largest_chunk=largest_chunk,
+        )
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Returns the token ids of a prompt, int[n].
@@ -253,9 +347,11 @@ class Model:
         if isinstance(prompt, str):
             return tokenize_prompt(self.tokenizer, prompt)
         messages = [message for message in prompt if isinstance(message, Mapping)]
-        if messages:
-            return encode_prompt(self.tokenizer, messages, clock=self.chat.clock)
-        return [token for token in prompt if not isinstance(token, Mapping)]
+        if not messages:
+            return [token for token in prompt if not isinstance(token, Mapping)]
+        if len(messages) < len(prompt):
+            raise JaxtuneError("a prompt mixes chat messages with something else")
+        return encode_prompt(self.tokenizer, messages, clock=self.chat.clock)
 
     @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:
@@ -308,60 +404,3 @@ def files_beside(source: Path, chat: Chat) -> huggingface.Beside:
     """Returns the files to write with the weights of a model from `source`."""
     code = source if source.is_dir() else None
     return huggingface.Beside(chat.tokenizer, chat.generation_files(), code)
-
-
-@functools.partial(jit, static_argnames=("definition", "options"))
-def _logits(
-    trees: tuple[Tree, Tree, Tree],
-    tokens: jax.Array,
-    segment_ids: jax.Array,
-    positions: jax.Array,
-    definition: Definition,
-    options: ForwardOptions,
-) -> jax.Array:
-    model = definition.bind(*trees)
-    hidden, _, _ = model.decoder(tokens, segment_ids, positions, options)
-    return model.head()(hidden)
-
-
-def segment_positions(segment_ids: jax.Array) -> jax.Array:
-    """Returns positions from 0 within each stretch of equal ids: int[B, T] → int32[B, T].
-
-    The position is the index minus the start of the stretch, which is the running maximum of the
-    indices at which the id changes.
-    """
-    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
-    starts = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1] - 1) != 0
-    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
-
-
-def make_room(
-    tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array, reserved: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Inserts `reserved` positions for virtual tokens in front of every segment.
-
-    Args:
-      tokens: int[B, T].
-      segment_ids: int[B, T].
-      positions: int[B, T].
-      reserved: number of virtual tokens.
-
-    Returns:
-      tokens, segment_ids and positions, int[B, T + reserved · segments] with the largest number of
-      segments of a row, and the new index of each original token, int[B, T].
-    """
-    segments = np.asarray(segment_ids)
-    # A token moves right by `reserved` for each segment that has begun up to it.
-    first = np.diff(segments, axis=1, prepend=segments[:, :1] - 1) != 0
-    before = np.cumsum(first & (segments != 0), axis=1)
-    text = np.arange(segments.shape[1]) + reserved * before
-    wider = (segments.shape[0], segments.shape[1] + reserved * int(before.max()))
-    moved = [np.zeros(wider, np.int32) for _ in range(3)]
-    for row, start in zip(*np.nonzero(first & (segments != 0)), strict=True):
-        head = slice(text[row, start] - reserved, text[row, start])
-        moved[1][row, head] = segments[row, start]
-        moved[2][row, head] = np.arange(reserved)
-    shifted = np.where(segments != 0, np.asarray(positions) + reserved, 0)
-    for wide, value in zip(moved, (np.asarray(tokens), segments, shifted), strict=True):
-        np.put_along_axis(wide, text, value, axis=1)
-    return moved[0], moved[1], moved[2], text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from typing import TYPE_CHECKING
 
 from jaxtune.commands.arguments import ADAPTER_HELP
@@ -20,6 +21,7 @@ from jaxtune.errors import JaxtuneError
 
 if TYPE_CHECKING:
     import jaxtune
+    from jaxtune.api.prompts import TextOptions
 
 SUMMARY = "Generate answers to prompts."
 
@@ -79,7 +81,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="nucleus sampling: cumulative probability of the tokens to sample from (default: 1)",
     )
     parser.add_argument(
+        "--top-k",
+        metavar="K",
+        type=int,
+        default=0,
+        help="number of most likely tokens to sample from (default: 0, all tokens)",
+    )
+    parser.add_argument(
         "--seed", metavar="N", type=int, default=0, help="random seed of sampling (default: 0)"
+    )
+    parser.add_argument(
+        "--stop",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="text that ends an answer and is not part of it; repeat for several",
+    )
+    parser.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help="print the answer while it is generated (default: if it is the only one and goes to "
+        "a terminal)",
     )
     parser.add_argument(
         "--special-tokens", action="store_true", help="print the special tokens of the answers"
@@ -89,37 +111,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
-    with joined(arguments) as leads:
-        _generate(arguments, leads)
+    with joined(arguments):
+        _generate(arguments)
 
 
-def _generate(arguments: argparse.Namespace, leads: bool) -> None:
+def _generate(arguments: argparse.Namespace) -> None:
     """Generates the answers, which process 0 prints."""
+    import jax
+
     for flag in ("system", "chat_template"):
         if arguments.raw and getattr(arguments, flag):
             name = flag.replace("_", "-")
             raise JaxtuneError(
                 f"jaxtune generate: --{name} needs a chat template and cannot be used with --raw"
             )
+    alone = len(arguments.prompt) == 1
+    if arguments.stream and not alone:
+        raise JaxtuneError("jaxtune generate: --stream takes a single --prompt")
     model = _load_model(arguments)
     system = [{"role": "system", "content": arguments.system}] if arguments.system else []
-    answers = model.generate(
-        [
-            prompt if arguments.raw else [*system, {"role": "user", "content": prompt}]
-            for prompt in arguments.prompt
-        ],
-        arguments.max_new_tokens,
-        arguments.temperature,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
-        skip_special_tokens=not arguments.special_tokens,
-    )
-    if not leads:
+    prompts = [
+        prompt if arguments.raw else [*system, {"role": "user", "content": prompt}]
+        for prompt in arguments.prompt
+    ]
+    length, temperature = arguments.max_new_tokens, arguments.temperature
+    options: TextOptions = {
+        "top_k": arguments.top_k,
+        "top_p": arguments.top_p,
+        "seed": arguments.seed,
+        "stop": arguments.stop,
+        "skip_special_tokens": not arguments.special_tokens,
+    }
+    # The processes of a run have different outputs but must make the same calls.
+    terminal = alone and jax.process_count() == 1 and sys.stdout.isatty()
+    if terminal if arguments.stream is None else arguments.stream:
+        for piece in model.generate(prompts[0], length, temperature, stream=True, **options):
+            _write(piece)
+        _write("\n")
         return
+    answers = model.generate(prompts, length, temperature, **options)
     for prompt, answer in zip(arguments.prompt, answers, strict=True):
-        if len(answers) > 1:
-            print(f">>> {prompt}")
-        print(answer)
+        _write(f"{answer}\n" if alone else f">>> {prompt}\n{answer}\n")
+
+
+def _write(text: str) -> None:
+    """Prints text at once, in the process that leads."""
+    from jaxtune.parallel.processes import leads
+
+    if leads():
+        print(text, end="", flush=True)
 
 
 def _load_model(arguments: argparse.Namespace) -> jaxtune.Model:

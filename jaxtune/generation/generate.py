@@ -1,164 +1,224 @@
-"""Generation: prefill and decode in one compiled function, with a key-value cache.
+"""Generation for a batch of prompts, as an iterator over chunks of new tokens.
 
-Prompts are padded on the left, so that all rows write their next token at the same cache index. One
-forward pass over the prompts fills indices 0 … P − 1 of the caches and gives the first new token.
-Each iteration of a while loop then feeds the last token back, writes its keys and values at index
-P + i − 1 and generates token i, until all rows are done or N tokens are generated. All shapes are
-static, so calls with the same B, P and N share one compilation.
+`Generation` is the interface for everything that shows, stops or scores answers while they are
+generated; `generate_tokens` runs it to the end. The compiled functions are in
+`jaxtune.generation.decoding`. To compile few shapes, the number of rows, the width of the prompts
+and the capacity of the cache are rounded up to sizes of `bucket`; the cache grows from one capacity
+to the next between chunks. A call with other prompts, limits or settings compiles nothing if its
+sizes have been used before.
 
-Legend: B is the number of prompts, P their padded length, N the maximum number of new tokens, V the
-vocabulary size.
+Rows do not depend on their neighbours, except for rounding: a longer prompt or more rows give other
+shapes, for which sums are rounded differently. The random numbers of a row also depend on its index
+in the batch.
 """
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax.sharding import Mesh
 
 from jaxtune.errors import JaxtuneError
-from jaxtune.layers.cpu_bfloat16 import jit
-from jaxtune.layers.decoder import CausalLM, ForwardOptions
+from jaxtune.generation.decoding import (
+    CHUNK,
+    NO_TOKEN,
+    Chosen,
+    Controls,
+    State,
+    decode_chunk,
+    grow,
+    prefill,
+)
+from jaxtune.generation.sampling import Sampling, check_sampling
+from jaxtune.layers.decoder import ForwardOptions
 from jaxtune.layers.tree import Tree
 from jaxtune.models.definition import Definition
-from jaxtune.parallel.rules import constrain
+from jaxtune.parallel.processes import fetch
+from jaxtune.parallel.rules import devices_along
 from jaxtune.vocabulary import check_token_ids
 
-# Prompt lengths are rounded up to a multiple of this, so that similar batches share a compilation.
-PROMPT_MULTIPLE = 32
-_SEEDS = 2**31  # bound of int32, the dtype of seeds in JAX
+# Smallest sizes of `bucket` for prompts, caches and the list of end tokens.
+PROMPT_MULTIPLE, CACHE_MULTIPLE, END_MULTIPLE = 32, 128, 8
 
 
-class Sampling(NamedTuple):
-    """Settings for choosing the next token.
+def bucket(size: int, multiple: int, steps: int = 1) -> int:
+    """Returns the smallest bucket that holds `size` ≥ 0.
+
+    Buckets are the powers of two, with `steps` equal steps from each to the next, but no step is
+    smaller than `multiple`, a power of two.
+    """
+    size = max(size, 1)
+    octave = 1 << (max(size - 1, 1).bit_length() - 1)  # the largest power of two below the size
+    step = max(multiple, octave // steps)
+    return -(-size // step) * step
+
+
+class Answer(NamedTuple):
+    """New tokens of one row.
 
     Attributes:
-      temperature: sampling temperature; 0 decodes greedily.
-      top_p: minimum total probability of the smallest set of tokens to sample from.
-      seed: random seed.
+      tokens: token ids, without the end token.
+      log_probs: log-probabilities under the model, in nats, of `tokens` and of the end token after
+        them, if there is one. Temperature, top_k and top_p do not change them.
+      end: id of the end token, or None if there is none (yet).
     """
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
+    tokens: list[int]
+    log_probs: list[float]
+    end: int | None
 
 
-class _Loop(NamedTuple):
-    """The carry of the decoding loop.
+class Generation(Iterator[list[Answer]]):
+    """Answers to a batch of prompts, computed in chunks.
+
+    Each iteration returns the new tokens of every row, in the order of the prompts. The first has
+    one token per row, and the following have 2, 4, 8, … up to `largest_chunk`, so that the first
+    tokens are known early. Generation can be cancelled by not iterating any further. In several
+    processes, all must iterate and end rows alike.
 
     Attributes:
-      index: int32 scalar, number of tokens generated so far.
-      token: int32[B], token generated last.
-      done: bool[B], whether a row has generated a stop token.
-      output: int32[B, N], generated tokens.
-      caches: key-value caches of all layers, of P + N positions.
-      key: random key of the call; the key of a step is folded in from its index.
+      finished: bool[rows], whether the answer of a row is complete.
     """
 
-    index: jax.Array
-    token: jax.Array
-    done: jax.Array
-    output: jax.Array
-    caches: Any
-    key: jax.Array
+    def __init__(
+        self,
+        definition: Definition,
+        trees: tuple[Tree, Tree, Tree],
+        prompts: Sequence[Sequence[int]],
+        options: ForwardOptions,
+        *,
+        max_new_tokens: int | Sequence[int],
+        sampling: Sampling,
+        stop: Sequence[int],
+        mesh: Mesh | None = None,
+        largest_chunk: int = CHUNK,
+    ):
+        """Checks the arguments; the model runs from the first iteration on.
 
+        Args:
+          definition: definition of the model.
+          trees: base, trainable, constants.
+          prompts: token ids, at least one each.
+          options: compute dtype and attention backend.
+          max_new_tokens: maximum number of new tokens, of all rows or of each.
+          sampling: settings for choosing tokens.
+          stop: token ids that end an answer.
+          mesh: mesh of the trees; by default the mesh in context.
+          largest_chunk: maximum number of tokens per row and iteration, at most `CHUNK`.
 
-def _choose(logits: jax.Array, greedy: bool, sampling: Sampling, key: jax.Array) -> jax.Array:
-    """Returns the next token of each row, int32[B], from logits float32[B, V].
+        Raises:
+          JaxtuneError: an empty prompt, ids outside the vocabulary, or settings out of range.
+        """
+        limits = np.broadcast_to(max_new_tokens, len(prompts))
+        _check(definition, prompts, limits, sampling, stop)
+        self.finished = np.zeros(len(prompts), bool)
+        self._definition, self._trees, self._options = definition, trees, options
+        self._mesh, self._largest = mesh, min(largest_chunk, CHUNK)
+        reserved = [0] * definition.reserved
+        self._prompts = [[*reserved, *prompt] for prompt in prompts]
+        self._limits, self._stop = limits, frozenset(int(token) for token in stop)
+        self._sampling = sampling
+        self._count, self._steps = 0, 1  # tokens generated so far, and in the next iteration
+        self._state: State | None = None
 
-    With top_p, the logits are sorted in descending order; the tokens whose predecessors have a
-    total probability below top_p form the smallest sufficient set, and the logit of its last member
-    is the threshold below which all others are masked.
-    """
-    if greedy:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
-    ordered = jnp.sort(logits, axis=-1)[:, ::-1]
-    probabilities = jax.nn.softmax(ordered, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    # The token that crosses top_p is included, and so is the most likely one: nothing precedes it.
-    smallest = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), axis=-1)
-    logits = jnp.where(logits >= smallest[:, None], logits, -jnp.inf)
-    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+    def __next__(self) -> list[Answer]:
+        """Returns the new tokens of each row."""
+        if self.finished.all():
+            self._state = None  # frees the caches
+            raise StopIteration
+        with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
+            chosen = self._prefill() if self._state is None else self._decode(self._state)
+        self._count += self._steps
+        self._steps = min(2 * self._steps, self._largest)
+        tokens, log_probs = (np.asarray(array) for array in fetch(chosen))
+        return [self._read(row, tokens[row], log_probs[row]) for row in range(len(self._prompts))]
 
+    def end(self, row: int) -> None:
+        """Completes the answer of a row, which gets no more tokens."""
+        self.finished[row] = True
 
-@functools.partial(
-    jit, static_argnames=("definition", "options", "max_new_tokens", "greedy", "stop")
-)
-def _generate(
-    trees: tuple[Tree, Tree, Tree],
-    tokens: jax.Array,
-    lengths: jax.Array,
-    sampling: Sampling,
-    *,
-    definition: Definition,
-    options: ForwardOptions,
-    max_new_tokens: int,
-    greedy: bool,
-    stop: tuple[int, ...],
-) -> jax.Array:
-    """Returns the new tokens, int32[B, N]; a row is filled up with the first stop token (or −1).
+    def complete(self) -> list[Answer]:
+        """Iterates to the end; returns all tokens that the iterations return, for each row."""
+        answers = [Answer([], [], None) for _ in self._prompts]
+        for chunk in self:
+            for row, new in enumerate(chunk):
+                answers[row] = Answer(
+                    answers[row].tokens + new.tokens,
+                    answers[row].log_probs + new.log_probs,
+                    new.end if answers[row].end is None else answers[row].end,
+                )
+        return answers
 
-    Args:
-      trees, definition, options, max_new_tokens, stop: those of `generate_tokens`.
-      tokens: int32[B, P], prompts padded on the left.
-      lengths: int32[B], number of tokens of each prompt.
-      sampling: settings; they are traced, so that other values share the compilation.
-      greedy: whether the most likely token is chosen.
-    """
-    model: CausalLM = definition.bind(*trees)
-    batch, prompt = tokens.shape
-    tokens = constrain(tokens, "batch", None)
-    # Prompts end at the same index, so padding is on the left and has segment 0. Positions count
-    # from 0 at the first token of each prompt; the cache index counts from the start of the row.
-    index = jnp.arange(prompt)
-    segments = (index >= prompt - lengths[:, None]).astype(jnp.int32)
-    positions = jnp.maximum(index - (prompt - lengths[:, None]), 0)
-    # [B, P + N]: new tokens belong to segment 1 like the prompt. The causal mask excludes those not
-    # generated yet, whose cache index is larger than that of the query.
-    kv_segments = jnp.concatenate([segments, jnp.ones((batch, max_new_tokens), jnp.int32)], axis=1)
-    caches = model.decoder.init_cache(batch, prompt + max_new_tokens, options.dtype)
-    hidden, caches, _ = model.decoder(
-        tokens, segments, positions, options, caches=caches, kv_segment_ids=kv_segments
-    )
-    end = jnp.asarray(stop, jnp.int32)
-
-    # A finished row is filled with the stop token until all rows are finished.
-    def choose(hidden: jax.Array, key: jax.Array, done: jax.Array) -> tuple[jax.Array, jax.Array]:
-        token = _choose(model.head()(hidden[:, -1]), greedy, sampling, key)
-        token = jnp.where(done, stop[0] if stop else -1, token)
-        return token, done | jnp.isin(token, end)
-
-    key = jax.random.key(sampling.seed)
-    token, done = choose(hidden, jax.random.fold_in(key, 0), jnp.zeros(batch, bool))
-    output = jnp.full((batch, max_new_tokens), stop[0] if stop else -1, jnp.int32)
-    loop = _Loop(jnp.int32(1), token, done, output.at[:, 0].set(token), caches, key)
-
-    def one_token(loop: _Loop) -> _Loop:
-        hidden, caches, _ = model.decoder(
-            loop.token[:, None],
-            jnp.ones((batch, 1), jnp.int32),
-            (lengths + loop.index - 1)[:, None],
-            options,
-            caches=loop.caches,
-            kv_segment_ids=kv_segments,
-            cache_index=prompt + loop.index - 1,
+    def _prefill(self) -> Chosen:
+        lengths = [len(prompt) for prompt in self._prompts]
+        devices = devices_along("batch")
+        rows = -(-bucket(len(lengths), 1) // devices) * devices
+        # Rows beyond the prompts have one token of padding and no new ones.
+        self._padded = rows - len(lengths)
+        self._width = bucket(max(lengths), PROMPT_MULTIPLE, steps=4)
+        tokens = np.zeros((rows, self._width), np.int32)
+        for row, prompt in zip(tokens, self._prompts, strict=False):
+            row[self._width - len(prompt) :] = prompt
+        end = np.full(bucket(len(self._stop), END_MULTIPLE), NO_TOKEN, np.int32)
+        end[: len(self._stop)] = sorted(self._stop)
+        self._controls = Controls(
+            np.pad(self._limits, (0, self._padded)).astype(np.int32),
+            end,
+            Sampling(
+                float(self._sampling.temperature),
+                float(self._sampling.top_p),
+                int(self._sampling.seed),
+                int(self._sampling.top_k),
+            ),
         )
-        key = jax.random.fold_in(loop.key, loop.index)
-        token, done = choose(hidden, key, loop.done)
-        output = lax.dynamic_update_slice(loop.output, token[:, None], (0, loop.index))
-        return _Loop(loop.index + 1, token, done, output, caches, loop.key)
+        self._capacity = _cache_bucket(self._width + min(int(self._limits.max()), CHUNK))
+        self._state, chosen = prefill(
+            self._trees,
+            tokens,
+            np.array(lengths + [1] * self._padded, np.int32),
+            self._controls,
+            definition=self._definition,
+            options=self._options,
+            capacity=self._capacity,
+        )
+        return chosen
 
-    def unfinished(loop: _Loop) -> jax.Array:
-        return (loop.index < max_new_tokens) & ~jnp.all(loop.done)
+    def _decode(self, state: State) -> Chosen:
+        # The token generated last is not in the cache yet.
+        needed = self._width + self._count - 1 + self._steps
+        if needed > self._capacity:
+            self._capacity = _cache_bucket(needed)
+            state = grow(state, definition=self._definition, capacity=self._capacity)
+            self._state = state  # frees the smaller caches
+        self._state, chosen = decode_chunk(
+            self._trees,
+            state,
+            np.pad(self.finished, (0, self._padded), constant_values=True),
+            np.int32(self._steps),
+            self._controls,
+            definition=self._definition,
+            options=self._options,
+        )
+        return chosen
 
-    return lax.while_loop(unfinished, one_token, loop).output
+    def _read(self, row: int, tokens: np.ndarray, log_probs: np.ndarray) -> Answer:
+        """Returns the new tokens of a row, and notes whether it is finished."""
+        if self.finished[row]:
+            return Answer([], [], None)
+        count = int((tokens != NO_TOKEN).sum())
+        new, end = tokens[:count].tolist(), None
+        if new and new[-1] in self._stop:
+            end = new.pop()
+        self.finished[row] = end is not None or self._count >= self._limits[row]
+        return Answer(new, log_probs[:count].tolist(), end)
+
+
+def _cache_bucket(length: int) -> int:
+    return bucket(length, CACHE_MULTIPLE, steps=2)
 
 
 def generate_tokens(
@@ -167,81 +227,46 @@ def generate_tokens(
     prompts: Sequence[Sequence[int]],
     options: ForwardOptions,
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     sampling: Sampling,
     stop: Sequence[int],
 ) -> list[list[int]]:
-    """Continues a batch of prompts of any lengths.
-
-    Args:
-      definition: definition of the model.
-      trees: base, trainable, constants.
-      prompts: token ids, at least one each.
-      options: compute dtype and attention backend.
-      max_new_tokens: maximum number of new tokens per prompt.
-      sampling: settings for choosing tokens.
-      stop: token ids that end an answer.
+    """Continues a batch of prompts of any lengths; see `Generation`.
 
     Returns:
-      The ids of the new tokens of each prompt, without the stop token.
+      The ids of the new tokens of each prompt, without the end token.
 
     Raises:
       JaxtuneError: an empty prompt, ids outside the vocabulary, or settings out of range.
     """
-    if not len(prompts):
-        return []
-    _check(definition, prompts, max_new_tokens, sampling, stop)
-    reserved = [0] * definition.reserved
-    prompts = [[*reserved, *prompt] for prompt in prompts]
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    width = -(-int(lengths.max()) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
-    tokens = np.zeros((len(prompts), width), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[width - len(prompt) :] = prompt
-    stop = tuple(sorted(set(stop)))
-    output = np.asarray(
-        _generate(
-            trees,
-            tokens,
-            lengths,
-            sampling,
-            definition=definition,
-            options=options,
-            max_new_tokens=max_new_tokens,
-            greedy=sampling.temperature == 0,
-            stop=stop,
-        )
+    generation = Generation(
+        definition,
+        trees,
+        prompts,
+        options,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop=stop,
     )
-    return [_until_stop(row.tolist(), stop) for row in output]
+    return [answer.tokens for answer in generation.complete()]
 
 
 def _check(
     definition: Definition,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    limits: np.ndarray,
     sampling: Sampling,
     stop: Sequence[int],
 ) -> None:
-    """Raises if an argument of `generate_tokens` is out of range."""
+    """Raises if an argument of `Generation` is out of range."""
     for index, prompt in enumerate(prompts):
         check_token_ids(prompt, definition.vocab_size, f"prompt {index + 1}")
         if np.ndim(prompt) != 1:
             raise JaxtuneError(f"prompt {index + 1} is not a list of token ids")
         if not len(prompt):
             raise JaxtuneError(f"prompt {index + 1} has no tokens")
-    # All comparisons with NaN are false, so NaN is rejected as well.
-    if (
-        max_new_tokens < 1
-        or not 0 <= sampling.temperature < math.inf
-        or not 0 < sampling.top_p <= 1
-    ):
-        raise JaxtuneError("max_new_tokens ≥ 1, temperature ≥ 0 and 0 < top_p ≤ 1 are required")
-    if not -_SEEDS <= sampling.seed < _SEEDS:
-        raise JaxtuneError(f"seed={sampling.seed} is not within {-_SEEDS} and {_SEEDS - 1}")
+    if not np.issubdtype(limits.dtype, np.integer) or (limits < 1).any():
+        wrong = next(limit for limit in limits.tolist() if not isinstance(limit, int) or limit < 1)
+        raise JaxtuneError(f"max_new_tokens={wrong} is not a number of tokens ≥ 1")
+    check_sampling(sampling)
     check_token_ids(stop, definition.vocab_size, "the tokens that end an answer (eos_token_id)")
-
-
-def _until_stop(row: list[int], stop: tuple[int, ...]) -> list[int]:
-    """Returns the tokens before the first stop token."""
-    ends = [i for i, token in enumerate(row) if token in stop]
-    return row[: ends[0]] if ends else row

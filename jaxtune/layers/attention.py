@@ -135,6 +135,11 @@ class Attention(nnx.Module):
         return dict.fromkeys(("k", "v"), (self.kv_heads, self.head_dim))
 
     @property
+    def token_axes(self) -> dict[str, tuple[str | None, ...]]:
+        """Logical axes of the arrays of `token_shapes`."""
+        return dict.fromkeys(("k", "v"), ("kv_heads", None))
+
+    @property
     def prefix_width(self) -> int:
         """Values of one prefix token: all of `token_shapes`."""
         return 2 * self.kv_heads * self.head_dim
@@ -183,7 +188,7 @@ class Attention(nnx.Module):
         if cache is not None:
             cache = context.write(cache, {"k": k, "v": v}, layer)
             if t == 1:  # prefill (several tokens) starts at index 0 and need not read the cache
-                k, v = (cache[name][layer].astype(x.dtype) for name in ("k", "v"))
+                k, v = (context.read(cache, layer)[name] for name in ("k", "v"))
                 kv_segments, offset = context.kv_segment_ids, context.cache_index
         out = attention(
             q,

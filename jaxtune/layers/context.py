@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxtune.layers.cpu_bfloat16 import decode
+
 Cache = dict[str, jax.Array]
 
 
@@ -65,6 +67,17 @@ class Context:
         def update(stacked: jax.Array, value: jax.Array) -> jax.Array:
             start = (layer, 0, self.cache_index) + (0,) * (value.ndim - 2)
             start = tuple(jnp.asarray(i, jnp.int32) for i in start)
-            return lax.dynamic_update_slice(stacked, value[None].astype(stacked.dtype), start)
+            return lax.dynamic_update_slice(stacked, _as_stored(value[None], stacked), start)
 
         return {name: update(cache[name], values[name]) for name in cache}
+
+    def read(self, cache: Cache, layer: jax.Array | int) -> Cache:
+        """Returns the values [B, S, …] of one layer of the stacked cache, in the compute dtype."""
+        return {name: decode(cache[name][layer]).astype(self.dtype) for name in cache}
+
+
+def _as_stored(value: jax.Array, cache: jax.Array) -> jax.Array:
+    """Returns a value as a cache stores it; see `jaxtune.layers.cpu_bfloat16.stored_dtype`."""
+    if cache.dtype == jnp.uint16:
+        return lax.bitcast_convert_type(value.astype(jnp.bfloat16), jnp.uint16)
+    return value.astype(cache.dtype)

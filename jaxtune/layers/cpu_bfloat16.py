@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh
+from jax.typing import DTypeLike
 
 from jaxtune.layers.tree import flatten, unflatten
 
@@ -76,9 +77,9 @@ class Jitted:
         """Traces the function for arrays or ShapeDtypeStructs."""
         return self._jitted.trace(*_encode(arguments))
 
-    def lower(self, *arguments: Any) -> Lowered:
+    def lower(self, *arguments: Any, **static: Any) -> Lowered:
         """Lowers the function for arrays or ShapeDtypeStructs."""
-        return Lowered(self._jitted.lower(*_encode(arguments)))
+        return Lowered(self._jitted.lower(*_encode(arguments), **static))
 
 
 def jit(function: Callable[..., Any], **options: Any) -> Jitted:
@@ -97,6 +98,17 @@ def decode(layer: Any) -> Any:
     return jax.tree.map(
         lambda a: lax.bitcast_convert_type(a, jnp.bfloat16) if a.dtype == jnp.uint16 else a, layer
     )
+
+
+def stored_dtype(dtype: DTypeLike, platform: str) -> Any:
+    """Returns the dtype in which a stack that a compiled function updates is held.
+
+    Args:
+      dtype: dtype of its values.
+      platform: platform of the devices: "cpu", "gpu" or "tpu".
+    """
+    bfloat16 = platform == "cpu" and jnp.dtype(dtype) == jnp.bfloat16
+    return jnp.dtype(jnp.uint16 if bfloat16 else dtype)
 
 
 def pick(stack: jax.Array, index: Callable[[jax.Array], jax.Array]) -> jax.Array:

@@ -17,7 +17,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxtune.layers.context import Cache, Context
-from jaxtune.layers.cpu_bfloat16 import decode
+from jaxtune.layers.cpu_bfloat16 import decode, stored_dtype
 from jaxtune.layers.embedding import Embedding
 from jaxtune.layers.experts.moe import MoE
 from jaxtune.layers.experts.routing_stats import Routed
@@ -57,6 +57,11 @@ class ForwardOptions(NamedTuple):
         """
         wide = self.platform == "cpu" or self.dtype == jnp.float16
         return jnp.float32 if wide else self.dtype
+
+    @property
+    def cache_dtype(self) -> Any:
+        """Dtype of the key-value cache: the compute dtype, or its bits; see `cpu_bfloat16`."""
+        return stored_dtype(self.dtype, self.platform)
 
     @property
     def tokens_per_chunk(self) -> int:
@@ -273,6 +278,17 @@ class Decoder(nnx.Module):
         if routings:
             routing = jax.tree.map(lambda *parts: jnp.concatenate(parts), *routings)
         return self.norm(x, options.dtype), updated or None, routing
+
+
+def constrain_caches(caches: Sequence[Cache], blocks: Sequence[Blocks]) -> list[Cache]:
+    """Constrains the sharding of the blocks' caches: rows as in a batch, heads as in attention."""
+    return [
+        {
+            name: constrain(cache[name], "layers", "batch", None, *axes)
+            for name, axes in layer.self_attn.token_axes.items()
+        }
+        for (layer, _, _), cache in zip(blocks, caches, strict=True)
+    ]
 
 
 def _noisy(x: jax.Array, segment_ids: jax.Array, alpha: float, key: jax.Array) -> jax.Array:

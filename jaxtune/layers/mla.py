@@ -97,6 +97,11 @@ class MLA(nnx.Module):
         return {"latent": (self.sizes.kv_lora,), "rope": (self.sizes.rope,)}
 
     @property
+    def token_axes(self) -> dict[str, tuple[str | None, ...]]:
+        """Logical axes of the arrays of `token_shapes`."""
+        return {"latent": (None,), "rope": (None,)}
+
+    @property
     def prefix_width(self) -> int:
         """Values of one prefix token: all of `token_shapes`."""
         return self.sizes.kv_lora + self.sizes.rope
@@ -130,7 +135,7 @@ class MLA(nnx.Module):
         if cache is not None:
             cache = context.write(cache, {"latent": latent, "rope": k_rope}, layer)
         if cache is not None and x.shape[1] == 1:
-            latent, k_rope = (cache[name][layer].astype(x.dtype) for name in ("latent", "rope"))
+            latent, k_rope = (context.read(cache, layer)[name] for name in ("latent", "rope"))
             out = self._absorbed(q_nope, q_rope, latent, k_rope, context)
         else:
             out = self._expanded(q_nope, q_rope, latent, k_rope, context)

@@ -68,14 +68,12 @@ def bind_evaluation(
       chat: tokenizer and end tokens of generated answers.
 
     Raises:
-      JaxtuneError: ``evaluation.generate`` without a tokenizer or with several processes.
+      JaxtuneError: ``evaluation.generate`` without a tokenizer.
     """
     if not sets:
         return None
     compiled = setup.eval_step()
     count = setup.config.evaluation.generate
-    if count and jax.process_count() > 1:
-        raise JaxtuneError("evaluation.generate requires a single process: set it to 0")
     if count and (chat is None or chat.tokenizer is None):
         raise JaxtuneError("evaluation.generate needs a tokenizer, and the model has none")
     questions = {name: read_questions(examples, count) for name, examples in sets.items() if count}

@@ -9,7 +9,8 @@ import numpy as np
 
 from jaxtune.checkpoints.chat import Chat
 from jaxtune.data import Examples
-from jaxtune.generation.generate import Sampling, generate_tokens
+from jaxtune.generation.generate import generate_tokens
+from jaxtune.generation.sampling import Sampling
 from jaxtune.objectives.cross_entropy import IGNORE
 from jaxtune.progress import track
 from jaxtune.training.scores import answer_scores, rate_answer
@@ -44,6 +45,8 @@ def answer_questions(
     setup: Setup, trees: Any, questions: Mapping[str, Sequence[Question]], chat: Chat
 ) -> list[dict[str, Any]]:
     """Generates answers greedily, in batches of ``evaluation.batch_size`` rows.
+
+    In several processes, all answer the same questions on the mesh in context, and have all rows.
 
     Questions are sorted by the length of their prompts, so that a batch has little padding, and the
     last batch repeats a question, so that all have the compiled number of rows.

@@ -9,7 +9,7 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import jaxtune
-from jaxtune.generation.generate import Sampling
+from jaxtune.generation.sampling import Sampling
 from jaxtune.layers.tree import flatten
 
 TOKENS = np.random.default_rng(1).integers(3, 160, (2, 12)).astype(np.int32)

@@ -16,7 +16,7 @@ from jaxtune.adapters.projections.lora import Lora
 from jaxtune.cli import main
 from jaxtune.config import resolve
 from jaxtune.errors import JaxtuneError
-from jaxtune.generation.generate import Sampling
+from jaxtune.generation.sampling import Sampling
 from jaxtune.planning.plan import model_config
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -165,8 +165,6 @@ def test_invalid_ids_and_sampling_options_are_rejected(tiny):
     ):
         with pytest.raises(JaxtuneError, match=message):
             model.generate_tokens(prompts, 1, sampling)
-    with pytest.raises(JaxtuneError, match="put a single prompt into a list"):
-        model.generate(np.array([1, 2]))
     rows = [[1, 2], [3, 4]]
     expected = model.generate_tokens(rows, 2, Sampling())
     assert model.generate_tokens(np.array(rows), 2, Sampling()) == expected

@@ -88,5 +88,5 @@ def test_functions_of_a_model_are_compiled_by_cpu_bfloat16_jit():
     sources = {path: path.read_text(encoding="utf-8") for path in ROOT.rglob("*.py")}
     binding = {path for path, source in sources.items() if binds(source)}
     names = {path.name for path in binding}
-    assert {"generate.py", "step.py", "score_experts.py", "model.py"} <= names
+    assert {"decoding.py", "step.py", "score_experts.py", "model.py"} <= names
     assert not [path for path in binding if "jax.jit" in sources[path]]

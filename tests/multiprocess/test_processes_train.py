@@ -12,6 +12,7 @@ pytestmark = pytest.mark.slow
 
 # Sums over devices come in another order in float32, and the updates before carry it on.
 TOLERANCE = 1e-5
+GENERATE = "--config.evaluation.generate=4"
 
 
 def assert_close(ours, theirs):
@@ -29,15 +30,17 @@ def assert_close(ours, theirs):
 def alone(start, tmp_path_factory):
     """A run of one process with one device; the last batch of each pass is half empty."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
-    output = start(1, workdir).succeed()
+    output = start(1, workdir, GENERATE).succeed()
     assert "training for 12 steps: 4 passes over 40 rows" in output
     assert [line["rows"] for line in read_losses(workdir)][2::3] == [40, 80, 120, 160]
     return workdir
 
 
 def test_two_processes_of_two_devices(start, alone, tmp_path):
-    start(2, tmp_path / "run", "--config.mesh.fsdp=2", devices=2).succeed()
+    start(2, tmp_path / "run", "--config.mesh.fsdp=2", GENERATE, devices=2).succeed()
     assert_close(read_losses(tmp_path / "run"), read_losses(alone))
+    answers, expected = ((path / "samples.jsonl").read_text() for path in (tmp_path / "run", alone))
+    assert answers == expected and answers.count("\n") >= 4
     kept = ("evaluations.jsonl", "adapter/last/adapter_config.json", "description.json")
     assert all((tmp_path / "run" / name).is_file() for name in kept)
 

@@ -25,7 +25,7 @@ from jaxtune.adapter_files.peft import read_adapter, write_adapter
 from jaxtune.adapters import method_from_peft
 from jaxtune.adapters.parameter_summary import parameter_summary
 from jaxtune.adapters.virtual.bottleneck import ACTIVATIONS, PLACEMENTS, Bottlenecks
-from jaxtune.generation.generate import Sampling
+from jaxtune.generation.sampling import Sampling
 from jaxtune.layers.tree import flatten, unflatten
 
 THEIRS = Path(__file__).parent / "fixtures" / "adapterhub"

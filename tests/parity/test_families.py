@@ -14,7 +14,7 @@ from families import YARN, reference
 from oracles import assert_same_logits, load_torch, random_tokens, relative, torch_logits
 
 import jaxtune
-from jaxtune.generation.generate import Sampling
+from jaxtune.generation.sampling import Sampling
 from jaxtune.layers.decoder import ForwardOptions
 
 TOKENS = random_tokens(1, 2, 48)

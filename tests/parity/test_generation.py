@@ -13,7 +13,7 @@ import torch
 from oracles import assert_same_logits, load_torch, random_tokens
 
 import jaxtune
-from jaxtune.generation.generate import Sampling
+from jaxtune.generation.sampling import Sampling
 from jaxtune.layers.decoder import ForwardOptions
 
 GREEDY = Sampling()

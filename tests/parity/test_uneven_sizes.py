@@ -27,7 +27,7 @@ from jaxtune.checkpoints.huggingface import open_source
 from jaxtune.checkpoints.load_model import load_model
 from jaxtune.config import resolve
 from jaxtune.errors import JaxtuneError
-from jaxtune.generation.generate import Sampling
+from jaxtune.generation.sampling import Sampling
 from jaxtune.layers.decoder import ForwardOptions
 from jaxtune.layers.tree import flatten
 from jaxtune.models.definition import undivided

@@ -24,8 +24,8 @@ from jaxtune.adapters.parameter_summary import parameter_summary
 from jaxtune.adapters.virtual.prefix import Prefix
 from jaxtune.adapters.virtual.prompt import Prompt
 from jaxtune.adapters.virtual.ptuning import PTuning
-from jaxtune.api.model import make_room
-from jaxtune.generation.generate import Sampling
+from jaxtune.api.logits import make_room
+from jaxtune.generation.sampling import Sampling
 from jaxtune.layers.tree import flatten, unflatten
 
 N = 5

@@ -1,0 +1,72 @@
+"""Logits of whole sequences: the compiled pass, and positions for segments and virtual tokens."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtune.layers.cpu_bfloat16 import jit
+from jaxtune.layers.decoder import ForwardOptions
+from jaxtune.layers.tree import Tree
+from jaxtune.models.definition import Definition
+
+
+@functools.partial(jit, static_argnames=("definition", "options"))
+def logits(
+    trees: tuple[Tree, Tree, Tree],
+    tokens: jax.Array,
+    segment_ids: jax.Array,
+    positions: jax.Array,
+    definition: Definition,
+    options: ForwardOptions,
+) -> jax.Array:
+    """Returns float32[B, T, vocabulary] of tokens, segment ids and positions, int[B, T] each."""
+    model = definition.bind(*trees)
+    hidden, _, _ = model.decoder(tokens, segment_ids, positions, options)
+    return model.head()(hidden)
+
+
+def segment_positions(segment_ids: jax.Array) -> jax.Array:
+    """Returns positions from 0 within each stretch of equal ids: int[B, T] → int32[B, T].
+
+    The position is the index minus the start of the stretch, which is the running maximum of the
+    indices at which the id changes.
+    """
+    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
+    starts = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1] - 1) != 0
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def make_room(
+    tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array, reserved: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Inserts `reserved` positions for virtual tokens in front of every segment.
+
+    Args:
+      tokens: int[B, T].
+      segment_ids: int[B, T].
+      positions: int[B, T].
+      reserved: number of virtual tokens.
+
+    Returns:
+      tokens, segment_ids and positions, int[B, T + reserved · segments] with the largest number of
+      segments of a row, and the new index of each original token, int[B, T].
+    """
+    segments = np.asarray(segment_ids)
+    # A token moves right by `reserved` for each segment that has begun up to it.
+    first = np.diff(segments, axis=1, prepend=segments[:, :1] - 1) != 0
+    before = np.cumsum(first & (segments != 0), axis=1)
+    text = np.arange(segments.shape[1]) + reserved * before
+    wider = (segments.shape[0], segments.shape[1] + reserved * int(before.max()))
+    moved = [np.zeros(wider, np.int32) for _ in range(3)]
+    for row, start in zip(*np.nonzero(first & (segments != 0)), strict=True):
+        head = slice(text[row, start] - reserved, text[row, start])
+        moved[1][row, head] = segments[row, start]
+        moved[2][row, head] = np.arange(reserved)
+    shifted = np.where(segments != 0, np.asarray(positions) + reserved, 0)
+    for wide, value in zip(moved, (np.asarray(tokens), segments, shifted), strict=True):
+        np.put_along_axis(wide, text, value, axis=1)
+    return moved[0], moved[1], moved[2], text
