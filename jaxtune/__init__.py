@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from jaxtune.environment import silence_unused
+
 if TYPE_CHECKING:
     from jaxtune.api import Model, Run, Sampling, convert, load, train
     from jaxtune.errors import JaxtuneError
@@ -14,6 +16,8 @@ __all__ = ["JaxtuneError", "Model", "Run", "Sampling", "convert", "load", "regis
 
 # Modules that import no jax; the other names are in jaxtune.api.
 _LIGHT = {"JaxtuneError": "jaxtune.errors", "register_score": "jaxtune.training.scores"}
+
+silence_unused()
 
 
 def __getattr__(name: str) -> Any:

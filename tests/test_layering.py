@@ -17,6 +17,7 @@ ORDER = (
     "intervals",
     "atomic_files",
     "hub",
+    "environment",
     "registry",
     "config",
     "parallel",
