@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from jaxtune.environment import silence_unused
+
 if TYPE_CHECKING:
     from jaxtune.api import Model, Run, Sampling, convert, load, train
     from jaxtune.errors import JaxtuneError
@@ -34,6 +36,8 @@ _LIGHT = {
     "enable_logging": "jaxtune.log_output",
     "register_score": "jaxtune.training.scores",
 }
+
+silence_unused()
 
 
 def __getattr__(name: str) -> Any:

@@ -18,6 +18,7 @@ ORDER = (
     "intervals",
     "atomic_files",
     "hub",
+    "environment",
     "registry",
     "config",
     "parallel",

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtune.adapter_files.pairs import Pair, kind_of, pairs_of, plain_config
 from jaxtune.adapter_files.routed_experts import EXPERT, PROJECTIONS, experts_of
 from jaxtune.adapters.method import StoredAdapter
+from jaxtune.adapters.projections.factors import read_settings
 from jaxtune.adapters.projections.modules_to_save import whole_weights
 from jaxtune.adapters.projections.peft_files import PREFIX, target_modules
 from jaxtune.adapters.targets import ROUTER
@@ -40,12 +41,8 @@ def for_vllm(stored: StoredAdapter, definition: Definition) -> StoredAdapter:
       JaxtuneError: vLLM rejects the adapter or would ignore part of it; the message names an
         alternative.
     """
-    _refuse(stored)
+    rank = check_vllm(stored)
     pairs = _with_all_experts(pairs_of(stored), definition)
-    largest = max(len(pair.lora_A) for pair in pairs.values())
-    rank = next((rank for rank in RANKS if rank >= largest), None)
-    if rank is None:
-        raise JaxtuneError(f"vLLM takes ranks up to {RANKS[-1]}, not {largest}: {_MERGE}")
     tensors: dict[str, np.ndarray] = {}
     for module, pair in pairs.items():
         more = rank - len(pair.lora_A)
@@ -55,6 +52,24 @@ def for_vllm(stored: StoredAdapter, definition: Definition) -> StoredAdapter:
     base = stored.config.get("base_model_name_or_path")
     config = plain_config(base, target_modules(definition, pairs))
     return StoredAdapter(config | {"r": rank, "lora_alpha": rank}, tensors)
+
+
+def check_vllm(stored: StoredAdapter) -> int:
+    """Checks that vLLM can load an adapter; the values of its tensors are not read.
+
+    Returns:
+      The rank to which all factors are padded.
+
+    Raises:
+      JaxtuneError: vLLM rejects the adapter or would ignore part of it; the message names an
+        alternative.
+    """
+    _refuse(stored)
+    largest = max(factor.rank for _, factor in read_settings(stored)["factors"])
+    rank = next((rank for rank in RANKS if rank >= largest), None)
+    if rank is None:
+        raise JaxtuneError(f"vLLM takes ranks up to {RANKS[-1]}, not {largest}: {_MERGE}")
+    return rank
 
 
 def _refuse(stored: StoredAdapter) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar, NamedTuple
 
+import jax
 import numpy as np
 
 from jaxtune.adapters.esft.expert_scores import ExpertScores
@@ -185,6 +186,20 @@ class Method(abc.ABC):
           JaxtuneError: the method has no adapter of its own.
         """
 
+    def outline(self, definition: Definition) -> StoredAdapter:
+        """Returns an adapter as `store` does, with zeros that take no memory for its values.
+
+        Raises:
+          JaxtuneError: the method has no adapter of its own.
+        """
+        trainable, constants = (
+            jax.tree.map(
+                lambda like: np.broadcast_to(np.float32(0), like.shape), definition.abstract(kind)
+            )
+            for kind in ("trainable", "constants")
+        )
+        return self.store(definition, trainable, constants)
+
     @abc.abstractmethod
     def restore(self, definition: Definition, stored: StoredAdapter) -> tuple[Tree, Tree]:
         """Returns (trainable, constants) of an adapter written by `store` or by PEFT."""
@@ -209,6 +224,12 @@ class Method(abc.ABC):
         """
         del definition, stored
         return {}
+
+
+def owned(value: np.ndarray) -> np.ndarray:
+    """Returns a copy of an array [...], or the array itself if it is the zeros of an outline."""
+    repeated = value.ndim > 0 and not any(value.strides)
+    return value if repeated else value.copy()
 
 
 @dataclasses.dataclass(frozen=True)

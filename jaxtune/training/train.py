@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import jax
 
+from jaxtune.adapter_files import refused_exports
 from jaxtune.adapter_files.init_from import init_from
 from jaxtune.adapter_files.peft import read_adapter, write_adapter_files
 from jaxtune.adapters import Method, StoredAdapter, method_from_config, method_from_peft
@@ -215,6 +216,8 @@ def _log_setup(setup: Setup) -> None:
         *(mesh, split.accumulation, split.micro_rows, attention),
     )
     logger.info("\n%s", render(parameter_summary(setup.definition)))
+    for name, reason in refused_exports(setup.method, setup.definition).items():
+        logger.info("jaxtune export --format %s will not be possible: %s", name, reason)
 
 
 def data_reader(

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from jaxtune.adapters.esft.expert_scores import Choice, ExpertScores, parse_choice, read_choice
-from jaxtune.adapters.method import Method, Start, StoredAdapter
+from jaxtune.adapters.method import Method, Start, StoredAdapter, owned
 from jaxtune.adapters.targets import module_names
 from jaxtune.config import AdapterConfig
 from jaxtune.errors import JaxtuneError
@@ -157,7 +157,7 @@ class Esft(Method):
         values, tensors = dict(flatten(trainable)), {}
         for path, names, _ in _each(definition):
             value = np.asarray(values[(*path, "weight")], np.float32)
-            tensors |= {f"{name}.weight": value[place].copy() for place, name in names.items()}
+            tensors |= {f"{name}.weight": owned(value[place]) for place, name in names.items()}
         return StoredAdapter(
             {
                 "peft_type": PEFT_TYPE,

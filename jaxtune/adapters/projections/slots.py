@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jaxtune.adapters.method import Method, StoredAdapter
+from jaxtune.adapters.method import Method, StoredAdapter, owned
 from jaxtune.adapters.projections.modules_to_save import (
     check_saved,
     is_saved,
@@ -247,10 +247,10 @@ class LinearMethod(Method):
                 for attribute, part in adapter.parts(setting).items():
                     value = stacks[attribute][i][_slices(part)]
                     shape = part.file_shape or part.shape
-                    tensors[f"{PREFIX}{name}{part.key}"] = value.reshape(shape).copy()
+                    tensors[f"{PREFIX}{name}{part.key}"] = owned(value.reshape(shape))
         for path, names, declared in saved_arrays(definition):
             value = np.asarray(values[path], np.float32).reshape(-1, *declared.shape)
-            tensors |= {PREFIX + name: value[i].copy() for i, name in enumerate(names)}
+            tensors |= {PREFIX + name: owned(value[i]) for i, name in enumerate(names)}
         config = self.peft_config(definition, settings)
         return StoredAdapter(
             config | {"modules_to_save": list(self.modules_to_save) or None}, tensors
