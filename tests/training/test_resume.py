@@ -93,7 +93,7 @@ def test_a_length_in_another_unit_or_below_what_is_done_is_refused(config, tmp_p
             lengthen(run, override)
         assert message in capsys.readouterr().err
     assert not RunDirectory(run).history.exists()
-    assert Run(run).config == config("training.steps=4")
+    assert Run(run).config.requested() == config("training.steps=4")
 
 
 def test_a_planned_length_that_is_not_reached_can_be_shortened(config, tmp_path, caplog):
