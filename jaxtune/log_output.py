@@ -36,15 +36,18 @@ class _Formatter(logging.Formatter):
 def enable_logging(level: int | str = logging.INFO) -> None:
     """Shows jaxtune's log as the command line does, on standard error.
 
-    If the program has set up handlers of its own, for jaxtune or for all packages, they receive the
-    messages instead. Calling the function again changes only the level.
+    Handlers that the program has set up for the logger ``jaxtune``, or for all loggers, receive the
+    messages instead; a plain `logging.StreamHandler` for all loggers does not count, because
+    packages add one when they are imported. Calling the function again changes only the level.
 
     Args:
       level: lowest level shown, as in `logging`, such as ``"WARNING"``.
     """
     LOGGER.setLevel(level)
-    if not LOGGER.hasHandlers():
+    others = (type(handler) is not logging.StreamHandler for handler in logging.root.handlers)
+    if not LOGGER.handlers and not any(others):
         LOGGER.addHandler(StderrHandler())
+        LOGGER.propagate = False  # or the plain handler would show the messages again
 
 
 @contextlib.contextmanager
@@ -57,10 +60,10 @@ def logged(enabled: bool = True) -> Iterator[None]:
     if not enabled or LOGGER.level != logging.NOTSET:
         yield
         return
-    before = list(LOGGER.handlers)
+    handlers, propagate = list(LOGGER.handlers), LOGGER.propagate
     enable_logging()
     try:
         yield
     finally:
         LOGGER.setLevel(logging.NOTSET)
-        LOGGER.handlers[:] = before
+        LOGGER.handlers[:], LOGGER.propagate = handlers, propagate

@@ -1,5 +1,8 @@
 """Progress bars: one at a time, on a terminal only, after two seconds."""
 
+import builtins
+import importlib.util
+
 import pytest
 
 from jaxtune import progress
@@ -24,6 +27,16 @@ def test_a_nested_bar_stays_hidden(terminal, capsys):
     with progress.track(1, "next") as advance:
         advance()
     assert "next" in capsys.readouterr().err
+
+
+def test_a_notebook_has_bars_if_it_has_widgets(monkeypatch):
+    class ZMQInteractiveShell:
+        """The class by whose name rich recognizes a notebook."""
+
+    monkeypatch.setattr(builtins, "get_ipython", ZMQInteractiveShell, raising=False)
+    for found in (True, False):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, found=found: found or None)
+        assert progress.Bar().disable == (not found)
 
 
 def test_a_short_block_or_a_file_has_no_bar(terminal, monkeypatch, capsys):

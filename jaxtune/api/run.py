@@ -1,4 +1,4 @@
-"""Training runs: starting a run, and its results."""
+"""Training runs: their results and models."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from jaxtune.checkpoints.load_model import LoadedModel, load_model
 from jaxtune.checkpoints.merging import Merge
 from jaxtune.checkpoints.open_model import OpenModel, open_model
 from jaxtune.checkpoints.requantize import REPORT, read_report, write_report
-from jaxtune.config import ConfigLike, load_file, resolve
 from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.parallel.processes import leads, on_leader
 from jaxtune.planning.plan import model_config
 from jaxtune.runs.chat import load_run_chat
+from jaxtune.runs.checkpoints import EXTRA
 from jaxtune.runs.directory import RunDirectory
 from jaxtune.training import train as training
 
@@ -50,6 +50,23 @@ class Run:
         """
         self.directory = RunDirectory(workdir)
         self.config = self.directory.read_config()
+
+    def __repr__(self) -> str:
+        planned, done = self.directory.steps_planned(), self.directory.steps_done()
+        parts = [
+            f"{str(self.path)!r}",
+            f"{self.config.adapter.method} on {self.config.model.path}",
+            "not started" if planned is None else f"{done} of {planned} steps",
+        ]
+        losses = [line["loss"] for line in self.metrics() if line["loss"] is not None]
+        if losses:
+            parts.append(f"loss {losses[-1]:.4f}")
+        extra = self.directory.checkpoints / str(done) / EXTRA
+        tally = json.loads(extra.read_text(encoding="utf-8"))["tally"] if extra.is_file() else {}
+        if tally.get("best_step") is not None:
+            metric = self.config.evaluation.stop_metric
+            parts.append(f"best {metric} {tally['best']:.4f} after step {tally['best_step']}")
+        return f"Run({', '.join(parts)})"
 
     @property
     def path(self) -> Path:
@@ -242,20 +259,3 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def train(config: ConfigLike | str | Path | None = None, workdir: str | Path = "") -> Run:
-    """Trains a model, or resumes the run in `workdir`.
-
-    Args:
-      config: a config from `jaxtune.config.default`, a mapping of sections, or the path of a config
-        file; None resumes the run in `workdir`.
-      workdir: the run's directory, which receives all files.
-
-    Raises:
-      JaxtuneError: an error that the user can fix.
-    """
-    if isinstance(config, (str, Path)):
-        config = load_file(config)
-    training.train(None if config is None else resolve(config), workdir)
-    return Run(workdir)

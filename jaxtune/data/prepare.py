@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from jaxtune.chats.clock import printed_values
 from jaxtune.data.encode import Chunk, Encoder, Problem
 from jaxtune.data.examples import META, Examples, ExamplesWriter, open_examples
 from jaxtune.data.file_formats import Record
+from jaxtune.data.in_memory import PREFIX
 from jaxtune.data.settings import DataSettings
 from jaxtune.data.sources import Source, absolute_sources, find_sources
 from jaxtune.errors import JaxtuneError
@@ -51,6 +52,7 @@ def load_examples(
     keep: bool = False,
     workers: int = 1,
     problems: list[Problem] | None = None,
+    rows: Mapping[str, Any] | None = None,
 ) -> Examples:
     """Reads, renders and tokenizes a data set.
 
@@ -65,16 +67,17 @@ def load_examples(
       keep: whether to write the data set to the cache.
       workers: number of processes that tokenize; 1: this process only.
       problems: list to which rejected rows are appended instead of raising an error.
+      rows: rows in memory, which are never cached; see `find_sources`.
 
     Raises:
       JaxtuneError: a row cannot be read or rendered, has no targets, is too long or contains ids
         outside the vocabulary, and the message names the row; or there are no examples.
     """
-    sources = find_sources(source, revision=revision)
+    sources = find_sources(source, revision=revision, rows=rows)
     encoder = Encoder(settings, tokenizer)
     weights = [entry.weight for entry in sources]
     place = None
-    if cache:
+    if cache and not any(entry.name.startswith(PREFIX) for entry in sources):
         place = Path(cache).expanduser() / cache_key(sources, settings, tokenizer)
     if place is not None and (place / META).is_file():
         logger.info("%s: using the tokenized data in %s", source, place)

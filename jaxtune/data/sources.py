@@ -8,11 +8,12 @@ import glob
 import hashlib
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxtune.data.file_formats import FILE_FORMATS, Record, file_format, read_file, table_record
+from jaxtune.data.in_memory import PREFIX, read_records
 from jaxtune.errors import JaxtuneError, closest
 from jaxtune.hub import closest_path, datasets_offline, is_reachable, unreachable
 
@@ -43,7 +44,9 @@ class Source:
     digest: Callable[[], str]
 
 
-def find_sources(text: str | Path, *, revision: str | None = None) -> list[Source]:
+def find_sources(
+    text: str | Path, *, revision: str | None = None, rows: Mapping[str, Any] | None = None
+) -> list[Source]:
     """Parses ``data.train`` or ``data.eval`` and finds its sources.
 
     Args:
@@ -53,6 +56,7 @@ def find_sources(text: str | Path, *, revision: str | None = None) -> list[Sourc
         a hub id. A data set can have a split as a suffix, ``"owner/name:test"``; the default is
         ``train``. The suffix ``@2`` shows each example twice per epoch, ``@0.5`` half of them.
       revision: commit, tag or branch of hub ids.
+      rows: rows in memory by their entry, which begins with ``memory:``.
 
     Raises:
       JaxtuneError: an entry does not exist; the message names the closest file.
@@ -60,7 +64,22 @@ def find_sources(text: str | Path, *, revision: str | None = None) -> list[Sourc
     whole = str(text)
     if not whole.strip():
         raise JaxtuneError("no data: set data.train to a JSONL file or the hub id of a data set")
-    return [_find_source(entry, revision) for entry in _entries(whole)]
+    return [
+        _memory_source(entry, rows or {})
+        if entry.startswith(PREFIX)
+        else _find_source(entry, revision)
+        for entry in _entries(whole)
+    ]
+
+
+def _memory_source(entry: str, rows: Mapping[str, Any]) -> Source:
+    if entry not in rows:
+        raise JaxtuneError(
+            f"{entry}: the run was given rows in memory; pass them to jaxtune.train again "
+            "(train_data, eval_data), or name a file instead, for example with --data"
+        )
+    records = functools.partial(read_records, entry, rows[entry])
+    return Source(entry, 1.0, records, lambda: entry)
 
 
 def absolute_sources(text: str) -> str:
@@ -77,6 +96,8 @@ def absolute_sources(text: str) -> str:
 
 
 def _absolute(entry: str) -> str:
+    if entry.startswith(PREFIX):
+        return entry
     name, weight = _split_weight(entry)
     stem, colon, split = name, "", ""
     if not path_exists(name) and not glob.has_magic(name):

@@ -7,7 +7,8 @@ import datetime
 import functools
 import logging
 import re
-from typing import TYPE_CHECKING, NamedTuple, TypedDict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import numpy as np
 
@@ -51,6 +52,7 @@ class ReaderOptions(TypedDict, total=False):
     problems: list[Problem] | None
     chat_template: str | None
     clock: datetime.datetime | None
+    rows: Mapping[str, Any] | None
 
 
 class DataReader:
@@ -68,6 +70,7 @@ class DataReader:
         problems: list[Problem] | None = None,
         chat_template: str | None = None,
         clock: datetime.datetime | None = None,
+        rows: Mapping[str, Any] | None = None,
     ):
         """Initializes the reader.
 
@@ -82,6 +85,7 @@ class DataReader:
           chat_template: Jinja source that replaces the config's template; empty: the tokenizer's
             own.
           clock: time that the template prints in all rows; now by default.
+          rows: rows in memory by their entry in ``data.train`` or ``data.eval``.
         """
         self._section, self._max_positions = config.data, max_positions
         self.cache = config.data.cache or default_cache()
@@ -98,6 +102,7 @@ class DataReader:
             keep=keep,
             workers=workers,
             problems=problems,
+            rows=rows,
         )
 
     def read(self, path: str, *, training: bool = False) -> Examples:

@@ -175,6 +175,12 @@ class RunDirectory:
         names = (manifest.parent.name for manifest in saved)
         return max((int(name) for name in names if name.isdecimal()), default=0)
 
+    def steps_planned(self) -> int | None:
+        """Returns the number of steps of the run; None if it has not been started."""
+        if not self.description.is_file():
+            return None
+        return int(json.loads(self.description.read_text(encoding="utf-8"))["steps"])
+
     def adapter(self, which: str = "best") -> Path:
         """Returns the directory of an adapter in PEFT's format.
 

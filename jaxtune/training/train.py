@@ -8,9 +8,9 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import jax
 
@@ -51,6 +51,7 @@ from jaxtune.training.evaluation import (
     score_names,
 )
 from jaxtune.training.length import with_length
+from jaxtune.training.loop.callbacks import Callback, check_callbacks
 from jaxtune.training.loop.early_stopping import check_metric
 from jaxtune.training.loop.profile import profile_window
 from jaxtune.training.loop.trainer import Trainer
@@ -67,7 +68,12 @@ logger = logging.getLogger(__name__)
 
 
 def train(
-    config: Config | None, workdir: str | Path, *, clock: datetime.datetime | None = None
+    config: Config | None,
+    workdir: str | Path,
+    *,
+    clock: datetime.datetime | None = None,
+    rows: Mapping[str, Any] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> RunDirectory:
     """Trains a new run, or resumes the run in `workdir`.
 
@@ -75,6 +81,8 @@ def train(
       config: resolved config of a new run; None resumes the existing run.
       workdir: directory of the run.
       clock: date and time that the chat template of a new run prints; now by default.
+      rows: rows in memory by their entry in ``data.train`` or ``data.eval``; see `find_sources`.
+      callbacks: callbacks, called in this order.
 
     Returns:
       The directory of the run, with all its files.
@@ -84,6 +92,7 @@ def train(
     """
     if not str(workdir):
         raise JaxtuneError("workdir is empty: name a directory for the run")
+    check_callbacks(callbacks)
     run = RunDirectory(workdir)
     with run.start(config) as config:
         changes = run.changes(config)
@@ -92,7 +101,7 @@ def train(
         source = open_model(config.model.path, config.model.revision).source
         chat = create_run_chat(run, config, initial_chat(config.adapter, source), clock)
         tokenizer = chat.tokenizer
-        options = reader_options(config.data, chat)
+        options = reader_options(config.data, chat) | {"rows": rows}
         read = functools.cache(lambda: data_reader(config, source, tokenizer, **options).splits())
         method, stored = choose_method(config.adapter)
         method = method.with_tokenizer(tokenizer)
@@ -100,7 +109,6 @@ def train(
         setup = set_up(config, source.config, method)
         _log_setup(setup)
         splits = read()
-        held_out = splits.held_out
         chat = save_end_tokens(run, chat, splits.train)
         _check_stopping(config.evaluation, splits.sets, setup)
         loader = make_loader(config, splits.train, setup.reserved)
@@ -109,24 +117,39 @@ def train(
         logger.info("training for %s", timeline.describe(setup.steps))
         model = _load(setup, source, stored, tokenizer)
         # Recorded only now, so that a run whose inputs have errors can be started again.
-        run.check_fingerprint(fingerprint(source, tokenizer, splits.train, held_out))
+        run.check_fingerprint(fingerprint(source, tokenizer, splits.train, splits.held_out))
         run.record(setup.config, changes)
-        _write_summary(run, setup, splits.train, held_out, loader)
-        like = setup.definition.abstract("constants", setup.mesh)
-        constants = jax.tree.map(lambda x, like: put(x, like.sharding), model.constants, like)
+        _write_summary(run, setup, splits.train, splits.held_out, loader)
         with jax.set_mesh(setup.mesh), out_of_memory_named(setup):
             trainer = Trainer(
-                step=CompiledStep(setup.train_step(), model.base, constants, setup.put_batch),
+                **_functions(setup, model, splits, chat),
                 loader=loader,
-                evaluate=bind_evaluation(setup, model.base, constants, splits.sets, chat),
-                save_adapter=_adapter_writer(setup, constants, chat),
                 run=run,
                 config=config,
                 steps=setup.steps,
                 timeline=timeline,
+                callbacks=callbacks,
             )
             trainer.fit(setup.initial_state(model.trainable))
     return run
+
+
+class _Functions(TypedDict):
+    """The fields of `Trainer` that depend on the model."""
+
+    step: Callable[[Any, Any], tuple[Any, Mapping[str, jax.Array]]]
+    evaluate: Callable[[Any], Mapping[str, Any]] | None
+    save_adapter: Callable[[Any, Path], Any] | None
+
+
+def _functions(setup: Setup, model: LoadedModel, splits: Splits, chat: Chat) -> _Functions:
+    like = setup.definition.abstract("constants", setup.mesh)
+    constants = jax.tree.map(lambda x, like: put(x, like.sharding), model.constants, like)
+    return {
+        "step": CompiledStep(setup.train_step(), model.base, constants, setup.put_batch),
+        "evaluate": bind_evaluation(setup, model.base, constants, splits.sets, chat),
+        "save_adapter": _adapter_writer(setup, constants, chat),
+    }
 
 
 def _load(

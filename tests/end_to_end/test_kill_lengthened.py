@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from jaxtune.api.run import Run, train
+from jaxtune.api.run import Run
+from jaxtune.api.train import train
 from jaxtune.cli import main
 from jaxtune.config import load_file, resolve
 

@@ -23,6 +23,7 @@ from jaxtune.errors import JaxtuneError
 from jaxtune.runs.checkpoints import Checkpoints
 from jaxtune.runs.directory import RunDirectory
 from jaxtune.runs.metrics import read_lines
+from jaxtune.training.loop.callbacks import Callback
 from jaxtune.training.loop.trainer import Trainer
 from jaxtune.training.optimizer import make_optimizer, make_schedule
 
@@ -236,6 +237,24 @@ def test_metrics_are_read_after_the_next_update_was_queued(tmp_path):
             config=config,
         ).fit(state)
     assert seen == [max(0, number - 1) for number in range(20)]
+
+
+def test_callbacks_get_metrics_after_the_next_step_was_queued(tmp_path):
+    config = settings(checkpoint={"every": 0}, evaluation={"every": 0})
+    _, step = problem(config)
+    order = []
+
+    class Seen(Callback):
+        def on_step(self, event):
+            order.append(("seen", event.step))
+
+    def watched(state, batch):
+        order.append(("queued", len([kind for kind, _ in order if kind == "queued"]) + 1))
+        return step(state, batch)
+
+    train(tmp_path, config, step=watched, callbacks=[Seen()])
+    expected = [(kind, n) for n in range(1, 21) for kind, n in (("queued", n), ("seen", n - 1))]
+    assert order == [each for each in expected if each[1]] + [("seen", 20)]
 
 
 @pytest.mark.parametrize("poisoned", [6, 20])

@@ -63,6 +63,15 @@ class Callback:
         """Runs once at the end: after the last step, early stopping, or a stop by a callback."""
 
 
+def check_callbacks(callbacks: Sequence[Callback]) -> None:
+    """Raises if an element is not an instance of `Callback`."""
+    for index, callback in enumerate(callbacks):
+        if not isinstance(callback, Callback):
+            raise JaxtuneError(
+                f"callbacks[{index}] is {callback!r}, not an instance of jaxtune.Callback"
+            )
+
+
 class Callbacks:
     """The callbacks of a run, and whether one of them has asked to stop.
 
@@ -71,21 +80,13 @@ class Callbacks:
     """
 
     def __init__(self, callbacks: Sequence[Callback], run: Path, steps: int):
-        """Checks the callbacks.
+        """Stores the callbacks.
 
         Args:
           callbacks: called in this order.
           run: directory of the run.
           steps: planned number of steps.
-
-        Raises:
-          JaxtuneError: an element is not an instance of `Callback`.
         """
-        for index, callback in enumerate(callbacks):
-            if not isinstance(callback, Callback):
-                raise JaxtuneError(
-                    f"callbacks[{index}] is {callback!r}, not an instance of jaxtune.Callback"
-                )
         self._callbacks, self._run, self._steps = tuple(callbacks), run, steps
         self._last: Mapping[str, Any] = {}
         self.stopping = False
