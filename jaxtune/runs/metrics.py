@@ -47,9 +47,10 @@ class MetricLog:
         self._metrics: TextIO | None = None
         self._evaluations: TextIO | None = None
         self._wandb: Any = None
-        self._samples = directory / SAMPLES
+        self._samples: Path | None = None
         if not leads():
             return
+        self._samples = directory / SAMPLES
         for name in (METRICS, EVALUATIONS, SAMPLES):
             _drop_after(directory / name, resume_step)
         self._metrics = (directory / METRICS).open("a", encoding="utf-8", buffering=1)
@@ -83,6 +84,8 @@ class MetricLog:
 
     def samples(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
         """Writes generated answers to held-out prompts after `step` steps."""
+        if self._samples is None:
+            return
         with self._samples.open("a", encoding="utf-8") as file:
             for sample in samples:
                 file.write(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n")
