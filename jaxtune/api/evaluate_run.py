@@ -86,14 +86,18 @@ def merge_losses(run: RunDirectory, adapter: str, quantized: Path) -> dict[str, 
 
 def _open(run: RunDirectory, config: Config, data: str = "") -> tuple[TensorSource, _HeldOut]:
     """Returns the checkpoint of a run, and the examples of `data` or those that it held out."""
+    section = config.data
+    if not (data or section.eval or section.eval_split):  # before anything is read
+        raise JaxtuneError(
+            f"{run.path}: the run has no held-out examples (data.eval and data.eval_split are "
+            "empty): name some with --data FILE"
+        )
     location = huggingface.resolve_path(config.model.path, config.model.revision)
     source = huggingface.open_source(location)
     chat = load_run_chat(run, config, source)
     reader = data_reader(config, source, chat.tokenizer, **reader_options(config.data, chat))
     data = data or config.data.eval
     sets = reader.read_sets(data) if data else reader.splits().sets
-    if not sets:
-        raise JaxtuneError(f"{run.path}: data.eval is empty: name the examples with --data FILE")
     return source, _HeldOut(sets, chat)
 
 

@@ -13,6 +13,7 @@ from jaxtune import config as config_module
 from jaxtune.adapter_files.peft import read_adapter
 from jaxtune.adapters.define import define
 from jaxtune.api.adapter_set import AdapterSet
+from jaxtune.api.meshes import loading_mesh
 from jaxtune.api.model import Choice, Model, files_beside
 from jaxtune.chats.ends import turn_end_tokens
 from jaxtune.chats.template import read_template
@@ -22,7 +23,6 @@ from jaxtune.checkpoints.embeddings import untied, with_vocabulary
 from jaxtune.checkpoints.load_model import load_model
 from jaxtune.checkpoints.open_model import OpenModel, open_model
 from jaxtune.errors import JaxtuneError, lookup
-from jaxtune.parallel.mesh import single_device_mesh
 from jaxtune.quant import Quantization
 from jaxtune.registry import DTYPES
 
@@ -54,7 +54,8 @@ def load(
       adapters: directories of adapters in PEFT's format by name, for `Model.use`; the base model
         is in use at first.
       revision: branch, tag or commit of a hub id; empty for its default branch.
-      mesh: mesh on which the weights are placed; one device by default.
+      mesh: mesh on which the weights are placed; by default one device if they fit on it, or else
+        all devices along ``fsdp`` (see `jaxtune.api.meshes.loading_mesh`).
       attention: attention backend; "auto" chooses by platform.
       chat_template: a Jinja file or the name of a built-in template; by default that of the
         adapter in use, or else of the checkpoint.
@@ -114,9 +115,10 @@ def load_with_adapters(
     """
     directories = dict(adapters or {})
     stored = {name: read_adapter(directory) for name, directory in directories.items()}
-    mesh = single_device_mesh() if mesh is None else mesh
     opened, quantization = _open(path, quantize, dtype, revision)
     source = opened.source
+    if mesh is None:
+        mesh = loading_mesh(define(source.config, dtype, quantization=quantization))
     bare = load_model(source, dtype, mesh, quantization=quantization, progress=progress)
     return Model(
         bare,

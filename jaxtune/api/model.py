@@ -28,7 +28,8 @@ from jaxtune.layers.attention import choose_backend
 from jaxtune.layers.cpu_bfloat16 import jit
 from jaxtune.layers.decoder import ForwardOptions
 from jaxtune.layers.tree import Tree, merge
-from jaxtune.models.definition import Definition
+from jaxtune.models.definition import Definition, Kind
+from jaxtune.parallel.processes import fetch, put
 from jaxtune.registry import DTYPES
 from jaxtune.vocabulary import check_token_ids
 
@@ -61,10 +62,17 @@ class Model:
     def _hold(self, parts: LoadedModel) -> None:
         self.definition, self.method = parts.definition, parts.method
         self.base, self.trainable, self.constants = parts.base, parts.trainable, parts.constants
+        if self.mesh.size > 1:  # an adapter is read onto one device
+            self.trainable = self._placed(self.trainable, "trainable")
+            self.constants = self._placed(self.constants, "constants")
         platform = self.mesh.devices.flat[0].platform
         prefix = parts.definition.has_prefix
         backend = choose_backend(self._attention, platform, prefix)
         self.options = ForwardOptions(self._dtype, backend, "none", platform)
+
+    def _placed(self, tree: Tree, kind: Kind) -> Tree:
+        like = self.definition.abstract(kind, self.mesh)
+        return jax.tree.map(lambda value, like: put(value, like.sharding), tree, like)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -171,6 +179,7 @@ class Model:
             tokens, segments, place, text = make_room(tokens, segments, place, reserved)
         with jax.set_mesh(self.mesh):
             logits = _logits(self._trees, tokens, segments, place, self.definition, self.options)
+        logits = fetch(logits)
         return jnp.take_along_axis(logits, text[..., None], axis=1) if reserved else logits
 
     def generate(

@@ -9,33 +9,32 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
+from jax.sharding import Mesh
 
 from jaxtune.adapter_files import EXPORTS
 from jaxtune.adapter_files.peft import read_adapter, write_adapter
-from jaxtune.adapters import Method, StoredAdapter
+from jaxtune.adapters import StoredAdapter
 from jaxtune.adapters.define import define
 from jaxtune.adapters.merge import check_merges
 from jaxtune.api.evaluate_run import merge_losses
-from jaxtune.api.load_run import load_run, merge_run
+from jaxtune.api.load_run import load_trained, merge_run
 from jaxtune.api.loading import ONLY, choose_template, load_with_adapters
+from jaxtune.api.meshes import run_mesh
 from jaxtune.api.model import Choice, Model, files_beside
 from jaxtune.chats.template import read_template
 from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.chat import Chat
-from jaxtune.checkpoints.load_model import load_model
+from jaxtune.checkpoints.load_model import LoadedModel, load_model
+from jaxtune.checkpoints.merging import Merge
 from jaxtune.checkpoints.open_model import OpenModel, open_model
-from jaxtune.checkpoints.overlay import with_trained_weights
 from jaxtune.checkpoints.requantize import REPORT, read_report, write_report
-from jaxtune.config import Config, ConfigLike, load_file, resolve
+from jaxtune.config import ConfigLike, load_file, resolve
 from jaxtune.errors import JaxtuneError, lookup
-from jaxtune.parallel.mesh import single_device_mesh
-from jaxtune.parallel.rules import MESH_AXES
+from jaxtune.parallel.processes import leads, on_leader
 from jaxtune.planning.plan import model_config
 from jaxtune.runs.chat import load_run_chat
 from jaxtune.runs.directory import RunDirectory
 from jaxtune.training import train as training
-from jaxtune.training.setup import set_up
 
 _logger = logging.getLogger(__name__)
 
@@ -65,19 +64,26 @@ class Run:
         """Returns the lines of evaluations.jsonl: step, loss, token_accuracy, tokens."""
         return _json_lines(self.directory.evaluations)
 
-    def model(self, adapter: str = "best", *, chat_template: str | Path = "") -> Model:
+    def model(
+        self, adapter: str = "best", *, chat_template: str | Path = "", mesh: Mesh | None = None
+    ) -> Model:
         """Loads the model that the run trained, with the run's chat template, end tokens and clock.
 
         Args:
           adapter: "best" (by evaluation.stop_metric; the last one if nothing was held out), "last",
             or "none" for the base model alone.
           chat_template: a Jinja file or the name of a built-in template that replaces the run's.
+          mesh: mesh on which the model is placed; by default that of the run, fitted to the
+            devices, or one device if it splits no weight.
+
+        With several processes, all of them call this.
 
         Raises:
           JaxtuneError: nothing has been saved yet.
         """
         lookup(dict.fromkeys(("best", "last", "none")), adapter, "adapter")
         settings = self.config
+        mesh = run_mesh(settings, self._base.source.config) if mesh is None else mesh
         chats = self._chats(read_template(chat_template, "chat_template"))
         load = functools.partial(
             load_with_adapters,
@@ -85,6 +91,7 @@ class Run:
             settings.quantize.to_dict(),
             settings.training.dtype,
             revision=settings.model.revision,
+            mesh=mesh,
             attention=settings.model.attention,
             chats=chats,
         )
@@ -93,9 +100,9 @@ class Run:
         method, _ = training.choose_method(settings.adapter)
         quantized = bool(settings.quantize.format)
         if method.edits_base or (quantized and not method.has_adapter):
-            return self._as_trained(adapter, chats)
+            return self._as_trained(adapter, chats, mesh)
         if not method.has_adapter:
-            return self._fully_trained(method, adapter, chats)
+            return self._fully_trained(adapter, chats, mesh)
         return load(adapters={ONLY: self.adapter_directory(adapter)}).use(ONLY)
 
     def save_merged(
@@ -104,7 +111,8 @@ class Run:
         """Writes the model that the run trained as one Hugging Face checkpoint.
 
         Weights are read, merged and written one at a time on the host, so that any model can be
-        merged without an accelerator.
+        merged without an accelerator. With several processes, all of them call this and process 0
+        writes.
 
         Args:
           directory: directory to create.
@@ -126,7 +134,17 @@ class Run:
             form, dtype = self.config.quantize.format, self.config.training.dtype
             _logger.info("merging into %s weights; quantized=True would keep %s", dtype, form)
         merge = merge_run(self.directory, self.config, self._base.source, adapter)
-        written = huggingface.convert(
+        written = Path(directory)
+        on_leader(lambda: self._write_merged(written, merge, quantized))
+        held_out = self.config.data.eval or self.config.data.eval_split
+        if (written / REPORT).is_file() and held_out:
+            losses = merge_losses(self.directory, adapter, written)
+            if leads():
+                write_report(written, read_report(written) | {"loss": losses})
+        return written
+
+    def _write_merged(self, directory: Path, merge: Merge, quantized: bool) -> None:
+        huggingface.convert(
             directory,
             merge.definition,
             merge.source,
@@ -136,11 +154,6 @@ class Run:
             quantized=quantized,
             original=merge.original,
         )
-        held_out = self.config.data.eval or self.config.data.eval_split
-        if (written / REPORT).is_file() and held_out:
-            losses = merge_losses(self.directory, adapter, written)
-            write_report(written, read_report(written) | {"loss": losses})
-        return written
 
     def adapter_directory(self, which: str = "best") -> Path:
         """Returns the directory of the best or last adapter, in PEFT's format.
@@ -189,10 +202,6 @@ class Run:
         """The checkpoint from which the run started."""
         return open_model(self.config.model.path, self.config.model.revision)
 
-    def _single_device_config(self) -> Config:
-        """Returns the config with a mesh of one device."""
-        return self.config.replace(mesh=dict.fromkeys(MESH_AXES, 1))
-
     def _chats(self, template: str) -> Callable[[Choice], Chat]:
         """Returns a function that gives the run's chat format for every choice of adapters."""
 
@@ -203,34 +212,26 @@ class Run:
 
         return lambda choice: chat()
 
-    def _as_trained(self, adapter: str, chats: Callable[[Choice], Chat]) -> Model:
-        config, source = self._single_device_config(), self._base.source
-        setup, parts = load_run(self.directory, config, source, adapter, jax.devices()[:1])
-        return Model(
-            parts,
-            self._base.directory,
-            setup.mesh,
-            dtype=config.training.dtype,
-            attention=config.model.attention,
-            chats=chats,
+    def _as_trained(self, adapter: str, chats: Callable[[Choice], Chat], mesh: Mesh) -> Model:
+        source = self._base.source
+        return self._model(
+            load_trained(self.directory, self.config, source, adapter, mesh), mesh, chats
         )
 
-    def _fully_trained(self, method: Method, which: str, chats: Callable[[Choice], Chat]) -> Model:
+    def _fully_trained(self, which: str, chats: Callable[[Choice], Chat], mesh: Mesh) -> Model:
         # Trained weights are rounded to the dtype of the run, as in an export, although training
         # keeps them in float32.
-        config, source = self._single_device_config(), self._base.source
-        setup = set_up(config, source.config, method, jax.devices()[:1])
-        arrays = training.trained_arrays(self.directory, setup, which)
-        # Untrained tensors, such as a router's correction bias, come from the checkpoint.
-        source = with_trained_weights(source, setup.definition, arrays)
-        mesh, dtype = single_device_mesh(), config.training.dtype
-        parts = load_model(source, dtype, mesh)
+        merge = merge_run(self.directory, self.config, self._base.source, which)
+        parts = load_model(merge.source, self.config.training.dtype, mesh)
+        return self._model(parts, mesh, chats)
+
+    def _model(self, parts: LoadedModel, mesh: Mesh, chats: Callable[[Choice], Chat]) -> Model:
         return Model(
             parts,
             self._base.directory,
             mesh,
-            dtype=dtype,
-            attention=config.model.attention,
+            dtype=self.config.training.dtype,
+            attention=self.config.model.attention,
             chats=chats,
         )
 

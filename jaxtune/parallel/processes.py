@@ -6,9 +6,10 @@ files. Every process must call all other functions, in the same order.
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,8 +17,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxtune.errors import JaxtuneError, Retry
+from jaxtune.parallel.failures import distributed
 
 COORDINATOR, PROCESSES, PROCESS = "JAXTUNE_COORDINATOR", "JAXTUNE_PROCESSES", "JAXTUNE_PROCESS"
+_REASON_BYTES = 2000  # of the error of process 0
+_WAIT_MILLISECONDS = 7 * 24 * 3600 * 1000
+_waits = itertools.count()  # numbers the barriers, equally in all processes
 HEARTBEAT_SECONDS, START_SECONDS = 100, 300  # the defaults of JAX
 
 
@@ -165,6 +170,43 @@ def barrier(name: str) -> None:
     """Waits until every process has reached the barrier with this name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def on_leader(action: Callable[[], None]) -> None:
+    """Runs an action in process 0 while the others wait, for hours if need be.
+
+    Raises:
+      JaxtuneError: the action failed, in every process but process 0, which raises its own error.
+    """
+    failure: BaseException | None = None
+    if leads():
+        try:
+            action()
+        except Exception as error:
+            failure = error
+    if jax.process_count() > 1:
+        _wait_for_leader()
+        reason = np.zeros(_REASON_BYTES, np.uint8)
+        text = "" if failure is None else f"process 0 failed: {failure or type(failure).__name__}"
+        encoded = text.encode()[:_REASON_BYTES]
+        reason[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+        reason = np.asarray(multihost_utils.broadcast_one_to_all(reason), np.uint8)
+        told = reason.tobytes().rstrip(b"\0").decode(errors="ignore")
+        if told and failure is None:
+            raise JaxtuneError(told)
+    if failure is not None:
+        raise failure
+
+
+def _wait_for_leader() -> None:
+    """Waits for every process by the coordinator, because a collective on devices would time out.
+
+    Without the private client of JAX the next collective does the waiting.
+    """
+    module = distributed()
+    client = None if module is None else module.global_state.client
+    if client is not None:
+        client.wait_at_barrier(f"jaxtune/leader/{next(_waits)}", _WAIT_MILLISECONDS)
 
 
 def agree(value: int) -> int:

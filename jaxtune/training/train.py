@@ -310,12 +310,12 @@ def fingerprint(
     }
 
 
-def trained_arrays(run: RunDirectory, setup: Setup, which: str = "last") -> Tree:
+def trained_arrays(run: RunDirectory, like: Tree, which: str = "last") -> Tree:
     """Opens the trainables of an undamaged checkpoint of a run; nothing is read yet.
 
     Args:
       run: directory of the run.
-      setup: setup of the run.
+      like: abstract tree of the trainables.
       which: "last", or "best" for the best evaluation (the last step if there was none).
 
     Returns:
@@ -329,7 +329,7 @@ def trained_arrays(run: RunDirectory, setup: Setup, which: str = "last") -> Tree
         if step is None:
             raise JaxtuneError(f"{run.path}: the run has no checkpoint yet")
         step = checkpoints.best_step(step) if which == "best" else step
-        return checkpoints.open_part(step, "trainable", setup.like.trainable)
+        return checkpoints.open_part(step, "trainable", like)
 
 
 def _hash(text: str) -> str:
