@@ -195,7 +195,9 @@ class Run:
           JaxtuneError: an error of `adapter`, or the directory is not empty.
         """
         stored = self.adapter(adapter, target)
-        return write_adapter(directory, stored, self._chats("")(None).files())
+        chats = self._chats("")
+        on_leader(lambda: write_adapter(directory, stored, chats(None).files()))
+        return Path(directory)
 
     @functools.cached_property
     def _base(self) -> OpenModel:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import runpy
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from jaxtune.commands.arguments import add_adapter, add_workdir
+from jaxtune.commands.processes import add_processes, joined
 from jaxtune.errors import JaxtuneError
 
 SUMMARY = "Evaluate a run on held-out examples."
@@ -28,19 +31,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Python file that registers scores with jaxtune.register_score, such as the config "
         "file of the run",
     )
+    add_processes(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
     from jaxtune.api.evaluate_run import evaluate
     from jaxtune.runs.directory import RunDirectory
+
+    adapter = "none" if arguments.base_only else arguments.adapter
+    with joined(arguments) as leads:
+        if arguments.scores:
+            _register_scores(Path(arguments.scores))
+        scores = evaluate(RunDirectory(arguments.workdir), adapter, arguments.data)
+        if leads:
+            _print(scores, arguments.json)
+
+
+def _print(scores: Mapping[str, Any], as_json: bool) -> None:
     from jaxtune.training.scores import answer_scores
 
-    if arguments.scores:
-        _register_scores(Path(arguments.scores))
-    adapter = "none" if arguments.base_only else arguments.adapter
-    scores = evaluate(RunDirectory(arguments.workdir), adapter, arguments.data)
-    if arguments.json:
+    if as_json:
         print(json.dumps(scores))
         return
     print(f"loss            {scores['loss']:.4f}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from jaxtune.commands.arguments import add_adapter, add_workdir, check_unused, choice
+from jaxtune.commands.processes import add_processes, joined
 from jaxtune.errors import JaxtuneError
 
 SUMMARY = "Export the model or adapter of a run for other tools."
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="merged: quantize to the format of the base (quantize.format) and report the error",
     )
+    add_processes(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -38,10 +40,13 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.quantized and arguments.format != "merged":
         raise JaxtuneError("--quantized requires --format merged: adapters are not quantized")
     check_unused(arguments.to)
-    run = jaxtune.Run(arguments.workdir)
-    if arguments.format == "merged":
-        written = run.save_merged(arguments.to, arguments.adapter, quantized=arguments.quantized)
-        print_report(written)
-    else:
-        written = run.save_adapter(arguments.to, arguments.adapter, target=arguments.format)
-    print(f"written: {written}")
+    with joined(arguments) as leads:
+        run = jaxtune.Run(arguments.workdir)
+        if arguments.format == "merged":
+            quantized = arguments.quantized
+            written = run.save_merged(arguments.to, arguments.adapter, quantized=quantized)
+        else:
+            written = run.save_adapter(arguments.to, arguments.adapter, target=arguments.format)
+        if leads:
+            print_report(written)
+            print(f"written: {written}")

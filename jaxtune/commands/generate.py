@@ -15,6 +15,7 @@ from jaxtune.commands.combination import (
     parse_method,
     parse_weights,
 )
+from jaxtune.commands.processes import add_processes, joined
 from jaxtune.errors import JaxtuneError
 
 if TYPE_CHECKING:
@@ -83,10 +84,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--special-tokens", action="store_true", help="print the special tokens of the answers"
     )
+    add_processes(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
+    with joined(arguments) as leads:
+        _generate(arguments, leads)
+
+
+def _generate(arguments: argparse.Namespace, leads: bool) -> None:
+    """Generates the answers, which process 0 prints."""
     for flag in ("system", "chat_template"):
         if arguments.raw and getattr(arguments, flag):
             name = flag.replace("_", "-")
@@ -106,6 +114,8 @@ def run(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         skip_special_tokens=not arguments.special_tokens,
     )
+    if not leads:
+        return
     for prompt, answer in zip(arguments.prompt, answers, strict=True):
         if len(answers) > 1:
             print(f">>> {prompt}")

@@ -172,7 +172,7 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def on_leader(action: Callable[[], None]) -> None:
+def on_leader(action: Callable[[], Any]) -> None:
     """Runs an action in process 0 while the others wait, for hours if need be.
 
     Raises:
