@@ -145,7 +145,7 @@ def test_a_base_is_found_next_to_its_recipe(tmp_path, monkeypatch):
 
     base.write_text(base.read_text().replace("adapter.rank = 24", "adapter.rnak = 24"))
     line = base.read_text().split("adapter.rnak")[0].count("\n") + 1
-    with pytest.raises(JaxtuneError, match=rf'^\S+/mine/bases/lora\.py:{line}: .*"rnak"'):
+    with pytest.raises(JaxtuneError, match=rf'^\S+/mine/bases/lora\.py:{line}: .*"adapter.rnak"'):
         load_file("mine/deepseek_llm_7b.py")
     base.unlink()
     with pytest.raises(JaxtuneError, match=r"^\S+/mine/bases/lora\.py: no such config file"):

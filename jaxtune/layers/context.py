@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxtune.layers.cpu_bfloat16 import decode
+from jaxtune.layers.noise import fold_in
 
 Cache = dict[str, jax.Array]
 
@@ -32,7 +33,7 @@ class Context:
       kv_segment_ids: int[B, S]; equal to `segment_ids` without a cache.
       cache_index: index in the cache of the first token of this pass. A pass of several tokens
         starts at 0; later passes have one token each.
-      key: for dropout in the current layer; None turns it off.
+      key: for dropout in the current layer, a scalar or one of each row [B]; None turns it off.
       backend: attention backend.
       dtype: compute dtype.
       platform: platform of the devices: "cpu", "gpu" or "tpu".
@@ -52,14 +53,14 @@ class Context:
     prefix: jax.Array | None = None
 
     def key_for(self, name: str) -> jax.Array | None:
-        """Returns a random key, a scalar, for a named module of the current layer."""
-        return None if self.key is None else jax.random.fold_in(self.key, zlib.crc32(name.encode()))
+        """Returns the key, a scalar or keys [B], of a named module of the current layer."""
+        return None if self.key is None else fold_in(self.key, zlib.crc32(name.encode()))
 
     def in_layer(self, layer: jax.Array) -> Context:
-        """Returns the context with the random key of one layer, an int scalar."""
+        """Returns the context with the key of one layer, an int scalar."""
         if self.key is None:
             return self
-        return dataclasses.replace(self, key=jax.random.fold_in(self.key, layer))
+        return dataclasses.replace(self, key=fold_in(self.key, layer))
 
     def write(self, cache: Cache, values: Cache, layer: jax.Array | int) -> Cache:
         """Writes values [B, T, …] of this pass into one layer of the stacked cache."""

@@ -23,6 +23,7 @@ from jaxtune.layers.experts.moe import MoE
 from jaxtune.layers.experts.routing_stats import Routed
 from jaxtune.layers.head import Head
 from jaxtune.layers.linear import Edit, Linear, Projection
+from jaxtune.layers.noise import fold_in, single_key, uniform
 from jaxtune.layers.norm import RMSNorm
 from jaxtune.layers.remat import remat as remat_body
 from jaxtune.layers.rope import Rope
@@ -235,7 +236,7 @@ class Decoder(nnx.Module):
           positions: int[B, T]; position of each token within its segment. It counts the virtual
             tokens of a prompt and not those of a prefix.
           options: compute dtype, attention backend, rematerialisation.
-          key: for dropout and noise; None turns them off.
+          key: for dropout and noise, a scalar or one of each row [B]; None turns them off.
           caches: from `init_cache`, for generation.
           kv_segment_ids: int[B, S] of the cached tokens, these included.
           cache_index: index in the cache of the first of these tokens.
@@ -263,7 +264,8 @@ class Decoder(nnx.Module):
         if options.neftune_alpha and key is not None:
             x = _noisy(x, segment_ids, options.neftune_alpha, key)
         if self.prompt is not None and tokens.shape[1] > 1:  # single-token decoding is past it
-            x = _with_prompt(x, self.prompt(key), positions, segment_ids)
+            prompt = self.prompt(None if key is None else single_key(key))
+            x = _with_prompt(x, prompt, positions, segment_ids)
         x = constrain(x, "batch", "sequence", "hidden")
         updated: list[Cache] = []
         routings: list[Routed] = []
@@ -305,7 +307,7 @@ def _noisy(x: jax.Array, segment_ids: jax.Array, alpha: float, key: jax.Array) -
 
     size = jnp.maximum(jax.vmap(lengths)(segment_ids), 1) * x.shape[-1]
     # Layers and prompts fold small numbers into the key; this one never coincides with theirs.
-    noise = jax.random.uniform(jax.random.fold_in(key, 2**31 - 1), x.shape, minval=-1, maxval=1)
+    noise = uniform(fold_in(key, 2**31 - 1), x.shape)
     bound = alpha / jnp.sqrt(size.astype(jnp.float32))[..., None]
     return x + jnp.where(segment_ids[..., None] != 0, noise * bound, 0).astype(x.dtype)
 

@@ -39,13 +39,16 @@ def plan(config: Config, topology: str) -> Plan:
     Raises:
       JaxtuneError: an unknown topology, or a setting that cannot be met.
     """
-    hardware = find_topology(topology)
+    return plan_for(config, find_topology(topology))
+
+
+def plan_for(config: Config, hardware: Topology) -> Plan:
+    """Plans the training step of a run for described hardware; see `plan`."""
     method, _ = choose_method(config.adapter)
-    model = model_config(config.model)
-    setup = set_up(config, model, method, hardware.group)
-    return (
-        _estimated(setup, hardware) if hardware.devices is None else compile_plan(setup, hardware)
-    )
+    setup = set_up(config, model_config(config.model), method, hardware.group)
+    if hardware.devices is None:
+        return _estimated(setup, hardware)
+    return compile_plan(setup, hardware)
 
 
 def model_config(model: ModelConfig) -> dict[str, Any]:

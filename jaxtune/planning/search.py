@@ -123,19 +123,17 @@ def search(config: Config, topology: str, tries: int) -> Found:
       tries: maximum number of candidates to compile.
 
     Raises:
-      JaxtuneError: nothing to try, or no compiler for the hardware.
+      JaxtuneError: `tries` is not positive, or no compiler for the hardware.
     """
     if tries < 1:
         raise JaxtuneError(f"--tries is at least 1, not {tries}")
     hardware, model = find_topology(topology), model_config(config.model)
     if hardware.devices is None:
         raise JaxtuneError(f"--search needs a compiler: {hardware.note}")
-    everything = list(candidates(config.training.batch_size, model, hardware.count))
-    if not everything:
-        raise JaxtuneError(
-            f"training.batch_size={config.training.batch_size} does not divide over "
-            f"{hardware.count} devices: set it to a multiple of {hardware.count}"
-        )
+    rows = config.training.batch_size
+    everything = list(candidates(rows, model, hardware.count))
+    if not everything:  # fewer rows than devices
+        everything = list(candidates(rows, model, hardware.count, padded=True))
     single_device = functools.cache(functools.partial(_on_one_device, config, model))
     everything.sort(
         key=lambda one: promise(one, single_device(one.remat, one.accumulation), hardware)
@@ -192,7 +190,7 @@ def _try(
             chosen = candidate.apply(config)
             try:
                 method, _ = choose_method(chosen.adapter)
-                setup = set_up(chosen, model, method, hardware.devices)
+                setup = set_up(chosen, model, method, hardware.group)
             except JaxtuneError as error:
                 logger.info("%s: %s", candidate, error)  # sizes that the mesh does not divide
                 continue
@@ -214,13 +212,16 @@ def _needs_more(candidate: Candidate, misfit: Candidate) -> bool:
     )
 
 
-def candidates(batch: int, model: Mapping[str, Any], devices: int) -> Iterator[Candidate]:
+def candidates(
+    batch: int, model: Mapping[str, Any], devices: int, *, padded: bool = False
+) -> Iterator[Candidate]:
     """Yields all candidates, including some that the model cannot be set up with.
 
     Args:
       batch: rows per optimizer step.
       model: content of the model's config.json.
       devices: number of devices.
+      padded: whether each device gets one row, which is empty on some, instead of equal numbers.
     """
     mixture = any(model.get(key) for key in ("n_routed_experts", "num_experts"))
     powers = [2**n for n in range(devices.bit_length()) if devices % 2**n == 0]
@@ -231,7 +232,8 @@ def candidates(batch: int, model: Mapping[str, Any], devices: int) -> Iterator[C
         sizes = {"data": rest, "fsdp": fsdp, "tensor": tensor, "expert": expert}
         mesh = tuple((axis, size) for axis, size in sizes.items() if size > 1)
         shares = math.prod(sizes[axis] for axis in RULES["batch"])
-        for accumulation in (n for n in range(1, batch + 1) if batch % (n * shares) == 0):
+        counts = [n for n in range(1, batch + 1) if batch % (n * shares) == 0]
+        for accumulation in [1] if padded else counts:
             if accumulation & (accumulation - 1) == 0:
                 for remat in REMAT_POLICIES:
                     yield Candidate(mesh, remat, accumulation)

@@ -90,9 +90,9 @@ def make_train_step(
         def micro_batch(total: Tree, xs: tuple[jax.Array, Batch]) -> tuple[Tree, BatchSums]:
             index, micro = xs
             micro = {name: constrain(rows, "batch", "sequence") for name, rows in micro.items()}
-            key = _dropout_key(settings, state.step, index)
+            keys = _row_keys(settings, state.step, index, len(micro["tokens"]))
             scale = state.guard.scale if scaling else None
-            gradient, sums = differentiate(state.trainable, base, constants, micro, key, scale)
+            gradient, sums = differentiate(state.trainable, base, constants, micro, keys, scale)
             return jax.tree.map(jnp.add, total, gradient), sums
 
         # [rows, T] → [accumulation, rows per micro-batch, T]. The scan carries the sum of gradients
@@ -202,11 +202,18 @@ def _metrics(
     return metrics
 
 
-def _dropout_key(settings: StepSettings, step: jax.Array, micro: jax.Array) -> jax.Array | None:
-    """Returns the key of a micro-batch: a function of seed, step and index, stable on resuming."""
+def _row_keys(
+    settings: StepSettings, step: jax.Array, micro: jax.Array, rows: int
+) -> jax.Array | None:
+    """Returns the keys [rows] of a micro-batch, or None without dropout and noise.
+
+    A key is a function of seed, step and the row's index in the batch: stable on resuming, and
+    independent of the split.
+    """
     if not settings.dropout:
         return None
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(settings.seed), step), micro)
+    key = jax.random.fold_in(jax.random.key(settings.seed), step)
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, micro * rows + jnp.arange(rows))
 
 
 class CompiledStep:

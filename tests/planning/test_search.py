@@ -62,6 +62,14 @@ def test_every_candidate_uses_all_devices_and_keeps_the_batch(config):
     assert any(dict(c.mesh).get("expert") == 2 for c in mixture)
 
 
+def test_more_devices_than_rows_can_be_searched():
+    dense = TINY | {"num_attention_heads": 16}
+    assert not list(candidates(1, dense, 16)), "at most 8 devices along mesh.tensor"
+    found = list(candidates(1, dense, 16, padded=True))
+    assert {dict(candidate.mesh).get("data") for candidate in found} > {16}
+    assert {candidate.accumulation for candidate in found} == {1}
+
+
 def test_the_lines_of_a_candidate_reproduce_it(config):
     candidate = Candidate((("fsdp", 4), ("tensor", 2)), "save_qkv", 2)
     from ml_collections import ConfigDict

@@ -37,6 +37,7 @@ from jaxtune.config import AdapterConfig
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.decoder import CausalLM
 from jaxtune.layers.linear import Edit, Projection
+from jaxtune.layers.noise import dropout
 from jaxtune.layers.tree import (
     Declaration,
     Path,
@@ -113,10 +114,7 @@ class SlotAdapter(nnx.Module, abc.ABC):
 
     def drop(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         """Applies dropout to the inputs [..., in] of the low-rank branch; none without a key."""
-        if key is None or self.dropout == 0:
-            return x
-        keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
-        return jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
+        return dropout(x, self.dropout, key)
 
     def edits_bias(self, linear: Projection) -> bool:
         """Returns whether an edit of this projection has a bias."""

@@ -20,12 +20,13 @@ from flax import nnx
 
 from jaxtune.adapters.method import Method, StoredAdapter
 from jaxtune.adapters.virtual.common import check_match, checked, draw
-from jaxtune.adapters.virtual.encoder import Dense, drop
+from jaxtune.adapters.virtual.encoder import Dense
 from jaxtune.config import AdapterConfig
 from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.layers.context import Context
 from jaxtune.layers.decoder import CausalLM
 from jaxtune.layers.linear import linear_float32
+from jaxtune.layers.noise import dropout
 from jaxtune.layers.tree import Path, Tree, flatten, layer_names, stack, unflatten
 from jaxtune.models.definition import Definition, Leaf
 from jaxtune.registry import PLACEMENTS
@@ -67,7 +68,7 @@ class Bottleneck(nnx.Module):
         down = ACTIVATIONS[settings.activation](down + self.adapter_down.bias.get_value())
         up = linear_float32(down.astype(context.dtype), self.adapter_up.weight.get_value())
         up = (up + self.adapter_up.bias.get_value()) * settings.scaling
-        return drop(up, settings.dropout, context.key_for(self.name)).astype(h.dtype)
+        return dropout(up, settings.dropout, context.key_for(self.name)).astype(h.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

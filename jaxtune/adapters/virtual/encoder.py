@@ -10,6 +10,7 @@ from flax import nnx
 from jax import lax
 
 from jaxtune.layers.linear import product
+from jaxtune.layers.noise import dropout
 from jaxtune.layers.tree import Trainable, parameter
 
 
@@ -28,14 +29,6 @@ class Dense(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps float32 [..., in] to [..., out]."""
         return product(x, self.weight.get_value(), 1) + self.bias.get_value()
-
-
-def drop(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Applies dropout to x [..., n]; returns x unchanged without a key."""
-    if key is None or rate == 0:
-        return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), 0)
 
 
 class LSTM(nnx.Module):
@@ -62,7 +55,7 @@ class LSTM(nnx.Module):
         """Maps float32 [n, in] to [n, 2 · hidden]; `key` drops outputs between the layers."""
         for layer in range(self.num_layers):
             if layer and key is not None:
-                x = drop(x, self.dropout, jax.random.fold_in(key, layer))
+                x = dropout(x, self.dropout, jax.random.fold_in(key, layer))
             forward, backward = _suffixes(layer)
             x = jnp.concatenate(
                 [self._run(x, forward, False), self._run(x, backward, True)], axis=-1

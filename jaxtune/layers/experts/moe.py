@@ -25,6 +25,7 @@ from jaxtune.layers.experts.grouped import (
 from jaxtune.layers.experts.routing_stats import Routed, routed
 from jaxtune.layers.linear import LowRank, Projection, edited_weight, linear_float32, rescale
 from jaxtune.layers.mlp import MLP
+from jaxtune.layers.noise import single_key
 from jaxtune.layers.tree import Buffer, parameter
 
 
@@ -283,12 +284,14 @@ class MoE(nnx.Module):
         ) -> jax.Array:
             return _apply(rows, chosen, weights, experts, dataclasses.replace(context, key=key))
 
+        # Experts get the tokens of all rows, so they share a key.
+        key = None if context.key is None else single_key(context.key)
         spec = token_spec(x.shape)
         if spec is None:
             rows = x.reshape(-1, x.shape[-1])
-            return apply(rows, experts, weights, context.key, self.experts).reshape(x.shape)
+            return apply(rows, experts, weights, key, self.experts).reshape(x.shape)
         chosen, weights = (a.reshape(*x.shape[:2], -1) for a in (experts, weights))
-        return apply_over_mesh(self.experts, spec, x, chosen, weights, context.key, apply)
+        return apply_over_mesh(self.experts, spec, x, chosen, weights, key, apply)
 
 
 def _apply(

@@ -39,11 +39,12 @@ def temporaries(
     kept = {"out", "qkv", "mlp"} if options.remat in ("none", "save_mlp") else set()
     kept |= set(_SAVED.get(options.remat, ()))
     saved, working = definition.layer_count * hidden, 0
-    for blocks in definition.blocks:
+    for blocks, edited in zip(definition.blocks, _edited_widths(definition), strict=True):
         parts = blocks.layer.activation_widths
         saved += blocks.count * sum(size for name, size in parts.items() if name in kept) // tensor
-        # A layer's activations and their cotangents.
-        working = max(working, 2 * (4 * hidden + sum(parts.values()) // tensor))
+        # A layer's activations and their cotangents, those of edited projections in float32.
+        values = 4 * hidden + sum(parts.values()) // tensor
+        working = max(working, 2 * (width * values + 4 * edited // tensor))
     vocabulary = definition.vocab_size
     chunk = min(tokens, options.tokens_per_chunk)
     columns = vocabulary // tensor if vocabulary % tensor == 0 else vocabulary
@@ -56,8 +57,21 @@ def temporaries(
     ]
     weights = 2 * width * max(prepared, default=0) // tensor
     # The loss and a layer's backward pass follow each other. Gradients: of a micro-batch, and sums.
-    at_once = max(tokens * width * working, logits)
+    at_once = max(tokens * working, logits)
     return tokens * width * saved + at_once + weights + 2 * trainable
+
+
+def _edited_widths(definition: Definition) -> list[int]:
+    """Returns the summed widths of the projections with an adapter in a layer, for each block."""
+    widths = [0] * len(definition.blocks)
+    for path, module in definition.projections().items():
+        if path[:2] != ("model", "layers") or module.adapter is None:
+            continue
+        block = int(path[2])
+        mixture = definition.blocks[block].layer.mixture if "experts" in path else None
+        times = 1 if mixture is None else mixture.gate.routing.top_k
+        widths[block] += times * module.out_features
+    return widths
 
 
 def bytes_per_device(tree: Any, mesh: Mapping[str, int] | None = None) -> int:
