@@ -17,6 +17,11 @@ class TrainingConfig(Section):
     )
     epochs: float = option(0.0, "length of the run in passes over the data; 0: unset", minimum=0)
     tokens: int = option(0, "length of the run in tokens without padding; 0: unset", minimum=0)
+    continue_from: str = option(
+        "",
+        "run, or its checkpoint RUN/checkpoints/N, whose trained weights and optimizer state a new "
+        "run starts from; empty: none",
+    )
     batch_size: int = option(8, "rows per optimizer step, over all devices", minimum=1)
     accumulation: int = option(
         0,

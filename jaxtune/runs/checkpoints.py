@@ -27,7 +27,7 @@ from flax import traverse_util
 from jaxtune.atomic_files import report_full_disk, write_atomically
 from jaxtune.errors import JaxtuneError, closest
 from jaxtune.parallel.processes import agree, leads
-from jaxtune.runs.directory import MANIFEST
+from jaxtune.runs.paths import MANIFEST
 from jaxtune.runs.stored_arrays import open_arrays
 
 logger = logging.getLogger(__name__)

@@ -18,11 +18,18 @@ from jaxtune.errors import JaxtuneError
 from jaxtune.parallel.processes import barrier, leads
 from jaxtune.runs.changes import Changes, find_changes, read_history, resumed_config
 from jaxtune.runs.metrics import EVALUATIONS, METRICS
-from jaxtune.runs.paths import check_paths, with_absolute_paths
+from jaxtune.runs.paths import (
+    CHECKPOINTS,
+    CONFIG,
+    check_paths,
+    finished_steps,
+    with_absolute_paths,
+    with_checkpoint,
+)
 
 logger = logging.getLogger(__name__)
 
-LOCK, MANIFEST = "lock", "manifest.json"
+LOCK = "lock"
 
 
 class RunDirectory:
@@ -39,13 +46,13 @@ class RunDirectory:
           path: directory of the run, which may not exist yet.
         """
         self.path = Path(path)
-        self.config = self.path / "config.json"
+        self.config = self.path / CONFIG
         self.fingerprint = self.path / "fingerprint.json"
         self.chat = self.path / "chat.json"
         self.history = self.path / "history.jsonl"
         self.metrics = self.path / METRICS
         self.evaluations = self.path / EVALUATIONS
-        self.checkpoints = self.path / "checkpoints"
+        self.checkpoints = self.path / CHECKPOINTS
         self.adapter_last = self.path / "adapter" / "last"
         self.adapter_best = self.path / "adapter" / "best"
         self.description = self.path / "description.json"
@@ -77,6 +84,7 @@ class RunDirectory:
             self.read_config()  # raises if there is no run, before anything is created
         else:
             config = with_absolute_paths(config)
+            config = self._with_source(config)
         with contextlib.ExitStack() as held:
             if leads():
                 held.enter_context(self._hold(config))
@@ -89,6 +97,19 @@ class RunDirectory:
             check_paths(self.read_config(), self.config)
             frozen = with_absolute_paths(self.read_config())
             yield frozen if config is None else resumed_config(self.path, frozen, config)
+
+    def _with_source(self, config: Config) -> Config:
+        """Returns a config whose ``training.continue_from`` is a checkpoint.
+
+        The checkpoint is chosen once, when the run is created, since its run may go on.
+        """
+        if not self.exists():
+            return with_checkpoint(config)
+        frozen = self.read_config().training.continue_from
+        given = config.training.continue_from
+        if given and Path(given).expanduser().absolute() in Path(frozen).parents:
+            return config.replace(training={"continue_from": frozen})
+        return config
 
     @contextlib.contextmanager
     def _hold(self, config: Config | None) -> Iterator[None]:
@@ -171,9 +192,7 @@ class RunDirectory:
 
     def steps_done(self) -> int:
         """Returns the step of the newest finished checkpoint, without verifying it, or 0."""
-        saved = self.checkpoints.glob(f"*/{MANIFEST}")
-        names = (manifest.parent.name for manifest in saved)
-        return max((int(name) for name in names if name.isdecimal()), default=0)
+        return max(finished_steps(self.checkpoints), default=0)
 
     def steps_planned(self) -> int | None:
         """Returns the number of steps of the run; None if it has not been started."""

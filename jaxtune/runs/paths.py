@@ -10,6 +10,7 @@ from jaxtune.data.sources import absolute_sources, path_exists
 from jaxtune.data.splits import parse_eval_sets
 from jaxtune.errors import JaxtuneError
 
+CONFIG, CHECKPOINTS, MANIFEST = "config.json", "checkpoints", "manifest.json"
 _PATHS = (
     "model.path",
     "data.prompt_templates",
@@ -44,6 +45,39 @@ def with_absolute_paths(config: Config) -> Config:
     if config.data.cache:
         data["cache"] = str(Path(config.data.cache).expanduser().absolute())
     return config.replace(**changed).replace(data=data)
+
+
+def finished_steps(checkpoints: Path) -> list[int]:
+    """Returns the steps of the finished checkpoints in a directory, ascending and unverified."""
+    found = (manifest.parent.name for manifest in checkpoints.glob(f"*/{MANIFEST}"))
+    return sorted(int(name) for name in found if name.isdecimal())
+
+
+def with_checkpoint(config: Config) -> Config:
+    """Returns a config whose ``training.continue_from`` names a checkpoint instead of a run.
+
+    Raises:
+      JaxtuneError: it is neither a run with a checkpoint nor a checkpoint of a run.
+    """
+    given = config.training.continue_from
+    if not given:
+        return config
+    path = Path(given).expanduser().absolute()
+    if (path / CONFIG).is_file():
+        steps = finished_steps(path / CHECKPOINTS)
+        if not steps:
+            raise JaxtuneError(f"training.continue_from={given}: the run has no checkpoint yet")
+        path = path / CHECKPOINTS / str(steps[-1])
+    elif path.parent.name != CHECKPOINTS or not (path.parents[1] / CONFIG).is_file():
+        raise JaxtuneError(
+            f"training.continue_from={given}: neither a run (no {CONFIG}) nor a checkpoint of a "
+            f"run, RUN/{CHECKPOINTS}/N"
+        )
+    elif not (path / MANIFEST).is_file():
+        steps = finished_steps(path.parent)
+        known = ", ".join(map(str, steps)) or "none"
+        raise JaxtuneError(f"training.continue_from={given}: no such checkpoint (found: {known})")
+    return config.replace(training={"continue_from": str(path)})
 
 
 def check_paths(config: Config, place: Path) -> None:

@@ -44,6 +44,12 @@ from jaxtune.runs.chat import (
 from jaxtune.runs.checkpoints import Checkpoints
 from jaxtune.runs.directory import RunDirectory
 from jaxtune.runs.metrics import check_wandb
+from jaxtune.training.continue_from import (
+    check_source_run,
+    continued_chat,
+    continued_state,
+    source_run,
+)
 from jaxtune.training.durations import Timeline
 from jaxtune.training.evaluation import (
     bind_evaluation,
@@ -99,7 +105,7 @@ def train(
         check_wandb(config.logging.wandb)
         profile_window(config.profile.steps)
         source = open_model(config.model.path, config.model.revision).source
-        chat = create_run_chat(run, config, initial_chat(config.adapter, source), clock)
+        chat = create_run_chat(run, config, _initial_chat(run, config, source), clock)
         tokenizer = chat.tokenizer
         options = reader_options(config.data, chat) | {"rows": rows}
         read = functools.cache(lambda: data_reader(config, source, tokenizer, **options).splits())
@@ -115,9 +121,12 @@ def train(
         timeline = Timeline(loader.order)
         setup = with_length(setup, run, timeline, changes)
         logger.info("training for %s", timeline.describe(setup.steps))
+        inputs = fingerprint(source, tokenizer, splits.train, splits.held_out)
+        if not run.steps_done():
+            check_source_run(setup, inputs)
         model = _load(setup, source, stored, tokenizer)
         # Recorded only now, so that a run whose inputs have errors can be started again.
-        run.check_fingerprint(fingerprint(source, tokenizer, splits.train, splits.held_out))
+        run.check_fingerprint(inputs)
         run.record(setup.config, changes)
         _write_summary(run, setup, splits.train, splits.held_out, loader)
         with jax.set_mesh(setup.mesh), out_of_memory_named(setup):
@@ -129,9 +138,16 @@ def train(
                 steps=setup.steps,
                 timeline=timeline,
                 callbacks=callbacks,
+                begin=continued_state(setup),
             )
             trainer.fit(setup.initial_state(model.trainable))
     return run
+
+
+def _initial_chat(run: RunDirectory, config: Config, source: TensorSource) -> Chat:
+    """Returns the chat format that a run starts from; a new run may take that of another run."""
+    base = initial_chat(config.adapter, source)
+    return base if run.chat.is_file() else continued_chat(config, base, source)
 
 
 class _Functions(TypedDict):
@@ -213,7 +229,10 @@ def _expert_scores(
 ) -> ExpertScores:
     """Returns the expert scores of the run; a new run computes and stores them first."""
     if not run.expert_scores.is_file():
-        run.write_expert_scores(score_experts(config, source, read().train))
+        if config.training.continue_from:
+            run.write_expert_scores(source_run(config).run.read_expert_scores())
+        else:
+            run.write_expert_scores(score_experts(config, source, read().train))
     return run.read_expert_scores()
 
 

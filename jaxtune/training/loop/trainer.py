@@ -71,6 +71,7 @@ class Trainer:
       steps: number of steps; ``training.steps`` by default.
       timeline: progress through the data, for intervals in epochs or tokens.
       callbacks: callbacks of the user.
+      begin: changes the initial state of a run without a checkpoint; may donate it.
     """
 
     step: Callable[[Any, Any], tuple[Any, Mapping[str, jax.Array]]]
@@ -82,6 +83,7 @@ class Trainer:
     steps: int | None = None
     timeline: Timeline | None = None
     callbacks: Sequence[Callback] = ()
+    begin: Callable[[Any], Any] | None = None
 
     def fit(self, state: Any) -> Any:
         """Trains to the end, from the newest undamaged checkpoint of the run if there is one.
@@ -114,6 +116,8 @@ class Trainer:
             state, tally, resumed = _resume(state, self.loader, checkpoints, stopping)
             if self.save_adapter is None:
                 checkpoints.pinned = tally.best_step
+            if resumed is None and self.begin is not None:
+                state = self.begin(state)
             start = resumed or 0
             if resumed is not None and self.save_adapter is not None:
                 # The adapter on disk may belong to another step than the restored checkpoint.
