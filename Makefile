@@ -7,14 +7,14 @@ FULL := .venv/installed-for-tests
 # A file stays on one worker, which makes its fixtures once. tests/conftest.py orders the files.
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: install quickstart test test-quick test-slow test-all test-large test-quickstart test-plans test-slurm lint gpu-plan clean
+.PHONY: install quickstart test test-quick test-slow test-all test-large test-quickstart test-plans test-merge test-slurm lint gpu-plan clean
 
 install: $(FULL)
 
 quickstart: $(LIGHT)
 	$(BIN)/jaxtune quickstart
 
-test-quick test-slow test-all test-large test-quickstart test-plans: export JAX_PLATFORMS := cpu
+test-quick test-slow test-all test-large test-quickstart test-plans test-merge: export JAX_PLATFORMS := cpu
 
 # The quick tests, with the installation they need, in 10 minutes of two idle cores.
 test:
@@ -37,7 +37,7 @@ test-large: $(FULL)
 
 # Before a release: what takes longer than a minute and has a short form in the suite. The output is
 # kept in benchmarks/results.
-test-quickstart test-plans: export JAXTUNE_TEST_FULL := 1
+test-quickstart test-plans test-merge: export JAXTUNE_TEST_FULL := 1
 
 # The quickstart as users run it: 10 minutes at most on two cores.
 test-quickstart: $(FULL)
@@ -48,6 +48,11 @@ test-quickstart: $(FULL)
 test-plans: $(FULL)
 	.ci/record $@ $(BIN)/pytest -q -s --durations 0 --durations-min 1 \
 	  tests/aot/test_table.py tests/aot/test_quantized_plans.py
+
+# Memory while a checkpoint of 2 GB is merged: 12 GB of disk, 4 GiB of memory, some minutes.
+test-merge: $(FULL)
+	.ci/record $@ $(BIN)/pytest -q -s --durations 0 --durations-min 1 \
+	  tests/checkpoints/test_merging_memory.py
 
 # Two nodes of a real SLURM on this machine. Needs root on Debian or Ubuntu; installs packages.
 test-slurm: $(FULL)

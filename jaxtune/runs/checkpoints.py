@@ -32,7 +32,7 @@ from jaxtune.runs.stored_arrays import open_arrays
 
 logger = logging.getLogger(__name__)
 
-LARGE = 2**26  # bytes of an array from which on its layers are stored separately
+LARGE = 2**24  # bytes of an array from which on its layers are stored separately
 STATE, EXTRA, QUARANTINE = "state", "extra.json", "quarantine"
 
 

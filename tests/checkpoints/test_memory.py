@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -55,10 +56,16 @@ def shapes(sizes):
     yield "lm_head.weight", (vocab, hidden)
 
 
-def write_checkpoint(directory, kind, sizes=SIZES):
-    """Writes a sharded checkpoint of dtype `kind` that holds ones, a tensor at a time."""
+def write_checkpoint(directory, kind, sizes=SIZES, random=False):
+    """Writes a sharded checkpoint of dtype `kind` that holds ones, a tensor at a time.
+
+    With `random`, the values are random ones of a block that repeats.
+    """
     directory.mkdir()
     one = {"F32": b"\0\0\x80\x3f", "BF16": b"\x80\x3f"}[kind]
+    if random:
+        block = np.random.default_rng(0).normal(0, 0.02, 2**20 + 1)
+        one = block.astype(np.float32 if kind == "F32" else ml_dtypes.bfloat16).tobytes()
     shards, held = [[]], 0
     for name, shape in shapes(sizes):
         size = int(np.prod(shape)) * ITEMSIZE[kind]
@@ -78,7 +85,7 @@ def write_checkpoint(directory, kind, sizes=SIZES):
         with (directory / f"shard-{number}.safetensors").open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             for _, _, size in shard:
-                file.write(one * (size // len(one)))
+                file.write((one * -(-size // len(one)))[:size])
     index = {"metadata": {}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     (directory / "config.json").write_text(json.dumps(config(sizes)))
