@@ -7,7 +7,7 @@ FULL := .venv/installed-for-tests
 # A file stays on one worker, which makes its fixtures once. tests/conftest.py orders the files.
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: install quickstart test test-quick test-slow test-all test-large test-quickstart test-plans test-merge test-slurm lint gpu-plan clean
+.PHONY: install quickstart test test-quick test-slow test-all test-large test-quickstart test-plans test-merge test-slurm benchmark-generation lint gpu-plan clean
 
 install: $(FULL)
 
@@ -53,6 +53,11 @@ test-plans: $(FULL)
 test-merge: $(FULL)
 	.ci/record $@ $(BIN)/pytest -q -s --durations 0 --durations-min 1 \
 	  tests/checkpoints/test_merging_memory.py
+
+# The speed of generation, beside transformers; OTHER="--other CHECKOUT" adds another jaxtune.
+benchmark-generation: export JAX_PLATFORMS := cpu
+benchmark-generation: $(FULL)
+	.ci/record $@ $(BIN)/python benchmarks/generation.py $(OTHER)
 
 # Two nodes of a real SLURM on this machine. Needs root on Debian or Ubuntu; installs packages.
 test-slurm: $(FULL)

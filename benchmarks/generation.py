@@ -1,9 +1,10 @@
 """Compares the speed of generation with SmolLM2-135M in jaxtune and in transformers.
 
-    python benchmarks/generation.py [--rounds 5] [--tokens 64] [--rows 1 8] [--other CHECKOUT]
+    python benchmarks/generation.py [--rounds 5] [--tokens 64] [--rows 1 8]
+        [--dtypes float32 bfloat16] [--other CHECKOUT]
 
-Every program continues the same random prompts of 12 to 30 tokens greedily, in float32, by exactly
-the same number of new tokens, on one CPU core. The programs are separate processes that answer in
+Every program continues the same random prompts of 12 to 30 tokens greedily by exactly the
+same number of new tokens, on one CPU core. The programs are separate processes that answer in
 turn, so that changes in the speed of the machine affect all. The first call, which compiles, is
 timed separately. ``--other`` adds another checkout of jaxtune, such as a worktree of an earlier
 commit. On a CPU, only the ratios are meaningful. Requires `make install`.
@@ -33,11 +34,11 @@ def prompts(rows: int) -> list[list[int]]:
     return [random.integers(100, 49000, 12 + (7 * row) % 19).tolist() for row in range(rows)]
 
 
-def jaxtune_side(checkpoint: str) -> Callable[[int, int], None]:
+def jaxtune_side(checkpoint: str, dtype: str) -> Callable[[int, int], None]:
     """Returns a function of rows and tokens that generates with jaxtune."""
     import jaxtune
 
-    model = jaxtune.load(checkpoint, dtype="float32", progress=False)
+    model = jaxtune.load(checkpoint, dtype=dtype, progress=False)
     model.__dict__["stop_ids"] = ()  # no answer ends early
 
     def generate(rows: int, tokens: int) -> None:
@@ -47,13 +48,13 @@ def jaxtune_side(checkpoint: str) -> Callable[[int, int], None]:
     return generate
 
 
-def transformers_side(checkpoint: str) -> Callable[[int, int], None]:
+def transformers_side(checkpoint: str, dtype: str) -> Callable[[int, int], None]:
     """Returns a function of rows and tokens that generates with transformers."""
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype))
 
     def generate(rows: int, tokens: int) -> None:
         given = prompts(rows)
@@ -73,9 +74,10 @@ def transformers_side(checkpoint: str) -> Callable[[int, int], None]:
     return generate
 
 
-def serve(side: str, checkpoint: str) -> None:
+def serve(side: str, checkpoint: str, dtype: str) -> None:
     """Answers each line "rows tokens" on stdin with the seconds of a call."""
-    generate = {"jaxtune": jaxtune_side, "transformers": transformers_side}[side](checkpoint)
+    start = {"jaxtune": jaxtune_side, "transformers": transformers_side}[side]
+    generate = start(checkpoint, dtype)
     print("ready", flush=True)
     for line in sys.stdin:
         rows, tokens = map(int, line.split())
@@ -87,10 +89,10 @@ def serve(side: str, checkpoint: str) -> None:
 class Program:
     """A process that generates on request, on one core."""
 
-    def __init__(self, side: str, checkpoint: str, root: Path):
+    def __init__(self, side: str, checkpoint: str, dtype: str, root: Path):
         core = max(os.sched_getaffinity(0))
         self._process = subprocess.Popen(
-            [sys.executable, __file__, "--serve", side, checkpoint],
+            [sys.executable, __file__, "--serve", side, checkpoint, dtype],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -124,8 +126,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--other", type=Path, help="another checkout of jaxtune")
-    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
         serve(*options.serve)
@@ -140,29 +143,36 @@ def main() -> None:
         )
         environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
         subprocess.run([sys.executable, "-c", script, checkpoint], env=environment, check=True)
-        sides = {"jaxtune": Program("jaxtune", checkpoint, ROOT)}
-        if options.other:
-            sides["other"] = Program("jaxtune", checkpoint, options.other.resolve())
-        sides["transformers"] = Program("transformers", checkpoint, ROOT)
-        for rows in options.rows:
-            first = {name: side.seconds(rows, options.tokens) for name, side in sides.items()}
-            later: dict[str, list[float]] = {name: [] for name in sides}
-            for _ in range(options.rounds):
-                for name, side in sides.items():
-                    later[name].append(side.seconds(rows, options.tokens))
-            print(f"{rows} x {options.tokens} tokens, median of {options.rounds} rounds:")
-            median = {name: statistics.median(times) for name, times in later.items()}
-            for name in sides:
-                ratios = [
-                    theirs / own for theirs, own in zip(later[name], later["jaxtune"], strict=True)
-                ]
-                print(
-                    f"  {name:12}  {rows * options.tokens / median[name]:7.1f} tokens/s"
-                    f"  first call {first[name] - median[name]:+6.2f} s"
-                    f"  jaxtune is {statistics.median(ratios):.2f} times as fast"
-                )
-        for side in sides.values():
-            side.stop()
+        for dtype in options.dtypes:
+            compare(checkpoint, dtype, options)
+
+
+def compare(checkpoint: str, dtype: str, options: argparse.Namespace) -> None:
+    """Prints the speed of every program in one dtype."""
+    sides = {"jaxtune": Program("jaxtune", checkpoint, dtype, ROOT)}
+    if options.other:
+        sides["other checkout"] = Program("jaxtune", checkpoint, dtype, options.other.resolve())
+    sides["transformers"] = Program("transformers", checkpoint, dtype, ROOT)
+    for rows in options.rows:
+        first = {name: side.seconds(rows, options.tokens) for name, side in sides.items()}
+        later: dict[str, list[float]] = {name: [] for name in sides}
+        for _ in range(options.rounds):
+            for name, side in sides.items():
+                later[name].append(side.seconds(rows, options.tokens))
+        print(f"{dtype}, {rows} x {options.tokens} tokens, median of {options.rounds} rounds:")
+        for name, times in later.items():
+            median = statistics.median(times)
+            ratio = statistics.median(
+                theirs / own for theirs, own in zip(times, later["jaxtune"], strict=True)
+            )
+            print(
+                f"  {name:14}  {rows * options.tokens / median:7.1f} tokens/s"
+                f"  first call {first[name] - median:+6.2f} s"
+                f"  jaxtune is {ratio:.2f} times as fast",
+                flush=True,
+            )
+    for side in sides.values():
+        side.stop()
 
 
 if __name__ == "__main__":

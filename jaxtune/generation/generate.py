@@ -122,7 +122,8 @@ class Generation(Iterator[list[Answer]]):
         self._prompts = [[*reserved, *prompt] for prompt in prompts]
         self._limits, self._stop = limits, frozenset(int(token) for token in stop)
         self._sampling = sampling
-        self._count, self._steps = 0, 1  # tokens generated so far, and in the next iteration
+        self._count = 0  # tokens generated so far
+        self._steps = 2  # maximum number of tokens of the next chunk
         self._state: State | None = None
 
     def __next__(self) -> list[Answer]:
@@ -132,8 +133,6 @@ class Generation(Iterator[list[Answer]]):
             raise StopIteration
         with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
             chosen = self._prefill() if self._state is None else self._decode(self._state)
-        self._count += self._steps
-        self._steps = min(2 * self._steps, self._largest)
         tokens, log_probs = (np.asarray(array) for array in fetch(chosen))
         return [self._read(row, tokens[row], log_probs[row]) for row in range(len(self._prompts))]
 
@@ -142,7 +141,8 @@ class Generation(Iterator[list[Answer]]):
         self.finished[row] = True
 
     def complete(self) -> list[Answer]:
-        """Iterates to the end; returns all tokens that the iterations return, for each row."""
+        """Iterates to the end in the largest chunks; returns all their tokens, for each row."""
+        self._steps = self._largest
         answers = [Answer([], [], None) for _ in self._prompts]
         for chunk in self:
             for row, new in enumerate(chunk):
@@ -185,11 +185,14 @@ class Generation(Iterator[list[Answer]]):
             options=self._options,
             capacity=self._capacity,
         )
+        self._count = 1
         return chosen
 
     def _decode(self, state: State) -> Chosen:
         # The token generated last is not in the cache yet.
-        needed = self._width + self._count - 1 + self._steps
+        left = int(self._limits[~self.finished].max()) - self._count
+        steps = min(self._steps, self._largest, left)
+        needed = self._width + self._count - 1 + steps
         if needed > self._capacity:
             self._capacity = _cache_bucket(needed)
             state = grow(state, definition=self._definition, capacity=self._capacity)
@@ -198,11 +201,13 @@ class Generation(Iterator[list[Answer]]):
             self._trees,
             state,
             np.pad(self.finished, (0, self._padded), constant_values=True),
-            np.int32(self._steps),
+            np.int32(steps),
             self._controls,
             definition=self._definition,
             options=self._options,
         )
+        self._count += steps
+        self._steps *= 2
         return chosen
 
     def _read(self, row: int, tokens: np.ndarray, log_probs: np.ndarray) -> Answer:

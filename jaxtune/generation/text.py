@@ -88,6 +88,7 @@ class AnswerText:
     """The text of one answer as it grows, cut before the first stop string.
 
     Attributes:
+      stop: strings that end the text.
       stopped: whether a stop string has been found.
     """
 
@@ -100,7 +101,7 @@ class AnswerText:
           skip_special_tokens: leaves special tokens out of the text.
         """
         self.stopped = False
-        self._stream, self._stop = TextStream(tokenizer, skip_special_tokens), tuple(stop)
+        self._stream, self.stop = TextStream(tokenizer, skip_special_tokens), tuple(stop)
         self._held = ""  # text that may begin a stop string
 
     def push(self, tokens: Sequence[int]) -> str:
@@ -115,20 +116,20 @@ class AnswerText:
 
     def whole(self) -> str:
         """Returns the whole text of a complete answer."""
-        return cut_at_stop(self._stream.text(), self._stop)
+        return cut_at_stop(self._stream.text(), self.stop)
 
     def _add(self, text: str) -> str:
         if self.stopped:
             return ""
         text = self._held + text
-        cut = cut_at_stop(text, self._stop)
+        cut = cut_at_stop(text, self.stop)
         self.stopped = cut != text
         # The longest end of the text that a stop string begins with.
         held = 0
         if not self.stopped:
-            longest = min(len(text), max(map(len, self._stop), default=1) - 1)
+            longest = min(len(text), max(map(len, self.stop), default=1) - 1)
             held = next(
-                (n for n in range(longest, 0, -1) if _begins(text[-n:], self._stop)),
+                (n for n in range(longest, 0, -1) if _begins(text[-n:], self.stop)),
                 0,
             )
         self._held = cut[len(cut) - held :]
@@ -194,6 +195,10 @@ def stream_texts(generation: Generation, texts: Sequence[AnswerText]) -> Iterato
 
 def complete_texts(generation: Generation, texts: Sequence[AnswerText]) -> list[str]:
     """Returns the text of each answer once all are complete; arguments as in `stream_texts`."""
-    for _ in stream_texts(generation, texts):
-        pass
+    if any(text.stop for text in texts):
+        for _ in stream_texts(generation, texts):
+            pass
+    else:
+        for text, answer in zip(texts, generation.complete(), strict=True):
+            text.push(answer.tokens)
     return [text.whole() for text in texts]

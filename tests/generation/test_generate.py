@@ -60,7 +60,7 @@ def test_an_answer_ends_before_its_stop_string(model, answers):
 
 
 def test_a_stop_string_that_is_a_token_ends_the_answer_as_a_token(model):
-    """Special tokens are no part of the text, so a search of the text would not find them."""
+    """The text lacks special tokens, so a search of the text would not find them."""
     model.tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
     ids = [token for token in range(160) if token not in model.stop_ids]
     tokens = model.generate_tokens([ids[:3]], 30, jaxtune.Sampling(2.0, seed=1))[0]
