@@ -24,6 +24,7 @@ from jaxtune.planning.collectives import Collective, collectives
 from jaxtune.planning.flops import StepFlops, step_flops
 from jaxtune.planning.report import Plan
 from jaxtune.planning.topology import Topology, find_topology
+from jaxtune.planning.traffic import estimated_collectives
 from jaxtune.training.placement.memory import bytes_per_device
 from jaxtune.training.setup import Setup, set_up
 from jaxtune.training.train import choose_method
@@ -125,11 +126,8 @@ def _estimated(setup: Setup, hardware: Topology) -> Plan:
     setup = dataclasses.replace(setup, options=setup.options._replace(attention="cudnn"))
     arguments, flops = step_arguments(setup), step_flops(setup)
     kinds = {kind: bytes_per_device(tree) for kind, tree in by_kind(arguments).items()}
-    mesh = dict(setup.mesh.shape)
-    found: list[Collective] | None = [] if hardware.count == 1 else None
+    mesh, found = dict(setup.mesh.shape), estimated_collectives(setup)
     notes = [hardware.note, "estimated by formulas; not compiled", *setup_notes(setup)]
-    if found is None:
-        notes.append("collectives and time need a compiler")
     return Plan(
         topology=hardware.name,
         devices=hardware.count,

@@ -187,7 +187,7 @@ def _work(plan: Plan) -> Iterator[str]:
 
 
 def _collectives(plan: Plan) -> Table:
-    table = Table("sent by each device in a step")
+    table = Table(f"sent by each device in a step{', estimated' if plan.estimated else ''}")
     table.add_column("times", justify="right")
     table.add_column("GiB", justify="right")
     for kind, row in totals_by_kind(plan.sent or []).items():
