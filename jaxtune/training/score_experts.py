@@ -71,7 +71,7 @@ def score_experts(config: Config, source: TensorSource, examples: Examples) -> E
     backend = choose_backend(config.model.attention, devices.platform, False)
     options = ForwardOptions(jnp.dtype(training.dtype), backend, "none", devices.platform)
     resident = bytes_per_device(definition.abstract("base", mesh))
-    config = with_accumulation(config, definition, options, devices, resident, trainable=0)
+    config = with_accumulation(config, definition, options, devices, mesh, resident, trainable=0)
     parts = load_model(source, training.dtype, mesh, quantization=quantization)
     layers = parts.definition.mixture_layers
     if not layers:

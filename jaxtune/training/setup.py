@@ -237,7 +237,7 @@ def set_up(
     arrays = (like, definition.abstract("base", mesh), definition.abstract("constants", mesh))
     resident, trainable = bytes_per_device(arrays), bytes_per_device(like.trainable)
     return Setup(
-        config=with_accumulation(config, definition, options, devices, resident, trainable),
+        config=with_accumulation(config, definition, options, devices, mesh, resident, trainable),
         method=method,
         definition=definition,
         quantization=quantization,

@@ -6,13 +6,15 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from jax.sharding import Mesh
+
 from jaxtune.config import Config
 from jaxtune.layers.decoder import ForwardOptions
 from jaxtune.models.definition import Definition
 from jaxtune.parallel.devices import DeviceGroup
 from jaxtune.parallel.mesh import fit_mesh
 from jaxtune.parallel.rules import MESH_AXES, RULES
-from jaxtune.training.placement.memory import temporaries
+from jaxtune.training.placement.memory import bytes_per_device, temporaries
 from jaxtune.training.placement.split import BatchSplit, fewest_micro_batches
 
 # Share of a device's memory that derived micro-batches may fill by the estimate, because formulas
@@ -76,6 +78,7 @@ def with_accumulation(
     definition: Definition,
     options: ForwardOptions,
     devices: DeviceGroup,
+    device_mesh: Mesh,
     resident: int,
     trainable: int,
 ) -> Config:
@@ -86,6 +89,7 @@ def with_accumulation(
       definition: definition of the model.
       options: options of the forward pass.
       devices: devices of the run.
+      device_mesh: mesh with these sizes.
       resident: bytes per device of the arrays that stay between steps.
       trainable: bytes per device of the trainable tree, a part of them.
     """
@@ -94,6 +98,7 @@ def with_accumulation(
         return config
     length = (config.data.max_length + definition.reserved) // mesh["sequence"]
     usable = devices.memory * _USABLE.get(devices.platform, _USABLE_ELSEWHERE) - resident
+    usable -= _copies(definition, device_mesh)
 
     def fits(rows: int) -> bool:
         return temporaries(definition, options, mesh, rows * length, trainable) <= usable
@@ -101,6 +106,20 @@ def with_accumulation(
     count = fewest_micro_batches(training.batch_size, batch_shares(mesh), fits)
     derived = {"accumulation": count}
     return config.with_derived(devices.count, devices.kind, training=derived)
+
+
+def _copies(definition: Definition, mesh: Mesh) -> int:
+    """Returns the bytes per device of two copies of the largest stack of plain frozen weights.
+
+    XLA copies up to two stacks to another layout, which depends on the number of rows in a way that
+    only the compilation shows, and does so even if the step does not fit then.
+    """
+    stacks = [
+        bytes_per_device(leaf.abstract(mesh))
+        for leaf in definition.of_kind("base").values()
+        if leaf.format is None and leaf.declaration.stack_shape and len(leaf.declaration.shape) > 1
+    ]
+    return 2 * max(stacks, default=0)
 
 
 def split_of(config: Config) -> BatchSplit:
