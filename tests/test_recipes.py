@@ -85,7 +85,7 @@ def test_the_model_can_be_set_up_with_it_on_any_number_of_devices(name):
     config = read(name)
     assert config.training.accumulation == 0, "derived from the devices"
     method, _ = choose_method(config.adapter)
-    for devices in (1, 4, 8, 16, 32, 256):
+    for devices in (1, 4, 8, 16, 32, 256, 512):
         group = DeviceGroup(devices, "v5p", "tpu", TPUS["v5p"].capacity_bytes)
         setup = set_up(config, model_config(config), method, group)
         assert jax.tree.leaves(setup.like.trainable)

@@ -7,6 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 from jaxtune.errors import lookup
 
 GIB = 2**30
@@ -169,5 +171,8 @@ class DeviceGroup:
             memory = chip.capacity_bytes
         elif first.platform != "cpu":
             # The limit of the allocator: a fixed share of the memory, also while some is in use.
-            memory = (first.memory_stats() or {}).get("bytes_limit", UNKNOWN_GPU_BYTES)
+            # Whole GiB, so that all processes derive the same.
+            own = next((d for d in devices if d.process_index == jax.process_index()), first)
+            limit = (own.memory_stats() or {}).get("bytes_limit", UNKNOWN_GPU_BYTES)
+            memory = limit // GIB * GIB
         return cls(len(devices), first.device_kind, first.platform, memory, devices)
