@@ -16,6 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 LOCAL = Path(__file__).parents[2] / "launch" / "local.py"
 TOKENS = np.arange(3, 19).reshape(2, 8)
+PROMPTS = [[3, 4, 5], [9, 8, 7, 6, 5]]
 RUNS = {
     "lora": {
         "adapter": {"method": "lora", "targets": "all-linear", "modules_to_save": "embed_tokens"},
@@ -41,6 +42,7 @@ def work(settings, results):
         processes.initialize(addresses)
     import jaxtune
     from jaxtune.api.evaluate_run import evaluate
+    from jaxtune.generation.sampling import Sampling
 
     results, found = Path(results), {}
     for name, (workdir, config) in json.loads(Path(settings).read_text()).items():
@@ -56,6 +58,7 @@ def work(settings, results):
         found[name] = {
             "loss": evaluate(run.directory, "last")["loss"],
             "logits": np.asarray(model.logits(TOKENS)).tolist(),
+            "answers": model.generate_tokens(PROMPTS, 5, Sampling()),
             "mesh": {axis: size for axis, size in model.mesh.shape.items() if size > 1},
         }
     if processes.leads():
@@ -135,6 +138,7 @@ def test_a_run_is_loaded_on_its_mesh_or_one_that_fits(name, outcomes):
     assert found["one"]["mesh"] == {}
     expected = np.array(found["one"]["logits"])
     for place in ("eight", "processes"):
+        assert found[place]["answers"] == found["one"]["answers"]
         assert found[place]["loss"] == pytest.approx(found["one"]["loss"], rel=SAME)
         error = np.abs(np.array(found[place]["logits"]) - expected).max()
         assert error <= SAME * np.abs(expected).max(), place
