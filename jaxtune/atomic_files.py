@@ -75,9 +75,8 @@ def new_directory(directory: str | Path, *, replace: bool = False) -> Iterator[P
     final = Path(directory).resolve()
     try:
         recover(final)
-        taken = final.exists() and (not final.is_dir() or any(final.iterdir()))
-        if taken and not replace:
-            raise JaxtuneError(f"{final}: already exists; remove it or choose another path")
+        if not replace:
+            refuse_taken(final)
         final.parent.mkdir(parents=True, exist_ok=True)
         scratch = _scratch(final, replace)
     except OSError as error:
@@ -90,6 +89,13 @@ def new_directory(directory: str | Path, *, replace: bool = False) -> Iterator[P
         raise JaxtuneError(f"{final}: cannot write: {error.strerror or error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def refuse_taken(directory: str | Path) -> None:
+    """Raises a JaxtuneError if a path exists and is not an empty directory."""
+    path = Path(directory)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise JaxtuneError(f"{path}: already exists; remove it or choose another path")
 
 
 def write_files(directory: Path, files: Mapping[str, bytes]) -> None:

@@ -14,14 +14,14 @@ from jaxtune.adapter_files.peft import read_adapter
 from jaxtune.adapters.define import define
 from jaxtune.api.adapter_set import AdapterSet
 from jaxtune.api.meshes import loading_mesh
-from jaxtune.api.model import Choice, Model, files_beside
+from jaxtune.api.model import Choice, Model
 from jaxtune.chats.ends import turn_end_tokens
 from jaxtune.chats.template import read_template
 from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.chat import Chat, adapter_chat, combined_chat
 from jaxtune.checkpoints.embeddings import untied, with_vocabulary
 from jaxtune.checkpoints.load_model import load_model
-from jaxtune.checkpoints.open_model import OpenModel, open_model
+from jaxtune.checkpoints.open_model import OpenModel, files_beside, open_model
 from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.quant import Quantization
 from jaxtune.registry import DTYPES

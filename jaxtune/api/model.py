@@ -25,6 +25,7 @@ from jaxtune.chats.tokens import tokenize_prompt
 from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.chat import Chat, base_chat
 from jaxtune.checkpoints.load_model import LoadedModel
+from jaxtune.checkpoints.open_model import files_beside
 from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.generation.decoding import CHUNK
 from jaxtune.generation.generate import Generation
@@ -385,22 +386,15 @@ class Model:
             check_merges(self.method)
         if dtype is not None:
             lookup(dict.fromkeys(DTYPES), dtype, "dtype")
-        model = self.definition.bind(self.base, self.trainable, self.constants)
         # A base that the method has edited was not quantized from the checkpoint's own weights.
         onto_checkpoint = quantized and self.method is not None and not self.method.edits_base
         return huggingface.save(
             directory,
             self.definition,
-            merge(self.base, self.trainable, self.constants),
+            merge(*self._trees),
             beside=files_beside(self.source, self.chat),
             dtype=None if dtype is None else jnp.dtype(dtype),
-            edits=edits(model),
+            edits=edits(self.definition.bind(*self._trees)),
             quantized=quantized,
             original=huggingface.open_source(self.source) if onto_checkpoint else None,
         )
-
-
-def files_beside(source: Path, chat: Chat) -> huggingface.Beside:
-    """Returns the files to write with the weights of a model from `source`."""
-    code = source if source.is_dir() else None
-    return huggingface.Beside(chat.tokenizer, chat.generation_files(), code)

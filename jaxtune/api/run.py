@@ -20,13 +20,13 @@ from jaxtune.api.evaluate_run import merge_losses
 from jaxtune.api.load_run import load_trained, merge_run
 from jaxtune.api.loading import ONLY, choose_template, load_with_adapters
 from jaxtune.api.meshes import run_mesh
-from jaxtune.api.model import Choice, Model, files_beside
+from jaxtune.api.model import Choice, Model
 from jaxtune.chats.template import read_template
 from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.chat import Chat
 from jaxtune.checkpoints.load_model import LoadedModel, load_model
 from jaxtune.checkpoints.merging import Merge
-from jaxtune.checkpoints.open_model import OpenModel, open_model
+from jaxtune.checkpoints.open_model import OpenModel, files_beside, open_model
 from jaxtune.checkpoints.requantize import REPORT, read_report, write_report
 from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.parallel.processes import leads, on_leader

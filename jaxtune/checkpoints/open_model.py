@@ -7,7 +7,7 @@ import functools
 from pathlib import Path
 
 from jaxtune.checkpoints.chat import Chat, base_chat
-from jaxtune.checkpoints.huggingface import open_source, resolve_path
+from jaxtune.checkpoints.huggingface import Beside, open_source, resolve_path
 from jaxtune.checkpoints.source import TensorSource
 
 
@@ -45,3 +45,9 @@ def open_model(path: str | Path, revision: str = "") -> OpenModel:
     """
     directory = resolve_path(str(path), revision)
     return OpenModel(directory, open_source(directory))
+
+
+def files_beside(source: Path, chat: Chat) -> Beside:
+    """Returns the files to write with the weights of a model from `source`, a directory or file."""
+    code = source if source.is_dir() else None
+    return Beside(chat.tokenizer, chat.generation_files(), code)

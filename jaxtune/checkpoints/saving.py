@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune.adapters.merge import WeightEdit
-from jaxtune.atomic_files import new_directory
+from jaxtune.atomic_files import new_directory, refuse_taken
 from jaxtune.checkpoints.formats.registry import WRITERS, FormatWriter
 from jaxtune.checkpoints.formats.safetensors import Pending, write_sharded
 from jaxtune.checkpoints.remote_code import keep_named_code
@@ -27,7 +27,7 @@ from jaxtune.errors import JaxtuneError
 from jaxtune.layers.tree import Path as TreePath
 from jaxtune.layers.tree import Tree, layer_names
 from jaxtune.models.definition import Definition, as_matrix
-from jaxtune.parallel.processes import barrier, leads
+from jaxtune.parallel.processes import barrier, leads, on_leader
 from jaxtune.progress import track
 from jaxtune.quant import Format
 
@@ -138,6 +138,7 @@ def save(
     Raises:
       JaxtuneError: the directory exists and is not empty, or a merged weight is not finite.
     """
+    on_leader(lambda: refuse_taken(directory))  # before all processes gather tensors
     requantizer = Requantizer(original)
     values = TreeValues(definition, tree, edits or {}, requantizer)
     tensors = list(_pending(definition, values, dtype, quantized))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
-from jaxtune.errors import JaxtuneError, closest
+from jaxtune.atomic_files import refuse_taken
+from jaxtune.errors import closest
 
 CONFIG_HELP = (
     "Python file with get_config(); --config.section.key=value overrides a key (jaxtune config "
@@ -31,9 +31,7 @@ def choice(*choices: str) -> Callable[[str], str]:
 
 def check_unused(directory: str) -> None:
     """Raises if an output directory exists and is not empty, before the model is loaded."""
-    path = Path(directory)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise JaxtuneError(f"{path}: already exists; remove it or choose another path")
+    refuse_taken(directory)
 
 
 def add_workdir(parser: argparse.ArgumentParser) -> None:
