@@ -4,7 +4,8 @@
         [--dtypes float32 bfloat16] [--other CHECKOUT]
 
 Every program continues the same random prompts of 12 to 30 tokens greedily by exactly the
-same number of new tokens, on one CPU core. The programs are separate processes that answer in
+same number of new tokens, on one CPU core. Seconds are CPU time, which equals the elapsed time of a
+program that has its core to itself. The programs are separate processes that answer in
 turn, so that changes in the speed of the machine affect all. The first call, which compiles, is
 timed separately. ``--other`` adds another checkout of jaxtune, such as a worktree of an earlier
 commit. On a CPU, only the ratios are meaningful. Requires `make install`.
@@ -75,15 +76,15 @@ def transformers_side(checkpoint: str, dtype: str) -> Callable[[int, int], None]
 
 
 def serve(side: str, checkpoint: str, dtype: str) -> None:
-    """Answers each line "rows tokens" on stdin with the seconds of a call."""
+    """Answers each line "rows tokens" on stdin with the CPU seconds of a call."""
     start = {"jaxtune": jaxtune_side, "transformers": transformers_side}[side]
     generate = start(checkpoint, dtype)
     print("ready", flush=True)
     for line in sys.stdin:
         rows, tokens = map(int, line.split())
-        begin = time.perf_counter()
+        begin = time.process_time()
         generate(rows, tokens)
-        print(json.dumps(time.perf_counter() - begin), flush=True)
+        print(json.dumps(time.process_time() - begin), flush=True)
 
 
 class Program:
@@ -107,7 +108,7 @@ class Program:
         return self._process.stdout.readline().strip()
 
     def seconds(self, rows: int, tokens: int) -> float:
-        """Returns the seconds of one call."""
+        """Returns the CPU seconds of one call."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{rows} {tokens}\n")
         self._process.stdin.flush()

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
+from jaxtune.errors import JaxtuneError
 from jaxtune.layers.cpu_bfloat16 import jit
 from jaxtune.layers.decoder import ForwardOptions
 from jaxtune.layers.tree import Tree
 from jaxtune.models.definition import Definition
+from jaxtune.vocabulary import check_token_ids
 
 
 @functools.partial(jit, static_argnames=("definition", "options"))
@@ -27,6 +31,37 @@ def logits(
     model = definition.bind(*trees)
     hidden, _, _ = model.decoder(tokens, segment_ids, positions, options)
     return model.head()(hidden)
+
+
+def pass_inputs(
+    definition: Definition,
+    tokens: ArrayLike,
+    segment_ids: ArrayLike | None,
+    positions: ArrayLike | None,
+) -> tuple[Any, Any, Any, np.ndarray | None]:
+    """Checks and completes the arguments of `jaxtune.Model.logits`.
+
+    Returns:
+      (tokens, segment ids and positions of the pass, int[B, S] each; the index in S of each of the
+      given tokens, int[B, T], or None if S is T). S is larger than T with virtual tokens, whose
+      logits are computed and dropped.
+
+    Raises:
+      JaxtuneError: an array has another shape, or a token id is outside the vocabulary.
+    """
+    check_token_ids(tokens, definition.vocab_size, "tokens")
+    tokens = jnp.asarray(tokens, jnp.int32)
+    if tokens.ndim != 2 or not tokens.size:
+        raise JaxtuneError(f"tokens must be int[batch, time], not of shape {list(tokens.shape)}")
+    for name, value in (("segment_ids", segment_ids), ("positions", positions)):
+        if value is not None and np.shape(value) != tokens.shape:
+            shape, needed = list(np.shape(value)), list(tokens.shape)
+            raise JaxtuneError(f"{name} have shape {shape}, but tokens have {needed}")
+    segments = jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids)
+    place = segment_positions(segments) if positions is None else jnp.asarray(positions)
+    if not definition.reserved:
+        return tokens, segments, place, None
+    return make_room(tokens, segments, place, definition.reserved)
 
 
 def segment_positions(segment_ids: jax.Array) -> jax.Array:

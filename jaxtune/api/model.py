@@ -10,7 +10,6 @@ from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike, DTypeLike
 
@@ -18,7 +17,7 @@ from jaxtune.adapter_files.combine import Options
 from jaxtune.adapters.merge import check_merges, edits
 from jaxtune.api.adapter_set import AdapterSet
 from jaxtune.api.logits import logits as compute_logits
-from jaxtune.api.logits import make_room, segment_positions
+from jaxtune.api.logits import pass_inputs
 from jaxtune.api.prompts import Prompt, TextOptions, as_prompts
 from jaxtune.chats.template import encode_prompt
 from jaxtune.chats.tokens import tokenize_prompt
@@ -43,7 +42,6 @@ from jaxtune.layers.tree import Tree, merge
 from jaxtune.models.definition import Kind
 from jaxtune.parallel.processes import fetch, put
 from jaxtune.registry import DTYPES
-from jaxtune.vocabulary import check_token_ids
 
 # Tokens per row and piece of a stream: enough to keep a device busy, and few enough to read along.
 STREAM_CHUNK = 8
@@ -174,27 +172,11 @@ class Model:
         Raises:
           JaxtuneError: an array has another shape, or a token id is outside the vocabulary.
         """
-        check_token_ids(tokens, self.definition.vocab_size, "tokens")
-        tokens = jnp.asarray(tokens, jnp.int32)
-        if tokens.ndim != 2 or not tokens.size:
-            raise JaxtuneError(
-                f"tokens must be int[batch, time], not of shape {list(tokens.shape)}"
-            )
-        for name, value in (("segment_ids", segment_ids), ("positions", positions)):
-            if value is not None and np.shape(value) != tokens.shape:
-                shape, needed = list(np.shape(value)), list(tokens.shape)
-                raise JaxtuneError(f"{name} have shape {shape}, but tokens have {needed}")
-        segments = jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids)
-        place = segment_positions(segments) if positions is None else jnp.asarray(positions)
-        reserved = self.definition.reserved
-        if reserved:  # logits at the positions of virtual tokens are computed and dropped
-            tokens, segments, place, text = make_room(tokens, segments, place, reserved)
+        *arrays, text = pass_inputs(self.definition, tokens, segment_ids, positions)
         with jax.set_mesh(self.mesh):
-            logits = compute_logits(
-                self._trees, tokens, segments, place, self.definition, self.options
-            )
+            logits = compute_logits(self._trees, *arrays, self.definition, self.options)
         logits = fetch(logits)
-        return jnp.take_along_axis(logits, text[..., None], axis=1) if reserved else logits
+        return logits if text is None else jnp.take_along_axis(logits, text[..., None], axis=1)
 
     @overload
     def generate(
