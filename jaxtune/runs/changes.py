@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxtune.config import OPTIONS, Config, TrainingConfig
 from jaxtune.config.length import LENGTHS, length_unit
+from jaxtune.config.option import OptionValue
 from jaxtune.errors import JaxtuneError
 
 Changes = Mapping[str, tuple[Any, Any]]
@@ -67,9 +68,9 @@ def resumed_config(run: Path, frozen: Config, given: Config) -> Config:
     return dataclasses.replace(resumed, overridden=given.overridden)
 
 
-def replace(config: Config, options: Mapping[str, Any]) -> Config:
+def replace(config: Config, options: Mapping[str, OptionValue]) -> Config:
     """Returns a copy of a config with other values of options by ``section.name``."""
-    sections: dict[str, dict[str, Any]] = {}
+    sections: dict[str, dict[str, OptionValue]] = {}
     for key, value in options.items():
         section, _, name = key.partition(".")
         sections.setdefault(section, {})[name] = value
