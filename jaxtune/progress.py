@@ -37,7 +37,16 @@ class Bar(Progress):
         """
         console = Console(stderr=True)
         disable = not (enabled and _shows_bars(console))
-        super().__init__(*columns, console=console, transient=transient, disable=disable)
+        # In a terminal, other output is written above the bar; a notebook's bar has its own place.
+        redirect = not console.is_jupyter
+        super().__init__(
+            *columns,
+            console=console,
+            transient=transient,
+            disable=disable,
+            redirect_stdout=redirect,
+            redirect_stderr=redirect,
+        )
 
     def start(self) -> None:
         """Shows the bar, unless another one is on the terminal."""

@@ -9,6 +9,7 @@ import pytest
 
 from jaxtune.config import default
 from jaxtune.layers.tree import flatten
+from jaxtune.training import scores
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -117,6 +118,20 @@ def test_config_keys_that_a_page_names_exist(page):
     for code in [*CODE.findall(text), *re.findall(r"--config\.\S+", text)]:
         for whole, section, own in key.findall(code):
             assert own == "safetensors" or hasattr(getattr(default(), section), own), whole
+
+
+def test_the_example_of_training_from_python_runs(tiny_chat, tmp_path, monkeypatch, capsys):
+    [example] = re.findall(r"^```python\n(.*?)^```", (DOCS / "python.md").read_text(), re.M | re.S)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(scores, "SCORES", dict(scores.SCORES))
+    Path("model").symlink_to(tiny_chat)
+    names = {}
+    exec(compile(example, "python.md", "exec"), names)
+    shown, loss, answers = capsys.readouterr().out.splitlines()
+    # 90 rows are packed into one batch.
+    assert re.fullmatch(r"Run\('runs/sums', lora on .*, (\d+) of \1 steps, loss .*\)", shown)
+    assert float(loss) > 0 and len(ast.literal_eval(answers)) == 1
+    assert "contains" in names["run"].evaluations()[-1]
 
 
 def test_the_worked_example_of_the_architecture_runs(capsys):

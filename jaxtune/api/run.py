@@ -28,6 +28,7 @@ from jaxtune.checkpoints.load_model import LoadedModel, load_model
 from jaxtune.checkpoints.merging import Merge
 from jaxtune.checkpoints.open_model import OpenModel, files_beside, open_model
 from jaxtune.checkpoints.requantize import REPORT, read_report, write_report
+from jaxtune.data.in_memory import in_memory
 from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.parallel.processes import leads, on_leader
 from jaxtune.planning.plan import model_config
@@ -135,8 +136,8 @@ class Run:
           directory: directory to create.
           adapter: "best" or "last".
           quantized: writes the weights in the format of the run's base, with ``merge_report.json``
-            (see `Model.save_pretrained`). If the run held out data, the report also has ``loss``;
-            see `jaxtune.api.evaluate_run.merge_losses`.
+            (see `Model.save_pretrained`). If the run held out rows of files, the report also has
+            ``loss``; see `jaxtune.api.evaluate_run.merge_losses`.
 
         Returns:
           The directory.
@@ -153,7 +154,8 @@ class Run:
         merge = merge_run(self.directory, self.config, self._base.source, adapter)
         written = Path(directory)
         on_leader(lambda: self._write_merged(written, merge, quantized))
-        held_out = self.config.data.eval or self.config.data.eval_split
+        data = self.config.data
+        held_out = (data.eval or data.eval_split) and not in_memory(data)
         if (written / REPORT).is_file() and held_out:
             losses = merge_losses(self.directory, adapter, written)
             if leads():

@@ -6,11 +6,17 @@ import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from jaxtune.config import DataConfig
 from jaxtune.data.file_formats import Record, table_record
 from jaxtune.errors import JaxtuneError
 
 PREFIX = "memory:"
 """Start of the names of rows in memory, in ``data.train`` and ``data.eval``."""
+
+
+def in_memory(data: DataConfig) -> bool:
+    """Returns whether a ``data`` section names rows in memory, which cannot be read again."""
+    return PREFIX in data.train or PREFIX in data.eval
 
 
 def check_rows(name: str, rows: Any) -> None:

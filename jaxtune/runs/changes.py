@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxtune.config import OPTIONS, Config, TrainingConfig
 from jaxtune.config.length import LENGTHS, length_unit
+from jaxtune.config.option import OptionValue
 from jaxtune.errors import JaxtuneError
 
 Changes = Mapping[str, tuple[Any, Any]]
@@ -61,13 +62,19 @@ def resumed_config(run: Path, frozen: Config, given: Config) -> Config:
             f"{run}: training.{asked}={new}: the length of this run is in {unit} "
             f"(training.{unit}={old}); change training.{unit}"
         )
-    sections: dict[str, dict[str, Any]] = {}
-    for key, (_, new) in changes.items():
-        section, _, name = key.partition(".")
-        sections.setdefault(section, {})[name] = new
     placed = any(key.startswith("mesh.") or key == "training.accumulation" for key in changes)
-    resumed = (frozen.requested() if placed else frozen).replace(**sections)
+    base = frozen.requested() if placed else frozen
+    resumed = replace(base, {key: new for key, (_, new) in changes.items()})
     return dataclasses.replace(resumed, overridden=given.overridden)
+
+
+def replace(config: Config, options: Mapping[str, OptionValue]) -> Config:
+    """Returns a copy of a config with other values of options by ``section.name``."""
+    sections: dict[str, dict[str, OptionValue]] = {}
+    for key, value in options.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = value
+    return config.replace(**sections)
 
 
 def describe(changes: Changes) -> str:

@@ -101,7 +101,8 @@ class RunDirectory:
     def _with_source(self, config: Config) -> Config:
         """Returns a config whose ``training.continue_from`` is a checkpoint.
 
-        The checkpoint is chosen once, when the run is created, since its run may go on.
+        The checkpoint is chosen once, when the run is created, because the other run may be
+        trained further.
         """
         if not self.exists():
             return with_checkpoint(config)

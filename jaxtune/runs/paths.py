@@ -9,6 +9,7 @@ from jaxtune.config import Config
 from jaxtune.data.sources import absolute_sources, path_exists
 from jaxtune.data.splits import parse_eval_sets
 from jaxtune.errors import JaxtuneError
+from jaxtune.runs.changes import replace
 
 CONFIG, CHECKPOINTS, MANIFEST = "config.json", "checkpoints", "manifest.json"
 _PATHS = (
@@ -29,22 +30,23 @@ def with_absolute_paths(config: Config) -> Config:
     Raises:
       JaxtuneError: ``data.eval`` is malformed.
     """
-    changed: dict[str, dict[str, str]] = {}
-    values = config.flat()
+    changed: dict[str, str] = {}
     for key in _PATHS:
-        value = str(values[key])
+        value = str(config.flat()[key])
         built_in = key == "data.chat_template" and value in built_in_templates()
         if value and not built_in and path_exists(value):
-            section, _, name = key.partition(".")
-            changed.setdefault(section, {})[name] = str(Path(value).expanduser().absolute())
+            changed[key] = str(Path(value).expanduser().absolute())
     held_out = [
         f"{name}={absolute_sources(path)}" if name else absolute_sources(path)
         for name, path in parse_eval_sets(config.data.eval).items()
     ]
-    data = {"train": absolute_sources(config.data.train), "eval": ",".join(held_out)}
+    changed |= {
+        "data.train": absolute_sources(config.data.train),
+        "data.eval": ",".join(held_out),
+    }
     if config.data.cache:
-        data["cache"] = str(Path(config.data.cache).expanduser().absolute())
-    return config.replace(**changed).replace(data=data)
+        changed["data.cache"] = str(Path(config.data.cache).expanduser().absolute())
+    return replace(config, changed)
 
 
 def finished_steps(checkpoints: Path) -> list[int]:

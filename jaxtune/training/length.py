@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -51,7 +52,7 @@ def with_length(
     warmup = None
     if first != steps and isinstance(optimizer.warmup_steps, float):
         warmup = count_steps(optimizer.warmup_steps, first)
-        optimizer = setup.config.replace(optimizer={"warmup_steps": warmup}).optimizer
+        optimizer = dataclasses.replace(optimizer, warmup_steps=warmup)
     setup = setup.with_total_steps(steps, warmup)
     if key in changes:
         planned = setup.config.replace(training={unit: changes[key][0]}).training

@@ -99,16 +99,12 @@ class Setup:
         """
         if steps == self.steps and warmup is None and not _counts_data(self.config.training):
             return self
-        config = self.config
+        settings = self.config.optimizer
         if warmup is not None:
-            config = config.replace(optimizer={"warmup_steps": warmup})
-        schedule = make_schedule(config.optimizer, steps)
-        optimizer = make_optimizer(
-            config.optimizer, self.definition.abstract("trainable"), schedule
-        )
-        return dataclasses.replace(
-            self, config=config, steps=steps, schedule=schedule, optimizer=optimizer
-        )
+            settings = dataclasses.replace(settings, warmup_steps=warmup)
+        schedule = make_schedule(settings, steps)
+        optimizer = make_optimizer(settings, self.definition.abstract("trainable"), schedule)
+        return dataclasses.replace(self, steps=steps, schedule=schedule, optimizer=optimizer)
 
     def initial_state(self, trainable: Tree) -> TrainState:
         """Returns the state before the first step; see `initial_state`."""

@@ -1,12 +1,16 @@
 """Several processes compute the same results as one."""
 
+import json
+import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from runs import read_losses
+from runs import HERE, LOCAL, read_losses
 
 pytestmark = pytest.mark.slow
 
@@ -71,3 +75,28 @@ def test_a_run_resumes_with_other_devices_and_processes(start, alone, tmp_path):
     start(2, tmp_path / "copy", devices=1, resume=True).succeed()
     for each in (workdir, tmp_path / "copy"):
         assert_close(read_losses(each), read_losses(alone))
+
+
+def test_callbacks_run_in_every_process_and_the_first_one_stops_all(tiny_chat, chats, tmp_path):
+    rows = [json.loads(line) for line in chats.read_text().splitlines()]
+    config = {
+        "model": {"path": str(tiny_chat)},
+        "data": {"max_length": 64},
+        "training": {"steps": 14, "batch_size": 4, "dtype": "float32"},
+        "checkpoint": {"every": 20},
+        "logging": {"tensorboard": False},
+    }
+    arguments = json.dumps([config, rows, str(tmp_path / "run"), str(tmp_path / "events")])
+    launcher = [sys.executable, str(LOCAL), "--processes", "2", "--"]
+    subprocess.run(
+        [*launcher, sys.executable, str(HERE / "callbacks.py"), arguments],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"},
+        check=True,
+    )
+    first, second = (json.loads((tmp_path / f"events-{n}.json").read_text()) for n in (0, 1))
+    assert first == second
+    assert [step for kind, step, _ in first if kind == "step"] == list(range(1, 11))
+    assert [(kind, step) for kind, step, _ in first[-2:]] == [("checkpoint", 10), ("end", 10)]
+    assert [line["loss"] for line in read_losses(tmp_path / "run")] == [
+        loss for kind, _, loss in first if kind == "step"
+    ]

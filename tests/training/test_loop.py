@@ -347,7 +347,7 @@ def resume(directory, evaluate, **sections):
     return [line["step"] for line in read_lines(run.evaluations)], extra["tally"]
 
 
-def test_a_run_that_stopped_early_goes_on_if_it_is_lengthened(tmp_path):
+def test_a_run_that_stopped_early_continues_if_it_is_lengthened(tmp_path):
     rising = itertools.count(1)
     scores = {"evaluate": lambda trainable: {"loss": float(next(rising))}}
     train(tmp_path, settings(evaluation={"stop_patience": 2}), **scores)

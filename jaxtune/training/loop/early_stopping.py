@@ -61,7 +61,7 @@ def stop_settings(section: EvaluationConfig, steps: int) -> StopSettings:
 def adapt(tally: Tally, before: StopSettings, now: StopSettings) -> None:
     """Adapts the counters of a resumed run to changed settings.
 
-    Another metric starts without a best score. A run that has stopped early goes on if its length
+    Another metric starts without a best score. A run that has stopped early continues if its length
     or a setting of early stopping has changed; its evaluations without a better score are then
     counted anew.
 
