@@ -58,7 +58,7 @@ def row(case: str) -> str:
         (Path(directory) / "config.json").write_text(json.dumps(model))
         config = resolve(sections | {"model": {"path": directory}})
         hardware = find_topology("v5e:2x4")
-        setup = set_up(config, model, choose_method(config.adapter)[0], hardware.devices)
+        setup = set_up(config, model, choose_method(config.adapter)[0], hardware.group)
         found = compile_plan(setup, hardware).sent or []
     compiled, estimated = (
         sum(each.times * each.sent for each in collectives) / 1e6

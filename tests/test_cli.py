@@ -166,6 +166,14 @@ def test_bad_data_is_named_by_line(fails, config, data, tmp_path, lines, message
     assert line.startswith(f"{tmp_path}/{message}")
 
 
+@pytest.mark.parametrize("key", ["train", "eval"])
+def test_a_misspelled_file_is_reported_before_the_model_is_set_up(fails, config, tmp_path, key):
+    # The target, which does not exist either, is looked up in the model.
+    flags = ["--config", config, "--workdir", tmp_path / "run", "--config.adapter.targets=nothing"]
+    line = fails("train", *flags, f"--config.data.{key}={tmp_path}/trian.jsonl")
+    assert line == (f'{tmp_path}/trian.jsonl: no such file; did you mean "{tmp_path}/train.jsonl"?')
+
+
 def _damaged(tiny_chat, tmp_path, change):
     model = tmp_path / "model"
     shutil.copytree(tiny_chat, model)

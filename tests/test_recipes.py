@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 import jaxtune
+from jaxtune.adapter_files import refused_exports
+from jaxtune.adapters.define import define
 from jaxtune.config import load_file, resolve
 from jaxtune.errors import JaxtuneError
 from jaxtune.parallel.devices import TPUS, DeviceGroup
@@ -105,6 +107,17 @@ def test_a_recipe_fits_the_hardware_that_it_names(name):
     setup = set_up(config, model_config(config), choose_method(config.adapter)[0], hardware.group)
     arguments = bytes_per_device(step_arguments(setup))
     assert arguments + setup.temporaries() < hardware.capacity_bytes
+
+
+@pytest.mark.parametrize("name", ["deepseek_v2_lite", "deepseek_v3"])
+def test_vllm_loads_what_the_recipes_for_latent_attention_train(name):
+    config = read(name)
+    method, _ = choose_method(config.adapter)
+    definition = define(model_config(config), "bfloat16", method)
+    assert refused_exports(method, definition) == {}
+    # Every other projection of attention is trained.
+    attention = [path[-1] for path in definition.projections() if "self_attn" in path]
+    assert set(config.adapter.targets) == set(attention) - {"kv_b_proj"}
 
 
 @pytest.mark.parametrize("name", RECIPES)

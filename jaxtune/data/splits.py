@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 import numpy as np
 
 from jaxtune.chats.clock import now
-from jaxtune.config import Config
+from jaxtune.config import Config, DataConfig
 from jaxtune.data.encode import Problem
 from jaxtune.data.examples import Examples, join
 from jaxtune.data.prepare import default_cache, load_examples
 from jaxtune.data.settings import data_settings
-from jaxtune.data.sources import path_exists
+from jaxtune.data.sources import find_sources, path_exists
 from jaxtune.errors import JaxtuneError
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ class DataReader:
           clock: time that the template prints in all rows; now by default.
           rows: rows in memory by their entry in ``data.train`` or ``data.eval``.
         """
+        self._rows = rows
         self._section, self._max_positions = config.data, max_positions
         self.cache = config.data.cache or default_cache()
         settings = data_settings(config.data, seed=config.training.seed, vocab_size=vocab_size)
@@ -155,10 +156,7 @@ class DataReader:
             valid, or a row is in both splits.
         """
         section = self._section
-        if not section.train:
-            raise JaxtuneError("data.train is empty; set it to a JSONL file or a data set's hub id")
-        if section.eval and section.eval_split:
-            raise JaxtuneError("data.eval and data.eval_split are mutually exclusive; set only one")
+        check_sources(section, self._rows)
         train = self.read(section.train, training=True)
         if section.eval_split:
             return hold_out(train, section.eval_split)
@@ -170,6 +168,27 @@ class DataReader:
     def read_sets(self, text: str) -> dict[str, Examples]:
         """Loads held-out examples by the name of their set; see `parse_eval_sets`."""
         return {name: self.read(path) for name, path in parse_eval_sets(text).items()}
+
+
+def check_sources(section: DataConfig, rows: Mapping[str, Any] | None = None) -> None:
+    """Checks that the sources of a run are set and that those on this machine exist.
+
+    Nothing is read, so a misspelled path is reported before anything that takes time.
+
+    Args:
+      section: ``data`` section of a config.
+      rows: rows in memory by their entry; see `find_sources`.
+
+    Raises:
+      JaxtuneError: data.train is not set, both data.eval and data.eval_split are, or a file does
+        not exist.
+    """
+    if not section.train:
+        raise JaxtuneError("data.train is empty; set it to a JSONL file or a data set's hub id")
+    if section.eval and section.eval_split:
+        raise JaxtuneError("data.eval and data.eval_split are mutually exclusive; set only one")
+    for source in (section.train, *parse_eval_sets(section.eval).values()):
+        find_sources(source, rows=rows)
 
 
 def parse_eval_sets(text: str) -> dict[str, str]:

@@ -22,6 +22,7 @@ from jaxtune.planning.flops import StepFlops, step_flops
 from jaxtune.planning.plan import Plan, compile_plan, model_config
 from jaxtune.planning.roofline import estimate
 from jaxtune.planning.topology import Topology, find_topology
+from jaxtune.planning.traffic import estimated_collectives
 from jaxtune.progress import track
 from jaxtune.registry import REMAT_POLICIES
 from jaxtune.training.placement.memory import bytes_per_device
@@ -157,18 +158,9 @@ def promise(
     setup, flops = alone
     mesh = dict.fromkeys(MESH_AXES, 1) | dict(candidate.mesh)
     trees = by_kind(step_arguments(setup))
-    base = bytes_per_device(trees["base"], mesh)
     needs = sum(bytes_per_device(tree, mesh) for tree in trees.values())
     needs += setup.temporaries(mesh)
-    # Bytes that a device sends. Each pass over the layers (forward, backward, recomputation)
-    # gathers the sharded base along fsdp. Tensor parallelism adds two all-reduces of the residual
-    # stream per layer, each of which sends it twice; expert parallelism a gather and a scatter.
-    layers, hidden = setup.definition.layer_count, setup.definition.hidden_size
-    passes = 2 + (candidate.remat != "none")
-    tokens = flops.tokens / math.prod(mesh[axis] for axis in RULES["batch"])
-    stream = passes * layers * tokens * hidden * setup.options.dtype.itemsize
-    sent = passes * candidate.accumulation * base * (mesh["fsdp"] - 1)
-    sent += 4 * stream * (mesh["tensor"] > 1) + 2 * stream * (mesh["expert"] - 1)
+    sent = sum(each.times * each.sent for each in estimated_collectives(setup, mesh))
     chip = hardware.chip or TPUS["v5e"]  # any chip will do for a CPU: only the order matters
     return needs > 1.25 * hardware.capacity_bytes, estimate(chip, flops, mesh, sent).seconds
 

@@ -3,7 +3,8 @@
 Weights, gradients and activations are sent as their shardings require:
 
 - weights that are split along "fsdp" are gathered in the forward and the backward pass of every
-  micro-batch, in the form in which they are stored (trained ones in the dtype of the computation);
+  micro-batch, in the form in which they are stored (trained ones in the dtype of the computation;
+  quantized ones a third time for the recomputation);
   the head is gathered once, and of the embedding only the rows of the tokens are sent;
 - gradients of trained arrays are summed in float32 over the devices that share the batch;
 - along "tensor" the outputs of projections whose inputs are split, and the gradients of the inputs
@@ -41,8 +42,8 @@ def estimated_collectives(setup: Setup, mesh: Mapping[str, int] | None = None) -
     trees = by_kind(step_arguments(setup))
     micro = setup.config.training.accumulation
     found = [
-        *_gathered_weights(trees["base"], mesh, None, micro),
-        *_gathered_weights(trees["trainable"], mesh, setup.options.dtype.itemsize, micro),
+        *_gathered_weights(trees["base"], mesh, setup, None),
+        *_gathered_weights(trees["trainable"], mesh, setup, setup.options.dtype.itemsize),
         *_summed_gradients(trees["trainable"], mesh, micro),
         *_activations(setup, mesh, micro),
     ]
@@ -50,16 +51,17 @@ def estimated_collectives(setup: Setup, mesh: Mapping[str, int] | None = None) -
 
 
 def _gathered_weights(
-    tree: Any, mesh: Mapping[str, int], itemsize: int | None, micro: int
+    tree: Any, mesh: Mapping[str, int], setup: Setup, itemsize: int | None
 ) -> Iterator[Collective]:
-    """Yields the gathers of the weights of a tree, for two passes per micro-batch.
+    """Yields the gathers of the weights of a tree.
 
     Args:
       tree: arrays with shardings, of any shape.
       mesh: devices along each mesh axis.
+      setup: set-up of the run.
       itemsize: bytes of a value that is sent; by default those of the arrays.
-      micro: number of micro-batches.
     """
+    micro, again = setup.config.training.accumulation, setup.options.remat != "none"
     for path, array, axes in _arrays(tree, mesh):
         # Experts stay split along "expert" only.
         along = [axis for axis in axes if axis == "fsdp" or (axis == "tensor" and _EXPERTS in path)]
@@ -67,6 +69,10 @@ def _gathered_weights(
             kept = math.prod(mesh[axis] for axis in axes if axis not in along)
             whole = array.size * (itemsize or array.dtype.itemsize) / kept
             passes = 1 if "lm_head" in path else 2
+            # Recomputation and backward pass share the gather of a plain weight. Codes are gathered
+            # for each of them, except for the last projection, which is not recomputed.
+            if again and array.dtype.itemsize == 1 and "down_proj" not in path:
+                passes += 1
             group = math.prod(mesh[axis] for axis in along)
             yield _gather(whole, group, passes * micro, array.dtype.name)
 

@@ -30,6 +30,7 @@ from jaxtune.checkpoints.source import TensorSource
 from jaxtune.config import AdapterConfig, Config, EvaluationConfig
 from jaxtune.data import BatchLoader, DataOrder, DataReader, Examples, ReaderOptions, Splits
 from jaxtune.data.passes import OrderOptions
+from jaxtune.data.splits import check_sources
 from jaxtune.errors import JaxtuneError
 from jaxtune.intervals import parse_interval
 from jaxtune.layers.tree import Tree
@@ -105,6 +106,7 @@ def train(
         check_wandb(config.logging.wandb)
         profile_window(config.profile.steps)
         source = open_model(config.model.path, config.model.revision).source
+        check_sources(config.data, rows)
         chat = create_run_chat(run, config, _initial_chat(run, config, source), clock)
         tokenizer = chat.tokenizer
         options = reader_options(config.data, chat) | {"rows": rows}

@@ -37,7 +37,7 @@ CASES = {
     "three axes": (LLAMA, {"data": 2, "fsdp": 2, "tensor": 2}, LORA, 0.25),
     "sequence": (LLAMA, {"data": 2, "sequence": 4}, LORA, 0.3),
     "full": (LLAMA, {"data": 1, "fsdp": 8}, FULL, 0.25),
-    "quantized": (LLAMA, {"data": 1, "fsdp": 8}, QLORA, 0.1),
+    "quantized": (LLAMA, {"data": 1, "fsdp": 8}, QLORA, 0.05),
     "experts": (MIXTURE, {"data": 1, "fsdp": 2, "expert": 4}, LORA, 0.15),
 }
 PROGRAM = """
