@@ -145,6 +145,57 @@ def test_a_documented_launch_takes_its_first_step(first_steps, config, devices):
     assert first_steps[config, devices]["loss"] == pytest.approx(alone, abs=1e-5)
 
 
+@pytest.mark.slow
+def test_a_run_resumes_on_other_devices(tiny, tmp_path):
+    """A mesh of a config file shrinks when the run is resumed, and the losses stay the same."""
+    rows = [{"input_ids": [3 + i, 9, 5, 7 + i], "labels": [3 + i, 9, 5, 7 + i]} for i in range(16)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = tiny("llama", num_hidden_layers=2, num_key_value_heads=4)
+    (tmp_path / "run.py").write_text(
+        "from jaxtune import config\n\n"
+        "def get_config():\n"
+        "    c = config.default()\n"
+        f"    c.model.path = {str(model)!r}\n"
+        f"    c.data.train = {str(tmp_path / 'rows.jsonl')!r}\n"
+        f"    c.data.eval = {str(tmp_path / 'rows.jsonl')!r}\n"
+        "    c.data.max_length, c.data.packing, c.data.overlap = 8, False, 'keep'\n"
+        "    c.evaluation.every, c.evaluation.batch_size = 2, 5  # in pieces, padded\n"
+        "    c.training.batch_size, c.training.steps, c.training.dtype = 8, 4, 'float32'\n"
+        "    c.optimizer.learning_rate, c.optimizer.schedule = 1e-2, 'constant'\n"
+        "    c.logging.tensorboard, c.mesh.fsdp = False, 4\n"
+        "    return c\n"
+    )
+
+    def train(name, devices, *options):
+        done = subprocess.run(
+            [sys.executable, "-m", "jaxtune", "train", "--workdir", tmp_path / name, *options],
+            env=os.environ
+            | {
+                "JAX_PLATFORMS": "cpu",
+                "JAX_NUM_CPU_DEVICES": str(devices),
+                "PYTHONPATH": str(ROOT),
+            },
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        lines += (tmp_path / name / "evaluations.jsonl").read_text().splitlines()
+        return done.stderr, config, [json.loads(line)["loss"] for line in lines]
+
+    start = ("--config", tmp_path / "run.py")
+    _, _, expected = train("alone", 1, *start)
+    _, config, _ = train("moved", 4, *start, "--config.training.steps=2")
+    assert (config["mesh"]["data"], config["mesh"]["fsdp"]) == (1, 4)
+    log, config, losses = train("moved", 6, "--config.training.steps=4")
+    assert (config["mesh"]["data"], config["mesh"]["fsdp"]) == (2, 3)
+    assert config["derived"]["devices"] == 6 and config["derived"]["requested"]["mesh.fsdp"] == 4
+    assert "the run was fitted to 4 × cpu and continues on 6 × cpu" in log
+    assert "training.batch_size=8 does not fill 6 devices: 33% of each step is padding" in log
+    assert losses == pytest.approx(expected, rel=1e-5)
+
+
 if __name__ == "__main__":
     here = Path(sys.argv[1])
     steps = [take_first_step(case) for case in json.loads((here / "cases.json").read_text())]
