@@ -11,7 +11,6 @@ from jaxtune.adapter_files.peft import read_adapter
 from jaxtune.adapters import Method, StoredAdapter, method_from_peft
 from jaxtune.adapters.define import define
 from jaxtune.adapters.method import NoMethod
-from jaxtune.api.meshes import fitted_to_devices
 from jaxtune.checkpoints.huggingface import choose_quantization
 from jaxtune.checkpoints.load_model import LoadedModel, load_model
 from jaxtune.checkpoints.merging import Merge, merge_adapter, merge_trained
@@ -48,7 +47,7 @@ def load_run(run: RunDirectory, config: Config, source: TensorSource, adapter: s
       JaxtuneError: nothing has been saved yet.
     """
     method, _ = _choose(run, config, adapter)
-    setup = set_up(fitted_to_devices(config, source.config), source.config, method)
+    setup = set_up(config, source.config, method)
     return LoadedRun(setup, load_trained(run, config, source, adapter, setup.mesh))
 
 

@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from jaxtune.adapters.define import define
 from jaxtune.config import Config
 from jaxtune.models.definition import Definition
-from jaxtune.parallel.mesh import fit_mesh, make_mesh, single_device_mesh
+from jaxtune.parallel.devices import DeviceGroup
+from jaxtune.parallel.mesh import make_mesh, single_device_mesh
 from jaxtune.parallel.rules import MESH_AXES
+from jaxtune.training.placement.fit import fit_to_devices
 
 # Share of a device's memory that weights may take, so that the key-value cache fits as well.
 WEIGHTS_SHARE = 0.8
-
-
-def fitted_to_devices(
-    config: Config, model_config: Mapping[str, Any], devices: Sequence[Any] | None = None
-) -> Config:
-    """Returns the config of a run with its mesh fitted to the devices; see `fit_mesh`.
-
-    Args:
-      config: config of the run.
-      model_config: content of the model's config.json.
-      devices: the devices; all of them by default.
-    """
-    count = len(jax.devices() if devices is None else devices)
-    experts = model_config.get("n_routed_experts") or 0
-    return config.replace(mesh=fit_mesh(config.mesh.to_dict(), count, experts=experts).sizes)
 
 
 def run_mesh(config: Config, model_config: Mapping[str, Any]) -> Mesh:
@@ -41,8 +29,10 @@ def run_mesh(config: Config, model_config: Mapping[str, Any]) -> Mesh:
       config: config of the run.
       model_config: content of the model's config.json.
     """
-    sizes = fitted_to_devices(config, model_config).mesh.to_dict()
-    if jax.process_count() == 1 and sizes["data"] == len(jax.devices()):
+    devices = jax.devices()
+    definition = define(model_config, config.training.dtype)
+    sizes = fit_to_devices(config, definition, DeviceGroup.of(devices)).config.mesh.to_dict()
+    if jax.process_count() == 1 and sizes["data"] == len(devices):
         return single_device_mesh()
     return make_mesh(sizes)
 
@@ -50,16 +40,15 @@ def run_mesh(config: Config, model_config: Mapping[str, Any]) -> Mesh:
 def loading_mesh(definition: Definition) -> Mesh:
     """Returns the mesh on which a checkpoint is loaded: one device, if the weights fit on it.
 
-    They fit if they take at most `WEIGHTS_SHARE` of the memory that the device reports; a CPU
-    reports none, and they always fit. Otherwise ``mesh.fsdp`` is the number of all devices. Several
-    processes always use all devices.
+    They fit if they take at most `WEIGHTS_SHARE` of the memory that the planner assigns to a device
+    of this type. Otherwise, and with several processes, all devices split them along ``fsdp``.
 
     Args:
       definition: definition of the model.
     """
     devices = jax.devices()
     size = sum(leaf.nbytes for leaf in definition.in_checkpoint().values())
-    limit = (devices[0].memory_stats() or {}).get("bytes_limit") if len(devices) > 1 else None
-    if jax.process_count() == 1 and (limit is None or size <= WEIGHTS_SHARE * limit):
+    fits = size <= WEIGHTS_SHARE * DeviceGroup.of(devices).memory
+    if len(devices) == 1 or (fits and jax.process_count() == 1):
         return single_device_mesh()
     return make_mesh(dict.fromkeys(MESH_AXES, 1) | {"fsdp": len(devices)})

@@ -20,6 +20,7 @@ class StoredArray:
     Attributes:
       shape: shape of the array.
       dtype: dtype of the array.
+      chunk: shape of the pieces in which it is stored.
     """
 
     def __init__(self, state: Path, name: str):
@@ -39,6 +40,7 @@ class StoredArray:
         self._store = tensorstore.open({"driver": driver, "kvstore": files}, read=True).result()
         self.shape = tuple(self._store.shape)
         self.dtype = self._store.dtype.numpy_dtype
+        self.chunk = tuple(self._store.chunk_layout.read_chunk.shape or ())
 
     def __getitem__(self, part: Any) -> np.ndarray:
         """Reads a part, of the shape that indexing a NumPy array gives."""

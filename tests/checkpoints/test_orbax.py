@@ -306,3 +306,38 @@ def test_another_write_error_passes_unchanged_and_is_reported_once(tmp_path):
 if __name__ == "__main__":
     roles = {"forever": save_forever, "until-error": save_until_error, "fail": fail_to_write}
     roles[sys.argv[1]](sys.argv[2])
+
+
+def test_parts_of_a_saved_array_are_read_without_the_rest(tmp_path):
+    """Large stacks are stored by layer, others whole; both are read alike."""
+    stacks = {
+        "large": jnp.arange(4 * 1024 * 1100, dtype=jnp.float32).reshape(4, 1024, 1100),
+        "small": {"0": jnp.arange(24, dtype=jnp.bfloat16).reshape(2, 3, 4)},
+    }
+    tree = {"trainable": stacks, "step": jnp.int32(3)}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, tree, {"tally": {"best_step": None}})
+        checkpoints.wait()
+        assert checkpoints.best_step(3) == 3
+        opened = checkpoints.open_part(3, "trainable", stacks)
+        assert opened["large"].chunk == (1, 1024, 1100)
+        assert opened["small"]["0"].chunk == (2, 3, 4)
+        for path in (("large",), ("small", "0")):
+            stored, value = opened, stacks
+            for key in path:
+                stored, value = stored[key], value[key]
+            assert (stored.shape, stored.dtype) == (value.shape, value.dtype)
+            for part in ((1,), (1, 2), (slice(0, 2), slice(1, 3))):
+                assert np.array_equal(stored[part], value[part])
+        for wrong, message in (
+            ({"larg": stacks["large"]}, r'missing trainable.larg; did you mean "trainable.large"'),
+            ({"large": stacks["large"][0]}, r"float32\[4, 1024, 1100\], but the run needs float32"),
+        ):
+            with pytest.raises(JaxtuneError, match=message):
+                checkpoints.open_part(3, "trainable", wrong)
+        damaged = array_file(tmp_path, 3)
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(JaxtuneError, match="is damaged"):
+        Checkpoints(tmp_path).open_part(3, "trainable", stacks)

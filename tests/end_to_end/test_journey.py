@@ -193,3 +193,38 @@ def test_files_of_pytorch_are_checked_in_the_same_way(workdir, small_config, tin
         written[form] = {path.relative_to(out): path.read_bytes() for path in files}
     assert len(written["pytorch"]) == 3 and written["pytorch"] == written["safetensors"]
     assert lines["pytorch"] == lines["safetensors"]
+
+
+def changed(workdir, target, **sections):
+    """A copy of a run with other options in its config."""
+    copy = shutil.copytree(workdir, target)
+    config = json.loads((copy / "config.json").read_text())
+    config.pop("derived", None)
+    for section, options in sections.items():
+        config[section] |= options
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
+
+
+def test_a_run_of_eight_devices_is_used_on_one(workdir, tmp_path, capsys):
+    copy = changed(workdir, tmp_path / "run", mesh={"fsdp": 4, "tensor": 2})
+    tokens = np.arange(24).reshape(2, 12)
+    ours, theirs = (jaxtune.Run(path).model() for path in (copy, workdir))
+    assert ours.mesh.size == 1
+    assert np.array_equal(ours.logits(tokens), theirs.logits(tokens))
+    scores = []
+    for path in (copy, workdir):
+        main(["eval", "--workdir", str(path), "--json"])
+        scores.append(json.loads(capsys.readouterr().out)["loss"])
+    assert scores[0] == pytest.approx(scores[1], rel=1e-6)
+
+
+def test_eval_without_held_out_examples_fails_before_anything_is_read(workdir, tmp_path, capsys):
+    absent = {"train": str(tmp_path / "absent.jsonl"), "eval": ""}
+    copy = changed(workdir, tmp_path / "run", data=absent, model={"path": str(tmp_path / "no")})
+    with pytest.raises(SystemExit) as exit_:
+        main(["eval", "--workdir", str(copy)])
+    assert exit_.value.code == 65
+    assert "the run has no held-out examples (data.eval and data.eval_split are empty)" in (
+        capsys.readouterr().err
+    )
