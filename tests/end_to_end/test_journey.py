@@ -52,9 +52,9 @@ def test_a_finished_run_is_unchanged(workdir, small_config, capsys):
     assert capsys.readouterr().out.splitlines()[-1].startswith("done: 30 steps")
     assert (workdir / "metrics.jsonl").read_text() == before
     with pytest.raises(SystemExit) as exit_:
-        main(["train", "--workdir", str(workdir), "--config.training.steps=40"])
+        main(["train", "--workdir", str(workdir), "--config.training.seed=40"])
     assert exit_.value.code == 65
-    assert "training.steps: 30 → 40" in capsys.readouterr().err
+    assert "training.seed: 0 → 40" in capsys.readouterr().err
 
 
 def test_eval_gives_the_scores_of_the_run(workdir, chats, capsys):
@@ -150,9 +150,9 @@ def test_plan_reports_the_memory_of_the_run(small_config, capsys):
     parts = needs["per_device_bytes"]
     assert parts["total"] > parts["temporaries"] > 0 and needs["fits"] is True
     with pytest.raises(SystemExit) as exit_:
-        main(["plan", "--config", str(small_config), "--topology", "v5x:1x1"])
+        main(["plan", "--config", str(small_config), "--topology", "v5ee:1x1"])
     assert exit_.value.code == 65
-    assert 'did you mean "v5' in capsys.readouterr().err
+    assert 'did you mean "v5e"' in capsys.readouterr().err
 
 
 def in_pytorchs_files(source, directory):

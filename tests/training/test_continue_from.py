@@ -150,6 +150,7 @@ def test_a_run_continues_on_another_mesh(method, tmp_path):
     np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora"], indirect=True)
 def test_the_template_of_the_run_is_kept(method, tmp_path):
     make, _, _ = method

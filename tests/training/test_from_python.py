@@ -137,6 +137,7 @@ def test_callbacks_see_the_events_of_a_run_and_of_its_resume(settings, rows, tmp
         jaxtune.train(longer, run.path, callbacks=[Recorded], **data)
 
 
+@pytest.mark.slow
 def test_a_callback_stops_a_run_that_can_be_resumed(settings, rows, tmp_path):
     config = settings(training={"steps": 7}, evaluation={"every": 3}, checkpoint={"every": 3})
     data = {"train_data": rows, "eval_data": rows}

@@ -257,6 +257,18 @@ def test_callbacks_get_metrics_after_the_next_step_was_queued(tmp_path):
     assert order == [each for each in expected if each[1]] + [("seen", 20)]
 
 
+def test_a_run_that_a_callback_has_stopped_resumes_like_an_unbroken_one(tmp_path, unbroken):
+    class Stopping(Callback):
+        def on_step(self, event):
+            if event.step == 10:
+                event.stop()
+
+    train(tmp_path, settings(), callbacks=[Stopping()])
+    assert RunDirectory(tmp_path).steps_done() == 11  # the step that was running
+    train(tmp_path, None)
+    assert_same_run(tmp_path, unbroken)
+
+
 @pytest.mark.parametrize("poisoned", [6, 20])
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path, unbroken, poisoned):
     with pytest.raises(JaxtuneError, match=f"step {poisoned}: loss is nan"):

@@ -148,6 +148,7 @@ def test_what_is_not_here_keeps_its_name(name):
     assert with_absolute_paths(config) == config
 
 
+@pytest.mark.slow
 def test_prepared_data_is_found_by_a_relative_and_an_absolute_path(
     config, small_config, chats, tmp_path, monkeypatch, caplog
 ):
