@@ -7,22 +7,36 @@ import difflib
 import functools
 import socket
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-# Seconds to wait for a connection. The clients of the hub retry for up to a minute, which is long
-# for a misspelled path.
-PATIENCE = 2.0
+# Seconds to wait for a connection: for a name that is probably a misspelled path, and for others,
+# which may need a slow network. The clients of the hub retry for up to a minute.
+_SHORT, _LONG = 2.0, 8.0
+# Seconds for which an answer holds: long enough for one command, and short enough for a notebook in
+# which a failed call is repeated.
+_MEMORY = 30.0
+
+
+def is_reachable(name: str) -> bool:
+    """Returns whether a connection to the hub, or to the proxy in front of it, can be opened.
+
+    False in offline mode (HF_HUB_OFFLINE).
+
+    Args:
+      name: name to look up there; the wait is short if it resembles a path on this machine.
+    """
+    patience = _SHORT if closest_path(name) else _LONG
+    return _connects(patience, int(time.monotonic() // _MEMORY))
 
 
 @functools.cache
-def is_reachable() -> bool:
-    """Returns whether a connection to the hub, or to the proxy in front of it, can be opened.
-
-    False in offline mode (HF_HUB_OFFLINE). The result is kept for the process.
-    """
+def _connects(patience: float, period: int) -> bool:
+    """Returns the result of `is_reachable`, computed once in each period of `_MEMORY` seconds."""
+    del period
     from huggingface_hub import constants
 
     if constants.is_offline_mode():
@@ -36,13 +50,13 @@ def is_reachable() -> bool:
     opened = threading.Event()
 
     def connect() -> None:
-        with contextlib.suppress(OSError), socket.create_connection((hub.hostname, port), PATIENCE):
+        with contextlib.suppress(OSError), socket.create_connection((hub.hostname, port), patience):
             opened.set()
 
     # In a thread, because looking up a name takes its own time.
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
-    thread.join(PATIENCE)
+    thread.join(patience)
     return opened.is_set()
 
 
@@ -56,12 +70,12 @@ def unreachable() -> str:
 
 
 @contextlib.contextmanager
-def datasets_offline() -> Iterator[None]:
-    """Keeps the `datasets` library to its cache where the hub does not answer."""
+def datasets_offline(name: str) -> Iterator[None]:
+    """Keeps the `datasets` library to its cache for a name if the hub does not answer."""
     import datasets.config
 
     before = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = before or not is_reachable()
+    datasets.config.HF_HUB_OFFLINE = before or not is_reachable(name)
     try:
         yield
     finally:

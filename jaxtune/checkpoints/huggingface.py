@@ -112,7 +112,7 @@ def resolve_path(path: str, revision: str = "", files: Sequence[str] = FILES) ->
 
     def fetch(patterns: Sequence[str]) -> Path:
         options = {"revision": revision or None, "allow_patterns": list(patterns)}
-        return Path(snapshot_download(path, local_files_only=not is_reachable(), **options))
+        return Path(snapshot_download(path, local_files_only=not is_reachable(path), **options))
 
     try:
         found = fetch(files)

@@ -226,7 +226,7 @@ def _load_dataset(name: str, split: str, revision: str | None) -> Any:
         elif Path(name).is_dir():
             rows = datasets.load_dataset(name, split=split, revision=revision)
         else:
-            with datasets_offline():
+            with datasets_offline(name):
                 rows = datasets.load_dataset(name, split=split, revision=revision)
     # The network, the hub and the file parsers can raise anything.
     except Exception as error:
@@ -237,7 +237,7 @@ def _load_dataset(name: str, split: str, revision: str | None) -> Any:
         what, hint = "no such file", closest_path(name)
         if Path(name).is_dir():
             what, hint = f"no data files ({', '.join(FILE_FORMATS)})", ""
-        elif not is_reachable():
+        elif not is_reachable(name):
             reason = f"the hub is out of reach ({unreachable()})"
         raise JaxtuneError(f"{name}: {what} or data set: {reason}{hint}") from error
     if isinstance(rows, datasets.DatasetDict):
