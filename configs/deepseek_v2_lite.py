@@ -3,7 +3,7 @@
   jaxtune train --config configs/deepseek_v2_lite.py --config.data.train=mine.jsonl \
       --workdir runs/deepseek_v2_lite
 
-Memory per device, 9.26 GiB of 15.75, in micro-batches of one row:
+Memory per device, 9.22 GiB of 15.75, in micro-batches of one row:
 
   jaxtune plan --config configs/deepseek_v2_lite.py --config.training.accumulation=16 \
       --topology v5e:1x1
