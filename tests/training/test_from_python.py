@@ -40,6 +40,17 @@ def rows(chats):
     return [json.loads(line) for line in chats.read_text().splitlines()]
 
 
+@pytest.fixture
+def unset(monkeypatch):
+    """The logger of jaxtune as a program finds it; commands of other tests set its level."""
+    logger = logging.getLogger("jaxtune")
+    level = logger.level
+    logger.setLevel(logging.NOTSET)  # also for the loggers below it, which remember the level
+    monkeypatch.setattr(logger, "handlers", [])
+    yield logger
+    logger.setLevel(level)
+
+
 def batches(run):
     return [(line["batch"], line["loss"]) for line in run.metrics()]
 
@@ -168,8 +179,7 @@ def test_an_error_in_a_callback_ends_the_run_and_keeps_what_is_saved(settings, r
     assert len(jaxtune.train(None, tmp_path, train_data=rows).metrics()) == 4
 
 
-def test_a_run_is_shown_with_its_state(settings, rows, tiny_chat, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(logging.getLogger("jaxtune"), "level", logging.NOTSET)
+def test_a_run_is_shown_with_its_state(settings, rows, tiny_chat, tmp_path, unset, caplog):
     data = {"train_data": rows, "eval_data": rows}
     jaxtune.train(settings(training={"steps": 1}), tmp_path / "one", progress=False, **data)
     assert not [record for record in caplog.records if record.levelno < logging.WARNING]
@@ -222,10 +232,7 @@ def test_a_script_shows_what_the_command_line_shows(settings, rows, tmp_path):
         assert sum(line.startswith("training for 4 steps") for line in lines) == 1
 
 
-def test_handlers_of_the_program_are_kept(monkeypatch, caplog):
-    logger = logging.getLogger("jaxtune")
-    monkeypatch.setattr(logger, "level", logging.NOTSET)
-    monkeypatch.setattr(logger, "handlers", [])
+def test_handlers_of_the_program_are_kept(unset):
     jaxtune.enable_logging("WARNING")
-    assert logger.handlers == []  # pytest's handler at the root receives the messages
-    assert logger.getEffectiveLevel() == logging.WARNING
+    assert unset.handlers == []  # pytest's handler at the root receives the messages
+    assert unset.getEffectiveLevel() == logging.WARNING
