@@ -59,6 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--raw", action="store_true", help="continue the prompt as plain text, without a template"
     )
+    _add_decoding(parser)
+
+
+def _add_decoding(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments that control length, sampling, end and output of answers."""
     parser.add_argument(
         "--max-new-tokens",
         metavar="N",
