@@ -163,3 +163,39 @@ def test_the_template_of_the_run_is_kept(method, tmp_path):
         json.loads(each.directory.chat.read_text())["chat_template"] for each in (first, run)
     ]
     assert templates[0] == templates[1]
+
+
+@pytest.mark.slow
+def test_the_experts_of_the_run_are_kept(tiny, tmp_path):
+    """The experts that the new rows use most may be others."""
+    model = tiny(
+        "deepseek_v2",
+        num_key_value_heads=4,
+        moe_intermediate_size=32,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        kv_lora_rank=16,
+        q_lora_rank=None,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+    )
+    draw = np.random.default_rng(0)
+    rows = []
+    for first in (3, 80):  # tokens of the first and of the second half of the rows
+        drawn = draw.integers(first, first + 70, (8, 12)).tolist()
+        rows += [{"input_ids": tokens, "labels": tokens} for tokens in drawn]
+    config = sections(model, adapter={"method": "esft", "expert_threshold": 0.3})
+    del config["adapter"]["rank"], config["adapter"]["targets"]
+    first = jaxtune.train(config, tmp_path / "first", train_data=rows[:8])
+    longer = config | {"training": config["training"] | {"steps": 8}}
+    whole = jaxtune.train(longer, tmp_path / "whole", train_data=rows)
+    scores = [run.directory.expert_scores.read_text() for run in (first, whole)]
+    assert scores[0] != scores[1]
+    config["training"]["continue_from"] = str(first.path)
+    run = jaxtune.train(config, tmp_path / "run", train_data=rows[8:])
+    assert run.directory.expert_scores.read_text() == scores[0]
+    again = jaxtune.train(longer, first.path, train_data=rows[:8])
+    assert len(again.metrics()) == 8 and len(run.metrics()) == 4
