@@ -216,9 +216,12 @@ def test_bad_settings_are_refused_by_name(tiny, settings, message):
 
 
 def test_training_every_weight_leaves_nothing_to_quantize(tiny, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"input_ids": [3, 4, 5], "labels": [3, 4, 5]}\n')
     config = resolve(
         {
             "model": {"path": str(tiny("llama"))},
+            "data": {"train": str(rows)},
             "adapter": {"method": "full"},
             "quantize": {"format": "nf4"},
         }
