@@ -20,6 +20,8 @@ _PATHS = (
     "adapter.expert_scores",
 )
 """Options that name one file or directory, or something that is not a path, such as a hub id."""
+_COPIED = ("data.chat_template",)
+"""Options that name a file of which a run stores a copy."""
 
 
 def with_absolute_paths(config: Config) -> Config:
@@ -93,7 +95,7 @@ def check_paths(config: Config, place: Path) -> None:
       JaxtuneError: a file or directory is missing; the message names the key.
     """
     values = config.flat()
-    for key in _PATHS:
+    for key in (key for key in _PATHS if key not in _COPIED):
         value = str(values[key])
         if value.startswith("/") and not path_exists(value):
             raise JaxtuneError(
