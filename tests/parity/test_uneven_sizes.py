@@ -128,14 +128,16 @@ def test_sizes_that_a_mesh_does_not_divide_give_the_same_result(name, tiny, fami
     assert any("does not divide 161" in line and "--vocab-size 16" in line for line in lines)
 
 
-def test_experts_that_do_not_divide_are_refused_by_plan_and_run_alike(families):
+def test_experts_that_do_not_divide_are_refused_on_the_command_line_only(families):
     directory = families("deepseek_v3")
-    settings = {"model": {"path": str(directory)}, "mesh": {"data": 1, "expert": 3}}
+    settings = {"model": {"path": str(directory)}, "mesh": {"data": 1}}
     settings |= {"training": {"batch_size": 6}, "adapter": {"targets": "all-linear"}}
-    config = resolve(settings)
-    message = r"mesh.expert=3 does not divide the 8 experts .* take 1, 2, 4, 8$"
+    message = "mesh.expert=3 cannot be used with .*, 8 routed experts; .* mesh.expert=1$"
     with pytest.raises(JaxtuneError, match=message):
-        plan(config, "h100:3")
+        plan(resolve(settings, ["mesh.expert=3"]), "h100:3")
+    # A size in a config file is a limit.
+    settings["mesh"] |= {"expert": 3}
+    assert plan(resolve(settings), "h100:3").mesh["expert"] == 1
 
 
 if __name__ == "__main__":
