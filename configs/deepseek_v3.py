@@ -9,9 +9,9 @@ Memory per device:
 
 The fp8 blocks of the checkpoint are kept bit for bit and split over the devices: the experts along
 mesh.expert, the hidden dimension along mesh.fsdp. The batch is split along both axes, with one row
-per device. The attention projections are adapted, except
-kv_b_proj, whose edits vLLM cannot load. On 512 chips (v5p:8x8x8), set mesh.fsdp=64 and
-training.batch_size=512. quantize.format=int4 halves the weights: docs/scaling.md.
+per device. The attention projections are adapted, except kv_b_proj, whose edits vLLM cannot load.
+On 512 chips (v5p:8x8x8), set mesh.fsdp=64 and training.batch_size=512. quantize.format=int4 halves
+the weights: docs/scaling.md.
 """
 
 from pathlib import Path
