@@ -29,7 +29,12 @@ class _HeldOut(NamedTuple):
 
 
 def evaluate(
-    run: RunDirectory, adapter: str = "best", data: str = "", *, answer_all: bool = False
+    run: RunDirectory,
+    adapter: str = "best",
+    data: str = "",
+    *,
+    generate: int | None = None,
+    answer_all: bool = False,
 ) -> dict[str, Any]:
     """Evaluates the model that a run trained, on the run's own mesh.
 
@@ -37,8 +42,9 @@ def evaluate(
       run: a run with a saved step, or any run for the base model alone.
       adapter: "best", "last", or "none" for the base model.
       data: examples in any form that ``data.eval`` accepts; empty for the run's held-out examples.
-      answer_all: generates an answer to every held-out prompt, regardless of
+      generate: number of prompts of each held-out set to answer; by default that of
         ``evaluation.generate``.
+      answer_all: generates an answer to every held-out prompt, regardless of `generate`.
 
     Returns:
       The scores of `bind_evaluation`; with `answer_all` also ``samples``, one per prompt.
@@ -47,6 +53,8 @@ def evaluate(
       JaxtuneError: there are no examples, or nothing has been saved yet.
     """
     config = run.read_config()
+    if generate is not None:
+        config = config.replace(evaluation={"generate": generate})
     source, held_out = _open(run, config, data)
     if answer_all:
         count = max(map(len, held_out.sets.values()))

@@ -31,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Python file that registers scores with jaxtune.register_score, such as the config "
         "file of the run",
     )
+    parser.add_argument(
+        "--generate",
+        type=int,
+        metavar="N",
+        help="number of prompts of each held-out set to answer (default: evaluation.generate)",
+    )
     add_processes(parser)
 
 
@@ -40,10 +46,19 @@ def run(arguments: argparse.Namespace) -> None:
     from jaxtune.runs.directory import RunDirectory
 
     adapter = "none" if arguments.base_only else arguments.adapter
+    count = arguments.generate
+    if count is not None and count < 0:
+        raise JaxtuneError(f"jaxtune eval: --generate={count} is not a number of prompts")
     with joined(arguments) as leads:
+        directory = RunDirectory(arguments.workdir)
         if arguments.scores:
+            if not (directory.read_config().evaluation.generate if count is None else count):
+                raise JaxtuneError(
+                    f"--scores={arguments.scores}: scores rate generated answers, and the run "
+                    "generates none: give the number of prompts with --generate N"
+                )
             _register_scores(Path(arguments.scores))
-        scores = evaluate(RunDirectory(arguments.workdir), adapter, arguments.data)
+        scores = evaluate(directory, adapter, arguments.data, generate=count)
         if leads:
             _print(scores, arguments.json)
 
@@ -64,7 +79,14 @@ def _print(scores: Mapping[str, Any], as_json: bool) -> None:
 
 
 def _register_scores(path: Path) -> None:
-    """Runs a Python file that registers scores."""
+    """Runs a Python file that registers scores.
+
+    Raises:
+      JaxtuneError: the file does not exist, fails or registers nothing.
+    """
+    from jaxtune.training.scores import answer_scores
+
+    before = answer_scores()
     if not path.is_file():
         raise JaxtuneError(f"--scores={path}: no such file")
     try:
@@ -74,3 +96,5 @@ def _register_scores(path: Path) -> None:
     except Exception as error:
         reason = " ".join(str(error).split())
         raise JaxtuneError(f"--scores={path}: {type(error).__name__}: {reason}") from error
+    if answer_scores() == before:
+        raise JaxtuneError(f"--scores={path}: registers no score (jaxtune.register_score)")

@@ -156,6 +156,8 @@ def _alone() -> Addresses:
     """Returns a loopback address for a single process, without a proxy."""
     os.environ.setdefault("no_grpc_proxy", "127.0.0.1")
     jax.config.update("jax_check_proxy_envs", False)
+    # Devices of one process need no gloo, which prints its connections to standard output.
+    jax.config.update("jax_cpu_collectives_implementation", None)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return Addresses(f"127.0.0.1:{free.getsockname()[1]}", 1, 0)

@@ -44,6 +44,15 @@ def test_a_score_of_a_config_file_selects_the_best_and_is_printed(
     printed = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert float(printed["near_3"]) == pytest.approx(best["near_3"], abs=5e-4)
     assert {"near_5", "exact_match"} <= printed.keys()
+    (tmp_path / "none.py").write_text("")
+    for arguments, message in (
+        (["--scores", str(path), "--generate", "0"], "generates none: give the number of prompts"),
+        (["--scores", str(tmp_path / "none.py")], "registers no score"),
+        (["--generate", "-1"], "--generate=-1 is not a number of prompts"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["eval", "--workdir", str(run.path), *arguments])
+        assert message in capsys.readouterr().err
 
 
 def test_a_name_that_cannot_be_used_is_refused():
