@@ -44,12 +44,11 @@ class Topology:
     @property
     def group(self) -> DeviceGroup:
         """The devices as those of a run, with the memory of the hardware that is planned for."""
+        memory = self.capacity_bytes if self.chip is None else self.chip.allocator_bytes
         if self.devices is None:
-            return DeviceGroup(self.count, self.name, "gpu", self.capacity_bytes)
+            return DeviceGroup(self.count, self.name, "gpu", memory)
         group = DeviceGroup.of(self.devices)
-        return (
-            group if self.chip is None else dataclasses.replace(group, memory=self.capacity_bytes)
-        )
+        return group if self.chip is None else dataclasses.replace(group, memory=memory)
 
 
 def find_topology(name: str) -> Topology:
