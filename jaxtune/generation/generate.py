@@ -15,7 +15,6 @@ in the batch.
 from __future__ import annotations
 
 import contextlib
-import numbers
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -274,7 +273,7 @@ def _read_limits(given: int | Sequence[int], rows: int) -> np.ndarray:
             "prompts, or one per prompt"
         )
     for value in values.flat:
-        integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
         if not integer or not 1 <= value < 2**31:
             raise JaxtuneError(f"max_new_tokens={value!r} is not a number of tokens ≥ 1 and < 2³¹")
     return np.broadcast_to(values.astype(np.int32), rows)
