@@ -16,7 +16,7 @@ from pathlib import Path
 _GOOGLE, _NO_TPUS = "0x1ae0", ("0x001f", "0x0042")
 # Answers to the questions that libtpu otherwise asks the metadata server of Google Cloud. Without a
 # TPU, each unanswered one is a warning on stderr.
-_WITHOUT_TPU = {
+WITHOUT_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -33,7 +33,7 @@ def silence_unused(
       root: root of the file system in which devices are looked for.
     """
     if not has_tpu(environment, root):
-        for name, value in _WITHOUT_TPU.items():
+        for name, value in WITHOUT_TPU.items():
             environment.setdefault(name, value)
     # Only tokenizers of transformers are used; it advises on import to install torch for models.
     if importlib.util.find_spec("torch") is None:

@@ -16,7 +16,8 @@ from jaxtune.parallel.mesh import make_mesh, single_device_mesh
 from jaxtune.parallel.rules import MESH_AXES
 from jaxtune.training.placement.fit import fit_to_devices
 
-# Share of a device's memory that weights may take, so that the key-value cache fits as well.
+# Share of the memory of JAX's allocator that weights may take, so that the key-value cache fits as
+# well.
 WEIGHTS_SHARE = 0.8
 
 
@@ -40,8 +41,9 @@ def run_mesh(config: Config, model_config: Mapping[str, Any]) -> Mesh:
 def loading_mesh(definition: Definition) -> Mesh:
     """Returns the mesh on which a checkpoint is loaded: one device, if the weights fit on it.
 
-    They fit if they take at most `WEIGHTS_SHARE` of the memory that the planner assigns to a device
-    of this type. Otherwise, and with several processes, all devices split them along ``fsdp``.
+    They fit if they take at most `WEIGHTS_SHARE` of the memory that JAX's allocator takes by
+    default of a device of this type. Otherwise, and with several processes, all devices split them
+    along ``fsdp``.
 
     Args:
       definition: definition of the model.

@@ -329,6 +329,8 @@ class Model:
         """
         if isinstance(prompt, str):
             return tokenize_prompt(self.tokenizer, prompt)
+        if isinstance(prompt, Mapping):
+            raise JaxtuneError("a single message is not a prompt: give a list of chat messages")
         messages = [message for message in prompt if isinstance(message, Mapping)]
         if not messages:
             return [token for token in prompt if not isinstance(token, Mapping)]

@@ -23,8 +23,8 @@ class TextOptions(TypedDict, total=False):
 
 def as_prompts(given: Any) -> tuple[list[Any], bool]:
     """Returns (a list of prompts, whether a single prompt was given instead of a list)."""
-    elements = () if isinstance(given, str) else given
-    alone = isinstance(given, str) or any(
-        isinstance(element, (Mapping, int, np.integer)) for element in elements
-    )
-    return ([given] if alone else list(given)), alone
+    if isinstance(given, (str, Mapping)):
+        return [given], True
+    elements = list(given)  # once: it may be a generator
+    alone = any(isinstance(element, (Mapping, int, np.integer)) for element in elements)
+    return ([elements] if alone else elements), alone

@@ -30,7 +30,7 @@ from jaxtune.checkpoints.open_model import OpenModel, files_beside, open_model
 from jaxtune.checkpoints.requantize import REPORT, read_report, write_report
 from jaxtune.data.in_memory import in_memory
 from jaxtune.errors import JaxtuneError, lookup
-from jaxtune.parallel.processes import leads, on_leader
+from jaxtune.parallel.processes import agree, leads, on_leader
 from jaxtune.planning.plan import model_config
 from jaxtune.runs.chat import load_run_chat
 from jaxtune.runs.checkpoints import EXTRA
@@ -156,7 +156,13 @@ class Run:
         on_leader(lambda: self._write_merged(written, merge, quantized))
         data = self.config.data
         held_out = (data.eval or data.eval_split) and not in_memory(data)
-        if (written / REPORT).is_file() and held_out:
+        # Process 0 decides whether all of them measure: others may not see the file that it wrote.
+        if held_out and agree((written / REPORT).is_file()):
+            if not (written / REPORT).is_file():
+                raise JaxtuneError(
+                    f"{written}: written by process 0 but not visible to another process, which "
+                    "measures its loss; the directory must be on a file system that all share"
+                )
             losses = merge_losses(self.directory, adapter, written)
             if leads():
                 write_report(written, read_report(written) | {"loss": losses})

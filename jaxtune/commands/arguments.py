@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from jaxtune.atomic_files import refuse_taken
 from jaxtune.errors import closest
 
 CONFIG_HELP = (
@@ -27,11 +26,6 @@ def choice(*choices: str) -> Callable[[str], str]:
         return value
 
     return check
-
-
-def check_unused(directory: str) -> None:
-    """Raises if an output directory exists and is not empty, before the model is loaded."""
-    refuse_taken(directory)
 
 
 def add_workdir(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from jaxtune.commands.arguments import check_unused
+from jaxtune.atomic_files import refuse_taken
 from jaxtune.commands.combination import (
     add_combination,
     parse_adapters,
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
     directories = parse_adapters(arguments.adapter)
     weights = parse_weights(arguments.weights, list(directories))
-    check_unused(arguments.to)
+    refuse_taken(arguments.to)
 
     from jaxtune.adapter_files.combine import combine
     from jaxtune.adapter_files.peft import read_adapter, write_adapter

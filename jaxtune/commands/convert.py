@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from jaxtune.commands.arguments import check_unused, choice
+from jaxtune.atomic_files import refuse_taken
+from jaxtune.commands.arguments import choice
 from jaxtune.registry import DTYPES, WEIGHT_FORMATS
 
 SUMMARY = "Convert a checkpoint to a Hugging Face directory."
@@ -50,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
     import jaxtune
 
-    check_unused(arguments.to)
+    refuse_taken(arguments.to)
     written = jaxtune.convert(
         arguments.source,
         arguments.to,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from jaxtune.commands.arguments import add_adapter, add_workdir, check_unused, choice
+from jaxtune.atomic_files import refuse_taken
+from jaxtune.commands.arguments import add_adapter, add_workdir, choice
 from jaxtune.commands.processes import add_processes, joined
 from jaxtune.errors import JaxtuneError
 
@@ -39,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     if arguments.quantized and arguments.format != "merged":
         raise JaxtuneError("--quantized requires --format merged: adapters are not quantized")
-    check_unused(arguments.to)
+    refuse_taken(arguments.to)
     with joined(arguments) as leads:
         run = jaxtune.Run(arguments.workdir)
         if arguments.format == "merged":

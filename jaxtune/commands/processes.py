@@ -33,11 +33,12 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
 
 
 @contextlib.contextmanager
-def joined(arguments: argparse.Namespace) -> Iterator[bool]:
+def joined(arguments: argparse.Namespace, *, saves_on_sigterm: bool = False) -> Iterator[bool]:
     """Joins the other processes; within the block an error of one process ends all of them.
 
     Args:
       arguments: parsed arguments of a command with the options of `add_processes`.
+      saves_on_sigterm: whether the command handles SIGTERM itself; otherwise the signal ends it.
 
     Yields:
       Whether this process prints the results: true for process 0.
@@ -50,7 +51,7 @@ def joined(arguments: argparse.Namespace) -> Iterator[bool]:
     if not arguments.owns_process:
         yield processes.leads()
         return
-    processes.initialize(addresses, arguments.heartbeat)
+    processes.initialize(addresses, arguments.heartbeat, notices=saves_on_sigterm)
     if not processes.leads():
         logging.getLogger("jaxtune").setLevel(logging.WARNING)  # process 0 logs for all
     with failures.shared(user_message):

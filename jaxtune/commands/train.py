@@ -22,7 +22,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
     from jaxtune.training.train import train
 
-    with joined(arguments) as leads:
+    with joined(arguments, saves_on_sigterm=True) as leads:
         directory = train(_config(arguments), arguments.workdir)
         if leads:
             print(f"done: {directory.steps_done()} steps, results in {directory.path}")

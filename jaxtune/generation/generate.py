@@ -113,8 +113,8 @@ class Generation(Iterator[list[Answer]]):
         Raises:
           JaxtuneError: an empty prompt, ids outside the vocabulary, or settings out of range.
         """
-        limits = np.broadcast_to(max_new_tokens, len(prompts))
-        _check(definition, prompts, limits, sampling, stop)
+        limits = _read_limits(max_new_tokens, len(prompts))
+        _check(definition, prompts, sampling, stop)
         self.finished = np.zeros(len(prompts), bool)
         self._definition, self._trees, self._options = definition, trees, options
         self._mesh, self._largest = mesh, min(largest_chunk, CHUNK)
@@ -256,10 +256,32 @@ def generate_tokens(
     return [answer.tokens for answer in generation.complete()]
 
 
+def _read_limits(given: int | Sequence[int], rows: int) -> np.ndarray:
+    """Returns the maximum number of new tokens of each row, int32[rows].
+
+    Raises:
+      JaxtuneError: a value is out of range, or there is another number of values than of rows.
+    """
+    try:
+        values = np.asarray(given, object)  # keeps integers of any size, and bool apart from int
+    except ValueError:  # arrays of different shapes
+        raise JaxtuneError("max_new_tokens is neither a number nor a list of numbers") from None
+    if values.shape not in ((), (rows,)):
+        shape = " × ".join(map(str, values.shape))
+        raise JaxtuneError(
+            f"max_new_tokens has {shape} values for {rows} prompt(s): give one number for all "
+            "prompts, or one per prompt"
+        )
+    for value in values.flat:
+        integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+        if not integer or not 1 <= value < 2**31:
+            raise JaxtuneError(f"max_new_tokens={value!r} is not a number of tokens ≥ 1 and < 2³¹")
+    return np.broadcast_to(values.astype(np.int32), rows)
+
+
 def _check(
     definition: Definition,
     prompts: Sequence[Sequence[int]],
-    limits: np.ndarray,
     sampling: Sampling,
     stop: Sequence[int],
 ) -> None:
@@ -270,8 +292,5 @@ def _check(
             raise JaxtuneError(f"prompt {index + 1} is not a list of token ids")
         if not len(prompt):
             raise JaxtuneError(f"prompt {index + 1} has no tokens")
-    if not np.issubdtype(limits.dtype, np.integer) or (limits < 1).any():
-        wrong = next(limit for limit in limits.tolist() if not isinstance(limit, int) or limit < 1)
-        raise JaxtuneError(f"max_new_tokens={wrong} is not a number of tokens ≥ 1")
     check_sampling(sampling)
     check_token_ids(stop, definition.vocab_size, "the tokens that end an answer (eos_token_id)")

@@ -132,7 +132,7 @@ def _encode(argument: Any) -> Any:
 
 
 def _view(leaf: Any) -> Any:
-    # An abstract mesh stands for devices that are planned for, which are no CPUs.
+    # An abstract mesh stands for devices that are planned for, which are not CPUs.
     if leaf.dtype != jnp.bfloat16 or isinstance(getattr(leaf.sharding, "mesh", None), AbstractMesh):
         return leaf
     if next(iter(leaf.sharding.device_set)).platform != "cpu":

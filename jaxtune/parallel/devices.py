@@ -14,6 +14,9 @@ from jaxtune.errors import lookup
 GIB = 2**30
 MIB = 2**20
 
+# Share of a GPU's memory that JAX's allocator takes by default (XLA_PYTHON_CLIENT_MEM_FRACTION).
+_ALLOCATOR_SHARE = 0.75
+
 # GPU memory used by a CUDA context, with libraries and compiled kernels.
 _CUDA_CONTEXT = GIB
 
@@ -41,6 +44,12 @@ class Chip:
     source: str
     compiled_as: str = ""
     maker: str = "NVIDIA"
+
+    @property
+    def allocator_bytes(self) -> int:
+        """The part of `capacity_bytes` that JAX's allocator takes by default."""
+        share = 1 if self.maker == "Google" else _ALLOCATOR_SHARE
+        return int(self.capacity_bytes * share)
 
 
 _CLOUD = "https://cloud.google.com/tpu/docs/"
@@ -129,12 +138,15 @@ def chip_of_kind(kind: str) -> Chip | None:
     """Returns the accelerator that JAX calls `kind`, such as "TPU v5 lite"; None if unknown.
 
     Of cards that differ in their memory alone it is the one with the least, unless the name has the
-    size ("NVIDIA A100-SXM4-40GB").
+    size ("NVIDIA A100-SXM4-40GB"). A part of a card (MIG) and a laptop's GPU have less memory than
+    the card of that name, and are unknown.
     """
     if kind in _TPU_KINDS:
         return TPUS.get(_TPU_KINDS[kind])
     words = re.sub(r"[^a-z0-9]+", " ", kind.lower()).strip()
     words = re.sub(r"\b(rtx) (?=\d)", r"\1", words)
+    if re.search(r"\b(mig|laptop)\b", words):
+        return None
     found = []
     for chip in GPUS.values():
         name, _, size = chip.name.partition("-")
@@ -152,7 +164,8 @@ class DeviceGroup:
       count: number of devices.
       kind: type of the devices, as JAX names it.
       platform: "cpu", "gpu" or "tpu".
-      memory: bytes of a device that a program may use: a property of the type, whatever is free.
+      memory: bytes of a device that JAX's allocator takes by default: a property of the type,
+        whatever is free.
       devices: JAX devices; None if they are only described, so that nothing can be compiled.
     """
 
@@ -168,7 +181,7 @@ class DeviceGroup:
         first = devices[0]
         chip, memory = chip_of_kind(first.device_kind), CPU_BYTES
         if chip is not None:
-            memory = chip.capacity_bytes
+            memory = chip.allocator_bytes
         elif first.platform != "cpu":
             # The limit of the allocator: a fixed share of the memory, also while some is in use.
             # Whole GiB, so that all processes derive the same.

@@ -89,7 +89,12 @@ def find_addresses(
     return found
 
 
-def initialize(addresses: Addresses | None, heartbeat_seconds: int = HEARTBEAT_SECONDS) -> None:
+def initialize(
+    addresses: Addresses | None,
+    heartbeat_seconds: int = HEARTBEAT_SECONDS,
+    *,
+    notices: bool = True,
+) -> None:
     """Joins the processes of this run; to be called before any device is used.
 
     Without addresses, JAX detects those of Cloud TPU, SLURM, Open MPI and Kubernetes; otherwise
@@ -100,12 +105,15 @@ def initialize(addresses: Addresses | None, heartbeat_seconds: int = HEARTBEAT_S
       addresses: from `find_addresses`.
       heartbeat_seconds: seconds without a heartbeat before a process counts as dead and the others
         stop.
+      notices: whether SIGTERM is caught as a notice of preemption, which the steps of a run look
+        for. Without, the signal ends the process.
 
     Raises:
       JaxtuneError: the environment lacks a part of the addresses.
       Retry: the coordinator cannot be started, or rejects this process.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", notices)
     options: dict[str, Any] = {
         "heartbeat_timeout_seconds": heartbeat_seconds,
         "initialization_timeout": START_SECONDS,

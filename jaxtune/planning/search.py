@@ -49,11 +49,13 @@ class Candidate:
     accumulation: int
 
     def apply(self, config: Config) -> Config:
-        """Returns the config with these settings."""
-        return config.replace(
+        """Returns the config with these settings; the sizes of the mesh are used or refused."""
+        chosen = config.replace(
             mesh=dict.fromkeys(MESH_AXES, 1) | dict(self.mesh),
             training={"remat": self.remat, "accumulation": self.accumulation},
         )
+        fixed = {f"mesh.{axis}" for axis in MESH_AXES}
+        return dataclasses.replace(chosen, overridden=config.overridden | fixed)
 
     def lines(self) -> list[str]:
         """Returns the lines of a config file with these settings."""
@@ -184,7 +186,8 @@ def _try(
                 method, _ = choose_method(chosen.adapter)
                 setup = set_up(chosen, model, method, hardware.group)
             except JaxtuneError as error:
-                logger.info("%s: %s", candidate, error)  # sizes that the mesh does not divide
+                # Sizes that the model cannot use, such as 4 for mesh.expert with 6 experts.
+                logger.info("%s: %s", candidate, error)
                 continue
             result = compile_plan(setup, hardware)
             (ranked if result.fits else misfits).append((candidate, result))

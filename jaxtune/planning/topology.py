@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from jaxtune.environment import WITHOUT_TPU
 from jaxtune.errors import JaxtuneError, closest, lookup
 from jaxtune.parallel.devices import GPUS, TPUS, Chip, DeviceGroup, gpu
 from jaxtune.planning import cuda
@@ -44,12 +45,11 @@ class Topology:
     @property
     def group(self) -> DeviceGroup:
         """The devices as those of a run, with the memory of the hardware that is planned for."""
+        memory = self.capacity_bytes if self.chip is None else self.chip.allocator_bytes
         if self.devices is None:
-            return DeviceGroup(self.count, self.name, "gpu", self.capacity_bytes)
+            return DeviceGroup(self.count, self.name, "gpu", memory)
         group = DeviceGroup.of(self.devices)
-        return (
-            group if self.chip is None else dataclasses.replace(group, memory=self.capacity_bytes)
-        )
+        return group if self.chip is None else dataclasses.replace(group, memory=memory)
 
 
 def find_topology(name: str) -> Topology:
@@ -143,9 +143,8 @@ def _tpu_devices(name: str, shape: str, kind: str) -> Sequence[Any]:
     # variables answer; the topology overrides them. No chip is used, so several processes may
     # compile at once.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    for variable, value in WITHOUT_TPU.items():
+        os.environ.setdefault(variable, value)
     # By default hosts have 2 × 2 chips; a single chip needs a host of its own.
     one_chip = set(shape.split("x")) == {"1"}
     settings: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if one_chip else {}

@@ -160,6 +160,13 @@ def test_top_k_keeps_the_most_likely_tokens():
         (GREEDY, 0, "max_new_tokens=0 is not a number of tokens ≥ 1"),
         (GREEDY, [3, -2], "max_new_tokens=-2 is not"),
         (GREEDY, 2.5, "max_new_tokens=2.5 is not"),
+        (GREEDY, True, "max_new_tokens=True is not"),
+        (GREEDY, 10**20, "max_new_tokens=1000.* is not a number of tokens ≥ 1 and < 2³¹"),
+        (GREEDY, 2**31, "max_new_tokens=2147483648 is not"),
+        (GREEDY, [3], r"max_new_tokens has 1 values for 2 prompt\(s\): give one number"),
+        (GREEDY, [3, 4, 5], "max_new_tokens has 3 values for 2"),
+        (GREEDY, [[3], [4]], "max_new_tokens has 2 × 1 values for 2"),
+        (GREEDY, [np.zeros((1, 2)), np.zeros((1, 3))], "max_new_tokens is neither a number nor"),
     ],
 )
 def test_settings_out_of_range(sampling: Any, limit: Any, message, model):

@@ -33,6 +33,7 @@ def test_one_prompt_has_one_answer(model):
     (of_chat,) = model.generate([CHAT], 8)
     assert model.generate(CHAT, 8) == of_chat != expected
     assert model.generate([], 8) == []
+    assert model.generate((text for _ in range(2)), 8) == [expected] * 2
 
 
 def test_streams_add_up_to_the_answers(model, answers):
@@ -79,6 +80,7 @@ def test_a_stop_string_that_is_a_token_ends_the_answer_as_a_token(model):
         ("", {}, "prompt 1 has no tokens"),
         (["a", []], {}, "prompt 2 has no tokens"),
         ([CHAT[0], "text"], {}, "a prompt mixes chat messages with something else"),
+        (CHAT[0], {}, "a single message is not a prompt: give a list of chat messages"),
         ("a", {"top_k": -1}, "top_k=-1 is not"),
         ("a", {"stop": ""}, "stop='' is not a text"),
         ("a", {"max_new_tokens": 0}, "max_new_tokens=0 is not"),

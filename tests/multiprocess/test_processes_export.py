@@ -56,6 +56,14 @@ def test_one_process_writes_the_export_that_one_alone_writes(workdir, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=TOLERANCE)
 
 
+def test_an_export_that_another_process_cannot_read_is_named(workdir, tmp_path):
+    export = ["export", "--workdir", workdir, "--format", "merged", "--quantized", "--to"]
+    code, output = run(*export, tmp_path / "process-{process}")
+    assert code == 65, output
+    assert "process-1: written by process 0 but not visible to another process" in output
+    assert "Traceback" not in output
+
+
 def test_an_error_of_the_process_that_writes_reaches_the_other(workdir, tmp_path):
     taken = tmp_path / "file"
     taken.touch()

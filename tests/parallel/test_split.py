@@ -1,13 +1,15 @@
 """The split of a batch: micro-batches, padding, and what is derived from the devices."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import jaxtune
 from jaxtune.config import from_json, resolve
-from jaxtune.parallel.devices import CPU_BYTES, GPUS, TPUS, DeviceGroup, chip_of_kind
+from jaxtune.parallel.devices import CPU_BYTES, GIB, GPUS, TPUS, DeviceGroup, chip_of_kind
+from jaxtune.planning.topology import find_topology
 from jaxtune.training.placement.split import BatchSplit, fewest_micro_batches, pad_rows
 from jaxtune.training.setup import set_up
 from jaxtune.training.train import choose_method
@@ -163,8 +165,36 @@ def test_a_run_records_its_devices(tiny, tmp_path):
         ("NVIDIA GeForce RTX 4090", "rtx4090"),
         ("NVIDIA GeForce RTX 3080", "rtx3080"),  # there is one with more memory
         ("NVIDIA L40S", "l40s"),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),  # with 16 GB
         ("cpu", None),
     ],
 )
 def test_devices_are_known_by_the_names_of_jax(kind, name):
     assert chip_of_kind(kind) == (None if name is None else (TPUS | GPUS)[name])
+
+
+@pytest.mark.parametrize(
+    "kind, topology, share",
+    [
+        ("NVIDIA GeForce RTX 4090", "rtx4090", 0.75),  # compiled as another chip, if at all
+        ("NVIDIA H100 80GB HBM3", "h100:2", 0.75),
+        ("AMD Instinct MI300X", "mi300x", 0.75),  # has no compiler
+        ("TPU v5 lite", "v5e:1x1", 1),
+    ],
+)
+def test_a_run_and_its_plan_have_the_same_memory(kind, topology, share):
+    """Of a GPU it is what JAX's allocator takes, by whatever compiler the GPU is described."""
+    running = DeviceGroup.of([SimpleNamespace(device_kind=kind, platform="gpu")])
+    planned = find_topology(topology)
+    assert running.memory == planned.group.memory == int(planned.capacity_bytes * share)
+
+
+def test_an_unknown_gpu_has_the_memory_of_its_allocator():
+    device = SimpleNamespace(
+        device_kind="NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        platform="gpu",
+        process_index=0,
+        memory_stats=lambda: {"bytes_limit": 7 * GIB + 1},
+    )
+    assert DeviceGroup.of([device]).memory == 7 * GIB

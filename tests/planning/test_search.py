@@ -11,6 +11,8 @@ from jaxtune.parallel.devices import GPUS, TPUS
 from jaxtune.planning import cuda, plan
 from jaxtune.planning.search import Candidate, candidates, search
 from jaxtune.planning.topology import find_topology
+from jaxtune.training.setup import set_up
+from jaxtune.training.train import choose_method
 
 TINY = {
     "model_type": "llama",
@@ -68,6 +70,23 @@ def test_more_devices_than_rows_can_be_searched():
     found = list(candidates(1, dense, 16, padded=True))
     assert {dict(candidate.mesh).get("data") for candidate in found} > {16}
     assert {candidate.accumulation for candidate in found} == {1}
+
+
+def test_a_mesh_that_does_not_divide_the_experts_is_not_tried_as_another(config):
+    mixture = TINY | {
+        **{"model_type": "deepseek", "moe_intermediate_size": 32, "num_experts_per_tok": 2},
+        **{"n_routed_experts": 6, "n_shared_experts": 1, "first_k_dense_replace": 0},
+    }
+    group = find_topology("mi300x:8").group
+
+    def experts(size):
+        candidate = Candidate((("data", 8 // size), ("expert", size)), "none", 1)
+        chosen = candidate.apply(config)
+        return set_up(chosen, mixture, choose_method(chosen.adapter)[0], group).mesh.shape["expert"]
+
+    assert experts(2) == 2
+    with pytest.raises(JaxtuneError, match=r"expert=4,.* cannot be used with .*6 routed"):
+        experts(4)
 
 
 def test_the_lines_of_a_candidate_reproduce_it(config):

@@ -17,10 +17,9 @@ from jaxtune.parallel.rules import MESH_AXES, RULES
 from jaxtune.training.placement.memory import bytes_per_device, temporaries
 from jaxtune.training.placement.split import BatchSplit, fewest_micro_batches
 
-# Share of a device's memory that derived micro-batches may fill by the estimate, because formulas
-# are less exact than a compiler (docs/planning.md). Of a GPU, JAX takes 75 % by default.
-_USABLE = {"gpu": 0.75 * 0.9}
-_USABLE_ELSEWHERE = 0.9
+# Share of the allocator's memory that derived micro-batches may fill by the estimate, because
+# formulas are less exact than a compiler (docs/planning.md).
+_USABLE = 0.9
 
 
 class FittedConfig(NamedTuple):
@@ -97,7 +96,7 @@ def with_accumulation(
     if training.accumulation:
         return config
     length = (config.data.max_length + definition.reserved) // mesh["sequence"]
-    usable = devices.memory * _USABLE.get(devices.platform, _USABLE_ELSEWHERE) - resident
+    usable = devices.memory * _USABLE - resident
     usable -= _copies(definition, device_mesh)
 
     def fits(rows: int) -> bool:

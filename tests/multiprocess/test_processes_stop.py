@@ -1,0 +1,19 @@
+"""SIGTERM ends commands that have nothing to save."""
+
+import signal
+import subprocess
+import sys
+
+
+def test_sigterm_ends_a_command_other_than_train(tmp_path):
+    waits = tmp_path / "scores.py"  # eval runs this file after it has joined the processes
+    waits.write_text('import time\nprint("waiting", flush=True)\ntime.sleep(120)\n')
+    command = [sys.executable, "-m", "jaxtune.cli", "eval", "--workdir", "none", "--scores", waits]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "waiting\n"
+        process.send_signal(signal.SIGTERM)
+        try:
+            assert process.wait(60) == -signal.SIGTERM
+        finally:
+            process.kill()
