@@ -87,6 +87,13 @@ def test_a_continued_run_equals_the_second_half_of_one_run(method, tmp_path):
     assert learned(run) == learned(whole)[4:]
     assert run.config.training.continue_from == str(first.path / "checkpoints" / "4")
     assert before == {p: p.stat().st_mtime_ns for p in first.path.rglob("*")}
+    # The same command resumes it, however the checkpoint is named.
+    for name in ("first/", "first/checkpoints/4", "first/checkpoints/4/"):
+        config["training"]["continue_from"] = f"{first.path.parent}/{name}"
+        jaxtune.train(config, run.path, train_data=ROWS[8:])
+    config["training"]["continue_from"] = f"{first.path}/checkpoints/3"
+    with pytest.raises(JaxtuneError, match="another config: training.continue_from: .*4 → .*3;"):
+        jaxtune.train(config, run.path, train_data=ROWS[8:])
     # Its schedule is its own, and it may start from an earlier checkpoint.
     other = make(
         training={"continue_from": str(first.path / "checkpoints" / "3"), "steps": 2},
