@@ -113,10 +113,10 @@ def test_late_processes_continue_from_the_checkpoint_that_the_first_one_has_chos
     source.config.write_text(resolve({}).to_json())
     scores = ExpertScores({1: [0.5, 0.5]}, {1: [0.75, 0.25]})
     source.write_expert_scores(scores)
+    launcher = [sys.executable, str(LOCAL), "--processes", "2", "--grace", "5", "--"]
     arguments = [source.path, tmp_path / "run", tmp_path / "result"]
     subprocess.run(
-        [sys.executable, str(LOCAL), "--processes", "2", "--grace", "5", "--"]
-        + [sys.executable, str(HERE / "late.py"), *map(str, arguments)],
+        [*launcher, sys.executable, str(HERE / "late.py"), *map(str, arguments)],
         env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"},
         check=True,
     )
