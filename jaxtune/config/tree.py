@@ -76,15 +76,16 @@ class Config:
     def replace(self, **sections: Mapping[str, OptionValue]) -> Config:
         """Returns a copy with changed options: ``config.replace(mesh={"data": 1})``; no checks.
 
-        Derived options keep their values; if one is changed, `derived` is None afterwards.
+        Derived options keep their values; if one is changed, the others return to what was
+        requested, and `derived` is None.
         """
+        keys = {f"{name}.{option}" for name, options in sections.items() for option in options}
+        if self.derived is not None and keys & self.derived.requested.keys():
+            return self.requested().replace(**sections)
         changed: dict[str, Any] = {
             name: dataclasses.replace(getattr(self, name), **options)
             for name, options in sections.items()
         }
-        keys = {f"{name}.{option}" for name, options in sections.items() for option in options}
-        if self.derived is not None and keys & self.derived.requested.keys():
-            changed["derived"] = None
         return dataclasses.replace(self, **changed)
 
     def requested(self) -> Config:
