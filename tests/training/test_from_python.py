@@ -274,6 +274,17 @@ def test_a_script_shows_what_the_command_line_shows(settings, rows, tmp_path):
         assert sum(line.startswith("training for 4 steps") for line in lines) == 1
 
 
+def test_without_progress_a_terminal_has_no_bar(settings, rows, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    config = settings(training={"steps": 1})
+    shown = []
+    for enabled in (True, False):
+        jaxtune.train(config, tmp_path / str(enabled), train_data=rows, progress=enabled)
+        shown.append("tokens/s" in capsys.readouterr().err)
+    assert shown == [True, False]
+
+
 def test_handlers_of_the_program_are_kept(unset):
     jaxtune.enable_logging("WARNING")
     assert unset.handlers == []  # pytest's handler at the root receives the messages
