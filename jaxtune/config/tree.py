@@ -88,15 +88,19 @@ class Config:
         }
         return dataclasses.replace(self, **changed)
 
+    def replace_flat(self, options: Mapping[str, OptionValue]) -> Config:
+        """Returns a copy with changed options by ``section.name``; see `replace`."""
+        sections: dict[str, dict[str, OptionValue]] = {}
+        for key, value in options.items():
+            section, _, name = key.partition(".")
+            sections.setdefault(section, {})[name] = value
+        return self.replace(**sections)
+
     def requested(self) -> Config:
         """Returns the config with the requested values of derived options."""
         if self.derived is None:
             return self
-        sections: dict[str, dict[str, OptionValue]] = {}
-        for key, value in self.derived.requested.items():
-            section, _, name = key.partition(".")
-            sections.setdefault(section, {})[name] = value
-        return dataclasses.replace(self, derived=None).replace(**sections)
+        return dataclasses.replace(self, derived=None).replace_flat(self.derived.requested)
 
     def with_derived(
         self, devices: int, kind: str, **sections: Mapping[str, OptionValue]

@@ -10,7 +10,6 @@ from typing import Any
 
 from jaxtune.config import OPTIONS, Config, TrainingConfig
 from jaxtune.config.length import LENGTHS, length_unit
-from jaxtune.config.option import OptionValue
 from jaxtune.errors import JaxtuneError
 
 Changes = Mapping[str, tuple[Any, Any]]
@@ -70,17 +69,8 @@ def resumed_config(run: Path, frozen: Config, given: Config) -> Config:
         for key in changes.keys() | overridden
     )
     base = frozen.requested() if placed else frozen
-    resumed = replace(base, {key: new for key, (_, new) in changes.items()})
+    resumed = base.replace_flat({key: new for key, (_, new) in changes.items()})
     return dataclasses.replace(resumed, overridden=given.overridden)
-
-
-def replace(config: Config, options: Mapping[str, OptionValue]) -> Config:
-    """Returns a copy of a config with other values of options by ``section.name``."""
-    sections: dict[str, dict[str, OptionValue]] = {}
-    for key, value in options.items():
-        section, _, name = key.partition(".")
-        sections.setdefault(section, {})[name] = value
-    return config.replace(**sections)
 
 
 def describe(changes: Changes) -> str:

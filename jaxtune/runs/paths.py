@@ -9,7 +9,6 @@ from jaxtune.config import Config
 from jaxtune.data.sources import absolute_sources, path_exists
 from jaxtune.data.splits import parse_eval_sets
 from jaxtune.errors import JaxtuneError
-from jaxtune.runs.changes import replace
 
 CONFIG, CHECKPOINTS, MANIFEST = "config.json", "checkpoints", "manifest.json"
 _PATHS = (
@@ -44,7 +43,7 @@ def with_absolute_paths(config: Config) -> Config:
     }
     if config.data.cache:
         changed["data.cache"] = str(Path(config.data.cache).expanduser().absolute())
-    return replace(config, changed)
+    return config.replace_flat(changed)
 
 
 def _absolute_eval_sets(text: str) -> str:
