@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import importlib.util
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from rich.progress import (
 )
 
 PATIENCE_SECONDS = 2.0
+_enabled = contextvars.ContextVar("enabled", default=True)
 
 
 class Bar(Progress):
@@ -36,7 +38,7 @@ class Bar(Progress):
           transient: removes the bar when it stops.
         """
         console = Console(stderr=True)
-        disable = not (enabled and _shows_bars(console))
+        disable = not (enabled and _enabled.get() and _shows_bars(console))
         # In a terminal, other output is written above the bar; a notebook's bar has its own place.
         redirect = not console.is_jupyter
         super().__init__(
@@ -66,6 +68,16 @@ def _shows_bars(console: Console) -> bool:
     if console.is_jupyter:
         return all(importlib.util.find_spec(name) for name in ("IPython", "ipywidgets"))
     return console.is_terminal
+
+
+@contextlib.contextmanager
+def bars(enabled: bool) -> Iterator[None]:
+    """Shows no progress bar within the block if `enabled` is False."""
+    token = _enabled.set(enabled and _enabled.get())
+    try:
+        yield
+    finally:
+        _enabled.reset(token)
 
 
 @contextlib.contextmanager

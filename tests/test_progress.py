@@ -42,6 +42,8 @@ def test_a_notebook_has_bars_if_it_has_widgets(monkeypatch):
 def test_a_short_block_or_a_file_has_no_bar(terminal, monkeypatch, capsys):
     with progress.track(1, "disabled", enabled=False) as advance:
         advance()
+    with progress.bars(False), progress.bars(True), progress.track(1, "hidden") as advance:
+        advance()
     monkeypatch.setattr(progress, "PATIENCE_SECONDS", 60.0)
     with progress.track(1, "short") as advance:
         advance()

@@ -35,6 +35,7 @@ from jaxtune.planning.plan import model_config
 from jaxtune.runs.chat import load_run_chat
 from jaxtune.runs.checkpoints import EXTRA
 from jaxtune.runs.directory import RunDirectory
+from jaxtune.runs.metrics import read_lines
 from jaxtune.training import train as training
 
 _logger = logging.getLogger(__name__)
@@ -76,11 +77,11 @@ class Run:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Returns the lines of metrics.jsonl: step, loss, learning_rate, grad_norm, tokens, …"""
-        return _json_lines(self.directory.metrics)
+        return read_lines(self.directory.metrics)
 
     def evaluations(self) -> list[dict[str, Any]]:
         """Returns the lines of evaluations.jsonl: step, loss, token_accuracy, tokens."""
-        return _json_lines(self.directory.evaluations)
+        return read_lines(self.directory.evaluations)
 
     def model(
         self, adapter: str = "best", *, chat_template: str | Path = "", mesh: Mesh | None = None
@@ -261,9 +262,3 @@ class Run:
             attention=self.config.model.attention,
             chats=chats,
         )
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

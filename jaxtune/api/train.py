@@ -13,6 +13,7 @@ from jaxtune.data.in_memory import PREFIX, check_rows
 from jaxtune.errors import JaxtuneError
 from jaxtune.log_output import logged
 from jaxtune.parallel.processes import leads
+from jaxtune.progress import bars
 from jaxtune.runs.directory import RunDirectory
 from jaxtune.training import train as training
 from jaxtune.training.loop.callbacks import Callback
@@ -46,7 +47,7 @@ def train(
       callbacks: instances of `jaxtune.Callback`, called in this order.
       progress: shows what the command line shows: the log, and a progress bar on a terminal or in a
         notebook with ipywidgets, or else a line now and then. A level that the program has set for
-        the logger ``jaxtune`` is kept. False: only warnings and the bar of a terminal.
+        the logger ``jaxtune`` is kept. False: only warnings.
 
     Returns:
       The run.
@@ -58,7 +59,8 @@ def train(
         config = load_file(config)
     resolved = None if config is None else resolve(config)
     rows = _rows(train_data, eval_data)
-    with logged(progress and leads()):
+    shown = progress and leads()
+    with logged(shown), bars(shown):
         training.train(_with_rows(resolved, rows, workdir), workdir, rows=rows, callbacks=callbacks)
     return Run(workdir)
 

@@ -55,7 +55,7 @@ def resolve(config: ConfigLike, overrides: Sequence[str] = ()) -> Config:
         option = _option(key)
         values[key] = option.check(key, option.parse(key, value))
         overridden[key] = None
-    resolved = _from_flat(values)
+    resolved = Config().replace_flat(values)
     training = replace_length(resolved.training, list(overridden))
     check_length(training)
     _check_accumulation(training.batch_size, training.accumulation)
@@ -76,7 +76,7 @@ def from_json(path: str | Path) -> Config:
     tree = json.loads(Path(path).read_text(encoding="utf-8"))
     try:
         derived = tree.pop("derived", None) if isinstance(tree, dict) else None
-        config = _from_flat(_read(tree))
+        config = Config().replace_flat(_read(tree))
         return config if derived is None else dataclasses.replace(config, derived=_derived(derived))
     except JaxtuneError as error:
         raise JaxtuneError(
@@ -130,15 +130,6 @@ def _read(config: ConfigLike) -> dict[str, OptionValue]:
             key = f"{section}.{name}"
             values[key] = _option(key).check(key, value)
     return values
-
-
-def _from_flat(values: Mapping[str, OptionValue]) -> Config:
-    """Returns a config from checked options by ``section.name``."""
-    tree: dict[str, dict[str, OptionValue]] = {section: {} for section in SECTIONS}
-    for key, value in values.items():
-        section, _, name = key.partition(".")
-        tree[section][name] = value
-    return Config().replace(**tree)
 
 
 def _check_effect(

@@ -76,26 +76,31 @@ class Config:
     def replace(self, **sections: Mapping[str, OptionValue]) -> Config:
         """Returns a copy with changed options: ``config.replace(mesh={"data": 1})``; no checks.
 
-        Derived options keep their values; if one is changed, `derived` is None afterwards.
+        Derived options keep their values; if one is changed, the others return to what was
+        requested, and `derived` is None.
         """
+        keys = {f"{name}.{option}" for name, options in sections.items() for option in options}
+        if self.derived is not None and keys & self.derived.requested.keys():
+            return self.requested().replace(**sections)
         changed: dict[str, Any] = {
             name: dataclasses.replace(getattr(self, name), **options)
             for name, options in sections.items()
         }
-        keys = {f"{name}.{option}" for name, options in sections.items() for option in options}
-        if self.derived is not None and keys & self.derived.requested.keys():
-            changed["derived"] = None
         return dataclasses.replace(self, **changed)
+
+    def replace_flat(self, options: Mapping[str, OptionValue]) -> Config:
+        """Returns a copy with changed options by ``section.name``; see `replace`."""
+        sections: dict[str, dict[str, OptionValue]] = {}
+        for key, value in options.items():
+            section, _, name = key.partition(".")
+            sections.setdefault(section, {})[name] = value
+        return self.replace(**sections)
 
     def requested(self) -> Config:
         """Returns the config with the requested values of derived options."""
         if self.derived is None:
             return self
-        sections: dict[str, dict[str, OptionValue]] = {}
-        for key, value in self.derived.requested.items():
-            section, _, name = key.partition(".")
-            sections.setdefault(section, {})[name] = value
-        return dataclasses.replace(self, derived=None).replace(**sections)
+        return dataclasses.replace(self, derived=None).replace_flat(self.derived.requested)
 
     def with_derived(
         self, devices: int, kind: str, **sections: Mapping[str, OptionValue]

@@ -119,7 +119,7 @@ def cache_key(
         "sources": [(absolute_sources(source.name), source.digest()) for source in sources],
         "wordings": reading.wordings,
     }
-    # Files are identified by content rather than path, the clock by the values that are printed.
+    # Templates and wordings are identified by content, the clock by the values that are printed.
     for name in ("chat_template", "template_text", "prompt_templates", "clock"):
         del described[name]
     if tokenizer is not None and reading.template is not None:

@@ -85,26 +85,28 @@ def _memory_source(entry: str, rows: Mapping[str, Any]) -> Source:
 def absolute_sources(text: str) -> str:
     """Returns sources with absolute paths for files, patterns and directories; see `find_sources`.
 
-    Entries that name nothing on this machine, such as hub ids, are kept.
+    Entries that name nothing on this machine, such as hub ids, are kept, and so is a text that
+    would be parsed differently with absolute paths, because a directory has a comma in its name.
     """
-    entries = _entries(text)
-    absolute = [_absolute(entry) for entry in entries]
-    # A comma separates entries, so a path that contains one must stay alone.
-    if len(entries) > 1 and any("," in entry for entry in absolute):
-        return text
-    return ",".join(absolute)
+    absolute = [_absolute(entry) for entry in _entries(text)]
+    joined = ",".join(absolute)
+    return joined if _entries(joined) == absolute else text
 
 
 def _absolute(entry: str) -> str:
     if entry.startswith(PREFIX):
         return entry
     name, weight = _split_weight(entry)
-    stem, colon, split = name, "", ""
-    if not path_exists(name) and not glob.has_magic(name):
-        stem, colon, split = name.partition(":")
-        if not path_exists(stem):
+    if path_exists(name):
+        return f"{Path(name).expanduser().absolute()}{weight}"
+    if glob.has_magic(name):
+        if name.startswith(("/", "~")):
             return entry
+        return f"{Path(glob.escape(str(Path.cwd())), name)}{weight}"
+    stem, colon, split = name.partition(":")
     path = Path(stem).expanduser().absolute()
+    if ":" in str(path) or glob.has_magic(str(path)) or not path_exists(stem):
+        return entry
     return f"{path}{colon}{split}{weight}"
 
 
@@ -133,7 +135,7 @@ def _find_source(entry: str, revision: str | None) -> Source:
         raise JaxtuneError(f"{name[:100]}: {reason}") from error
     if is_file:
         return _file_source(name, weight, [path])
-    if glob.has_magic(name):
+    if glob.has_magic(name) and not path.is_dir():
         root = Path(path.anchor or ".")
         pattern = str(path.relative_to(root) if path.is_absolute() else path)
         paths = sorted(found for found in root.glob(pattern) if found.is_file())

@@ -10,7 +10,6 @@ from typing import Any
 
 from jaxtune.config import OPTIONS, Config, TrainingConfig
 from jaxtune.config.length import LENGTHS, length_unit
-from jaxtune.config.option import OptionValue
 from jaxtune.errors import JaxtuneError
 
 Changes = Mapping[str, tuple[Any, Any]]
@@ -39,7 +38,8 @@ def resumed_config(run: Path, frozen: Config, given: Config) -> Config:
     """Returns the config with which a run is resumed.
 
     The length may differ, in the unit in which the run began, and so may the options in `FREE`.
-    Values that were derived from the devices are kept, unless an option in question has changed.
+    Values that were derived from the devices are kept, unless an option in question has changed or
+    is set on the command line to another value than the derived one.
 
     Args:
       run: directory of the run, for messages.
@@ -55,26 +55,22 @@ def resumed_config(run: Path, frozen: Config, given: Config) -> Config:
             f"{run}: contains a run with another config: {describe(other)}; resume it without a "
             "config, or use another directory"
         )
-    unit, asked = length_unit(frozen.training), length_unit(given.training)
-    if unit != asked:
-        new, old = getattr(given.training, asked), getattr(frozen.training, unit)
+    unit, given_unit = length_unit(frozen.training), length_unit(given.training)
+    if unit != given_unit:
+        new, old = getattr(given.training, given_unit), getattr(frozen.training, unit)
         raise JaxtuneError(
-            f"{run}: training.{asked}={new}: the length of this run is in {unit} "
+            f"{run}: training.{given_unit}={new}: the length of this run is in {unit} "
             f"(training.{unit}={old}); change training.{unit}"
         )
-    placed = any(key.startswith("mesh.") or key == "training.accumulation" for key in changes)
+    used, asked = frozen.flat(), given.requested().flat()
+    overridden = {key for key in given.overridden if used[key] != asked[key]}
+    placed = any(
+        key.startswith("mesh.") or key == "training.accumulation"
+        for key in changes.keys() | overridden
+    )
     base = frozen.requested() if placed else frozen
-    resumed = replace(base, {key: new for key, (_, new) in changes.items()})
+    resumed = base.replace_flat({key: new for key, (_, new) in changes.items()})
     return dataclasses.replace(resumed, overridden=given.overridden)
-
-
-def replace(config: Config, options: Mapping[str, OptionValue]) -> Config:
-    """Returns a copy of a config with other values of options by ``section.name``."""
-    sections: dict[str, dict[str, OptionValue]] = {}
-    for key, value in options.items():
-        section, _, name = key.partition(".")
-        sections.setdefault(section, {})[name] = value
-    return config.replace(**sections)
 
 
 def describe(changes: Changes) -> str:

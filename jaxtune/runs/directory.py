@@ -84,10 +84,10 @@ class RunDirectory:
             self.read_config()  # raises if there is no run, before anything is created
         else:
             config = with_absolute_paths(config)
-            config = self._with_source(config)
+        chosen = None if config is None else self._with_source(config)
         with contextlib.ExitStack() as held:
             if leads():
-                held.enter_context(self._hold(config))
+                held.enter_context(self._hold(chosen))
             barrier("the run's directory is ready")
             if not self.exists():
                 raise JaxtuneError(
@@ -96,20 +96,24 @@ class RunDirectory:
                 )
             check_paths(self.read_config(), self.config)
             frozen = with_absolute_paths(self.read_config())
-            yield frozen if config is None else resumed_config(self.path, frozen, config)
+            if config is None:
+                yield frozen
+            else:
+                # Only now with the checkpoint, which process 0 has chosen for all.
+                yield resumed_config(self.path, frozen, self._with_source(config))
 
     def _with_source(self, config: Config) -> Config:
         """Returns a config whose ``training.continue_from`` is a checkpoint.
 
         The checkpoint is chosen once, when the run is created, because the other run may be
-        trained further.
+        trained further. Afterwards the same run or checkpoint may be given again.
         """
         if not self.exists():
             return with_checkpoint(config)
-        frozen = self.read_config().training.continue_from
-        given = config.training.continue_from
-        if given and Path(given).expanduser().absolute() in Path(frozen).parents:
-            return config.replace(training={"continue_from": frozen})
+        frozen = Path(self.read_config().training.continue_from)
+        given = Path(config.training.continue_from).expanduser().absolute()
+        if config.training.continue_from and given in (frozen, *frozen.parents):
+            return config.replace(training={"continue_from": str(frozen)})
         return config
 
     @contextlib.contextmanager

@@ -9,7 +9,6 @@ from jaxtune.config import Config
 from jaxtune.data.sources import absolute_sources, path_exists
 from jaxtune.data.splits import parse_eval_sets
 from jaxtune.errors import JaxtuneError
-from jaxtune.runs.changes import replace
 
 CONFIG, CHECKPOINTS, MANIFEST = "config.json", "checkpoints", "manifest.json"
 _PATHS = (
@@ -38,17 +37,21 @@ def with_absolute_paths(config: Config) -> Config:
         built_in = key == "data.chat_template" and value in built_in_templates()
         if value and not built_in and path_exists(value):
             changed[key] = str(Path(value).expanduser().absolute())
-    held_out = [
-        f"{name}={absolute_sources(path)}" if name else absolute_sources(path)
-        for name, path in parse_eval_sets(config.data.eval).items()
-    ]
     changed |= {
         "data.train": absolute_sources(config.data.train),
-        "data.eval": ",".join(held_out),
+        "data.eval": _absolute_eval_sets(config.data.eval),
     }
     if config.data.cache:
         changed["data.cache"] = str(Path(config.data.cache).expanduser().absolute())
-    return replace(config, changed)
+    return config.replace_flat(changed)
+
+
+def _absolute_eval_sets(text: str) -> str:
+    """Returns ``data.eval`` with absolute paths, unless it would be parsed differently."""
+    sets = {name: absolute_sources(path) for name, path in parse_eval_sets(text).items()}
+    if any("," in path for name, path in sets.items() if name):
+        return text
+    return ",".join(f"{name}={path}" if name else path for name, path in sets.items())
 
 
 def finished_steps(checkpoints: Path) -> list[int]:

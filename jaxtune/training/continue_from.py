@@ -135,8 +135,16 @@ def _restore(setup: Setup, source: SourceRun, initial: TrainState) -> TrainState
     abstract = setup.definition.abstract("trainable")
     optimizer = make_optimizer(source.config.optimizer, abstract, setup.schedule)
     like = state_like(setup.definition, optimizer, setup.mesh)
-    for leaf in jax.tree.leaves(initial.trainable):
-        leaf.delete()  # a restore next to it would need the memory of two states
+    replaced = [
+        initial.trainable,
+        *(
+            node
+            for node in jax.tree.leaves(initial.opt_state, is_leaf=_counts_schedule)
+            if not _counts_schedule(node)
+        ),
+    ]
+    for leaf in jax.tree.leaves(replaced):
+        leaf.delete()  # a restore next to them would need the memory of two states
     with Checkpoints(source.run.checkpoints, source.config.checkpoint.keep) as checkpoints:
         stored, _ = checkpoints.restore(source.step, like)
     # Clipping and group rates change the structure of the state, but not its arrays.

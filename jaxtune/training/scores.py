@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable
+from typing import Any
 
 from jaxtune.errors import JaxtuneError
 
@@ -39,6 +40,7 @@ Scores of a named held-out set have its name as a prefix, as in ``law/loss``.
 
 _BUILT_IN = frozenset(SCORES)
 _RESERVED = {"step", "set", "prompt", "expected", "answer", "tokens", "expert_load", "samples"}
+_RESERVED |= {"expert_load_max", "expert_load_min", "experts_unused"}  # of `load_summary`
 
 
 def register_score(name: str, rate: Rate, *, higher_is_better: bool = True) -> None:
@@ -81,10 +83,20 @@ def rate_answer(answer: str, expected: str) -> dict[str, float]:
         if score.rate is None:
             continue
         value = score.rate(answer, expected)
-        if not isinstance(value, (bool, int, float)) or not math.isfinite(value):
+        values[name] = _number(value)
+        if not math.isfinite(values[name]):
             raise JaxtuneError(f'the score "{name}" is {value!r} for an answer, not a number')
-        values[name] = float(value)
     return values
+
+
+def _number(value: Any) -> float:
+    """Returns a number, such as a NumPy scalar, as a float; NaN for anything else."""
+    if isinstance(value, (str, bytes)):
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
 def has_order(score: str) -> bool:

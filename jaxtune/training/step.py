@@ -68,8 +68,9 @@ def make_train_step(
 
     The batch has [rows, T] arrays and is cut into `settings.accumulation` micro-batches of
     consecutive rows. Losses and gradients are summed over all micro-batches and divided once by
-    the number of target tokens in the whole batch, so the result does not depend on the split. The
-    state is donated.
+    the number of target tokens in the whole batch, so the result does not depend on the split,
+    except for dropout of routed experts and of the LSTM encoder; see `_row_keys`. The state is
+    donated.
 
     A step whose loss or gradient norm is not finite, or is a spike, is skipped: weights, moments
     and the step count keep their values. See `check_step`.
@@ -208,7 +209,8 @@ def _row_keys(
     """Returns the keys [rows] of a micro-batch, or None without dropout and noise.
 
     A key is a function of seed, step and the row's index in the batch: stable on resuming, and
-    independent of the split.
+    independent of the split. Dropout in adapters of routed experts and in the LSTM encoder has one
+    key per micro-batch, which is that of its first row.
     """
     if not settings.dropout:
         return None

@@ -34,7 +34,7 @@ from jaxtune.data.splits import check_sources
 from jaxtune.errors import JaxtuneError
 from jaxtune.intervals import parse_interval
 from jaxtune.layers.tree import Tree
-from jaxtune.parallel.processes import fetch, leads, put
+from jaxtune.parallel.processes import agree, fetch, leads, put
 from jaxtune.runs.chat import (
     configured_chat,
     create_run_chat,
@@ -230,7 +230,8 @@ def _expert_scores(
     run: RunDirectory, config: Config, source: TensorSource, read: Callable[[], Splits]
 ) -> ExpertScores:
     """Returns the expert scores of the run; a new run computes and stores them first."""
-    if not run.expert_scores.is_file():
+    # A process that is late would see the file of process 0 and leave out the collectives.
+    if agree(not run.expert_scores.is_file()):
         if config.training.continue_from:
             run.write_expert_scores(source_run(config).run.read_expert_scores())
         else:

@@ -10,9 +10,12 @@ import json
 import pytest
 from loading import load_examples
 
+from jaxtune.config import resolve
 from jaxtune.data import read_rows
-from jaxtune.data.sources import find_sources
+from jaxtune.data.sources import absolute_sources, find_sources
+from jaxtune.data.splits import parse_eval_sets
 from jaxtune.errors import JaxtuneError
+from jaxtune.runs.paths import with_absolute_paths
 
 ROWS = [
     {"prompt": "a", "completion": " b"},
@@ -91,6 +94,42 @@ def test_names_with_commas_and_at_signs_are_files_where_they_exist(tmp_path):
         (source,) = find_sources(tmp_path / name)
         assert source.weight == 1.0
         assert len(list(source.records())) == 1
+
+
+@pytest.mark.parametrize("directory", ["plain", "a,b", "[v1]", "a,[v1]", "a:b", "x@2", "c=d"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x.jsonl",
+        "x.jsonl@2",
+        "x-*.jsonl",
+        "x.jsonl,x-1.jsonl",
+        "data",
+        "data:test",
+        "x[-]1.jsonl@2",
+    ],
+)
+def test_absolute_paths_are_parsed_as_relative_ones(directory, text, tmp_path, monkeypatch):
+    place = tmp_path / directory
+    (place / "data").mkdir(parents=True)
+    monkeypatch.chdir(place)
+    for name in ("x.jsonl", "x-1.jsonl", "data/test.jsonl"):
+        row = {"text": name}
+        (place / name).write_text(json.dumps(row) + "\n")
+
+    def read(text):
+        if text.endswith(":test"):  # read by `datasets`, which takes seconds
+            return [source.name.rpartition("/")[2] for source in find_sources(text)]
+        return [(source.weight, source.digest()) for source in find_sources(text)]
+
+    absolute = absolute_sources(text)
+    assert read(absolute) == read(text)
+    assert directory != "plain" or all(part.startswith("/") for part in absolute.split(","))
+    data = {"eval": f"law={text},code=x.jsonl"} if "," not in text else {"eval": text}
+    config = resolve({"data": data})
+    ours, theirs = (parse_eval_sets(c.data.eval) for c in (with_absolute_paths(config), config))
+    assert list(ours) == list(theirs)
+    assert all(read(ours[name]) == read(theirs[name]) for name in ours)
 
 
 def test_a_long_list_and_names_that_no_file_can_have(tmp_path, monkeypatch):

@@ -12,6 +12,10 @@ import numpy as np
 import pytest
 from runs import HERE, LOCAL, read_losses
 
+from jaxtune.adapters.esft.expert_scores import ExpertScores
+from jaxtune.config import resolve
+from jaxtune.runs.directory import RunDirectory
+
 pytestmark = pytest.mark.slow
 
 # Sums over devices come in another order in float32, and the updates before carry it on.
@@ -100,3 +104,22 @@ def test_callbacks_run_in_every_process_and_the_first_one_stops_all(tiny_chat, c
     assert [line["loss"] for line in read_losses(tmp_path / "run")] == [
         loss for kind, _, loss in first if kind == "step"
     ]
+
+
+def test_late_processes_continue_from_the_checkpoint_that_the_first_one_has_chosen(tmp_path):
+    source = RunDirectory(tmp_path / "source")
+    (source.checkpoints / "10").mkdir(parents=True)
+    (source.checkpoints / "10" / "manifest.json").write_text("{}")
+    source.config.write_text(resolve({}).to_json())
+    scores = ExpertScores({1: [0.5, 0.5]}, {1: [0.75, 0.25]})
+    source.write_expert_scores(scores)
+    launcher = [sys.executable, str(LOCAL), "--processes", "2", "--grace", "5", "--"]
+    arguments = [source.path, tmp_path / "run", tmp_path / "result"]
+    subprocess.run(
+        [*launcher, sys.executable, str(HERE / "late.py"), *map(str, arguments)],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"},
+        check=True,
+    )
+    for process in (0, 1):
+        result = json.loads((tmp_path / f"result-{process}.json").read_text())
+        assert result == ["20", scores.to_json()]

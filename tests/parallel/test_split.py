@@ -1,6 +1,7 @@
 """The split of a batch: micro-batches, padding, and what is derived from the devices."""
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,7 @@ import jaxtune
 from jaxtune.config import from_json, resolve
 from jaxtune.parallel.devices import CPU_BYTES, GIB, GPUS, TPUS, DeviceGroup, chip_of_kind
 from jaxtune.planning.topology import find_topology
+from jaxtune.runs.changes import resumed_config
 from jaxtune.training.placement.split import BatchSplit, fewest_micro_batches, pad_rows
 from jaxtune.training.setup import set_up
 from jaxtune.training.train import choose_method
@@ -131,6 +133,29 @@ def test_sizes_on_the_command_line_are_kept_and_those_of_a_config_shrink():
         start(resolve(tree, ["mesh.fsdp=8"]), 4)
     kept = start(resolve(tree, ["mesh.fsdp=2"]), 4).config.mesh
     assert (kept.data, kept.fsdp) == (2, 2)
+
+
+def test_a_size_on_the_command_line_is_kept_or_refused_on_a_resume():
+    tree = {"mesh": {"fsdp": 8}, "training": {"batch_size": 8}}
+    frozen = start(resolve(tree), 4).config
+
+    def resume(*overrides):
+        return start(resumed_config(Path("run"), frozen, resolve(tree, overrides)), 4).config
+
+    for kept in (resume(), resume("logging.every=3")):
+        assert kept.mesh.fsdp == 4 and kept.derived == frozen.derived
+    with pytest.raises(jaxtune.JaxtuneError, match=r"mesh.fsdp=8 cannot be used with 4 device"):
+        resume("mesh.fsdp=8")
+    assert (resume("mesh.fsdp=2").mesh.data, resume("mesh.fsdp=2").mesh.fsdp) == (2, 2)
+
+
+def test_a_changed_value_of_a_fitted_config_leaves_the_others_as_requested():
+    config = resolve({"mesh": {"fsdp": 4}, "training": {"batch_size": 8}})
+    fitted = start(config, 2).config
+    assert fitted.replace(mesh={"fsdp": 8}) == config.replace(mesh={"fsdp": 8})
+    assert fitted.replace(mesh={"fsdp": 8}).derived is None
+    longer = fitted.replace(training={"steps": 7})
+    assert longer.derived == fitted.derived and longer.mesh == fitted.mesh
 
 
 def test_a_run_records_its_devices(tiny, tmp_path):

@@ -5,11 +5,14 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 import jaxtune
 from jaxtune.errors import JaxtuneError
+from jaxtune.runs.checkpoints import Checkpoints
+from jaxtune.training.continue_from import continued_state
 
 ROWS = [
     {"messages": [{"role": "user", "content": f"{c}{i}"}, {"role": "assistant", "content": c * 3}]}
@@ -87,6 +90,13 @@ def test_a_continued_run_equals_the_second_half_of_one_run(method, tmp_path):
     assert learned(run) == learned(whole)[4:]
     assert run.config.training.continue_from == str(first.path / "checkpoints" / "4")
     assert before == {p: p.stat().st_mtime_ns for p in first.path.rglob("*")}
+    # The same command resumes it, however the checkpoint is named.
+    for name in ("first/", "first/checkpoints/4", "first/checkpoints/4/"):
+        config["training"]["continue_from"] = f"{first.path.parent}/{name}"
+        jaxtune.train(config, run.path, train_data=ROWS[8:])
+    config["training"]["continue_from"] = f"{first.path}/checkpoints/3"
+    with pytest.raises(JaxtuneError, match=r"training\.continue_from: .*4 → .*3; resume"):
+        jaxtune.train(config, run.path, train_data=ROWS[8:])
     # Its schedule is its own, and it may start from an earlier checkpoint.
     other = make(
         training={"continue_from": str(first.path / "checkpoints" / "3"), "steps": 2},
@@ -97,6 +107,35 @@ def test_a_continued_run_equals_the_second_half_of_one_run(method, tmp_path):
         for line in jaxtune.train(other, tmp_path / "other", train_data=ROWS[6:]).metrics()
     ]
     assert rates == pytest.approx([0, other["optimizer"]["learning_rate"]])
+
+
+@pytest.mark.parametrize("method", ["lora"], indirect=True)
+def test_a_restore_takes_the_place_of_the_initial_weights_and_moments(
+    method, tmp_path, monkeypatch
+):
+    make, first, _ = method
+    restore, deleted = Checkpoints.restore, []
+
+    def watched(setup):
+        begin = continued_state(setup)
+
+        def run(initial):
+            replaced = jax.tree.leaves([initial.trainable, initial.opt_state])
+            arrays = [leaf for leaf in replaced if leaf.ndim]
+
+            def restoring(*arguments):
+                deleted.extend(leaf.is_deleted() for leaf in arrays)
+                return restore(*arguments)
+
+            monkeypatch.setattr(Checkpoints, "restore", restoring)
+            return begin(initial)
+
+        return run
+
+    monkeypatch.setattr("jaxtune.training.train.continued_state", watched)
+    config = make(training={"continue_from": str(first.path), "steps": 1})
+    jaxtune.train(config, tmp_path, train_data=ROWS[8:])
+    assert deleted and all(deleted)
 
 
 @pytest.mark.parametrize("method", ["lora"], indirect=True)

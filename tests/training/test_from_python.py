@@ -191,10 +191,52 @@ def test_a_run_is_shown_with_its_state(settings, rows, tiny_chat, tmp_path, unse
         f"Run({str(tmp_path / 'run')!r}, lora on {tiny_chat}, 4 of 4 steps, loss {loss:.4f}, "
         f"best loss {best['loss']:.4f} after step {best['step']})"
     )
+    for path in (run.directory.metrics, run.directory.evaluations):  # a line in progress
+        shown = repr(run), len(run.metrics()), len(run.evaluations())
+        with path.open("a") as file:
+            file.write('{"step": 5, "lo')
+        assert shown == (repr(run), len(run.metrics()), len(run.evaluations()))
     fresh = RunDirectory(tmp_path / "fresh")
     with fresh.start(run.config):
         pass
     assert repr(jaxtune.Run(fresh.path)).endswith(f"lora on {tiny_chat}, not started)")
+
+
+PREEMPTED = """
+import json, os, signal, sys
+import jaxtune
+from jaxtune.parallel import processes
+from jaxtune.training.loop.preemption import Preempted
+
+class Noting(jaxtune.Callback):
+    def on_step(self, event):
+        if event.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_checkpoint(self, event):
+        print(event.step, (event.checkpoint / "manifest.json").is_file())
+
+processes.initialize(None)
+settings, rows, workdir = json.loads(sys.argv[1])
+try:
+    jaxtune.train(settings, workdir, train_data=rows, callbacks=[Noting()])
+except Preempted:
+    print("preempted")
+"""
+
+
+@pytest.mark.slow
+def test_the_checkpoint_of_a_preemption_is_announced(settings, rows, tmp_path):
+    config = settings(training={"steps": 100_000}, checkpoint={"every": 100_000})
+    done = subprocess.run(
+        [sys.executable, "-c", PREEMPTED, json.dumps([config, rows, str(tmp_path)])],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    saved = RunDirectory(tmp_path).steps_done()
+    assert saved and done.stdout.splitlines() == [f"{saved} True", "preempted"]
 
 
 SCRIPT = """
@@ -230,6 +272,17 @@ def test_a_script_shows_what_the_command_line_shows(settings, rows, tmp_path):
     for lines in (default, enabled):
         assert sum(line.startswith("step 1/4: loss ") for line in lines) == 1
         assert sum(line.startswith("training for 4 steps") for line in lines) == 1
+
+
+def test_without_progress_a_terminal_has_no_bar(settings, rows, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    config = settings(training={"steps": 1})
+    shown = []
+    for enabled in (True, False):
+        jaxtune.train(config, tmp_path / str(enabled), train_data=rows, progress=enabled)
+        shown.append("tokens/s" in capsys.readouterr().err)
+    assert shown == [True, False]
 
 
 def test_handlers_of_the_program_are_kept(unset):

@@ -2,6 +2,8 @@
 
 import json
 
+import jax
+import numpy as np
 import pytest
 
 import jaxtune
@@ -59,6 +61,7 @@ def test_a_name_that_cannot_be_used_is_refused():
     for name, message in {
         "loss": "built-in name",
         "answer": "built-in name",
+        "experts_unused": "built-in name",
         "law/f1": "not a name of a score",
     }.items():
         with pytest.raises(JaxtuneError, match=message):
@@ -66,9 +69,13 @@ def test_a_name_that_cannot_be_used_is_refused():
     jaxtune.register_score("f1", lambda answer, expected: 1.0)
     jaxtune.register_score("f1", lambda answer, expected: len(answer))  # as a notebook does
     assert scores.rate_answer("abc", "") == {"exact_match": 0.0, "f1": 3.0}
-    jaxtune.register_score("f1", lambda answer, expected: None)
-    with pytest.raises(JaxtuneError, match='the score "f1" is None for an answer'):
-        scores.rate_answer("abc", "")
+    for value in (np.float32(0.5), np.bool_(True), np.int64(2), jax.numpy.float32(3)):
+        jaxtune.register_score("f1", lambda answer, expected, value=value: value)
+        assert scores.rate_answer("abc", "")["f1"] == value
+    for value in (None, "1", float("nan"), np.float32("inf"), 10**400, [1.0]):
+        jaxtune.register_score("f1", lambda answer, expected, value=value: value)
+        with pytest.raises(JaxtuneError, match=r'the score "f1" is .* for an answer'):
+            scores.rate_answer("abc", "")
 
 
 def test_a_score_that_is_not_registered_is_explained():

@@ -87,6 +87,7 @@ class Actions:
         if self._saved != number:
             self._save(number, state)
         self.checkpoints.wait()
+        self.announce()
         raise Preempted(
             f"stopped by SIGTERM after step {number}, which is saved; resume with jaxtune train "
             f"--workdir {self.run.path}"

@@ -57,7 +57,10 @@ class Callback:
         """Runs after an evaluation."""
 
     def on_checkpoint(self, event: Event) -> None:
-        """Runs when a checkpoint is complete, a few steps after its own step."""
+        """Runs when a checkpoint is complete, a few steps after its own step.
+
+        In processes other than process 0, only the arrays are written then, not yet the manifest.
+        """
 
     def on_end(self, event: Event) -> None:
         """Runs once at the end: after the last step, early stopping, or a stop by a callback."""
