@@ -39,7 +39,7 @@ def launches(page):
         options = dict(re.findall(r"--([\w-]+)[ =](\S+)", line))
         if "type" in options:  # creates the slice of the commands that follow
             chips = int(options["type"].rpartition("-")[2])
-        if "config" not in options or {"plan", "export", "data"} & set(words):
+        if options.get("config", "FILE") == "FILE" or {"plan", "export", "data"} & set(words):
             continue
         if "launch/slurm/train.sbatch" in words:
             yield options["config"], int(options["nodes"]) * int(options["gpus-per-node"])
