@@ -691,3 +691,31 @@ for sizes in json.loads(sys.argv[2]):
     assert list(shapes) == [full | sizes for sizes in split[:-1]] + [full | {"data": 8}]
     assert len(set(programs[:-1])) == len(split) - 1, "each mesh compiles to a program of its own"
     assert programs[-1] == programs[0], "-1 takes all devices that the others leave"
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"training": {"step": 6}},
+            'unknown config key "training.step"; did you mean "training.st',
+        ),
+        ({"training": {"steps": "6"}}, "training.steps takes int, not '6'"),
+        ({"train": {"steps": 6}}, 'unknown config section "train"; did you mean "training"'),
+    ],
+)
+def test_a_replaced_option_is_checked(sections, message):
+    with pytest.raises(JaxtuneError, match=message):
+        resolve(default()).replace(**sections)
+
+
+def test_the_config_of_a_model_is_not_that_of_a_run(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(JaxtuneError, match="the config of a model, not of a run"):
+        jaxtune.Run(tmp_path)
+
+
+def test_a_run_starts_from_one_adapter():
+    both = ["training.continue_from=runs/a", "adapter.init_from=out/a"]
+    with pytest.raises(JaxtuneError, match="both give the initial weights; set one"):
+        resolve(default(), both)

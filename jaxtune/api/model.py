@@ -18,7 +18,7 @@ from jaxtune.adapters.merge import check_merges, edits
 from jaxtune.api.adapter_set import AdapterSet
 from jaxtune.api.logits import logits as compute_logits
 from jaxtune.api.logits import pass_inputs
-from jaxtune.api.prompts import Prompt, TextOptions, as_prompts
+from jaxtune.api.prompts import Prompt, TextOptions, as_prompts, warn_of_length
 from jaxtune.chats.template import encode_prompt
 from jaxtune.chats.tokens import tokenize_prompt
 from jaxtune.checkpoints import huggingface
@@ -305,7 +305,7 @@ class Model:
         Raises:
           JaxtuneError: an empty prompt, ids outside the vocabulary, or settings out of range.
         """
-        return Generation(
+        generation = Generation(
             self.definition,
             self._trees,
             prompts,
@@ -316,6 +316,9 @@ class Model:
             mesh=self.mesh,
             largest_chunk=largest_chunk,
         )
+        positions = self.definition.config.get("max_position_embeddings")
+        warn_of_length(positions, prompts, max_new_tokens)
+        return generation
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Returns the token ids of a prompt, int[n].

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
+
+_logger = logging.getLogger(__name__)
 
 # A prompt: text, token ids or chat messages.
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
@@ -28,3 +31,22 @@ def as_prompts(given: Any) -> tuple[list[Any], bool]:
     elements = list(given)  # once: it may be a generator
     alone = any(isinstance(element, (Mapping, int, np.integer)) for element in elements)
     return ([elements] if alone else elements), alone
+
+
+def warn_of_length(
+    positions: int | None, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int]
+) -> None:
+    """Logs a warning if an answer may exceed the positions that a model was made for.
+
+    Args:
+      positions: ``max_position_embeddings`` of the model, if its config has it.
+      prompts: token ids of the prompts.
+      max_new_tokens: maximum number of new tokens, of all prompts or of each.
+    """
+    lengths = np.array([len(prompt) for prompt in prompts]) + np.array(max_new_tokens)
+    if positions is not None and lengths.size and lengths.max() > positions:
+        _logger.warning(
+            "%d tokens (prompt and max_new_tokens) exceed the model's max_position_embeddings=%d",
+            lengths.max(),
+            positions,
+        )

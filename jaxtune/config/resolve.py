@@ -13,8 +13,8 @@ import ml_collections
 
 from jaxtune.config.effect import text, unused_options
 from jaxtune.config.length import TrainingDict, check_length, replace_length
-from jaxtune.config.option import Option, OptionValue
-from jaxtune.config.tree import OPTIONS, SECTIONS, Config, ConfigLike, Derived
+from jaxtune.config.option import OptionValue
+from jaxtune.config.tree import OPTIONS, SECTIONS, Config, ConfigLike, Derived, find_option
 from jaxtune.errors import JaxtuneError, closest
 
 _log = logging.getLogger(__name__)
@@ -52,13 +52,17 @@ def resolve(config: ConfigLike, overrides: Sequence[str] = ()) -> Config:
         key, equals, value = override.partition("=")
         if not equals:
             raise JaxtuneError(f"--config.{key} needs a value: --config.{key}=…")
-        option = _option(key)
+        option = find_option(key)
         values[key] = option.check(key, option.parse(key, value))
         overridden[key] = None
     resolved = Config().replace_flat(values)
     training = replace_length(resolved.training, list(overridden))
     check_length(training)
     _check_accumulation(training.batch_size, training.accumulation)
+    if training.continue_from and resolved.adapter.init_from:
+        raise JaxtuneError(
+            "training.continue_from and adapter.init_from both give the initial weights; set one"
+        )
     _check_effect(values, list(overridden), warn=not isinstance(config, Config))
     given = config.overridden if isinstance(config, Config) else frozenset()
     return dataclasses.replace(resolved, training=training, overridden=given | overridden.keys())
@@ -70,10 +74,13 @@ def from_json(path: str | Path) -> Config:
     Options that the file lacks, because an older version wrote it, have their defaults.
 
     Raises:
-      JaxtuneError: an unknown key or an invalid value; the message names the file.
+      JaxtuneError: an unknown key, an invalid value, or the config of a model; the message names
+        the file.
       json.JSONDecodeError: the file is not JSON.
     """
     tree = json.loads(Path(path).read_text(encoding="utf-8"))
+    if isinstance(tree, dict) and "model_type" in tree:
+        raise JaxtuneError(f"{path}: the config of a model, not of a run")
     try:
         derived = tree.pop("derived", None) if isinstance(tree, dict) else None
         config = Config().replace_flat(_read(tree))
@@ -95,12 +102,6 @@ def _check_accumulation(rows: int, count: int) -> None:
         )
 
 
-def _option(key: str) -> Option:
-    if key not in OPTIONS:
-        raise JaxtuneError(f'unknown config key "{key}"{closest(key, OPTIONS)}')
-    return OPTIONS[key]
-
-
 def _derived(content: Any) -> Derived:
     """Returns the entry ``derived`` of a ``config.json``, after checking it."""
     fields = {"devices": int, "kind": str, "requested": dict}
@@ -110,7 +111,9 @@ def _derived(content: Any) -> Derived:
         or not all(isinstance(content[name], kind) for name, kind in fields.items())
     ):
         raise JaxtuneError(f'"derived" has devices, kind and requested, not {content!r}')
-    requested = {key: _option(key).check(key, value) for key, value in content["requested"].items()}
+    requested = {
+        key: find_option(key).check(key, value) for key, value in content["requested"].items()
+    }
     return Derived(content["devices"], content["kind"], requested)
 
 
@@ -128,7 +131,7 @@ def _read(config: ConfigLike) -> dict[str, OptionValue]:
             raise JaxtuneError(f'config section "{section}" has named options, not {entries!r}')
         for name, value in dict(entries).items():
             key = f"{section}.{name}"
-            values[key] = _option(key).check(key, value)
+            values[key] = find_option(key).check(key, value)
     return values
 
 

@@ -21,6 +21,7 @@ from jaxtune.config.training import (
     ProfileConfig,
     TrainingConfig,
 )
+from jaxtune.errors import JaxtuneError, closest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,18 +75,28 @@ class Config:
         }
 
     def replace(self, **sections: Mapping[str, OptionValue]) -> Config:
-        """Returns a copy with changed options: ``config.replace(mesh={"data": 1})``; no checks.
+        """Returns a copy with changed options, ``config.replace(mesh={"data": 1})``.
 
         Derived options keep their values; if one is changed, the others return to what was
         requested, and `derived` is None.
+
+        Raises:
+          JaxtuneError: an unknown section or option, or an invalid value.
         """
         keys = {f"{name}.{option}" for name, options in sections.items() for option in options}
         if self.derived is not None and keys & self.derived.requested.keys():
             return self.requested().replace(**sections)
-        changed: dict[str, Any] = {
-            name: dataclasses.replace(getattr(self, name), **options)
-            for name, options in sections.items()
-        }
+        changed: dict[str, Any] = {}
+        for section, options in sections.items():
+            if section not in SECTIONS:
+                raise JaxtuneError(
+                    f'unknown config section "{section}"{closest(section, SECTIONS)}'
+                )
+            keys = {name: f"{section}.{name}" for name in options}
+            checked = {
+                name: find_option(key).check(key, options[name]) for name, key in keys.items()
+            }
+            changed[section] = dataclasses.replace(getattr(self, section), **checked)
         return dataclasses.replace(self, **changed)
 
     def replace_flat(self, options: Mapping[str, OptionValue]) -> Config:
@@ -142,3 +153,14 @@ OPTIONS: dict[str, Option] = {
     for name, option in options_of(defaults).items()
 }
 """All options by ``section.name``."""
+
+
+def find_option(key: str) -> Option:
+    """Returns the option with a name ``section.name``.
+
+    Raises:
+      JaxtuneError: an unknown key; the message names the closest one.
+    """
+    if key not in OPTIONS:
+        raise JaxtuneError(f'unknown config key "{key}"{closest(key, OPTIONS)}')
+    return OPTIONS[key]

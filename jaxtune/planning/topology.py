@@ -93,8 +93,9 @@ _CUBES = {
 
 
 def _check_grid(name: str) -> None:
-    """Raises if a TPU is given with a number of chips instead of a grid, as in "v5e:8"."""
+    """Raises if a TPU is given with a number of chips instead of a grid, as in "v5e:8" or "v5e"."""
     kind, _, number = name.partition(":")
+    number = number or "1"
     if kind in TPUS and number.isdigit():
         grids = _GRIDS if kind in ("v5e", "v6e") else _CUBES
         nearest = min(grids, key=lambda count: abs(count - int(number)))

@@ -110,6 +110,12 @@ class RunDirectory:
         """
         if not self.exists():
             return with_checkpoint(config)
+        if self.path.absolute() == Path(config.training.continue_from).expanduser().absolute():
+            raise JaxtuneError(
+                f"training.continue_from={config.training.continue_from}: a run cannot continue "
+                "from itself; to train it for longer, resume it with a larger length and without "
+                "training.continue_from"
+            )
         frozen = Path(self.read_config().training.continue_from)
         given = Path(config.training.continue_from).expanduser().absolute()
         if config.training.continue_from and given in (frozen, *frozen.parents):
@@ -243,8 +249,10 @@ class RunDirectory:
         except json.JSONDecodeError as error:
             raise JaxtuneError(f"{self.fingerprint}:{error.lineno}: invalid JSON") from error
         if changes := _format_changes(stored, fingerprint):
+            advice = f"; a new run with training.continue_from={self.path} trains on other data"
             raise JaxtuneError(
                 f"{self.path}: cannot resume exactly: the inputs of the run have changed: {changes}"
+                + (advice if "data.train" in changes else "")
             )
 
     def replace_directory(self, target: Path, write: Callable[[Path], Any]) -> None:
@@ -319,9 +327,9 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 def _format_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Returns ``"key: old → new, …"`` for the keys that differ; empty if there are none."""
+    """Returns ``"key: old → new, …"`` with the start of the hashes that differ; may be empty."""
     return ", ".join(
-        f"{key}: {old.get(key, 'absent')} → {new.get(key, 'absent')}"
+        f"{key}: {str(old.get(key, 'absent'))[:12]} → {str(new.get(key, 'absent'))[:12]}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     )

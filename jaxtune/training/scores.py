@@ -82,7 +82,12 @@ def rate_answer(answer: str, expected: str) -> dict[str, float]:
     for name, score in SCORES.items():
         if score.rate is None:
             continue
-        value = score.rate(answer, expected)
+        try:
+            value = score.rate(answer, expected)
+        except Exception as error:
+            raise JaxtuneError(
+                f'the score "{name}" failed for an answer: {type(error).__name__}: {error}'
+            ) from error
         values[name] = _number(value)
         if not math.isfinite(values[name]):
             raise JaxtuneError(f'the score "{name}" is {value!r} for an answer, not a number')

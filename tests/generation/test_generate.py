@@ -36,6 +36,14 @@ def test_one_prompt_has_one_answer(model):
     assert model.generate((text for _ in range(2)), 8) == [expected] * 2
 
 
+def test_answers_beyond_the_positions_of_the_model_are_announced(model, caplog):
+    limit = model.definition.config["max_position_embeddings"]
+    model.generate([0] * (limit - 2), 2)
+    assert not caplog.messages
+    model.generate([0] * (limit - 2), 3)
+    assert f"{limit + 1} tokens" in caplog.text and f"embeddings={limit}" in caplog.text
+
+
 def test_streams_add_up_to_the_answers(model, answers):
     assert "".join(model.generate("once upon", stream=True, **SAMPLED)) == answers[0]
     parts = ["", ""]

@@ -120,7 +120,7 @@ def test_a_longer_batch_takes_more(config, planned):
     "name, message",
     [
         ("gpu", r'topology "gpu" is neither "cpu" nor a TPU generation'),
-        ("v5e", r'topology "v5e" is neither'),
+        ("v5e", r'a TPU takes a grid of chips; did you mean "v5e:1x1" \(1 chip\)'),
         ("v5ee:1x1", r'did you mean "v5e"'),
         ("v5e:1x1x1x1", r"is neither"),
         (

@@ -94,6 +94,9 @@ def test_a_continued_run_equals_the_second_half_of_one_run(method, tmp_path):
     for name in ("first/", "first/checkpoints/4", "first/checkpoints/4/"):
         config["training"]["continue_from"] = f"{first.path.parent}/{name}"
         jaxtune.train(config, run.path, train_data=ROWS[8:])
+    config["training"]["continue_from"] = str(run.path)
+    with pytest.raises(JaxtuneError, match="a run cannot continue from itself"):
+        jaxtune.train(config, run.path, train_data=ROWS[8:])
     config["training"]["continue_from"] = f"{first.path}/checkpoints/3"
     with pytest.raises(JaxtuneError, match=r"training\.continue_from: .*4 → .*3; resume"):
         jaxtune.train(config, run.path, train_data=ROWS[8:])

@@ -76,6 +76,9 @@ def test_a_name_that_cannot_be_used_is_refused():
         jaxtune.register_score("f1", lambda answer, expected, value=value: value)
         with pytest.raises(JaxtuneError, match=r'the score "f1" is .* for an answer'):
             scores.rate_answer("abc", "")
+    jaxtune.register_score("f1", lambda answer: 1.0)
+    with pytest.raises(JaxtuneError, match='the score "f1" failed for an answer: TypeError: '):
+        scores.rate_answer("abc", "")
 
 
 def test_a_score_that_is_not_registered_is_explained():

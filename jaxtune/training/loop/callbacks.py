@@ -67,7 +67,9 @@ class Callback:
 
 
 def check_callbacks(callbacks: Sequence[Callback]) -> None:
-    """Raises if an element is not an instance of `Callback`."""
+    """Raises if it is not a sequence of instances of `Callback`."""
+    if not isinstance(callbacks, Sequence):
+        raise JaxtuneError(f"callbacks takes a list of callbacks, not {callbacks!r}")
     for index, callback in enumerate(callbacks):
         if not isinstance(callback, Callback):
             raise JaxtuneError(
