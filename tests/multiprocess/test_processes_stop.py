@@ -8,7 +8,8 @@ import sys
 def test_sigterm_ends_a_command_other_than_train(tmp_path):
     waits = tmp_path / "scores.py"  # eval runs this file after it has joined the processes
     waits.write_text('import time\nprint("waiting", flush=True)\ntime.sleep(120)\n')
-    command = [sys.executable, "-m", "jaxtune.cli", "eval", "--workdir", "none", "--scores", waits]
+    command = [sys.executable, "-m", "jaxtune.cli", "eval", "--workdir", "none"]
+    command += ["--scores", str(waits), "--generate", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "waiting\n"
