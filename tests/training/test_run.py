@@ -72,7 +72,8 @@ def test_changed_inputs_are_refused_with_the_differences(tmp_path):
     with pytest.raises(JaxtuneError) as error:
         run.check_fingerprint({"data.train": "zz", "tokenizer": "bb", "new": "dd"})
     changes = "data.train: aa → zz, gone: cc → absent, new: absent → dd"
-    assert str(error.value).endswith(changes)
+    advice = f"; a new run with training.continue_from={tmp_path} trains on other data"
+    assert str(error.value).endswith(changes + advice)
 
 
 HOLD = """
