@@ -78,3 +78,17 @@ def test_imports_only_from_above(path):
     own = ORDER.index(_rung(path))
     below = {name for name in _imported(path) if ORDER.index(name) > own}
     assert not below, f"{_rung(path)} may not import from {below}"
+
+
+def test_json_is_read_by_one_module():
+    # Others would accept NaN and duplicate keys, and raise other errors for damaged files.
+    readers = {
+        str(path.relative_to(ROOT))
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute)
+        and node.attr in ("load", "loads", "JSONDecoder")
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "json"
+    }
+    assert readers == {"strict_json.py"}

@@ -24,10 +24,10 @@ from jaxtune.adapters.method import StoredAdapter, is_adapterhub
 from jaxtune.atomic_files import new_directory, write_files
 from jaxtune.checkpoints.formats.safetensors import read_all, write_file
 from jaxtune.checkpoints.formats.torch_pickle import printable
-from jaxtune.checkpoints.huggingface import read_json
 from jaxtune.checkpoints.weights import open_file, read_weights
 from jaxtune.errors import JaxtuneError
 from jaxtune.hub import closest_path
+from jaxtune.strict_json import read_object
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -54,7 +54,7 @@ def read_adapter(directory: str | Path, *, encoder: bool = False) -> StoredAdapt
         raise JaxtuneError(f"{directory / CONFIG}: no such file{closest_path(directory)}")
     if (directory / EXPERTS).is_file() and not (directory / CONFIG).is_file():
         return _read_experts(directory)
-    config = read_json(directory / CONFIG)
+    config = read_object(directory / CONFIG)
     check_settings(config)
     weights = _weights_file(config)
     tensors = read_weights(directory, (weights, TORCH_WEIGHTS[weights]))
@@ -81,7 +81,7 @@ def _read_experts(directory: Path) -> StoredAdapter:
                     "directory: remove the one that is out of date"
                 )
             tensors[key] = file.read(name)
-    return StoredAdapter(read_json(directory / EXPERTS) | {"peft_type": esft.PEFT_TYPE}, tensors)
+    return StoredAdapter(read_object(directory / EXPERTS) | {"peft_type": esft.PEFT_TYPE}, tensors)
 
 
 def _weights_file(config: Mapping[str, Any]) -> str:

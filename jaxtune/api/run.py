@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +35,7 @@ from jaxtune.runs.chat import load_run_chat
 from jaxtune.runs.checkpoints import EXTRA
 from jaxtune.runs.directory import RunDirectory
 from jaxtune.runs.metrics import read_lines
+from jaxtune.strict_json import entry, read_object
 from jaxtune.training import train as training
 
 _logger = logging.getLogger(__name__)
@@ -60,14 +60,14 @@ class Run:
             f"{self.config.adapter.method} on {self.config.model.path}",
             "not started" if planned is None else f"{done} of {planned} steps",
         ]
-        losses = [line["loss"] for line in self.metrics() if line["loss"] is not None]
+        losses = [x for line in self.metrics() if isinstance(x := line.get("loss"), float)]
         if losses:
             parts.append(f"loss {losses[-1]:.4f}")
         extra = self.directory.checkpoints / str(done) / EXTRA
-        tally = json.loads(extra.read_text(encoding="utf-8"))["tally"] if extra.is_file() else {}
+        tally = entry(read_object(extra), "tally", dict, extra) if extra.is_file() else {}
         if tally.get("best_step") is not None:
-            metric = self.config.evaluation.stop_metric
-            parts.append(f"best {metric} {tally['best']:.4f} after step {tally['best_step']}")
+            best, step = entry(tally, "best", float, extra), entry(tally, "best_step", int, extra)
+            parts.append(f"best {self.config.evaluation.stop_metric} {best:.4f} after step {step}")
         return f"Run({', '.join(parts)})"
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from jaxtune.errors import JaxtuneError
@@ -61,7 +60,7 @@ def parse_exact_numbers(text: str, taken: str, numbers: dict[str, str]) -> Any:
         numbers[repr(value)] = written
         return value
 
-    return json.loads(text, parse_float=read, parse_int=read_integer)
+    return parse_json(text.encode(), "arguments", parse_float=read, parse_int=read_integer)
 
 
 def restore_numbers(text: str, numbers: dict[str, str]) -> str:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from jaxtune.chats.jsontext import parse_exact_numbers
 from jaxtune.chats.reasoning import fold_reasoning, separate_reasoning
+from jaxtune.strict_json import parse_json
 
 Turn = dict[str, Any]
 
@@ -109,6 +110,8 @@ def _with_objects(turns: Sequence[Turn], exact: bool = True) -> Spelling:
     def read(arguments: Any) -> Any:
         if not isinstance(arguments, str):
             return arguments
-        return parse_exact_numbers(arguments, taken, numbers) if exact else json.loads(arguments)
+        if exact:
+            return parse_exact_numbers(arguments, taken, numbers)
+        return parse_json(arguments.encode(), "arguments")
 
     return _with_arguments(turns, read, numbers)

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxtune.checkpoints.formats.gguf_header import read_header
-from jaxtune.checkpoints.huggingface import read_json
 from jaxtune.checkpoints.tokenizer import load_tokenizer
 from jaxtune.errors import JaxtuneError
+from jaxtune.strict_json import read_object, read_text
 
 GENERATION_CONFIG = "generation_config.json"
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -165,12 +165,9 @@ def _eos_of(tokenizer: Any) -> list[int]:
 def _lone_template(directory: Path) -> str | None:
     """Returns the chat template in the directory of an adapter without a tokenizer."""
     path, settings = directory / "chat_template.jinja", directory / "tokenizer_config.json"
-    try:
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
-    except ValueError as error:
-        raise JaxtuneError(f"{path}: not UTF-8") from error
-    template = read_json(settings).get("chat_template") if settings.is_file() else None
+    if path.is_file():
+        return read_text(path)
+    template = read_object(settings).get("chat_template") if settings.is_file() else None
     return template if isinstance(template, str) else None
 
 
@@ -219,7 +216,7 @@ def _difference(one: Chat, other: Chat) -> str:
 
 def _read_generation_config(location: Path) -> dict[str, Any]:
     path = location / GENERATION_CONFIG
-    return read_json(path) if location.is_dir() and path.is_file() else {}
+    return read_object(path) if location.is_dir() and path.is_file() else {}
 
 
 def _eos_ids(content: Mapping[str, Any], place: Path | str) -> list[int]:

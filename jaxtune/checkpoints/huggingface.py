@@ -16,11 +16,12 @@ from jaxtune.checkpoints.formats.registry import READERS
 from jaxtune.checkpoints.saving import Beside, checkpoint_tensors, convert, save
 from jaxtune.checkpoints.source import ALL, TensorSource
 from jaxtune.checkpoints.streaming import load
-from jaxtune.checkpoints.weights import FORMS, has_weights, open_weights, read_json
+from jaxtune.checkpoints.weights import FORMS, has_weights, open_weights
 from jaxtune.config import QuantizeConfig
 from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.hub import closest_path, is_reachable, unreachable
 from jaxtune.quant import Format, Quantization, quantization_from_config
+from jaxtune.strict_json import read_object
 
 __all__ = [
     "Beside",
@@ -31,7 +32,6 @@ __all__ = [
     "load",
     "open_source",
     "read_config",
-    "read_json",
     "resolve_path",
     "save",
 ]
@@ -53,7 +53,7 @@ class HuggingFaceSource:
             disagree.
         """
         self.path = directory
-        self.config = read_json(directory / "config.json")
+        self.config = read_object(directory / "config.json")
         self._by_name = open_weights(directory)
 
     def names(self) -> list[str]:
@@ -159,7 +159,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
     If there are weights and the head is tied, the entry is corrected as in `with_stored_head`.
     """
-    config = read_json(directory / "config.json")
+    config = read_object(directory / "config.json")
     weights = any(has_weights(directory, form) for form in range(len(FORMS)))
     return open_source(directory).config if config.get(TIED) and weights else config
 

@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from jaxtune.strict_json import read_object
+
 _KEY = "auto_map"
 _FILES = ("config.json", "tokenizer_config.json", "generation_config.json")
 _IMPORT = re.compile(r"^\s*(?:from|import)\s+\.(\w+)", re.MULTILINE)
@@ -28,8 +30,8 @@ def keep_named_code(directory: Path, source: Path | None) -> None:
       source: directory of the checkpoint from which it was made; None for a single file.
     """
     for path in (directory / name for name in _FILES):
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if not isinstance(content, dict) or _KEY not in content:
+        content = read_object(path) if path.is_file() else {}
+        if _KEY not in content:
             continue
         entries = content[_KEY] if isinstance(content[_KEY], dict) else {}
         named = {role: set(_modules(entry)) for role, entry in entries.items()}

@@ -31,6 +31,7 @@ from jaxtune.checkpoints.quantize import encode_rows
 from jaxtune.checkpoints.source import TensorSource
 from jaxtune.parallel.host import host_device
 from jaxtune.quant import QuantizedWeight
+from jaxtune.strict_json import read_object
 
 REPORT = "merge_report.json"
 FEW = 0.5  # remaining fraction of an edit below which a warning is logged
@@ -210,7 +211,7 @@ def write_report(directory: Path, report: Mapping[str, Any]) -> None:
 
 def read_report(directory: str | Path) -> dict[str, Any]:
     """Reads the report of a merged checkpoint."""
-    return json.loads((Path(directory) / REPORT).read_text(encoding="utf-8"))
+    return read_object(Path(directory) / REPORT)
 
 
 def print_report(directory: str | Path, worst: int = 10) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from jaxtune.checkpoints.formats.gguf_header import read_header
 from jaxtune.checkpoints.huggingface import resolve_path
 from jaxtune.errors import JaxtuneError, lookup
+from jaxtune.strict_json import read_object, read_text
 
 _logger = logging.getLogger(__name__)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -159,7 +159,7 @@ def _from_directory(directory: Path) -> PreTrainedTokenizerFast:
         raise JaxtuneError(f"{directory}: the tokenizer cannot be read: {reason}") from error
     settings = {}
     if (directory / "tokenizer_config.json").is_file():
-        settings = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+        settings = read_object(directory / "tokenizer_config.json")
         _compare_templates(directory, settings)
     # transformers ignores add_bos_token and add_eos_token if tokenizer.json has its own
     # post-processor, so the result of encoding is compared with the settings.
@@ -182,7 +182,7 @@ def _compare_templates(directory: Path, settings: Mapping[str, Any]) -> None:
         stored = next((e.get("template") for e in named if e.get("name") == "default"), "")
     if not stored or not file.is_file():
         return
-    if file.read_text(encoding="utf-8").strip() != str(stored).strip():
+    if read_text(file).strip() != str(stored).strip():
         _logger.warning(
             "%s: chat_template.jinja and tokenizer_config.json have different chat templates: "
             "using that of chat_template.jinja, as transformers does",

@@ -8,11 +8,10 @@ adapter with each other; if a model has both forms, the log names the one that i
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,6 +19,7 @@ from jaxtune.checkpoints.formats.safetensors import SafetensorsFile
 from jaxtune.checkpoints.formats.torch_file import TorchFile
 from jaxtune.checkpoints.source import TensorFile
 from jaxtune.errors import JaxtuneError
+from jaxtune.strict_json import read_object
 
 _logger = logging.getLogger(__name__)
 _COMPARED_BYTES = 2**24  # bytes compared at a time
@@ -124,7 +124,7 @@ def _open_indexed(index: Path, form: _Form) -> dict[str, TensorFile]:
 
 def _weight_map(index: Path, form: _Form) -> dict[str, str]:
     """Returns the file of each tensor that an index lists."""
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise JaxtuneError(f'{index}: has no "weight_map"')
     for name in map(str, weight_map.values()):
@@ -218,22 +218,3 @@ def open_file(path: Path) -> TensorFile:
       JaxtuneError: the file is missing or damaged.
     """
     return TorchFile(path) if path.suffix == ".bin" else SafetensorsFile(path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-      JaxtuneError: the file is missing or not a JSON object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise JaxtuneError(f"{path}: no such file") from None
-    except OSError as error:
-        raise JaxtuneError(f"{path}: cannot read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise JaxtuneError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise JaxtuneError(f"{path}: not a JSON object")
-    return content

@@ -13,6 +13,7 @@ import ml_collections
 
 from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.intervals import parse_interval
+from jaxtune.strict_json import parse_json
 
 OptionValue: TypeAlias = bool | int | float | str | tuple[str, ...]
 """The value of an option."""
@@ -150,7 +151,7 @@ def _json_text(key: str, value: object) -> str:
     if isinstance(value, ml_collections.ConfigDict):
         value = value.to_dict()
     try:
-        given = json.loads(value or "{}") if isinstance(value, str) else value
+        given = parse_json((value or "{}").encode(), key) if isinstance(value, str) else value
         text = json.dumps(given, ensure_ascii=False, sort_keys=True)
     except (TypeError, ValueError, RecursionError) as error:
         raise JaxtuneError(f"{key} takes a JSON object, not {value!r}: {error}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from jaxtune.config.length import TrainingDict, check_length, replace_length
 from jaxtune.config.option import OptionValue
 from jaxtune.config.tree import OPTIONS, SECTIONS, Config, ConfigLike, Derived, find_option
 from jaxtune.errors import JaxtuneError, closest
+from jaxtune.strict_json import read_object
 
 _log = logging.getLogger(__name__)
 
@@ -74,15 +74,14 @@ def from_json(path: str | Path) -> Config:
     Options that the file lacks, because an older version wrote it, have their defaults.
 
     Raises:
-      JaxtuneError: an unknown key, an invalid value, or the config of a model; the message names
-        the file.
-      json.JSONDecodeError: the file is not JSON.
+      JaxtuneError: the file is not JSON, an unknown key, an invalid value, or the config of a
+        model; the message names the file.
     """
-    tree = json.loads(Path(path).read_text(encoding="utf-8"))
-    if isinstance(tree, dict) and "model_type" in tree:
+    tree = read_object(path)
+    if "model_type" in tree:
         raise JaxtuneError(f"{path}: the config of a model, not of a run")
     try:
-        derived = tree.pop("derived", None) if isinstance(tree, dict) else None
+        derived = tree.pop("derived", None)
         config = Config().replace_flat(_read(tree))
         return config if derived is None else dataclasses.replace(config, derived=_derived(derived))
     except JaxtuneError as error:

@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxtune.chats.tokens import IGNORE
 from jaxtune.errors import JaxtuneError
+from jaxtune.strict_json import read_object
 
 TOKENS, TARGETS, INDEX, META = "tokens.int32", "targets.int32", "index.npz", "meta.json"
 
@@ -303,7 +304,7 @@ def open_examples(directory: Path, weights: Sequence[float]) -> Examples:
       weights: weights of the sources, in order; they are not stored, so that a cached data set
         serves all weights.
     """
-    meta = json.loads((directory / META).read_text(encoding="utf-8"))
+    meta = read_object(directory / META)
     with np.load(directory / INDEX) as index:
         lengths, contents, rows = index["lengths"], index["contents"], index["rows"]
         places = Places(meta["files"], index["file_ids"], index["numbers"])

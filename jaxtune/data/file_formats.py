@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from jaxtune.errors import JaxtuneError
-from jaxtune.strict_json import decode, parse_json
+from jaxtune.strict_json import decode, is_object, parse_json
 
 # Longer lines are not training data; the limit bounds the memory.
 MAX_LINE = 64 * 2**20
@@ -135,7 +135,7 @@ def _text_lines(path: Path) -> Iterator[Record]:
         content: dict[str, Any] | JaxtuneError
         if isinstance(line, JaxtuneError):
             content = line
-        elif index == 0 and line.startswith(b"{") and _is_object(line):
+        elif index == 0 and line.startswith(b"{") and is_object(line):
             raise JaxtuneError(f"{path}: contains JSON lines, not text; rename it to .jsonl")
         else:
             try:
@@ -146,13 +146,6 @@ def _text_lines(path: Path) -> Iterator[Record]:
             except JaxtuneError as error:
                 content = error
         yield Record(place, number, content)
-
-
-def _is_object(text: bytes) -> bool:
-    try:
-        return isinstance(json.loads(text), dict)
-    except (ValueError, RecursionError):
-        return False
 
 
 @_name_file_in_errors
@@ -178,10 +171,10 @@ def _json_file(path: Path) -> Iterator[Record]:
 def _spans_lines(path: Path) -> bool:
     """Returns whether a file is a single object that spans several lines."""
     _, first = next(_lines(path))
-    if isinstance(first, JaxtuneError) or _is_object(first):
+    if isinstance(first, JaxtuneError) or is_object(first):
         return False
     with _open(path) as file:
-        return _is_object(file.read())
+        return is_object(file.read())
 
 
 def _delimited(path: Path, delimiter: str) -> Iterator[Record]:

@@ -16,6 +16,7 @@ from jaxtune.api.evaluate_run import evaluate
 from jaxtune.atomic_files import write_atomically
 from jaxtune.config import Config, TrainingConfig
 from jaxtune.runs.directory import RunDirectory
+from jaxtune.strict_json import read_object
 
 SAMPLES = 5
 
@@ -41,14 +42,14 @@ def quickstart(config: Config, workdir: str | Path) -> dict[str, Any]:
         pass  # writes the config, or raises if the directory has another one
     if directory.result.is_file():
         console.print(f"The quickstart has already been run; its results are in {directory.path}.")
-        result = json.loads(directory.result.read_text(encoding="utf-8"))
+        result = read_object(directory.result)
         _report(console, directory, result)
         return result
     before_file = directory.path / "before.json"
     if not before_file.is_file():
         console.print("1/3  The base model answers the held-out questions.")
         write_atomically(before_file, json.dumps(_answers(directory, "none"), indent=2) + "\n")
-    before = json.loads(before_file.read_text(encoding="utf-8"))
+    before = read_object(before_file)
     console.print(f"2/3  Training for {_length(config.training)}.")
     started = time.monotonic()
     train(None, workdir)

@@ -22,6 +22,7 @@ import jax
 
 from jaxtune.compatibility import private_module
 from jaxtune.errors import JaxtuneError, Retry
+from jaxtune.strict_json import parse_json
 
 KEY, SEEN = "jaxtune/failure", "jaxtune/failure_seen"
 POLL_SECONDS, GRACE_SECONDS = 1.0, 5.0
@@ -111,7 +112,7 @@ def _look() -> dict[str, Any] | None:
     """Returns the published failure, or None."""
     client = _state().client
     try:
-        return json.loads(client.key_value_try_get(KEY))
+        return parse_json(client.key_value_try_get(KEY).encode(), KEY)
     except Exception:  # no failure, the normal case
         return None
 

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -81,7 +82,11 @@ class Plan:
         return self.total <= self.capacity
 
     def to_json(self) -> str:
-        """Returns the plan as JSON; sizes are bytes of one device."""
+        """Returns the plan as JSON; see `to_dict`."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the plan as values of JSON; sizes are bytes of one device."""
         content = {
             "topology": self.topology,
             "devices": self.devices,
@@ -117,7 +122,7 @@ class Plan:
                 "seconds_at_best": self.time.at_best,
                 "bound_by": self.time.bound,
             }
-        return json.dumps(content, indent=2) + "\n"
+        return content
 
     def render(self) -> str:
         """Returns the plan as text: tables of memory and collectives, and whether it fits."""

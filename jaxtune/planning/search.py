@@ -87,10 +87,7 @@ class Found:
 
     def to_json(self) -> str:
         """Returns the result as JSON, the fastest candidate first."""
-        rows = [
-            {"config": candidate.lines(), **json.loads(plan.to_json())}
-            for candidate, plan in self.ranked
-        ]
+        rows = [{"config": candidate.lines(), **plan.to_dict()} for candidate, plan in self.ranked]
         content = {"tried": self.tried, "left": self.left, "ranked": rows}
         return json.dumps(content, indent=2) + "\n"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from jaxtune.config import OPTIONS, Config, TrainingConfig
 from jaxtune.config.length import LENGTHS, length_unit
 from jaxtune.errors import JaxtuneError
+from jaxtune.strict_json import entry, expect, read_objects
 
 Changes = Mapping[str, tuple[Any, Any]]
 """Changed options by ``section.name``, as (old, new)."""
@@ -101,10 +101,10 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            line = json.loads(text)
-            lines.append({"step": int(line["step"]), "changes": dict(line["changes"])})
-        except (ValueError, TypeError, KeyError) as error:
-            raise JaxtuneError(f"{path}:{number}: not a change of a config") from error
+    for _, place, line in read_objects(path):
+        changes = entry(line, "changes", dict, place)
+        for key, pair in changes.items():
+            if len(expect(pair, list, f"{place}: {key}")) != 2:
+                raise JaxtuneError(f"{place}: {key}: not an old and a new value")
+        lines.append({"step": entry(line, "step", int, place), "changes": changes})
     return lines

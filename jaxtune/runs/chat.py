@@ -17,12 +17,12 @@ from jaxtune.chats.builtin import read_template, set_default_arguments
 from jaxtune.chats.clock import now, read_clock
 from jaxtune.chats.messages import read_arguments
 from jaxtune.checkpoints.chat import Chat, adapter_chat, base_chat
-from jaxtune.checkpoints.huggingface import read_json
 from jaxtune.checkpoints.source import TensorSource
 from jaxtune.config import AdapterConfig, Config, DataConfig
 from jaxtune.data import Examples, ReaderOptions
 from jaxtune.parallel.processes import barrier, leads
 from jaxtune.runs.directory import RunDirectory
+from jaxtune.strict_json import read_object
 
 _logger = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ def _write(
 
 
 def _read(run: RunDirectory, base: Chat) -> Chat:
-    content = read_json(run.chat)
+    content = read_object(run.chat)
     chat = base.with_template(content.get("chat_template"))
     clock = read_clock(content.get("clock", ""), f"{run.chat}: clock")
     return dataclasses.replace(chat.ending_with(content.get("eos_token_id", ())), clock=clock)

@@ -29,6 +29,7 @@ from jaxtune.errors import JaxtuneError, closest
 from jaxtune.parallel.processes import agree, leads
 from jaxtune.runs.paths import MANIFEST
 from jaxtune.runs.stored_arrays import open_arrays
+from jaxtune.strict_json import entry, read_object
 
 logger = logging.getLogger(__name__)
 
@@ -192,14 +193,16 @@ class Checkpoints:
         )
         arrays = _leaves_by_path(nested)
         leaves = [arrays[name] for name in wanted]
-        extra = json.loads((path / EXTRA).read_text(encoding="utf-8"))
+        extra = read_object(path / EXTRA)
         return jax.tree.unflatten(jax.tree.structure(like), leaves), extra
 
     def best_step(self, step: int) -> int:
         """Returns the step with the best evaluation up to a finished step, or else that step."""
-        extra = json.loads((self._path(step) / EXTRA).read_text(encoding="utf-8"))
-        best = extra["tally"]["best_step"]
-        return step if best is None else best
+        path = self._path(step) / EXTRA
+        tally = entry(read_object(path), "tally", dict, path)
+        if tally.get("best_step") is None:
+            return step
+        return entry(tally, "best_step", int, path)
 
     def open_part(self, step: int, name: str, like: Any) -> Any:
         """Opens a part of the tree of a step, after process 0 has verified the step.
@@ -280,9 +283,9 @@ class Checkpoints:
         if not (path / MANIFEST).is_file():
             return "unfinished (no manifest)"
         try:
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            listed = {str(name): (int(size), str(sha)) for name, (size, sha) in manifest.items()}
-        except (ValueError, TypeError, AttributeError):
+            manifest = read_object(path / MANIFEST)
+            listed = {name: (int(size), str(sha)) for name, (size, sha) in manifest.items()}
+        except (ValueError, TypeError):
             return f"{MANIFEST} is damaged"
         present = _file_sizes(path)
         for name, (size, sha) in listed.items():

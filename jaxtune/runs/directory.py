@@ -26,6 +26,7 @@ from jaxtune.runs.paths import (
     with_absolute_paths,
     with_checkpoint,
 )
+from jaxtune.strict_json import entry, parse_json, read_object
 
 logger = logging.getLogger(__name__)
 
@@ -159,11 +160,7 @@ class RunDirectory:
         """
         if not self.exists():
             raise JaxtuneError(f"{self.path}: not a run directory (no config.json)")
-        try:
-            return from_json(self.config)
-        except json.JSONDecodeError as error:
-            message = f"{self.config}:{error.lineno}: invalid JSON: {error.msg}"
-            raise JaxtuneError(message) from error
+        return from_json(self.config)
 
     def read_history(self) -> list[dict[str, Any]]:
         """Returns the changes of the config, in order; see `read_history`."""
@@ -193,7 +190,9 @@ class RunDirectory:
     def _add_history(self, changes: Changes) -> None:
         """Adds a line to ``history.jsonl``."""
         lines = self.read_history()
-        line = {"step": self.steps_done(), "changes": json.loads(json.dumps(dict(changes)))}
+        # Tuples become lists, as in the lines that are read.
+        text = json.dumps({"step": self.steps_done(), "changes": dict(changes)})
+        line = parse_json(text.encode(), str(self.history))
         # The same line is already there if the process was killed before it wrote the config.
         if line not in lines[-1:]:
             lines.append(line)
@@ -209,7 +208,7 @@ class RunDirectory:
         """Returns the number of steps of the run; None if it has not been started."""
         if not self.description.is_file():
             return None
-        return int(json.loads(self.description.read_text(encoding="utf-8"))["steps"])
+        return entry(read_object(self.description), "steps", int, self.description)
 
     def adapter(self, which: str = "best") -> Path:
         """Returns the directory of an adapter in PEFT's format.
@@ -244,10 +243,7 @@ class RunDirectory:
         if leads() and not self.fingerprint.is_file():
             self._write_json(self.fingerprint, fingerprint)
         barrier("the fingerprint is written")
-        try:
-            stored = json.loads(self.fingerprint.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise JaxtuneError(f"{self.fingerprint}:{error.lineno}: invalid JSON") from error
+        stored = read_object(self.fingerprint)
         if changes := _format_changes(stored, fingerprint):
             advice = f"; a new run with training.continue_from={self.path} trains on other data"
             raise JaxtuneError(

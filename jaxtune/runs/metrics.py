@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,6 +15,7 @@ from tensorboardX import SummaryWriter
 from jaxtune.atomic_files import write_atomically
 from jaxtune.errors import JaxtuneError
 from jaxtune.parallel.processes import leads
+from jaxtune.strict_json import entry, read_objects
 
 METRICS, EVALUATIONS, TENSORBOARD = "metrics.jsonl", "evaluations.jsonl", "tensorboard"
 SAMPLES = "samples.jsonl"
@@ -154,27 +155,24 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    entries = []
-    for number, line in enumerate(lines[:-1], start=1):  # text after the last newline is incomplete
-        try:
-            entry = json.loads(line)
-            entry["step"] = int(entry["step"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise JaxtuneError(
-                f"{path}:{number}: not a JSON object with a step; fix or remove the line"
-            ) from error
-        entries.append(entry)
-    return entries
+    return [line for _, line in _entries(path)]
+
+
+def _entries(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yields the lines of a file, and the objects in them."""
+    try:
+        for text, place, line in read_objects(path, appended=True):
+            entry(line, "step", int, place)
+            yield text, line
+    except JaxtuneError as error:
+        raise JaxtuneError(f"{error}; fix or remove the line") from error
 
 
 def _drop_after(path: Path, step: int) -> None:
     """Removes the lines of steps after `step`, and an incomplete last line."""
     if not path.exists():
         return
-    text = path.read_text(encoding="utf-8", errors="replace")
-    entries = zip(text.split("\n"), read_lines(path), strict=False)
     # The lines themselves, because encoding them again could change them.
-    kept = "".join(f"{line}\n" for line, entry in entries if entry["step"] <= step)
-    if kept != text:
-        write_atomically(path, kept)
+    kept = b"".join(text + b"\n" for text, line in _entries(path) if line["step"] <= step)
+    if len(kept) != path.stat().st_size:
+        write_atomically(path, kept.decode())

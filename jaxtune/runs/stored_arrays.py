@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import tensorstore
 
 from jaxtune.errors import JaxtuneError, closest
+from jaxtune.strict_json import entry, expect, read_object
 
 
 class StoredArray:
@@ -30,7 +30,7 @@ class StoredArray:
           state: directory that Orbax has written.
           name: keys of the array in the saved tree, joined by dots.
         """
-        settings = json.loads((state / "_METADATA").read_text(encoding="utf-8"))
+        settings = read_object(state / "_METADATA")
         files: dict[str, Any] = {"driver": "file", "path": f"{state}/"}
         if settings.get("use_ocdbt"):
             files = {"driver": "ocdbt", "base": files, "path": f"{name}/"}
@@ -73,11 +73,10 @@ def open_arrays(state: Path, like: Mapping[str, Any]) -> dict[str, StoredArray]:
 
 
 def _names(state: Path) -> list[str]:
-    settings = json.loads((state / "_METADATA").read_text(encoding="utf-8"))
-    return [
-        ".".join(str(key["key"]) for key in entry["key_metadata"])
-        for entry in settings["tree_metadata"].values()
-    ]
+    path = state / "_METADATA"
+    leaves = entry(read_object(path), "tree_metadata", dict, path).values()
+    keys = [entry(expect(leaf, dict, str(path)), "key_metadata", list, path) for leaf in leaves]
+    return [".".join(str(expect(key, dict, str(path)).get("key")) for key in each) for each in keys]
 
 
 def load_array(stored: StoredArray, like: jax.ShapeDtypeStruct) -> jax.Array:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from jaxtune.runs.chat import load_run_chat
 from jaxtune.runs.checkpoints import Checkpoints
 from jaxtune.runs.directory import RunDirectory
 from jaxtune.runs.paths import with_absolute_paths
+from jaxtune.strict_json import read_object
 from jaxtune.training.optimizer import make_optimizer
 from jaxtune.training.setup import Setup
 from jaxtune.training.state import TrainState, state_like
@@ -83,7 +83,7 @@ def check_source_run(setup: Setup, inputs: Mapping[str, str]) -> None:
     where = f"training.continue_from={source.run.path}"
     if changes:
         raise JaxtuneError(f"{where}: must be as in that run: {describe(changes)}")
-    stored = json.loads(source.run.fingerprint.read_text(encoding="utf-8"))
+    stored = read_object(source.run.fingerprint)
     for name in ("model", "tokenizer"):
         if stored.get(name) != inputs[name]:
             raise JaxtuneError(

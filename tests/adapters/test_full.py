@@ -10,9 +10,9 @@ from jaxtune.adapters import method_from_config
 from jaxtune.adapters.define import define
 from jaxtune.adapters.full import Full
 from jaxtune.checkpoints.formats.safetensors import read_all
-from jaxtune.checkpoints.huggingface import read_json
 from jaxtune.config import resolve
 from jaxtune.errors import JaxtuneError
+from jaxtune.strict_json import read_object
 
 FREEZE = ("model.embed_tokens", "model.layers.0.", r"model\.layers\.\d+\.input_layernorm")
 
@@ -22,7 +22,7 @@ def frozen(name):
 
 
 def test_blocks_are_split_where_what_is_trained_changes(tiny):
-    config = read_json(tiny("llama") / "config.json")
+    config = read_object(tiny("llama") / "config.json")
     definition = define(config, "bfloat16", Full(FREEZE))
     assert [(blocks.first, blocks.count) for blocks in definition.blocks] == [(0, 1), (1, 2)]
     for path, leaf in definition.leaves.items():
@@ -46,7 +46,7 @@ def test_blocks_are_split_where_what_is_trained_changes(tiny):
     ],
 )
 def test_an_impossible_freeze_is_rejected(freeze, message, tiny):
-    config = read_json(tiny("llama") / "config.json")
+    config = read_object(tiny("llama") / "config.json")
     with pytest.raises(JaxtuneError) as error:
         section = resolve({"adapter": {"method": "full", "freeze": [freeze]}}).adapter
         define(config, "float32", method_from_config(section))
@@ -54,7 +54,7 @@ def test_an_impossible_freeze_is_rejected(freeze, message, tiny):
 
 
 def _frozen_layers(tiny, pattern):
-    config = read_json(tiny("llama") / "config.json") | {"num_hidden_layers": 12}
+    config = read_object(tiny("llama") / "config.json") | {"num_hidden_layers": 12}
     definition = define(config, "float32", Full((pattern,)))
     return {
         layer

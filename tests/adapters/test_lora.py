@@ -13,11 +13,12 @@ from jaxtune.adapters.define import define
 from jaxtune.adapters.merge import edits
 from jaxtune.adapters.projections.lora import Factor, Lora
 from jaxtune.checkpoints.formats.safetensors import read_all
-from jaxtune.checkpoints.huggingface import open_source, read_json
+from jaxtune.checkpoints.huggingface import open_source
 from jaxtune.checkpoints.load_model import load_model
 from jaxtune.config import resolve
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.tree import flatten, unflatten
+from jaxtune.strict_json import read_object
 from jaxtune.training.setup import set_up
 from jaxtune.training.state import initial_state
 
@@ -34,7 +35,7 @@ MIXED = {
 
 @pytest.fixture(scope="module")
 def config(tiny):
-    return read_json(tiny("llama") / "config.json")
+    return read_object(tiny("llama") / "config.json")
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from jaxtune.adapters.parameter_summary import (
     trained_share,
 )
 from jaxtune.adapters.projections.lora import Lora
-from jaxtune.checkpoints.huggingface import read_json
+from jaxtune.strict_json import read_object
 
 # Of the tiny llama: vocabulary 160, hidden 64, feed-forward 96, 3 layers, 4 and 2 heads of 16.
 EMBEDDING, NORM = 160 * 64, 64
@@ -25,7 +25,7 @@ BASE = 2 * EMBEDDING + 3 * LAYER + NORM
 
 @pytest.fixture(scope="module")
 def config(tiny):
-    return read_json(tiny("llama") / "config.json")
+    return read_object(tiny("llama") / "config.json")
 
 
 def test_lora_by_hand(config):
@@ -53,7 +53,7 @@ def test_full_training_trains_everything_in_float32(config):
 
 
 def test_biases_belong_to_their_module(tiny):
-    definition = define(read_json(tiny("qwen2") / "config.json"), "float32")
+    definition = define(read_object(tiny("qwen2") / "config.json"), "float32")
     row = next(row for row in parameter_summary(definition) if row.group == "self_attn.q_proj")
     assert (row.modules, row.parameters) == (3, 3 * (64 * 64 + 64))
 

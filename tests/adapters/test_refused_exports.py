@@ -10,9 +10,9 @@ from jaxtune.adapter_files import EXPORTS, refused_exports
 from jaxtune.adapters import method_from_config
 from jaxtune.adapters.define import define
 from jaxtune.adapters.esft.esft import Esft
-from jaxtune.checkpoints.huggingface import read_json
 from jaxtune.config import AdapterConfig, resolve
 from jaxtune.errors import JaxtuneError
+from jaxtune.strict_json import read_object
 from jaxtune.training.setup import set_up
 from jaxtune.training.train import _log_setup
 
@@ -64,7 +64,7 @@ def test_the_announced_refusals_are_those_of_the_exports(case, tiny, families):
     family, settings = CASES[case]
     checkpoint = (families if family.startswith("deepseek") else tiny)(family)
     method = method_from_config(AdapterConfig(**{"rank": 2, **settings}))
-    definition = define(read_json(checkpoint / "config.json"), "float32", method)
+    definition = define(read_object(checkpoint / "config.json"), "float32", method)
     announced = refused_exports(method, definition)
     assert ("merged" in announced) == (not method.can_merge)
     stored = _stored(method, definition)
@@ -83,7 +83,7 @@ def test_an_outline_has_the_shapes_of_the_stored_adapter(case, tiny, families):
     family, settings = CASES[case]
     checkpoint = (families if family.startswith("deepseek") else tiny)(family)
     method = method_from_config(AdapterConfig(**{"rank": 2, **settings}))
-    definition = define(read_json(checkpoint / "config.json"), "float32", method)
+    definition = define(read_object(checkpoint / "config.json"), "float32", method)
     outline = method.outline(definition)
     stored = _stored(method, definition)
     assert outline.config == stored.config
@@ -94,7 +94,7 @@ def test_an_outline_has_the_shapes_of_the_stored_adapter(case, tiny, families):
 
 def test_an_outline_takes_no_memory(tiny):
     method = method_from_config(AdapterConfig(rank=400_000_000, targets=("all",)))
-    settings = read_json(tiny("llama") / "config.json")
+    settings = read_object(tiny("llama") / "config.json")
     outline = method.outline(define(settings, "float32", method))
     assert sum(value.size for value in outline.tensors.values()) > 10**12
     assert all(np.shares_memory(value, value.base) for value in outline.tensors.values())
@@ -104,7 +104,7 @@ def test_an_outline_takes_no_memory(tiny):
 def test_esft_is_announced_for_a_large_model():
     path = Path(__file__).parents[1] / "models" / "configs" / "deepseek-v3.json"
     method = Esft(experts=tuple((layer, tuple(range(64))) for layer in range(3, 61)))
-    refused = refused_exports(method, define(read_json(path), "float32", method))
+    refused = refused_exports(method, define(read_object(path), "float32", method))
     assert "ESFT" in refused["vllm"] and "merged" not in refused
 
 
@@ -113,7 +113,9 @@ def test_training_announces_them_at_the_start(families, caplog):
     config = resolve({"model": {"path": str(checkpoint)}, "training": {"dtype": "float32"}})
     method = method_from_config(config.adapter)
     with caplog.at_level("INFO"):
-        _log_setup(set_up(config, read_json(checkpoint / "config.json"), method, jax.devices()[:1]))
+        _log_setup(
+            set_up(config, read_object(checkpoint / "config.json"), method, jax.devices()[:1])
+        )
     (line,) = [record.message for record in caplog.records if "jaxtune export" in record.message]
     assert line.startswith("jaxtune export --format vllm will not be possible: vLLM absorbs kv_b_p")
     assert line.endswith("or leave it out of adapter.targets")

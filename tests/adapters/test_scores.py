@@ -69,7 +69,7 @@ def test_an_expert_config_lists_the_experts_itself(tmp_path):
     ("content", "message"),
     [
         (None, ": no such file of expert scores"),
-        ("{", ": not valid JSON: "),
+        ("{", ":1: invalid JSON: "),
         ("[]", ": not a JSON object"),
         ('{"a": 1}', ": holds no scores of experts (token_scores and gate_scores by layer)"),
         ('{"experts": [1]}', ': "experts" is not a list of experts per layer'),

@@ -9,15 +9,15 @@ from jaxtune.adapter_files.fused import fuse
 from jaxtune.adapters.define import define
 from jaxtune.adapters.projections import lora
 from jaxtune.adapters.targets import ALIASES, match_targets, module_names
-from jaxtune.checkpoints.huggingface import read_json
 from jaxtune.config import AdapterConfig
 from jaxtune.errors import JaxtuneError
 from jaxtune.models import ARCHITECTURES, build_model
+from jaxtune.strict_json import read_object
 
 
 @pytest.fixture(scope="module")
 def names(tiny):
-    model = build_model(read_json(tiny("llama") / "config.json"))
+    model = build_model(read_object(tiny("llama") / "config.json"))
     return [
         name for path, module in model.projections().items() for name in module_names(path, module)
     ]
@@ -105,7 +105,7 @@ def all_names(model):
 
 
 def test_an_alias_means_the_same_in_every_family(checkpoint):
-    names = all_names(build_model(read_json(checkpoint / "config.json")))
+    names = all_names(build_model(read_object(checkpoint / "config.json")))
     found = {}
     for alias in ALIASES:
         if alias == "experts" and not any(".experts." in name for name in names):
@@ -127,7 +127,7 @@ def test_an_alias_means_the_same_in_every_family(checkpoint):
 @pytest.mark.parametrize("family", sorted(set(ARCHITECTURES) - {"deepseek"}))
 def test_peft_adapts_the_modules_that_an_alias_names(family, tiny, families):
     checkpoint = (families if family.startswith("deepseek") else tiny)(family)
-    settings = read_json(checkpoint / "config.json")
+    settings = read_object(checkpoint / "config.json")
     aliases = {"attention": ".self_attn.", "mlp": ".mlp.", "experts": ".experts."}
     for alias, part in aliases.items():
         if alias == "experts" and "n_routed_experts" not in settings:
@@ -147,6 +147,6 @@ def test_peft_adapts_the_modules_that_an_alias_names(family, tiny, families):
 
 
 def test_the_default_targets_are_the_projections_of_attention(checkpoint):
-    names = all_names(build_model(read_json(checkpoint / "config.json")))
+    names = all_names(build_model(read_object(checkpoint / "config.json")))
     assert match_targets(AdapterConfig().targets, names) == match_targets(["attention"], names)
     assert any(name.endswith("o_proj") for name in match_targets(AdapterConfig().targets, names))

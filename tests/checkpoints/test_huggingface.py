@@ -287,17 +287,17 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            ("{", "not valid JSON"),
-            ("[]", "not a JSON object"),
-            ("{}", 'has no "weight_map"'),
-            ('{"weight_map": []}', 'has no "weight_map"'),
-            ('{"weight_map": {}}', 'has no "weight_map"'),
+            ("{", ":1: invalid JSON: "),
+            ("[]", ": not a JSON object"),
+            ("{}", ': has no "weight_map"'),
+            ('{"weight_map": []}', ': has no "weight_map"'),
+            ('{"weight_map": {}}', ': has no "weight_map"'),
         ],
     )
     def test_a_broken_index(self, sharded, content, message):
         directory = sharded()
         (directory / INDEX).write_text(content)
-        assert refusal(directory).startswith(f"{directory / INDEX}: {message}")
+        assert refusal(directory).startswith(f"{directory / INDEX}{message}")
 
     def test_no_weights_at_all(self, copy):
         directory = copy()
@@ -307,11 +307,15 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            (None, "no such file"),
-            (b"", "not valid JSON"),
-            (b"\xff\xfe", "not valid JSON"),
-            (b"[" * 100_000, "not valid JSON"),
-            (b'"llama"', "not a JSON object"),
+            (None, ": no such file"),
+            (b"", ":1: invalid JSON: "),
+            (b"\xff\xfe", ": not UTF-8 (byte 1 of the file: "),
+            (b"[" * 100_000, ": JSON is nested too deeply"),
+            (b'"llama"', ": not a JSON object"),
+            (b'{"a": 1, "a": 2}', ': invalid JSON: duplicate key "a"'),
+            (b'{"a": NaN}', ": invalid JSON: NaN is not allowed"),
+            (b'{"a": ' + b"9" * 5000 + b"}", ": invalid JSON: an integer of more than 4300 digits"),
+            (b'{"a": "\\ud800"}', ": a string has an unpaired surrogate"),
         ],
     )
     def test_a_broken_config(self, copy, content, message):
@@ -319,13 +323,19 @@ class TestFiles:
         path.unlink()
         if content is not None:
             path.write_bytes(content)
-        assert refusal(path.parent).startswith(f"{path}: {message}")
+        assert refusal(path.parent).startswith(f"{path}{message}")
 
     def test_a_config_that_is_a_directory(self, copy):
         path = copy() / "config.json"
         path.unlink()
         path.mkdir()
-        assert refusal(path.parent) == f"{path}: cannot read: Is a directory"
+        assert refusal(path.parent) == f"{path}: not a regular file"
+
+    def test_a_config_that_is_a_fifo(self, copy):
+        path = copy() / "config.json"
+        path.unlink()
+        os.mkfifo(path)
+        assert refusal(path.parent) == f"{path}: not a regular file"
 
 
 class TestPlace:

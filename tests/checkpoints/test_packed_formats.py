@@ -290,7 +290,7 @@ FAULTS = {
         (state(shape=[64]), f'"{STATE}" has shape=[64], not two positive numbers'),
         (state(nested_offset=None), f'"{STATE}" has nested_offset=None, not a number'),
         (state(shape=[64, 128]), f'"{NAME}.absmax" is uint8 [64], not uint8 [128]'),
-        (replaced(STATE, lambda _: np.uint8([123])), f'"{STATE}" is not valid JSON'),
+        (replaced(STATE, lambda _: np.uint8([123])), f'"{STATE}": invalid JSON'),
         (replaced(NAME + ".quant_map", altered), f'"{NAME}.quant_map" has 2.0 at 15, but'),
         (
             replaced(NAME + ".nested_quant_map", altered),

@@ -72,7 +72,7 @@ BROKEN = [
     ("utf8", "x.txt", b"a\n\nb\xe9\n", r"x\.txt:3: not UTF-8 \(byte 2 of the line"),
     ("utf8", "x.parquet", [("text", not_utf8)], r"x\.parquet row 1: not UTF-8"),
     ("nul", "x.jsonl", b'{"text": "a\0"}\n', r"x\.jsonl:1: invalid JSON"),
-    ("nul", "x.json", b'[{"text": "a\0"}]', r"x\.json: invalid JSON"),
+    ("nul", "x.json", b'[{"text": "a\0"}]', r"x\.json:1: invalid JSON"),
     ("nul", "x.csv", b"text\na\0\n", r"x\.csv:2: text contains a NUL byte"),
     ("nul", "x.tsv", b"text\tid\na\t\0\n", r"x\.tsv:2: id contains a NUL byte"),
     ("nul", "x.txt", b"a\0\n", r"x\.txt:1: text contains a NUL byte"),

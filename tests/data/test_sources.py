@@ -157,7 +157,7 @@ def test_a_weight_of_nothing_is_refused(tmp_path):
         ("x.jsonl.gz", gzip.compress(b'{"text": "abc"}\n' * 5000)[:-60], "x.jsonl.gz"),
         ("x.parquet", b"PAR1 no table PAR1", "x.parquet: "),
         ("x.parquet", b"", "x.parquet: "),
-        ("x.json", b'[{"text": "a"}, ', "x.json: invalid JSON: .* at column"),
+        ("x.json", b'[{"text": "a"}, ', "x.json:1: invalid JSON: .* at column"),
         ("x.json", b'[\n{"text": "a"},\n7]', "x.json row 1: expected an object, found int"),
         ("x.csv", b"text\na,b\n", "x.csv:2: more fields than the header \(1\)"),
         ("x.csv", b'text\n"abc\n', "x.csv:2: unexpected end of data"),

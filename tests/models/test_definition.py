@@ -13,6 +13,7 @@ from jaxtune.checkpoints import huggingface
 from jaxtune.layers.tree import flatten, layer_names, unflatten
 from jaxtune.models.definition import initialize
 from jaxtune.parallel.mesh import single_device_mesh
+from jaxtune.strict_json import read_object
 
 CHANGES = {
     "llama": {"attention_bias": True, "mlp_bias": True, "head_dim": 8},
@@ -24,7 +25,7 @@ CHANGES = {
 @pytest.mark.parametrize("model_type", CHANGES)
 def test_a_definition_has_the_names_and_shapes_of_transformers(tiny, model_type):
     directory = tiny(model_type, **CHANGES[model_type])
-    definition = define(huggingface.read_json(directory / "config.json"), "float32")
+    definition = define(read_object(directory / "config.json"), "float32")
     ours = {
         name: leaf.declaration.shape
         for path, leaf in definition.in_checkpoint().items()
@@ -36,7 +37,7 @@ def test_a_definition_has_the_names_and_shapes_of_transformers(tiny, model_type)
 
 @pytest.fixture(scope="module")
 def config(tiny):
-    return huggingface.read_json(tiny("llama") / "config.json")
+    return read_object(tiny("llama") / "config.json")
 
 
 def test_only_what_is_trained_is_float32(config):

@@ -29,10 +29,10 @@ from jaxtune.adapters.define import define
 from jaxtune.adapters.projections.lora import Lora
 from jaxtune.adapters.projections.slots import adapters
 from jaxtune.api import Model
-from jaxtune.checkpoints.huggingface import read_json
 from jaxtune.config import resolve
 from jaxtune.layers.tree import flatten
 from jaxtune.parallel.mesh import single_device_mesh
+from jaxtune.strict_json import read_object
 
 TOKENS = random_tokens(1, 2, 24)
 SHOWS = 1e-3  # a change of the logits beyond any rounding error
@@ -233,7 +233,7 @@ def test_patterns_and_layers_choose_what_peft_chooses(tiny, tmp_path):
         "alpha_pattern": [f"{pattern}={alpha}" for pattern, alpha in alphas.items()],
     }
     ours = method_from_config(resolve({"adapter": section}).adapter)
-    config = read_json(directory / "config.json")
+    config = read_object(directory / "config.json")
     found = [
         {name: adapter.settings for name, adapter in adapters_by_name(define(config, "float32", m))}
         for m in (ours, theirs)
@@ -263,14 +263,14 @@ def adapters_by_name(definition):
     ],
 )
 def test_an_invalid_setting_is_rejected_by_name(settings, message, tiny):
-    config = read_json(tiny("llama") / "config.json")
+    config = read_object(tiny("llama") / "config.json")
     with pytest.raises(jaxtune.JaxtuneError, match=message):
         section = resolve({"adapter": {"targets": "q_proj"} | settings}).adapter
         define(config, "float32", method_from_config(section))
 
 
 def test_tied_embeddings_are_not_trained_as_two(tiny):
-    config = read_json(tiny("llama", tie_word_embeddings=True) / "config.json")
+    config = read_object(tiny("llama", tie_word_embeddings=True) / "config.json")
     for name in ("lm_head", "embed_tokens"):
         with pytest.raises(jaxtune.JaxtuneError, match=f"{name} is both embedding and head"):
             define(config, "float32", Lora(modules_to_save=(name,)))

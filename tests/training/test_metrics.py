@@ -74,12 +74,17 @@ def test_a_torn_last_line_is_dropped(tmp_path, torn):
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("line", ["{", "[]", "{}", '{"step": null}', "3"])
+NAN, DEEP = '{"step": 1, "loss": NaN}', "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[]", "{}", '{"step": null}', "3", NAN, DEEP], ids=lambda line: line[:20]
+)
 def test_another_broken_line_is_named_and_the_file_kept(tmp_path, line):
     write(tmp_path, [1])
     path = tmp_path / "metrics.jsonl"
     path.write_text(text := path.read_text() + line + "\n" + path.read_text())
-    with pytest.raises(JaxtuneError, match=r"metrics\.jsonl:2: not a JSON object with a step"):
+    with pytest.raises(JaxtuneError, match=r"metrics\.jsonl:2: .*; fix or remove the line"):
         write(tmp_path, [2], resume_step=1)
     assert path.read_text() == text
 

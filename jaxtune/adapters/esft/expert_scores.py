@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtune.errors import JaxtuneError
+from jaxtune.strict_json import read_object
 
 # (layer, its chosen experts in ascending order), in the order of layers.
 Choice = tuple[tuple[int, tuple[int, ...]], ...]
@@ -124,12 +125,6 @@ def parse_choice(content: Mapping[str, Any], file: str) -> Choice:
 
 
 def _read(path: str | Path) -> dict[str, Any]:
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise JaxtuneError(f"{path}: no such file of expert scores") from None
-    except ValueError as error:
-        raise JaxtuneError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise JaxtuneError(f"{path}: not a JSON object")
-    return content
+    if not Path(path).exists():
+        raise JaxtuneError(f"{path}: no such file of expert scores")
+    return read_object(path)

@@ -46,6 +46,7 @@ from jaxtune.quant.nf4 import (
     decode_scales,
     decode_values,
 )
+from jaxtune.strict_json import parse_json
 
 METHOD = "bitsandbytes"
 _NF4_ENDINGS = {
@@ -120,10 +121,9 @@ class NF4Source(PackedSource):
                 raise self._error(weight, key, found)
 
     def _read_state(self, weight: str) -> dict[str, Any]:
-        try:
-            state = json.loads(self._stored(weight, "state").tobytes())
-        except (ValueError, RecursionError) as error:
-            raise self._error(weight, "state", f"is not valid JSON: {error}") from None
+        name = self._tensors[weight]["state"]
+        place = f'{self._source.where(name)}: "{name}"'
+        state = parse_json(self._stored(weight, "state").tobytes(), place, "tensor")
         if not isinstance(state, dict):
             raise self._error(weight, "state", "is not a JSON object")
         wanted = {"quant_type": "nf4", "blocksize": BLOCK}

@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from jaxtune.checkpoints.source import ALL, refuse_pointer
 from jaxtune.errors import JaxtuneError
+from jaxtune.strict_json import parse_json
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -60,7 +61,7 @@ class SafetensorsFile:
             raise JaxtuneError(f"{path}: not a valid safetensors file: {error}") from error
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header: dict[str, Any] = json.loads(file.read(length))
+            header: dict[str, Any] = parse_json(file.read(length), str(path))
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         header.pop("__metadata__", None)
         self._start = 8 + length
