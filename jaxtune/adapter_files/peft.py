@@ -22,9 +22,9 @@ from jaxtune.adapter_files.settings import check_settings
 from jaxtune.adapters.esft import esft
 from jaxtune.adapters.method import StoredAdapter, is_adapterhub
 from jaxtune.atomic_files import new_directory, write_files
-from jaxtune.checkpoints.formats.safetensors import read_all, write_file
+from jaxtune.checkpoints.formats.safetensors import write_file
 from jaxtune.checkpoints.formats.torch_pickle import printable
-from jaxtune.checkpoints.weights import open_file, read_weights
+from jaxtune.checkpoints.weights import open_file, read_finite, read_weights
 from jaxtune.errors import JaxtuneError
 from jaxtune.hub import closest_path
 from jaxtune.strict_json import read_object
@@ -60,7 +60,7 @@ def read_adapter(directory: str | Path, *, encoder: bool = False) -> StoredAdapt
     tensors = read_weights(directory, (weights, TORCH_WEIGHTS[weights]))
     check_agreement(config, tensors)
     has_encoder = encoder and (directory / ENCODER).is_file()
-    network = read_all(directory / ENCODER) if has_encoder else None
+    network = read_weights(directory, (ENCODER,)) if has_encoder else None
     return split(StoredAdapter(config, tensors, network))
 
 
@@ -80,7 +80,7 @@ def _read_experts(directory: Path) -> StoredAdapter:
                     f'{path}: tensor "{printable(name)}" is also in another file of the '
                     "directory: remove the one that is out of date"
                 )
-            tensors[key] = file.read(name)
+            tensors[key] = read_finite(file, name)
     return StoredAdapter(read_object(directory / EXPERTS) | {"peft_type": esft.PEFT_TYPE}, tensors)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxtune.adapters.method import BaseEdit
+from jaxtune.checkpoints.finite import check_finite
 from jaxtune.checkpoints.source import ALL, TensorSource, WrappedSource
 from jaxtune.layers.tree import Tree, flatten, layer_names
 from jaxtune.models.definition import Definition
@@ -58,7 +59,9 @@ def with_base_edit(source: TensorSource, edit: BaseEdit) -> OverlaySource:
     """Returns a checkpoint with a method's edit applied, in float32 and before quantization."""
 
     def value(name: str) -> np.ndarray:
-        return edit(name, source.read(name).astype(np.float32))
+        weight = source.read(name)
+        check_finite(weight, name, source.where(name))  # before any decomposition of it
+        return edit(name, weight.astype(np.float32))
 
     return OverlaySource(source, {name: functools.partial(value, name) for name in edit.names})
 

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtune.checkpoints.finite import check_finite, count_not_finite, not_finite
 from jaxtune.checkpoints.source import ALL, TensorSource
-from jaxtune.errors import JaxtuneError
 from jaxtune.models.definition import as_matrix
 from jaxtune.parallel.host import host_device
 from jaxtune.quant import Format
@@ -50,12 +50,15 @@ def read_quantized(
     stored = source.read_parts(name, form)
     if stored is None:
         return quantize_rows(source, name, form, rows)
-    if rows == slice(0, source.shape(name)[0]) or rows == ALL:
-        return stored
-    specified = form.parts(as_matrix(source.shape(name)))
-    return {  # views, where the file is mapped
-        key: part[(ALL,) * specified[key].axes.index(0) + (rows,)] for key, part in stored.items()
-    }
+    if rows not in (slice(0, source.shape(name)[0]), ALL):
+        specified = form.parts(as_matrix(source.shape(name)))
+        stored = {  # views, where the file is mapped
+            key: part[(ALL,) * specified[key].axes.index(0) + (rows,)]
+            for key, part in stored.items()
+        }
+    for key, part in stored.items():
+        check_finite(form.numbers(key, part), f"{name} ({key})", source.where(name))
+    return stored
 
 
 def quantize_rows(
@@ -63,15 +66,16 @@ def quantize_rows(
 ) -> dict[str, np.ndarray]:
     """Quantizes a tensor [out, in] in chunks; arguments and result are as for `read_quantized`."""
     read = functools.partial(source.read, name)
-    what = f"{source.where(name)}: {name}"
-    return encode_rows(read, as_matrix(source.shape(name)), form, what, rows)
+    shape = as_matrix(source.shape(name))
+    return encode_rows(read, shape, form, name, source.where(name), rows)
 
 
 def encode_rows(
     read: Callable[[slice], np.ndarray],
     shape: tuple[int, int],
     form: Format,
-    what: str,
+    name: str,
+    where: str,
     rows: slice = ALL,
 ) -> dict[str, np.ndarray]:
     """Quantizes a weight [out, in] in chunks of rows.
@@ -84,7 +88,8 @@ def encode_rows(
       read: returns a slice of rows, [rows, in] of any floating dtype.
       shape: (out, in).
       form: weight format to quantize to.
-      what: description of the weight for messages.
+      name: name of the weight, for messages.
+      where: file that holds the weight, or another description of its origin.
       rows: rows to quantize; all of them unless rows can be encoded independently
         (`Format.by_rows`).
 
@@ -98,15 +103,13 @@ def encode_rows(
     multiple = math.lcm(ROWS, form.row_multiple(columns))
     step = max(CHUNK // columns // multiple, 1) * multiple
     device, chunks = host_device(), []
-    for first in range(start, end, step):
-        last = min(first + step, end)
-        values = jax.device_put(read(slice(first, last)), device)
+    slices = [slice(first, min(first + step, end)) for first in range(start, end, step)]
+    for one in slices:
+        values = jax.device_put(read(one), device)
         parts, finite = _encode(values, form)
         if not finite:
-            raise JaxtuneError(
-                f"{what} has values that are not finite, within rows {first} to {last - 1}: "
-                "they cannot be quantized"
-            )
+            count = sum(count_not_finite(read(each)) for each in slices)
+            raise not_finite(count, (end - start) * columns, name, where)
         chunks.append({key: np.asarray(part) for key, part in parts.items()})
     specified, whole = form.parts(shape), {}
     for key in chunks[0]:

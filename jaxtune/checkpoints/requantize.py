@@ -155,7 +155,7 @@ class Requantizer:
                 return edited
             return original[rows].astype(np.float32) + (edited - values[rows])
 
-        parts = encode_rows(merged_rows, weight.matrix, weight.format, f"{name} as merged")
+        parts = encode_rows(merged_rows, weight.matrix, weight.format, name, "merged weights")
         written = decoded(dataclasses.replace(weight, parts=parts), jnp.float32)
         self._rows[name] = _sum(values, merged, written, original)
         self._format = weight.format.name

@@ -34,6 +34,9 @@ Range = tuple[int, int]
 Fetch = Callable[[tuple[int, ...], tuple[slice, ...]], np.ndarray]
 """Returns a box (a slice per axis) of the tensor that a round brings to a share of the stack."""
 
+CopyTo = Callable[[tuple[int, ...], np.ndarray, np.ndarray], None]
+"""Copies, into the second argument, values of the tensor that a round brings to a share."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Rounds:
@@ -136,6 +139,7 @@ class Staging:
         lead: int,
         sharding: NamedSharding,
         fetch: Fetch,
+        copy_to: CopyTo,
     ) -> jax.Array:
         """Transfers a round's array, of which this process fetches only what its devices hold.
 
@@ -146,6 +150,7 @@ class Staging:
           sharding: sharding over the devices of all processes; no device holds parts of two
             shares.
           fetch: returns a box of a share's tensor, possibly as a view of a file.
+          copy_to: copies values of a share's tensor into an array of the buffer.
 
         Returns:
           An array that is valid until the next call, since it may alias the buffer.
@@ -166,7 +171,7 @@ class Staging:
                 part = value[inner]
                 size = part.size * dtype.itemsize
                 target = self._buffer[used : used + size].view(dtype).reshape(part.shape)
-                np.copyto(target, part)
+                copy_to(share, target, part)
                 staged[at] = target.reshape((1,) * lead + part.shape)
                 used += self._rounded(size)
         shards = [jax.device_put(staged[at], device) for device, at in places.items()]

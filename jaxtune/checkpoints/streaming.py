@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxtune.checkpoints.embeddings import HEAD, TIED
+from jaxtune.checkpoints.finite import copy_finite
 from jaxtune.checkpoints.quantize import read_quantized
 from jaxtune.checkpoints.source import ALL, TensorSource
 from jaxtune.checkpoints.staging import (
@@ -151,7 +152,7 @@ def load(
       (tree of every weight of the base model, {ignored tensor: reason}).
 
     Raises:
-      JaxtuneError: tensors are missing, unknown, or of the wrong shape or dtype.
+      JaxtuneError: tensors are missing, unknown, of the wrong shape or dtype, or not finite.
     """
     ignored = check_names(definition, source)
     check_experts(definition, mesh.shape)
@@ -222,7 +223,8 @@ class _Stack:
             for key, (part, fetch) in self._fetches(place).items():
                 shape = self._round_shape(part)
                 dtype = self._staged_as(part)
-                value = staging.put(shape, dtype, self._lead, part.sharding, fetch)
+                copy_to = functools.partial(self._copy, place)
+                value = staging.put(shape, dtype, self._lead, part.sharding, fetch, copy_to)
                 stacked, at = arrays[key], np.array(place, np.int32)
                 arrays[key] = (
                     copy(value, part.dtype)
@@ -260,6 +262,15 @@ class _Stack:
         value = value[(slice(None), *box[1:])] if box else value
         self.bytes_read += value.nbytes
         return value
+
+    def _copy(
+        self, place: tuple[int, ...], share: tuple[int, ...], target: np.ndarray, value: np.ndarray
+    ) -> None:
+        if self._leaf.format is not None:
+            np.copyto(target, value)  # checked when it was encoded
+            return
+        name = self._name(place, share)
+        copy_finite(target, value, name, self._source.where(name), self._like.dtype)
 
     @functools.cached_property
     def _rows(self) -> dict[tuple[int, ...], slice]:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from jaxtune.adapters.merge import Frozen, WeightEdit, decoded, merged_array
+from jaxtune.checkpoints.finite import check_finite
 from jaxtune.checkpoints.overlay import OverlaySource
 from jaxtune.checkpoints.quantize import read_quantized
 from jaxtune.checkpoints.requantize import Requantizer
@@ -146,7 +147,9 @@ class SourceValues(Values):
         """Reads a weight as a model in memory would hold it, as a view of the file if possible."""
         leaf = self._leaves[path]
         if leaf.format is None:
-            return self._source.read(name).astype(leaf.dtype, copy=False)
+            value = self._source.read(name)
+            check_finite(value, name, self._source.where(name), leaf.dtype)
+            return value.astype(leaf.dtype, copy=False)
         parts = read_quantized(self._source, name, leaf.format)
         return dataclasses.replace(leaf.abstract(), parts=parts)
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxtune.checkpoints.finite import check_finite
 from jaxtune.checkpoints.formats.safetensors import SafetensorsFile
 from jaxtune.checkpoints.formats.torch_file import TorchFile
 from jaxtune.checkpoints.source import TensorFile
@@ -187,7 +188,7 @@ def read_weights(directory: Path, names: Sequence[str]) -> dict[str, np.ndarray]
       names: possible names of the file, the preferred one first: safetensors or PyTorch's.
 
     Raises:
-      JaxtuneError: the file is missing or damaged, or two files disagree.
+      JaxtuneError: the file is missing or damaged, two files disagree, or a value is not finite.
     """
     paths = [directory / name for name in names if (directory / name).is_file()]
     if not paths:
@@ -208,7 +209,18 @@ def read_weights(directory: Path, names: Sequence[str]) -> dict[str, np.ndarray]
                 f"{directory}: holds {first.path.name} and {other.path.name}, which differ in "
                 f'"{_shown(differs[0])}": remove the one that is out of date'
             )
-    return {name: first.read(name) for name in first.names()}
+    return {name: read_finite(first, name) for name in first.names()}
+
+
+def read_finite(file: TensorFile, name: str) -> np.ndarray:
+    """Returns a tensor of any shape, as a view of the file if possible.
+
+    Raises:
+      JaxtuneError: a value is NaN, infinite or beyond float32.
+    """
+    value = file.read(name)
+    check_finite(value, _shown(name), str(file.path), np.float32)
+    return value
 
 
 def open_file(path: Path) -> TensorFile:

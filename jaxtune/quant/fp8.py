@@ -72,6 +72,10 @@ class Float8(Format):
             return self._decode_rows(codes, scale)
         return _values(codes) * self._over(scale, shape)
 
+    def numbers(self, key: str, part: np.ndarray) -> np.ndarray:
+        """Returns a view of a part, of any shape: the codes are float8_e4m3fn."""
+        return part.view(ml_dtypes.float8_e4m3fn) if key == "codes" else part
+
     def _decode_rows(self, codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
         """Returns float32 [out, in], decoding one row of blocks at a time into the result.
 

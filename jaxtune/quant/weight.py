@@ -73,6 +73,11 @@ class Format(abc.ABC):
     def decode(self, parts: Mapping[str, AnyArray], shape: tuple[int, int]) -> AnyArray:
         """Returns float32 [out, in]; traceable. NumPy parts give a NumPy array."""
 
+    def numbers(self, key: str, part: np.ndarray) -> np.ndarray:
+        """Returns a view of a part, of any shape, in the dtype of the numbers that it stores."""
+        del key
+        return part
+
     def nbytes(self, shape: tuple[int, int]) -> int:
         """Returns the size of a weight [out, in] in bytes."""
         return sum(part.nbytes for part in self.parts(shape).values())

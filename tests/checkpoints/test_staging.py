@@ -36,8 +36,8 @@ def test_an_unstacked_array_takes_one_round():
 @pytest.mark.parametrize("form", [Int4(32), Int4(0), Int4(64, False), Int8(), NormalFloat4(False)])
 def test_rows_encoded_separately_have_the_same_codes(form):
     weight = np.random.default_rng(0).normal(size=(300, 192)).astype(np.float32)
-    whole = encode_rows(weight.__getitem__, weight.shape, form, "weight")
-    rows = encode_rows(weight.__getitem__, weight.shape, form, "weight", slice(75, 225))
+    whole = encode_rows(weight.__getitem__, weight.shape, form, "weight", "file")
+    rows = encode_rows(weight.__getitem__, weight.shape, form, "weight", "file", slice(75, 225))
     assert form.by_rows(weight.shape)
     for key, part in form.parts(weight.shape).items():
         of_these = (slice(None),) * part.axes.index(0) + (slice(75, 225),)

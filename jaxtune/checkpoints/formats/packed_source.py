@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from jaxtune.checkpoints.finite import check_finite
 from jaxtune.checkpoints.quantize import CHUNK
 from jaxtune.checkpoints.source import ALL, TensorSource, WrappedSource
 from jaxtune.errors import JaxtuneError
@@ -60,6 +61,7 @@ class PackedSource(WrappedSource, abc.ABC):
         super().__init__(source)
         self.form = form
         self._tensors: dict[str, dict[str, str]] = {}
+        self._finite: set[str] = set()  # tensors that have been checked
         present = set(source.names())
         for module in _modules(source, endings):
             weight = module + ".weight"
@@ -97,7 +99,13 @@ class PackedSource(WrappedSource, abc.ABC):
 
     def _stored(self, weight: str, key: str) -> np.ndarray:
         """Returns one tensor of a weight as stored on disk."""
-        return self._source.read(self._tensors[weight][key])
+        name = self._tensors[weight][key]
+        value = self._source.read(name)
+        # Codes may be large and are checked with the values that are decoded from them.
+        if key != "codes" and name not in self._finite:
+            check_finite(value, name, self._source.where(name))
+            self._finite.add(name)
+        return value
 
     @abc.abstractmethod
     def _specified(self, weight: str) -> dict[str, Specified]:
