@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-
+from jaxtune.chats.template_process import RenderingError, Request, render
 from jaxtune.errors import JaxtuneError, closest
 
 if TYPE_CHECKING:
@@ -109,19 +108,13 @@ def matching_built_ins(
       tokenizer: tokenizer of the model.
       other_than: Jinja source of a template to exclude.
     """
-    names = []
+    names, question = [], [{"role": "user", "content": "?"}]
     for name in built_in_templates():
         source = read_template(name)
-        try:
-            prompt = tokenizer.apply_chat_template(
-                [{"role": "user", "content": "?"}],
-                chat_template=source,
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-        except jinja2.TemplateError:  # e.g. the tokenizer has no BOS or EOS token
-            continue
-        if prompt == asked and source != other_than:
+        special = tokenizer.special_tokens_map
+        (prompt,) = render(Request(source, question, [(1, True)], None, special))
+        # A template fails, for example, if the tokenizer has no BOS or EOS token.
+        if not isinstance(prompt, RenderingError) and prompt == asked and source != other_than:
             names.append(name)
     return names
 

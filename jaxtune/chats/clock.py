@@ -14,8 +14,7 @@ import datetime
 import functools
 import re
 
-import jinja2
-
+from jaxtune.chats.template_process import percent_literals
 from jaxtune.errors import JaxtuneError
 
 _CALL = "strftime_now"
@@ -67,19 +66,7 @@ def printed_values(source: str, clock: datetime.datetime) -> dict[str, str]:
     """
     if _CALL not in source:
         return {}
-    return _format_values([*_DIRECTIVE.findall(source), *_strings(source)], clock)
-
-
-def _strings(source: str) -> list[str]:
-    """Returns the string literals of a template that contain a percent sign."""
-    found = []
-    # Syntax errors are reported when the template is rendered.
-    with contextlib.suppress(jinja2.TemplateSyntaxError, UnicodeDecodeError):
-        for _, kind, text in jinja2.Environment().lex(source):
-            if kind == "string" and "%" in text:
-                escaped = text[1:-1].encode("ascii", "backslashreplace")  # as Jinja decodes them
-                found.append(escaped.decode("unicode-escape"))
-    return found
+    return _format_values([*_DIRECTIVE.findall(source), *percent_literals(source)], clock)
 
 
 def _format_values(formats: list[str], clock: datetime.datetime) -> dict[str, str]:
@@ -96,6 +83,6 @@ def fix_clock(source: str, clock: datetime.datetime) -> str:
     """Returns a template that renders like `source` at the time `clock`."""
     if _CALL not in source:
         return source
-    whole = _format_values(_strings(source), clock)
+    whole = _format_values([*percent_literals(source)], clock)
     values = _format_values(_DIRECTIVE.findall(source), clock)
     return _MACRO % {"whole": repr(whole), "values": repr(values)} + source

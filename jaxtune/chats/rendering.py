@@ -9,19 +9,31 @@ from jaxtune.chats.jsontext import restore_numbers
 from jaxtune.chats.messages import Message
 from jaxtune.chats.reasoning import separate_reasoning
 from jaxtune.chats.spelling import Spelling, remove_whitespace, spellings
+from jaxtune.chats.template_process import RenderingError
 from jaxtune.errors import JaxtuneError
 
-Apply = Callable[[Sequence[Message], bool], str]
-"""Applies a template to turns, with or without a generation prompt."""
+Part = tuple[int, bool]
+"""A number of turns, counted from the first one, and whether a generation prompt follows them."""
+
+Apply = Callable[[Sequence[Message], Sequence[Part]], Sequence[str | RenderingError]]
+"""Applies a template to parts of a conversation; an error stands for a rejected part."""
 
 
 class Rendering:
     """Cached renderings of a conversation and of its prefixes."""
 
-    def __init__(self, spelling: Spelling, apply: Apply, place: str):
-        """Initializes from a spelling and a template; `place` is named in errors."""
+    def __init__(self, spelling: Spelling, apply: Apply, place: str, parts: Sequence[Part] = ()):
+        """Initializes from a spelling and a template.
+
+        Args:
+          spelling: spelling of the conversation.
+          apply: function that applies the template.
+          place: location of the conversation, for errors.
+          parts: parts that are rendered together with the first one, because they will be needed.
+        """
         self._spelling, self._apply, self._place = spelling, apply, place
-        self._made: dict[tuple[int, bool], str] = {}
+        self._parts = parts
+        self._made: dict[Part, str | RenderingError] = {}
 
     @property
     def turns(self) -> list[dict[str, Any]]:
@@ -34,18 +46,51 @@ class Rendering:
         Raises:
           JaxtuneError: the template rejects the turns.
         """
-        if (count, prompt) not in self._made:
-            try:
-                text = self._apply(self.turns[:count], prompt)
-            # The expressions of a template can raise anything.
-            except Exception as error:
-                raise _rejection(self._place, error) from error
-            self._made[count, prompt] = restore_numbers(text, self._spelling.numbers)
-        return self._made[count, prompt]
+        try:
+            text = self._render((count, prompt))
+        except RenderingError as error:
+            raise _rejection(self._place, error) from error
+        return restore_numbers(text, self._spelling.numbers)
+
+    def _render(self, part: Part) -> str:
+        """Returns what the template writes, before `restore_numbers`."""
+        if part not in self._made:
+            missing = [p for p in dict.fromkeys((part, *self._parts)) if p not in self._made]
+            made = self._apply(self.turns, missing)
+            self._made |= dict(zip(missing, made, strict=True))
+        made = self._made[part]
+        if isinstance(made, RenderingError):
+            raise made
+        return made
+
+    def is_complete(self, turns: Sequence[dict[str, Any]], whole: Part) -> bool:
+        """Returns whether a rendering shows all arguments of calls, and the last reasoning.
+
+        Args:
+          turns: turns of the conversation in the spelling of the row.
+          whole: the part that is the complete conversation.
+
+        Raises:
+          RenderingError: the template rejects the conversation.
+        """
+        if not self._spelling.shows(self._render(whole)):
+            return False
+        reasons = [i for i, turn in enumerate(turns) if separate_reasoning(turn).strip()]
+        if not reasons:
+            return True
+        # Templates may omit the reasoning of earlier turns, so the last one is rendered as the end.
+        rendered = self._render((reasons[-1] + 1, False))
+        reasoning = separate_reasoning(turns[reasons[-1]])
+        return remove_whitespace(reasoning) in remove_whitespace(rendered)
 
 
 def choose_rendering(
-    turns: Sequence[dict[str, Any]], apply: Apply, place: str, *, generation_prompt: bool = False
+    turns: Sequence[dict[str, Any]],
+    apply: Apply,
+    place: str,
+    parts: Sequence[Part] = (),
+    *,
+    generation_prompt: bool = False,
 ) -> Rendering:
     """Returns the rendering of the first spelling of which the template shows all content.
 
@@ -56,45 +101,31 @@ def choose_rendering(
       turns: turns of the conversation.
       apply: function that applies the template.
       place: location of the conversation, for errors.
+      parts: parts that will be needed.
       generation_prompt: whether the conversation will be rendered with a generation prompt.
 
     Raises:
       JaxtuneError: the template rejects every spelling.
     """
-    choices = list(spellings(turns))
+    choices = [Rendering(spelling, apply, place, parts) for spelling in spellings(turns)]
     if len(choices) == 1:
-        return Rendering(choices[0], apply, place)
+        return choices[0]
+    whole = (len(turns), generation_prompt)
     accepted, rejection = None, None
-    for spelling in choices:
+    for rendering in choices:
         try:
-            whole = _is_complete(spelling, turns, apply, generation_prompt)
-        except Exception as error:
+            complete = rendering.is_complete(turns, whole)
+        except RenderingError as error:
             rejection = rejection or error
             continue
-        if whole:
-            return Rendering(spelling, apply, place)
-        accepted = accepted or spelling
+        if complete:
+            return rendering
+        accepted = accepted or rendering
     if accepted is None and rejection is not None:
         raise _rejection(place, rejection) from rejection
-    return Rendering(accepted or choices[0], apply, place)
+    return accepted or choices[0]
 
 
-def _is_complete(
-    spelling: Spelling, turns: Sequence[dict[str, Any]], apply: Apply, prompt: bool
-) -> bool:
-    """Returns whether a rendering shows all arguments of calls, and the last reasoning."""
-    if not spelling.shows(apply(spelling.turns, prompt)):
-        return False
-    reasons = [i for i, turn in enumerate(turns) if separate_reasoning(turn).strip()]
-    if not reasons:
-        return True
-    # Templates may omit the reasoning of earlier turns, so the last one is rendered as the end.
-    rendered = apply(spelling.turns[: reasons[-1] + 1], False)
-    return remove_whitespace(separate_reasoning(turns[reasons[-1]])) in remove_whitespace(rendered)
-
-
-def _rejection(place: str, error: Exception) -> JaxtuneError:
-    if isinstance(error, JaxtuneError):
-        return error
-    reason = " ".join(str(error).split()) or type(error).__name__
+def _rejection(place: str, error: RenderingError) -> JaxtuneError:
+    reason = " ".join(str(error).split())
     return JaxtuneError(f"{place}: the chat template rejects the conversation: {reason}")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-
 from jaxtune.chats.builtin import (
+    built_in_name,
     built_in_templates,
     matching_built_ins,
     missing_tokens,
@@ -19,8 +19,9 @@ from jaxtune.chats.builtin import (
 )
 from jaxtune.chats.clock import fix_clock
 from jaxtune.chats.messages import Conversation, Message, check_messages, choose_targets, tool_name
-from jaxtune.chats.rendering import Rendering, choose_rendering
+from jaxtune.chats.rendering import Part, Rendering, choose_rendering
 from jaxtune.chats.spans import RewrittenTurn, Span, skip_empty_block, turn_span
+from jaxtune.chats.template_process import LimitExceeded, RenderingError, Request, render
 from jaxtune.chats.tokens import Tokenized, tokenize, tokenize_prompt
 from jaxtune.errors import JaxtuneError
 
@@ -28,11 +29,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+MAX_TEMPLATE = 2**20  # characters; those of published models have up to 30,000
+
+
+class TemplateLimitError(JaxtuneError):
+    """Raised for a template that exceeds a limit, which no other row would change."""
+
+
 class ChatTemplate:
     """A tokenizer with the Jinja template that renders conversations for it.
 
-    Templates run in the sandbox of `transformers`, which does not limit their running time: use
-    only templates that you trust.
+    Templates run in the sandbox of `transformers`, in a process with limits on time, memory and
+    output; see `template_process`.
     """
 
     def __init__(
@@ -52,6 +60,7 @@ class ChatTemplate:
 
         Raises:
           JaxtuneError: the tokenizer has no offsets or drops spaces, or the source is invalid.
+          TemplateLimitError: rendering a short conversation exceeds a limit.
         """
         self.tokenizer = tokenizer
         self.source = source
@@ -69,6 +78,10 @@ class ChatTemplate:
             )
         own = tokenizer.chat_template or ""
         self._text = source or ("\n".join(own.values()) if isinstance(own, dict) else own)
+        if len(self._text) > MAX_TEMPLATE:
+            raise TemplateLimitError(
+                f"{self._name()}: {len(self._text):,} characters, more than {MAX_TEMPLATE:,}"
+            )
         # Candidates for the end token of a turn.
         self._added = tuple(str(token) for token in tokenizer.added_tokens_decoder.values())
         self._missing = missing_tokens(self.source, tokenizer)
@@ -80,33 +93,37 @@ class ChatTemplate:
         """Returns whether there is a template, given as `source` or by the tokenizer."""
         return bool(self.source or self.tokenizer.chat_template)
 
+    def _name(self) -> str:
+        """Returns the name of the template for errors: that of a built-in one, or its beginning."""
+        name = built_in_name(self.source)
+        return f"chat template {name or json.dumps(self._text[:40], ensure_ascii=False) + '…'}"
+
     def _check_syntax(self) -> None:
-        try:
-            self._apply([{"role": "user", "content": "?"}], generation_prompt=True)
-        except jinja2.TemplateSyntaxError as error:
-            raise JaxtuneError(f"chat template, line {error.lineno}: {error.message}") from error
-        except Exception:
-            # A template may reject this probe and still accept the actual conversations.
-            return
+        (made,) = self._apply([{"role": "user", "content": "?"}], [(1, True)])
+        # A template may reject this probe and still accept the actual conversations.
+        if isinstance(made, RenderingError) and made.kind == "TemplateSyntaxError":
+            raise JaxtuneError(f"chat template, line {made.line}: {made}") from made
 
     def _apply(
         self,
         messages: Sequence[Message],
-        generation_prompt: bool,
+        parts: Sequence[Part],
         tools: list[Any] | None = None,
         arguments: Mapping[str, Any] | None = None,
-    ) -> str:
-        source = self.source or self.tokenizer.get_chat_template(tools=tools)
-        text = self.tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            chat_template=source if self.clock is None else fix_clock(source, self.clock),
-            tokenize=False,
-            add_generation_prompt=generation_prompt,
-            tools=tools,
-            **{**self.arguments, **(arguments or {})},
-        )
-        assert isinstance(text, str)
-        return text
+        place: str = "",
+    ) -> Sequence[str | RenderingError]:
+        """Returns the text, or the error of the template, for each part of a conversation."""
+        try:
+            source = self.source or self.tokenizer.get_chat_template(tools=tools)
+            source = source if self.clock is None else fix_clock(source, self.clock)
+            given = {**self.tokenizer.special_tokens_map, **self.arguments, **(arguments or {})}
+            return render(Request(source, messages, parts, tools, given))
+        except LimitExceeded as error:
+            where = f"{place}: " if place else ""
+            raise TemplateLimitError(f"{where}{self._name()} {error}") from error
+        # Several templates without a default; values that JSON lacks.
+        except (TypeError, ValueError, RecursionError) as error:
+            return [RenderingError(str(error), type(error).__name__, None)] * len(parts)
 
     def _rendering(
         self,
@@ -114,10 +131,13 @@ class ChatTemplate:
         tools: list[Any] | None,
         arguments: Mapping[str, Any] | None,
         place: str,
+        parts: Sequence[Part],
         *,
         generation_prompt: bool = False,
     ) -> Rendering:
         """Returns the renderings of a conversation and its first turns.
+
+        `parts` are those that will be needed.
 
         Raises:
           JaxtuneError: there is no template, or it rejects the conversation.
@@ -134,12 +154,16 @@ class ChatTemplate:
             for turn in turns:
                 turn["role"] = "system" if turn["role"] == "developer" else turn["role"]
 
-        def apply(some: Sequence[Message], prompt: bool) -> str:
-            text = self._apply(some, prompt, tools, arguments)
-            warn_missing_tokens(text, self._missing, self.source)
-            return text
+        def apply(
+            turns: Sequence[Message], parts: Sequence[Part]
+        ) -> Sequence[str | RenderingError]:
+            made = self._apply(turns, parts, tools, arguments, place)
+            if self._missing:
+                for text in made:
+                    warn_missing_tokens(str(text), self._missing, self.source)
+            return made
 
-        return choose_rendering(turns, apply, place, generation_prompt=generation_prompt)
+        return choose_rendering(turns, apply, place, parts, generation_prompt=generation_prompt)
 
     def render(
         self,
@@ -162,10 +186,11 @@ class ChatTemplate:
         Raises:
           JaxtuneError: there is no template, or it rejects the conversation.
         """
+        part = (len(messages), generation_prompt)
         rendering = self._rendering(
-            messages, tools, arguments, place, generation_prompt=generation_prompt
+            messages, tools, arguments, place, [part], generation_prompt=generation_prompt
         )
-        return rendering(len(messages), generation_prompt)
+        return rendering(*part)
 
     def spans(
         self,
@@ -197,7 +222,11 @@ class ChatTemplate:
             learned = choose_targets(
                 Conversation([*map(dict, messages)], [None] * len(messages)), "all", place
             )
-        rendering = self._rendering(messages, tools, arguments, place)
+        # The renderings that `turn_span` compares.
+        parts = [(len(messages), False)]
+        for index in learned:
+            parts += [(index, True), (index + 1, False)] if index else []
+        rendering = self._rendering(messages, tools, arguments, place, parts)
         text, found = rendering(len(messages), False), []
         self._check_tools(messages, text, tools, arguments, place)
         for index in learned:

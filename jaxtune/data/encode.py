@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from jaxtune.chats.ends import span_end_tokens
+from jaxtune.chats.template import TemplateLimitError
 from jaxtune.chats.tokens import IGNORE, Tokens, tokenize_batch
 from jaxtune.data.detect_format import FORMATS, detect_format, unread_keys
 from jaxtune.data.file_formats import Record
@@ -139,6 +140,8 @@ class Encoder:
                 sample = self._sample(row, form, first)
                 kept.append((index, record, sample))
                 chunk.unread.update(unread_keys(row, form), sample.unread)
+            except TemplateLimitError:  # a bad template, not a bad row
+                raise
             except JaxtuneError as error:
                 chunk.problems.append(Problem.of(record, error))
         tokens: list[np.ndarray] = []
