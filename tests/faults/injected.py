@@ -23,3 +23,34 @@ def nan_losses():
         return sums._replace(loss=sums.loss * factor, nll=sums.nll * factor)
 
     setup.sft_loss = poisoned
+
+
+def stalled_save():
+    """Makes the file system wait for ever when step 4 is saved: a file of it becomes a pipe."""
+    import os
+    import sys
+
+    def audit(event, arguments):
+        # Called before the thread that completes a save opens the file, which then waits for a
+        # reader of the pipe.
+        if event == "open" and str(arguments[0]).endswith("/checkpoints/4/.extra.json.partial"):
+            os.mkfifo(arguments[0])
+
+    sys.addaudithook(audit)
+
+
+def stalled_export():
+    """Makes the file system wait for ever when the adapter is exported for the second time."""
+    import os
+    import sys
+
+    seen = []
+
+    def audit(event, arguments):
+        name = "/adapter/.last.partial/adapter_config.json"
+        if event == "open" and str(arguments[0]).endswith(name):
+            seen.append(name)
+            if len(seen) == 2:
+                os.mkfifo(arguments[0])
+
+    sys.addaudithook(audit)
