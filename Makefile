@@ -7,14 +7,15 @@ FULL := .venv/installed-for-tests
 # A file stays on one worker, which makes its fixtures once. tests/conftest.py orders the files.
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: install quickstart test test-quick test-slow test-all test-large test-quickstart test-plans test-merge test-slurm benchmark-generation lint gpu-plan clean
+.PHONY: install quickstart test test-quick test-slow test-all test-large test-quickstart test-plans test-merge test-kills test-slurm benchmark-generation lint gpu-plan clean
 
 install: $(FULL)
 
 quickstart: $(LIGHT)
 	$(BIN)/jaxtune quickstart
 
-test-quick test-slow test-all test-large test-quickstart test-plans test-merge: export JAX_PLATFORMS := cpu
+test-quick test-slow test-all test-large test-quickstart test-plans test-merge \
+  test-kills: export JAX_PLATFORMS := cpu
 
 # The quick tests, with the installation they need, in 10 minutes of two idle cores.
 test:
@@ -37,7 +38,7 @@ test-large: $(FULL)
 
 # Before a release: what takes longer than a minute and has a short form in the suite. The output is
 # kept in benchmarks/results.
-test-quickstart test-plans test-merge: export JAXTUNE_TEST_FULL := 1
+test-quickstart test-plans test-merge test-kills: export JAXTUNE_TEST_FULL := 1
 
 # The quickstart as users run it: 10 minutes at most on two cores.
 test-quickstart: $(FULL)
@@ -53,6 +54,10 @@ test-plans: $(FULL)
 test-merge: $(FULL)
 	.ci/record $@ $(BIN)/pytest -q -s --durations 0 --durations-min 1 \
 	  tests/checkpoints/test_merging_memory.py
+
+# One hundred kills at random moments; JAXTUNE_TEST_SEED chooses others.
+test-kills: $(FULL)
+	.ci/record $@ $(BIN)/pytest -q -s --durations 0 --durations-min 1 tests/faults/test_kills.py
 
 # The speed of generation, beside transformers; OTHER="--other CHECKOUT" adds another jaxtune.
 benchmark-generation: export JAX_PLATFORMS := cpu

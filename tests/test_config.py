@@ -407,8 +407,13 @@ LOOPED = {"checkpoint.every", "checkpoint.keep", "evaluation.every", "logging.ev
 LOOPED |= {"logging.tensorboard", "training.watchdog_minutes"}
 LOOPED |= {"profile.steps", "evaluation.generate"}
 # Tested in tests/training: test_guard.py, test_stopping.py, test_metrics.py,
-# test_continue_from.py.
-ELSEWHERE = {"training.max_bad_steps", "evaluation.stop_metric", "evaluation.stop_patience"}
+# test_continue_from.py; and in tests/faults: test_stalled_saves.py.
+ELSEWHERE = {
+    "checkpoint.timeout_minutes",
+    "training.max_bad_steps",
+    "evaluation.stop_metric",
+    "evaluation.stop_patience",
+}
 ELSEWHERE |= {"evaluation.stop_min_change", "logging.wandb", "training.continue_from"}
 MESHED = {"mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.expert", "mesh.sequence"}
 FETCHED = {"model.revision", "data.revision"}

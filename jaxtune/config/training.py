@@ -137,6 +137,12 @@ class CheckpointConfig(Section):
     keep: int = option(
         2, "number of checkpoints kept, in addition to the best one of full fine-tuning", minimum=2
     )
+    timeout_minutes: float = option(
+        60.0,
+        "longest time that a save may take in minutes; after it the file system counts as stalled: "
+        "the run prints the stacks of its threads and exits with code 75; 0: no limit",
+        minimum=0,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

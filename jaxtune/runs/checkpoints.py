@@ -27,6 +27,7 @@ from flax import traverse_util
 from jaxtune.atomic_files import report_full_disk, write_atomically
 from jaxtune.errors import JaxtuneError, closest
 from jaxtune.parallel.processes import agree, leads
+from jaxtune.parallel.time_limits import start_time_limit
 from jaxtune.runs.paths import MANIFEST
 from jaxtune.runs.stored_arrays import open_arrays
 from jaxtune.strict_json import entry, read_object
@@ -34,6 +35,7 @@ from jaxtune.strict_json import entry, read_object
 logger = logging.getLogger(__name__)
 
 LARGE = 2**24  # bytes of an array from which on its layers are stored separately
+_NO_LIMIT = 7 * 24 * 3600  # seconds, for Orbax, which needs a number
 STATE, EXTRA, QUARANTINE = "state", "extra.json", "quarantine"
 
 
@@ -52,14 +54,16 @@ class Checkpoints:
       directory: parent of the step directories.
       keep: number of checkpoints to keep.
       pinned: a step that is kept in addition, if any.
+      timeout_minutes: longest time of a save; 0: no limit.
     """
 
-    def __init__(self, directory: str | Path, keep: int = 2):
+    def __init__(self, directory: str | Path, keep: int = 2, timeout_minutes: float = 0):
         """Opens a directory of checkpoints, which the first save creates.
 
         Args:
           directory: parent of the step directories.
           keep: number of checkpoints to keep, at least 2 because one may turn out damaged.
+          timeout_minutes: time after which a save ends the process with exit code 75; 0: none.
 
         Raises:
           JaxtuneError: `keep` is below 2.
@@ -69,7 +73,11 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         self.keep = keep
         self.pinned: int | None = None
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+        self.timeout_minutes = timeout_minutes
+        # Orbax's own limit, ten minutes by default, would turn a slow save into an error.
+        self._checkpointer = ocp.AsyncCheckpointer(
+            ocp.StandardCheckpointHandler(), timeout_secs=_NO_LIMIT
+        )
         self._finisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._verified: set[int] = set()
@@ -107,6 +115,7 @@ class Checkpoints:
         if leads() and target.exists():
             self._quarantine(step, "replaced by a new save of this step")
         text = json.dumps(dict(extra), indent=2, ensure_ascii=False)
+        limit = start_time_limit(self.timeout_minutes, self.timeout_message(step))
         try:
             with report_full_disk(self.directory):
                 if leads():
@@ -116,8 +125,18 @@ class Checkpoints:
                 self._checkpointer.save(target / STATE, args=ocp.args.StandardSave(nested, chunks))
         except BaseException:
             self._discard(target)
+            limit.cancel()
             raise
         self._pending = self._finisher.submit(self._finish, step, text)
+        self._pending.add_done_callback(lambda _: limit.cancel())
+
+    def timeout_message(self, step: int) -> str:
+        """Returns the reason for the exit when saving a step takes too long."""
+        return (
+            f"saving step {step} in {self.directory} takes more than {self.timeout_minutes:g} "
+            "minutes (checkpoint.timeout_minutes): is the file system stalled? The stack of every "
+            "thread is above"
+        )
 
     @property
     def busy(self) -> bool:
@@ -269,8 +288,12 @@ class Checkpoints:
                 continue
             # The manifest goes first, so that a step whose deletion is interrupted is unfinished.
             (self._path(step) / MANIFEST).unlink()
-            shutil.rmtree(self._path(step))
             self._verified.discard(step)
+        # An unfinished step that is older than a complete one is a deletion to be completed.
+        done = self.steps()
+        for step in set(self._directories()) - set(done):
+            if step < done[-1]:
+                shutil.rmtree(self._path(step))
 
     def _find_damage(self, step: int, contents: bool = True) -> str | None:
         """Returns a description of the damage of a step, or None.

@@ -86,6 +86,13 @@ def test_rotation_keeps_the_newest(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["4", "5"]
 
 
+def test_a_deletion_that_was_interrupted_is_completed(tmp_path):
+    save_all(tmp_path, [1, 2], keep=2)
+    (tmp_path / "1" / "manifest.json").unlink()  # the first file that a deletion removes
+    save_all(tmp_path, [3], keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "3"]
+
+
 def test_rotation_does_not_count_a_step_that_lost_a_file(tmp_path):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         for step in (1, 2, 3):

@@ -17,15 +17,14 @@ def paused(tmp_path):
 
 
 @pytest.fixture
-def jaxtune_command(tmp_path, paused):
-    """Starts the command line in a process of its own; ``cache`` names an empty compilation cache
-    for it in place of the shared one, and it pauses after a number of ``steps``."""
+def jaxtune_command(paused):
+    """Starts the command line in a process of its own, which pauses after a number of ``steps``."""
 
-    def start(*arguments, cache=None, steps=None):
-        own = {} if cache is None else {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / cache)}
+    def start(*arguments, steps=None):
+        own = {}
         if steps is not None:
             paused.unlink(missing_ok=True)
-            own |= {"JAXTUNE_STEPS": str(steps), "JAXTUNE_PAUSED": str(paused)}
+            own = {"JAXTUNE_STEPS": str(steps), "JAXTUNE_PAUSED": str(paused)}
         return subprocess.Popen(
             [sys.executable, str(COMMAND), *map(str, arguments)],
             env=os.environ | {"JAX_PLATFORMS": "cpu"} | own,

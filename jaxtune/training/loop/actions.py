@@ -13,6 +13,7 @@ import jax
 
 from jaxtune.config import Config
 from jaxtune.parallel.processes import agree
+from jaxtune.parallel.time_limits import time_limit
 from jaxtune.runs.checkpoints import Checkpoints
 from jaxtune.runs.directory import RunDirectory
 from jaxtune.runs.metrics import MetricLog
@@ -172,7 +173,9 @@ class Actions:
 
     def _save(self, number: int, state: Any) -> None:
         """Saves a checkpoint with the position in the data and the tally; exports the adapter."""
-        with self.recorder.paused():
+        saving = self.checkpoints
+        limit = time_limit(saving.timeout_minutes, saving.timeout_message(number))
+        with self.recorder.paused(), limit:
             extra = {
                 "loader": self.loader.state(),
                 "tally": dataclasses.asdict(self.tally),

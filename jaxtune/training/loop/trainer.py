@@ -109,7 +109,9 @@ class Trainer:
         steps = int(config.training.steps if self.steps is None else self.steps)
         with (
             report_full_disk(run.path),
-            Checkpoints(run.checkpoints, config.checkpoint.keep) as checkpoints,
+            Checkpoints(
+                run.checkpoints, config.checkpoint.keep, config.checkpoint.timeout_minutes
+            ) as checkpoints,
             _log_interrupt(checkpoints, run),
         ):
             stopping = stop_settings(config.evaluation, steps)

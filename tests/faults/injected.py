@@ -1,0 +1,56 @@
+"""Faults that a process injects into itself before it runs a command; `Server.start` names one."""
+
+from __future__ import annotations
+
+
+def nan_losses():
+    """Makes the loss NaN in each batch of training with the row whose question is ``b17``."""
+    import jax.numpy as jnp
+    from tokenizers import pre_tokenizers
+
+    from jaxtune.training import setup
+
+    plain = setup.sft_loss
+    # The tokenizer of `tiny_chat` numbers the bytes in this order.
+    one, seven = map(sorted(pre_tokenizers.ByteLevel.alphabet()).index, "17")
+
+    def poisoned(model, batch, options, key, *arguments, **options_of_loss):
+        sums = plain(model, batch, options, key, *arguments, **options_of_loss)
+        tokens = batch["tokens"]
+        found = ((tokens[:, :-1] == one) & (tokens[:, 1:] == seven)).any()
+        # Evaluations have no key.
+        factor = jnp.where(found & (key is not None), jnp.nan, 1.0)
+        return sums._replace(loss=sums.loss * factor, nll=sums.nll * factor)
+
+    setup.sft_loss = poisoned
+
+
+def stalled_save():
+    """Makes the file system wait for ever when step 4 is saved: a file of it becomes a pipe."""
+    import os
+    import sys
+
+    def audit(event, arguments):
+        # Called before the thread that completes a save opens the file, which then waits for a
+        # reader of the pipe.
+        if event == "open" and str(arguments[0]).endswith("/checkpoints/4/.extra.json.partial"):
+            os.mkfifo(arguments[0])
+
+    sys.addaudithook(audit)
+
+
+def stalled_export():
+    """Makes the file system wait for ever when the adapter is exported for the second time."""
+    import os
+    import sys
+
+    seen = []
+
+    def audit(event, arguments):
+        name = "/adapter/.last.partial/adapter_config.json"
+        if event == "open" and str(arguments[0]).endswith(name):
+            seen.append(name)
+            if len(seen) == 2:
+                os.mkfifo(arguments[0])
+
+    sys.addaudithook(audit)

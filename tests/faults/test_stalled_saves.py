@@ -1,0 +1,85 @@
+"""Saves that wait for ever, and signals that arrive during an evaluation or a save."""
+
+import signal
+import time
+
+import pytest
+from killing import checkpoints, comparable, evaluating, steps_logged
+
+FLAGS = (
+    "--config.training.steps=8",
+    "--config.checkpoint.every=2",
+    "--config.optimizer.schedule=constant",
+    "--config.adapter.dropout=0.1",
+    "--config.logging.tensorboard=false",
+)
+
+
+@pytest.fixture(scope="module")
+def unbroken(server, small_config, tmp_path_factory):
+    """The directory of a run without a fault."""
+    workdir = tmp_path_factory.mktemp("unbroken") / "run"
+    server.run("train", "--config", small_config, *FLAGS, "--workdir", workdir)
+    return workdir
+
+
+@pytest.mark.parametrize(
+    "fault, function", [("stalled_save", "write_atomically"), ("stalled_export", "write_adapter")]
+)
+def test_a_stalled_file_system_ends_the_run_with_75_and_it_resumes_bit_for_bit(
+    server, small_config, unbroken, tmp_path, fault, function
+):
+    workdir = tmp_path / "run"
+    train = ("train", "--config", small_config, *FLAGS, "--workdir", workdir)
+    limit = "--config.checkpoint.timeout_minutes=0.05"
+    output = server.run(*train, limit, fault=fault, code=75)
+    assert f"jaxtune: error: saving step 4 in {workdir / 'checkpoints'} takes more than" in output
+    assert "checkpoint.timeout_minutes" in output
+    assert function in output  # the stack of the thread that waits
+    assert "Traceback" not in output
+    output = server.run(*train)
+    assert "checkpoint.timeout_minutes: 0.05 → 60.0" in output
+    assert comparable(workdir) == comparable(unbroken)
+
+
+def freeze(process, condition):
+    """Stops a process while a condition holds."""
+    while True:
+        process.until(condition)
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(0.01)  # all threads of it stop within that time
+        if condition():
+            return
+        process.send_signal(signal.SIGCONT)
+
+
+MOMENTS = {
+    "evaluation": evaluating,
+    "save": lambda workdir: bool(checkpoints(workdir)[1]),
+}
+
+
+@pytest.mark.slow
+def test_sigterm_during_an_evaluation_or_a_save_loses_nothing(server, small_config, tmp_path):
+    """Each run is unbroken where the other one is stopped."""
+    long = ("--config.training.steps=100000", "--config.evaluation.every=9")
+    resumed = {}
+    for name, condition in MOMENTS.items():
+        workdir = tmp_path / name
+        train = ("train", "--config", small_config, *FLAGS, *long, "--workdir", workdir)
+        process = server.start(*train)
+        freeze(process, lambda: condition(workdir))  # noqa: B023
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait() == 75, process.output()
+        saved = max(checkpoints(workdir)[0])
+        assert f"stopped by SIGTERM after step {saved}, which is saved" in process.output()
+        assert steps_logged(workdir) == saved and not checkpoints(workdir)[1]
+        resumed[name] = saved
+    steps = max(resumed.values()) + 5
+    for name, saved in resumed.items():
+        length = f"--config.training.steps={steps}"
+        output = server.run("train", "--workdir", tmp_path / name, length)
+        assert f"resuming after step {saved}" in output
+    first, second = (comparable(tmp_path / name) for name in MOMENTS)
+    assert len(first) == steps and first == second
