@@ -15,6 +15,7 @@ from jaxtune.checkpoints.source import TensorSource
 from jaxtune.config import Config
 from jaxtune.data import Examples
 from jaxtune.errors import JaxtuneError
+from jaxtune.runs.base import open_base
 from jaxtune.runs.chat import load_run_chat, reader_options
 from jaxtune.runs.directory import RunDirectory
 from jaxtune.training.evaluation import bind_evaluation
@@ -100,8 +101,7 @@ def _open(run: RunDirectory, config: Config, data: str = "") -> tuple[TensorSour
             f"{run.path}: the run has no held-out examples (data.eval and data.eval_split are "
             "empty): name some with --data FILE"
         )
-    location = huggingface.resolve_path(config.model.path, config.model.revision)
-    source = huggingface.open_source(location)
+    source = open_base(run, config).source
     chat = load_run_chat(run, config, source)
     reader = data_reader(config, source, chat.tokenizer, **reader_options(config.data, chat))
     data = data or config.data.eval

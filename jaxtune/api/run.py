@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable
@@ -25,16 +26,17 @@ from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.chat import Chat
 from jaxtune.checkpoints.load_model import LoadedModel, load_model
 from jaxtune.checkpoints.merging import Merge
-from jaxtune.checkpoints.open_model import OpenModel, files_beside, open_model
+from jaxtune.checkpoints.open_model import OpenModel, files_beside
 from jaxtune.checkpoints.requantize import REPORT, read_report, write_report
 from jaxtune.data.in_memory import in_memory
 from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.parallel.processes import agree, leads, on_leader
 from jaxtune.planning.plan import model_config
+from jaxtune.runs.base import base_revision, open_base
 from jaxtune.runs.chat import load_run_chat
-from jaxtune.runs.checkpoints import EXTRA
 from jaxtune.runs.directory import RunDirectory
 from jaxtune.runs.metrics import read_lines
+from jaxtune.runs.paths import EXTRA
 from jaxtune.strict_json import entry, read_object
 from jaxtune.training import train as training
 
@@ -109,7 +111,7 @@ class Run:
             settings.model.path,
             settings.quantize.to_dict(),
             settings.training.dtype,
-            revision=settings.model.revision,
+            revision=base_revision(self.directory, settings),
             mesh=mesh,
             attention=settings.model.attention,
             chats=chats,
@@ -201,7 +203,9 @@ class Run:
             program would not load the adapter.
         """
         export = lookup(EXPORTS, target, "target")
-        definition = define(model_config(self.config.model), "float32")
+        revision = base_revision(self.directory, self.config)
+        section = dataclasses.replace(self.config.model, revision=revision)
+        definition = define(model_config(section), "float32")
         return export(read_adapter(self.adapter_directory(which), encoder=True), definition)
 
     def save_adapter(
@@ -228,7 +232,7 @@ class Run:
     @functools.cached_property
     def _base(self) -> OpenModel:
         """The checkpoint from which the run started."""
-        return open_model(self.config.model.path, self.config.model.revision)
+        return open_base(self.directory, self.config)
 
     def _chats(self, template: str) -> Callable[[Choice], Chat]:
         """Returns a function that gives the run's chat format for every choice of adapters."""

@@ -32,6 +32,7 @@ def train(
     train_data: Rows | None = None,
     eval_data: Rows | Mapping[str, Rows] | None = None,
     callbacks: Sequence[Callback] = (),
+    accept_changes: str | Sequence[str] = (),
     progress: bool = True,
 ) -> Run:
     """Trains a model, or resumes the run in `workdir`.
@@ -45,6 +46,10 @@ def train(
         again. In several processes, each passes all rows.
       eval_data: held-out rows in place of ``data.eval``, or a mapping of named sets.
       callbacks: instances of `jaxtune.Callback`, called in this order.
+      accept_changes: keys of changes with which a run is resumed although it does not continue
+        exactly: options such as ``optimizer.learning_rate``, ``model`` (the files of the base),
+        ``tokenizer``, ``data.train``, ``data.eval``, ``chat``, ``config`` or ``record``. The error
+        of a refused resume says which to pass.
       progress: shows what the command line shows: the log, and a progress bar on a terminal or in a
         notebook with ipywidgets, or else a line now and then. A level that the program has set for
         the logger ``jaxtune`` is kept. False: only warnings.
@@ -61,8 +66,20 @@ def train(
     rows = _rows(train_data, eval_data)
     shown = progress and leads()
     with logged(shown), bars(shown):
-        training.train(_with_rows(resolved, rows, workdir), workdir, rows=rows, callbacks=callbacks)
+        training.train(
+            _with_rows(resolved, rows, workdir),
+            workdir,
+            rows=rows,
+            callbacks=callbacks,
+            accept_changes=_keys(accept_changes),
+        )
     return Run(workdir)
+
+
+def _keys(accept_changes: str | Sequence[str]) -> list[str]:
+    """Returns keys that are given as a list or separated by commas."""
+    given = accept_changes.split(",") if isinstance(accept_changes, str) else accept_changes
+    return [key.strip() for key in given if key.strip()]
 
 
 def _rows(train_data: Any, eval_data: Any) -> dict[str, Any]:

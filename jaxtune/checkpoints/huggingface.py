@@ -14,7 +14,7 @@ from jaxtune.checkpoints.embeddings import TIED, with_stored_head
 from jaxtune.checkpoints.formats.gguf import GGUFSource
 from jaxtune.checkpoints.formats.registry import READERS
 from jaxtune.checkpoints.saving import Beside, checkpoint_tensors, convert, save
-from jaxtune.checkpoints.source import ALL, TensorSource
+from jaxtune.checkpoints.source import ALL, ReadFile, TensorSource
 from jaxtune.checkpoints.streaming import load
 from jaxtune.checkpoints.weights import FORMS, has_weights, open_weights
 from jaxtune.config import QuantizeConfig
@@ -79,6 +79,10 @@ class HuggingFaceSource:
     def where(self, name: str) -> str:
         """Returns the file that holds a tensor."""
         return str(self._by_name[name].path)
+
+    def files(self) -> Sequence[ReadFile]:
+        """Returns the files from which tensors are read."""
+        return list({file.path: file for file in self._by_name.values()}.values())
 
 
 # Python files may be referenced by auto_map; exports copy them, and they are never run.

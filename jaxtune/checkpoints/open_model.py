@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from pathlib import Path
 
 from jaxtune.checkpoints.chat import Chat, base_chat
 from jaxtune.checkpoints.huggingface import Beside, open_source, resolve_path
 from jaxtune.checkpoints.source import TensorSource
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +25,12 @@ class OpenModel:
 
     directory: Path
     source: TensorSource
+
+    @property
+    def commit(self) -> str:
+        """Commit of a model from the hub, after which its cache names the directory; or empty."""
+        cached = self.directory.parent.name == "snapshots"
+        return self.directory.name if cached and _COMMIT.fullmatch(self.directory.name) else ""
 
     @functools.cached_property
     def chat(self) -> Chat:

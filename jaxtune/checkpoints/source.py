@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,14 +14,20 @@ from jaxtune.quant import Format
 ALL = slice(None)  # all rows of a tensor
 
 
-class TensorFile(Protocol):
-    """One file of tensors.
+class ReadFile(Protocol):
+    """A file whose tensors are read.
 
     Attributes:
       path: path of the file.
+      on_read: called with the first byte and the last byte + 1 of every range before it is read.
     """
 
     path: Path
+    on_read: Callable[[int, int], None] | None
+
+
+class TensorFile(ReadFile, Protocol):
+    """One file of tensors."""
 
     def names(self) -> list[str]:
         """Returns the names of the tensors in the file."""
@@ -85,6 +92,10 @@ class TensorSource(Protocol):
         """Returns the file that holds a tensor, for error messages."""
         ...
 
+    def files(self) -> Sequence[ReadFile]:
+        """Returns the files from which tensors are read."""
+        ...
+
 
 class WrappedSource:
     """A checkpoint that delegates to another one; subclasses override what they change.
@@ -123,6 +134,10 @@ class WrappedSource:
         """Returns the file that holds a tensor, for error messages."""
         return self._source.where(name)
 
+    def files(self) -> Sequence[ReadFile]:
+        """Returns the files from which tensors are read."""
+        return self._source.files()
+
 
 def refuse_pointer(path: Path) -> None:
     """Checks that a file is not a Git LFS pointer, the text that stands in for a large file.
@@ -133,3 +148,18 @@ def refuse_pointer(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(32).startswith(b"version https://git-lfs"):
             raise JaxtuneError(f"{path}: is a Git LFS pointer, not the file: run git lfs pull")
+
+
+def byte_range(shape: tuple[int, ...], size: int, rows: slice) -> tuple[int, int]:
+    """Returns the first byte and the last byte + 1 of rows of a tensor in C order.
+
+    Args:
+      shape: shape of the tensor.
+      size: its size in bytes.
+      rows: rows to read; ignored for a scalar.
+    """
+    if not shape or not size:
+        return 0, size
+    start, stop, _ = rows.indices(shape[0])
+    row = size // shape[0]
+    return start * row, max(start, stop) * row

@@ -15,6 +15,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     add_config(parser, help=f"{CONFIG_HELP}; not needed to resume a run")
     add_workdir(parser)
+    parser.add_argument(
+        "--accept-changes",
+        metavar="KEY[,KEY…]",
+        default="",
+        help="resume although these have changed since the run was last started: options such as "
+        "optimizer.learning_rate, model (the files of the base), tokenizer, data.train, data.eval, "
+        "chat, config or record; the history of the run lists them",
+    )
     add_processes(parser)
 
 
@@ -23,7 +31,8 @@ def run(arguments: argparse.Namespace) -> None:
     from jaxtune.training.train import train
 
     with joined(arguments, saves_on_sigterm=True) as leads:
-        directory = train(_config(arguments), arguments.workdir)
+        keys = [key.strip() for key in arguments.accept_changes.split(",") if key.strip()]
+        directory = train(_config(arguments), arguments.workdir, accept_changes=keys)
         if leads:
             print(f"done: {directory.steps_done()} steps, results in {directory.path}")
 

@@ -9,7 +9,7 @@ from jaxtune.config.adapter import AdapterConfig
 from jaxtune.config.data import DataConfig
 from jaxtune.config.files import load_file
 from jaxtune.config.model import MeshConfig, ModelConfig, QuantizeConfig
-from jaxtune.config.resolve import default, from_json, resolve
+from jaxtune.config.resolve import default, from_content, from_json, resolve
 from jaxtune.config.training import (
     CheckpointConfig,
     EvaluationConfig,
@@ -36,6 +36,7 @@ __all__ = [
     "QuantizeConfig",
     "TrainingConfig",
     "default",
+    "from_content",
     "from_json",
     "load_file",
     "resolve",

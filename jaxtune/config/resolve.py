@@ -77,7 +77,17 @@ def from_json(path: str | Path) -> Config:
       JaxtuneError: the file is not JSON, an unknown key, an invalid value, or the config of a
         model; the message names the file.
     """
-    tree = read_object(path)
+    return from_content(read_object(path), path)
+
+
+def from_content(content: Mapping[str, Any], path: str | Path) -> Config:
+    """Returns the config in the content of a ``config.json``; see `from_json`.
+
+    Args:
+      content: the parsed file.
+      path: path of the file, for errors.
+    """
+    tree = dict(content)
     if "model_type" in tree:
         raise JaxtuneError(f"{path}: the config of a model, not of a run")
     try:

@@ -223,6 +223,14 @@ class BatchLoader:
             )
         self._pass, self._step = number, step
 
+    def move_to(self, steps: int) -> None:
+        """Moves to the position after a number of batches, whatever order they came in."""
+        self._pass = 0
+        while steps >= (planned := self.order.plan(self._pass).steps):
+            steps -= planned
+            self._pass += 1
+        self._step = steps
+
 
 def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0

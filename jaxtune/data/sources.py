@@ -93,6 +93,26 @@ def absolute_sources(text: str) -> str:
     return joined if _entries(joined) == absolute else text
 
 
+def missing_sources(text: str) -> list[str]:
+    """Returns the entries of a list of sources with an absolute path that matches nothing."""
+    missing = []
+    for entry in _entries(text):
+        name, _ = _split_weight(entry)
+        if not name.startswith("/") or path_exists(name):
+            continue
+        stem, _, _ = name.partition(":")
+        found = glob.has_magic(name) and next(glob.iglob(name, recursive=True), None)  # noqa: PTH207
+        if not found and not path_exists(stem):
+            missing.append(name)
+    return missing
+
+
+def weights_of(text: str) -> list[str]:
+    """Returns the weights of a list of sources, such as ``@2``, of the entries that have one."""
+    weights = (_split_weight(entry)[1] for entry in _entries(text))
+    return [weight for weight in weights if weight]
+
+
 def _absolute(entry: str) -> str:
     if entry.startswith(PREFIX):
         return entry

@@ -226,6 +226,23 @@ def agree(value: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
+def process_index() -> int:
+    """Returns the index of this process, from 0."""
+    return jax.process_index()
+
+
+def process_count() -> int:
+    """Returns the number of processes."""
+    return jax.process_count()
+
+
+def gather(value: np.ndarray) -> np.ndarray:
+    """Returns the arrays of all processes, of one shape and dtype, as [processes, …]."""
+    if jax.process_count() == 1:
+        return value[None]
+    return np.asarray(multihost_utils.process_allgather(value), value.dtype)
+
+
 def fetch(tree: Any) -> Any:
     """Returns a pytree of arrays of any shape that this process can read whole."""
     if jax.process_count() == 1:

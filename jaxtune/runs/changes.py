@@ -9,6 +9,8 @@ from typing import Any
 
 from jaxtune.config import OPTIONS, Config, TrainingConfig
 from jaxtune.config.length import LENGTHS, length_unit
+from jaxtune.data.sources import weights_of
+from jaxtune.data.splits import parse_eval_sets
 from jaxtune.errors import JaxtuneError
 from jaxtune.strict_json import entry, expect, read_objects
 
@@ -25,6 +27,14 @@ FREE = frozenset(
 )
 """Options that do not change what is learned, so they may differ when a run is resumed."""
 
+LOCATIONS = frozenset(
+    [
+        *("model.path", "model.revision", "data.train", "data.eval", "data.revision"),
+        *("data.prompt_templates", "adapter.init_from", "adapter.expert_scores"),
+    ]
+)
+"""Options that say where an input is. They may differ if its content is that of the record."""
+
 _LENGTHS = frozenset(f"training.{name}" for name in LENGTHS)
 
 
@@ -34,10 +44,18 @@ def find_changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
 
 
-def resumed_config(run: Path, frozen: Config, given: Config) -> Config:
-    """Returns the config with which a run is resumed.
+def needs_acceptance(key: str, old: Any, new: Any) -> bool:
+    """Returns whether a change of an option passes only if it is accepted."""
+    if key in LOCATIONS:  # the names and weights of data sets are more than a location
+        if key == "data.train":
+            return weights_of(old) != weights_of(new)
+        return key == "data.eval" and [*parse_eval_sets(old)] != [*parse_eval_sets(new)]
+    return key not in FREE | _LENGTHS
 
-    The length may differ, in the unit in which the run began, and so may the options in `FREE`.
+
+def resumed_config(run: Path, frozen: Config, given: Config) -> Config:
+    """Returns the config with which a run is resumed; changes have been checked.
+
     Values that were derived from the devices are kept, unless an option in question has changed or
     is set on the command line to another value than the derived one.
 
@@ -47,14 +65,9 @@ def resumed_config(run: Path, frozen: Config, given: Config) -> Config:
       given: config to resume it with.
 
     Raises:
-      JaxtuneError: another option differs; the message lists the differences.
+      JaxtuneError: the length is in another unit than that of the run.
     """
     changes = find_changes(frozen, given)
-    if other := {key: pair for key, pair in changes.items() if key not in FREE | _LENGTHS}:
-        raise JaxtuneError(
-            f"{run}: contains a run with another config: {describe(other)}; resume it without a "
-            "config, or use another directory"
-        )
     unit, given_unit = length_unit(frozen.training), length_unit(given.training)
     if unit != given_unit:
         new, old = getattr(given.training, given_unit), getattr(frozen.training, unit)
@@ -93,7 +106,9 @@ def first_training(history: list[dict[str, Any]], config: Config) -> TrainingCon
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """Reads ``history.jsonl``: ``step`` and ``changes`` of each resume with another config.
+    """Reads ``history.jsonl``: ``step`` and ``changes`` of each resume with changes.
+
+    A line may have ``accepted``, the changes that `--accept-changes` named.
 
     Raises:
       JaxtuneError: a line is damaged; the message names file and line.
@@ -107,4 +122,7 @@ def read_history(path: Path) -> list[dict[str, Any]]:
             if len(expect(pair, list, f"{place}: {key}")) != 2:
                 raise JaxtuneError(f"{place}: {key}: not an old and a new value")
         lines.append({"step": entry(line, "step", int, place), "changes": changes})
+        if "accepted" in line:
+            keys = entry(line, "accepted", list, place)
+            lines[-1]["accepted"] = [expect(key, str, f"{place}: accepted") for key in keys]
     return lines

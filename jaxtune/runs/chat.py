@@ -63,7 +63,12 @@ def reader_options(data: DataConfig, chat: Chat) -> ReaderOptions:
 
 
 def create_run_chat(
-    run: RunDirectory, config: Config, base: Chat, clock: datetime.datetime | None = None
+    run: RunDirectory,
+    config: Config,
+    base: Chat,
+    clock: datetime.datetime | None = None,
+    *,
+    anew: bool = False,
 ) -> Chat:
     """Returns the chat settings of a run; a new run writes them first.
 
@@ -72,11 +77,12 @@ def create_run_chat(
       config: config of the run.
       base: chat settings of the model that the run starts from.
       clock: date and time of a new run; now by default.
+      anew: whether the chat settings of an existing run are replaced.
 
     Raises:
       JaxtuneError: ``data.chat_template`` cannot be read.
     """
-    if leads() and not run.chat.is_file():
+    if leads() and (anew or not run.chat.is_file()):
         _write(run, _apply_template(base, config.data), (), clock or now())
     barrier("chat.json is written")
     return _read(run, base)

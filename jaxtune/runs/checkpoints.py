@@ -28,7 +28,7 @@ from jaxtune.atomic_files import report_full_disk, write_atomically
 from jaxtune.errors import JaxtuneError, closest
 from jaxtune.parallel.processes import agree, leads
 from jaxtune.parallel.time_limits import start_time_limit
-from jaxtune.runs.paths import MANIFEST
+from jaxtune.runs.paths import EXTRA, MANIFEST
 from jaxtune.runs.stored_arrays import open_arrays
 from jaxtune.strict_json import entry, read_object
 
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 LARGE = 2**24  # bytes of an array from which on its layers are stored separately
 _NO_LIMIT = 7 * 24 * 3600  # seconds, for Orbax, which needs a number
-STATE, EXTRA, QUARANTINE = "state", "extra.json", "quarantine"
+STATE, QUARANTINE = "state", "quarantine"
 
 
 class Checkpoints:
@@ -311,6 +311,10 @@ class Checkpoints:
         except (ValueError, TypeError):
             return f"{MANIFEST} is damaged"
         present = _file_sizes(path)
+        if not listed:
+            return f"{MANIFEST} lists no files"
+        if unlisted := sorted(present.keys() - listed.keys()):
+            return f"{unlisted[0]} is not in {MANIFEST}"
         for name, (size, sha) in listed.items():
             if name not in present:
                 return f"{name} is missing"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import logging
@@ -17,15 +18,22 @@ from jaxtune.config import Config, from_json
 from jaxtune.errors import JaxtuneError
 from jaxtune.parallel.processes import barrier, leads
 from jaxtune.runs.changes import Changes, find_changes, read_history, resumed_config
-from jaxtune.runs.metrics import EVALUATIONS, METRICS
 from jaxtune.runs.paths import (
-    CHECKPOINTS,
-    CONFIG,
+    RunFiles,
     check_paths,
     finished_steps,
     with_absolute_paths,
     with_checkpoint,
 )
+from jaxtune.runs.record import Record
+from jaxtune.runs.resuming import (
+    check_config_exists,
+    check_stored,
+    checked_config,
+    find_record,
+    restore_config,
+)
+from jaxtune.runs.review import CONFIG_FILE, MODEL, Review
 from jaxtune.strict_json import entry, parse_json, read_object
 
 logger = logging.getLogger(__name__)
@@ -33,45 +41,23 @@ logger = logging.getLogger(__name__)
 LOCK = "lock"
 
 
-class RunDirectory:
+class RunDirectory(RunFiles):
     """The files of a run, and the operations on them.
 
     Any process may read. Only one run at a time trains in a directory, inside `start`, and only
     process 0 of that run writes.
     """
 
-    def __init__(self, path: str | Path):
-        """Sets the paths of the files; no file is read or written.
-
-        Args:
-          path: directory of the run, which may not exist yet.
-        """
-        self.path = Path(path)
-        self.config = self.path / CONFIG
-        self.fingerprint = self.path / "fingerprint.json"
-        self.chat = self.path / "chat.json"
-        self.history = self.path / "history.jsonl"
-        self.metrics = self.path / METRICS
-        self.evaluations = self.path / EVALUATIONS
-        self.checkpoints = self.path / CHECKPOINTS
-        self.adapter_last = self.path / "adapter" / "last"
-        self.adapter_best = self.path / "adapter" / "best"
-        self.description = self.path / "description.json"
-        self.result = self.path / "result.json"
-        self.expert_load = self.path / "expert_load.json"
-        self.expert_scores = self.path / "expert_scores.json"
-
-    def exists(self) -> bool:
-        """Returns whether the directory contains a run."""
-        return self.config.is_file()
+    recorded: Record | None = None  # read by `start`
 
     @contextlib.contextmanager
-    def start(self, config: Config | None = None) -> Iterator[Config]:
+    def start(self, config: Config | None = None, review: Review | None = None) -> Iterator[Config]:
         """Starts or resumes a run; locks the directory for the duration of the block.
 
         Args:
           config: resolved config of a new run; None to resume an existing one, or the config to
             resume it with (see `resumed_config`).
+          review: the accepted changes; none by default.
 
         Yields:
           The config of the run, with absolute paths. `record` writes what differs from
@@ -79,29 +65,37 @@ class RunDirectory:
 
         Raises:
           JaxtuneError: there is neither a config nor a run, an option must not change (the message
-            lists the differences), or another process is training in the directory.
+            lists the differences), a file of the run is missing, damaged or edited, or another
+            process is training in the directory.
         """
-        if config is None:
+        review = Review(self.path) if review is None else review
+        check_config_exists(self, review)
+        restores = review.accepts(CONFIG_FILE)
+        if config is None and not restores:
             self.read_config()  # raises if there is no run, before anything is created
-        else:
+        if config is not None:
             config = with_absolute_paths(config)
-        chosen = None if config is None else self._with_source(config)
+        chosen = None if config is None or restores else self._with_source(config)
         with contextlib.ExitStack() as held:
             if leads():
-                held.enter_context(self._hold(chosen))
+                held.enter_context(self._hold(chosen, review))
             barrier("the run's directory is ready")
             if not self.exists():
                 raise JaxtuneError(
                     f"{self.path}: created by process 0 but not visible to another process; the "
                     "directory must be on a file system that all processes share"
                 )
-            check_paths(self.read_config(), self.config)
-            frozen = with_absolute_paths(self.read_config())
-            if config is None:
-                yield frozen
-            else:
+            self.recorded = find_record(self, review)
+            check_stored(self, self.recorded, review)
+            frozen = self.read_config()
+            if config is not None:
                 # Only now with the checkpoint, which process 0 has chosen for all.
-                yield resumed_config(self.path, frozen, self._with_source(config))
+                config = self._with_source(config)
+            recorded = checked_config(self, frozen, self.recorded, config, review)
+            frozen = with_absolute_paths(frozen)
+            resumed = frozen if config is None else resumed_config(self.path, recorded, config)
+            check_paths(resumed, self.config)
+            yield resumed
 
     def _with_source(self, config: Config) -> Config:
         """Returns a config whose ``training.continue_from`` is a checkpoint.
@@ -124,11 +118,12 @@ class RunDirectory:
         return config
 
     @contextlib.contextmanager
-    def _hold(self, config: Config | None) -> Iterator[None]:
+    def _hold(self, config: Config | None, review: Review) -> Iterator[None]:
         """Locks the directory, writes the config of a new run, completes interrupted renames."""
         with report_full_disk(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         with _locked(self.path):
+            restore_config(self, review)
             fresh = config is not None and not self.exists()
             if config is not None and fresh:
                 with report_full_disk(self.path):
@@ -167,32 +162,55 @@ class RunDirectory:
         return read_history(self.history)
 
     def changes(self, config: Config) -> dict[str, tuple[Any, Any]]:
-        """Returns the options in which `config`, from `start`, differs from ``config.json``."""
-        return find_changes(with_absolute_paths(self.read_config()), config)
+        """Returns the options in which `config`, from `start`, differs from the recorded one."""
+        recorded = None if self.recorded is None else self.recorded.config
+        return find_changes(with_absolute_paths(recorded or self.read_config()), config)
 
-    def record(self, config: Config, changes: Changes) -> None:
-        """Writes the config with which a run continues, and its changes to ``history.jsonl``.
+    def record(self, record: Record, changes: Changes, accepted: Changes) -> None:
+        """Writes the record with which a run continues, its config, and changes to the history.
+
+        ``config.json`` is replaced after the record, which holds the config that is replaced until
+        then: a run that is killed in between has not been edited.
 
         Args:
-          config: result of `start`, with the values that were derived from the devices.
+          record: the new record.
           changes: result of `changes`.
+          accepted: the accepted changes; see `Review`.
         """
-        if not leads():
-            return
-        if changes:
-            self._add_history(changes)
-        if changes or config.derived != self.read_config().derived:
-            with report_full_disk(self.path):
-                write_atomically(self.config, config.to_json())
-        for key, (old, new) in sorted(changes.items()):
-            logger.info("%s: %s → %s", key, old, new)
+        if leads():
+            assert record.config is not None
+            if changes or accepted:
+                self._add_history({**accepted, **changes}, sorted(accepted))
+            before = self.read_config()
+            renewed = (before, before.derived) != (record.config, record.config.derived)
+            if renewed:
+                self._write_record(dataclasses.replace(record, replaced=before))
+                with report_full_disk(self.path):
+                    write_atomically(self.config, record.config.to_json())
+            self._write_record(record)
+            for key, (old, new) in sorted({**accepted, **changes}.items()):
+                logger.info("%s: %s → %s", key, old, new)
+        barrier("the record is written")
 
-    def _add_history(self, changes: Changes) -> None:
+    def _write_record(self, record: Record) -> None:
+        text = record.to_json()
+        if not self.fingerprint.is_file() or self.fingerprint.read_bytes() != text.encode():
+            with report_full_disk(self.path):
+                write_atomically(self.fingerprint, text)
+
+    def order_changed(self) -> int:
+        """Returns the last step at which a change of the data's order was accepted, or −1."""
+        kept = {MODEL, CONFIG_FILE}  # changes that leave the order as it is
+        lines = [line for line in self.read_history() if {*line.get("accepted", ())} - kept]
+        return max((line["step"] for line in lines), default=-1)
+
+    def _add_history(self, changes: Changes, accepted: list[str]) -> None:
         """Adds a line to ``history.jsonl``."""
         lines = self.read_history()
         # Tuples become lists, as in the lines that are read.
-        text = json.dumps({"step": self.steps_done(), "changes": dict(changes)})
-        line = parse_json(text.encode(), str(self.history))
+        values = {"step": self.steps_done(), "changes": dict(changes)}
+        values |= {"accepted": accepted} if accepted else {}
+        line = parse_json(json.dumps(values, default=str).encode(), str(self.history))
         # The same line is already there if the process was killed before it wrote the config.
         if line not in lines[-1:]:
             lines.append(line)
@@ -229,27 +247,6 @@ class RunDirectory:
                 "the model with --format merged"
             )
         raise JaxtuneError(f"{self.path}: the run has not saved an adapter yet")
-
-    def check_fingerprint(self, fingerprint: Mapping[str, str]) -> None:
-        """Stores the fingerprint of a new run, or compares it when a run is resumed.
-
-        Args:
-          fingerprint: hashes of the inputs by name: data, tokenizer, base model.
-
-        Raises:
-          JaxtuneError: an input has changed since the run started; the message lists the changes.
-        """
-        fingerprint = dict(fingerprint)
-        if leads() and not self.fingerprint.is_file():
-            self._write_json(self.fingerprint, fingerprint)
-        barrier("the fingerprint is written")
-        stored = read_object(self.fingerprint)
-        if changes := _format_changes(stored, fingerprint):
-            advice = f"; a new run with training.continue_from={self.path} trains on other data"
-            raise JaxtuneError(
-                f"{self.path}: cannot resume exactly: the inputs of the run have changed: {changes}"
-                + (advice if "data.train" in changes else "")
-            )
 
     def replace_directory(self, target: Path, write: Callable[[Path], Any]) -> None:
         """Replaces a directory atomically.
@@ -320,12 +317,3 @@ def _locked(directory: Path) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
-
-
-def _format_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Returns ``"key: old → new, …"`` with the start of the hashes that differ; may be empty."""
-    return ", ".join(
-        f"{key}: {str(old.get(key, 'absent'))[:12]} → {str(new.get(key, 'absent'))[:12]}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    )

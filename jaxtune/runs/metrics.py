@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,10 +16,12 @@ from tensorboardX import SummaryWriter
 from jaxtune.atomic_files import write_atomically
 from jaxtune.errors import JaxtuneError
 from jaxtune.parallel.processes import leads
-from jaxtune.strict_json import entry, read_objects
+from jaxtune.runs.paths import CHECKPOINTS, EVALUATIONS, EXTRA, METRICS
+from jaxtune.strict_json import entry, read_object, read_objects
 
-METRICS, EVALUATIONS, TENSORBOARD = "metrics.jsonl", "evaluations.jsonl", "tensorboard"
-SAMPLES = "samples.jsonl"
+SAMPLES, TENSORBOARD = "samples.jsonl", "tensorboard"
+_MOST_STEPS = 10**8  # in a range of a checkpoint, which may be damaged
+_logger = logging.getLogger(__name__)
 
 
 class MetricLog:
@@ -49,11 +52,18 @@ class MetricLog:
         self._evaluations: TextIO | None = None
         self._wandb: Any = None
         self._samples: Path | None = None
+        self._logged: dict[str, Steps] = {}
         if not leads():
             return
         self._samples = directory / SAMPLES
         for name in (METRICS, EVALUATIONS, SAMPLES):
             _drop_after(directory / name, resume_step)
+        self._logged = {
+            name: Steps(line["step"] for line in read_lines(directory / name))
+            for name in (METRICS, EVALUATIONS)
+        }
+        if resume_step:
+            self._report_lost(directory, resume_step)
         self._metrics = (directory / METRICS).open("a", encoding="utf-8", buffering=1)
         self._evaluations = (directory / EVALUATIONS).open("a", encoding="utf-8", buffering=1)
         if tensorboard:
@@ -78,10 +88,14 @@ class MetricLog:
             a skipped step also None and text, which are written to ``metrics.jsonl`` only.
         """
         self._write(self._metrics, "train", step, values)
+        if leads():
+            self._logged[METRICS].add(step)
 
     def evaluation(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes the scores of an evaluation after `step` steps, finite numbers by name."""
         self._write(self._evaluations, "evaluation", step, values)
+        if leads():
+            self._logged[EVALUATIONS].add(step)
 
     def samples(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
         """Writes generated answers to held-out prompts after `step` steps."""
@@ -99,6 +113,26 @@ class MetricLog:
         if self._wandb is not None:
             self._wandb.finish()
 
+    def logged(self) -> dict[str, list[list[int]]]:
+        """Returns the steps that have a line, as ranges by file; a checkpoint stores them."""
+        return {name: steps.ranges() for name, steps in self._logged.items()}
+
+    def _report_lost(self, directory: Path, step: int) -> None:
+        """Warns of lines that the files had when a checkpoint was saved, and have no longer."""
+        extra = directory / CHECKPOINTS / str(step) / EXTRA
+        stored = read_object(extra).get("logged") if extra.is_file() else None
+        lost = []
+        for name, ranges in stored.items() if isinstance(stored, dict) else ():
+            found = self._logged[name].ranges() if name in self._logged else []
+            missing = Steps(expand(ranges) - expand(found))
+            if missing:
+                lost.append(f"{name} lacks the lines of steps {missing}")
+        if lost:
+            _logger.warning(
+                "%s: %s: deleted or cut since they were written, and not computed again",
+                *(directory, "; ".join(lost)),
+            )
+
     def _write(
         self, file: TextIO | None, prefix: str, step: int, values: Mapping[str, Any]
     ) -> None:
@@ -115,6 +149,52 @@ class MetricLog:
                 self._events.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
+
+
+class Steps:
+    """A set of steps that compares and prints as ranges, such as ``1–5, 8``."""
+
+    def __init__(self, steps: Iterable[int] = ()):
+        """Collects steps in any order."""
+        self._ranges: list[list[int]] = []
+        for step in sorted(set(steps)):
+            self.add(step)
+
+    def add(self, step: int) -> None:
+        """Adds a step after all others, or one that is the last."""
+        last = self._ranges[-1] if self._ranges else None
+        if last is None:
+            self._ranges.append([step, step, 1])
+        elif last[0] == last[1] < step:
+            last[1], last[2] = step, step - last[0]
+        elif step == last[1] + last[2]:
+            last[1] = step
+        elif step > last[1]:
+            self._ranges.append([step, step, 1])
+
+    def __bool__(self) -> bool:
+        return bool(self._ranges)
+
+    def __str__(self) -> str:
+        shown = [
+            str(first) if first == last else f"{first}–{last}" + (f" by {by}" if by > 1 else "")
+            for first, last, by in self._ranges
+        ]
+        return ", ".join(shown[:5]) + (", …" if len(shown) > 5 else "")
+
+    def ranges(self) -> list[list[int]]:
+        """Returns the ranges as [first, last, distance]."""
+        return [list(each) for each in self._ranges]
+
+
+def expand(ranges: Iterable[Any]) -> set[int]:
+    """Returns the steps in ranges of `Steps.ranges`, of which damaged ones are left out."""
+    steps: set[int] = set()
+    for each in ranges:
+        match each:
+            case [int(first), int(last), int(by)] if by > 0 and last - first < _MOST_STEPS:
+                steps |= set(range(first, last + 1, by))
+    return steps
 
 
 def check_wandb(project: str) -> None:

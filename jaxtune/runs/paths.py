@@ -6,11 +6,12 @@ from pathlib import Path
 
 from jaxtune.chats.builtin import built_in_templates
 from jaxtune.config import Config
-from jaxtune.data.sources import absolute_sources, path_exists
+from jaxtune.data.sources import absolute_sources, missing_sources, path_exists
 from jaxtune.data.splits import parse_eval_sets
 from jaxtune.errors import JaxtuneError
 
 CONFIG, CHECKPOINTS, MANIFEST = "config.json", "checkpoints", "manifest.json"
+METRICS, EVALUATIONS, EXTRA = "metrics.jsonl", "evaluations.jsonl", "extra.json"
 _PATHS = (
     "model.path",
     "data.prompt_templates",
@@ -21,6 +22,40 @@ _PATHS = (
 """Options that name one file or directory, or something that is not a path, such as a hub id."""
 _COPIED = ("data.chat_template",)
 """Options that name a file of which a run stores a copy."""
+_DATA = ("data.train", "data.eval")
+
+
+class RunFiles:
+    """The paths of the files of a run."""
+
+    def __init__(self, path: str | Path):
+        """Sets the paths; no file is read or written.
+
+        Args:
+          path: directory of the run, which may not exist yet.
+        """
+        self.path = Path(path)
+        self.config = self.path / CONFIG
+        self.fingerprint = self.path / "fingerprint.json"
+        self.chat = self.path / "chat.json"
+        self.history = self.path / "history.jsonl"
+        self.metrics = self.path / METRICS
+        self.evaluations = self.path / EVALUATIONS
+        self.checkpoints = self.path / CHECKPOINTS
+        self.adapter_last = self.path / "adapter" / "last"
+        self.adapter_best = self.path / "adapter" / "best"
+        self.description = self.path / "description.json"
+        self.result = self.path / "result.json"
+        self.expert_load = self.path / "expert_load.json"
+        self.expert_scores = self.path / "expert_scores.json"
+
+    def exists(self) -> bool:
+        """Returns whether the directory contains a run."""
+        return self.config.is_file()
+
+    def has_checkpoints(self) -> bool:
+        """Returns whether there is any checkpoint, finished or not, damaged or not."""
+        return self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
 
 
 def with_absolute_paths(config: Config) -> Config:
@@ -88,7 +123,7 @@ def with_checkpoint(config: Config) -> Config:
 
 
 def check_paths(config: Config, place: Path) -> None:
-    """Raises if an absolute path of a stored config no longer exists.
+    """Raises if an absolute path of the config of a run no longer exists.
 
     Args:
       config: config of a run.
@@ -98,10 +133,16 @@ def check_paths(config: Config, place: Path) -> None:
       JaxtuneError: a file or directory is missing; the message names the key.
     """
     values = config.flat()
-    for key in (key for key in _PATHS if key not in _COPIED):
-        value = str(values[key])
-        if value.startswith("/") and not path_exists(value):
-            raise JaxtuneError(
-                f"{place}: {key}={value}: no such file or directory; if it has moved, correct the "
-                "path in this file"
-            )
+    missing = [
+        (key, str(values[key]))
+        for key in (key for key in _PATHS if key not in _COPIED)
+        if str(values[key]).startswith("/") and not path_exists(str(values[key]))
+    ]
+    missing += [("data.train", name) for name in missing_sources(config.data.train)]
+    for text in parse_eval_sets(config.data.eval).values():
+        missing += [("data.eval", name) for name in missing_sources(text)]
+    for key, name in missing:
+        raise JaxtuneError(
+            f"{place}: {key}={name}: no such file or directory; if it has moved, pass its new path "
+            f"with --config.{key}=NEW (its content must be the same)"
+        )

@@ -20,7 +20,7 @@ from jaxtune.runs.chat import load_run_chat
 from jaxtune.runs.checkpoints import Checkpoints
 from jaxtune.runs.directory import RunDirectory
 from jaxtune.runs.paths import with_absolute_paths
-from jaxtune.strict_json import read_object
+from jaxtune.runs.record import read_record
 from jaxtune.training.optimizer import make_optimizer
 from jaxtune.training.setup import Setup
 from jaxtune.training.state import TrainState, state_like
@@ -60,18 +60,12 @@ def source_run(config: Config) -> SourceRun:
     return SourceRun(run, run.read_config(), int(checkpoint.name))
 
 
-def check_source_run(setup: Setup, inputs: Mapping[str, str]) -> None:
-    """Raises if the state of ``training.continue_from`` does not fit a new run.
-
-    Args:
-      setup: setup of the new run.
-      inputs: fingerprint of the new run.
+def check_source_config(config: Config) -> None:
+    """Raises if the config of a new run does not fit the state of ``training.continue_from``.
 
     Raises:
-      JaxtuneError: the adapter, the optimizer or the model differs; the message lists the
-        differences.
+      JaxtuneError: the adapter or the optimizer differs; the message lists the differences.
     """
-    config = setup.config
     if not config.training.continue_from:
         return
     source = source_run(config)
@@ -80,12 +74,32 @@ def check_source_run(setup: Setup, inputs: Mapping[str, str]) -> None:
         for key, pair in find_changes(with_absolute_paths(source.config), config).items()
         if key in _STATE_OPTIONS or (key.startswith("adapter.") and key not in _FREE)
     }
-    where = f"training.continue_from={source.run.path}"
     if changes:
-        raise JaxtuneError(f"{where}: must be as in that run: {describe(changes)}")
-    stored = read_object(source.run.fingerprint)
+        raise JaxtuneError(
+            f"training.continue_from={source.run.path}: must be as in that run: {describe(changes)}"
+        )
+
+
+def check_source_run(setup: Setup, inputs: Mapping[str, str]) -> None:
+    """Raises if the state of ``training.continue_from`` does not fit a new run.
+
+    Args:
+      setup: setup of the new run.
+      inputs: fingerprint of the new run.
+
+    Raises:
+      JaxtuneError: the model or a seed differs; the message lists the differences.
+    """
+    config = setup.config
+    if not config.training.continue_from:
+        return
+    source = source_run(config)
+    where = f"training.continue_from={source.run.path}"
+    record = read_record(source.run.fingerprint)
+    if record is None:
+        raise JaxtuneError(f"{where}: that run has no record ({source.run.fingerprint.name})")
     for name in ("model", "tokenizer"):
-        if stored.get(name) != inputs[name]:
+        if record.inputs.get(name) != inputs[name]:
             raise JaxtuneError(
                 f"{where}: the {name} of that run differs ({source.config.model.path} there, "
                 f"{config.model.path} here)"
@@ -97,6 +111,21 @@ def check_source_run(setup: Setup, inputs: Mapping[str, str]) -> None:
             f"{setup.method.name} depend on it: {seeds[0]} → {seeds[1]}"
         )
     logger.info("continuing from %s after step %d", source.run.path, source.step)
+
+
+def check_seed(setup: Setup, changes: Mapping[str, tuple[Any, Any]]) -> None:
+    """Raises if a run is resumed with a seed that changes arrays which are not in its checkpoints.
+
+    Args:
+      setup: setup of the run.
+      changes: changes of the config since the run was last started.
+    """
+    seeds = changes.get("training.seed")
+    if seeds and not _same_constants(setup, *seeds):
+        raise JaxtuneError(
+            f"training.seed: {seeds[0]} → {seeds[1]}: arrays of adapter.method={setup.method.name} "
+            "depend on it, so the run cannot be resumed with another one"
+        )
 
 
 def _same_constants(setup: Setup, *seeds: int) -> bool:

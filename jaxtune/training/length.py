@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import optax
 
+from jaxtune.config import Config
 from jaxtune.config.length import length_unit
 from jaxtune.errors import JaxtuneError
 from jaxtune.runs.changes import first_training
@@ -19,6 +20,29 @@ from jaxtune.training.optimizer import count_steps, make_schedule
 from jaxtune.training.setup import Setup
 
 logger = logging.getLogger(__name__)
+
+
+def check_length(run: RunDirectory, config: Config, changes: Mapping[str, tuple[Any, Any]]) -> None:
+    """Raises if a new length in steps is below the finished ones; others are checked later.
+
+    Args:
+      run: directory of the run.
+      config: config of the run.
+      changes: changes of the config since the run was last started.
+
+    Raises:
+      JaxtuneError: the run has done more steps.
+    """
+    done, steps = run.steps_done(), config.training.steps
+    if length_unit(config.training) == "steps" and "training.steps" in changes and steps < done:
+        raise _too_short("training.steps", steps, done)
+
+
+def _too_short(key: str, value: Any, done: int, steps: int | None = None) -> JaxtuneError:
+    counted = "" if steps is None else f", and this is {steps}"
+    return JaxtuneError(
+        f"{key}={value}: the run has done {done} steps already{counted}; give at least as many"
+    )
 
 
 def with_length(
@@ -44,10 +68,7 @@ def with_length(
     steps = timeline.total_steps(training)
     key = f"training.{unit}"
     if key in changes and steps < done:
-        raise JaxtuneError(
-            f"{key}={getattr(training, unit)}: the run has done {done} steps already"
-            f"{'' if unit == 'steps' else f', and this is {steps}'}; give at least as many"
-        )
+        raise _too_short(key, getattr(training, unit), done, steps)
     first = timeline.total_steps(first_training(run.read_history(), run.read_config()))
     warmup = None
     if first != steps and isinstance(optimizer.warmup_steps, float):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import datetime
 import functools
-import hashlib
-import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
@@ -45,7 +44,10 @@ from jaxtune.runs.chat import (
 from jaxtune.runs.checkpoints import Checkpoints
 from jaxtune.runs.directory import RunDirectory
 from jaxtune.runs.metrics import check_wandb
+from jaxtune.runs.review import Review
 from jaxtune.training.continue_from import (
+    check_seed,
+    check_source_config,
     check_source_run,
     continued_chat,
     continued_state,
@@ -57,7 +59,7 @@ from jaxtune.training.evaluation import (
     held_out_batches,
     score_names,
 )
-from jaxtune.training.length import with_length
+from jaxtune.training.length import check_length, with_length
 from jaxtune.training.loop.callbacks import Callback, check_callbacks
 from jaxtune.training.loop.early_stopping import check_metric
 from jaxtune.training.loop.profile import profile_window
@@ -67,6 +69,7 @@ from jaxtune.training.run_summary import SplitSummary, summarize
 from jaxtune.training.score_experts import score_experts
 from jaxtune.training.setup import Setup, set_up
 from jaxtune.training.step import CompiledStep
+from jaxtune.training.verification import Verification, fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,6 +84,7 @@ def train(
     clock: datetime.datetime | None = None,
     rows: Mapping[str, Any] | None = None,
     callbacks: Sequence[Callback] = (),
+    accept_changes: Collection[str] = (),
 ) -> RunDirectory:
     """Trains a new run, or resumes the run in `workdir`.
 
@@ -90,6 +94,8 @@ def train(
       clock: date and time that the chat template of a new run prints; now by default.
       rows: rows in memory by their entry in ``data.train`` or ``data.eval``; see `find_sources`.
       callbacks: callbacks, called in this order.
+      accept_changes: keys of changes with which a run is resumed although it does not continue
+        exactly; see `Review`.
 
     Returns:
       The directory of the run, with all its files.
@@ -101,13 +107,19 @@ def train(
         raise JaxtuneError("workdir is empty: name a directory for the run")
     check_callbacks(callbacks)
     run = RunDirectory(workdir)
-    with run.start(config) as config:
+    review = Review(run.path, accept_changes)
+    with run.start(config, review) as config, contextlib.ExitStack() as checks:
         changes = run.changes(config)
+        check_length(run, config, changes)
         check_wandb(config.logging.wandb)
         profile_window(config.profile.steps)
-        source = open_model(config.model.path, config.model.revision).source
+        if not run.steps_done():
+            check_source_config(config)
+        verification = checks.enter_context(Verification(run, config, review))
+        source = verification.model.source
         check_sources(config.data, rows)
-        chat = create_run_chat(run, config, _initial_chat(run, config, source), clock)
+        base = _initial_chat(run, config, source)
+        chat = create_run_chat(run, config, base, clock, anew=review.renews_chat())
         tokenizer = chat.tokenizer
         options = reader_options(config.data, chat) | {"rows": rows}
         read = functools.cache(lambda: data_reader(config, source, tokenizer, **options).splits())
@@ -124,12 +136,14 @@ def train(
         setup = with_length(setup, run, timeline, changes)
         logger.info("training for %s", timeline.describe(setup.steps))
         inputs = fingerprint(source, tokenizer, splits.train, splits.held_out)
+        verification.check_inputs(inputs)
+        check_seed(setup, changes)
         if not run.steps_done():
             check_source_run(setup, inputs)
         model = _load(setup, source, stored, tokenizer)
         # Recorded only now, so that a run whose inputs have errors can be started again.
-        run.check_fingerprint(inputs)
-        run.record(setup.config, changes)
+        run.record(verification.finish(setup.config), changes, review.accepted)
+        checks.close()
         _write_summary(run, setup, splits.train, splits.held_out, loader)
         with jax.set_mesh(setup.mesh), out_of_memory_named(setup):
             trainer = Trainer(
@@ -141,6 +155,7 @@ def train(
                 timeline=timeline,
                 callbacks=callbacks,
                 begin=continued_state(setup),
+                moved=run.order_changed(),
             )
             trainer.fit(setup.initial_state(model.trainable))
     return run
@@ -351,24 +366,6 @@ def _adapter_writer(
     return write
 
 
-def fingerprint(
-    source: TensorSource,
-    tokenizer: PreTrainedTokenizerBase | None,
-    examples: Examples,
-    held_out: Examples | None,
-) -> dict[str, str]:
-    """Returns hashes of the inputs of a run other than its config."""
-    shapes = {name: source.shape(name) for name in source.names()}
-    model = json.dumps([source.config, shapes], sort_keys=True, default=str)
-    text = "" if tokenizer is None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return {
-        "model": _hash(model),
-        "tokenizer": _hash(text),
-        "data.train": examples.fingerprint(),
-        "data.eval": held_out.fingerprint() if held_out else "",
-    }
-
-
 def trained_arrays(run: RunDirectory, like: Tree, which: str = "last") -> Tree:
     """Opens the trainables of an undamaged checkpoint of a run; nothing is read yet.
 
@@ -389,7 +386,3 @@ def trained_arrays(run: RunDirectory, like: Tree, which: str = "last") -> Tree:
             raise JaxtuneError(f"{run.path}: the run has no checkpoint yet")
         step = checkpoints.best_step(step) if which == "best" else step
         return checkpoints.open_part(step, "trainable", like)
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -65,17 +65,6 @@ def test_a_config_that_is_not_json_is_named(tmp_path):
         run.read_config()
 
 
-def test_changed_inputs_are_refused_with_the_differences(tmp_path):
-    run = RunDirectory(tmp_path)
-    run.check_fingerprint({"data.train": "aa", "tokenizer": "bb", "gone": "cc"})
-    run.check_fingerprint({"tokenizer": "bb", "data.train": "aa", "gone": "cc"})
-    with pytest.raises(JaxtuneError) as error:
-        run.check_fingerprint({"data.train": "zz", "tokenizer": "bb", "new": "dd"})
-    changes = "data.train: aa → zz, gone: cc → absent, new: absent → dd"
-    advice = f"; a new run with training.continue_from={tmp_path} trains on other data"
-    assert str(error.value).endswith(changes + advice)
-
-
 HOLD = """
 import sys
 from jaxtune.runs.directory import RunDirectory

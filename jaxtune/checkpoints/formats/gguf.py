@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from jaxtune.checkpoints.formats.gguf_header import TensorInfo, read_header
-from jaxtune.checkpoints.source import ALL
+from jaxtune.checkpoints.source import ALL, ReadFile, byte_range
 from jaxtune.errors import JaxtuneError, closest, lookup
 from jaxtune.layers.rope import rope_from_config
 from jaxtune.quant import Format
@@ -83,6 +84,7 @@ class GGUFSource:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self.on_read: Callable[[int, int], None] | None = None
         self._metadata, infos = read_header(self.path)
         place = f"{self.path}: general.architecture"
         self._architecture = str(self._metadata.get("general.architecture", ""))
@@ -118,6 +120,10 @@ class GGUFSource:
         """Returns the file that holds a tensor, for messages."""
         self._info(name)
         return str(self.path)
+
+    def files(self) -> Sequence[ReadFile]:
+        """Returns the file."""
+        return [self]
 
     def read(self, name: str, rows: slice = ALL) -> np.ndarray:
         """Decodes one tensor.
@@ -170,6 +176,12 @@ class GGUFSource:
         """Returns a tensor, or chosen rows of a matrix, in the file's order, in float32."""
         if not info.size:
             return np.zeros(info.shape, np.float32)[chosen]
+        if self.on_read is not None:
+            rows = chosen
+            if not isinstance(rows, slice):  # the rows of a head are interleaved
+                rows = slice(int(rows.min()), int(rows.max()) + 1) if rows.size else slice(0)
+            first, last = byte_range(info.shape, info.size, rows)
+            self.on_read(info.offset + first, info.offset + last)
         packed = np.memmap(self.path, np.uint8, "r", info.offset, (info.size,))
         if info.block_type == GGMLQuantizationType.F32:
             return packed.view("<f4").reshape(info.shape)[chosen]

@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxtune.checkpoints.source import ALL, refuse_pointer
+from jaxtune.checkpoints.source import ALL, byte_range, refuse_pointer
 from jaxtune.errors import JaxtuneError
 from jaxtune.strict_json import parse_json
 
@@ -51,6 +51,7 @@ class SafetensorsFile:
           JaxtuneError: the file is missing, truncated or not a valid safetensors file.
         """
         self.path = path
+        self.on_read: Callable[[int, int], None] | None = None
         if not path.is_file():
             raise JaxtuneError(f"{path}: no such file")
         refuse_pointer(path)
@@ -93,6 +94,9 @@ class SafetensorsFile:
         """
         start, stop = self._entries[name]["data_offsets"]
         dtype = self.dtype(name)
+        if self.on_read is not None:
+            first, last = byte_range(self.shape(name), stop - start, rows)
+            self.on_read(self._start + start + first, self._start + start + last)
         flat = np.frombuffer(
             self._map, dtype, (stop - start) // dtype.itemsize, self._start + start
         )

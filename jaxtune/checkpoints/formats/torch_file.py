@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import mmap
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -21,7 +22,7 @@ import numpy as np
 from jaxtune.checkpoints.formats.torch_names import STORAGES, Storage, TensorRecord
 from jaxtune.checkpoints.formats.torch_pickle import ANOTHER_WAY, printable, read_state_dict
 from jaxtune.checkpoints.formats.zip_directory import Member, read_directory
-from jaxtune.checkpoints.source import ALL, refuse_pointer
+from jaxtune.checkpoints.source import ALL, byte_range, refuse_pointer
 from jaxtune.errors import JaxtuneError
 
 PICKLE_BYTES = 128 * 2**20
@@ -48,6 +49,14 @@ class _Entry(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
+    def extent(self) -> int:
+        """Number of bytes from the first value to the end of the last in the file."""
+        if 0 in self.shape:
+            return 0
+        steps = zip(self.shape, self.strides, strict=True)
+        return sum((length - 1) * stride for length, stride in steps) + self.dtype.itemsize
+
+    @property
     def contiguous(self) -> bool:
         """Whether the values are contiguous in C order and aligned in the file."""
         size = self.dtype.itemsize
@@ -71,6 +80,7 @@ class TorchFile:
           JaxtuneError: the file is missing or not a zip file with a state dict of plain tensors.
         """
         self.path = path
+        self.on_read: Callable[[int, int], None] | None = None
         if not path.is_file():
             raise JaxtuneError(f"{path}: no such file")
         refuse_pointer(path)
@@ -176,7 +186,12 @@ class TorchFile:
         The array is read-only: a view of the file, or a copy if it is not contiguous or aligned.
         `rows` is ignored for a scalar.
         """
-        dtype, shape, offset, strides = self._entries[name]
+        dtype, shape, offset, strides = entry = self._entries[name]
+        if self.on_read is not None:
+            first, last = 0, entry.extent
+            if entry.contiguous:
+                first, last = byte_range(shape, entry.nbytes, rows)
+            self.on_read(offset + first, offset + last)
         if 0 in shape:
             value = np.empty(shape, dtype)
         else:

@@ -180,6 +180,7 @@ class Actions:
                 "loader": self.loader.state(),
                 "tally": dataclasses.asdict(self.tally),
                 "stopping": self.stopping._asdict(),
+                "logged": self.log.logged(),
             }
             self.checkpoints.wait()
             self.announce()

@@ -51,6 +51,9 @@ class Loader(Protocol):
     def restore(self, state: dict[str, Any]) -> None:
         """Restores a position returned by `state`."""
 
+    def move_to(self, steps: int) -> None:
+        """Moves to the position after a number of batches."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
@@ -72,6 +75,8 @@ class Trainer:
       timeline: progress through the data, for intervals in epochs or tokens.
       callbacks: callbacks of the user.
       begin: changes the initial state of a run without a checkpoint; may donate it.
+      moved: the last step at which the order of the data was changed; from checkpoints up to it,
+        the loader is moved to the same number of steps of the new order.
     """
 
     step: Callable[[Any, Any], tuple[Any, Mapping[str, jax.Array]]]
@@ -84,6 +89,7 @@ class Trainer:
     timeline: Timeline | None = None
     callbacks: Sequence[Callback] = ()
     begin: Callable[[Any], Any] | None = None
+    moved: int = -1
 
     def fit(self, state: Any) -> Any:
         """Trains to the end, from the newest undamaged checkpoint of the run if there is one.
@@ -115,7 +121,7 @@ class Trainer:
             _log_interrupt(checkpoints, run),
         ):
             stopping = stop_settings(config.evaluation, steps)
-            state, tally, resumed = _resume(state, self.loader, checkpoints, stopping)
+            state, tally, resumed = _resume(state, self.loader, checkpoints, stopping, self.moved)
             if self.save_adapter is None:
                 checkpoints.pinned = tally.best_step
             if resumed is None and self.begin is not None:
@@ -180,7 +186,7 @@ class Trainer:
 
 
 def _resume(
-    state: Any, loader: Loader, checkpoints: Checkpoints, stopping: StopSettings
+    state: Any, loader: Loader, checkpoints: Checkpoints, stopping: StopSettings, moved: int
 ) -> tuple[Any, Tally, int | None]:
     """Returns the state and tally of the newest checkpoint, and its step; without one, `state`, an
     empty tally and None."""
@@ -193,7 +199,10 @@ def _resume(
     for leaf in jax.tree.leaves(state):
         leaf.delete()  # a restore next to it would need the memory of two states
     state, extra = checkpoints.restore(latest, like)
-    loader.restore(extra["loader"])
+    if latest <= moved:
+        loader.move_to(latest)
+    else:
+        loader.restore(extra["loader"])
     logger.info("resuming after step %d, from %s", latest, checkpoints.directory)
     tally = Tally(**extra["tally"])
     if "stopping" in extra:  # checkpoints of earlier versions lack it

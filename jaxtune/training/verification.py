@@ -1,0 +1,227 @@
+"""Compares the inputs of a run with its record: before they are read, and while they are read."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jaxtune.checkpoints.blocks import BLOCK, hash_file
+from jaxtune.checkpoints.huggingface import resolve_path
+from jaxtune.checkpoints.open_model import OpenModel, open_model
+from jaxtune.checkpoints.source import TensorSource
+from jaxtune.config import Config
+from jaxtune.data import Examples
+from jaxtune.errors import JaxtuneError
+from jaxtune.parallel.processes import gather
+from jaxtune.runs.base import recorded_revision
+from jaxtune.runs.directory import RunDirectory
+from jaxtune.runs.inventory import BaseRecord, Inventory, file_differences, listed
+from jaxtune.runs.record import Record, hash_json, hash_value, read_record
+from jaxtune.runs.review import MODEL, Review, short
+from jaxtune.training.continue_from import source_run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+class Verification:
+    """The checks of one start of a run; a context manager.
+
+    Sizes, headers and small files of the base are compared when it is opened. Within the block,
+    every block of its files that is read is hashed by another thread; `finish` compares them.
+
+    Attributes:
+      model: the opened base model.
+    """
+
+    def __init__(self, run: RunDirectory, config: Config, review: Review):
+        """Opens the base of a run, by the commit that the run has recorded.
+
+        Args:
+          run: directory of the run, started.
+          config: config of the run.
+          review: the accepted changes.
+
+        Raises:
+          JaxtuneError: the base cannot be opened, or has changed.
+        """
+        self._run, self._config, self._review = run, config, review
+        self._seconds = 0.0
+        self._open = contextlib.ExitStack()
+        self._inputs: dict[str, str] = {}
+        path, revision = config.model.path, recorded_revision(run.recorded, config.model)
+        directory = resolve_path(path, revision)
+        with self._timed():
+            self._expected, self._place = self._expectation()
+            if self._expected is not None:
+                self._compare(file_differences(directory, self._expected))
+        self.model: OpenModel = open_model(path, revision)
+        with self._timed():
+            block = BLOCK if self._expected is None else self._expected.block
+            self._inventory = Inventory(self.model, block)
+            self._check_shapes()
+            if self._expected is not None:
+                self._compare(self._inventory.differences(self._expected))
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self._seconds += time.perf_counter() - begin
+
+    def _expectation(self) -> tuple[BaseRecord | None, str]:
+        """Returns the record that the base must match, and the option that asks for another's."""
+        if self._run.recorded is not None:
+            return self._run.recorded.base, ""
+        if not self._config.training.continue_from or self._run.has_checkpoints():
+            return None, ""
+        source = source_run(self._config).run
+        record = read_record(source.fingerprint)
+        if record is None or record.base is None:
+            logger.warning(
+                "%s: holds no hashes of the base model, so whether this run has the same base is "
+                "not checked",
+                source.fingerprint,
+            )
+            return None, ""
+        return record.base, f"training.continue_from={source.path}"
+
+    def _compare(self, differences: list[str]) -> None:
+        """Raises if the base differs and that is not accepted; accepted ones are not compared."""
+        if not differences or self._expected is None:
+            return
+        path, expected = self._config.model.path, self._expected
+        if self._place:
+            raise JaxtuneError(
+                f"{self._place}: the base model of that run differs from {path}: "
+                f"{listed(differences)}"
+            )
+        self._review.check_text(
+            MODEL,
+            f"cannot resume exactly: the base model {path} has changed: {listed(differences)}",
+            (expected.digest()[:12], listed(differences)),
+        )
+        self._expected = None
+
+    def _check_shapes(self) -> None:
+        """Raises if the tensors of the base are not those of the run, which cannot be accepted."""
+        recorded = self._run.recorded
+        if recorded is None or recorded.base is None:
+            return
+        if self._inventory.shapes != recorded.base.shapes:
+            raise JaxtuneError(
+                f"{self._run.path}: cannot be resumed: the base model {self._config.model.path} "
+                "has other tensors than that of the run, so its checkpoints would not fit"
+            )
+
+    def __enter__(self) -> Verification:
+        self._hashes = self._open.enter_context(self._inventory.hashing())
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._open.close()
+
+    def check_inputs(self, inputs: Mapping[str, str]) -> None:
+        """Compares hashes of the inputs with the record, and between the processes.
+
+        Args:
+          inputs: result of `fingerprint`.
+
+        Raises:
+          JaxtuneError: an input has changed since the run started, or a key of the accepted changes
+            is not needed.
+        """
+        with self._timed():
+            self._inputs = dict(inputs) | self._own_hashes()
+            _check_processes(self._inputs)
+        recorded = self._run.recorded
+        if recorded is not None:
+            names = [*inputs, "adapter.init_from"]
+            if recorded.base is not None:
+                names.remove(MODEL)  # compared file by file
+            old = {name: recorded.inputs[name] for name in names if name in recorded.inputs}
+            new = {name: self._inputs[name] for name in names if name in self._inputs}
+            changes = short(old, new)
+            self._review.check(
+                changes,
+                "cannot resume exactly: the inputs of the run have changed",
+                f"a new run with training.continue_from={self._run.path} trains on other data"
+                if "data.train" in changes
+                else "restore them",
+            )
+        self._review.finish(later=[MODEL])
+
+    def _own_hashes(self) -> dict[str, str]:
+        hashes = {"chat": hash_json(self._run.chat)}
+        if self._run.expert_scores.is_file():
+            hashes["expert_scores"] = hash_json(self._run.expert_scores)
+        if start := self._config.adapter.init_from:
+            files = sorted(path for path in Path(start).glob("*") if path.is_file())
+            hashes["adapter.init_from"] = hash_value({p.name: hash_file(p) for p in files})
+        return hashes
+
+    def finish(self, config: Config) -> Record:
+        """Compares all blocks of the base with the record, after the weights have been read.
+
+        Args:
+          config: config of the run, with the values that were derived from the devices.
+
+        Returns:
+          The record with which the run continues.
+
+        Raises:
+          JaxtuneError: a block has changed, or a key of the accepted changes is not needed.
+        """
+        with self._timed():
+            hashes = self._hashes.complete()
+            if self._expected is not None:
+                self._compare(self._inventory.changed_blocks(self._expected, hashes))
+            self._review.finish()
+            section = config.model
+            base = self._inventory.record(section.path, section.revision, hashes)
+        logger.debug(
+            "checks of the inputs took %.3f s; hashing took %.3f s of another thread",
+            self._seconds,
+            self._hashes.seconds,
+        )
+        return Record(self._inputs, config, base)
+
+
+def _check_processes(inputs: Mapping[str, str]) -> None:
+    """Raises unless the inputs of all processes are the same."""
+    own = np.array([list(hashlib.sha256(inputs[name].encode()).digest()) for name in inputs])
+    others = gather(own.astype(np.uint8))
+    for process, other in enumerate(others):
+        rows = zip(inputs, own, other, strict=True)
+        if different := [name for name, one, two in rows if not np.array_equal(one, two)]:
+            raise JaxtuneError(
+                f"the inputs of this process and process {process} differ: {', '.join(different)}"
+            )
+
+
+def fingerprint(
+    source: TensorSource,
+    tokenizer: PreTrainedTokenizerBase | None,
+    examples: Examples,
+    held_out: Examples | None,
+) -> dict[str, str]:
+    """Returns hashes of the inputs of a run other than its config and the bytes of its base."""
+    shapes = {name: source.shape(name) for name in source.names()}
+    model = json.dumps([source.config, shapes], sort_keys=True, default=str)
+    text = "" if tokenizer is None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return {
+        "model": hashlib.sha256(model.encode()).hexdigest(),
+        "tokenizer": hashlib.sha256(text.encode()).hexdigest(),
+        "data.train": examples.fingerprint(),
+        "data.eval": held_out.fingerprint() if held_out else "",
+    }
