@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from types import NoneType
 from typing import Any
 
 import jax
@@ -108,14 +109,16 @@ def _yarn(parameters: Mapping[str, Any], dim: int) -> tuple[np.ndarray, float]:
     Source: Peng et al., 2023 (YaRN), with the attention factor that transformers infers.
     """
     base, original = parameters["rope_theta"], parameters["original_max_position_embeddings"]
-    factor = parameters.get("factor")
+    factor = parameters["factor"]
     factor = parameters["max_position_embeddings"] / original if factor is None else factor
 
     def boundary(rotations: float) -> float:
         return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
-    low = boundary(parameters.get("beta_fast") or 32)
-    high = boundary(parameters.get("beta_slow") or 1)
+    fast, slow = parameters.get("beta_fast") or 32, parameters.get("beta_slow") or 1
+    if fast < slow:
+        raise ValueError(f'"beta_fast"={fast} is less than "beta_slow"={slow}')
+    low, high = boundary(fast), boundary(slow)
     if parameters.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
@@ -149,14 +152,17 @@ ROPE_TYPES: dict[str, Callable[[Mapping[str, Any], int], tuple[np.ndarray, float
 # Types whose frequencies depend on the context length before the extension.
 _STRETCHED = ("llama3", "yarn")
 _ENTRIES = ("rope_scaling", "rope_parameters")
-_POSITIVE = (
-    "rope_theta",
-    "factor",
-    "original_max_position_embeddings",
-    "low_freq_factor",
-    "high_freq_factor",
-)
-_NUMBERS = (*_POSITIVE, "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+# The largest value of each number; no real model comes near it.
+_POSITIVE = {
+    "rope_theta": 1e15,
+    "factor": 1e6,
+    "original_max_position_embeddings": 1e12,
+    "low_freq_factor": 1e6,
+    "high_freq_factor": 1e6,
+    "attention_factor": 1e3,
+}
+# Zero is the same as none.
+_OR_ZERO = {"beta_fast": 1e6, "beta_slow": 1e6, "mscale": 1e3, "mscale_all_dim": 1e3}
 
 
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,7 +175,7 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       JaxtuneError: both are given and differ, or a setting is not supported.
     """
-    found = {key: _normalized(config, key) for key in _ENTRIES if config.get(key)}
+    found = {key: _normalized(config, key) for key in _ENTRIES if config.get(key) not in (None, {})}
     if len(found) == 2:
         # transformers would read the older entry and ignore the rotary base of the newer one.
         old, new = (found[key] for key in _ENTRIES)
@@ -184,7 +190,7 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _normalized(config: Mapping[str, Any], key: str) -> dict[str, Any]:
-    entry = config.get(key) or {}
+    entry = {} if config.get(key) is None else config[key]
     if not isinstance(entry, Mapping):
         raise JaxtuneError(f"config.json: {key} is {entry!r}, not an object")
     nested = [name for name, value in entry.items() if isinstance(value, Mapping)]
@@ -215,15 +221,22 @@ def _normalized(config: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def _check_numbers(parameters: Mapping[str, Any]) -> None:
-    """Raises for values that give no frequencies in transformers; nulls are checked in use."""
-    for key in _NUMBERS:
+    """Raises for values outside their range; nulls are checked in use."""
+    for key, most in {**_POSITIVE, **_OR_ZERO}.items():
         value = parameters.get(key)
         if value is None:
             continue
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or (key in _POSITIVE and not value > 0):
-            wanted = "a positive number" if key in _POSITIVE else "a number"
-            raise _bad_number(parameters, ValueError(f'"{key}" is {value!r}, not {wanted}'))
+        zero = key in _OR_ZERO
+        if not number or not 0 <= value <= most or (value == 0 and not zero):
+            wanted = f"{'zero or ' if zero else ''}a positive number up to {most:g}"
+            shown = (
+                repr(value) if not isinstance(value, int) or abs(value) < 10**99 else "too large"
+            )
+            raise _bad_number(parameters, ValueError(f'"{key}" is {shown}, not {wanted}'))
+    if not isinstance(parameters.get("truncate"), (bool, NoneType)):
+        value = parameters["truncate"]
+        raise _bad_number(parameters, ValueError(f'"truncate" is {value!r}, not true or false'))
 
 
 def rope_from_config(config: Mapping[str, Any], dim: int) -> Rope:

@@ -11,8 +11,8 @@ from typing import Any
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.decoder import CausalLM
 from jaxtune.layers.experts.moe import Routing
-from jaxtune.models.hf_config import read, require, size
-from jaxtune.models.mixture import build_mixture, latent_attention
+from jaxtune.models.hf_config import positive, read, require, size
+from jaxtune.models.mixture import MOST_EXPERTS, MOST_SCALE, build_mixture, latent_attention
 
 # Defaults of transformers' DeepseekV2Config.
 ABSENT = {"n_shared_experts": 2, "q_lora_rank": 1536}
@@ -32,11 +32,11 @@ def build(config: Mapping[str, Any]) -> CausalLM:
         )
     limited = method == "group_limited_greedy"
     routing = Routing(
-        experts=size(config, "n_routed_experts"),
+        experts=size(config, "n_routed_experts", most=MOST_EXPERTS),
         top_k=size(config, "num_experts_per_tok"),
         groups=size(config, "n_group") if limited else 1,
         top_groups=size(config, "topk_group") if limited else 1,
         # The reference does not read norm_topk_prob.
-        scale=read(config, "routed_scaling_factor", float, 1.0),
+        scale=positive(config, "routed_scaling_factor", 1.0, most=MOST_SCALE),
     )
     return build_mixture(config, *latent_attention(config), routing)

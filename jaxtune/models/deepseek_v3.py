@@ -11,8 +11,8 @@ from typing import Any
 
 from jaxtune.layers.decoder import CausalLM
 from jaxtune.layers.experts.moe import Routing
-from jaxtune.models.hf_config import read, require, size
-from jaxtune.models.mixture import build_mixture, latent_attention
+from jaxtune.models.hf_config import positive, read, require, size
+from jaxtune.models.mixture import MOST_EXPERTS, MOST_SCALE, build_mixture, latent_attention
 
 # Defaults of transformers' DeepseekV3Config.
 ABSENT = {
@@ -30,7 +30,7 @@ def build(config: Mapping[str, Any]) -> CausalLM:
     require(config, "topk_method", ("noaux_tc", None))
     require(config, "num_local_experts", (None, config.get("n_routed_experts")))
     routing = Routing(
-        experts=size(config, "n_routed_experts"),
+        experts=size(config, "n_routed_experts", most=MOST_EXPERTS),
         top_k=size(config, "num_experts_per_tok"),
         scores="sigmoid",
         groups=size(config, "n_group", 8),
@@ -38,7 +38,7 @@ def build(config: Mapping[str, Any]) -> CausalLM:
         group_top=2,
         masked=-math.inf,
         normalize=read(config, "norm_topk_prob", bool, True),
-        scale=read(config, "routed_scaling_factor", float, 2.5),
+        scale=positive(config, "routed_scaling_factor", 2.5, most=MOST_SCALE),
         correction_bias=True,
     )
     interleaved = read(config, "rope_interleave", bool, True)

@@ -10,7 +10,7 @@ from jaxtune.layers.attention import Attention
 from jaxtune.layers.decoder import CausalLM, Decoder, DecoderLayer
 from jaxtune.layers.mlp import MLP
 from jaxtune.layers.rope import rope_from_config
-from jaxtune.models.hf_config import read, size
+from jaxtune.models.hf_config import MOST_LAYERS, positive, read, size
 
 
 def build_dense(
@@ -46,7 +46,7 @@ def build_dense(
             f"config.json: {heads} attention heads do not divide into {kv_heads} key-value heads"
         )
     ffn, vocab = size(config, "intermediate_size"), size(config, "vocab_size")
-    eps = read(config, "rms_norm_eps", float, 1e-6)
+    eps = positive(config, "rms_norm_eps", 1e-6, most=1)
 
     def make_layer() -> DecoderLayer:
         attention = Attention(
@@ -60,7 +60,7 @@ def build_dense(
         )
         return DecoderLayer(hidden, eps, attention, MLP(hidden, ffn, bias=mlp_bias))
 
-    layers = size(config, "num_hidden_layers", most=10_000)
+    layers = size(config, "num_hidden_layers", most=MOST_LAYERS)
     rope = rope_from_config(config, head_dim)
     decoder = Decoder(vocab, hidden, eps, rope, [(make_layer, layers)])
     return CausalLM(decoder, vocab, hidden, read(config, "tie_word_embeddings", bool, False))

@@ -5,6 +5,7 @@ A null differs from an absent key: it has its meaning in transformers, or raises
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from jaxtune.errors import JaxtuneError
 from jaxtune.vocabulary import RESIZE_HINT
 
 _MISSING = object()
+MOST_LAYERS = 1000
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "is_causal": (True,),
@@ -50,7 +52,7 @@ def read(
     Args:
       config: the content of config.json.
       key: to read.
-      kind: type of the value; an int is accepted as a float.
+      kind: type of the value; an int is accepted as a float, which must be finite.
       default: value of an absent key; without a default the key is required.
       null: value of a null; by default False for a bool and an error otherwise.
 
@@ -67,9 +69,25 @@ def read(
     if value is None:
         raise JaxtuneError(f'config.json: "{key}" is null, not of type {kind.__name__}')
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = as_float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise JaxtuneError(f'config.json: "{key}" is {value!r}, not of type {kind.__name__}')
+        raise JaxtuneError(f'config.json: "{key}" is {_text(value)}, not of type {kind.__name__}')
+    if isinstance(value, float) and not math.isfinite(value):
+        raise JaxtuneError(f'config.json: "{key}" is {value}, not a finite number')
+    return value
+
+
+def positive(config: Mapping[str, Any], key: str, default: Any = _MISSING, *, most: float) -> float:
+    """Returns a positive number; see `read`.
+
+    Raises:
+      JaxtuneError: the number is not positive or is more than `most`, which no real model reaches.
+    """
+    value = read(config, key, float, default)
+    if not 0 < value <= most:
+        raise JaxtuneError(
+            f'config.json: "{key}" is {value:g}, not a positive number up to {most:g}'
+        )
     return value
 
 
@@ -79,18 +97,30 @@ def size(
     default: Any = _MISSING,
     *,
     null: Any = _MISSING,
+    least: int = 1,
     most: int = 2**24,
 ) -> int:
-    """Returns a positive number of units, layers or tokens; see `read`.
+    """Returns a number of units, layers or tokens; see `read`.
 
     Raises:
-      JaxtuneError: the number is not within 1 and `most`, which limits the memory that a hostile
-        config.json can allocate before its tensors contradict it.
+      JaxtuneError: the number is not within `least` and `most`, which limits the memory that a
+        hostile config.json can allocate before its tensors contradict it.
     """
     value = read(config, key, int, default, null=null)
-    if not 1 <= value <= most:
-        raise JaxtuneError(f'config.json: "{key}" is {value}, not within 1 and {most}')
+    if not least <= value <= most:
+        raise JaxtuneError(f'config.json: "{key}" is {_text(value)}, not within {least} and {most}')
     return value
+
+
+def divisor(config: Mapping[str, Any], key: str, of: str, value: int) -> None:
+    """Checks that the number `value` of the key `key` divides the number of the key `of`.
+
+    Raises:
+      JaxtuneError: it does not.
+    """
+    whole = size(config, of)
+    if whole % value:
+        raise JaxtuneError(f'config.json: "{of}" is {whole}, not a multiple of "{key}"={value}')
 
 
 def require(config: Mapping[str, Any], key: str, supported: tuple[Any, ...]) -> None:
@@ -107,7 +137,7 @@ def require(config: Mapping[str, Any], key: str, supported: tuple[Any, ...]) -> 
         value == one and isinstance(value, bool) == isinstance(one, bool) for one in supported
     ):
         known = ", ".join("null" if one is None else repr(one) for one in supported)
-        shown = "null" if value is None else repr(value)
+        shown = "null" if value is None else _text(value)
         raise JaxtuneError(f'config.json: "{key}"={shown} is not supported (only {known})')
 
 
@@ -130,6 +160,23 @@ def check_supported(config: Mapping[str, Any]) -> None:
             f'config.json: "pad_token_id" is {pad}, and the vocabulary has ids 0 to '
             f"{vocabulary - 1}; {RESIZE_HINT}"
         )
+
+
+def as_float(value: int) -> float:
+    """Returns an integer as a float: infinity if it is too large for one."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _text(value: Any, most: int = 100) -> str:
+    """Returns a value as in Python, cut if it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python converts
+        return "a number of thousands of digits"
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def _check_windows(config: Mapping[str, Any]) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 
 from jaxtune.layers.decoder import CausalLM
 from jaxtune.models.dense import build_dense
-from jaxtune.models.hf_config import read
+from jaxtune.models.hf_config import divisor, read, size
 
 
 def build(config: Mapping[str, Any]) -> CausalLM:
     """Builds the abstract model of a ``LlamaForCausalLM`` config.json."""
     bias = read(config, "attention_bias", bool, False)
     mlp_bias = read(config, "mlp_bias", bool, False)
+    divisor(config, "num_attention_heads", "hidden_size", size(config, "num_attention_heads"))
     return build_dense(config, bias=bias, output_bias=bias, mlp_bias=mlp_bias, qk_norm=False)

@@ -11,7 +11,11 @@ from jaxtune.layers.experts.moe import MoE, Routing
 from jaxtune.layers.mla import MLA, MLASizes
 from jaxtune.layers.mlp import MLP
 from jaxtune.layers.rope import rope_from_config, yarn_softmax_scale
-from jaxtune.models.hf_config import read, size
+from jaxtune.models.hf_config import MOST_LAYERS, positive, read, require, size
+
+MOST_EXPERTS = 10_000  # of a layer
+MOST_NAMES = 2**18  # experts of all layers; each has three weights, with names of their own
+MOST_SCALE = 1000.0  # factor on the weights of routed experts
 
 
 def build_mixture(
@@ -27,12 +31,17 @@ def build_mixture(
     """
     hidden, vocab = size(config, "hidden_size"), size(config, "vocab_size")
     ffn, expert_ffn = size(config, "intermediate_size"), size(config, "moe_intermediate_size")
-    shared = read(config, "n_shared_experts", int, 0, null=0)
-    eps = read(config, "rms_norm_eps", float, 1e-6)
-    layers = size(config, "num_hidden_layers", most=10_000)
+    shared = size(config, "n_shared_experts", 0, null=0, least=0, most=MOST_EXPERTS)
+    eps = positive(config, "rms_norm_eps", 1e-6, most=1)
+    layers = size(config, "num_hidden_layers", most=MOST_LAYERS)
     dense = read(config, "first_k_dense_replace", int, 0)
     every = size(config, "moe_layer_freq", 1, null=1)
     check_routing(routing)
+    if layers * routing.experts > MOST_NAMES:
+        raise JaxtuneError(
+            f'config.json: "num_hidden_layers"={layers} times "n_routed_experts"={routing.experts} '
+            f"is more than {MOST_NAMES:,}"
+        )
 
     def make_dense() -> DecoderLayer:
         return DecoderLayer(hidden, eps, make_attention(), MLP(hidden, ffn))
@@ -91,10 +100,13 @@ def latent_attention(
       interleaved: whether rotated pairs are (2i, 2i + 1) instead of (i, i + dim / 2).
     """
     nope, rope = size(config, "qk_nope_head_dim"), size(config, "qk_rope_head_dim")
-    q_lora = config.get("q_lora_rank")
+    q_lora, heads = config.get("q_lora_rank"), size(config, "num_attention_heads")
+    # transformers has as many key-value heads as heads, and rotates `head_dim` dimensions.
+    require(config, "num_key_value_heads", (None, heads))
+    require(config, "head_dim", (None, rope))
     sizes = MLASizes(
         hidden=size(config, "hidden_size"),
-        heads=size(config, "num_attention_heads"),
+        heads=heads,
         q_lora=None if q_lora is None else size(config, "q_lora_rank"),
         kv_lora=size(config, "kv_lora_rank"),
         nope=nope,

@@ -1,6 +1,7 @@
 """Settings of config.json: each is read, or rejected in one line that names it."""
 
 import json
+import math
 import re
 
 import pytest
@@ -20,6 +21,7 @@ GOOD = {
 }
 NEEDED = [key for key in GOOD if key != "max_position_embeddings"]
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
 def test_a_valid_config_builds():
@@ -80,6 +82,95 @@ def test_a_setting_that_is_not_supported(changes, message):
     assert str(raised.value).startswith("config.json: ")
 
 
+MIXTURE = GOOD | {
+    "model_type": "deepseek_v3",
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 6,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 12,
+    "n_group": 4,
+    "topk_group": 2,
+}
+# Values of JSON that no number of a model has. Python reads 1e999 as infinity.
+NONSENSE = [math.nan, math.inf, -math.inf, -1, -0.5, 0, 10**400, 1e300, True, "1", [1], {}]
+NUMBERS = {
+    "rms_norm_eps": {},
+    "routed_scaling_factor": {},
+    "rope_theta": {},
+    "factor": YARN,
+    "original_max_position_embeddings": YARN,
+    "attention_factor": YARN,
+    "beta_fast": YARN,
+    "beta_slow": YARN,
+    "mscale": YARN,
+    "mscale_all_dim": YARN,
+    "low_freq_factor": LLAMA3,
+    "high_freq_factor": LLAMA3,
+}
+ZERO_IS_NONE = {"beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_a_number_that_no_model_has(key):
+    build_model(MIXTURE | {"rope_parameters": LLAMA3})
+    for value in NONSENSE:
+        if value == 0 and key in ZERO_IS_NONE:
+            continue
+        rope = NUMBERS[key]
+        changes = {"rope_parameters": rope | {key: value}} if rope else {key: value}
+        with pytest.raises(JaxtuneError, match=f'"{key}"') as raised:
+            build_model(MIXTURE | changes)
+        assert str(raised.value).startswith("config.json: ")
+        assert len(str(raised.value)) < 200
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type yarn lacks 'factor'"),
+        ({"rope_parameters": YARN | {"truncate": 1}}, '"truncate" is 1, not true or false'),
+        (
+            {"rope_parameters": YARN | {"beta_fast": 1, "beta_slow": 2}},
+            '"beta_fast"=1 is less than "beta_slow"=2',
+        ),
+        ({"rope_parameters": 0}, "rope_parameters is 0, not an object"),
+        ({"rope_parameters": []}, "rope_parameters is [], not an object"),
+        ({"rope_parameters": ""}, "rope_parameters is '', not an object"),
+        ({"rope_scaling": False}, "rope_scaling is False, not an object"),
+        ({"n_group": None}, '"n_group" is null, not of type int'),
+        ({"n_group": 0}, '"n_group" is 0, not within 1 and'),
+        ({"topk_group": 5}, '"topk_group" is 5, more than "n_group"=4'),
+        ({"num_experts_per_tok": 9}, '"num_experts_per_tok" is 9; "n_routed_experts" is 8'),
+        ({"n_shared_experts": -1}, '"n_shared_experts" is -1, not within 0 and 10000'),
+        ({"num_key_value_heads": 2}, '"num_key_value_heads"=2 is not supported (only null, 4)'),
+        ({"head_dim": 6}, '"head_dim"=6 is not supported (only null, 8)'),
+        ({"num_hidden_layers": 1001}, '"num_hidden_layers" is 1001, not within 1 and 1000'),
+        (
+            {"num_hidden_layers": 1000, "n_routed_experts": 10_000},
+            '"num_hidden_layers"=1000 times "n_routed_experts"=10000 is more than 262,144',
+        ),
+        (
+            {"model_type": "llama", "num_attention_heads": 3},
+            '"hidden_size" is 16, not a multiple of "num_attention_heads"=3',
+        ),
+        (
+            {"model_type": "deepseek", "num_key_value_heads": 3},
+            '"num_attention_heads" is 4, not a multiple of "num_key_value_heads"=3',
+        ),
+        ({"vocab_size": 10**5000}, '"vocab_size" is a number of thousands of digits, not within'),
+        ({"tie_word_embeddings": "x" * 10**6}, '"tie_word_embeddings" is \'xxx'),
+    ],
+)
+def test_settings_that_contradict_each_other(changes, message):
+    with pytest.raises(JaxtuneError, match=re.escape(message)) as raised:
+        build_model(MIXTURE | changes)
+    assert len(str(raised.value)) < 200
+
+
 @pytest.mark.parametrize("place", ["rope_scaling", "rope_parameters"])
 @pytest.mark.parametrize(
     ("scaling", "message"),
@@ -93,7 +184,7 @@ def test_a_setting_that_is_not_supported(changes, message):
         ({"rope_type": "linear"}, "rope_type linear lacks 'factor'"),
         ({"rope_type": "linear", "factor": "two"}, "rope_type linear has"),
         ({"rope_type": "linear", "factor": 0}, '"factor" is 0, not a positive number'),
-        (YARN | {"attention_factor": 1e999}, "rope_type yarn has numbers that give no finite freq"),
+        (YARN | {"attention_factor": 1e999}, '"attention_factor" is inf, not a positive number'),
         ({"rope_type": "llama3", "factor": 8.0}, "rope_type llama3 lacks 'low_freq_factor'"),
         (
             {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0},

@@ -72,6 +72,8 @@ EQUAL = [
     ("llama", {"rope_parameters": without_length(YARN), "original_max_position_embeddings": 16}),
     ("llama", {"rope_parameters": without_length(YARN)}),
     ("llama", {"rope_parameters": YARN | {"factor": None, "truncate": None, "beta_fast": None}}),
+    ("llama", {"rope_parameters": YARN | {"beta_fast": 0, "beta_slow": 0, "mscale": 0}}),
+    ("llama", {"rope_parameters": YARN | {"factor": 0.5}}),
     ("llama", {"rope_parameters": YARN, "rope_scaling": YARN}),
     ("llama", {"rope_parameters": ABSENT, "rope_theta": 500.0}),
     ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 90.0}, "rope_theta": 7.0}),
