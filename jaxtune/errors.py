@@ -32,6 +32,17 @@ def closest(name: str, choices: Iterable[str]) -> str:
     return f'; did you mean "{match[0]}"?' if match else ""
 
 
+def shown(value: object, limit: int = 80) -> str:
+    """Returns `repr(value)` for a message, shortened to `limit` characters."""
+    if isinstance(value, int) and value.bit_length() > 4 * limit:
+        return f"an integer of {value.bit_length()} bits"  # Python refuses to print large ones
+    try:
+        text = repr(value)
+    except Exception:  # of a class in a config file
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
 def lookup(registry: Mapping[str, _Value], name: str, key: str) -> _Value:
     """Returns `registry[name]`.
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from jaxtune.errors import JaxtuneError
+from jaxtune.errors import JaxtuneError, shown
 
 # Far below Python's recursion limit, which rendering and hashing would reach at other depths.
 MAX_DEPTH = 100
@@ -203,9 +203,7 @@ def expect(value: Any, kind: type[_T], place: str) -> _T:
     finite = not isinstance(value, float) or math.isfinite(value)
     if type(value) is kind and finite:
         return value
-    shown = repr(value)
-    shown = shown if len(shown) < 60 else f"{shown[:57]}…"
-    raise JaxtuneError(f"{place}: {shown} is not {_KINDS[kind]}")
+    raise JaxtuneError(f"{place}: {shown(value, 60)} is not {_KINDS[kind]}")
 
 
 def entry(content: Mapping[str, Any], key: str, kind: type[_T], place: str | Path) -> _T:

@@ -131,6 +131,47 @@ def test_a_bad_override_is_refused_by_name(override, message):
 
 
 @pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("adapter.targets=a,\0", "adapter.targets contains a NUL character: '\\x00'"),
+        ("model.path=\ud800", "model.path is not UTF-8: '\\ud800'"),
+        ("mesh.data=0", "mesh.data is -1 or at least 1, not 0"),
+        ("training.seed=9223372036854775808", "training.seed is at most 9223372036854775807, not "),
+        ("training.steps=2147483648", "training.steps is at most 2147483647, not 2147483648"),
+        ("training.tokens=5k", "training.tokens takes int, not '5k'; write 5000"),
+        ("training.tokens=1e6", "training.tokens takes int, not 1000000.0; write 1000000"),
+        ("training.epochs=1e308", "training.epochs is at most 1000000, not 1e+308"),
+        ("optimizer.learning_rate=1e39", "optimizer.learning_rate is at most 3.4e+38, not 1e+39"),
+        ("evaluation.every=" + "9" * 5000, "evaluation.every is at most 10¹⁵, not '9999"),
+        ("training.steps=" + "9" * 5000, "training.steps takes int, not '9999"),
+        ("mesh.data=1" + "+1" * 3000, "mesh.data takes int, not '1+1+"),
+        ("adapter.targets=" + "(" * 5000, "adapter.targets: a name of more than 1000 characters"),
+        ('data.chat_template_kwargs={"a":NaN}', "data.chat_template_kwargs takes a JSON object"),
+        ("data.chat_template_kwargs=" + "[" * 100_000, "data.chat_template_kwargs takes a JSON"),
+    ],
+    ids=lambda text: ascii(text[:30]),
+)
+def test_an_extreme_override_is_refused_in_one_short_line(override, message):
+    with pytest.raises(JaxtuneError) as error:
+        resolve({}, [override])
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value) and len(str(error.value).encode()) < 400
+
+
+@pytest.mark.parametrize("value", ["None", "1e400", "0x10", "1_0", "10,20"])
+def test_names_are_text_also_if_they_read_as_numbers(value):
+    names = [key for key, option in OPTIONS.items() if option.names]
+    assert len(names) > 9
+    for key in names:
+        assert OPTIONS[key].check(key, OPTIONS[key].parse(key, value)) == tuple(value.split(","))
+
+
+def test_several_names_may_be_a_literal():
+    for text in ("['q_proj','v_proj']", '("q_proj", "v_proj")', "q_proj, v_proj"):
+        assert resolve({}, [f"adapter.targets={text}"]).adapter.targets == ("q_proj", "v_proj")
+
+
+@pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (
@@ -221,6 +262,30 @@ def test_a_bad_tree_is_refused_by_name(tree, message):
         ("def get_config(:\n", ":1: SyntaxError: "),
         ("x = 1\n", "AttributeError: module 'jaxtune_config_file' has no attribute 'get_config'"),
         ("def get_config():\n    pass\n", ": get_config() returns None instead of a config"),
+        ("import sys\nsys.exit(3)\n", ":2: SystemExit: 3"),
+        ("def get_config(): return get_config()\n", ":1: RecursionError: "),
+        ("x = 1\0\n", ": SyntaxError: "),
+        ("get_config = 3\n", ": TypeError: "),
+        ("def get_config(): return {3: {4: 5}}\n", ': unknown config section "3"'),
+        ("def get_config(): return {'adapter': {5: 3}}\n", ': unknown config key "adapter.5"'),
+        (
+            "import itertools\ndef get_config():\n"
+            "    return {'adapter': {'targets': itertools.count()}}\n",
+            ":3: adapter.targets takes one or more names, not count(0)",
+        ),
+        (
+            "class A:\n    def __repr__(self): raise ValueError\ndef get_config():\n"
+            "    return {'adapter': {'rank': A()}}\n",
+            ":4: adapter.rank takes int, not a value of type A",
+        ),
+        (
+            "def get_config():\n    return {'training': {'steps': 10**5000}}\n",
+            ":2: training.steps is at most 2147483647, not an integer of 16610 bits",
+        ),
+        (
+            "def get_config():\n    return {'adapter': 3}\n",
+            ':2: config section "adapter" has named options, not 3',
+        ),
         (
             "from jaxtune import config\n\ndef get_config():\n    c = config.default()\n"
             "    c.adapter.rnak = 8\n    return c\n",

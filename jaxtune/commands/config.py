@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxtune.config import OPTIONS
 from jaxtune.config.effect import readers_of, text
-from jaxtune.config.option import Option
+from jaxtune.config.option import Option, number
 from jaxtune.config.tree import SECTIONS
 from jaxtune.errors import JaxtuneError, closest
 
@@ -99,8 +99,9 @@ def _description(key: str) -> list[str]:
     if option.choices:
         lines.append(f"choices: {', '.join(choice or '(empty)' for choice in option.choices)}")
     else:
-        limits = [f"at least {option.minimum:g}"] if option.minimum is not None else []
-        limits += [f"at most {option.maximum:g}"] if option.maximum is not None else []
+        limits = [f"at least {number(option.minimum)}"] if option.minimum is not None else []
+        limits = [f"{option.minimum} or at least 1"] if option.nonzero else limits
+        limits += [f"at most {number(option.maximum)}"] if option.maximum is not None else []
         lines.append(", ".join([_kind(option), *limits]))
     for selector, choices in readers_of(key).items():
         lines.append(f"read with {selector}: {', '.join(choices)}")
@@ -129,5 +130,6 @@ def _as_json(key: str) -> dict[str, Any]:
         "choices": list(option.choices),
         "minimum": option.minimum,
         "maximum": option.maximum,
+        "nonzero": option.nonzero,
         "read_with": {selector: list(names) for selector, names in readers_of(key).items()},
     }

@@ -23,6 +23,7 @@ class DataConfig(Section):
         0.0,
         "rows held out of data.train: a count, or a fraction below 1; selected by content hash",
         minimum=0,
+        maximum=10**15,
     )
     overlap: str = option(
         "error",

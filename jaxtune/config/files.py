@@ -16,7 +16,7 @@ from typing import Any
 import ml_collections
 
 from jaxtune.config.tree import OPTIONS, SECTIONS
-from jaxtune.errors import JaxtuneError, closest
+from jaxtune.errors import JaxtuneError, closest, shown
 
 
 def load_file(path: str | Path) -> ml_collections.ConfigDict | Mapping[str, Any]:
@@ -29,6 +29,8 @@ def load_file(path: str | Path) -> ml_collections.ConfigDict | Mapping[str, Any]
         unknown key or a value that is invalid for its option.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise JaxtuneError(f"{path}: a config file is a Python file (.py)")
     if not path.is_file():
         there = [file.name for file in path.parent.glob("*.py")]
         raise JaxtuneError(f"{path}: no such config file{closest(path.name, there)}")
@@ -41,16 +43,16 @@ def load_file(path: str | Path) -> ml_collections.ConfigDict | Mapping[str, Any]
         config = module.get_config()
     except JaxtuneError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = _unknown_key(error) or f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise JaxtuneError(f"{path}{_line_of(error, path)}: {reason}") from error
     if not isinstance(config, (Mapping, ml_collections.ConfigDict)):
-        raise JaxtuneError(f"{path}: get_config() returns {config!r} instead of a config")
+        raise JaxtuneError(f"{path}: get_config() returns {shown(config)} instead of a config")
     _check_values(config, path)
     return config
 
 
-def _line_of(error: Exception, path: Path) -> str:
+def _line_of(error: BaseException, path: Path) -> str:
     """Returns ``":LINE"`` of the error in a file; empty if it did not occur there."""
     if isinstance(error, SyntaxError) and Path(error.filename or "").resolve() == path.resolve():
         return f":{error.lineno}"
@@ -59,7 +61,7 @@ def _line_of(error: Exception, path: Path) -> str:
     return f":{lines[-1]}" if lines else ""
 
 
-def _unknown_key(error: Exception) -> str:
+def _unknown_key(error: BaseException) -> str:
     """Returns the message for a key that a locked config rejected; empty for other errors.
 
     The error of `ml_collections` names neither the section nor a close key, so both are taken from
@@ -82,8 +84,8 @@ def _unknown_key(error: Exception) -> str:
     return ""
 
 
-def _unknown_section(name: str) -> str:
-    return f'unknown config section "{name}"{closest(name, SECTIONS)}'
+def _unknown_section(name: object) -> str:
+    return f'unknown config section "{name}"{closest(str(name), SECTIONS)}'
 
 
 def _unknown_option(key: str) -> str:
@@ -94,9 +96,14 @@ def _check_values(config: ml_collections.ConfigDict | Mapping[str, Any], path: P
     """Checks each section and option of a config on its own; errors name the line that sets it."""
     for section, entries in dict(config).items():
         if section not in SECTIONS:
-            raise JaxtuneError(f"{path}{_line_setting(path, section)}: {_unknown_section(section)}")
+            raise JaxtuneError(
+                f"{path}{_line_setting(path, str(section))}: {_unknown_section(section)}"
+            )
         if not isinstance(entries, (Mapping, ml_collections.ConfigDict)):
-            continue  # `resolve` reports it
+            line = _line_setting(path, str(section))
+            raise JaxtuneError(
+                f'{path}{line}: config section "{section}" has named options, not {shown(entries)}'
+            )
         for name, value in dict(entries).items():
             key = f"{section}.{name}"
             try:

@@ -48,11 +48,19 @@ class MeshConfig(Section):
     Sizes in a config file shrink to what the devices allow; those on the command line are kept.
     """
 
-    data: int = option(-1, "number of devices that split the batch; -1: all others", minimum=-1)
-    fsdp: int = option(1, "number of devices that split batch and weights", minimum=-1)
-    tensor: int = option(1, "number of devices that split heads and hidden units", minimum=-1)
-    expert: int = option(1, "number of devices that split batch and routed experts", minimum=-1)
-    sequence: int = option(1, "number of devices that split the sequence", minimum=-1)
+    data: int = option(
+        -1, "number of devices that split the batch; -1: all others", minimum=-1, nonzero=True
+    )
+    fsdp: int = option(
+        1, "number of devices that split batch and weights", minimum=-1, nonzero=True
+    )
+    tensor: int = option(
+        1, "number of devices that split heads and hidden units", minimum=-1, nonzero=True
+    )
+    expert: int = option(
+        1, "number of devices that split batch and routed experts", minimum=-1, nonzero=True
+    )
+    sequence: int = option(1, "number of devices that split the sequence", minimum=-1, nonzero=True)
 
     def to_dict(self) -> dict[str, int]:
         """Returns the number of devices by axis."""

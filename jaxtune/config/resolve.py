@@ -14,7 +14,7 @@ from jaxtune.config.effect import text, unused_options
 from jaxtune.config.length import TrainingDict, check_length, replace_length
 from jaxtune.config.option import OptionValue
 from jaxtune.config.tree import OPTIONS, SECTIONS, Config, ConfigLike, Derived, find_option
-from jaxtune.errors import JaxtuneError, closest
+from jaxtune.errors import JaxtuneError, closest, shown
 from jaxtune.strict_json import read_object
 
 _log = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ def _derived(content: Any) -> Derived:
         or content.keys() != fields.keys()
         or not all(isinstance(content[name], kind) for name, kind in fields.items())
     ):
-        raise JaxtuneError(f'"derived" has devices, kind and requested, not {content!r}')
+        raise JaxtuneError(f'"derived" has devices, kind and requested, not {shown(content)}')
     requested = {
         key: find_option(key).check(key, value) for key, value in content["requested"].items()
     }
@@ -131,13 +131,17 @@ def _read(config: ConfigLike) -> dict[str, OptionValue]:
     if isinstance(config, Config):
         return config.requested().flat()
     if not isinstance(config, (Mapping, ml_collections.ConfigDict)):
-        raise JaxtuneError(f"a config is a tree of sections, not {config!r}")
+        raise JaxtuneError(f"a config is a tree of sections, not {shown(config)}")
     values = Config().flat()
     for section, entries in dict(config).items():
         if section not in SECTIONS:
-            raise JaxtuneError(f'unknown config section "{section}"{closest(section, SECTIONS)}')
+            raise JaxtuneError(
+                f'unknown config section "{section}"{closest(str(section), SECTIONS)}'
+            )
         if not isinstance(entries, (Mapping, ml_collections.ConfigDict)):
-            raise JaxtuneError(f'config section "{section}" has named options, not {entries!r}')
+            raise JaxtuneError(
+                f'config section "{section}" has named options, not {shown(entries)}'
+            )
         for name, value in dict(entries).items():
             key = f"{section}.{name}"
             values[key] = find_option(key).check(key, value)

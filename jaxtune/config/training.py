@@ -15,8 +15,12 @@ class TrainingConfig(Section):
     steps: int = option(
         100, "length of the run in optimizer steps, unless epochs or tokens are set", minimum=0
     )
-    epochs: float = option(0.0, "length of the run in passes over the data; 0: unset", minimum=0)
-    tokens: int = option(0, "length of the run in tokens without padding; 0: unset", minimum=0)
+    epochs: float = option(
+        0.0, "length of the run in passes over the data; 0: unset", minimum=0, maximum=10**6
+    )
+    tokens: int = option(
+        0, "length of the run in tokens without padding; 0: unset", minimum=0, maximum=10**15
+    )
     continue_from: str = option(
         "",
         "run, or its checkpoint RUN/checkpoints/N, whose trained weights and optimizer state a new "
@@ -28,7 +32,9 @@ class TrainingConfig(Section):
         "micro-batches per optimizer step; 0: as few as fit into the memory of the devices",
         minimum=0,
     )
-    seed: int = option(0, "seed of initial values, data order, dropout and noise", minimum=0)
+    seed: int = option(
+        0, "seed of initial values, data order, dropout and noise", minimum=0, maximum=2**63 - 1
+    )
     dtype: str = option(
         "bfloat16",
         "dtype of base weights and computation; trainable weights are float32, and float16 uses "
@@ -52,6 +58,7 @@ class TrainingConfig(Section):
         "longest time between two steps in minutes, including evaluations and saves; after it the "
         "run prints the stacks of its threads and exits with code 75; 0: off",
         minimum=0,
+        maximum=10**6,
     )
     label_smoothing: float = option(
         0.0,
