@@ -29,6 +29,7 @@ from jaxtune.errors import JaxtuneError, closest
 from jaxtune.parallel.processes import agree, leads
 from jaxtune.parallel.time_limits import start_time_limit
 from jaxtune.runs.paths import EXTRA, MANIFEST
+from jaxtune.runs.quiet_saves import quiet_saves
 from jaxtune.runs.stored_arrays import open_arrays
 from jaxtune.strict_json import entry, read_object
 
@@ -81,20 +82,25 @@ class Checkpoints:
         self._finisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._verified: set[int] = set()
+        self._quiet = contextlib.ExitStack()
 
     def __enter__(self) -> Checkpoints:
+        self._quiet.enter_context(quiet_saves())
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
         try:
             self.wait()
-        except Exception:
+        except Exception as failure:
             if kind is None:
                 raise
-            logger.exception("saving a checkpoint failed while the run was stopping")
+            known = isinstance(failure, JaxtuneError)
+            message = "saving a checkpoint failed while the run was stopping: %s"
+            logger.error(message, failure, exc_info=None if known else failure)
         finally:
             self._finisher.shutdown()
             self._checkpointer.close()
+            self._quiet.close()
 
     def save(self, step: int, tree: Any, extra: Mapping[str, Any]) -> None:
         """Copies a state to the host and writes it in the background.

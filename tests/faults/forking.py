@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -63,10 +64,16 @@ class Command:
 class Server:
     """The process that forks; use it as a context manager."""
 
-    def __init__(self, directory):
+    def __init__(self, directory, prefix=()):
+        """Starts the server.
+
+        Args:
+          directory: where the output of the commands is kept.
+          prefix: command that runs the server, such as one that mounts a disk for it.
+        """
         self._directory, self._started = Path(directory), []
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__))],
+            [*prefix, sys.executable, str(Path(__file__))],
             env=os.environ | {"JAX_PLATFORMS": "cpu"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -94,11 +101,26 @@ class Server:
         self._started.append(Command(self, pid, output))
         return self._started[-1]
 
+    def start_all(self, processes, *arguments, **options):
+        """Starts a command in several processes, which find each other; returns them in order."""
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        join = ("--coordinator", address, "--processes", processes, "--heartbeat", 10)
+        return [
+            self.start(*arguments, *join, "--process", number, **options)
+            for number in range(processes)
+        ]
+
     def run(self, *arguments, code=0, **options):
         """Runs a command to its end and returns its output; checks the exit code."""
         command = self.start(*arguments, **options)
         assert command.wait() == code, command.output()
         return command.output()
+
+    def seen(self, path):
+        """Returns the path of a file that the server sees, which may have disks of its own."""
+        return Path(f"/proc/{self._process.pid}/root{path}")
 
     def __enter__(self):
         return self

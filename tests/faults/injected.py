@@ -54,3 +54,38 @@ def stalled_export():
                 os.mkfifo(arguments[0])
 
     sys.addaudithook(audit)
+
+
+def enlarged_disk():
+    """Makes the disk at JAXTUNE_DISK, which is full, larger."""
+    import os
+    import subprocess
+
+    mount = ["mount", "-o", "remount,size=64m", os.environ["JAXTUNE_DISK"]]
+    subprocess.run(mount, check=True)
+
+
+def hashed_state():
+    """Prints a hash of the state that a resumed run restores, array by array, and ends it."""
+    import hashlib
+
+    import jax
+    import numpy as np
+
+    from jaxtune.parallel.processes import fetch
+    from jaxtune.runs.checkpoints import Checkpoints
+
+    plain = Checkpoints.restore
+
+    def restored(self, step, like):
+        state, _ = plain(self, step, like)
+        leaves, _ = jax.tree_util.tree_flatten_with_path(fetch(state))
+        content = hashlib.sha256()
+        for path, leaf in leaves:
+            array = np.asarray(leaf)
+            content.update(f"{jax.tree_util.keystr(path)} {array.dtype}{array.shape}".encode())
+            content.update(array.tobytes())
+        print("state", step, len(leaves), content.hexdigest(), flush=True)
+        raise KeyboardInterrupt
+
+    Checkpoints.restore = restored
