@@ -15,6 +15,7 @@ from jaxtune.log_output import logged
 from jaxtune.parallel.processes import leads
 from jaxtune.progress import bars
 from jaxtune.runs.directory import RunDirectory
+from jaxtune.runs.resuming import last_config
 from jaxtune.training import train as training
 from jaxtune.training.loop.callbacks import Callback
 
@@ -114,7 +115,7 @@ def _with_rows(
         ),
     }
     run = RunDirectory(workdir)
-    stored = run.read_config().data if str(workdir) and run.exists() else None
+    stored = last_config(run).data if str(workdir) and run.exists() else None
     for option, name in names.items():
         before = getattr(stored, option) if stored else ""
         if PREFIX in before and not name:

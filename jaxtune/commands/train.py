@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 from jaxtune.commands.arguments import CONFIG_HELP, add_config, add_workdir
 from jaxtune.commands.processes import add_processes, joined
@@ -32,18 +33,20 @@ def run(arguments: argparse.Namespace) -> None:
 
     with joined(arguments, saves_on_sigterm=True) as leads:
         keys = [key.strip() for key in arguments.accept_changes.split(",") if key.strip()]
-        directory = train(_config(arguments), arguments.workdir, accept_changes=keys)
+        directory = train(_config(arguments, keys), arguments.workdir, accept_changes=keys)
         if leads:
             print(f"done: {directory.steps_done()} steps, results in {directory.path}")
 
 
-def _config(arguments: argparse.Namespace) -> Config | None:
+def _config(arguments: argparse.Namespace, accepted: Sequence[str]) -> Config | None:
     """Returns the config of a new run; without --config, that of the existing run with overrides,
     or None to resume it unchanged."""
-    from jaxtune.api.run import Run
+    from jaxtune.runs.directory import RunDirectory
+    from jaxtune.runs.resuming import last_config
 
     if arguments.config:
         return resolve(load_file(arguments.config), arguments.overrides)
     if arguments.overrides:
-        return resolve(Run(arguments.workdir).config, arguments.overrides)
+        config = last_config(RunDirectory(arguments.workdir), accepted)
+        return resolve(config, arguments.overrides)
     return None

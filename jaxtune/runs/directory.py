@@ -27,7 +27,7 @@ from jaxtune.runs.paths import (
 )
 from jaxtune.runs.record import Record
 from jaxtune.runs.resuming import (
-    check_config_exists,
+    check_config_file,
     check_stored,
     checked_config,
     find_record,
@@ -69,7 +69,7 @@ class RunDirectory(RunFiles):
             process is training in the directory.
         """
         review = Review(self.path) if review is None else review
-        check_config_exists(self, review)
+        check_config_file(self, review)
         restores = review.accepts(CONFIG_FILE)
         if config is None and not restores:
             self.read_config()  # raises if there is no run, before anything is created

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Collection
 from pathlib import Path
 
 from jaxtune.atomic_files import report_full_disk, write_atomically
 from jaxtune.config import Config, from_json
 from jaxtune.errors import JaxtuneError
 from jaxtune.runs.changes import find_changes, needs_acceptance
-from jaxtune.runs.paths import RunFiles, with_absolute_paths
-from jaxtune.runs.record import DamagedRecord, Record, hash_json, read_record
+from jaxtune.runs.paths import CONFIG, RunFiles, with_absolute_paths
+from jaxtune.runs.record import DamagedRecord, Record, hash_value, read_record
 from jaxtune.runs.review import (
     CHAT,
     CONFIG_FILE,
@@ -19,17 +21,43 @@ from jaxtune.runs.review import (
     Review,
     edited,
 )
+from jaxtune.strict_json import read_object
 
 _FROM_RECORD = "writes it again from the record of the run"
 
 
-def check_config_exists(run: RunFiles, review: Review) -> None:
-    """Raises if config.json is missing in the directory of a run that has been trained."""
-    begun = run.fingerprint.is_file() or run.has_checkpoints()
-    if begun and not run.exists() and not review.accepts(CONFIG_FILE):
-        review.pass_damage(
-            CONFIG_FILE, f"{run.config}: missing, although the run has been trained", _FROM_RECORD
-        )
+def check_config_file(run: RunFiles, review: Review) -> None:
+    """Raises if config.json of a run that has been trained is missing or damaged.
+
+    Raises:
+      JaxtuneError: it is, and writing it again from the record is not accepted.
+    """
+    if run.fingerprint.is_file() or run.has_checkpoints():
+        found, problem = _readable(run.config)
+        if found is None and not review.accepts(CONFIG_FILE):
+            review.pass_damage(CONFIG_FILE, problem, _FROM_RECORD)
+
+
+def last_config(run: RunFiles, accepted: Collection[str] = ()) -> Config:
+    """Returns the config of a run: that of the record if config.json cannot be read.
+
+    Args:
+      run: files of the run.
+      accepted: keys of accepted changes; with that of config.json, the record takes precedence.
+
+    Raises:
+      JaxtuneError: there is no run, or neither can be read.
+    """
+    if not run.exists() and not run.fingerprint.is_file():
+        raise JaxtuneError(f"{run.path}: not a run directory (no {CONFIG})")
+    found, problem = _readable(run.config)
+    if found is None or CONFIG_FILE in accepted:
+        with contextlib.suppress(DamagedRecord):
+            record = read_record(run.fingerprint)
+            found = found if record is None else record.config or found
+    if found is None:
+        raise JaxtuneError(problem)
+    return found
 
 
 def restore_config(run: RunFiles, review: Review) -> None:
@@ -50,10 +78,7 @@ def restore_config(run: RunFiles, review: Review) -> None:
                 f"{FLAG} {CONFIG_FILE}: {run.fingerprint} holds no config to write again"
             )
         return
-    if not run.exists():
-        found, problem = None, f"{run.config}: missing, although the run has been trained"
-    else:
-        found, problem = _readable(run.config)
+    found, problem = _readable(run.config)
     if found is None:
         review.pass_damage(CONFIG_FILE, problem, _FROM_RECORD)
     elif record.replaced is None or edited(record.replaced, found):
@@ -66,6 +91,8 @@ def restore_config(run: RunFiles, review: Review) -> None:
 
 def _readable(path: Path) -> tuple[Config | None, str]:
     """Returns the config in a file, or None and what is wrong with it."""
+    if not path.is_file():
+        return None, f"{path}: missing, although the run has been trained"
     try:
         return from_json(path), ""
     except JaxtuneError as error:
@@ -107,7 +134,7 @@ def check_stored(run: RunFiles, record: Record | None, review: Review) -> None:
     """
     stored = {} if record is None else record.inputs
     if "chat" in stored:
-        found, problem = _hash(run.chat)
+        found, problem = _hash(run.chat, ("chat_template", "eos_token_id", "clock"))
         if problem:
             review.pass_damage(CHAT, problem, "writes it anew, with the present time as its clock")
         elif found != stored["chat"]:
@@ -123,12 +150,19 @@ def check_stored(run: RunFiles, record: Record | None, review: Review) -> None:
             )
 
 
-def _hash(path: Path) -> tuple[str, str]:
-    """Returns the hash of a JSON file, and what is wrong with it, if anything."""
+def _hash(path: Path, keys: Collection[str] = ()) -> tuple[str, str]:
+    """Returns the hash of a JSON object in a file, and what is wrong with it, if anything.
+
+    Args:
+      path: the file.
+      keys: keys that it must have.
+    """
     if not path.is_file():
         return "", f"{path}: missing, although the run has been trained"
     try:
-        return hash_json(path), ""
+        content = read_object(path)
+        lacks = [key for key in keys if key not in content]
+        return hash_value(content), f'{path}: damaged: it lacks "{lacks[0]}"' if lacks else ""
     except JaxtuneError as error:
         return "", str(error)
 
