@@ -94,7 +94,8 @@ class RunDirectory(RunFiles):
             recorded = checked_config(self, frozen, self.recorded, config, review)
             frozen = with_absolute_paths(frozen)
             resumed = frozen if config is None else resumed_config(self.path, recorded, config)
-            check_paths(resumed, self.config)
+            if self.recorded is not None:
+                check_paths(resumed, self.config)
             yield resumed
 
     def _with_source(self, config: Config) -> Config:

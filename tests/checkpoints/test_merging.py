@@ -308,9 +308,9 @@ def test_a_run_is_exported_quantized_with_its_losses(form, tiny_chat, tmp_path, 
     assert losses["merged"] == pytest.approx(losses["with_adapter"], rel=1e-5)
     assert losses["merged_quantized"] != pytest.approx(losses["merged"], rel=1e-4)
     # As a run that starts from the written checkpoint sees it.
-    run.directory.config.unlink()
-    with run.directory.start(resolve(config | {"model": {"path": str(target)}})):
-        scores = evaluate(run.directory, "none")
+    other = RunDirectory(tmp_path / "other")
+    with other.start(resolve(config | {"model": {"path": str(target)}})):
+        scores = evaluate(other, "none")
     assert scores["loss"] == pytest.approx(losses["merged_quantized"], rel=1e-6)
     assert "all" in printed and f"{losses['merged_quantized']:.4f}" in printed
     with pytest.raises(SystemExit):

@@ -119,12 +119,23 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def edit_manifest(step, change):
+    path = step / "manifest.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
 FAULTS = {
     "flipped bit": lambda d: flip(array_file(d, 3)),
     "truncated array": lambda d: truncate(array_file(d, 3)),
     "missing array": lambda d: array_file(d, 3).unlink(),
     "changed loader state": lambda d: flip(d / "3" / "extra.json"),
     "broken manifest": lambda d: truncate(d / "3" / "manifest.json"),
+    "empty manifest": lambda d: (d / "3" / "manifest.json").write_text("{}"),
+    "file that the manifest lacks": lambda d: edit_manifest(d / "3", lambda m: m.popitem()),
+    "new file": lambda d: (d / "3" / "state" / "more").write_text("x"),
+    "entry without a file": lambda d: edit_manifest(d / "3", lambda m: m.update(x=[0, "0"])),
     "no manifest": lambda d: (d / "3" / "manifest.json").unlink(),
     "missing state": lambda d: shutil.rmtree(d / "3" / "state"),
     "nothing at all": lambda d: (shutil.rmtree(d / "3"), (d / "3").mkdir()),

@@ -366,17 +366,19 @@ def test_a_run_keeps_the_date_on_which_it_began(dated, tmp_path):
     assert evaluate(run.directory)["loss"] == pytest.approx(first["loss"], rel=1e-6)
     text = run.model().tokenizer.decode(run.model().encode(chat("hi")))
     assert text == f"{BOS}03 February 2024\n<｜User｜>hi<｜Assistant｜>"
-    # On another day it would have been another run.
+    # On another day it would have been another run, even if the changed clock is accepted.
     kept = json.loads((run.path / "chat.json").read_text())
     shutil.copytree(run.path, tmp_path / "moved")
     (tmp_path / "moved" / "chat.json").write_text(json.dumps(kept | {"clock": "2024-02-04"}))
-    with pytest.raises(jaxtune.JaxtuneError, match=r"have changed: data\.eval: .*data\.train"):
+    with pytest.raises(jaxtune.JaxtuneError, match=r"chat\.json has been changed: chat: "):
         jaxtune.train(None, tmp_path / "moved")
+    with pytest.raises(jaxtune.JaxtuneError, match=r"have changed: data\.eval: .*data\.train"):
+        jaxtune.train(None, tmp_path / "moved", accept_changes="chat")
     (tmp_path / "moved" / "chat.json").write_text(json.dumps(kept | {"clock": "soon"}))
     with pytest.raises(
         jaxtune.JaxtuneError, match=r'chat\.json: clock: "soon" is not an ISO 8601 time'
     ):
-        jaxtune.train(None, tmp_path / "moved")
+        jaxtune.train(None, tmp_path / "moved", accept_changes="chat")
 
 
 def test_an_export_renders_the_current_date(dated, tmp_path):

@@ -22,7 +22,9 @@ from jaxtune.config import resolve
 from jaxtune.errors import JaxtuneError
 from jaxtune.runs.checkpoints import Checkpoints
 from jaxtune.runs.directory import RunDirectory
+from jaxtune.runs.inventory import BaseRecord
 from jaxtune.runs.metrics import read_lines
+from jaxtune.runs.record import Record
 from jaxtune.training.loop.callbacks import Callback
 from jaxtune.training.loop.trainer import Trainer
 from jaxtune.training.optimizer import make_optimizer, make_schedule
@@ -117,9 +119,15 @@ def save_adapter(trainable, directory):
     np.save(directory / "adapter.npy", np.asarray(trainable["proj"]["lora_A"]))
 
 
+def record(run, config):
+    """Records a config, and no base, because the problem has none."""
+    run.record(Record({}, config, BaseRecord("", "", "", "", 1, {})), run.changes(config), {})
+
+
 def train(directory, config, **changes):
     run = RunDirectory(directory)
     with run.start(config) as frozen:
+        record(run, frozen)
         state, step = problem(frozen)
         parts = {"step": step, "loader": Loader(), "evaluate": evaluate} | changes
         return Trainer(save_adapter=save_adapter, run=run, config=frozen, **parts).fit(state)
@@ -352,7 +360,7 @@ def resume(directory, evaluate, **sections):
     """Resumes a run with changed sections; returns the steps of its evaluations and its tally."""
     run = RunDirectory(directory)
     config = run.read_config().replace(**sections)
-    run.record(config, run.changes(config))
+    record(run, config)
     train(directory, None, evaluate=evaluate)
     with Checkpoints(run.checkpoints) as checkpoints:
         _, extra = checkpoints.restore(run.steps_done(), problem(config)[0])
