@@ -114,6 +114,8 @@ def resolve_path(path: str, revision: str = "", files: Sequence[str] = FILES) ->
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
+    named = f"{path} (revision {revision})" if revision else path
+
     def fetch(patterns: Sequence[str]) -> Path:
         options = {"revision": revision or None, "allow_patterns": list(patterns)}
         return Path(snapshot_download(path, local_files_only=not is_reachable(path), **options))
@@ -125,13 +127,13 @@ def resolve_path(path: str, revision: str = "", files: Sequence[str] = FILES) ->
         return found
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise JaxtuneError(
-            f"{path}: no such directory here, not in the hub's cache, and the hub is out of reach "
+            f"{named}: no such directory here, not in the hub's cache, and the hub is out of reach "
             f"({unreachable()}){closest_path(path)}"
         ) from error
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise JaxtuneError(
-            f"{path}: not a local path, and the hub reports: {reason}{closest_path(path)}"
+            f"{named}: not a local path, and the hub reports: {reason}{closest_path(path)}"
         ) from error
 
 
