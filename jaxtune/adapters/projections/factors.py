@@ -50,9 +50,10 @@ def read_settings(stored: StoredAdapter) -> dict[str, Any]:
       JaxtuneError: an unsupported setting or tensor.
     """
     config = stored.config
-    if str(config.get("init_lora_weights")).lower() not in _PLAIN_INITS:
+    start = str(config.get("init_lora_weights"))
+    if start.lower() not in _PLAIN_INITS:
         raise JaxtuneError(
-            f'adapter_config.json: "init_lora_weights"={str(config["init_lora_weights"])[:60]!r} means '
+            f'adapter_config.json: "init_lora_weights"={start[:60]!r} means '
             "factors over an edited base; let PEFT convert the adapter to plain LoRA"
         )
     factors = _read_factors(stored)
