@@ -55,6 +55,7 @@ def lookup(registry: Mapping[str, _Value], name: str, key: str) -> _Value:
       JaxtuneError: `name` is not registered; the message lists the registered names.
     """
     if name not in registry:
+        name = name if len(name) <= 100 else f"{name[:100]}…"
         known = ", ".join(sorted(registry)) or "none"
         raise JaxtuneError(f'{key}="{name}" is unknown{closest(name, registry)} (known: {known})')
     return registry[name]

@@ -2,110 +2,147 @@
 
 jaxtune derives the edited modules from the tensors. PEFT derives them from the settings and skips
 tensors of all other modules without an error, so the two must agree.
+
+Source: `check_target_module_exists` in PEFT's tuners/tuners_utils.py.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from jaxtune.adapters.targets import find_pattern, layer_of
+from jaxtune.adapters.targets import ROUTER, find_pattern, match_pattern
 from jaxtune.errors import JaxtuneError
 
 _EDIT = re.compile(
     r"base_model\.model\.(?P<module>.+)\.(?P<kind>lora_A\.weight|ia3_l|vera_lambda_[bd])", re.DOTALL
 )
-# Tensors whose first dimension is the rank, by method.
-_OF_RANK = {"LORA": "lora_A.weight", "VERA": "vera_lambda_d"}
+# Tensors whose first dimension is the rank, and PEFT's default of the rank, by method.
+_OF_RANK = {"LORA": ("lora_A.weight", 8), "VERA": ("vera_lambda_d", 256)}
 
 
 def check_agreement(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
     """Checks that an adapter's settings include every module that its tensors edit.
 
     Args:
-      config: the content of adapter_config.json.
+      config: the content of adapter_config.json, whose values are valid (see `check_settings`).
       tensors: the adapter's tensors by PEFT's keys; only their shapes are read.
 
     Raises:
-      JaxtuneError: settings and tensors disagree, or a setting has a value of the wrong type; the
-        message names the setting.
+      JaxtuneError: settings and tensors disagree; the message names the setting.
     """
-    parameters = config.get("target_parameters")
-    if parameters is not None and not _names(parameters):
-        raise _wrong_type("target_parameters", parameters, "a list of names")
+    _check_layers(config)
     for key, value in tensors.items():
         match = _EDIT.fullmatch(key)
         if match is None:
             continue
-        module = match["module"]
-        try:
-            setting = _leaves_out(config, module)
-            rank = _rank(config, module) if match["kind"] in _OF_RANK.values() else None
-        except re.error as error:
+        module, shape = match["module"], value.shape
+        if (setting := _leaves_out(config, module)) is not None:
             raise JaxtuneError(
-                f"adapter_config.json has an invalid regular expression: {error}"
-            ) from None
-        if setting is not None:
-            raise JaxtuneError(
-                f'adapter_config.json: "{setting}"={config[setting]!r} leaves {module} out, but '
-                f'the file has tensors for it, such as "{key}": one of the two is out of date'
+                f'adapter_config.json: "{setting}"={_shown(config.get(setting))} leaves {module} '
+                f'out, but the file has tensors for it, such as "{key}": one of the two is out of '
+                "date"
             )
-        if rank is not None and value.ndim and (len(value) != rank or rank < 1):
-            raise JaxtuneError(
-                f'adapter_config.json gives {module} the rank {rank} ("r", "rank_pattern"), but '
-                f'"{key}" has {len(value)}: one of the two is out of date'
-            )
+        _check_rank(config, module, key, shape)
+        if match["kind"] == "ia3_l" and len(shape) == 2:
+            _check_end(config, module, key, shape)
+
+
+def _check_layers(config: Mapping[str, Any]) -> None:
+    """Raises for settings of layers that PEFT refuses."""
+    layers, pattern = config.get("layers_to_transform"), config.get("layers_pattern")
+    if pattern and layers is None:
+        raise JaxtuneError(
+            'adapter_config.json: "layers_pattern" is given without "layers_to_transform"'
+        )
+    if config.get("peft_type") == "LORA" and isinstance(config.get("target_modules"), str):
+        for key, value in (("layers_to_transform", layers), ("layers_pattern", pattern)):
+            if value is not None:
+                raise JaxtuneError(
+                    f'adapter_config.json: "{key}" cannot be used where "target_modules" is a '
+                    "pattern"
+                )
 
 
 def _leaves_out(config: Mapping[str, Any], module: str) -> str | None:
     """Returns the setting that makes PEFT skip a module; None if PEFT edits it."""
-    excluded, chosen = config.get("exclude_modules"), config.get("target_modules")
-    if excluded and _selector("exclude_modules", excluded)(module):
+    if _selects(config, "exclude_modules", module):
         return "exclude_modules"
-    if config.get("target_parameters"):
-        return None  # edits of parameters are stored under the names of their modules
-    if chosen and chosen != "all-linear" and not _selector("target_modules", chosen)(module):
-        return "target_modules"
-    layers = config.get("layers_to_transform")
-    if layers is None or layers == []:
+    if _is_parameter(config, module):
         return None
-    layers = layers if isinstance(layers, list) else [layers]
-    if any(isinstance(each, bool) or not isinstance(each, int) for each in layers):
-        raise _wrong_type("layers_to_transform", config["layers_to_transform"], "a list of layers")
-    layer = layer_of(module)
-    # In names of experts PEFT mistakes the expert's number for the layer's.
-    if layer is None or ".experts." in module or layer in layers:
+    chosen: Any = config.get("target_modules")
+    if not _selects(config, "target_modules", module):
+        return "target_modules"
+    if isinstance(chosen, str) or module in chosen or _is_in_layers(config, module):
         return None
     return "layers_to_transform"
 
 
-def _selector(key: str, value: Any) -> Callable[[str], bool]:
-    """Returns a function that tells whether a setting selects a module, by PEFT's rules."""
-    if isinstance(value, str):
-        return lambda module: re.fullmatch(value, module) is not None
-    if not _names(value):
-        raise _wrong_type(key, value, "a list of names")
-    return lambda module: any(f".{module}".endswith(f".{name}") for name in value)
+def _selects(config: Mapping[str, Any], key: str, module: str) -> bool:
+    """Returns whether a setting, a list of names or a pattern, selects a module."""
+    value = config.get(key) or []
+    if not isinstance(value, str):
+        return any(f".{module}".endswith(f".{name}") for name in value)
+    if key == "target_modules" and value.lower() == "all-linear":
+        return module != "lm_head" and not module.endswith(ROUTER)
+    where = f'adapter_config.json: "{key}"'
+    return match_pattern(value, module, where, whole=True) is not None
 
 
-def _rank(config: Mapping[str, Any], module: str) -> Any:
-    """Returns the rank that the settings give a module; None if they give none."""
-    if config.get("peft_type") not in _OF_RANK or config.get("target_parameters"):
-        return None
+def _is_parameter(config: Mapping[str, Any], module: str) -> bool:
+    """Returns whether tensors of a module edit one of its parameters in ``target_parameters``."""
+    # Edits of several parameters of a module are nested.
+    inner = module.replace(".base_layer", "")
+    owners = (name.rpartition(".")[0] for name in config.get("target_parameters") or [])
+    return any(f".{inner}".endswith(f".{owner or 'experts'}") for owner in owners)
+
+
+def _is_in_layers(config: Mapping[str, Any], module: str) -> bool:
+    """Returns whether a module is in one of ``layers_to_transform``, if there are any."""
+    layers, patterns = config.get("layers_to_transform"), config.get("layers_pattern") or []
+    if layers is None or layers == []:
+        return True
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    # The first number in the name is that of the layer; the second may be that of an expert.
+    places = [rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\." for pattern in patterns]
+    places = places or [r".*?\.[^.]*\.(?P<layer>\d+)\."]
+    key = 'adapter_config.json: "layers_pattern"'
+    found = next((m for place in places if (m := match_pattern(place, module, key))), None)
+    layers = layers if isinstance(layers, list) else [layers]
+    return found is not None and int(found["layer"]) in layers
+
+
+def _check_rank(config: Mapping[str, Any], module: str, key: str, shape: tuple[int, ...]) -> None:
+    """Raises if the first dimension of a tensor is not the rank that the settings give."""
+    ending, default = _OF_RANK.get(str(config.get("peft_type")), ("", 0))
+    if not ending or not key.endswith(ending) or not shape or _is_parameter(config, module):
+        return
     patterns = config.get("rank_pattern") or {}
-    if not isinstance(patterns, Mapping):
-        raise _wrong_type("rank_pattern", patterns, "an object")
-    pattern = find_pattern(patterns, module)
-    key, rank = ("r", config.get("r")) if pattern is None else ("rank_pattern", patterns[pattern])
-    if "r" in config and (isinstance(rank, bool) or not isinstance(rank, int)):
-        raise _wrong_type(key, rank, "a rank")
-    return rank
+    pattern = find_pattern(patterns, module, 'adapter_config.json: "rank_pattern"')
+    rank = config.get("r", default) if pattern is None else patterns[pattern]
+    if shape[0] != rank:
+        raise JaxtuneError(
+            f'adapter_config.json gives {module} the rank {rank} ("r", "rank_pattern"), but '
+            f'"{key}" has {shape[0]}: one of the two is out of date'
+        )
 
 
-def _names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+def _check_end(config: Mapping[str, Any], module: str, key: str, shape: tuple[int, ...]) -> None:
+    """Raises if PEFT would scale the other end of a module than the shape of a tensor says."""
+    setting = config.get("feedforward_modules")
+    if isinstance(setting, str):
+        inputs = _selects(config, "feedforward_modules", module)
+    else:
+        inputs = any(module.endswith(name) for name in setting or [])  # also within a name
+    if (shape[0] == 1) != inputs and shape != (1, 1):
+        ends = ("inputs", "outputs") if inputs else ("outputs", "inputs")
+        raise JaxtuneError(
+            f'adapter_config.json: "feedforward_modules"={_shown(setting)} scales the {ends[0]} of '
+            f'{module}, but "{key}" of shape {list(shape)} scales its {ends[1]}'
+        )
 
 
-def _wrong_type(key: str, value: Any, wanted: str) -> JaxtuneError:
-    return JaxtuneError(f'adapter_config.json: "{key}"={value!r} is not {wanted}')
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"

@@ -238,7 +238,7 @@ def split(stored: StoredAdapter) -> StoredAdapter:
 
 
 def _check_version(config: Mapping[str, Any]) -> None:
-    version = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version")))
+    version = re.match(r"(\d{1,9})\.(\d{1,9})", str(config.get("peft_version")))
     if version is None or (int(version[1]), int(version[2])) < _FIRST_VERSION:
         raise JaxtuneError(
             'adapter_config.json: "target_parameters" with peft_version='
@@ -268,7 +268,7 @@ def _which(layer: str, inner: bool, targets: Sequence[str], stored: StoredAdapte
 def _setting(config: Mapping[str, Any], which: str, name: str) -> float:
     """Returns the rank or the alpha of a parameter."""
     patterns = config.get(f"{which}_pattern") or {}
-    pattern = find_pattern(patterns, name)
+    pattern = find_pattern(patterns, name, f'adapter_config.json: "{which}_pattern"')
     default = config.get("r" if which == "rank" else "lora_alpha", 8)
     value = default if pattern is None else patterns[pattern]
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
@@ -284,7 +284,7 @@ def _edits(
     PEFT's A [E · R, in] and B [out, R · E] become stacks [E, R, in] and [E, out, R].
     """
     rank, alpha = int(_setting(config, "rank", name)), _setting(config, "alpha", name)
-    if lora_B is None or lora_A.ndim != 2 or lora_B.ndim != 2:
+    if lora_B is None or lora_A.ndim != 2 or lora_B.ndim != 2 or not lora_A.size * lora_B.size:
         raise JaxtuneError(f'adapter_model.safetensors: "{name}" lacks a factor')
     if len(lora_A) % rank or lora_B.shape[1] != len(lora_A):
         raise JaxtuneError(

@@ -6,6 +6,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import regex
+
 from jaxtune.errors import JaxtuneError, closest
 from jaxtune.layers.linear import Projection
 from jaxtune.layers.tree import Path, declaration_of, layer_names
@@ -27,6 +29,7 @@ UNTIE = "jaxtune convert --untie writes a checkpoint with a separate head"
 TIED_HEAD = f"lm_head is tied to embed_tokens in this model (tie_word_embeddings): {UNTIE}"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _REGEX = re.compile(r"[*+?\[\](){}|^$\\]")
+_SECONDS = 1  # the longest time to match a regular expression of a file; Python's re has no limit
 # Suffix of a router's name, in every family that has routers.
 ROUTER = ".mlp.gate"
 
@@ -130,14 +133,42 @@ def in_layers(names: Iterable[str], layers: Collection[int]) -> list[str]:
     return [name for name, layer in found.items() if layer in layers]
 
 
-def find_pattern(patterns: Mapping[str, Any], name: str) -> str | None:
+def find_pattern(patterns: Mapping[str, Any], name: str, key: str) -> str | None:
     """Returns the first pattern that matches the end of a module's path, as PEFT does.
 
+    Args:
+      patterns: settings by regular expression.
+      name: Hugging Face name of the module.
+      key: name of the setting, for messages.
+
     Raises:
-      re.error: an invalid expression.
+      JaxtuneError: an invalid expression.
     """
-    matches = (pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", name))
+    matches = (one for one in patterns if match_pattern(rf"(.*\.)?({one})$", name, key))
     return next(matches, None)
+
+
+def match_pattern(pattern: str, text: str, key: str, *, whole: bool = False) -> Any:
+    """Returns the match of an untrusted regular expression with the start of a text, or None.
+
+    Args:
+      pattern: the expression.
+      text: the text.
+      key: name of the setting, for messages.
+      whole: the match has to extend to the end of the text.
+
+    Raises:
+      JaxtuneError: an invalid expression, or one that takes longer than `_SECONDS` to match.
+    """
+    try:
+        match = regex.fullmatch if whole else regex.match
+        return match(pattern, text, timeout=_SECONDS)
+    except (regex.error, OverflowError) as error:
+        raise JaxtuneError(f"{key} has an invalid regular expression: {error}") from None
+    except TimeoutError:
+        raise JaxtuneError(
+            f"{key} has a regular expression that takes longer than {_SECONDS} s to match {text}"
+        ) from None
 
 
 def parse_patterns(key: str, entries: Iterable[str]) -> dict[str, float]:

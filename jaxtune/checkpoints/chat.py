@@ -89,14 +89,18 @@ def base_chat(location: Path, config: Mapping[str, Any]) -> Chat:
     Raises:
       JaxtuneError: a file cannot be read.
     """
-    tokenizer = load_tokenizer(location)
     own = _read_generation_config(location)
-    ids = [*_eos_ids(own, location / GENERATION_CONFIG), *_eos_ids(config, location)]
+    ids = [*_eos_ids(own, location / GENERATION_CONFIG), *_eos_ids(config, _config_of(location))]
+    tokenizer = load_tokenizer(location)
     ids += _eos_of(tokenizer)
     # As in transformers, config.json replaces a missing generation_config.json.
     content = own or {key: config[key] for key in _SPECIAL if config.get(key) is not None}
     chat = Chat(tokenizer, content, tuple(dict.fromkeys(ids)))
     return chat if location.is_dir() else chat.ending_with(_gguf_ends(location))
+
+
+def _config_of(location: Path) -> Path:
+    return location / "config.json" if location.is_dir() else location
 
 
 def _gguf_ends(path: Path) -> list[int]:
@@ -216,14 +220,22 @@ def _difference(one: Chat, other: Chat) -> str:
 
 def _read_generation_config(location: Path) -> dict[str, Any]:
     path = location / GENERATION_CONFIG
-    return read_object(path) if location.is_dir() and path.is_file() else {}
+    content = read_object(path) if location.is_dir() and path.exists() else {}
+    for key in _SPECIAL:
+        _ids(content, key, path)
+    return content
 
 
 def _eos_ids(content: Mapping[str, Any], place: Path | str) -> list[int]:
-    """Returns the ids of ``eos_token_id``, which may be one id, a list or null."""
-    value = content.get("eos_token_id")
+    return _ids(content, "eos_token_id", place)
+
+
+def _ids(content: Mapping[str, Any], key: str, place: Path | str) -> list[int]:
+    """Returns the ids of a key, whose value may be one id, a list or null."""
+    value = content.get(key)
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for id_ in ids:
-        if isinstance(id_, bool) or not isinstance(id_, int):
-            raise JaxtuneError(f"{place}: eos_token_id={id_!r} is not a token id")
+        if isinstance(id_, bool) or not isinstance(id_, int) or not abs(id_) < 2**31:
+            shown = "a huge number" if isinstance(id_, int) and abs(id_) > 10**60 else repr(id_)
+            raise JaxtuneError(f"{place}: {key}={shown[:60]} is not a token id")
     return ids

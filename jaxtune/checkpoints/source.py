@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -163,3 +164,21 @@ def byte_range(shape: tuple[int, ...], size: int, rows: slice) -> tuple[int, int
     start, stop, _ = rows.indices(shape[0])
     row = size // shape[0]
     return start * row, max(start, stop) * row
+
+
+def check_length(path: Path, content: mmap.mmap) -> None:
+    """Checks that a mapped file is as long as when it was opened.
+
+    The bytes beyond the end of a file that has become shorter cannot be read: the operating system
+    ends the process with SIGBUS.
+
+    Raises:
+      JaxtuneError: the file is shorter.
+    """
+    if content.size() < len(content):
+        raise truncated(path)
+
+
+def truncated(path: Path) -> JaxtuneError:
+    """Returns the error about a file that has become shorter since it was opened."""
+    return JaxtuneError(f"{path}: has become shorter since it was opened; is it being replaced?")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 from gguf.constants import TokenType
@@ -14,10 +16,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from jaxtune.checkpoints.formats.gguf_header import read_header
 from jaxtune.checkpoints.huggingface import resolve_path
 from jaxtune.errors import JaxtuneError, lookup
-from jaxtune.strict_json import read_object, read_text
+from jaxtune.strict_json import expect, read_object, read_text
 
 _logger = logging.getLogger(__name__)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_SETTINGS = "tokenizer_config.json"
 _PROBE = 'def add(a, b):\n    return a + 12345  # two  spaces, "it\'s", 你好，世界 café\n'
 
 # The patterns below are those of the tokenizer.json files of the original checkpoints.
@@ -145,8 +148,8 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedT
     decoded = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     if decoded != _PROBE:
         raise JaxtuneError(
-            f"{local}: the tokenizer turns {_PROBE!r} into {decoded!r}: its class or its files do "
-            "not fit each other"
+            f"{local}: the tokenizer turns {_PROBE!r} into {decoded[:200]!r}: its class or its "
+            "files do not fit each other"
         )
     return tokenizer
 
@@ -155,11 +158,15 @@ def _from_directory(directory: Path) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise JaxtuneError(f"{directory}: the tokenizer cannot be read: {reason}") from error
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        file = _damaged(directory)
+        raise JaxtuneError(f"{file}: the tokenizer cannot be read: {reason}") from error
     settings = {}
-    if (directory / "tokenizer_config.json").is_file():
-        settings = read_object(directory / "tokenizer_config.json")
+    if (directory / _SETTINGS).is_file():
+        settings = read_object(directory / _SETTINGS)
+        longest = settings.get("model_max_length")
+        if longest is not None:  # encoding compares it with lengths
+            expect(longest, float, f'{directory / _SETTINGS}: "model_max_length"')
         _compare_templates(directory, settings)
     # transformers ignores add_bos_token and add_eos_token if tokenizer.json has its own
     # post-processor, so the result of encoding is compared with the settings.
@@ -172,6 +179,35 @@ def _from_directory(directory: Path) -> PreTrainedTokenizerFast:
     if wanted != has:
         tokenizer.add_bos_token, tokenizer.add_eos_token = wanted
     return tokenizer
+
+
+def _damaged(directory: Path) -> Path:
+    """Returns the file that keeps a tokenizer from being read, or the directory if it is unknown.
+
+    Raises:
+      JaxtuneError: the file cannot be read at all; the message says why.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name in ("tokenizer.json", "added_tokens.json", "special_tokens_map.json", _SETTINGS):
+        if (directory / name).exists():
+            found[name] = read_object(directory / name)
+    template = directory / "chat_template.jinja"
+    if template.exists():
+        read_text(template)
+    if "tokenizer.json" in found:
+        try:
+            Tokenizer.from_str(json.dumps(found["tokenizer.json"]))
+        except Exception:  # the only type of error that the library has
+            return directory / "tokenizer.json"
+    if not all(isinstance(value, int) for value in found.get("added_tokens.json", {}).values()):
+        return directory / "added_tokens.json"
+    for name in ("special_tokens_map.json", _SETTINGS):
+        for key, value in found.get(name, {}).items():
+            token = key.endswith("_token") and not key.startswith("add_")
+            kinds = (str, NoneType, dict) if token else (str, NoneType)
+            if (token or key == "tokenizer_class") and not isinstance(value, kinds):
+                return directory / name
+    return directory
 
 
 def _compare_templates(directory: Path, settings: Mapping[str, Any]) -> None:

@@ -284,7 +284,7 @@ def test_foreign_files_are_refused(tmp_path):
         path.write_bytes(content)
         with pytest.raises(JaxtuneError, match=r"foreign\.gguf: not a GGUF file"):
             GGUFSource(path)
-    with pytest.raises(JaxtuneError, match=r"absent\.gguf: No such file"):
+    with pytest.raises(JaxtuneError, match=r"absent\.gguf: no such file"):
         GGUFSource(tmp_path / "absent.gguf")
 
 

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -93,8 +93,7 @@ def test_weights_that_are_not_there_or_cut(tiny, adapter):
         ),
         (
             {"bias": "al"},
-            'adapter_config.json: "bias"="al" is unknown; did you mean "all"? '
-            "(known: all, lora_only, none)",
+            'adapter_config.json: "bias"=\'al\' is not "none", "all" or "lora_only"',
         ),
         (
             {"modules_to_save": ["lm_head"]},
@@ -109,12 +108,27 @@ def test_weights_that_are_not_there_or_cut(tiny, adapter):
             {"init_lora_weights": "pissa"},
             "adapter_config.json: \"init_lora_weights\"='pissa' means factors over",
         ),
-        ({"lora_alpha": "x"}, "adapter_config.json: \"lora_alpha\" is 'x', not a number"),
-        ({"lora_alpha": 1e999}, 'adapter_config.json: "lora_alpha" is inf'),
-        ({"lora_dropout": 1.5}, 'adapter_config.json: "lora_dropout"=1.5 is not between 0 and 1'),
+        ({"lora_alpha": "x"}, "adapter_config.json: \"lora_alpha\"='x' is not a number"),
+        ({"lora_alpha": 1e308}, 'adapter_config.json: "lora_alpha"=1e+308 is not a number up to'),
+        ({"lora_alpha": None}, 'adapter_config.json: "lora_alpha"=null is not a number'),
+        ({"lora_dropout": 1.5}, 'adapter_config.json: "lora_dropout"=1.5 is not a number from 0'),
         ({"alpha_pattern": {"(": 1}}, 'adapter_config.json: "alpha_pattern" has an invalid'),
-        ({"alpha_pattern": {"q_proj": []}}, 'adapter_config.json: "alpha_pattern" is []'),
-        ({"alpha_pattern": [1]}, 'adapter_config.json: "alpha_pattern" is [1], not an object'),
+        ({"alpha_pattern": {"q": []}}, "adapter_config.json: \"alpha_pattern\"={'q': []} is not"),
+        ({"alpha_pattern": [1]}, 'adapter_config.json: "alpha_pattern"=[1] is not an object'),
+        ({"rank_pattern": {"q": -1}}, "adapter_config.json: \"rank_pattern\"={'q': -1} is not an"),
+        ({"rank_pattern": 5}, 'adapter_config.json: "rank_pattern"=5 is not an object of positive'),
+        ({"use_rslora": "no"}, "adapter_config.json: \"use_rslora\"='no' is not true or false"),
+        ({"task_type": 5}, 'adapter_config.json: "task_type"=5 is not "CAUSAL_LM" or "FEATURE_EX'),
+        ({"task_type": "SEQ_CLS"}, 'adapter_config.json: "task_type"=\'SEQ_CLS\' is not "CAUSAL'),
+        ({"modules_to_save": 5}, 'adapter_config.json: "modules_to_save"=5 is not a list of names'),
+        ({"inference_mode": "x"}, "adapter_config.json: \"inference_mode\"='x' is not true or"),
+        # PEFT computes something else with these.
+        ({"layer_replication": [[0, 1]]}, 'adapter_config.json: "layer_replication"=[[0, 1]] of a'),
+        ({"alora_invocation_tokens": [1]}, 'adapter_config.json: "alora_invocation_tokens"=[1] of'),
+        ({"kasa_config": {}}, 'adapter_config.json: "kasa_config"={} of a LORA adapter is not'),
+        ({"fan_in_fan_out": True}, 'adapter_config.json: "fan_in_fan_out"=True of a LORA adapter'),
+        ({"new_setting": 0}, 'adapter_config.json: "new_setting"=0 of a LORA adapter is not supp'),
+        ({"n" * 99: 10**99}, f'adapter_config.json: "{"n" * 60}…"=a huge number of a LORA adapter'),
         # PEFT would leave out what the tensors edit, or refuse their shape.
         (
             {"layers_to_transform": [1]},
@@ -128,11 +142,45 @@ def test_weights_that_are_not_there_or_cut(tiny, adapter):
             {"target_modules": ".*q_proj"},
             "adapter_config.json: \"target_modules\"='.*q_proj' leaves model.layers.0.mlp",
         ),
-        ({"target_modules": "("}, "adapter_config.json has an invalid regular expression"),
+        ({"target_modules": "("}, 'adapter_config.json: "target_modules" has an invalid regular'),
+        (
+            {"target_modules": "(.|.)*(?<!.)x?y"},
+            'adapter_config.json: "target_modules" has a regular expression that takes longer than',
+        ),
+        (
+            {"target_modules": ["nope"]},
+            "adapter_config.json: \"target_modules\"=['nope'] leaves mod",
+        ),
+        ({"target_modules": []}, 'adapter_config.json: "target_modules"=[] leaves model.layers.0.'),
+        # PEFT has a default for each architecture: q_proj and v_proj here.
+        (
+            {"target_modules": None},
+            'adapter_config.json: "target_modules"=None leaves model.layers',
+        ),
+        (
+            {"target_parameters": ["x"], "target_modules": ["k_proj"]},
+            'adapter_config.json: "target_',
+        ),
+        (
+            {"layers_to_transform": [0, 1, 2], "layers_pattern": "h"},
+            'adapter_config.json: "layers_to_transform"=[0, 1, 2] leaves model.layers.0.mlp.down',
+        ),
+        (
+            {"layers_pattern": "layers"},
+            'adapter_config.json: "layers_pattern" is given without "layers_to_transform"',
+        ),
+        (
+            {"target_modules": ".*", "layers_to_transform": [0, 1, 2]},
+            'adapter_config.json: "layers_to_transform" cannot be used where "target_modules" is a',
+        ),
+        ({"exclude_modules": 5}, 'adapter_config.json: "exclude_modules"=5 is not a list of names'),
         ({"target_modules": [1]}, 'adapter_config.json: "target_modules"=[1] is not a list of'),
         ({"layers_to_transform": True}, 'adapter_config.json: "layers_to_transform"=True is not'),
         ({"r": 8}, "adapter_config.json gives model.layers.0.mlp.down_proj the rank 8"),
-        ({"r": None}, 'adapter_config.json: "r"=None is not a rank'),
+        ({"r": None}, 'adapter_config.json: "r"=null is not a positive integer'),
+        ({"r": 0}, 'adapter_config.json: "r"=0 is not a positive integer'),
+        ({"r": "4"}, "adapter_config.json: \"r\"='4' is not a positive integer"),
+        ({"r": 10**12}, 'adapter_config.json: "r"=1000000000000 is not a positive integer'),
         (
             {"rank_pattern": {"q_proj": 2}},
             "adapter_config.json gives model.layers.0.self_attn.q_proj the rank 2",
@@ -170,3 +218,87 @@ def test_factors_that_do_not_fit(tiny, adapter, change, message):
     change(tensors)
     save_file(tensors, path)
     assert message in refusal(tiny("llama"), adapter)
+
+
+@pytest.fixture(scope="module")
+def others(tiny, tmp_path_factory):
+    """Adapters of other methods that PEFT wrote, by method."""
+    made = tmp_path_factory.mktemp("others")
+    settings = {
+        "ia3": IA3Config(target_modules=["k_proj", "o_proj"], feedforward_modules=["o_proj"]),
+        "vera": VeraConfig(r=4, target_modules=["q_proj"]),
+        "tokens": LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[3, 9]),
+    }
+    for name, config in settings.items():
+        model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
+        get_peft_model(model, config).save_pretrained(made / name)
+    return made
+
+
+IA3 = "base_model.model.model.layers.0.self_attn.o_proj.ia3_l"
+TOKENS = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "tensors", "message"),
+    [
+        (
+            "ia3",
+            {"feedforward_modules": ["k_proj"]},
+            {},
+            "\"feedforward_modules\"=['k_proj'] scales the inputs of model.layers.0.self_attn.k",
+        ),
+        (
+            "ia3",
+            {"feedforward_modules": []},
+            {},
+            "scales the outputs of model.layers.0.self_attn.o_",
+        ),
+        (
+            "ia3",
+            {},
+            {IA3: torch.ones(64, 1)},
+            "scales the inputs of model.layers.0.self_attn.o_proj",
+        ),
+        ("ia3", {"target_modules": ["k_proj"]}, {}, "leaves model.layers.0.self_attn.o_proj out"),
+        ("vera", {"r": 8}, {}, "gives model.layers.0.self_attn.q_proj the rank 8"),
+        ("vera", {}, {"base_model.vera_A": torch.ones(0, 64)}, "is float32 [0, 64], not a matrix"),
+        ("vera", {}, {"base_model.vera_A": torch.tensor(1.0)}, "is float32 [], not a matrix"),
+        ("vera", {}, {"base_model.vera_B": torch.ones(64, 4, dtype=int)}, "not a matrix"),
+        (
+            "tokens",
+            {},
+            {TOKENS: torch.ones(2, 64, dtype=torch.int32)},
+            "is int32, not floating point",
+        ),
+        ("tokens", {"trainable_token_indices": [3] * 99}, {}, "not a list of distinct token ids"),
+        (
+            "tokens",
+            {"r": 0},
+            {A: torch.ones(0, 64), B: torch.ones(64, 0)},
+            '"r"=0 is not a positive',
+        ),
+        ("tokens", {}, {A: torch.ones(0, 64), B: torch.ones(64, 0)}, 'lora_A.weight" has 0'),
+    ],
+)
+def test_contradictions_of_other_methods(
+    tiny, others, tmp_path, method, settings, tensors, message
+):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(others / method, adapter)
+    path, weights = adapter / "adapter_config.json", adapter / "adapter_model.safetensors"
+    jaxtune.load(tiny("llama"), adapter=adapter, progress=False)
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    save_file({name: v.clone() for name, v in load_file(weights).items()} | tensors, weights)
+    found = refusal(tiny("llama"), adapter)
+    assert message in found
+    assert len(found) < 400
+
+
+def test_peft_refuses_the_end_of_ia3_as_well(tiny, others, tmp_path):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(others / "ia3", adapter)
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"feedforward_modules": ["k_proj"]}))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny("llama")), adapter)

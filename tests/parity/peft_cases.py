@@ -67,7 +67,12 @@ CASES: dict[str, Case] = {
     "alpha-dropout": _lora(**(ALPHA | {"lora_dropout": 0.1})),
     "rslora": _lora(**ALPHA, use_rslora=True),
     "exclude": _lora(target_modules=["q_proj", "o_proj"], exclude_modules=["o_proj"]),
+    "exclude-regex": _lora(target_modules=["q_proj", "o_proj"], exclude_modules=r".*\.1\..*o_proj"),
+    "negative-alpha": _lora(target_modules=["q_proj"], lora_alpha=-3, alpha_pattern={"x": -1}),
     "layers": _lora(target_modules=["q_proj"], layers_to_transform=[0, 2]),
+    "layers-patterns": _lora(
+        target_modules=["q_proj"], layers_to_transform=[2], layers_pattern=["h", "layers"]
+    ),
     "layers-pattern": _lora(
         target_modules=["q_proj"], layers_to_transform=1, layers_pattern="layers"
     ),

@@ -7,6 +7,7 @@ function for each architecture, so that a case needs no compilation.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import re
 
@@ -22,7 +23,7 @@ from peft_cases import CASES, EVERYWHERE, settings_for
 
 import jaxtune
 from jaxtune.adapter_files.peft import read_adapter
-from jaxtune.adapter_files.settings import ALWAYS, KINDS, TARGETS, check_settings
+from jaxtune.adapter_files.settings import ALWAYS, KINDS, TARGETS, VALID, check_settings
 from jaxtune.adapters.merge import edits
 from jaxtune.api import Model
 from jaxtune.checkpoints.huggingface import checkpoint_tensors, open_source
@@ -155,16 +156,41 @@ def test_every_setting_of_peft_is_read_or_refused(kind, tmp_path):
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     check_settings(config)  # PEFT's defaults are fine
     known = KINDS[config["peft_type"]]
-    # All known names are names of PEFT, neither outdated nor misspelled.
-    assert (known.read | known.inert) - TARGETS <= config.keys()
-    # Any other setting, also of future versions, is refused if it is used.
+    fields = {field.name for field in dataclasses.fields(kind)}
+    # Each setting of PEFT has a decision, also one that a new version adds; all known names are
+    # names of PEFT, neither outdated nor misspelled.
+    decided = known.read | known.inert | known.refused
+    assert fields - ALWAYS - TARGETS == decided - TARGETS
+    assert not known.refused & (known.read | known.inert)
+    # Any other setting, also of future versions, is refused if it is used, and so is any value of
+    # another type than PEFT's.
     for name in [*config, "new_setting"]:
-        for value in (True, 3, "other", {"top_k": 2}, [[0, 2]]):
-            if name in known.read | known.inert | ALWAYS:
+        values = (True, 3, "other", {"top_k": 2}, [[0, 2]], -1, 0.5, 1e308, ["x"], 10**400)
+        if name in known.read | known.inert | ALWAYS:
+            assert_only_valid_values_pass(config, name, values)
+            continue
+        for value in values:
+            with pytest.raises(JaxtuneError, match=f'"{name}"='):
                 check_settings(config | {name: value})
-            else:
-                with pytest.raises(JaxtuneError, match=f'"{name}"='):
-                    check_settings(config | {name: value})
+
+
+def assert_only_valid_values_pass(config, name, values):
+    valid = VALID[name]
+    passed = []
+    for value in values:
+        try:
+            check_settings(config | {name: value})
+            passed.append(value)
+        except JaxtuneError as error:
+            assert f'"{name}"=' in str(error) and str(error).endswith(f" is not {valid.text}")
+            assert len(str(error)) < 200
+    checked_elsewhere = {"peft_type", "runtime_config", "trainable_token_indices"}
+    assert name in checked_elsewhere or len(passed) < len(values)
+
+
+def test_there_are_values_for_exactly_the_settings_that_may_be_used():
+    used = {name for known in KINDS.values() for name in known.read | known.inert}
+    assert VALID.keys() == used | ALWAYS
 
 
 def cases_of(name):

@@ -50,9 +50,10 @@ def read_settings(stored: StoredAdapter) -> dict[str, Any]:
       JaxtuneError: an unsupported setting or tensor.
     """
     config = stored.config
-    if str(config.get("init_lora_weights")).lower() not in _PLAIN_INITS:
+    start = str(config.get("init_lora_weights"))
+    if start.lower() not in _PLAIN_INITS:
         raise JaxtuneError(
-            f'adapter_config.json: "init_lora_weights"={config["init_lora_weights"]!r} means '
+            f'adapter_config.json: "init_lora_weights"={start[:60]!r} means '
             "factors over an edited base; let PEFT convert the adapter to plain LoRA"
         )
     factors = _read_factors(stored)
@@ -101,12 +102,7 @@ def _pattern(patterns: Any, name: str, default: Any) -> float:
     """Returns a module's alpha: that of the first pattern that matches the end of its path."""
     if not isinstance(patterns, Mapping):
         raise JaxtuneError(f'adapter_config.json: "alpha_pattern" is {patterns!r}, not an object')
-    try:
-        pattern = find_pattern(patterns, name)
-    except re.error as error:
-        raise JaxtuneError(
-            f'adapter_config.json: "alpha_pattern" has an invalid regular expression: {error}'
-        ) from None
+    pattern = find_pattern(patterns, name, 'adapter_config.json: "alpha_pattern"')
     if pattern is None:
         return _number("lora_alpha", default)
     return _number("alpha_pattern", patterns[pattern])

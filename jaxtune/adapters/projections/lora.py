@@ -298,7 +298,7 @@ def _by_pattern(
       JaxtuneError: a pattern that matches no target.
     """
     values = dict(patterns)
-    found = {name: find_pattern(values, name) for name in names}
+    found = {name: find_pattern(values, name, key) for name in names}
     for pattern in values:
         if pattern not in found.values():
             raise JaxtuneError(

@@ -161,6 +161,10 @@ def read(definition: Definition, stored: StoredAdapter) -> dict[Path, jax.Array]
                 f'adapter_model.safetensors: "{place.key}" has shape {list(value.shape)}, the '
                 f"model needs {list(shape)}"
             )
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise JaxtuneError(
+                f'adapter_model.safetensors: "{place.key}" is {value.dtype}, not floating point'
+            )
         found[place.rows] = jnp.asarray(value, jnp.float32)
     return found
 
@@ -198,7 +202,7 @@ def on_disk(stored: StoredAdapter) -> TokenIds:
         whole = isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)
         if not whole or len(set(ids)) < len(ids):
             raise JaxtuneError(
-                f'adapter_config.json: "{SETTING}" has {ids!r} for {module}, which is not a list '
+                f'adapter_config.json: "{SETTING}" has {repr(ids)[:60]} for {module}, not a list '
                 "of distinct token ids"
             )
         if ids:

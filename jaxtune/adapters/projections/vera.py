@@ -214,6 +214,12 @@ def from_peft(stored: StoredAdapter) -> Vera:
                 f'adapter_model.safetensors: lacks "base_model.{name}"; let PEFT save the adapter '
                 "with save_projection=True"
             )
+        matrix = stored.tensors[f"base_model.{name}"]
+        if matrix.ndim != 2 or not matrix.size or not jnp.issubdtype(matrix.dtype, jnp.floating):
+            raise JaxtuneError(
+                f'adapter_model.safetensors: "base_model.{name}" is {matrix.dtype} '
+                f"{list(matrix.shape)}, not a matrix"
+            )
     vectors = {
         key: value
         for key, value in stored.tensors.items()

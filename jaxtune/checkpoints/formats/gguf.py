@@ -16,7 +16,7 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from jaxtune.checkpoints.formats.gguf_header import TensorInfo, read_header
-from jaxtune.checkpoints.source import ALL, ReadFile, byte_range
+from jaxtune.checkpoints.source import ALL, ReadFile, byte_range, truncated
 from jaxtune.errors import JaxtuneError, closest, lookup
 from jaxtune.layers.rope import rope_from_config
 from jaxtune.quant import Format
@@ -182,6 +182,8 @@ class GGUFSource:
                 rows = slice(int(rows.min()), int(rows.max()) + 1) if rows.size else slice(0)
             first, last = byte_range(info.shape, info.size, rows)
             self.on_read(info.offset + first, info.offset + last)
+        if self.path.stat().st_size < info.offset + info.size:
+            raise truncated(self.path)
         packed = np.memmap(self.path, np.uint8, "r", info.offset, (info.size,))
         if info.block_type == GGMLQuantizationType.F32:
             return packed.view("<f4").reshape(info.shape)[chosen]

@@ -25,6 +25,7 @@ from gguf.constants import (
 )
 
 from jaxtune.errors import JaxtuneError
+from jaxtune.strict_json import open_regular
 
 _VERSIONS = (2, 3)
 _MAX_DIMENSIONS = 4  # GGML_MAX_DIMS of ggml
@@ -185,7 +186,10 @@ def read_header(path: str | Path) -> Header:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with (
+            open_regular(path) as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
             return _read_header(_Cursor(path, data))
     except JaxtuneError:
         raise

@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxtune.checkpoints.source import ALL, byte_range, refuse_pointer
+from jaxtune.checkpoints.source import ALL, byte_range, check_length, refuse_pointer
 from jaxtune.errors import JaxtuneError
 from jaxtune.strict_json import parse_json
 
@@ -92,6 +92,7 @@ class SafetensorsFile:
 
         The array is a read-only view of the file. `rows` is ignored for a scalar.
         """
+        check_length(self.path, self._map)
         start, stop = self._entries[name]["data_offsets"]
         dtype = self.dtype(name)
         if self.on_read is not None:

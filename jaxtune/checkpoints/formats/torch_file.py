@@ -22,7 +22,7 @@ import numpy as np
 from jaxtune.checkpoints.formats.torch_names import STORAGES, Storage, TensorRecord
 from jaxtune.checkpoints.formats.torch_pickle import ANOTHER_WAY, printable, read_state_dict
 from jaxtune.checkpoints.formats.zip_directory import Member, read_directory
-from jaxtune.checkpoints.source import ALL, byte_range, refuse_pointer
+from jaxtune.checkpoints.source import ALL, byte_range, check_length, refuse_pointer
 from jaxtune.errors import JaxtuneError
 
 PICKLE_BYTES = 128 * 2**20
@@ -186,6 +186,7 @@ class TorchFile:
         The array is read-only: a view of the file, or a copy if it is not contiguous or aligned.
         `rows` is ignored for a scalar.
         """
+        check_length(self.path, self._map)
         dtype, shape, offset, strides = entry = self._entries[name]
         if self.on_read is not None:
             first, last = 0, entry.extent
