@@ -15,8 +15,9 @@ from typing import NoReturn
 
 from jaxtune.commands import COMMANDS
 from jaxtune.config import OPTIONS
-from jaxtune.errors import JaxtuneError, closest, user_message
+from jaxtune.errors import JaxtuneError, Retry, closest, user_message
 from jaxtune.log_output import StderrHandler, enable_logging
+from jaxtune.parallel import termination
 
 OVERRIDE = "--config."
 USER_ERROR, INTERRUPTED = 65, 130
@@ -150,8 +151,14 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        termination.finish_if_received()
+        print("jaxtune: error: interrupted", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
+    except termination.Terminated:
+        termination.finish_if_received()
+        raise SystemExit(Retry.exit_code) from None
     except Exception as error:
+        termination.finish_if_received()
         message = user_message(error)
         if message is None or os.environ.get("JAXTUNE_DEBUG"):
             raise
@@ -166,6 +173,8 @@ def main(argv: Sequence[str] | None = None) -> None:
       argv: command-line arguments; by default those of the process.
     """
     with one_line_errors():
+        if argv is None:
+            termination.install()
         arguments = _parse(sys.argv[1:] if argv is None else argv)
         set_up_process()
         # When called from Python, the command shares the process with other code.

@@ -76,7 +76,7 @@ def tokenize_batch(
         ranges = [_token_range(encoding, span) for span in marked]
         if end := _repeated_end(added, encoding.ids, ranges):
             text, marked = _remove_repeated_end(text, marked, end)
-            encoding = backend.encode(text, add_special_tokens=False)
+            (encoding,) = backend.encode_batch([text], add_special_tokens=False)
             ranges = [_token_range(encoding, span) for span in marked]
         ids = np.array(encoding.ids, np.int32)
         learned, merged = np.zeros(len(ids), bool), False
@@ -116,7 +116,8 @@ def tokenize_prompt(
         the end, such as EOS, are removed, because the model is to continue the text.
     """
     backend = _unlimited_backend(tokenizer)
-    encoding = backend.encode(text, add_special_tokens=complete)
+    # Not `encode`, which would hold the GIL, so that a signal could not end the process.
+    (encoding,) = backend.encode_batch([text], add_special_tokens=complete)
     behind = 0
     if complete:
         mask = backend.encode("a").special_tokens_mask

@@ -38,12 +38,13 @@ def joined(arguments: argparse.Namespace, *, saves_on_sigterm: bool = False) -> 
 
     Args:
       arguments: parsed arguments of a command with the options of `add_processes`.
-      saves_on_sigterm: whether the command handles SIGTERM itself; otherwise the signal ends it.
+      saves_on_sigterm: whether the command takes steps, after which it looks for SIGTERM;
+        otherwise, and before the first step, the signal ends all processes.
 
     Yields:
       Whether this process prints the results: true for process 0.
     """
-    from jaxtune.parallel import failures, processes
+    from jaxtune.parallel import failures, processes, termination
 
     addresses = processes.find_addresses(
         arguments.coordinator, arguments.processes, arguments.process, os.environ
@@ -51,6 +52,7 @@ def joined(arguments: argparse.Namespace, *, saves_on_sigterm: bool = False) -> 
     if not arguments.owns_process:
         yield processes.leads()
         return
+    termination.end_by(failures.fail)
     processes.initialize(addresses, arguments.heartbeat, notices=saves_on_sigterm)
     if not processes.leads():
         logging.getLogger("jaxtune").setLevel(logging.WARNING)  # process 0 logs for all

@@ -12,7 +12,9 @@ import logging
 import multiprocessing
 import os
 import shutil
+import signal
 import tempfile
+import threading
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -296,8 +298,20 @@ _encoder: Encoder | None = None  # set in worker processes only
 def _start_worker(encoder: Encoder) -> None:
     global _encoder
     _encoder = encoder
+    # Ctrl-C and a launcher's SIGTERM reach all processes of a group; the parent ends this one.
+    for ignored in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ignored, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # The worker processes already use all cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _end_with_parent() -> None:
+    """Ends this process when its parent is killed; it would otherwise wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _encode_in_worker(*arguments: Any) -> Chunk:

@@ -17,12 +17,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxtune.errors import JaxtuneError, Retry
+from jaxtune.parallel import termination
 from jaxtune.parallel.failures import distributed
 
 COORDINATOR, PROCESSES, PROCESS = "JAXTUNE_COORDINATOR", "JAXTUNE_PROCESSES", "JAXTUNE_PROCESS"
 _REASON_BYTES = 2000  # of the error of process 0
 _WAIT_MILLISECONDS = 7 * 24 * 3600 * 1000
 _waits = itertools.count()  # numbers the barriers, equally in all processes
+_listens = False  # whether this run looks for notices of preemption
 HEARTBEAT_SECONDS, START_SECONDS = 100, 300  # the defaults of JAX
 
 
@@ -106,14 +108,18 @@ def initialize(
       heartbeat_seconds: seconds without a heartbeat before a process counts as dead and the others
         stop.
       notices: whether SIGTERM is caught as a notice of preemption, which the steps of a run look
-        for. Without, the signal ends the process.
+        for; in the command line from the first step on (see `listen_for_notices`). Without, the
+        signal ends the process.
 
     Raises:
       JaxtuneError: the environment lacks a part of the addresses.
       Retry: the coordinator cannot be started, or rejects this process.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.config.update("jax_enable_preemption_service", notices)
+    global _listens
+    _listens = notices
+    early = notices and not (termination.installed() and _can_listen_later())
+    jax.config.update("jax_enable_preemption_service", early)
     options: dict[str, Any] = {
         "heartbeat_timeout_seconds": heartbeat_seconds,
         "initialization_timeout": START_SECONDS,
@@ -139,6 +145,31 @@ def initialize(
         where = "the coordinator" if addresses is None else addresses.coordinator
         reason = str(error).split(":")[0]
         raise Retry(f"could not join the other processes at {where}: {reason}") from error
+
+
+def _can_listen_later() -> bool:
+    """Returns whether this jax has the private method that `listen_for_notices` calls."""
+    module = distributed()
+    return module is not None and hasattr(module.global_state, "initialize_preemption_sync_manager")
+
+
+def listen_for_notices() -> bool:
+    """Returns whether jax catches SIGTERM as a notice of preemption, which it does from now on.
+
+    Every process calls it after its first step. Earlier, jax would catch the signal, and nothing
+    would look for it until loading and compilation are done.
+    """
+    if not jax.distributed.is_initialized():
+        return False
+    module = distributed()
+    state = None if module is None else module.global_state
+    if state is None or not hasattr(state, "preemption_sync_manager"):
+        return True  # an unknown version of jax, where `initialize` has enabled the service
+    if state.preemption_sync_manager is None and _listens:
+        jax.config.update("jax_enable_preemption_service", True)
+        state.initialize_preemption_sync_manager()
+        termination.release()
+    return state.preemption_sync_manager is not None
 
 
 def _detect(options: Mapping[str, Any]) -> Addresses | None:

@@ -10,11 +10,17 @@ def test_sigterm_ends_a_command_other_than_train(tmp_path):
     waits.write_text('import time\nprint("waiting", flush=True)\ntime.sleep(120)\n')
     command = [sys.executable, "-m", "jaxtune.cli", "eval", "--workdir", "none"]
     command += ["--scores", str(waits), "--generate", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "waiting\n"
         process.send_signal(signal.SIGTERM)
         try:
-            assert process.wait(60) == -signal.SIGTERM
+            _, errors = process.communicate(timeout=60)
+            assert process.returncode == 75
+            assert errors == (
+                "jaxtune: error: stopped by SIGTERM, with nothing to save; run the same command "
+                "again\n"
+            )
         finally:
             process.kill()

@@ -7,11 +7,11 @@ import threading
 import time
 from collections.abc import Iterator
 
-import jax
 from jax.experimental import multihost_utils
 
 from jaxtune.parallel import failures
 from jaxtune.parallel.failures import Preempted
+from jaxtune.parallel.processes import listen_for_notices
 
 __all__ = ["Preempted", "Watchdog", "preempted", "watchdog"]
 
@@ -19,13 +19,13 @@ __all__ = ["Preempted", "Watchdog", "preempted", "watchdog"]
 def preempted(step: int) -> bool:
     """Returns whether SIGTERM reached any process and this is the step that all save.
 
-    Every process calls it after every step. It is always False without
-    `jax.distributed.initialize`, which handles SIGTERM and which the command line calls.
+    Every process calls it after every step; signals count from the first call on. It is always
+    False without `jax.distributed.initialize`, which the command line calls.
 
     Args:
       step: number of the completed step.
     """
-    return jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(step)
+    return listen_for_notices() and multihost_utils.reached_preemption_sync_point(step)
 
 
 class Watchdog:
