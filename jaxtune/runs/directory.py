@@ -126,8 +126,11 @@ class RunDirectory:
     @contextlib.contextmanager
     def _hold(self, config: Config | None) -> Iterator[None]:
         """Locks the directory, writes the config of a new run, completes interrupted renames."""
-        with report_full_disk(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            with report_full_disk(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:  # below a file, read-only, too long
+            raise JaxtuneError(f"{self.path}: {error.strerror}") from error
         with _locked(self.path):
             fresh = config is not None and not self.exists()
             if config is not None and fresh:
