@@ -61,15 +61,6 @@ def test_sigterm_to_one_of_two_saves_one_step_and_ends_both(start, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_worker_ends_the_others_and_the_run_resumes_bit_for_bit(start, tmp_path):
-    code, output = end_after(start(2, tmp_path / "run", fault="pause"), signal.SIGKILL, 1, 5)
-    assert code == 75, output
-    start(2, tmp_path / "run", resume=True).succeed()
-    start(2, tmp_path / "unbroken").succeed()
-    assert read_losses(tmp_path / "run") == read_losses(tmp_path / "unbroken")
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "number, process", [(signal.SIGKILL, 0), (signal.SIGSTOP, 1)], ids=["first", "stopped"]
 )
