@@ -77,11 +77,15 @@ def test_all_processes_end_within_the_heartbeat_timeout(start, tmp_path, number,
 
 
 @pytest.mark.slow
-def test_an_exception_on_one_process_is_not_retried_and_is_reported_by_all(start, tmp_path):
+def test_an_exception_on_one_process_is_not_retried_and_is_reported_by_all(
+    start, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("JAXTUNE_REASON", str(tmp_path / "reason"))
     batch = ("--config.training.batch_size=9", "--config.evaluation.batch_size=9")
     code, output = start(3, tmp_path / "run", LONG, *batch, fault="raise").finish()
     assert code == 65, output
     assert "[1] jaxtune: error: RuntimeError: the fifth batch is cursed" in output
+    assert (tmp_path / "reason").read_text() == "65 RuntimeError: the fifth batch is cursed\n"
     for other in (0, 2):
         cause = "process 1 failed: RuntimeError: the fifth batch is cursed"
         assert f"[{other}] jaxtune: error: {cause}" in output
