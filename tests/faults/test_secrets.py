@@ -62,3 +62,13 @@ def test_secrets_are_in_no_file_and_in_no_output(server, small_config, tmp_path)
         assert not [number for number, text in enumerate(outputs) if secret in text], name
         assert not [path for path in files if secret.encode() in path.read_bytes()], name
     assert not any(MARK in str(path) for path in files)
+
+
+def test_the_address_of_a_mirror_is_shown_without_its_password(monkeypatch):
+    from huggingface_hub import constants
+
+    from jaxtune.hub import unreachable
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", f"https://user:{MARK}@mirror:8443/hub")
+    assert unreachable().startswith("https://mirror:8443/hub does not answer")
