@@ -66,7 +66,10 @@ def unreachable() -> str:
 
     if constants.is_offline_mode():
         return "HF_HUB_OFFLINE is set"
-    return f"{constants.ENDPOINT} does not answer; HF_ENDPOINT selects a mirror"
+    address = urlsplit(constants.ENDPOINT)
+    # Without user and password, which belong to an address with "@".
+    shown = address._replace(netloc=address.netloc.rpartition("@")[2]).geturl()
+    return f"{shown} does not answer; HF_ENDPOINT selects a mirror"
 
 
 @contextlib.contextmanager

@@ -82,6 +82,17 @@ def test_files_that_a_page_names_exist(page):
     assert not missing
 
 
+def test_the_tests_of_promises_exist():
+    text = (DOCS / "reliability.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", text)
+    rows = [int(number) for number in re.findall(r"^\| (\d+) \|.*::", text, re.M)]
+    assert rows == [*range(1, 21)]
+    for path, function in named:
+        tree = ast.parse((ROOT / "tests" / path).read_text(encoding="utf-8"))
+        functions = [node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        assert function in functions, (path, function)
+
+
 def test_the_registries_in_the_table_exist():
     rows = [line for line in (DOCS / "architecture.md").read_text().splitlines() if " in `" in line]
     found = [

@@ -149,12 +149,18 @@ def _find_source(entry: str, revision: str | None) -> Source:
         raise JaxtuneError(f"{entry}: a weight must be above 0; remove the entry instead")
     try:
         path = Path(name).expanduser()
-        is_file = path.is_file() or path.is_char_device()
+        is_file = path.is_file()
+        is_stream = path.exists() and not is_file and not path.is_dir()
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise JaxtuneError(f"{name[:100]}: {reason}") from error
     if is_file:
         return _file_source(name, weight, [path])
+    if is_stream:
+        raise JaxtuneError(
+            f"{name}: not a file but a pipe or a device: its rows can be read once and their "
+            "number is unknown, so a run could not be resumed; write them to a file"
+        )
     if glob.has_magic(name) and not path.is_dir():
         root = Path(path.anchor or ".")
         pattern = str(path.relative_to(root) if path.is_absolute() else path)

@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -24,6 +25,7 @@ from jaxtune.compatibility import private_module
 from jaxtune.errors import JaxtuneError, Retry
 from jaxtune.strict_json import parse_json
 
+REASON = "JAXTUNE_REASON"  # the variable with the path of a file for the first failure's reason
 KEY, SEEN = "jaxtune/failure", "jaxtune/failure_seen"
 POLL_SECONDS, GRACE_SECONDS = 1.0, 5.0
 # Words in the errors of the CPU, GPU and TPU runtimes when a peer is lost during a collective.
@@ -45,6 +47,7 @@ def fail(code: int, message: str, stacks: bool = False) -> NoReturn:
     if stacks:
         faulthandler.dump_traceback(file=sys.stderr)
     _say(message)
+    _note(code, message)
     if _connected():
         me = _state().process_id
         _publish({"process": me, "code": code, "message": message, "stacks": stacks})
@@ -79,6 +82,18 @@ def _connected() -> bool:
 
 def _say(message: str) -> None:
     print("jaxtune: error:", " ".join(message.split()), file=sys.stderr, flush=True)
+
+
+def _note(code: int, message: str) -> None:
+    """Writes exit code and reason for the launcher, unless another process was first.
+
+    SLURM ends a job with the highest exit code of its processes, which is 134 if one of them has
+    aborted because it lost the one that failed.
+    """
+    path = os.environ.get(REASON)
+    if path:
+        with contextlib.suppress(OSError), Path(path).open("x", encoding="utf-8") as file:
+            file.write(f"{code} {' '.join(message.split())}\n")
 
 
 def _exit(code: int) -> NoReturn:

@@ -89,3 +89,32 @@ def hashed_state():
         raise KeyboardInterrupt
 
     Checkpoints.restore = restored
+
+
+def failing_save():
+    """Raises an exception that is a bug, with everything that is local in its traceback."""
+    from jaxtune.training.loop.actions import Actions
+
+    def save(self, number, state):
+        raise RuntimeError("a bug")
+
+    Actions._save = save
+
+
+def little_memory():
+    """Limits the memory of the process when the first step begins to 300 MB more than it has."""
+    import resource
+    from pathlib import Path
+
+    from jaxtune.training.step import CompiledStep
+
+    plain = CompiledStep.__call__
+
+    def step(self, state, batch):
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 300_000_000, hard))
+        CompiledStep.__call__ = plain
+        return plain(self, state, batch)
+
+    CompiledStep.__call__ = step

@@ -1,5 +1,7 @@
-"""Saves that wait for ever, and signals that arrive during an evaluation or a save."""
+"""Saves that wait for ever, signals that arrive during one, and checkpoints that are damaged."""
 
+import re
+import shutil
 import signal
 import time
 
@@ -23,9 +25,10 @@ def unbroken(server, small_config, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize(
-    "fault, function", [("stalled_save", "write_atomically"), ("stalled_export", "write_adapter")]
-)
+EXPORT = pytest.param("stalled_export", "write_adapter", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("fault, function", [("stalled_save", "write_atomically"), EXPORT])
 def test_a_stalled_file_system_ends_the_run_with_75_and_it_resumes_bit_for_bit(
     server, small_config, unbroken, tmp_path, fault, function
 ):
@@ -40,6 +43,29 @@ def test_a_stalled_file_system_ends_the_run_with_75_and_it_resumes_bit_for_bit(
     output = server.run(*train)
     assert "checkpoint.timeout_minutes: 0.05 → 60.0" in output
     assert comparable(workdir) == comparable(unbroken)
+
+
+def test_a_run_goes_back_past_damaged_checkpoints_and_ends_as_without(server, unbroken, tmp_path):
+    workdir = shutil.copytree(unbroken, tmp_path / "run")
+    saved = workdir / "checkpoints"
+    shutil.copytree(saved / "8", saved / "10")
+    (saved / "10" / "manifest.json").unlink()  # a copy that was interrupted
+    (saved / "12").mkdir()
+    array = max((saved / "8" / "state").rglob("d/*"), key=lambda file: file.stat().st_size)
+    content = bytearray(array.read_bytes())
+    content[len(content) // 2] ^= 1
+    array.write_bytes(content)
+    output = server.run("train", "--workdir", workdir)
+    name = array.relative_to(saved / "8")
+    for step, damage in (
+        (8, f"{name} is damaged: its SHA-256 differs from the manifest"),
+        (10, r"unfinished \(no manifest\)"),
+        (12, r"unfinished \(no manifest\)"),
+    ):
+        assert re.search(rf"warning: checkpoint .*/{step}: {damage}; moved to", output), output
+    assert "resuming after step 6" in output
+    assert comparable(workdir) == comparable(unbroken)
+    assert {path.name for path in (saved / "quarantine").iterdir()} == {"8", "10", "12"}
 
 
 def freeze(process, condition):

@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import shutil
-import signal
 import subprocess
 import sys
 
@@ -64,21 +62,6 @@ def test_each_of_four_processes_reads_its_shards_alone(start, alone, tmp_path, t
     assert sorted(read) == [0, 1, 2, 3]
     for count in read.values():
         assert abs(count - (norms + (weights - norms) / 4)) < 0.02 * weights
-
-
-def test_a_run_resumes_with_other_devices_and_processes(start, alone, tmp_path):
-    """8 devices of one process, then 4, and from the same checkpoint two processes."""
-    mesh, workdir = "--config.mesh.fsdp=2", tmp_path / "run"
-    run = start(1, workdir, mesh, devices=8, fault="pause")
-    run.wait_for_steps(5)
-    run.send(signal.SIGTERM)
-    assert run.finish()[0] == 75
-    assert len(read_losses(workdir)) < 12
-    shutil.copytree(workdir, tmp_path / "copy")
-    start(1, workdir, devices=4, resume=True).succeed()
-    start(2, tmp_path / "copy", devices=1, resume=True).succeed()
-    for each in (workdir, tmp_path / "copy"):
-        assert_close(read_losses(each), read_losses(alone))
 
 
 def test_callbacks_run_in_every_process_and_the_first_one_stops_all(tiny_chat, chats, tmp_path):
