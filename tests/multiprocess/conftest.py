@@ -22,7 +22,7 @@ def start(small_config):
             "--config.evaluation.every=6",
             *flags,
         )
-        arguments = [*(() if resume else fresh), "--workdir", str(workdir)]
+        arguments = [*(flags if resume else fresh), "--workdir", str(workdir)]
         running.append(Running(processes, arguments, devices=devices, fault=fault, grace=grace))
         return running[-1]
 
