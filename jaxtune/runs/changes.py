@@ -49,6 +49,8 @@ def needs_acceptance(key: str, old: Any, new: Any) -> bool:
     if key in LOCATIONS:  # the names and weights of data sets are more than a location
         if key == "data.train":
             return weights_of(old) != weights_of(new)
+        if key == "adapter.init_from":
+            return bool(old) != bool(new)
         return key == "data.eval" and [*parse_eval_sets(old)] != [*parse_eval_sets(new)]
     return key not in FREE | _LENGTHS
 

@@ -127,10 +127,10 @@ class Review:
 
 def _unfit(key: str, old: Any, new: Any) -> bool:
     """Returns whether the saved state would not fit a changed option."""
+    if key in ("optimizer.clip_norm", "optimizer.group_rates", "adapter.init_from"):
+        return bool(old) != bool(new)  # a part of the optimizer's state; the adapter's settings
     if key.startswith("adapter."):
-        return key not in ("adapter.dropout", "adapter.init_from", "adapter.expert_scores")
-    if key in ("optimizer.clip_norm", "optimizer.group_rates"):
-        return bool(old) != bool(new)  # a part of the optimizer's state
+        return key not in ("adapter.dropout", "adapter.expert_scores")
     if key == "optimizer.lora_plus_ratio":
         return (old == 1) != (new == 1)
     if key == "training.dtype":

@@ -146,9 +146,10 @@ class Verification:
             _check_processes(self._inputs)
         recorded = self._run.recorded
         if recorded is not None:
-            names = [*inputs, "adapter.init_from"]
+            names = [*inputs]
             if recorded.base is not None:
                 names.remove(MODEL)  # compared file by file
+                names.append("adapter.init_from")
             old = {name: recorded.inputs[name] for name in names if name in recorded.inputs}
             new = {name: self._inputs[name] for name in names if name in self._inputs}
             changes = short(old, new)

@@ -28,3 +28,13 @@ def test_a_damaged_tokenizer_is_an_error_of_the_chat_alone(tiny_chat, tmp_path):
 def test_a_path_that_does_not_exist_is_named(tmp_path):
     with pytest.raises(JaxtuneError, match="nowhere: no such file or directory"):
         open_model(tmp_path / "nowhere")
+
+
+def test_the_commit_is_that_of_the_snapshot_in_the_cache(tiny_chat, tmp_path):
+    commit = "0123456789abcdef" * 2 + "0" * 8
+    for name, expected in ((commit, commit), ("main", ""), ("0" * 39, "")):
+        snapshot = tmp_path / "snapshots" / name
+        snapshot.parent.mkdir(exist_ok=True)
+        snapshot.symlink_to(tiny_chat)
+        assert open_model(snapshot).commit == expected
+    assert open_model(tiny_chat).commit == ""

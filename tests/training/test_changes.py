@@ -13,7 +13,10 @@ import jaxtune
 from jaxtune.api.run import Run
 from jaxtune.cli import main
 from jaxtune.errors import JaxtuneError
-from jaxtune.runs.record import hash_value, read_record
+from jaxtune.runs.paths import RunFiles
+from jaxtune.runs.record import Record, hash_value, read_record
+from jaxtune.runs.resuming import check_stored
+from jaxtune.runs.review import Review
 from jaxtune.training import train as training
 
 SEED = 20261129
@@ -379,3 +382,30 @@ def test_lost_lines_of_the_metrics_are_reported_once(place, caplog):
     resume(place)
     assert "lacks" not in caplog.text
     np.testing.assert_equal([line["step"] for line in Run(place / "run").metrics()], [2, 3, 4])
+
+
+def test_the_initial_adapter_may_move_but_not_change(place):
+    start = place / "run/adapter/last"
+    config = sections(place / "base", place / "rows.jsonl", adapter={"init_from": str(start)})
+    jaxtune.train(config, place / "second", progress=False)
+    moved = place / "moved"
+    start.rename(moved)
+    config["adapter"]["init_from"] = str(moved)
+    jaxtune.train(config, place / "second", progress=False)
+    flip(moved / "adapter_model.safetensors", random.Random(SEED + 3))
+    with pytest.raises(JaxtuneError, match=r"adapter\.init_from|adapter_model\.safetensors"):
+        jaxtune.train(None, place / "second", progress=False)
+    del config["adapter"]["init_from"]
+    with pytest.raises(JaxtuneError, match=r"do not fit another adapter\.init_from"):
+        jaxtune.train(config, place / "second", progress=False)
+
+
+def test_lost_or_changed_expert_scores_cannot_be_made_anew(tmp_path):
+    files, review = RunFiles(tmp_path), Review(tmp_path)
+    record = Record({"expert_scores": hash_value({"a": [1.5]})}, None, None)
+    for content in ("", "{", '{"a": [1.6]}'):
+        with pytest.raises(JaxtuneError, match=r"expert_scores\.json.*; restore it from a copy"):
+            check_stored(files, record, review)
+        files.expert_scores.write_text(content)
+    files.expert_scores.write_text('{ "a" : [1.5] }')
+    check_stored(files, record, review)
