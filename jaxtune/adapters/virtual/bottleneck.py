@@ -218,6 +218,18 @@ NEUTRAL: dict[str, Any] = {
     "shared_W_phm": False,
     "shared_phm_rule": True,
 }
+READ = (
+    "dropout",
+    "init_weights",
+    "init_weights_seed",
+    "is_parallel",
+    "mh_adapter",
+    "non_linearity",
+    "original_ln_before",
+    "output_adapter",
+    "reduction_factor",
+    "scaling",
+)
 
 
 def from_adapterhub(stored: StoredAdapter) -> Bottlenecks:
@@ -232,6 +244,9 @@ def from_adapterhub(stored: StoredAdapter) -> Bottlenecks:
     for key, plain in UNSUPPORTED.items():
         if config.get(key, plain) != plain:
             raise _unsupported(key, config[key])
+    for key, value in config.items():  # also of later versions
+        if key not in UNSUPPORTED | NEUTRAL and key not in READ and value not in (None, False):
+            raise _unsupported(key[:60], value)
     activation = str(config.get("non_linearity"))
     lookup(ACTIVATIONS, activation, 'adapter_config.json: "non_linearity"')
     parallel, before = _flag(config, "is_parallel"), _flag(config, "original_ln_before")
