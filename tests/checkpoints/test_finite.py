@@ -160,6 +160,18 @@ def test_a_scale_of_a_quantized_weight_is_named(tiny, tmp_path, form, keep):
     assert message.startswith(f"{path}: {scale}: 1 of {names[scale].numel():,} values is NaN")
 
 
+def test_the_offset_of_scales_in_nf4(tiny, tmp_path):
+    directory = jaxtune.convert(tiny("llama"), tmp_path / "base", "nf4", progress=False)
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    name = next(n for n in tensors if n.startswith(Q_PROJ) and "quant_state" in n)
+    state = json.loads(bytes(tensors[name].tolist()))
+    text = json.dumps(state | {"nested_offset": 1e300}).encode()
+    save_file(tensors | {name: torch.tensor(list(text), dtype=torch.uint8)}, path)
+    message = refusal(lambda: jaxtune.load(directory, progress=False))
+    assert message == f'{path}: "{name}" has nested_offset=1e+300, not a number'
+
+
 @pytest.mark.parametrize("keep", [False, True], ids=["dequantized", "kept"])
 def test_a_code_of_fp8_that_is_nan(tiny, tmp_path, keep):
     directory = jaxtune.convert(tiny("llama"), tmp_path / "quantized", "fp8", progress=False)

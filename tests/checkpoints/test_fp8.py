@@ -214,6 +214,7 @@ def test_tensors_that_do_not_match_are_one_line(checkpoints, tmp_path, spoil, me
         {"weight_block_size": None},
         {"weight_block_size": [128]},
         {"weight_block_size": [128, 0]},
+        {"weight_block_size": [128, 10**9]},
         {"weight_block_size": ["128", "128"]},
         {"weight_block_size": 128},
         {"weight_block_size": {"rows": 128, "columns": 128}},

@@ -1,4 +1,5 @@
 import importlib.util
+import re
 from pathlib import Path
 
 import gguf
@@ -11,6 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from jaxtune.checkpoints.formats.gguf import GGUFSource
 from jaxtune.checkpoints.formats.gguf_header import read_header
 from jaxtune.errors import JaxtuneError
+from jaxtune.models import build_model
 
 # transformers gives every qwen3 GGUF heads of 128.
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MLP, VOCABULARY, LAYERS = 512, 4, 2, 128, 96, 40, 2
@@ -306,6 +308,27 @@ def test_hostile_sizes_are_refused_before_allocation(tmp_path, after_counts):
         JaxtuneError, match=r"hostile\.gguf: (truncated or damaged|unknown|text at)"
     ):
         GGUFSource(path)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda w: w.add_string("llama.rope.scaling.factor", "x"), "factor='x' is not a number"),
+        (
+            lambda w: w.add_bool("llama.rope.scale_linear", True),
+            "scale_linear=True is not a number",
+        ),
+        (
+            lambda w: w.add_float32("llama.rope.scaling.factor", np.nan),
+            '"factor" is nan, not a pos',
+        ),
+        (lambda w: w.add_float32("llama.rope.scaling.factor", -1.0), '"factor" is -1.0, not a pos'),
+    ],
+)
+def test_a_number_of_the_metadata_that_no_model_has(tmp_path, edit, message):
+    path = write_tiny(tmp_path / "tiny.gguf", edit=edit)
+    with pytest.raises(JaxtuneError, match=re.escape(message)):
+        build_model(GGUFSource(path).config)
 
 
 def test_an_unknown_architecture_lists_the_known_ones(tmp_path):

@@ -372,6 +372,12 @@ def test_inconsistent_tensors_are_named_in_one_line(tiny, tmp_path, form, change
             -1,
             "weights.group_size=-1 is not a positive number",
         ),
+        (
+            "int4",
+            ["config_groups", "group_0", "weights", "group_size"],
+            10**9,
+            "weights.group_size=1000000000 is not a positive number up to 65536",
+        ),
         ("int4", ["config_groups", "group_0", "weights", "symmetric"], False, "_zero_point"),
     ],
 )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -219,6 +218,18 @@ NEUTRAL: dict[str, Any] = {
     "shared_W_phm": False,
     "shared_phm_rule": True,
 }
+READ = (
+    "dropout",
+    "init_weights",
+    "init_weights_seed",
+    "is_parallel",
+    "mh_adapter",
+    "non_linearity",
+    "original_ln_before",
+    "output_adapter",
+    "reduction_factor",
+    "scaling",
+)
 
 
 def from_adapterhub(stored: StoredAdapter) -> Bottlenecks:
@@ -232,27 +243,44 @@ def from_adapterhub(stored: StoredAdapter) -> Bottlenecks:
         raise JaxtuneError('adapter_config.json has no "config" of an AdapterHub adapter')
     for key, plain in UNSUPPORTED.items():
         if config.get(key, plain) != plain:
-            raise JaxtuneError(f'adapter_config.json: "{key}"={config[key]!r} is not supported')
+            raise _unsupported(key, config[key])
+    for key, value in config.items():  # also of later versions
+        if key not in UNSUPPORTED | NEUTRAL and key not in READ and value not in (None, False):
+            raise _unsupported(key[:60], value)
     activation = str(config.get("non_linearity"))
     lookup(ACTIVATIONS, activation, 'adapter_config.json: "non_linearity"')
-    parallel, before = config.get("is_parallel"), config.get("original_ln_before")
+    parallel, before = _flag(config, "is_parallel"), _flag(config, "original_ln_before")
     return Bottlenecks(
-        attention=bool(config.get("mh_adapter")),
-        feed_forward=bool(config.get("output_adapter")),
+        attention=_flag(config, "mh_adapter"),
+        feed_forward=_flag(config, "output_adapter"),
         reads="stream" if parallel else "sum" if before else "block",
-        reduction_factor=_number(config, "reduction_factor", minimum=1e-3),
+        reduction_factor=_number(config, "reduction_factor", 1e-3, 1e6),
         activation=activation,
-        scaling=_number(config, "scaling"),
-        dropout=_number(config, "dropout"),
+        scaling=_number(config, "scaling", -1e6, 1e6),
+        dropout=_number(config, "dropout", 0, 0.999),
         label=str(stored.config.get("name")),
     )
 
 
-def _number(config: Mapping[str, Any], key: str, minimum: float = -math.inf) -> float:
+def _number(config: Mapping[str, Any], key: str, least: float, most: float) -> float:
     value = config.get(key, 0.0)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= minimum:
-        raise JaxtuneError(f'adapter_config.json: "{key}"={value!r} is not supported')
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not least <= value <= most:
+        raise _unsupported(key, value)
     return float(value)
+
+
+def _flag(config: Mapping[str, Any], key: str) -> bool:
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise _unsupported(key, value)
+    return bool(value)
+
+
+def _unsupported(key: str, value: Any) -> JaxtuneError:
+    huge = isinstance(value, int) and abs(value) > 10**60
+    shown = "a huge number" if huge else repr(value)[:60]
+    return JaxtuneError(f'adapter_config.json: "{key}"={shown} is not supported')
 
 
 def from_config(section: AdapterConfig) -> Bottlenecks:

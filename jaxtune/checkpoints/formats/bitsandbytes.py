@@ -48,6 +48,7 @@ from jaxtune.quant.nf4 import (
 )
 from jaxtune.strict_json import parse_json
 
+LARGEST_OFFSET = 1e30  # of scales in float32
 METHOD = "bitsandbytes"
 _NF4_ENDINGS = {
     "codes": ".weight",
@@ -136,7 +137,7 @@ class NF4Source(PackedSource):
         sizes = shape if isinstance(shape, list) else []
         if [type(size) for size in sizes] != [int, int] or min(sizes) < 1:
             raise self._error(weight, "state", f"has shape={shape!r}, not two positive numbers")
-        if self._double and not isinstance(offset, float):
+        if self._double and not (isinstance(offset, float) and abs(offset) < LARGEST_OFFSET):
             raise self._error(weight, "state", f"has nested_offset={offset!r}, not a number")
         return state
 

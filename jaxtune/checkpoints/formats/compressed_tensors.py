@@ -24,6 +24,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxtune.checkpoints.formats.packed_source import (
+    LARGEST_GROUP,
     PackedSource,
     Specified,
     pack_rows,
@@ -75,8 +76,11 @@ def compressed_tensors_format(settings: Mapping[str, Any], path: Path) -> Int4:
     if scheme["strategy"] == "channel":
         return Int4(0, scheme["symmetric"])
     size = scheme.get("group_size")
-    if not isinstance(size, int) or size < 1:
-        raise JaxtuneError(f"{where}: weights.group_size={size!r} is not a positive number")
+    if type(size) is not int or not 1 <= size <= LARGEST_GROUP:
+        raise JaxtuneError(
+            f"{where}: weights.group_size={str(size)[:60]} is not a positive number up to "
+            f"{LARGEST_GROUP}"
+        )
     return Int4(size, scheme["symmetric"])
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxtune.checkpoints.formats.packed_source import PackedSource, Specified
+from jaxtune.checkpoints.formats.packed_source import LARGEST_GROUP, PackedSource, Specified
 from jaxtune.checkpoints.formats.safetensors import Pending
 from jaxtune.checkpoints.source import TensorSource
 from jaxtune.errors import JaxtuneError
@@ -91,9 +91,12 @@ def deepseek_fp8_format(settings: Mapping[str, Any], path: Path) -> Float8:
     if (
         not isinstance(block, list)
         or [type(size) for size in block] != [int, int]
-        or min(block) < 1
+        or not 1 <= min(block) <= max(block) <= LARGEST_GROUP
     ):
-        raise JaxtuneError(f"{where}.weight_block_size={block!r} is not two positive numbers")
+        raise JaxtuneError(
+            f"{where}.weight_block_size={str(block)[:60]} is not two positive numbers up to "
+            f"{LARGEST_GROUP}"
+        )
     return Float8((block[0], block[1]))
 
 

@@ -213,7 +213,7 @@ class GGUFSource:
         if value is None:
             raise JaxtuneError(f'{self.path}: metadata lacks "{self._architecture}.{key}"')
         if isinstance(value, list):
-            if len(set(value)) != 1:
+            if not value or any(one != value[0] for one in value):
                 raise JaxtuneError(
                     f"{self.path}: {self._architecture}.{key} differs between layers: {value}"
                 )
@@ -228,6 +228,19 @@ class GGUFSource:
                 f"{self.path}: {self._architecture}.{key}={value!r} is not a positive integer"
             )
         return value
+
+    def _number(self, key: str, default: Any = None) -> float:
+        """Returns a number of the metadata; see `_key`.
+
+        Raises:
+          JaxtuneError: the value is not a number.
+        """
+        value = self._key(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise JaxtuneError(
+                f"{self.path}: {self._architecture}.{key}={repr(value)[:60]} is not a number"
+            )
+        return _decimal(value)
 
     def _build_config(self, class_name: str) -> dict[str, Any]:
         heads, hidden_size = self._count("attention.head_count"), self._count("embedding_length")
@@ -249,8 +262,8 @@ class GGUFSource:
             "hidden_act": "silu",
             "vocab_size": self.shape("model.embed_tokens.weight")[0],
             "max_position_embeddings": self._count("context_length"),
-            "rms_norm_eps": _decimal(self._key("attention.layer_norm_rms_epsilon")),
-            "rope_theta": _decimal(self._key("rope.freq_base", 10000.0)),
+            "rms_norm_eps": self._number("attention.layer_norm_rms_epsilon"),
+            "rope_theta": self._number("rope.freq_base", 10000.0),
             "rope_scaling": self._rope_scaling(head_dim),
             "tie_word_embeddings": "lm_head.weight" not in self._tensors,
             "torch_dtype": "bfloat16",
@@ -267,12 +280,12 @@ class GGUFSource:
     def _rope_scaling(self, head_dim: int) -> dict[str, Any] | None:
         """Returns the ``rope_scaling`` entry of the config, or None without scaling."""
         kind = self._key("rope.scaling.type", "none")
-        factor = self._key("rope.scaling.factor", self._key("rope.scale_linear", 1.0))
+        factor = self._number("rope.scaling.factor", self._number("rope.scale_linear", 1.0))
         if self._rope_factors is not None:
             return self._llama3_rope(self._rope_factors, head_dim)
         if kind == "none" and factor == 1.0:
             return None
-        scaling = {"rope_type": "linear" if kind == "none" else kind, "factor": _decimal(factor)}
+        scaling = {"rope_type": "linear" if kind == "none" else kind, "factor": factor}
         if scaling["rope_type"] == "linear":
             return scaling
         if kind != "yarn":
@@ -288,9 +301,8 @@ class GGUFSource:
             ("beta_fast", "yarn_beta_fast"),
             ("beta_slow", "yarn_beta_slow"),
         ):
-            value = self._metadata.get(f"{self._architecture}.rope.scaling.{key}")
-            if value is not None:
-                scaling[name] = _decimal(value)
+            if f"{self._architecture}.rope.scaling.{key}" in self._metadata:
+                scaling[name] = self._number(f"rope.scaling.{key}")
         return scaling
 
     def _llama3_rope(self, info: TensorInfo, head_dim: int) -> dict[str, Any]:
@@ -300,7 +312,7 @@ class GGUFSource:
         divisors computed from it must match the file's.
         """
         divisors = self._decode(info, _ROPE_FACTORS)
-        theta = self._key("rope.freq_base", 10000.0)
+        theta = self._number("rope.freq_base", 10000.0)
         # The largest divisor is the factor, up to the rounding of a float32 division.
         scaling = {"rope_type": "llama3", "factor": round(float(divisors.max()), 4)} | _LLAMA3_ROPE
         plain = np.array(rope_from_config({"rope_theta": theta}, head_dim).inv_freq)

@@ -18,6 +18,9 @@ from jaxtune.parallel.host import host_device
 from jaxtune.quant import Format
 from jaxtune.quant.codes import pack, packed_size, unpack
 
+# Rows or columns that share a scale: decoding repeats each scale as often.
+LARGEST_GROUP = 2**16
+
 _pack = jax.jit(pack)
 _unpack = jax.jit(unpack, static_argnums=1)
 
