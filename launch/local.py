@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = arguments.command[arguments.command[:1] == ["--"] :]
     if not command or arguments.processes < 1:
         parser.error("--processes of at least 1 and a command after -- are required")
-    port = _free_port()
+    reserved = _reserve_port()
+    port = reserved.getsockname()[1]
     workers = [
         _start(command, _environment(number, port, arguments))
         for number in range(arguments.processes)
@@ -68,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     codes = _wait(workers, arguments.grace)
     for thread in printing:
         thread.join()
+    reserved.close()
     return exit_code(codes)
 
 
@@ -86,10 +88,15 @@ def exit_code(codes: Sequence[int]) -> int:
     return failed[0] if failed else 0
 
 
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
+def _reserve_port() -> socket.socket:
+    """Returns a socket that keeps a port from other programs while process 0 listens on it.
+
+    It does not listen itself, and SO_REUSEPORT lets a process of the same user do so.
+    """
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    reserved.bind(("localhost", 0))
+    return reserved
 
 
 def _environment(number: int, port: int, arguments: argparse.Namespace) -> dict[str, str]:

@@ -27,6 +27,7 @@ ALIASES[ALL_LINEAR] = ALIASES["all"]
 # Advice for a model whose head is tied to its embedding.
 UNTIE = "jaxtune convert --untie writes a checkpoint with a separate head"
 TIED_HEAD = f"lm_head is tied to embed_tokens in this model (tie_word_embeddings): {UNTIE}"
+_MAX_LAYERS = 10_000  # bounds the memory of a range
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _REGEX = re.compile(r"[*+?\[\](){}|^$\\]")
 _SECONDS = 1  # the longest time to match a regular expression of a file; Python's re has no limit
@@ -100,6 +101,12 @@ def is_target(targets: Sequence[str], layers: Collection[int], name: str) -> boo
     return inside and any(_matches(target, name, "adapter.targets") for target in targets)
 
 
+def _is_less(text: str, other: str) -> bool:
+    """Compares numbers of any number of digits."""
+    text, other = text.lstrip("0"), other.lstrip("0")
+    return (len(text), text) < (len(other), other)
+
+
 def parse_layers(text: str) -> tuple[int, ...]:
     """Parses ``adapter.layers``, such as ``0,4-7``; an empty result stands for all layers.
 
@@ -109,9 +116,14 @@ def parse_layers(text: str) -> tuple[int, ...]:
     layers: set[int] = set()
     for part in filter(None, (part.strip() for part in text.split(","))):
         ends = re.fullmatch(r"(\d+)(?:-(\d+))?", part, re.ASCII)
-        if ends is None or int(ends[2] or ends[1]) < int(ends[1]):
+        if ends is None or _is_less(ends[2] or ends[1], ends[1]):
             raise JaxtuneError(f'adapter.layers: "{part}" is neither a layer nor a range like 4-7')
-        layers |= set(range(int(ends[1]), int(ends[2] or ends[1]) + 1))
+        last = ends[2] or ends[1]
+        if len(last) > len(str(_MAX_LAYERS)) or int(last) >= _MAX_LAYERS:  # before building it
+            raise JaxtuneError(
+                f'adapter.layers: "{part[:40]}": no model has {_MAX_LAYERS:,} layers'
+            )
+        layers |= set(range(int(ends[1]), int(last) + 1))
     return tuple(sorted(layers))
 
 

@@ -70,7 +70,7 @@ def tokenize_batch(
     if complete:
         texts = [_strip_after_eos(text, tokenizer.eos_token) for text in texts]
     encodings = backend.encode_batch(list(texts), add_special_tokens=complete)
-    single, found = _unrepeated_ids(tokenizer, backend), []
+    single, found = unrepeated_ids(tokenizer, backend), []
     added = {} if complete else tokenizer.added_tokens_decoder
     for text, encoding, marked in zip(texts, encodings, spans, strict=True):
         ranges = [_token_range(encoding, span) for span in marked]
@@ -123,7 +123,7 @@ def tokenize_prompt(
         mask = backend.encode("a").special_tokens_mask
         behind = mask[::-1].index(0) if 0 in mask else 0
     ids = np.array(encoding.ids[: len(encoding.ids) - behind], np.int32)
-    ids, _ = _merge_repeats(ids, np.zeros(len(ids), bool), _unrepeated_ids(tokenizer, backend))
+    ids, _ = _merge_repeats(ids, np.zeros(len(ids), bool), unrepeated_ids(tokenizer, backend))
     return ids.tolist()
 
 
@@ -138,7 +138,7 @@ def _unlimited_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
     return backend
 
 
-def _unrepeated_ids(tokenizer: PreTrainedTokenizerBase, backend: Any) -> set[int]:
+def unrepeated_ids(tokenizer: PreTrainedTokenizerBase, backend: Any) -> set[int]:
     """Returns the ids whose consecutive copies are merged: BOS, EOS and any the tokenizer adds."""
     empty = backend.encode("")
     marks = zip(empty.ids, empty.special_tokens_mask, strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Sequence
 
 import ml_collections
@@ -74,3 +75,9 @@ def _changed(training: TrainingConfig) -> list[str]:
 
 def _settings(training: TrainingConfig, names: Sequence[str]) -> str:
     return " and ".join(f"training.{name}={getattr(training, name)}" for name in names)
+
+
+def divisors_of(number: int) -> list[int]:
+    """Returns the divisors of a positive number in increasing order, in √number steps."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return small + [number // n for n in reversed(small) if n * n != number]

@@ -11,7 +11,7 @@ from typing import Any
 import ml_collections
 
 from jaxtune.config.effect import text, unused_options
-from jaxtune.config.length import TrainingDict, check_length, replace_length
+from jaxtune.config.length import TrainingDict, check_length, divisors_of, replace_length
 from jaxtune.config.option import OptionValue
 from jaxtune.config.tree import OPTIONS, SECTIONS, Config, ConfigLike, Derived, find_option
 from jaxtune.errors import JaxtuneError, closest, shown
@@ -103,7 +103,7 @@ def from_content(content: Mapping[str, Any], path: str | Path) -> Config:
 def _check_accumulation(rows: int, count: int) -> None:
     """Raises if a number of micro-batches, unless it is 0, does not divide the rows of a batch."""
     if count and rows % count:
-        divisors = [n for n in range(1, rows + 1) if rows % n == 0]
+        divisors = divisors_of(rows)
         nearest = [max(n for n in divisors if n < count), *(n for n in divisors if n > count)][:2]
         raise JaxtuneError(
             f"training.batch_size={rows} does not divide into training.accumulation={count} "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,15 +16,19 @@ from jaxtune.chats.template import TemplateLimitError
 from jaxtune.chats.tokens import IGNORE, Tokens, tokenize_batch
 from jaxtune.data.detect_format import FORMATS, detect_format, unread_keys
 from jaxtune.data.file_formats import Record
-from jaxtune.data.fitting import OverLong, fit_to_length
+from jaxtune.data.fitting import OverLong, fit_to_length, over_long
 from jaxtune.data.rows import Row, parse_row
 from jaxtune.data.samples import Sample
 from jaxtune.data.settings import DataSettings
+from jaxtune.data.token_bound import TokenBound
 from jaxtune.errors import JaxtuneError
 from jaxtune.vocabulary import RESIZE_HINT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_BYTES_PER_TOKEN = 32  # texts with fewer characters for each token of the limit are just tokenized
 
 
 class Problem(NamedTuple):
@@ -138,10 +143,16 @@ class Encoder:
             try:
                 row = parse_row(record)
                 sample = self._sample(row, form, first)
-                kept.append((index, record, sample))
+                if self._is_dropped(sample, record.place):
+                    chunk.counts["drop"] += 1
+                    chunk.turns.update(sample.turns)
+                else:
+                    kept.append((index, record, sample))
                 chunk.unread.update(unread_keys(row, form), sample.unread)
             except TemplateLimitError:  # a bad template, not a bad row
                 raise
+            except OverLong as error:
+                chunk.problems.append(Problem.of(record, error)._replace(long=True))
             except JaxtuneError as error:
                 chunk.problems.append(Problem.of(record, error))
         tokens: list[np.ndarray] = []
@@ -184,6 +195,29 @@ class Encoder:
         if found != form:
             raise JaxtuneError(f"{row.place}: format {found}, but {first} has format {form}")
         return FORMATS[form].read(row, self._reading)
+
+    @functools.cached_property
+    def _bound(self) -> TokenBound:
+        assert self.tokenizer is not None  # reading text has checked it
+        return TokenBound(self.tokenizer)
+
+    def _is_dropped(self, sample: Sample, place: str) -> bool:
+        """Returns whether a text is too long by its bytes and ``too_long`` is ``drop``.
+
+        Raises:
+          OverLong: it is too long by its bytes, and ``too_long`` is ``error``.
+        """
+        limit, too_long = self.settings.max_length, self.settings.too_long
+        # Shorter texts are tokenized in no time.
+        certain = len(sample.text) > _BYTES_PER_TOKEN * limit and too_long in ("error", "drop")
+        if sample.tokens is not None or not certain:
+            return False
+        tokens = self._bound.fewest_tokens(sample.text, sample.spans, sample.ends)
+        if tokens <= limit:
+            return False
+        if too_long == "error":
+            raise over_long(place, f"{len(sample.text):,} characters, at least {tokens}", limit)
+        return True
 
     def _tokenize(self, samples: Sequence[Sample]) -> Iterator[_Encoded]:
         """Yields the tokens of each sample, in order.

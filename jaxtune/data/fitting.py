@@ -18,6 +18,14 @@ class OverLong(JaxtuneError):
     """Raised for a row of more than max_length tokens if too_long is ``error``."""
 
 
+def over_long(place: str, count: str, limit: int) -> OverLong:
+    """Returns the error of a row whose tokens, described by `count`, exceed the limit."""
+    return OverLong(
+        f"{place}: {count} tokens exceed data.max_length={limit}; increase it, or set "
+        f"data.too_long to {', '.join(TOO_LONG[1:-1])} or {TOO_LONG[-1]}"
+    )
+
+
 class Limits(Protocol):
     """The settings ``data.max_length`` and ``data.too_long``."""
 
@@ -56,10 +64,7 @@ def fit_to_length(
     targets[:-1] = labels[1:]
     tokens, cut = tokens.astype(np.int32), len(tokens) > limit
     if cut and too_long == "error":
-        raise OverLong(
-            f"{place}: {len(tokens)} tokens exceed data.max_length={limit}; increase it, or set "
-            f"data.too_long to {', '.join(TOO_LONG[1:-1])} or {TOO_LONG[-1]}"
-        )
+        raise over_long(place, str(len(tokens)), limit)
     pieces = _split(tokens, targets, limit, too_long) if cut else [(tokens, targets)]
     kept = [piece for piece in pieces if (piece[1] != IGNORE).any()]
     if pieces and not kept:

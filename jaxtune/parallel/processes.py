@@ -24,6 +24,7 @@ COORDINATOR, PROCESSES, PROCESS = "JAXTUNE_COORDINATOR", "JAXTUNE_PROCESSES", "J
 _REASON_BYTES = 2000  # of the error of process 0
 _WAIT_MILLISECONDS = 7 * 24 * 3600 * 1000
 _waits = itertools.count()  # numbers the barriers, equally in all processes
+_held: list[socket.socket] = []  # ports that this process has reserved
 _listens = False  # whether this run looks for notices of preemption
 HEARTBEAT_SECONDS, START_SECONDS = 100, 300  # the defaults of JAX
 
@@ -127,8 +128,8 @@ def initialize(
         "shutdown_timeout_seconds": START_SECONDS,
     }
     try:
-        if addresses is None:
-            addresses = _detect(options)
+        if addresses is None and not _initialize_cluster(options):
+            addresses = _alone()
         if addresses is not None:
             # A single process listens on the loopback interface, several on all interfaces.
             alone = addresses.coordinator if addresses.processes == 1 else None
@@ -172,8 +173,8 @@ def listen_for_notices() -> bool:
     return state.preemption_sync_manager is not None
 
 
-def _detect(options: Mapping[str, Any]) -> Addresses | None:
-    """Initializes from a cluster that JAX detects; otherwise returns a loopback address."""
+def _initialize_cluster(options: Mapping[str, Any]) -> bool:
+    """Initializes from a cluster that JAX detects; returns whether there is one."""
     if "OMPI_COMM_WORLD_SIZE" in os.environ and "OMPI_MCA_orte_hnp_uri" not in os.environ:
         # Open MPI from release 5 on no longer sets a variable with the coordinator.
         raise JaxtuneError(
@@ -187,8 +188,8 @@ def _detect(options: Mapping[str, Any]) -> Addresses | None:
     try:
         jax.distributed.initialize(**options)
     except ValueError:  # JAX has detected no cluster
-        return _alone()
-    return None
+        return False
+    return True
 
 
 def _alone() -> Addresses:
@@ -197,9 +198,20 @@ def _alone() -> Addresses:
     jax.config.update("jax_check_proxy_envs", False)
     # Devices of one process need no gloo, which prints its connections to standard output.
     jax.config.update("jax_cpu_collectives_implementation", None)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return Addresses(f"127.0.0.1:{free.getsockname()[1]}", 1, 0)
+    return Addresses(f"127.0.0.1:{reserve_port()}", 1, 0)
+
+
+def reserve_port() -> int:
+    """Returns a free port on the loopback interface, which is this process's until it ends.
+
+    A socket stays bound to it, so that the system gives the port to nobody else. It does not
+    listen, and SO_REUSEPORT lets the coordinator of the same user do so.
+    """
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    held.bind(("127.0.0.1", 0))
+    _held.append(held)
+    return held.getsockname()[1]
 
 
 def leads() -> bool:

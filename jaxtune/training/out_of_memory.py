@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxtune.config.length import divisors_of
 from jaxtune.errors import JaxtuneError
 from jaxtune.memory_errors import is_out_of_memory, read_shortage
 from jaxtune.training.setup import Setup
@@ -90,9 +91,9 @@ def remedies(setup: Setup) -> list[Remedy]:
         found.append(Remedy("training.remat=full", saved * _SAVED_PER_LAYER - kept))
     else:
         saved = kept
-    for count in range(split.accumulation + 1, split.rows + 1):
+    for count in divisors_of(split.rows):
         smaller = split._replace(accumulation=count)
-        if split.rows % count == 0 and smaller.rows_per_device < split.rows_per_device:
+        if count > split.accumulation and smaller.rows_per_device < split.rows_per_device:
             share = 1 - smaller.rows_per_device / split.rows_per_device
             found.append(Remedy(f"training.accumulation={count}", saved * share))
             break

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from jaxtune.adapter_files.fused import fuse
 from jaxtune.adapters.define import define
 from jaxtune.adapters.projections import lora
-from jaxtune.adapters.targets import ALIASES, match_targets, module_names
+from jaxtune.adapters.targets import ALIASES, match_targets, module_names, parse_layers
 from jaxtune.config import AdapterConfig
 from jaxtune.errors import JaxtuneError
 from jaxtune.models import ARCHITECTURES, build_model
@@ -150,3 +150,10 @@ def test_the_default_targets_are_the_projections_of_attention(checkpoint):
     names = all_names(build_model(read_object(checkpoint / "config.json")))
     assert match_targets(AdapterConfig().targets, names) == match_targets(["attention"], names)
     assert any(name.endswith("o_proj") for name in match_targets(AdapterConfig().targets, names))
+
+
+@pytest.mark.parametrize("text", ["0-99999999999", "9" * 5000, "1,0-10000"])
+def test_a_range_of_layers_is_bounded(text):
+    with pytest.raises(JaxtuneError, match=r"adapter.layers: .* no model has 10,000 layers"):
+        parse_layers(text)
+    assert parse_layers("0,4-7, 012-13") == (0, 4, 5, 6, 7, 12, 13)

@@ -1,7 +1,7 @@
 import pytest
 
 from jaxtune.errors import JaxtuneError
-from jaxtune.parallel.processes import Addresses, find_addresses
+from jaxtune.parallel.processes import Addresses, find_addresses, reserve_port
 
 
 def find(coordinator=None, processes=None, process=None, **environ):
@@ -32,3 +32,23 @@ def test_a_bad_address_is_named(flags, message):
         find(**flags)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_reserved_port_is_given_to_nobody_else_and_a_coordinator_can_listen_on_it():
+    import socket
+    import subprocess
+    import sys
+
+    port = reserve_port()
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("127.0.0.1", port))
+    program = (
+        "import jax; from jaxtune.parallel import processes; processes.initialize(None);"
+        "port = processes._held[0].getsockname()[1];"
+        "state = jax._src.distributed.global_state;"
+        "print(jax.distributed.is_initialized(), state.coordinator_address.endswith(f':{port}'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "True True\n"

@@ -9,6 +9,7 @@ import pytest
 
 import jaxtune
 from jaxtune.config import from_json, resolve
+from jaxtune.config.length import divisors_of
 from jaxtune.parallel.devices import CPU_BYTES, GIB, GPUS, TPUS, DeviceGroup, chip_of_kind
 from jaxtune.planning.topology import find_topology
 from jaxtune.runs.changes import resumed_config
@@ -223,3 +224,9 @@ def test_an_unknown_gpu_has_the_memory_of_its_allocator():
         memory_stats=lambda: {"bytes_limit": 7 * GIB + 1},
     )
     assert DeviceGroup.of([device]).memory == 7 * GIB
+
+
+def test_divisors_of_a_large_number_take_no_time():
+    for number in (1, 2, 36, 97, 360):
+        assert divisors_of(number) == [n for n in range(1, number + 1) if number % n == 0]
+    assert len(divisors_of(10**12)) == 169

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxtune.config.length import divisors_of
 from jaxtune.objectives.cross_entropy import IGNORE
 
 
@@ -77,8 +78,7 @@ def fewest_micro_batches(rows: int, shares: int, fits: Callable[[int], bool]) ->
       fits: returns whether a micro-batch with a number of rows per device fits.
     """
     each = -(-rows // shares)
-    counts = [n for n in range(1, each + 1) if each % n == 0]
-    return next((count for count in counts if fits(each // count)), each)
+    return next((count for count in divisors_of(each) if fits(each // count)), each)
 
 
 def pad_rows(batch: Mapping[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
