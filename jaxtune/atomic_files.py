@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from jaxtune.errors import JaxtuneError
+from jaxtune.errors import JaxtuneError, check_path
 
 
 @contextlib.contextmanager
@@ -92,8 +92,13 @@ def new_directory(directory: str | Path, *, replace: bool = False) -> Iterator[P
 
 
 def refuse_taken(directory: str | Path) -> None:
-    """Raises a JaxtuneError if a path exists and is not an empty directory."""
-    path = Path(directory)
+    """Raises a JaxtuneError if a path cannot be created, or is not an empty directory."""
+    path = check_path("the output directory", directory)
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if there != path and not there.is_dir():
+        raise JaxtuneError(f"{path}: cannot create: {there} is not a directory")
+    if not os.access(there, os.W_OK) and there != path:
+        raise JaxtuneError(f"{path}: cannot create: {there} cannot be written")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise JaxtuneError(f"{path}: already exists; remove it or choose another path")
 

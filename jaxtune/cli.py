@@ -80,7 +80,10 @@ def _check_flags(command: _Parser, arguments: Sequence[str]) -> None:
     for argument in arguments:
         flag = argument.partition("=")[0]
         if flag.startswith("--") and flag not in known:
-            raise JaxtuneError(f'{command.prog}: unknown argument "{flag}"{closest(flag, known)}')
+            hint = closest(flag, known)
+            if flag.removeprefix("--") in OPTIONS and "--config" in known:
+                hint = f'; did you mean "{OVERRIDE}{argument.removeprefix("--")}"?'
+            raise JaxtuneError(f'{command.prog}: unknown argument "{flag}"{hint}')
 
 
 def _check_positionals(command: _Parser, arguments: Sequence[str]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 from jaxtune.memory_errors import is_out_of_memory
 
@@ -54,10 +56,51 @@ def lookup(registry: Mapping[str, _Value], name: str, key: str) -> _Value:
     Raises:
       JaxtuneError: `name` is not registered; the message lists the registered names.
     """
-    if name not in registry:
+    if not isinstance(name, str) or name not in registry:
         known = ", ".join(sorted(registry)) or "none"
-        raise JaxtuneError(f'{key}="{name}" is unknown{closest(name, registry)} (known: {known})')
+        written = f'"{name}"' if isinstance(name, str) else shown(name)
+        raise JaxtuneError(
+            f"{key}={written} is unknown{closest(str(name), registry)} (known: {known})"
+        )
     return registry[name]
+
+
+def check_argument(name: str, value: object, kinds: type | tuple[type, ...], expected: str) -> None:
+    """Raises if an argument of the Python interface has another type.
+
+    Args:
+      name: name of the argument.
+      value: its value.
+      kinds: valid types; bool does not count as int.
+      expected: description of a valid value, such as "a list of prompts".
+
+    Raises:
+      JaxtuneError: the value has another type.
+    """
+    allowed = kinds if isinstance(kinds, tuple) else (kinds,)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        raise JaxtuneError(f"{name} is {expected}, not {shown(value)}")
+
+
+def check_path(name: str, value: Any) -> Path:
+    """Returns a path that was given as an argument.
+
+    Raises:
+      JaxtuneError: the value is not a path, is empty, has a NUL or is not UTF-8.
+    """
+    check_argument(name, value, (str, os.PathLike), "a path")
+    text = os.fspath(value)
+    if not isinstance(text, str) or not text:
+        raise JaxtuneError(f"{name} is a path, not {shown(text)}")
+    try:
+        parts = text.encode().split(b"/")
+    except UnicodeEncodeError:
+        raise JaxtuneError(f"{name} is not UTF-8: {shown(text)}") from None
+    if len(text.encode()) > 4095 or max(map(len, parts)) > 255:  # limits of Linux
+        raise JaxtuneError(f"{name} is too long: {shown(text)}")
+    if "\0" in text:
+        raise JaxtuneError(f"{name} contains a NUL character: {shown(text)}")
+    return Path(text)
 
 
 def user_message(error: Exception) -> str | None:

@@ -28,7 +28,7 @@ from jaxtune.adapter_files.pairs import Pair, kind_of, pairs_of, plain_config
 from jaxtune.adapters.method import BASE_COPY, StoredAdapter
 from jaxtune.adapters.projections.modules_to_save import whole_weights
 from jaxtune.adapters.projections.peft_files import PREFIX
-from jaxtune.errors import JaxtuneError, lookup
+from jaxtune.errors import JaxtuneError, check_argument, lookup, shown
 
 MAJORITIES = ("total", "frequency")
 
@@ -50,6 +50,11 @@ class Options:
     seed: int = 0
 
     def __post_init__(self):
+        check_argument("rank", self.rank, (int, np.integer), "a number")
+        check_argument("density", self.density, (int, float), "a number")
+        check_argument("seed", self.seed, (int, np.integer), "a number")
+        if not 0 <= self.seed < 2**63:
+            raise JaxtuneError(f"seed={shown(self.seed)} of a combination is not within 0 and 2⁶³")
         if self.rank < 0:
             raise JaxtuneError(f"rank={self.rank} of a combination is negative")
         if not 0 < self.density <= 1:

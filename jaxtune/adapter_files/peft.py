@@ -54,6 +54,11 @@ def read_adapter(directory: str | Path, *, encoder: bool = False) -> StoredAdapt
         raise JaxtuneError(f"{directory / CONFIG}: no such file{closest_path(directory)}")
     if (directory / EXPERTS).is_file() and not (directory / CONFIG).is_file():
         return _read_experts(directory)
+    if not (directory / CONFIG).is_file() and (directory / "adapter" / "last").is_dir():
+        raise JaxtuneError(
+            f"{directory}: a run, not an adapter: use {directory}/adapter/best or "
+            f'jaxtune.Run("{directory}").model()'
+        )
     config = read_object(directory / CONFIG)
     check_settings(config)
     weights = _weights_file(config)

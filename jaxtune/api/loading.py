@@ -22,7 +22,7 @@ from jaxtune.checkpoints.chat import Chat, adapter_chat, combined_chat
 from jaxtune.checkpoints.embeddings import untied, with_vocabulary
 from jaxtune.checkpoints.load_model import load_model
 from jaxtune.checkpoints.open_model import OpenModel, files_beside, open_model
-from jaxtune.errors import JaxtuneError, lookup
+from jaxtune.errors import JaxtuneError, check_argument, check_path, lookup
 from jaxtune.quant import Quantization
 from jaxtune.registry import DTYPES
 
@@ -64,8 +64,14 @@ def load(
     Raises:
       JaxtuneError: the checkpoint, an adapter or a setting is invalid.
     """
+    if adapters is not None:
+        check_argument("adapters", adapters, Mapping, "a dict of directories by name")
     if adapter is not None and adapters:
         raise JaxtuneError("adapter and adapters are both given: pass all of them in adapters")
+    if mesh is not None:
+        check_argument("mesh", mesh, Mesh, "a jax.sharding.Mesh")
+    if chat_template != "":
+        check_path("chat_template", chat_template)
     template = read_template(chat_template, "chat_template")
     directories = dict(adapters or {}) if adapter is None else {ONLY: adapter}
     model = load_with_adapters(
@@ -113,7 +119,9 @@ def load_with_adapters(
     Raises:
       JaxtuneError: the checkpoint, an adapter or a setting is invalid.
     """
-    directories = dict(adapters or {})
+    directories = {
+        name: check_path(f"adapters[{name!r}]", each) for name, each in (adapters or {}).items()
+    }
     stored = {name: read_adapter(directory) for name, directory in directories.items()}
     opened, quantization = _open(path, quantize, dtype, revision)
     source = opened.source
@@ -198,6 +206,9 @@ def convert(
     Raises:
       JaxtuneError: the checkpoint or a setting is invalid, or the directory is not empty.
     """
+    directory = check_path("directory", directory)
+    if vocab_size is not None:
+        check_argument("vocab_size", vocab_size, int, "a number of tokens")
     opened, quantization = _open(path, quantize, dtype, revision)
     source = untied(opened.source) if untie else opened.source
     source = source if vocab_size is None else with_vocabulary(source, vocab_size)
@@ -215,6 +226,12 @@ def _open(
 ) -> tuple[OpenModel, Quantization | None]:
     """Returns a model's files and the quantization of its weights."""
     lookup(dict.fromkeys(DTYPES), dtype, "dtype")
+    check_argument("revision", revision, str, "a branch, tag or commit")
+    check_argument(
+        "quantize", quantize or {}, (str, Mapping), "a weight format or a dict of settings"
+    )
+    if path != "":
+        path = check_path("path", path)
     section = {"format": quantize} if isinstance(quantize, str) else dict(quantize or {})
     settings = config_module.resolve({"quantize": section}).quantize
     opened = open_model(path, revision)

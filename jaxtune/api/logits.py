@@ -57,11 +57,20 @@ def pass_inputs(
         if value is not None and np.shape(value) != tokens.shape:
             shape, needed = list(np.shape(value)), list(tokens.shape)
             raise JaxtuneError(f"{name} have shape {shape}, but tokens have {needed}")
+        if value is not None:
+            _check_int32(name, value)
     segments = jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids)
     place = segment_positions(segments) if positions is None else jnp.asarray(positions)
     if not definition.reserved:
         return tokens, segments, place, None
     return make_room(tokens, segments, place, definition.reserved)
+
+
+def _check_int32(name: str, value: ArrayLike) -> None:
+    """Raises if an array holds anything but integers from 0 to the largest of int32."""
+    array = np.asarray(value)
+    if not np.issubdtype(array.dtype, np.integer) or array.min() < 0 or array.max() >= 2**31:
+        raise JaxtuneError(f"{name} must be integers ≥ 0 and < 2³¹")
 
 
 def segment_positions(segment_ids: jax.Array) -> jax.Array:

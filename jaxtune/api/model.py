@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import numbers
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Unpack, overload
 
@@ -25,7 +26,7 @@ from jaxtune.checkpoints import huggingface
 from jaxtune.checkpoints.chat import Chat, base_chat
 from jaxtune.checkpoints.load_model import LoadedModel
 from jaxtune.checkpoints.open_model import files_beside
-from jaxtune.errors import JaxtuneError, lookup
+from jaxtune.errors import JaxtuneError, check_argument, check_path, lookup, shown
 from jaxtune.generation.decoding import CHUNK
 from jaxtune.generation.generate import Generation
 from jaxtune.generation.sampling import Sampling
@@ -116,6 +117,13 @@ class Model:
             )
         if self._adapters is None or (adapter is not None and not self.adapters):
             raise JaxtuneError(f"adapter={adapter!r}: the model was loaded without adapters")
+        if isinstance(adapter, Mapping):
+            for name, weight in adapter.items():
+                check_argument(f"weight of {name!r}", weight, numbers.Real, "a number")
+                if not abs(weight) < 3e38:  # NaN as well
+                    raise JaxtuneError(f"weight of {name!r} is {shown(weight)}, not finite")
+        elif adapter is not None:
+            check_argument("adapter", adapter, str, "a name, weights by name or None")
         known = [field.name for field in dataclasses.fields(Options)]
         for name in options:
             lookup(dict.fromkeys(known), name, "option")
@@ -258,6 +266,8 @@ class Model:
           JaxtuneError: an error of `encode`, or settings out of range.
         """
         several, alone = as_prompts(prompts)
+        for name, flag in (("skip_special_tokens", skip_special_tokens), ("stream", stream)):
+            check_argument(name, flag, bool, "True or False")
         strings = check_stop(stop)
         ends = stop_tokens(self.tokenizer, strings) if strings else []
         generation = self.generation(
@@ -331,13 +341,22 @@ class Model:
           JaxtuneError: the template rejects the messages, or there is no template.
         """
         if isinstance(prompt, str):
+            try:
+                prompt.encode()
+            except UnicodeEncodeError:
+                raise JaxtuneError(
+                    f"the prompt has an unpaired surrogate: {shown(prompt)}"
+                ) from None
             return tokenize_prompt(self.tokenizer, prompt)
         if isinstance(prompt, Mapping):
             raise JaxtuneError("a single message is not a prompt: give a list of chat messages")
-        messages = [message for message in prompt if isinstance(message, Mapping)]
+        expected = "text, a list of token ids or a list of chat messages"
+        check_argument("a prompt", prompt, Iterable, expected)
+        elements: list[Any] = list(prompt)
+        messages = [message for message in elements if isinstance(message, Mapping)]
         if not messages:
-            return [token for token in prompt if not isinstance(token, Mapping)]
-        if len(messages) < len(prompt):
+            return elements
+        if len(messages) < len(elements):
             raise JaxtuneError("a prompt mixes chat messages with something else")
         return encode_prompt(self.tokenizer, messages, clock=self.chat.clock)
 
@@ -365,6 +384,7 @@ class Model:
         Raises:
           JaxtuneError: the adapter cannot be merged, or the model has no quantized weights.
         """
+        directory = check_path("directory", directory)
         if quantized and all(leaf.format is None for leaf in self.definition.leaves.values()):
             raise JaxtuneError(
                 "quantized=True: the model has no quantized weights; load it with quantize=…"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
+
+from jaxtune.errors import check_argument
 
 _logger = logging.getLogger(__name__)
 
@@ -28,6 +30,7 @@ def as_prompts(given: Any) -> tuple[list[Any], bool]:
     """Returns (a list of prompts, whether a single prompt was given instead of a list)."""
     if isinstance(given, (str, Mapping)):
         return [given], True
+    check_argument("prompts", given, Iterable, "a prompt or a list of prompts")
     elements = list(given)  # once: it may be a generator
     alone = any(isinstance(element, (Mapping, int, np.integer)) for element in elements)
     return ([elements] if alone else elements), alone

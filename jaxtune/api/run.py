@@ -29,7 +29,7 @@ from jaxtune.checkpoints.merging import Merge
 from jaxtune.checkpoints.open_model import OpenModel, files_beside
 from jaxtune.checkpoints.requantize import REPORT, read_report, write_report
 from jaxtune.data.in_memory import in_memory
-from jaxtune.errors import JaxtuneError, lookup
+from jaxtune.errors import JaxtuneError, check_path, lookup
 from jaxtune.parallel.processes import agree, leads, on_leader
 from jaxtune.planning.plan import model_config
 from jaxtune.runs.base import base_revision, open_base
@@ -52,7 +52,7 @@ class Run:
         Raises:
           JaxtuneError: the directory contains no run.
         """
-        self.directory = RunDirectory(workdir)
+        self.directory = RunDirectory(check_path("workdir", workdir))
         self.config = self.directory.read_config()
 
     def __repr__(self) -> str:

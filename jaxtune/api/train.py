@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Union
 from jaxtune.api.run import Run
 from jaxtune.config import Config, ConfigLike, load_file, resolve
 from jaxtune.data.in_memory import PREFIX, check_rows
-from jaxtune.errors import JaxtuneError
+from jaxtune.errors import JaxtuneError, check_path
 from jaxtune.log_output import logged
 from jaxtune.parallel.processes import leads
 from jaxtune.progress import bars
@@ -62,6 +62,8 @@ def train(
     """
     if isinstance(config, (str, Path)):
         config = load_file(config)
+    if str(workdir):
+        workdir = check_path("workdir", workdir)
     resolved = None if config is None else resolve(config)
     rows = _rows(train_data, eval_data)
     shown = progress and leads()
@@ -88,6 +90,8 @@ def _rows(train_data: Any, eval_data: Any) -> dict[str, Any]:
     if train_data is not None:
         check_rows("train_data", train_data)
         rows[f"{PREFIX}train"] = train_data
+    if isinstance(eval_data, Mapping) and not eval_data:
+        raise JaxtuneError("eval_data is an empty dict: name at least one set, or pass None")
     sets = eval_data if isinstance(eval_data, Mapping) else {"": eval_data}
     for name, held_out in sets.items() if eval_data is not None else ():
         if name and not re.fullmatch(r"\w+", str(name)):

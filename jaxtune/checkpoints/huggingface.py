@@ -54,6 +54,11 @@ class HuggingFaceSource:
         """
         self.path = directory
         self.config = read_object(directory / "config.json")
+        if {"training", "adapter", "model"} <= self.config.keys():
+            raise JaxtuneError(
+                f"{directory}: a run, not a checkpoint: use jaxtune generate --workdir {directory} "
+                f'or jaxtune.Run("{directory}").model()'
+            )
         self._by_name = open_weights(directory)
 
     def names(self) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from jaxtune.atomic_files import refuse_taken
 from jaxtune.commands.arguments import add_config, choice
 from jaxtune.errors import JaxtuneError
 
@@ -27,8 +28,9 @@ def run(arguments: argparse.Namespace) -> None:
     from jaxtune.training.train import score_training_data
 
     path = Path(arguments.to)
-    if path.exists():
-        raise JaxtuneError(f"{path}: already exists; remove it or choose another path")
+    refuse_taken(path)
+    if path.is_dir():
+        raise JaxtuneError(f"{path}: is a directory; choose another path")
     overrides = ["adapter.method=esft", *arguments.overrides]
     config = resolve(load_file(arguments.config), overrides)
     scores = score_training_data(config)

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxtune.config import DataConfig
 from jaxtune.data.file_formats import Record, table_record
-from jaxtune.errors import JaxtuneError
+from jaxtune.errors import JaxtuneError, shown
 
 PREFIX = "memory:"
 """Start of the names of rows in memory, in ``data.train`` and ``data.eval``."""
@@ -29,6 +29,8 @@ def check_rows(name: str, rows: Any) -> None:
     Raises:
       JaxtuneError: `rows` is something else.
     """
+    if hasattr(rows, "to_dict") and hasattr(rows, "columns"):  # iterates over names of columns
+        raise JaxtuneError(f'{name} is a DataFrame: pass its rows, .to_dict("records")')
     if isinstance(rows, Mapping):  # a DatasetDict is one
         known = ", ".join(map(str, rows))
         raise JaxtuneError(f'{name} is one data set, such as {name}["train"] (found: {known})')
@@ -55,6 +57,9 @@ def read_records(name: str, rows: Any) -> Iterator[Record]:
         if not isinstance(values, Mapping):
             kind = type(values).__name__
             error = JaxtuneError(f"{place}{number}: expected a dict, found {kind}")
+            yield Record(place, number, error)
+        elif other := [key for key in values if not isinstance(key, str)]:
+            error = JaxtuneError(f"{place}{number}: keys are texts, not {shown(other[0])}")
             yield Record(place, number, error)
         elif table:
             # Every row of a table has the keys of all, some with None.

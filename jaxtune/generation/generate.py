@@ -15,14 +15,14 @@ in the batch.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxtune.errors import JaxtuneError
+from jaxtune.errors import JaxtuneError, check_argument, shown
 from jaxtune.generation.decoding import (
     CHUNK,
     NO_TOKEN,
@@ -113,6 +113,11 @@ class Generation(Iterator[list[Answer]]):
         Raises:
           JaxtuneError: an empty prompt, ids outside the vocabulary, or settings out of range.
         """
+        check_argument("prompts", prompts, (Sequence, np.ndarray), "a list of prompts")
+        check_argument("stop", stop, Collection, "a list of token ids")
+        check_argument("largest_chunk", largest_chunk, (int, np.integer), "a number of tokens")
+        if largest_chunk < 1:
+            raise JaxtuneError(f"largest_chunk={largest_chunk} is not a number of tokens ≥ 1")
         limits = _read_limits(max_new_tokens, len(prompts))
         _check(definition, prompts, sampling, stop)
         self.finished = np.zeros(len(prompts), bool)
@@ -137,7 +142,14 @@ class Generation(Iterator[list[Answer]]):
         return [self._read(row, tokens[row], log_probs[row]) for row in range(len(self._prompts))]
 
     def end(self, row: int) -> None:
-        """Completes the answer of a row, which gets no more tokens."""
+        """Completes the answer of a row, which gets no more tokens.
+
+        Raises:
+          JaxtuneError: there is no such row.
+        """
+        check_argument("row", row, (int, np.integer), "the number of a prompt")
+        if not 0 <= row < len(self.finished):
+            raise JaxtuneError(f"there is no row {row}: rows are 0 to {len(self.finished) - 1}")
         self.finished[row] = True
 
     def complete(self) -> list[Answer]:
@@ -275,7 +287,9 @@ def _read_limits(given: int | Sequence[int], rows: int) -> np.ndarray:
     for value in values.flat:
         integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
         if not integer or not 1 <= value < 2**31:
-            raise JaxtuneError(f"max_new_tokens={value!r} is not a number of tokens ≥ 1 and < 2³¹")
+            raise JaxtuneError(
+                f"max_new_tokens={shown(value)} is not a number of tokens ≥ 1 and < 2³¹"
+            )
     return np.broadcast_to(values.astype(np.int32), rows)
 
 

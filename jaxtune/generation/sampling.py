@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 from typing import NamedTuple
 
@@ -10,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxtune.errors import JaxtuneError
+from jaxtune.errors import JaxtuneError, check_argument, shown
 
 _SEEDS = 2**31  # bound of int32, the dtype of seeds in JAX
+_LARGEST = 3.4e38  # of float32
 
 
 class Sampling(NamedTuple):
@@ -33,17 +33,19 @@ class Sampling(NamedTuple):
 
 def check_sampling(sampling: Sampling) -> None:
     """Raises a JaxtuneError that names the setting if one is out of range."""
+    check_argument("sampling", sampling, Sampling, "an instance of jaxtune.Sampling")
+    temperature, top_p, seed, top_k = sampling
     # All comparisons with NaN are false, so NaN is rejected as well.
-    if not 0 <= sampling.temperature < math.inf:
-        raise JaxtuneError(f"temperature={sampling.temperature} is not a finite number ≥ 0")
-    if not 0 < sampling.top_p <= 1:
-        raise JaxtuneError(f"top_p={sampling.top_p} is not within 0 (excluded) and 1")
-    if not isinstance(sampling.top_k, numbers.Integral) or not 0 <= sampling.top_k < _SEEDS:
+    if not isinstance(temperature, numbers.Real) or not 0 <= temperature <= _LARGEST:
+        raise JaxtuneError(f"temperature={shown(temperature)} is not a finite number ≥ 0")
+    if not isinstance(top_p, numbers.Real) or not 0 < top_p <= 1:
+        raise JaxtuneError(f"top_p={shown(top_p)} is not within 0 (excluded) and 1")
+    if not isinstance(top_k, numbers.Integral) or not 0 <= top_k < _SEEDS:
         raise JaxtuneError(
-            f"top_k={sampling.top_k} is not a number of tokens: ≥ 1, or 0 for all tokens"
+            f"top_k={shown(top_k)} is not a number of tokens: ≥ 1, or 0 for all tokens"
         )
-    if not -_SEEDS <= sampling.seed < _SEEDS:
-        raise JaxtuneError(f"seed={sampling.seed} is not within {-_SEEDS} and {_SEEDS - 1}")
+    if not isinstance(seed, numbers.Integral) or not -_SEEDS <= seed < _SEEDS:
+        raise JaxtuneError(f"seed={shown(seed)} is not within {-_SEEDS} and {_SEEDS - 1}")
 
 
 def choose(

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jaxtune.errors import JaxtuneError
+from jaxtune.errors import JaxtuneError, check_argument, shown
 from jaxtune.generation.generate import Generation
 
 _PARTIAL = "\ufffd"  # what tokenizers decode an incomplete character to
@@ -155,10 +155,11 @@ def _begins(end: str, stop: Sequence[str]) -> bool:
 
 def check_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
     """Returns one or several stop strings as a tuple; raises if one is empty or not a string."""
+    check_argument("stop", stop, (str, Sequence), "a text that ends an answer, or a list of texts")
     strings = (stop,) if isinstance(stop, str) else tuple(stop)
     for each in strings:
         if not isinstance(each, str) or not each:
-            raise JaxtuneError(f"stop={each!r} is not a text that can end an answer")
+            raise JaxtuneError(f"stop={shown(each)} is not a text that can end an answer")
     return strings
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from jaxtune.errors import JaxtuneError, closest, lookup
 from jaxtune.parallel.devices import GPUS, TPUS, Chip, DeviceGroup, gpu
 from jaxtune.planning import cuda
 
+_LARGEST = 16384  # devices of a topology
 _BLOCKWISE = "blockwise, because cuDNN needs a GPU to check its support; it takes less memory"
 
 
@@ -65,6 +67,7 @@ def find_topology(name: str) -> Topology:
     if name == "cpu":
         devices = jax.devices("cpu")
         return Topology(name, devices, len(devices), available_memory() // len(devices))
+    typed = name
     if number := re.fullmatch(r"(\d+)x([a-z].*)", name):
         name = f"{number[2]}:{number[1]}"
     kind, colon, shape = name.partition(":")
@@ -73,11 +76,13 @@ def find_topology(name: str) -> Topology:
     _check_grid(name)
     if colon and re.fullmatch(r"\d+(x\d+){1,2}", shape):
         chip = lookup(TPUS, kind, "topology")
+        if len(shape) > 20 or not 0 < math.prod(map(int, shape.split("x"))) <= _LARGEST:
+            raise JaxtuneError(f'topology "{name}": a grid has 1 to {_LARGEST} chips')
         devices = _tpu_devices(name, shape, chip.compiled_as or kind)
         note = "" if chip.name != "v7x" else "each chip is two devices"
         return Topology(name, devices, len(devices), chip.capacity_bytes, chip, note)
     raise JaxtuneError(
-        f'topology "{name}" is neither "cpu" nor a TPU generation and its chips, as in "v5e:1x1" '
+        f'topology "{typed}" is neither "cpu" nor a TPU generation and its chips, as in "v5e:1x1" '
         f'or "v5p:2x2x1" (generations: {", ".join(TPUS)}), nor GPUs, as in "h100:8"'
         f"{closest(kind, [*TPUS, *GPUS])}"
     )
@@ -117,6 +122,8 @@ def describe_cards(name: str) -> Topology:
     chip = gpu(kind)
     if number and not (number.isdigit() and int(number) > 0):
         raise JaxtuneError(f'"{name}" is not a number of GPUs, as in "{kind}:8"')
+    if len(number) > 5 or int(number or 1) > _LARGEST:
+        raise JaxtuneError(f"{kind}:{number[:20]}: at most {_LARGEST} GPUs can be planned for")
     count = int(number or 1)
     if chip.maker == "AMD":
         note = f"{kind}: jaxtune plans AMD GPUs by formulas only and has not been tested on one"
@@ -154,7 +161,13 @@ def _tpu_devices(name: str, shape: str, kind: str) -> Sequence[Any]:
     try:
         return topologies.get_topology_desc(f"{kind}:{shape}", "tpu", **settings).devices
     except jax.errors.JaxRuntimeError as error:
-        raise JaxtuneError(f'topology "{name}": {str(error).splitlines()[0]}') from error
+        grids = _CUBES if shape.count("x") == 2 else _GRIDS
+        chips = math.prod(map(int, shape.split("x")))
+        nearest = grids[min(grids, key=lambda count: abs(count - chips))]
+        raise JaxtuneError(
+            f'topology "{name}": {str(error).splitlines()[0]}; did you mean '
+            f'"{name.partition(":")[0]}:{nearest}"?'
+        ) from error
 
 
 def available_memory() -> int:

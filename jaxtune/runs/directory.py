@@ -120,8 +120,11 @@ class RunDirectory(RunFiles):
     @contextlib.contextmanager
     def _hold(self, config: Config | None, review: Review) -> Iterator[None]:
         """Locks the directory, writes the config of a new run, completes interrupted renames."""
-        with report_full_disk(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            with report_full_disk(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:  # below a file, read-only, too long
+            raise JaxtuneError(f"{self.path}: {error.strerror}") from error
         with _locked(self.path):
             restore_config(self, review)
             fresh = config is not None and not self.exists()

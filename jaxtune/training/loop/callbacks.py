@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxtune.errors import JaxtuneError
+from jaxtune.errors import JaxtuneError, closest, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +70,29 @@ class Callback:
 def check_callbacks(callbacks: Sequence[Callback]) -> None:
     """Raises if it is not a sequence of instances of `Callback`."""
     if not isinstance(callbacks, Sequence):
-        raise JaxtuneError(f"callbacks takes a list of callbacks, not {callbacks!r}")
+        raise JaxtuneError(f"callbacks takes a list of callbacks, not {shown(callbacks)}")
     for index, callback in enumerate(callbacks):
         if not isinstance(callback, Callback):
             raise JaxtuneError(
-                f"callbacks[{index}] is {callback!r}, not an instance of jaxtune.Callback"
+                f"callbacks[{index}] is {shown(callback)}, not an instance of jaxtune.Callback"
             )
+        for name in dir(callback):
+            method = getattr(callback, name)
+            if not name.startswith("on_"):
+                continue
+            if name not in vars(Callback):
+                known = [event for event in vars(Callback) if event.startswith("on_")]
+                raise JaxtuneError(
+                    f"callbacks[{index}]: {type(callback).__name__}.{name} is not an event"
+                    f"{closest(name, known)} (known: {', '.join(known)})"
+                )
+            try:
+                inspect.signature(method).bind(None)
+            except (TypeError, ValueError):
+                raise JaxtuneError(
+                    f"callbacks[{index}]: {type(callback).__name__}.{name} takes one argument, the "
+                    "event"
+                ) from None
 
 
 class Callbacks:
