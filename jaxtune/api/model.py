@@ -16,7 +16,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxtune.adapter_files.combine import Options
 from jaxtune.adapters.merge import check_merges, edits
-from jaxtune.api.adapter_set import AdapterSet
+from jaxtune.api.adapter_set import AdapterSet, check_choice
 from jaxtune.api.logits import logits as compute_logits
 from jaxtune.api.logits import pass_inputs
 from jaxtune.api.prompts import Prompt, TextOptions, as_prompts, warn_of_length
@@ -110,6 +110,7 @@ class Model:
         Raises:
           JaxtuneError: an unknown name, or adapters that cannot be combined.
         """
+        check_choice(adapter)
         if self.method is not None and self.method.edits_base:
             raise JaxtuneError(
                 f"adapter={adapter!r}: adapter.method={self.method.name} has edited the base for "
