@@ -101,12 +101,12 @@ class Server:
         self._started.append(Command(self, pid, output))
         return self._started[-1]
 
-    def start_all(self, processes, *arguments, **options):
+    def start_all(self, processes, *arguments, heartbeat=10, **options):
         """Starts a command in several processes, which find each other; returns them in order."""
         with socket.socket() as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
-        join = ("--coordinator", address, "--processes", processes, "--heartbeat", 10)
+        join = ("--coordinator", address, "--processes", processes, "--heartbeat", heartbeat)
         return [
             self.start(*arguments, *join, "--process", number, **options)
             for number in range(processes)

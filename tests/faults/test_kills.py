@@ -13,10 +13,10 @@ SEED = int(os.environ.get("JAXTUNE_TEST_SEED", "0"))
 
 @pytest.mark.slow
 def test_runs_that_are_killed_at_random_moments_end_bit_for_bit_like_one_that_is_not(
-    server, small_config, tmp_path
+    server, plain_config, tmp_path
 ):
     """The same losses, batches, skipped steps, scores, answers and adapters."""
-    killer = Killer(server, small_config, tmp_path, SEED)
+    killer = Killer(server, plain_config, tmp_path, SEED)
     killer.check_order()
     skipped = {line.get("skipped") for line in comparable(killer.unbroken)}
     assert skipped == {None, "not finite", "spike"}

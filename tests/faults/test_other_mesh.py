@@ -36,10 +36,10 @@ def finish(processes, code=0):
 
 
 def test_every_array_is_the_same_and_the_data_comes_in_the_same_order(
-    server, small_config, tmp_path
+    server, plain_config, tmp_path
 ):
     """A run on eight devices is killed, and resumed in three other places."""
-    train = ("train", "--config", small_config, *FLAGS, "--workdir")
+    train = ("train", "--config", plain_config, *FLAGS, "--workdir")
     finish(start(server, "one device", *train, tmp_path / "unbroken"))
     unbroken = comparable(tmp_path / "unbroken")
     workdir = tmp_path / "run"

@@ -45,7 +45,7 @@ def test_secrets_are_in_no_file_and_in_no_output(server, small_config, tmp_path)
             ((*train[:3], "--config.model.path=nobody/nothing", *train[-2:]), 65, None, {}),
             ((*train[:-1], tmp_path / "failed"), 1, "failing_save", {}),
             (
-                (*train[:-1], tmp_path / "stalled", "--config.checkpoint.timeout_minutes=0.05"),
+                (*train[:-1], tmp_path / "stalled", "--config.checkpoint.timeout_minutes=0.1"),
                 75,
                 "stalled_save",
                 {},

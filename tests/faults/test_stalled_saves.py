@@ -18,10 +18,10 @@ FLAGS = (
 
 
 @pytest.fixture(scope="module")
-def unbroken(server, small_config, tmp_path_factory):
+def unbroken(server, plain_config, tmp_path_factory):
     """The directory of a run without a fault."""
     workdir = tmp_path_factory.mktemp("unbroken") / "run"
-    server.run("train", "--config", small_config, *FLAGS, "--workdir", workdir)
+    server.run("train", "--config", plain_config, *FLAGS, "--workdir", workdir)
     return workdir
 
 
@@ -30,18 +30,18 @@ EXPORT = pytest.param("stalled_export", "write_adapter", marks=pytest.mark.slow)
 
 @pytest.mark.parametrize("fault, function", [("stalled_save", "write_atomically"), EXPORT])
 def test_a_stalled_file_system_ends_the_run_with_75_and_it_resumes_bit_for_bit(
-    server, small_config, unbroken, tmp_path, fault, function
+    server, plain_config, unbroken, tmp_path, fault, function
 ):
     workdir = tmp_path / "run"
-    train = ("train", "--config", small_config, *FLAGS, "--workdir", workdir)
-    limit = "--config.checkpoint.timeout_minutes=0.05"
+    train = ("train", "--config", plain_config, *FLAGS, "--workdir", workdir)
+    limit = "--config.checkpoint.timeout_minutes=0.1"
     output = server.run(*train, limit, fault=fault, code=75)
     assert f"jaxtune: error: saving step 4 in {workdir / 'checkpoints'} takes more than" in output
     assert "checkpoint.timeout_minutes" in output
     assert function in output  # the stack of the thread that waits
     assert "Traceback" not in output
     output = server.run(*train)
-    assert "checkpoint.timeout_minutes: 0.05 → 60.0" in output
+    assert "checkpoint.timeout_minutes: 0.1 → 60.0" in output
     assert comparable(workdir) == comparable(unbroken)
 
 
@@ -86,13 +86,13 @@ MOMENTS = {
 
 
 @pytest.mark.slow
-def test_sigterm_during_an_evaluation_or_a_save_loses_nothing(server, small_config, tmp_path):
+def test_sigterm_during_an_evaluation_or_a_save_loses_nothing(server, plain_config, tmp_path):
     """Each run is unbroken where the other one is stopped."""
     long = ("--config.training.steps=100000", "--config.evaluation.every=9")
     resumed = {}
     for name, condition in MOMENTS.items():
         workdir = tmp_path / name
-        train = ("train", "--config", small_config, *FLAGS, *long, "--workdir", workdir)
+        train = ("train", "--config", plain_config, *FLAGS, *long, "--workdir", workdir)
         process = server.start(*train)
         freeze(process, lambda: condition(workdir))  # noqa: B023
         process.send_signal(signal.SIGTERM)

@@ -21,12 +21,12 @@ FLAGS = (
 
 
 @pytest.fixture(scope="module")
-def train(server, small_config, tmp_path_factory):
+def train(server, plain_config, tmp_path_factory):
     """Returns the command line of a run in a directory, without ``--workdir``."""
     source = tmp_path_factory.mktemp("source") / "run"
     first = ("--config.training.steps=2", "--config.optimizer.schedule=constant")
-    server.run("train", "--config", small_config, *first, "--workdir", source)
-    return ("train", "--config", small_config, *FLAGS, f"--config.training.continue_from={source}")
+    server.run("train", "--config", plain_config, *first, "--workdir", source)
+    return ("train", "--config", plain_config, *FLAGS, f"--config.training.continue_from={source}")
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +64,9 @@ def test_kills_of_either_process_lose_nothing(server, train, unbroken, tmp_path)
 
 def test_a_stopped_process_ends_the_other_one_with_its_stacks(server, train, unbroken, tmp_path):
     workdir = tmp_path / "run"
-    watchdog = "--config.training.watchdog_minutes=0.05"
-    working, stuck = server.start_all(2, *train, watchdog, "--workdir", workdir)
+    watchdog = "--config.training.watchdog_minutes=0.15"
+    # The heartbeat is far longer, so that the watchdog is first on a busy machine as well.
+    working, stuck = server.start_all(2, *train, watchdog, "--workdir", workdir, heartbeat=100)
     working.until(lambda: steps_logged(workdir) >= 5)
     begin = time.monotonic()
     stuck.send_signal(signal.SIGSTOP)

@@ -8,6 +8,7 @@ from runs import read_losses
 
 from jaxtune.parallel.processes import HEARTBEAT_SECONDS
 
+CONFIG = "plain_config"
 LONG = "--config.training.steps=100000"
 
 
