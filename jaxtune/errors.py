@@ -60,7 +60,7 @@ def lookup(registry: Mapping[str, _Value], name: str, key: str) -> _Value:
         known = ", ".join(sorted(registry)) or "none"
         written = f'"{name}"' if isinstance(name, str) and len(name) <= 100 else shown(name)
         raise JaxtuneError(
-            f"{key}={written} is unknown{closest(written, registry)} (known: {known})"
+            f"{key}={written} is unknown{closest(str(name)[:100], registry)} (known: {known})"
         )
     return registry[name]
 
