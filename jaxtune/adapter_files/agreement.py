@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxtune.adapters.targets import ROUTER, find_pattern, match_pattern
-from jaxtune.errors import JaxtuneError
+from jaxtune.errors import JaxtuneError, shown
 
 _EDIT = re.compile(
     r"base_model\.model\.(?P<module>.+)\.(?P<kind>lora_A\.weight|ia3_l|vera_lambda_[bd])", re.DOTALL
@@ -40,7 +40,7 @@ def check_agreement(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> No
         module, shape = match["module"], value.shape
         if (setting := _leaves_out(config, module)) is not None:
             raise JaxtuneError(
-                f'adapter_config.json: "{setting}"={_shown(config.get(setting))} leaves {module} '
+                f'adapter_config.json: "{setting}"={shown(config.get(setting))} leaves {module} '
                 f'out, but the file has tensors for it, such as "{key}": one of the two is out of '
                 "date"
             )
@@ -138,11 +138,6 @@ def _check_end(config: Mapping[str, Any], module: str, key: str, shape: tuple[in
     if (shape[0] == 1) != inputs and shape != (1, 1):
         ends = ("inputs", "outputs") if inputs else ("outputs", "inputs")
         raise JaxtuneError(
-            f'adapter_config.json: "feedforward_modules"={_shown(setting)} scales the {ends[0]} of '
+            f'adapter_config.json: "feedforward_modules"={shown(setting)} scales the {ends[0]} of '
             f'{module}, but "{key}" of shape {list(shape)} scales its {ends[1]}'
         )
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}…"

@@ -11,9 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jaxtune.adapters.esft.esft import PEFT_TYPE as ESFT
-from jaxtune.errors import JaxtuneError
-
-_LENGTH = 60  # characters of a value in a message
+from jaxtune.errors import JaxtuneError, shown
 
 
 class Valid(NamedTuple):
@@ -237,7 +235,7 @@ def check_settings(config: Mapping[str, Any]) -> None:
                 )
         elif not _is_unset(key, value):
             raise JaxtuneError(
-                f'adapter_config.json: "{_cut(key)}"={_text(value)} of a {kind} adapter is not '
+                f'adapter_config.json: "{key[:60]}"={_text(value)} of a {kind} adapter is not '
                 "supported: ignoring it would change the result"
             )
 
@@ -247,12 +245,4 @@ def _is_unset(key: str, value: Any) -> bool:
 
 
 def _text(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, int) and abs(value) > 10**_LENGTH:
-        return "a huge number"
-    return _cut(repr(value))
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _LENGTH else f"{text[:_LENGTH]}…"
+    return "null" if value is None else shown(value)

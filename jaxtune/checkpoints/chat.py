@@ -18,7 +18,7 @@ from typing import Any
 
 from jaxtune.checkpoints.formats.gguf_header import read_header
 from jaxtune.checkpoints.tokenizer import load_tokenizer
-from jaxtune.errors import JaxtuneError
+from jaxtune.errors import JaxtuneError, shown
 from jaxtune.strict_json import read_object, read_text
 
 GENERATION_CONFIG = "generation_config.json"
@@ -236,6 +236,5 @@ def _ids(content: Mapping[str, Any], key: str, place: Path | str) -> list[int]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for id_ in ids:
         if isinstance(id_, bool) or not isinstance(id_, int) or not abs(id_) < 2**31:
-            shown = "a huge number" if isinstance(id_, int) and abs(id_) > 10**60 else repr(id_)
-            raise JaxtuneError(f"{place}: {key}={shown[:60]} is not a token id")
+            raise JaxtuneError(f"{place}: {key}={shown(id_)} is not a token id")
     return ids

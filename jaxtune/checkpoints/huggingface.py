@@ -18,7 +18,7 @@ from jaxtune.checkpoints.source import ALL, ReadFile, TensorSource
 from jaxtune.checkpoints.streaming import load
 from jaxtune.checkpoints.weights import FORMS, has_weights, open_weights
 from jaxtune.config import QuantizeConfig
-from jaxtune.errors import JaxtuneError, lookup
+from jaxtune.errors import JaxtuneError, lookup, shown
 from jaxtune.hub import closest_path, is_reachable, unreachable
 from jaxtune.quant import Format, Quantization, quantization_from_config
 from jaxtune.strict_json import read_object
@@ -154,7 +154,8 @@ def open_source(path: Path) -> TensorSource:
         if settings is not None:
             if not isinstance(settings, Mapping):
                 raise JaxtuneError(
-                    f"{path}: quantization_config is {settings!r} in config.json, not an object"
+                    f"{path}: quantization_config is {shown(settings)} in config.json, not an "
+                    "object"
                 )
             kind = str(settings.get("quant_method"))
             where = f"{path}: quantization_config.quant_method"

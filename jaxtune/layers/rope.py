@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtune.errors import JaxtuneError, lookup
+from jaxtune.errors import JaxtuneError, lookup, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,9 +181,11 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
         old, new = (found[key] for key in _ENTRIES)
         differing = [key for key in {**new, **old} if old.get(key) != new.get(key)]
         if differing:
-            shown = ", ".join(f"{key}: {old.get(key)!r} and {new.get(key)!r}" for key in differing)
+            text = ", ".join(
+                f"{key}: {shown(old.get(key))} and {shown(new.get(key))}" for key in differing
+            )
             raise JaxtuneError(
-                f"config.json: rope_scaling and rope_parameters differ ({shown}): keep all "
+                f"config.json: rope_scaling and rope_parameters differ ({text}): keep all "
                 "settings in rope_parameters and remove rope_scaling"
             )
     return next(iter(found.values()), None) or _normalized(config, _ENTRIES[1])
@@ -192,7 +194,7 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
 def _normalized(config: Mapping[str, Any], key: str) -> dict[str, Any]:
     entry = {} if config.get(key) is None else config[key]
     if not isinstance(entry, Mapping):
-        raise JaxtuneError(f"config.json: {key} is {entry!r}, not an object")
+        raise JaxtuneError(f"config.json: {key} is {shown(entry)}, not an object")
     nested = [name for name, value in entry.items() if isinstance(value, Mapping)]
     if nested:
         raise JaxtuneError(
@@ -230,13 +232,12 @@ def _check_numbers(parameters: Mapping[str, Any]) -> None:
         zero = key in _OR_ZERO
         if not number or not 0 <= value <= most or (value == 0 and not zero):
             wanted = f"{'zero or ' if zero else ''}a positive number up to {most:g}"
-            shown = (
-                repr(value) if not isinstance(value, int) or abs(value) < 10**99 else "too large"
-            )
-            raise _bad_number(parameters, ValueError(f'"{key}" is {shown}, not {wanted}'))
+            raise _bad_number(parameters, ValueError(f'"{key}" is {shown(value)}, not {wanted}'))
     if not isinstance(parameters.get("truncate"), (bool, NoneType)):
         value = parameters["truncate"]
-        raise _bad_number(parameters, ValueError(f'"truncate" is {value!r}, not true or false'))
+        raise _bad_number(
+            parameters, ValueError(f'"truncate" is {shown(value)}, not true or false')
+        )
 
 
 def rope_from_config(config: Mapping[str, Any], dim: int) -> Rope:

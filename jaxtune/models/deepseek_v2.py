@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxtune.errors import JaxtuneError
+from jaxtune.errors import JaxtuneError, shown
 from jaxtune.layers.decoder import CausalLM
 from jaxtune.layers.experts.moe import Routing
 from jaxtune.models.hf_config import positive, read, require, size
@@ -27,7 +27,7 @@ def build(config: Mapping[str, Any]) -> CausalLM:
     method = read(config, "topk_method", str, "greedy")
     if method not in ("greedy", "group_limited_greedy"):
         raise JaxtuneError(
-            f'config.json: "topk_method"={method!r} is not supported (only greedy, '
+            f'config.json: "topk_method"={shown(method)} is not supported (only greedy, '
             "group_limited_greedy)"
         )
     limited = method == "group_limited_greedy"

@@ -10,7 +10,7 @@ from jaxtune.layers.attention import Attention
 from jaxtune.layers.decoder import CausalLM, Decoder, DecoderLayer
 from jaxtune.layers.mlp import MLP
 from jaxtune.layers.rope import rope_from_config
-from jaxtune.models.hf_config import MOST_LAYERS, positive, read, size
+from jaxtune.models.hf_config import MOST_LAYERS, MOST_ROTATED, positive, read, size
 
 
 def build_dense(
@@ -38,9 +38,11 @@ def build_dense(
     hidden, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
     kv_heads = size(config, "num_key_value_heads", heads, null=heads)
     if default_head_dim is None:
-        head_dim = size(config, "head_dim", hidden // heads, null=hidden // heads)
+        head_dim = size(
+            config, "head_dim", hidden // heads, null=hidden // heads, most=MOST_ROTATED
+        )
     else:
-        head_dim = size(config, "head_dim", default_head_dim)
+        head_dim = size(config, "head_dim", default_head_dim, most=MOST_ROTATED)
     if heads % kv_heads:
         raise JaxtuneError(
             f"config.json: {heads} attention heads do not divide into {kv_heads} key-value heads"

@@ -9,11 +9,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxtune.errors import JaxtuneError
+from jaxtune.errors import JaxtuneError, shown
 from jaxtune.vocabulary import RESIZE_HINT
 
 _MISSING = object()
 MOST_LAYERS = 1000
+MOST_ROTATED = 2**16  # dimensions of a head, each pair of which has a frequency
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "is_causal": (True,),
@@ -71,7 +72,7 @@ def read(
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = as_float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise JaxtuneError(f'config.json: "{key}" is {_text(value)}, not of type {kind.__name__}')
+        raise JaxtuneError(f'config.json: "{key}" is {shown(value)}, not of type {kind.__name__}')
     if isinstance(value, float) and not math.isfinite(value):
         raise JaxtuneError(f'config.json: "{key}" is {value}, not a finite number')
     return value
@@ -108,7 +109,7 @@ def size(
     """
     value = read(config, key, int, default, null=null)
     if not least <= value <= most:
-        raise JaxtuneError(f'config.json: "{key}" is {_text(value)}, not within {least} and {most}')
+        raise JaxtuneError(f'config.json: "{key}" is {shown(value)}, not within {least} and {most}')
     return value
 
 
@@ -137,8 +138,8 @@ def require(config: Mapping[str, Any], key: str, supported: tuple[Any, ...]) -> 
         value == one and isinstance(value, bool) == isinstance(one, bool) for one in supported
     ):
         known = ", ".join("null" if one is None else repr(one) for one in supported)
-        shown = "null" if value is None else _text(value)
-        raise JaxtuneError(f'config.json: "{key}"={shown} is not supported (only {known})')
+        text = "null" if value is None else shown(value)
+        raise JaxtuneError(f'config.json: "{key}"={text} is not supported (only {known})')
 
 
 def check_supported(config: Mapping[str, Any]) -> None:
@@ -170,15 +171,6 @@ def as_float(value: int) -> float:
         return math.inf
 
 
-def _text(value: Any, most: int = 100) -> str:
-    """Returns a value as in Python, cut if it is long."""
-    try:
-        text = repr(value)
-    except ValueError:  # an integer of more digits than Python converts
-        return "a number of thousands of digits"
-    return text if len(text) <= most else f"{text[:most]}…"
-
-
 def _check_windows(config: Mapping[str, Any]) -> None:
     """Raises for layers with a sliding window.
 
@@ -191,7 +183,8 @@ def _check_windows(config: Mapping[str, Any]) -> None:
         others = [kind for kind in types if kind != "full_attention"]
         if others:
             raise JaxtuneError(
-                f'config.json: "layer_types" has {others[0]!r}; only full_attention is supported'
+                f'config.json: "layer_types" has {shown(others[0])}; only full_attention is '
+                "supported"
             )
         return
     if not config.get("use_sliding_window") or config.get("sliding_window", 4096) is None:
@@ -200,6 +193,7 @@ def _check_windows(config: Mapping[str, Any]) -> None:
     layers = size(config, "num_hidden_layers")
     if first < layers:
         raise JaxtuneError(
-            f'config.json: "use_sliding_window"={config["use_sliding_window"]!r} is not supported '
-            f'where layers have the window: "max_window_layers" is {first} of {layers} layers'
+            f'config.json: "use_sliding_window"={shown(config["use_sliding_window"])} is not '
+            f'supported where layers have the window: "max_window_layers" is {first} of {layers} '
+            "layers"
         )

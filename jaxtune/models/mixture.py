@@ -11,7 +11,7 @@ from jaxtune.layers.experts.moe import MoE, Routing
 from jaxtune.layers.mla import MLA, MLASizes
 from jaxtune.layers.mlp import MLP
 from jaxtune.layers.rope import rope_from_config, yarn_softmax_scale
-from jaxtune.models.hf_config import MOST_LAYERS, positive, read, require, size
+from jaxtune.models.hf_config import MOST_LAYERS, MOST_ROTATED, positive, read, require, size
 
 MOST_EXPERTS = 10_000  # of a layer
 MOST_NAMES = 2**18  # experts of all layers; each has three weights, with names of their own
@@ -99,7 +99,10 @@ def latent_attention(
       config: the content of config.json.
       interleaved: whether rotated pairs are (2i, 2i + 1) instead of (i, i + dim / 2).
     """
-    nope, rope = size(config, "qk_nope_head_dim"), size(config, "qk_rope_head_dim")
+    nope, rope = (
+        size(config, "qk_nope_head_dim"),
+        size(config, "qk_rope_head_dim", most=MOST_ROTATED),
+    )
     q_lora, heads = config.get("q_lora_rank"), size(config, "num_attention_heads")
     # transformers has as many key-value heads as heads, and rotates `head_dim` dimensions.
     require(config, "num_key_value_heads", (None, heads))

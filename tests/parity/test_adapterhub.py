@@ -160,7 +160,7 @@ def edited(tmp_path, **changes):
         ({"non_linearity": "mish"}, 'non_linearity"="mish" is unknown'),
         ({"reduction_factor": 8}, r"has shape \[8\], the model needs \[4\]"),
         ({"reduction_factor": 0}, '"reduction_factor"=0 is not supported'),
-        ({"scaling": 10**400}, '"scaling"=a huge number is not supported'),
+        ({"scaling": 10**400}, '"scaling"=an integer of 1329 bits is not supported'),
         ({"dropout": 1}, '"dropout"=1 is not supported'),
         ({"mh_adapter": "no"}, "\"mh_adapter\"='no' is not supported"),
         ({"new_setting": 1}, '"new_setting"=1 is not supported'),

@@ -13,7 +13,7 @@ from jaxtune.adapters.projections import biases, new_tokens
 from jaxtune.adapters.projections.modules_to_save import saved_modules
 from jaxtune.adapters.projections.peft_files import PREFIX, edit_tensors
 from jaxtune.adapters.targets import find_pattern
-from jaxtune.errors import JaxtuneError
+from jaxtune.errors import JaxtuneError, shown
 
 _KEY = re.compile(r"(.+)\.(lora_[AB]\.weight|lora_magnitude_vector)")
 
@@ -53,7 +53,7 @@ def read_settings(stored: StoredAdapter) -> dict[str, Any]:
     start = str(config.get("init_lora_weights"))
     if start.lower() not in _PLAIN_INITS:
         raise JaxtuneError(
-            f'adapter_config.json: "init_lora_weights"={start[:60]!r} means '
+            f'adapter_config.json: "init_lora_weights"={shown(start)} means '
             "factors over an edited base; let PEFT convert the adapter to plain LoRA"
         )
     factors = _read_factors(stored)

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from jaxtune.adapters.method import StoredAdapter
-from jaxtune.errors import JaxtuneError, closest
+from jaxtune.errors import JaxtuneError, closest, shown
 from jaxtune.layers.decoder import CausalLM
 from jaxtune.layers.head import Rows
 from jaxtune.layers.tree import Path, Trainable, parameter
@@ -202,7 +202,7 @@ def on_disk(stored: StoredAdapter) -> TokenIds:
         whole = isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)
         if not whole or len(set(ids)) < len(ids):
             raise JaxtuneError(
-                f'adapter_config.json: "{SETTING}" has {repr(ids)[:60]} for {module}, not a list '
+                f'adapter_config.json: "{SETTING}" has {shown(ids)} for {module}, not a list '
                 "of distinct token ids"
             )
         if ids:

@@ -21,7 +21,7 @@ from jaxtune.adapters.method import Method, StoredAdapter
 from jaxtune.adapters.virtual.common import check_match, checked, draw
 from jaxtune.adapters.virtual.encoder import Dense
 from jaxtune.config import AdapterConfig
-from jaxtune.errors import JaxtuneError, lookup
+from jaxtune.errors import JaxtuneError, lookup, shown
 from jaxtune.layers.context import Context
 from jaxtune.layers.decoder import CausalLM
 from jaxtune.layers.linear import linear_float32
@@ -278,9 +278,7 @@ def _flag(config: Mapping[str, Any], key: str) -> bool:
 
 
 def _unsupported(key: str, value: Any) -> JaxtuneError:
-    huge = isinstance(value, int) and abs(value) > 10**60
-    shown = "a huge number" if huge else repr(value)[:60]
-    return JaxtuneError(f'adapter_config.json: "{key}"={shown} is not supported')
+    return JaxtuneError(f'adapter_config.json: "{key}"={shown(value)} is not supported')
 
 
 def from_config(section: AdapterConfig) -> Bottlenecks:

@@ -34,7 +34,7 @@ from jaxtune.checkpoints.formats.packed_source import (
 )
 from jaxtune.checkpoints.formats.safetensors import Pending
 from jaxtune.checkpoints.source import TensorSource
-from jaxtune.errors import JaxtuneError
+from jaxtune.errors import JaxtuneError, shown
 from jaxtune.quant import Format
 from jaxtune.quant.int8 import Int8
 from jaxtune.quant.nf4 import (
@@ -77,7 +77,9 @@ def bitsandbytes_format(settings: Mapping[str, Any], path: Path) -> Format:
     if not settings.get("load_in_4bit"):
         raise JaxtuneError(f"{where} has neither load_in_4bit nor load_in_8bit")
     if (kind := settings.get("bnb_4bit_quant_type", "fp4")) != "nf4":
-        raise JaxtuneError(f"{where}.bnb_4bit_quant_type={kind!r} is not supported (only 'nf4')")
+        raise JaxtuneError(
+            f"{where}.bnb_4bit_quant_type={shown(kind)} is not supported (only 'nf4')"
+        )
     return NormalFloat4(bool(settings.get("bnb_4bit_use_double_quant", False)))
 
 

@@ -32,7 +32,7 @@ from jaxtune.checkpoints.formats.packed_source import (
 )
 from jaxtune.checkpoints.formats.safetensors import Pending
 from jaxtune.checkpoints.source import TensorSource
-from jaxtune.errors import JaxtuneError
+from jaxtune.errors import JaxtuneError, shown
 from jaxtune.quant.int4 import Int4, decode_values
 
 METHOD = "compressed-tensors"
@@ -60,7 +60,7 @@ def compressed_tensors_format(settings: Mapping[str, Any], path: Path) -> Int4:
     """
     where = f"{path / 'config.json'}: quantization_config"
     if (kind := settings.get("format")) != "pack-quantized":
-        raise JaxtuneError(f"{where}.format={kind!r} is not supported (only 'pack-quantized')")
+        raise JaxtuneError(f"{where}.format={shown(kind)} is not supported (only 'pack-quantized')")
     groups = settings.get("config_groups")
     schemes = [
         group.get("weights") if isinstance(group, Mapping) else None
@@ -72,13 +72,13 @@ def compressed_tensors_format(settings: Mapping[str, Any], path: Path) -> Int4:
     for key, choices in _SCHEME.items():
         if scheme.get(key) not in choices:
             known = " or ".join(map(repr, choices))
-            raise JaxtuneError(f"{where}: weights.{key}={scheme.get(key)!r} is not {known}")
+            raise JaxtuneError(f"{where}: weights.{key}={shown(scheme.get(key))} is not {known}")
     if scheme["strategy"] == "channel":
         return Int4(0, scheme["symmetric"])
     size = scheme.get("group_size")
     if type(size) is not int or not 1 <= size <= LARGEST_GROUP:
         raise JaxtuneError(
-            f"{where}: weights.group_size={str(size)[:60]} is not a positive number up to "
+            f"{where}: weights.group_size={shown(size)} is not a positive number up to "
             f"{LARGEST_GROUP}"
         )
     return Int4(size, scheme["symmetric"])

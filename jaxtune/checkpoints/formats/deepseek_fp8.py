@@ -19,7 +19,7 @@ import numpy as np
 from jaxtune.checkpoints.formats.packed_source import LARGEST_GROUP, PackedSource, Specified
 from jaxtune.checkpoints.formats.safetensors import Pending
 from jaxtune.checkpoints.source import TensorSource
-from jaxtune.errors import JaxtuneError
+from jaxtune.errors import JaxtuneError, shown
 from jaxtune.quant.fp8 import Float8
 
 METHOD = "fp8"
@@ -86,7 +86,7 @@ def deepseek_fp8_format(settings: Mapping[str, Any], path: Path) -> Float8:
     """
     where = f"{path / 'config.json'}: quantization_config"
     if (kind := settings.get("fmt", "e4m3")) != "e4m3":
-        raise JaxtuneError(f"{where}.fmt={kind!r} is not supported (only 'e4m3')")
+        raise JaxtuneError(f"{where}.fmt={shown(kind)} is not supported (only 'e4m3')")
     block = settings.get("weight_block_size")
     if (
         not isinstance(block, list)
@@ -94,7 +94,7 @@ def deepseek_fp8_format(settings: Mapping[str, Any], path: Path) -> Float8:
         or not 1 <= min(block) <= max(block) <= LARGEST_GROUP
     ):
         raise JaxtuneError(
-            f"{where}.weight_block_size={str(block)[:60]} is not two positive numbers up to "
+            f"{where}.weight_block_size={shown(block)} is not two positive numbers up to "
             f"{LARGEST_GROUP}"
         )
     return Float8((block[0], block[1]))

@@ -17,7 +17,7 @@ from gguf.quants import dequantize
 
 from jaxtune.checkpoints.formats.gguf_header import TensorInfo, read_header
 from jaxtune.checkpoints.source import ALL, ReadFile, byte_range, truncated
-from jaxtune.errors import JaxtuneError, closest, lookup
+from jaxtune.errors import JaxtuneError, closest, lookup, shown
 from jaxtune.layers.rope import rope_from_config
 from jaxtune.quant import Format
 
@@ -238,7 +238,7 @@ class GGUFSource:
         value = self._key(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise JaxtuneError(
-                f"{self.path}: {self._architecture}.{key}={repr(value)[:60]} is not a number"
+                f"{self.path}: {self._architecture}.{key}={shown(value)} is not a number"
             )
         return _decimal(value)
 
