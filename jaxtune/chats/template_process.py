@@ -27,7 +27,7 @@ import numpy as np
 from jaxtune.chats import template_worker
 from jaxtune.chats.template_worker import HEADER_BYTES, decode, encode
 
-SECONDS = 5.0  # for a rendering
+SECONDS = 4.0  # for a rendering; a conversation takes milliseconds
 MEMORY = 768 * 2**20  # bytes, in addition to those of the started process
 CHARACTERS = 64 * 2**20  # of a rendering
 _LIMITS = {

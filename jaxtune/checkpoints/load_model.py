@@ -18,6 +18,7 @@ from jaxtune.checkpoints.source import TensorSource
 from jaxtune.errors import JaxtuneError
 from jaxtune.layers.tree import Tree, merge
 from jaxtune.models.definition import Definition
+from jaxtune.parallel.memory import bytes_per_device, check_fits
 from jaxtune.quant import Quantization
 
 
@@ -66,9 +67,11 @@ def load_model(
       progress: shows a progress bar if loading takes more than two seconds.
 
     Raises:
-      JaxtuneError: checkpoint, method and adapter do not match.
+      JaxtuneError: checkpoint, method and adapter do not match, or the weights do not fit.
     """
     definition = define(source.config, dtype, method, quantization)
+    frozen = bytes_per_device(definition.abstract("base", mesh))
+    check_fits(f"{source.path}: the weights in {dtype}", mesh, frozen)
     if stored is not None:
         check_copies(source, stored)
     # A method may edit weights while they stream in (PiSSA), and `complete` may read the loaded

@@ -164,13 +164,15 @@ def listen_for_notices() -> bool:
         return False
     module = distributed()
     state = None if module is None else module.global_state
-    if state is None or not hasattr(state, "preemption_sync_manager"):
-        return True  # an unknown version of jax, where `initialize` has enabled the service
-    if state.preemption_sync_manager is None and _listens:
-        jax.config.update("jax_enable_preemption_service", True)
-        state.initialize_preemption_sync_manager()
+    listens = True  # in an unknown version of jax, where `initialize` has enabled the service
+    if state is not None and hasattr(state, "preemption_sync_manager"):
+        if state.preemption_sync_manager is None and _listens:
+            jax.config.update("jax_enable_preemption_service", True)
+            state.initialize_preemption_sync_manager()
+        listens = state.preemption_sync_manager is not None
+    if listens:
         termination.release()
-    return state.preemption_sync_manager is not None
+    return listens
 
 
 def _initialize_cluster(options: Mapping[str, Any]) -> bool:

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+from jaxtune.chats import template_process
 from jaxtune.chats.builtin import read_template, set_default_arguments
 from jaxtune.chats.clock import now, read_clock
 from jaxtune.chats.messages import read_arguments
@@ -82,6 +83,8 @@ def create_run_chat(
     Raises:
       JaxtuneError: ``data.chat_template`` cannot be read.
     """
+    if base.tokenizer is not None and base.tokenizer.chat_template:
+        template_process.start()  # while the run is set up
     if leads() and (anew or not run.chat.is_file()):
         _write(run, _apply_template(base, config.data), (), clock or now())
     barrier("chat.json is written")

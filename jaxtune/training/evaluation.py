@@ -17,6 +17,7 @@ from jaxtune.layers.tree import Tree
 from jaxtune.parallel.processes import fetch
 from jaxtune.training.expert_load import load_summary, load_table
 from jaxtune.training.generation_eval import answer_questions, average, read_questions
+from jaxtune.training.placement.limits import check_batch
 from jaxtune.training.scores import answer_scores
 from jaxtune.training.setup import Setup
 
@@ -68,10 +69,13 @@ def bind_evaluation(
       chat: tokenizer and end tokens of generated answers.
 
     Raises:
-      JaxtuneError: ``evaluation.generate`` without a tokenizer.
+      JaxtuneError: ``evaluation.generate`` without a tokenizer, or a batch that does not fit the
+        memory of this machine.
     """
     if not sets:
         return None
+    rows = setup.config.evaluation.batch_size
+    check_batch("evaluation.batch_size", rows, setup.config, setup.reserved, setup.mesh)
     compiled = setup.eval_step()
     count = setup.config.evaluation.generate
     if count and (chat is None or chat.tokenizer is None):

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
 from jaxtune.config.length import divisors_of
 from jaxtune.errors import JaxtuneError
 from jaxtune.memory_errors import is_out_of_memory, read_shortage
+from jaxtune.parallel.memory import GIB, device_bytes
 from jaxtune.training.setup import Setup
 
-GIB = 2**30
 # Values that a decoder layer saves for its backward pass, per token and hidden unit. Korthikanti et
 # al., 2022, count 34 bytes at 16 bits, without attention scores.
 _SAVED_PER_LAYER = 17
@@ -58,7 +57,7 @@ def explain(text: str, setup: Setup) -> str:
     # XLA reports either the size of a whole program with the limit, or one more allocation without.
     more = "" if limit is not None else " more"
     if limit is None:
-        limit = _device_bytes(setup.mesh.devices.flat[0])
+        limit = device_bytes(setup.mesh.devices.flat[0])
     parts = ["out of memory"]
     if needed is not None:
         parts.append(f"{needed / GIB:.2f} GiB{more} were needed")
@@ -111,10 +110,3 @@ def _frozen_bytes(setup: Setup) -> float:
             shape = leaf.sharding.shard_shape(leaf.shape)
             total += jax.ShapeDtypeStruct(shape, leaf.dtype).size * leaf.dtype.itemsize
     return total
-
-
-def _device_bytes(device: Any) -> int | None:
-    """Returns the memory of a device in bytes, if it is known."""
-    if device.platform == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return (device.memory_stats() or {}).get("bytes_limit")

@@ -35,6 +35,7 @@ from jaxtune.quant import Quantization
 from jaxtune.training.bad_steps import GuardSettings
 from jaxtune.training.optimizer import make_optimizer, make_schedule
 from jaxtune.training.placement.fit import batch_shares, fit_to_devices, split_of, with_accumulation
+from jaxtune.training.placement.limits import check_batch, check_state
 from jaxtune.training.placement.memory import bytes_per_device, temporaries
 from jaxtune.training.placement.split import BatchSplit, pad_rows
 from jaxtune.training.state import TrainState, initial_state, state_like
@@ -245,6 +246,20 @@ def set_up(
         like=like,
         notes=tuple(notes),
     )
+
+
+def check_memory(setup: Setup) -> None:
+    """Raises if the arrays of a run certainly do not fit; see `placement.limits`.
+
+    Not part of `set_up`, because a plan may be of devices that are too small, and an evaluation
+    needs no optimizer state.
+    """
+    config = setup.config
+    check_state(setup.definition, setup.method, setup.mesh, setup.like, config)
+    rows, shared = config.training.batch_size, (config, setup.reserved, setup.mesh)
+    check_batch("training.batch_size", rows, *shared)
+    if config.data.eval or config.data.eval_split:
+        check_batch("evaluation.batch_size", config.evaluation.batch_size, *shared)
 
 
 def _counts_data(training: TrainingConfig) -> bool:

@@ -67,7 +67,7 @@ from jaxtune.training.loop.trainer import Trainer
 from jaxtune.training.out_of_memory import out_of_memory_named
 from jaxtune.training.run_summary import SplitSummary, summarize
 from jaxtune.training.score_experts import score_experts
-from jaxtune.training.setup import Setup, set_up
+from jaxtune.training.setup import Setup, check_memory, set_up
 from jaxtune.training.step import CompiledStep
 from jaxtune.training.verification import Verification, fingerprint
 
@@ -127,6 +127,7 @@ def train(
         method = method.with_tokenizer(tokenizer)
         method = method.with_scores(lambda: _expert_scores(run, config, source, read))
         setup = set_up(config, source.config, method)
+        check_memory(setup)
         _log_setup(setup)
         splits = read()
         chat = save_end_tokens(run, chat, splits.train)

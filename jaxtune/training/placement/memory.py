@@ -13,6 +13,7 @@ import jax
 
 from jaxtune.layers.decoder import ForwardOptions
 from jaxtune.models.definition import Definition
+from jaxtune.parallel import memory
 
 _SAVED = {"full": (), "save_attention": ("out",), "save_qkv": ("out", "qkv")}
 
@@ -81,15 +82,13 @@ def bytes_per_device(tree: Any, mesh: Mapping[str, int] | None = None) -> int:
       tree: ShapeDtypeStructs of any shape.
       mesh: devices along each mesh axis; by default those of the shardings.
     """
-    total = 0
-    for leaf in jax.tree.leaves(tree):
-        total += math.prod(_shard_shape(leaf, mesh)) * leaf.dtype.itemsize
-    return total
-
-
-def _shard_shape(leaf: Any, mesh: Mapping[str, int] | None) -> tuple[int, ...]:
     if mesh is None:
-        return leaf.sharding.shard_shape(leaf.shape)
+        return memory.bytes_per_device(tree)
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(_shard_shape(leaf, mesh)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _shard_shape(leaf: Any, mesh: Mapping[str, int]) -> tuple[int, ...]:
     spec = (*leaf.sharding.spec, *[None] * leaf.ndim)[: leaf.ndim]
     parts = [(entry,) if isinstance(entry, str) else entry or () for entry in spec]
     shares = [math.prod(mesh[axis] for axis in axes) for axes in parts]

@@ -1,0 +1,72 @@
+"""Requests that certainly do not fit are refused with one line before anything is allocated."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from jaxtune.adapters import method_from_config
+from jaxtune.config import resolve
+from jaxtune.errors import JaxtuneError
+from jaxtune.parallel.memory import GIB, check_fits, host_bytes
+from jaxtune.training.setup import check_memory, set_up
+
+TOO_LARGE = {
+    "adapter.rank=100000000": "adapter.rank=100000000: the trained arrays, their gradient",
+    "training.batch_size=2000000000": "training.batch_size=2000000000, data.max_length=64: a batch",
+    "data.max_length=2000000000": "training.batch_size=8, data.max_length=2000000000: a batch",
+    "evaluation.batch_size=2000000000": "evaluation.batch_size=2000000000, data.max_length=64",
+}
+
+
+@pytest.mark.parametrize("override", TOO_LARGE)
+def test_the_option_and_the_bytes_are_named(tiny, override):
+    model = tiny("llama")
+    sections = {"model": {"path": str(model)}, "data": {"max_length": 64, "eval": "x"}}
+    real = json.loads((model / "config.json").read_text())
+
+    def prepared(config):
+        return set_up(config, real, method_from_config(config.adapter), jax.devices()[:1])
+
+    setup = prepared(resolve(sections, [override]))
+    with pytest.raises(JaxtuneError) as error:
+        check_memory(setup)
+    assert str(error.value).startswith(TOO_LARGE[override])
+    assert " GiB, and this machine has " in str(error.value)
+    check_memory(prepared(resolve(sections)))
+
+
+def test_devices_of_a_cpu_share_the_memory_of_the_host():
+    count = len(jax.devices())
+    mesh = jax.make_mesh((count,), ("data",), devices=jax.devices())
+    check_fits("few", mesh, host_bytes() // count)
+    with pytest.raises(JaxtuneError, match=r"many: .* and this machine has"):
+        check_fits("many", mesh, host_bytes() // count + GIB)
+
+
+def test_the_limit_of_the_process_counts():
+    program = "from jaxtune.parallel.memory import host_bytes; print(host_bytes())"
+    command = f"ulimit -v {8 * 2**20} && exec {sys.executable} -c '{program}'"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == min(8 * GIB, host_bytes())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("override", [*TOO_LARGE][::3])  # an adapter, a batch
+def test_the_command_ends_with_65(small_config, tmp_path, override):
+    command = [sys.executable, "-m", "jaxtune.cli", "train", "--config", str(small_config)]
+    command += ["--workdir", str(tmp_path / "run"), f"--config.{override}"]
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -v 12000000 && exec "$@"', "bash", *command],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 65, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "error" in line]
+    assert line.startswith("jaxtune: error: ") and "this machine has 11.44 GiB" in line
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "config.json").exists()
