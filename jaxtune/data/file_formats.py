@@ -77,6 +77,8 @@ def _name_file_in_errors(
 
     @functools.wraps(read)
     def checked(path: Path) -> Iterator[Record]:
+        if path.exists() and not (path.is_file() or path.is_dir()):  # may keep its reader waiting
+            raise JaxtuneError(f"{path}: not a regular file")
         try:
             yield from read(path)
         except JaxtuneError:
