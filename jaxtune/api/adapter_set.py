@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping
 
 from jax.typing import DTypeLike
@@ -10,7 +11,7 @@ from jaxtune.adapter_files.combine import Options, combine
 from jaxtune.adapters import StoredAdapter
 from jaxtune.checkpoints.load_model import LoadedModel, attach_adapter
 from jaxtune.checkpoints.source import TensorSource
-from jaxtune.errors import lookup
+from jaxtune.errors import JaxtuneError, check_argument, lookup, shown
 from jaxtune.quant import Quantization
 
 
@@ -62,3 +63,14 @@ class AdapterSet:
         if isinstance(choice, str):
             return lookup(self._attached, choice, "adapter")
         return self._attach(combine(self.stored, choice, method, options))
+
+
+def check_choice(adapter: str | Mapping[str, float] | None) -> None:
+    """Raises if the adapters in use are neither a name, nor finite weights by name, nor None."""
+    if isinstance(adapter, Mapping):
+        for name, weight in adapter.items():
+            check_argument(f"weight of {name!r}", weight, numbers.Real, "a number")
+            if not abs(weight) < 3e38:  # NaN as well
+                raise JaxtuneError(f"weight of {name!r} is {shown(weight)}, not finite")
+    elif adapter is not None:
+        check_argument("adapter", adapter, str, "a name, weights by name or None")

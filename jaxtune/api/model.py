@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Unpack, overload
@@ -16,7 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxtune.adapter_files.combine import Options
 from jaxtune.adapters.merge import check_merges, edits
-from jaxtune.api.adapter_set import AdapterSet
+from jaxtune.api.adapter_set import AdapterSet, check_choice
 from jaxtune.api.logits import logits as compute_logits
 from jaxtune.api.logits import pass_inputs
 from jaxtune.api.prompts import Prompt, TextOptions, as_prompts, warn_of_length
@@ -110,6 +109,7 @@ class Model:
         Raises:
           JaxtuneError: an unknown name, or adapters that cannot be combined.
         """
+        check_choice(adapter)
         if self.method is not None and self.method.edits_base:
             raise JaxtuneError(
                 f"adapter={adapter!r}: adapter.method={self.method.name} has edited the base for "
@@ -117,13 +117,6 @@ class Model:
             )
         if self._adapters is None or (adapter is not None and not self.adapters):
             raise JaxtuneError(f"adapter={adapter!r}: the model was loaded without adapters")
-        if isinstance(adapter, Mapping):
-            for name, weight in adapter.items():
-                check_argument(f"weight of {name!r}", weight, numbers.Real, "a number")
-                if not abs(weight) < 3e38:  # NaN as well
-                    raise JaxtuneError(f"weight of {name!r} is {shown(weight)}, not finite")
-        elif adapter is not None:
-            check_argument("adapter", adapter, str, "a name, weights by name or None")
         known = [field.name for field in dataclasses.fields(Options)]
         for name in options:
             lookup(dict.fromkeys(known), name, "option")

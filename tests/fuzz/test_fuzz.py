@@ -20,7 +20,7 @@ def test_malformed_inputs_are_one_line_or_accepted(cases):
 
 
 FAULTS = """
-import os, sys
+import os, sys, time
 from pathlib import Path
 
 sys.path.insert(0, "tests/fuzz")
@@ -38,7 +38,7 @@ def lines():
     print("jaxtune: error: a", file=sys.stderr)
     raise JaxtuneError("b")
 
-server.SECONDS = 2
+server.SECONDS = server.PATIENCE = 2
 for call in (
     lambda: None,
     lambda: raises(JaxtuneError("no")),
@@ -46,7 +46,8 @@ for call in (
     lambda: raises(SystemExit(75)),
     lines,
     os.abort,
-    lambda: [None for _ in iter(int, 1)],
+    lambda: time.sleep(100),
+    lambda: sum(1 for _ in iter(int, 1)),
     lambda: len(b"x" * (2**30 + 2**26)),
     lambda: (root / "x").touch(),
     lambda: Path("marker").touch(),
@@ -61,5 +62,12 @@ def test_what_is_not_allowed_is_noticed(tmp_path):
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines() == [
         *("accepted", "refused", "traceback: KeyError: 'no'", "exit code 75", "2 lines of error"),
-        *("exit code -6", "more than 2 s", "more than 1024 MiB", "wrote x", "executed"),
+        *(
+            "exit code -6",
+            "more than 2 s",
+            "more than 2 s",
+            "more than 1024 MiB",
+            "wrote x",
+            "executed",
+        ),
     ], done.stderr
