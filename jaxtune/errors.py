@@ -59,9 +59,8 @@ def lookup(registry: Mapping[str, _Value], name: str, key: str) -> _Value:
     if not isinstance(name, str) or name not in registry:
         known = ", ".join(sorted(registry)) or "none"
         written = f'"{name}"' if isinstance(name, str) and len(name) <= 100 else shown(name)
-        raise JaxtuneError(
-            f"{key}={written} is unknown{closest(str(name)[:100], registry)} (known: {known})"
-        )
+        hint = closest(str(name)[:100], registry)
+        raise JaxtuneError(f"{key}={written} is unknown{hint} (known: {known})")
     return registry[name]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Unpack, overload
@@ -118,13 +117,6 @@ class Model:
             )
         if self._adapters is None or (adapter is not None and not self.adapters):
             raise JaxtuneError(f"adapter={adapter!r}: the model was loaded without adapters")
-        if isinstance(adapter, Mapping):
-            for name, weight in adapter.items():
-                check_argument(f"weight of {name!r}", weight, numbers.Real, "a number")
-                if not abs(weight) < 3e38:  # NaN as well
-                    raise JaxtuneError(f"weight of {name!r} is {shown(weight)}, not finite")
-        elif adapter is not None:
-            check_argument("adapter", adapter, str, "a name, weights by name or None")
         known = [field.name for field in dataclasses.fields(Options)]
         for name in options:
             lookup(dict.fromkeys(known), name, "option")
