@@ -21,12 +21,11 @@ def comparable(workdir, name="metrics.jsonl"):
 
 @pytest.mark.slow
 def test_a_killed_run_stops_early_where_an_unbroken_one_does(
-    small_config, jaxtune_command, tmp_path, paused
+    plain_config, jaxtune_command, tmp_path, paused
 ):
     """Patience is counted across the kill: the best score is old by then."""
     held_out = tmp_path / "held_out.jsonl"
-    turns = [{"role": "user", "content": "z9"}, {"role": "assistant", "content": "zyx"}]
-    held_out.write_text(json.dumps({"messages": turns}) + "\n")
+    held_out.write_text(json.dumps({"prompt": "z9", "completion": "zyx"}) + "\n")
     flags = (
         f"--config.data.eval={held_out}",
         "--config.training.steps=400",
@@ -34,7 +33,7 @@ def test_a_killed_run_stops_early_where_an_unbroken_one_does(
         "--config.evaluation.every=2",
         "--config.evaluation.stop_patience=6",
     )
-    start = ("train", "--config", small_config, *flags, "--workdir")
+    start = ("train", "--config", plain_config, *flags, "--workdir")
     unbroken = jaxtune_command(*start, tmp_path / "unbroken")
     _, error = unbroken.communicate()
     assert "6 evaluations in a row without a better loss" in error
@@ -59,10 +58,10 @@ def test_a_killed_run_stops_early_where_an_unbroken_one_does(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("interruptible")
-def test_an_interrupted_run_logs_how_to_resume(small_config, jaxtune_command, tmp_path):
+def test_an_interrupted_run_logs_how_to_resume(plain_config, jaxtune_command, tmp_path):
     workdir = tmp_path / "run"
     process = jaxtune_command(
-        "train", "--config", small_config, "--config.training.steps=100000", "--workdir", workdir
+        "train", "--config", plain_config, "--config.training.steps=100000", "--workdir", workdir
     )
     while process.poll() is None and len(lines(workdir)) < 12:
         time.sleep(0.01)

@@ -16,9 +16,9 @@ FLAGS += ["evaluation.every=5", "logging.tensorboard=false"]
 
 @pytest.mark.slow
 def test_kills_before_and_after_a_run_is_lengthened_change_nothing(
-    small_config, jaxtune_command, tmp_path, paused
+    plain_config, jaxtune_command, tmp_path, paused
 ):
-    whole = train(resolve(load_file(small_config), [*FLAGS, "training.steps=24"]), tmp_path / "all")
+    whole = train(resolve(load_file(plain_config), [*FLAGS, "training.steps=24"]), tmp_path / "all")
     workdir = tmp_path / "run"
     flags = [f"--config.{flag}" for flag in FLAGS]
 
@@ -30,7 +30,7 @@ def test_kills_before_and_after_a_run_is_lengthened_change_nothing(
         process.send_signal(signal.SIGKILL)
         process.communicate()
 
-    kill(7, "--config", small_config, *flags, "--config.training.steps=12")
+    kill(7, "--config", plain_config, *flags, "--config.training.steps=12")
     main(["train", "--workdir", str(workdir)])
     assert Run(workdir).directory.steps_done() == 12
     # Once before and once after the first checkpoint of the new length.
