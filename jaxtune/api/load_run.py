@@ -19,7 +19,8 @@ from jaxtune.config import Config
 from jaxtune.runs.directory import RunDirectory
 from jaxtune.runs.stored_arrays import load_array
 from jaxtune.training.setup import Setup, set_up
-from jaxtune.training.train import choose_method, trained_arrays
+from jaxtune.training.train import choose_method
+from jaxtune.training.trained_arrays import trained_arrays
 
 
 class LoadedRun(NamedTuple):

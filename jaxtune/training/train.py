@@ -34,6 +34,7 @@ from jaxtune.errors import JaxtuneError
 from jaxtune.intervals import parse_interval
 from jaxtune.layers.tree import Tree
 from jaxtune.parallel.processes import agree, fetch, leads, put
+from jaxtune.runs.changes import Changes
 from jaxtune.runs.chat import (
     configured_chat,
     create_run_chat,
@@ -41,7 +42,6 @@ from jaxtune.runs.chat import (
     reader_options,
     save_end_tokens,
 )
-from jaxtune.runs.checkpoints import Checkpoints
 from jaxtune.runs.directory import RunDirectory
 from jaxtune.runs.metrics import check_wandb
 from jaxtune.runs.review import Review
@@ -110,11 +110,7 @@ def train(
     review = Review(run.path, accept_changes)
     with run.start(config, review) as config, contextlib.ExitStack() as checks:
         changes = run.changes(config)
-        check_length(run, config, changes)
-        check_wandb(config.logging.wandb)
-        profile_window(config.profile.steps)
-        if not run.steps_done():
-            check_source_config(config)
+        _check_options(run, config, changes)
         verification = checks.enter_context(Verification(run, config, review))
         source = verification.model.source
         check_sources(config.data, rows)
@@ -147,17 +143,8 @@ def train(
         checks.close()
         _write_summary(run, setup, splits.train, splits.held_out, loader)
         with jax.set_mesh(setup.mesh), out_of_memory_named(setup):
-            trainer = Trainer(
-                **_functions(setup, model, splits, chat),
-                loader=loader,
-                run=run,
-                config=config,
-                steps=setup.steps,
-                timeline=timeline,
-                callbacks=callbacks,
-                begin=continued_state(setup),
-                moved=run.order_changed(),
-            )
+            functions = _functions(setup, model, splits, chat)
+            trainer = _trainer(run, config, setup, loader, timeline, callbacks, functions)
             trainer.fit(setup.initial_state(model.trainable))
     return run
 
@@ -166,6 +153,15 @@ def _initial_chat(run: RunDirectory, config: Config, source: TensorSource) -> Ch
     """Returns the chat format that a run starts from; a new run may take that of another run."""
     base = initial_chat(config.adapter, source)
     return base if run.chat.is_file() else continued_chat(config, base, source)
+
+
+def _check_options(run: RunDirectory, config: Config, changes: Changes) -> None:
+    """Checks what the config alone decides, before anything is read."""
+    check_length(run, config, changes)
+    check_wandb(config.logging.wandb)
+    profile_window(config.profile.steps)
+    if not run.steps_done():
+        check_source_config(config)
 
 
 class _Functions(TypedDict):
@@ -184,6 +180,28 @@ def _functions(setup: Setup, model: LoadedModel, splits: Splits, chat: Chat) -> 
         "evaluate": bind_evaluation(setup, model.base, constants, splits.sets, chat),
         "save_adapter": _adapter_writer(setup, constants, chat),
     }
+
+
+def _trainer(
+    run: RunDirectory,
+    config: Config,
+    setup: Setup,
+    loader: BatchLoader,
+    timeline: Timeline,
+    callbacks: Sequence[Callback],
+    functions: _Functions,
+) -> Trainer:
+    return Trainer(
+        **functions,
+        loader=loader,
+        run=run,
+        config=config,
+        steps=setup.steps,
+        timeline=timeline,
+        callbacks=callbacks,
+        begin=continued_state(setup),
+        moved=run.order_changed(),
+    )
 
 
 def _load(
@@ -365,25 +383,3 @@ def _adapter_writer(
         write_files(directory, files())
 
     return write
-
-
-def trained_arrays(run: RunDirectory, like: Tree, which: str = "last") -> Tree:
-    """Opens the trainables of an undamaged checkpoint of a run; nothing is read yet.
-
-    Args:
-      run: directory of the run.
-      like: abstract tree of the trainables.
-      which: "last", or "best" for the best evaluation (the last step if there was none).
-
-    Returns:
-      The tree of trainables, with a `StoredArray` for each array.
-
-    Raises:
-      JaxtuneError: the run has no checkpoint yet.
-    """
-    with Checkpoints(run.checkpoints, run.read_config().checkpoint.keep) as checkpoints:
-        step = checkpoints.latest_verified(quarantine=False)
-        if step is None:
-            raise JaxtuneError(f"{run.path}: the run has no checkpoint yet")
-        step = checkpoints.best_step(step) if which == "best" else step
-        return checkpoints.open_part(step, "trainable", like)
