@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +12,10 @@ from typing import Any, TypeVar
 from jaxtune.memory_errors import is_out_of_memory
 
 _Value = TypeVar("_Value")
+
+
+BAD_PATTERN = (re.error, OverflowError, RecursionError)
+"""What `re.compile` raises for an invalid, an oversized and a deeply nested expression."""
 
 
 class JaxtuneError(ValueError):

@@ -1,15 +1,20 @@
 """JSON files of any content are read, or are errors of one line that name the file."""
 
+import collections
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from jaxtune import strict_json
+from jaxtune.adapters import method_from_config
+from jaxtune.adapters.define import define
 from jaxtune.adapters.esft.expert_scores import read_choice, read_scores
 from jaxtune.checkpoints.huggingface import read_config
 from jaxtune.checkpoints.requantize import read_report
+from jaxtune.config import resolve
 from jaxtune.errors import JaxtuneError
 from jaxtune.runs.changes import read_history
 from jaxtune.runs.checkpoints import Checkpoints
@@ -18,6 +23,8 @@ from jaxtune.runs.metrics import read_lines
 from jaxtune.runs.record import read_record
 from jaxtune.runs.stored_arrays import open_arrays
 from jaxtune.strict_json import entry, expect, parse_json, read_json, read_objects, read_text
+from jaxtune.training.durations import Timeline
+from jaxtune.training.loop.early_stopping import Tally, read_counters
 
 # By name: the content, and the error after the name of the file.
 DAMAGED = {
@@ -34,6 +41,7 @@ DAMAGED = {
     "surrogate": (b'{"a": "\\uD800"}', ": a string has an unpaired surrogate"),
     "trailing": (b"{} {}", ":1: invalid JSON: Extra data at column 4"),
 }
+COUNTERS = {"tokens": 1, "skipped": {}, "bad_in_a_row": 0, "stale": 0, "stopped": False}
 WRONG_TYPE = (b"[]", b"3", b'"x"', b"null", b'{"steps": "x"}', b'{"step": 1.5}', b"true")
 
 
@@ -130,6 +138,59 @@ def test_every_reader_of_a_damaged_file_names_it(name, tmp_path):
         else:
             readable = ("merge_report.json", "model/config.json", "metrics.jsonl")
             assert name in readable or content.startswith(b'{"steps'), content
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tally": []}, '"tally": [] is not an object'),
+        ({"tally": {}}, 'has no "tokens"'),
+        ({"tally": COUNTERS | {"tokens": "x"}}, "\"tokens\": 'x' is not an integer"),
+        ({"tally": COUNTERS | {"best": "x"}}, "\"best\": 'x' is not a finite number"),
+        ({"tally": COUNTERS | {"skipped": {"nan": "x"}}}, "\"skipped\": 'x' is not an integer"),
+        ({"tally": COUNTERS | {"x": 1}}, '"tally" has the unknown key "x"'),
+        ({"stopping": []}, '"stopping": [] is not an object'),
+        ({"stopping": {"metric": "loss"}}, 'has no "patience"'),
+    ],
+)
+def test_counters_of_a_checkpoint_are_checked(change, message):
+    place = Path("extra.json")
+    assert read_counters({"tally": COUNTERS}, place) == (Tally(**COUNTERS), None)
+    with pytest.raises(JaxtuneError) as error:
+        read_counters({"tally": COUNTERS} | change, place)
+    assert message in str(error.value) and str(error.value).startswith("extra.json: ")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("adapter.targets=a{99999999999}", "adapter.rank_pattern=a{99999999999}=3"),
+        *("adapter.rank_pattern=q_proj=1e400", "adapter.rank_pattern=q_proj=nan"),
+        f"adapter.rank_pattern={'(' * 400}{')' * 400}=3",
+        *("adapter.layers=0-99999999999", f"adapter.layers={'9' * 5000}"),
+    ],
+    ids=lambda text: text[:40],
+)
+def test_patterns_that_cannot_be_compiled_are_named(override):
+    config = {"model_type": "llama", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 64}
+    config |= {"num_hidden_layers": 1, "num_attention_heads": 4, "max_position_embeddings": 64}
+    with pytest.raises(JaxtuneError) as error:
+        define(config, "float32", method_from_config(resolve({}, [override]).adapter))
+    assert str(error.value).startswith(f"{override.partition('=')[0]}: ")
+
+
+def test_a_length_of_very_many_passes_is_refused_soon():
+    class Order:
+        rows_per_pass = 1
+
+        def plan(self, number, advance=None):
+            return Planned(1, np.array([0, 1]))
+
+    Planned = collections.namedtuple("Planned", "steps tokens")
+    for name in ("epochs", "tokens"):
+        training = resolve({"training": {name: 10**6}}).training
+        with pytest.raises(JaxtuneError, match=f"training.{name}=1000000.*: more than 10000"):
+            Timeline(Order()).total_steps(training)  # type: ignore[arg-type]
 
 
 def test_a_damaged_manifest_falls_back_to_the_step_before(tmp_path):

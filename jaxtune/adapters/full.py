@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from jaxtune.adapters.method import Method, StoredAdapter
 from jaxtune.config import AdapterConfig
-from jaxtune.errors import JaxtuneError, closest
+from jaxtune.errors import BAD_PATTERN, JaxtuneError, closest
 from jaxtune.layers.decoder import CausalLM
 from jaxtune.layers.tree import Tree, declaration_of, layer_names, variables
 from jaxtune.models.definition import Definition
@@ -134,7 +134,7 @@ def from_config(section: AdapterConfig) -> Full:
     for pattern in section.freeze:
         try:
             re.compile(pattern)
-        except re.error as error:
+        except BAD_PATTERN as error:
             raise JaxtuneError(
                 f'adapter.freeze: "{pattern}" is not a valid regular expression: {error}'
             ) from None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import regex
 
-from jaxtune.errors import JaxtuneError, closest
+from jaxtune.errors import BAD_PATTERN, JaxtuneError, closest
 from jaxtune.layers.linear import Projection
 from jaxtune.layers.tree import Path, declaration_of, layer_names
 
@@ -82,7 +83,7 @@ def _matches(target: str, name: str, key: str) -> bool:
         try:
             # Patterns such as ".*mlp.*" are meant for projections; routers have to be named.
             return re.fullmatch(target, name) is not None and not name.endswith(ROUTER)
-        except re.error as error:
+        except BAD_PATTERN as error:
             raise JaxtuneError(
                 f'{key}: "{target}" is not a valid regular expression: {error}'
             ) from None
@@ -194,8 +195,11 @@ def parse_patterns(key: str, entries: Iterable[str]) -> dict[str, float]:
         pattern, equals, number = entry.rpartition("=")
         try:
             patterns[pattern] = float(number)
+            # A nested pattern may compile here and exceed the recursion limit as part of another.
+            if not math.isfinite(patterns[pattern]) or pattern.count("(") > 100:
+                equals = ""
             re.compile(pattern)
-        except (ValueError, re.error):
+        except (ValueError, *BAD_PATTERN):
             equals = ""
         if not equals:
             raise JaxtuneError(

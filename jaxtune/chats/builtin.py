@@ -43,7 +43,12 @@ def read_template(path: str | Path, key: str = "data.chat_template") -> str:
         return ""
     known = built_in_templates()
     try:
-        return known.get(str(path), Path(path).expanduser()).read_text(encoding="utf-8-sig")
+        file = known.get(str(path), Path(path).expanduser())
+        if file.exists() and not file.is_file():
+            raise JaxtuneError(f"{key}={path}: not a regular file")
+        return file.read_text(encoding="utf-8-sig")
+    except JaxtuneError:
+        raise
     except FileNotFoundError as error:
         raise JaxtuneError(
             f"{key}={path}: no such file or built-in template"

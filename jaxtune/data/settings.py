@@ -12,6 +12,7 @@ from jaxtune.chats.template import ChatTemplate, read_template
 from jaxtune.config import OPTIONS, DataConfig
 from jaxtune.data.samples import ReadingOptions
 from jaxtune.errors import JaxtuneError
+from jaxtune.strict_json import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,10 +86,9 @@ def read_prompt_templates(path: str) -> tuple[str, ...]:
     if not path:
         return ()
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise JaxtuneError(f"data.prompt_templates={path}: {reason}") from error
+        lines = read_text(Path(path).expanduser()).splitlines()
+    except (JaxtuneError, RuntimeError) as error:  # the user of ~user does not exist
+        raise JaxtuneError(f"data.prompt_templates={path}: {error}") from error
     for number, line in enumerate(lines, 1):
         if line.strip() and PROMPT not in line:
             raise JaxtuneError(f"{path}:{number}: a prompt template must contain {PROMPT}")

@@ -23,7 +23,7 @@ from jaxtune.config import AdapterConfig, Config, DataConfig
 from jaxtune.data import Examples, ReaderOptions
 from jaxtune.parallel.processes import barrier, leads
 from jaxtune.runs.directory import RunDirectory
-from jaxtune.strict_json import read_object
+from jaxtune.strict_json import expect, read_object
 
 _logger = logging.getLogger(__name__)
 
@@ -161,6 +161,12 @@ def _write(
 
 def _read(run: RunDirectory, base: Chat) -> Chat:
     content = read_object(run.chat)
-    chat = base.with_template(content.get("chat_template"))
+    template = content.get("chat_template")
+    named = template if isinstance(template, dict) else {"": template or ""}
+    for name, source in named.items():  # several templates by name, or one
+        expect(source, str, f'{run.chat}: "chat_template"{name and f" {name}"}')
+    ends = expect(content.get("eos_token_id", []), list, f'{run.chat}: "eos_token_id"')
+    for token in ends:
+        expect(token, int, f'{run.chat}: "eos_token_id"')
     clock = read_clock(content.get("clock", ""), f"{run.chat}: clock")
-    return dataclasses.replace(chat.ending_with(content.get("eos_token_id", ())), clock=clock)
+    return dataclasses.replace(base.with_template(template).ending_with(ends), clock=clock)

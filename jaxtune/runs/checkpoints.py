@@ -30,7 +30,7 @@ from jaxtune.parallel.processes import agree, leads
 from jaxtune.parallel.time_limits import start_time_limit
 from jaxtune.runs.paths import EXTRA, MANIFEST
 from jaxtune.runs.quiet_saves import quiet_saves
-from jaxtune.runs.stored_arrays import open_arrays
+from jaxtune.runs.stored_arrays import open_arrays, read_metadata
 from jaxtune.strict_json import entry, read_object
 
 logger = logging.getLogger(__name__)
@@ -211,8 +211,8 @@ class Checkpoints:
         if (fault := self._find_damage(step)) is not None:
             raise JaxtuneError(f"{path}: {fault}")
         wanted = _leaves_by_path(like)
-        metadata: Any = self._checkpointer.metadata(path / STATE)
-        _check_fit(path, _leaves_by_path(metadata.item_metadata.tree), wanted)
+        stored = read_metadata(self._checkpointer, path / STATE)
+        _check_fit(path, _leaves_by_path(stored), wanted)
         nested = self._checkpointer.restore(
             path / STATE, args=ocp.args.StandardRestore(_leaves_by_path(like, nested=True))
         )

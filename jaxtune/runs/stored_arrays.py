@@ -47,6 +47,20 @@ class StoredArray:
         return np.asarray(self._store[part].read().result())
 
 
+def read_metadata(checkpointer: Any, state: Path) -> Any:
+    """Returns the tree of a directory that Orbax has written, with the shape and dtype of arrays.
+
+    Raises:
+      JaxtuneError: the tree cannot be read.
+    """
+    for name in ("_METADATA", "_CHECKPOINT_METADATA"):
+        read_object(state / name)  # raises where Orbax would fail without a reason
+    metadata = checkpointer.metadata(state).item_metadata
+    if metadata is None:
+        raise JaxtuneError(f"{state}: its list of arrays is damaged")
+    return metadata.tree
+
+
 def open_arrays(state: Path, like: Mapping[str, Any]) -> dict[str, StoredArray]:
     """Opens arrays of a saved tree.
 

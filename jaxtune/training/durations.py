@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from jaxtune.config import TrainingConfig
 from jaxtune.data.passes import DataOrder
+from jaxtune.errors import JaxtuneError
 from jaxtune.intervals import parse_interval
 from jaxtune.parallel.processes import agree
 from jaxtune.progress import track
@@ -17,6 +18,7 @@ from jaxtune.progress import track
 # `Timeline.describe` plans passes for a log line only, so it gives up after `_AHEAD` examples, a
 # second or two. A pass counts `_PASS` examples more than it has, for the fixed cost of planning it.
 _AHEAD, _PASS = 5_000_000, 200
+_MOST_PASSES = 10_000
 
 
 class Shown(NamedTuple):
@@ -92,6 +94,7 @@ class Timeline:
         passes = whole + (part > 0)
         with track(int(passes * self.order.rows_per_pass), "planning passes") as advance:
             while len(self._ends) <= passes:
+                self._check_passes("training.epochs", epochs)
                 self.extend(advance)
         last = self._ends[passes] - self._ends[whole]
         return max(1, self._ends[whole] + math.ceil(part * last - 1e-6))
@@ -99,10 +102,19 @@ class Timeline:
     def _steps_of_tokens(self, tokens: int) -> int:
         with track(None, "planning passes") as advance:
             while self._tokens[-1] < tokens:
+                self._check_passes("training.tokens", tokens)
                 self.extend(advance)
         number = bisect.bisect_left(self._tokens, tokens) - 1
         within = self.order.plan(number).tokens.searchsorted(tokens - self._tokens[number])
         return max(1, self._ends[number] + int(within))
+
+    def _check_passes(self, key: str, length: float) -> None:
+        """Raises if planning the passes of a run would take long."""
+        if len(self._ends) > _MOST_PASSES:
+            raise JaxtuneError(
+                f"{key}={length}: more than {_MOST_PASSES} passes over the data; give the length "
+                "in training.steps"
+            )
 
     def describe(self, steps: int) -> str:
         """Returns text: a run's length in steps and passes, and whether it ends within a pass."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxtune.config import OptimizerConfig
-from jaxtune.errors import JaxtuneError, closest, lookup
+from jaxtune.errors import BAD_PATTERN, JaxtuneError, closest, lookup
 from jaxtune.registry import OPTIMIZERS, SCHEDULES
 
 logger = logging.getLogger(__name__)
@@ -212,9 +212,9 @@ def _group_rate(entry: str, peak: float) -> tuple[str, float]:
     try:
         re.compile(pattern)
         number = float(text.removesuffix("x"))
-        if not pattern or not 0 <= number < math.inf:
+        if not pattern or not 0 <= number < math.inf or pattern.count("(") > 100:
             raise ValueError
-    except (ValueError, re.error):
+    except (ValueError, *BAD_PATTERN):
         raise JaxtuneError(
             f'optimizer.group_rates: "{entry}" is not a pattern and its rate, such as lora_B=4e-4 '
             "or embed_tokens=0.1x"

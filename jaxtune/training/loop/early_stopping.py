@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtune.config import EvaluationConfig
 from jaxtune.errors import JaxtuneError, closest
+from jaxtune.strict_json import entry, expect
 from jaxtune.training.scores import answer_scores, has_order, higher_is_better
 
 logger = logging.getLogger(__name__)
@@ -51,6 +53,36 @@ class StopSettings(NamedTuple):
     patience: int
     min_change: float
     steps: int
+
+
+def read_counters(extra: Mapping[str, Any], place: Path) -> tuple[Tally, StopSettings | None]:
+    """Returns the counters in a checkpoint, and the settings of early stopping at that time.
+
+    Args:
+      extra: content of the file; checkpoints of earlier versions lack the settings.
+      place: the file, for errors.
+
+    Raises:
+      JaxtuneError: an entry is missing or has another type.
+    """
+    counters = dict(entry(extra, "tally", dict, place))
+    kinds = {"tokens": int, "bad_in_a_row": int, "stale": int, "stopped": bool, "skipped": dict}
+    for name, kind in kinds.items():
+        entry(counters, name, kind, place)
+    for count in counters["skipped"].values():
+        expect(count, int, f'{place}: "skipped"')
+    for name, kind in (("best", float), ("best_step", int)):
+        if counters.get(name) is not None:
+            entry(counters, name, kind, place)
+    if unknown := counters.keys() - {field.name for field in dataclasses.fields(Tally)}:
+        raise JaxtuneError(f'{place}: "tally" has the unknown key "{min(unknown)}"')
+    if "stopping" not in extra:
+        return Tally(**counters), None
+    before = entry(extra, "stopping", dict, place)
+    metric = entry(before, "metric", str, place)
+    patience, steps = (entry(before, name, int, place) for name in ("patience", "steps"))
+    change = entry(before, "min_change", float, place)
+    return Tally(**counters), StopSettings(metric, patience, change, steps)
 
 
 def stop_settings(section: EvaluationConfig, steps: int) -> StopSettings:

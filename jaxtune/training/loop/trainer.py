@@ -14,9 +14,10 @@ import jax
 
 from jaxtune.atomic_files import report_full_disk
 from jaxtune.config import Config
-from jaxtune.runs.checkpoints import Checkpoints
+from jaxtune.runs.checkpoints import EXTRA, Checkpoints
 from jaxtune.runs.directory import RunDirectory
 from jaxtune.runs.metrics import MetricLog
+from jaxtune.strict_json import entry
 from jaxtune.training.durations import Timeline
 from jaxtune.training.loop.actions import Actions
 from jaxtune.training.loop.callbacks import Callback, Callbacks
@@ -24,6 +25,7 @@ from jaxtune.training.loop.early_stopping import (
     StopSettings,
     Tally,
     adapt,
+    read_counters,
     stop_settings,
 )
 from jaxtune.training.loop.preemption import watchdog
@@ -199,14 +201,15 @@ def _resume(
     for leaf in jax.tree.leaves(state):
         leaf.delete()  # a restore next to it would need the memory of two states
     state, extra = checkpoints.restore(latest, like)
+    place = checkpoints.directory / str(latest) / EXTRA
     if latest <= moved:
         loader.move_to(latest)
     else:
-        loader.restore(extra["loader"])
+        loader.restore(entry(extra, "loader", dict, place))
     logger.info("resuming after step %d, from %s", latest, checkpoints.directory)
-    tally = Tally(**extra["tally"])
-    if "stopping" in extra:  # checkpoints of earlier versions lack it
-        adapt(tally, StopSettings(**extra["stopping"]), stopping)
+    tally, before = read_counters(extra, place)
+    if before is not None:
+        adapt(tally, before, stopping)
     return state, tally, latest
 
 
