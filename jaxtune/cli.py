@@ -20,7 +20,7 @@ from jaxtune.log_output import StderrHandler, enable_logging
 from jaxtune.parallel import termination
 
 OVERRIDE = "--config."
-USER_ERROR, INTERRUPTED = 65, 130
+USER_ERROR, INTERRUPTED, READER_ENDED = 65, 130, 141
 
 
 class _Parser(argparse.ArgumentParser):
@@ -148,8 +148,8 @@ def one_line_errors() -> Iterator[None]:
 
     Raises:
       SystemExit: the code is 65 for a wrong input, a full device or an unusable file, 75 if running
-        the same command again resumes the run, and 130 after an interruption. Other exceptions are
-        bugs and propagate unchanged.
+        the same command again resumes the run, 130 after an interruption and 141 if nothing reads
+        the output any more. Other exceptions are bugs and propagate unchanged.
     """
     try:
         yield
@@ -160,6 +160,10 @@ def one_line_errors() -> Iterator[None]:
     except termination.Terminated:
         termination.finish_if_received()
         raise SystemExit(Retry.exit_code) from None
+    except BrokenPipeError:
+        # The reader of the output has ended: `jaxtune config | head`.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushed at exit
+        raise SystemExit(READER_ENDED) from None
     except Exception as error:
         termination.finish_if_received()
         message = user_message(error)

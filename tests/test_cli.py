@@ -331,3 +331,11 @@ def test_sampling_is_public():
     from jaxtune.generation.sampling import Sampling
 
     assert jaxtune.Sampling is Sampling and "Sampling" in jaxtune.__all__
+
+
+def test_output_that_nothing_reads_is_no_error():
+    command = [sys.executable, "-m", "jaxtune.cli", "config"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141

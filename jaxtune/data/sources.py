@@ -237,8 +237,11 @@ def _file_source(name: str, weight: float, paths: list[Path]) -> Source:
     def digest() -> str:
         total = hashlib.sha256()
         for path in paths:
-            with path.open("rb") as file:
-                total.update(hashlib.file_digest(file, "sha256").digest())
+            try:
+                with path.open("rb") as file:
+                    total.update(hashlib.file_digest(file, "sha256").digest())
+            except OSError as error:  # of a bad disk, without the name of the file
+                raise JaxtuneError(f"{path}: cannot read: {error.strerror}") from error
         return total.hexdigest()
 
     return Source(name, weight, records, digest)

@@ -35,7 +35,7 @@ from jaxtune.quant import Quantization
 from jaxtune.training.bad_steps import GuardSettings
 from jaxtune.training.optimizer import make_optimizer, make_schedule
 from jaxtune.training.placement.fit import batch_shares, fit_to_devices, split_of, with_accumulation
-from jaxtune.training.placement.limits import check_batch, check_state
+from jaxtune.training.placement.limits import check_activations, check_batch, check_state
 from jaxtune.training.placement.memory import bytes_per_device, temporaries
 from jaxtune.training.placement.split import BatchSplit, pad_rows
 from jaxtune.training.state import TrainState, initial_state, state_like
@@ -258,6 +258,7 @@ def check_memory(setup: Setup) -> None:
     check_state(setup.definition, setup.method, setup.mesh, setup.like, config)
     rows, shared = config.training.batch_size, (config, setup.reserved, setup.mesh)
     check_batch("training.batch_size", rows, *shared)
+    check_activations(setup.split.rows_per_device, setup.definition, config, setup.mesh)
     if config.data.eval or config.data.eval_split:
         check_batch("evaluation.batch_size", config.evaluation.batch_size, *shared)
 

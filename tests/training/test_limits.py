@@ -39,6 +39,18 @@ def test_the_option_and_the_bytes_are_named(tiny, override):
     check_memory(prepared(resolve(sections)))
 
 
+def test_a_batch_that_fits_without_its_hidden_states_is_refused(tiny):
+    model = tiny("llama")
+    sections = {"model": {"path": str(model)}, "training": {"accumulation": 1}}
+    real = json.loads((model / "config.json").read_text())
+    # 16 bytes of a token in the batch, and 4 bytes of each number in its hidden state.
+    length = host_bytes() // (8 * 4 * min(real["hidden_size"], 64))
+    config = resolve(sections, [f"data.max_length={length}", "training.dtype=float32"])
+    setup = set_up(config, real, method_from_config(config.adapter), jax.devices()[:1])
+    with pytest.raises(JaxtuneError, match=rf"data.max_length={length}: the hidden states"):
+        check_memory(setup)
+
+
 def test_devices_of_a_cpu_share_the_memory_of_the_host():
     count = len(jax.devices())
     mesh = jax.make_mesh((count,), ("data",), devices=jax.devices())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxtune.adapters.method import Method
@@ -43,6 +44,27 @@ def check_state(
     check_fits(f"model.path={config.model.path}: the frozen weights", mesh, frozen)
     what = f"model.path={config.model.path}, {option}: the weights and the training state"
     check_fits(what, mesh, trained + frozen)
+
+
+def check_activations(rows: int, definition: Definition, config: Config, mesh: Mesh) -> None:
+    """Raises if the hidden states of a micro-batch do not fit: the least that a step needs.
+
+    Args:
+      rows: rows of a micro-batch on each device.
+      definition: definition of the model with the method attached.
+      config: resolved config.
+      mesh: mesh of devices.
+
+    Raises:
+      JaxtuneError: the message names the options, the bytes needed and the bytes available.
+    """
+    length = config.data.max_length
+    tokens = rows * (length + definition.reserved) // mesh.shape["sequence"]
+    # The input of a layer and its cotangent.
+    size = 2 * tokens * definition.hidden_size * np.dtype(config.training.dtype).itemsize
+    batch = config.training.batch_size
+    what = f"training.batch_size={batch}, data.max_length={length}: the hidden states"
+    check_fits(what, mesh, size)
 
 
 def check_batch(option: str, rows: int, config: Config, reserved: int, mesh: Mesh) -> None:
