@@ -231,7 +231,7 @@ def _open(
         "quantize", quantize or {}, (str, Mapping), "a weight format or a dict of settings"
     )
     if path != "":
-        path = check_path("path", path)
+        check_path("path", path)  # as it is: "./" tells a directory from a hub id
     section = {"format": quantize} if isinstance(quantize, str) else dict(quantize or {})
     settings = config_module.resolve({"quantize": section}).quantize
     opened = open_model(path, revision)

@@ -17,5 +17,6 @@ def build(config: Mapping[str, Any]) -> CausalLM:
     """Builds the abstract model of a ``LlamaForCausalLM`` config.json."""
     bias = read(config, "attention_bias", bool, False)
     mlp_bias = read(config, "mlp_bias", bool, False)
-    divisor(config, "num_attention_heads", "hidden_size", size(config, "num_attention_heads"))
+    if config.get("head_dim") is None:
+        divisor(config, "num_attention_heads", "hidden_size", size(config, "num_attention_heads"))
     return build_dense(config, bias=bias, output_bias=bias, mlp_bias=mlp_bias, qk_norm=False)
