@@ -11,11 +11,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from jaxtune.adapters.define import define
 from jaxtune.checkpoints.blocks import BLOCK, BlockHashes, first_difference, hash_file
 from jaxtune.checkpoints.open_model import OpenModel
+from jaxtune.checkpoints.weights import FORMS, has_weights
 
-# What is read or copied beside weights: configs, indexes, tokenizers, templates, referenced code.
-_BESIDE = ("*.json", "*.jinja", "*/*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py")
+# What is read of the chat format. Other files of a directory may come and go: the hub's cache is
+# shared with programs that download more of a repository.
+_CHAT = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+)
+# What transformers reads in place of tokenizer.json.
+_VOCABULARY = ("vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken")
 _GGUF = "model.gguf"
 _SHOWN = 3  # differences that a message lists
 
@@ -36,6 +52,7 @@ class BaseRecord:
       revision: ``model.revision`` of the config.
       commit: commit of a hub id; empty for a local path.
       shapes: hash of the names and shapes of the tensors.
+      arrays: hash of the names and shapes of the arrays that the model makes of them.
       block: size of a block in bytes.
       files: the files by name, relative to the directory.
     """
@@ -44,6 +61,7 @@ class BaseRecord:
     revision: str
     commit: str
     shapes: str
+    arrays: str
     block: int
     files: Mapping[str, FileRecord]
 
@@ -67,8 +85,7 @@ class BaseRecord:
 
     def digest(self) -> str:
         """Returns a hash of the content of all files."""
-        text = json.dumps(self.to_dict()["files"], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return _hash(self.to_dict()["files"])
 
 
 class Inventory:
@@ -90,10 +107,20 @@ class Inventory:
 
     @functools.cached_property
     def shapes(self) -> str:
-        """Hash of the names and shapes of the tensors."""
+        """Hash of the names and shapes of the tensors, whether or not they are used."""
         source = self._model.source
-        shapes = {name: list(source.shape(name)) for name in source.names()}
-        return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()
+        return _hash({name: source.shape(name) for name in source.names()})
+
+    @functools.cached_property
+    def arrays(self) -> str:
+        """Hash of the names and shapes of the model's arrays, before a method is attached."""
+        leaves = define(self._model.source.config, np.float32).leaves
+        return _hash(
+            {
+                "/".join(map(str, path)): leaf.declaration.stacked_shape
+                for path, leaf in leaves.items()
+            }
+        )
 
     @contextlib.contextmanager
     def hashing(self) -> Iterator[BlockHashes]:
@@ -119,21 +146,27 @@ class Inventory:
           hashes: result of `BlockHashes.complete`.
         """
         files = {name: FileRecord(size, tuple(hashes[name])) for name, size in self.sizes.items()}
-        return BaseRecord(path, revision, self._model.commit, self.shapes, self._block, files)
+        commit, block = self._model.commit, self._block
+        return BaseRecord(path, revision, commit, self.shapes, self.arrays, block, files)
 
     def differences(self, recorded: BaseRecord) -> list[str]:
         """Compares names of files, and names and shapes of tensors, with a record."""
         found = [f"{name} is missing" for name in recorded.files if name not in self.sizes]
         found += [f"{name} is new" for name in self.sizes if name not in recorded.files]
-        if not found and self.shapes != recorded.shapes:
+        if self.shapes != recorded.shapes:
             found.append("names or shapes of tensors differ")
         return found
 
     def changed_blocks(
         self, recorded: BaseRecord, hashes: Mapping[str, Sequence[str]]
     ) -> list[str]:
-        """Compares the content of all files with a record of files of the same names and sizes."""
-        return [line for name in self.sizes for line in _changed(recorded, name, hashes[name])]
+        """Compares the content of all files that have the same names and sizes in a record."""
+        return [
+            line
+            for name, size in self.sizes.items()
+            if name in recorded.files and recorded.files[name].size == size
+            for line in _changed(recorded, name, hashes[name])
+        ]
 
 
 def file_differences(directory: Path, recorded: BaseRecord) -> list[str]:
@@ -155,6 +188,10 @@ def file_differences(directory: Path, recorded: BaseRecord) -> list[str]:
     return found + [f"{name} is new" for name in beside if name not in recorded.files]
 
 
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def _changed(recorded: BaseRecord, name: str, hashes: Sequence[str]) -> list[str]:
     size, old = recorded.files[name]
     where = first_difference(old, hashes, size, recorded.block)
@@ -167,16 +204,26 @@ def listed(differences: Sequence[str]) -> str:
     return ", ".join(differences[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def _beside(directory: Path) -> dict[str, Path]:
-    """Returns the files of a model's directory that are not weights, by relative path."""
-    if not directory.is_dir():
-        return {}
-    found = {path for pattern in _BESIDE for path in directory.glob(pattern)}
-    return {
-        _name(path, directory): path
-        for path in sorted(found)
+def chat_files(directory: Path) -> list[Path]:
+    """Returns the files of a directory from which the chat format is read; see `base_chat`."""
+    whole = (directory / "tokenizer.json").is_file()
+    found = {
+        path
+        for pattern in (_CHAT if whole else (*_CHAT, *_VOCABULARY))
+        for path in directory.glob(pattern)
         if path.is_file() and not path.name.startswith(".")
     }
+    return sorted(found)
+
+
+def _beside(directory: Path) -> dict[str, Path]:
+    """Returns the files that are read from a model's directory except weights, by relative path."""
+    if not directory.is_dir():
+        return {}
+    forms = [form for number, form in enumerate(FORMS) if has_weights(directory, number)]
+    names = ["config.json", *(form.index for form in forms[:1])]
+    found = [path for name in names if (path := directory / name).is_file()]
+    return {_name(path, directory): path for path in [*found, *chat_files(directory)]}
 
 
 def _name(path: Path, directory: Path) -> str:

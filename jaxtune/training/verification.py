@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jaxtune.adapter_files.peft import files_read
 from jaxtune.checkpoints.blocks import BLOCK, hash_file
 from jaxtune.checkpoints.huggingface import resolve_path
 from jaxtune.checkpoints.open_model import OpenModel, open_model
@@ -23,7 +24,7 @@ from jaxtune.errors import JaxtuneError
 from jaxtune.parallel.processes import gather
 from jaxtune.runs.base import recorded_revision
 from jaxtune.runs.directory import RunDirectory
-from jaxtune.runs.inventory import BaseRecord, Inventory, file_differences, listed
+from jaxtune.runs.inventory import BaseRecord, Inventory, chat_files, file_differences, listed
 from jaxtune.runs.record import Record, hash_json, hash_value, read_record
 from jaxtune.runs.review import MODEL, Review, short
 from jaxtune.training.continue_from import source_run
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+_START, _START_CONFIG = "adapter.init_from", "adapter.init_from.config"
+# Methods with constants that are read from the initial adapter at each start.
+_CONSTANT_START = ("vera",)
 
 
 class Verification:
@@ -59,6 +64,7 @@ class Verification:
         self._seconds = 0.0
         self._open = contextlib.ExitStack()
         self._inputs: dict[str, str] = {}
+        self._accepted: list[str] = []
         path, revision = config.model.path, recorded_revision(run.recorded, config.model)
         directory = resolve_path(path, revision)
         with self._timed():
@@ -69,7 +75,7 @@ class Verification:
         with self._timed():
             block = BLOCK if self._expected is None else self._expected.block
             self._inventory = Inventory(self.model, block)
-            self._check_shapes()
+            self._check_arrays()
             if self._expected is not None:
                 self._compare(self._inventory.differences(self._expected))
 
@@ -80,9 +86,9 @@ class Verification:
         self._seconds += time.perf_counter() - begin
 
     def _expectation(self) -> tuple[BaseRecord | None, str]:
-        """Returns the record that the base must match, and the option that asks for another's."""
+        """Returns the record that the base must match, and what cannot be done otherwise."""
         if self._run.recorded is not None:
-            return self._run.recorded.base, ""
+            return self._run.recorded.base, "cannot resume exactly"
         if not self._config.training.continue_from or self._run.has_checkpoints():
             return None, ""
         source = source_run(self._config).run
@@ -97,31 +103,30 @@ class Verification:
         return record.base, f"training.continue_from={source.path}"
 
     def _compare(self, differences: list[str]) -> None:
-        """Raises if the base differs and that is not accepted; accepted ones are not compared."""
+        """Raises if the base differs and that is not accepted; collects accepted differences."""
+        differences = [line for line in differences if line not in self._accepted]
         if not differences or self._expected is None:
             return
         path, expected = self._config.model.path, self._expected
-        if self._place:
-            raise JaxtuneError(
-                f"{self._place}: the base model of that run differs from {path}: "
-                f"{listed(differences)}"
-            )
         self._review.check_text(
             MODEL,
-            f"cannot resume exactly: the base model {path} has changed: {listed(differences)}",
-            (expected.digest()[:12], listed(differences)),
+            f"{self._place}: the base model {path} has changed: {listed(differences)}",
+            (expected.digest()[:12], ", ".join([*self._accepted, *differences])),
         )
-        self._expected = None
+        for line in differences:
+            logger.warning("accepted: the base model %s has changed: %s", path, line)
+        self._accepted += differences
 
-    def _check_shapes(self) -> None:
-        """Raises if the tensors of the base are not those of the run, which cannot be accepted."""
-        recorded = self._run.recorded
-        if recorded is None or recorded.base is None:
-            return
-        if self._inventory.shapes != recorded.base.shapes:
+    def _check_arrays(self) -> None:
+        """Raises if the model has other arrays than that of the run, which cannot be accepted.
+
+        Tensors that it does not use may differ.
+        """
+        if self._expected is not None and self._inventory.arrays != self._expected.arrays:
             raise JaxtuneError(
-                f"{self._run.path}: cannot be resumed: the base model {self._config.model.path} "
-                "has other tensors than that of the run, so its checkpoints would not fit"
+                f"{self._run.path}: {self._place}: the base model {self._config.model.path} "
+                "has arrays of other names or shapes than that of the run, so its checkpoints "
+                "would not fit"
             )
 
     def __enter__(self) -> Verification:
@@ -149,10 +154,12 @@ class Verification:
             names = [*inputs]
             if recorded.base is not None:
                 names.remove(MODEL)  # compared file by file
-                names.append("adapter.init_from")
+                names += [_START, _START_CONFIG]
             old = {name: recorded.inputs[name] for name in names if name in recorded.inputs}
             new = {name: self._inputs[name] for name in names if name in self._inputs}
             changes = short(old, new)
+            if pair := changes.pop(_START_CONFIG, None):
+                changes.setdefault(_START, pair)
             self._review.check(
                 changes,
                 "cannot resume exactly: the inputs of the run have changed",
@@ -167,9 +174,24 @@ class Verification:
         if self._run.expert_scores.is_file():
             hashes["expert_scores"] = hash_json(self._run.expert_scores)
         if start := self._config.adapter.init_from:
-            files = sorted(path for path in Path(start).glob("*") if path.is_file())
-            hashes["adapter.init_from"] = hash_value({p.name: hash_file(p) for p in files})
+            config, weights = files_read(Path(start))
+            hashes[_START_CONFIG] = hash_json(config)
+            hashes[_START] = self._kept_start() or hash_value(
+                {path.name: hash_file(path) for path in [*weights, *chat_files(Path(start))]}
+            )
         return hashes
+
+    def _kept_start(self) -> str:
+        """Returns the recorded hash of the initial adapter if its arrays are not used any more.
+
+        Those of the checkpoint replace them, so a run that starts from another one does not depend
+        on how that goes on.
+        """
+        recorded = self._run.recorded
+        if recorded is None or not self._run.steps_done():
+            return ""
+        constant = self._config.adapter.method in _CONSTANT_START
+        return "" if constant else recorded.inputs.get(_START, "")
 
     def finish(self, config: Config) -> Record:
         """Compares all blocks of the base with the record, after the weights have been read.

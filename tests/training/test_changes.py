@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import jaxtune
 from jaxtune.api.run import Run
@@ -114,9 +115,9 @@ def test_a_replaced_base_can_be_accepted(place, tiny_chat):
     flip(weights, random.Random(SEED))
     message = refused(place, r"the base model .*/base has changed: model\.safetensors differs")
     assert message.endswith("restore it, or accept with --accept-changes model")
-    (place / "base/extra.json").write_text("{}")
-    refused(place, r"has changed: extra\.json is new; restore")
-    (place / "base/extra.json").unlink()
+    (place / "base/added_tokens.json").write_text("{}")
+    refused(place, r"has changed: added_tokens\.json is new; restore")
+    (place / "base/added_tokens.json").unlink()
     resume(place, accept="model")
     (line,) = Run(place / "run").directory.read_history()
     assert line["accepted"] == ["model"] and line["step"] == 2
@@ -127,11 +128,58 @@ def test_a_replaced_base_can_be_accepted(place, tiny_chat):
     refused(place, r"config\.json (differs|has)", accept=())
 
 
+def test_files_that_are_not_read_may_come_and_go(place, caplog):
+    """As in the hub's cache, which other programs add to."""
+    assert (place / "base/tokenizer.json").is_file()  # read instead of vocab.json and merges.txt
+    others = "LICENSE.txt merges.txt eval_results.json .DS_Store modeling_x.py pytorch_model.bin"
+    for name in others.split():
+        (place / "base" / name).write_text("{}")
+    before = (place / "run/fingerprint.json").read_bytes()
+    resume(place)
+    assert (place / "run/fingerprint.json").read_bytes() == before
+    for name in others.split():
+        (place / "base" / name).unlink()
+    resume(place)
+    for name in ("additional_chat_templates/a.jinja", "model.safetensors.index.json"):  # read
+        (place / "base" / name).parent.mkdir(exist_ok=True)
+        (place / "base" / name).write_text('{"weight_map": {"x": "model.safetensors"}}')
+        refused(place, f"{name} is new")
+        (place / "base" / name).unlink()
+
+
+def test_everything_that_has_changed_in_the_base_is_accepted_together_and_listed(place, caplog):
+    """An accepted difference of a small file does not hide one of the weights."""
+    edit(place / "base/generation_config.json", lambda content: content.update(temperature=0.5))
+    weights = place / "base/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    refused(place, r"has changed: generation_config\.json")
+    resume(place, accept="model")
+    (line,) = Run(place / "run").directory.read_history()
+    for name in ("generation_config.json", "model.safetensors"):
+        assert line["changes"]["model"][1].count(name) == 1, line
+        assert caplog.text.count(f"base has changed: {name}") == 1
+    resume(place)
+
+
 def test_a_base_of_other_shapes_cannot_be_accepted(place, tiny):
     other = tiny("llama", vocab_size=258, num_hidden_layers=2)
     for name in ("config.json", "model.safetensors"):
         shutil.copy(other / name, place / "base" / name)
-    refused(place, "has other tensors than that of the run", accept="model")
+    refused(place, "has arrays of other names or shapes than that of the run", accept="model")
+
+
+def test_a_base_with_other_unused_tensors_can_be_accepted(place):
+    """Such as a tensor that another version of transformers stores."""
+    weights = place / "base/model.safetensors"
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    save_file(load_file(weights) | {name: np.ones(4, np.float32)}, weights)
+    refused(place, r"model\.safetensors has")
+    resume(place, accept="model")
+    change = Run(place / "run").directory.read_history()[0]["changes"]["model"][1]
+    assert "names or shapes of tensors differ" in change
+    resume(place)
 
 
 def test_an_edited_config_is_refused_by_name(place):
@@ -363,12 +411,16 @@ def test_another_base_under_continue_from_is_refused(place):
     config = sections(
         place / "base", place / "rows.jsonl", training={"continue_from": str(place / "run")}
     )
-    flip(place / "base/tokenizer_config.json", random.Random(SEED))
+    edit(place / "base/tokenizer_config.json", lambda content: content.update(other=1))
     with pytest.raises(
         JaxtuneError, match=r"continue_from=.*/run: the base model .*tokenizer_conf"
     ):
         jaxtune.train(config, place / "next", progress=False)
     assert not (place / "next/config.json").exists()
+    run = jaxtune.train(config, place / "next", accept_changes="model", progress=False)
+    (line,) = run.directory.read_history()
+    assert line["accepted"] == ["model"] and "tokenizer_config" in line["changes"]["model"][1]
+    jaxtune.train(None, run.path, progress=False)
 
 
 def test_lost_lines_of_the_metrics_are_reported_once(place, caplog):
@@ -384,20 +436,55 @@ def test_lost_lines_of_the_metrics_are_reported_once(place, caplog):
     np.testing.assert_equal([line["step"] for line in Run(place / "run").metrics()], [2, 3, 4])
 
 
-def test_the_initial_adapter_may_move_but_not_change(place):
+def test_the_initial_adapter_may_move_and_go_on_but_not_change_before_a_checkpoint(place):
     start = place / "run/adapter/last"
     config = sections(place / "base", place / "rows.jsonl", adapter={"init_from": str(start)})
-    jaxtune.train(config, place / "second", progress=False)
+
+    class Interrupted(jaxtune.Callback):
+        def on_step(self, event):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        jaxtune.train(config, place / "second", callbacks=[Interrupted()], progress=False)
     moved = place / "moved"
-    start.rename(moved)
+    shutil.copytree(start, moved)
+    shutil.rmtree(start)
     config["adapter"]["init_from"] = str(moved)
+    weights = moved / "adapter_model.safetensors"
+    content = weights.read_bytes()
+    other = {name: value * 2 for name, value in load_file(weights).items()}
+    save_file(other, weights)
+    with pytest.raises(JaxtuneError, match=r"have changed: adapter\.init_from: "):
+        jaxtune.train(config, place / "second", progress=False)
+    weights.write_bytes(content)
+    (moved / ".DS_Store").write_text("x")
+    (moved / "LICENSE").write_text("x")
     jaxtune.train(config, place / "second", progress=False)
-    flip(moved / "adapter_model.safetensors", random.Random(SEED + 3))
-    with pytest.raises(JaxtuneError, match=r"adapter\.init_from|adapter_model\.safetensors"):
+    before = (place / "second/fingerprint.json").read_bytes()
+    save_file(other, weights)  # its run has been trained on
+    jaxtune.train(None, place / "second", progress=False)
+    assert (place / "second/fingerprint.json").read_bytes() == before
+    edit(moved / "adapter_config.json", lambda content: content.update(lora_alpha=3))
+    with pytest.raises(JaxtuneError, match=r"have changed: adapter\.init_from: "):
         jaxtune.train(None, place / "second", progress=False)
     del config["adapter"]["init_from"]
     with pytest.raises(JaxtuneError, match=r"do not fit another adapter\.init_from"):
         jaxtune.train(config, place / "second", progress=False)
+
+
+@pytest.mark.slow
+def test_an_initial_adapter_with_constants_may_not_change_later(place):
+    """VeRA's shared matrices are frozen, so no checkpoint has them."""
+    method = {"method": "vera", "rank": 8}
+    config = sections(place / "base", place / "rows.jsonl", adapter=method)
+    first = jaxtune.train(config, place / "first", progress=False)
+    start = first.path / "adapter/last"
+    config["adapter"]["init_from"] = str(start)
+    jaxtune.train(config, place / "second", progress=False)
+    weights = start / "adapter_model.safetensors"
+    save_file({name: value * 2 for name, value in load_file(weights).items()}, weights)
+    with pytest.raises(JaxtuneError, match=r"have changed: adapter\.init_from: "):
+        jaxtune.train(None, place / "second", progress=False)
 
 
 def test_lost_or_changed_expert_scores_cannot_be_made_anew(tmp_path):
