@@ -301,6 +301,24 @@ def test_a_refused_resume_leaves_the_run_as_it_was(place, monkeypatch):
     resume(place)
 
 
+def test_a_stray_file_in_the_only_checkpoint_is_no_damage_and_damage_is_no_fresh_start(place):
+    checkpoint = place / "run/checkpoints/2"
+    metrics = (place / "run/metrics.jsonl").read_bytes()
+    for directory in (checkpoint, checkpoint / "state"):
+        (directory / ".DS_Store").write_text("x")
+    resume(place)
+    assert (place / "run/metrics.jsonl").read_bytes() == metrics
+    extra = checkpoint / "extra.json"
+    content = extra.read_bytes()
+    extra.write_bytes(content.replace(b"0", b"1"))
+    for config in (None, sections(place / "base", place / "rows.jsonl")):
+        refused(place, r"checkpoints: no checkpoint is undamaged \(2: extra\.json is dam", config)
+    extra.write_bytes(content)
+    resume(place)
+    assert (place / "run/metrics.jsonl").read_bytes() == metrics
+    assert not (place / "run/checkpoints/quarantine").exists()
+
+
 LOST = {
     "fingerprint.json": ("record", "everything is recorded as it is now"),
     "config.json": ("config", "writes it again from the record"),
