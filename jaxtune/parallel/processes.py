@@ -21,7 +21,7 @@ from jaxtune.parallel import termination
 from jaxtune.parallel.failures import distributed
 
 COORDINATOR, PROCESSES, PROCESS = "JAXTUNE_COORDINATOR", "JAXTUNE_PROCESSES", "JAXTUNE_PROCESS"
-_REASON_BYTES = 2000  # of the error of process 0
+_TEXT_BYTES = 2000
 _WAIT_MILLISECONDS = 7 * 24 * 3600 * 1000
 _waits = itertools.count()  # numbers the barriers, equally in all processes
 _held: list[socket.socket] = []  # ports that this process has reserved
@@ -241,12 +241,8 @@ def on_leader(action: Callable[[], Any]) -> None:
             failure = error
     if jax.process_count() > 1:
         _wait_for_leader()
-        reason = np.zeros(_REASON_BYTES, np.uint8)
         text = "" if failure is None else f"process 0 failed: {failure or type(failure).__name__}"
-        encoded = text.encode()[:_REASON_BYTES]
-        reason[: len(encoded)] = np.frombuffer(encoded, np.uint8)
-        reason = np.asarray(multihost_utils.broadcast_one_to_all(reason), np.uint8)
-        told = reason.tobytes().rstrip(b"\0").decode(errors="ignore")
+        told = agree_on_text(text)
         if told and failure is None:
             raise JaxtuneError(told)
     if failure is not None:
@@ -269,6 +265,17 @@ def agree(value: int) -> int:
     if jax.process_count() == 1:
         return value
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def agree_on_text(text: str) -> str:
+    """Returns the text of process 0, shortened to 2,000 bytes if there are several processes."""
+    if jax.process_count() == 1:
+        return text
+    content = np.zeros(_TEXT_BYTES, np.uint8)
+    encoded = text.encode()[:_TEXT_BYTES]
+    content[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+    content = np.asarray(multihost_utils.broadcast_one_to_all(content), np.uint8)
+    return content.tobytes().rstrip(b"\0").decode(errors="ignore")
 
 
 def process_index() -> int:

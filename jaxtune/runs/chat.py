@@ -10,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from jaxtune.chats import template_process
 from jaxtune.chats.builtin import read_template, set_default_arguments
@@ -21,7 +22,7 @@ from jaxtune.checkpoints.chat import Chat, adapter_chat, base_chat
 from jaxtune.checkpoints.source import TensorSource
 from jaxtune.config import AdapterConfig, Config, DataConfig
 from jaxtune.data import Examples, ReaderOptions
-from jaxtune.parallel.processes import barrier, leads
+from jaxtune.parallel.processes import agree_on_text, barrier, leads
 from jaxtune.runs.directory import RunDirectory
 from jaxtune.strict_json import expect, read_object
 
@@ -73,6 +74,9 @@ def create_run_chat(
 ) -> Chat:
     """Returns the chat settings of a run; a new run writes them first.
 
+    Those that replace the settings of an existing run are not written, because the resume may still
+    be refused; see `RunDirectory.record`.
+
     Args:
       run: directory of the run.
       config: config of the run.
@@ -85,14 +89,19 @@ def create_run_chat(
     """
     if base.tokenizer is not None and base.tokenizer.chat_template:
         template_process.start()  # while the run is set up
-    if leads() and (anew or not run.chat.is_file()):
-        _write(run, _apply_template(base, config.data), (), clock or now())
+    if anew:
+        agreed = agree_on_text((clock or now()).isoformat())
+        chat = _apply_template(base, config.data)
+        return dataclasses.replace(chat, clock=read_clock(agreed, "the clock of process 0"))
+    if leads() and not run.chat.is_file():
+        chat = dataclasses.replace(_apply_template(base, config.data), clock=clock or now())
+        run.write_chat(chat_content(chat, ()))
     barrier("chat.json is written")
     return _read(run, base)
 
 
-def save_end_tokens(run: RunDirectory, chat: Chat, examples: Examples) -> Chat:
-    """Writes the end tokens of the training data to chat.json; returns the chat with them.
+def learned_end_tokens(chat: Chat, examples: Examples) -> list[int]:
+    """Returns `find_end_tokens` of the training data.
 
     Warns if no learned span ends in an end token.
     """
@@ -102,10 +111,22 @@ def save_end_tokens(run: RunDirectory, chat: Chat, examples: Examples) -> Chat:
             "no learned span ends in an end token (EOS or an added token of the tokenizer), so the "
             "model will not learn to stop; use a chat template that writes one"
         )
-    if leads():
-        _write(run, chat, ends, chat.clock or now())
-    barrier("the end tokens are written")
-    return chat.ending_with(ends)
+    return ends
+
+
+def chat_content(chat: Chat, ends: Sequence[int]) -> dict[str, Any]:
+    """Returns the content of the chat.json of a run.
+
+    Args:
+      chat: chat settings of the run, with a clock.
+      ends: the end tokens of the training data.
+    """
+    assert chat.clock is not None
+    return {
+        "chat_template": None if chat.tokenizer is None else chat.tokenizer.chat_template,
+        "eos_token_id": list(ends),
+        "clock": chat.clock.isoformat(),
+    }
 
 
 def find_end_tokens(ends: Mapping[int, int], chat: Chat) -> list[int]:
@@ -149,14 +170,6 @@ def _apply_template(base: Chat, data: DataConfig) -> Chat:
         return chat.with_template(set_default_arguments(template, arguments))
     named = {name: set_default_arguments(source, arguments) for name, source in template.items()}
     return chat.with_template(named)
-
-
-def _write(
-    run: RunDirectory, chat: Chat, ends: tuple[int, ...] | list[int], clock: datetime.datetime
-) -> None:
-    template = None if chat.tokenizer is None else chat.tokenizer.chat_template
-    content = {"chat_template": template, "eos_token_id": list(ends), "clock": clock.isoformat()}
-    run.write_chat(content)
 
 
 def _read(run: RunDirectory, base: Chat) -> Chat:

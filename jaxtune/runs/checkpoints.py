@@ -10,7 +10,6 @@ step.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import shutil
@@ -28,6 +27,7 @@ from jaxtune.atomic_files import report_full_disk, write_atomically
 from jaxtune.errors import JaxtuneError, closest
 from jaxtune.parallel.processes import agree, leads
 from jaxtune.parallel.time_limits import start_time_limit
+from jaxtune.runs.manifest import STATE, find_damage, write_manifest
 from jaxtune.runs.paths import EXTRA, MANIFEST
 from jaxtune.runs.quiet_saves import quiet_saves
 from jaxtune.runs.stored_arrays import open_arrays, read_metadata
@@ -37,7 +37,8 @@ logger = logging.getLogger(__name__)
 
 LARGE = 2**24  # bytes of an array from which on its layers are stored separately
 _NO_LIMIT = 7 * 24 * 3600  # seconds, for Orbax, which needs a number
-STATE, QUARANTINE = "state", "quarantine"
+QUARANTINE = "quarantine"
+_NONE, _DAMAGED = -1, -2  # instead of the number of a step
 
 
 class Checkpoints:
@@ -174,23 +175,39 @@ class Checkpoints:
           quarantine: whether newer steps that are unfinished or damaged are moved into
             ``quarantine/`` with a warning. Readers skip them instead, because another process may
             be writing them.
+
+        Raises:
+          JaxtuneError: there are finished steps, and all of them are damaged. Nothing is moved.
         """
         self.wait()
-        step = agree(self._latest_verified(quarantine) if leads() else -1)
-        if step < 0:
+        step, faults = self._latest_verified() if leads() else (_NONE, {})
+        step = agree(step)
+        if step == _DAMAGED:
+            listed = "; ".join(f"{step}: {fault}" for step, fault in list(faults.items())[:5])
+            raise JaxtuneError(
+                f"{self.directory}: no checkpoint is undamaged ({listed or 'see process 0'}); "
+                f"restore one from a copy, or move {self.directory} away to train from the start"
+            )
+        if quarantine:
+            for newer, fault in faults.items():
+                self._quarantine(newer, fault)
+        if step == _NONE:
             return None
         self._verified.add(step)
         return step
 
-    def _latest_verified(self, quarantine: bool) -> int:
-        """Implements `latest_verified` in process 0; returns −1 if there is no such step."""
+    def _latest_verified(self) -> tuple[int, dict[int, str]]:
+        """Returns the newest undamaged step, and what is wrong with newer ones; for process 0.
+
+        Without such a step, the first value is `_DAMAGED` if any step is finished, or else `_NONE`.
+        """
+        faults: dict[int, str] = {}
         for step in reversed(self._directories()):
             fault = self._find_damage(step)
             if fault is None:
-                return step
-            if quarantine:
-                self._quarantine(step, fault)
-        return -1
+                return step, faults
+            faults[step] = fault
+        return _DAMAGED if self.steps() else _NONE, faults
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         """Restores a step, after verifying it against its manifest.
@@ -269,10 +286,7 @@ class Checkpoints:
                 if not leads():
                     return
                 write_atomically(path / EXTRA, extra)
-                files = {
-                    name: [size, _sha256(path / name)] for name, size in _file_sizes(path).items()
-                }
-                write_atomically(path / MANIFEST, json.dumps(files, indent=2))
+                write_manifest(path)
         except BaseException:
             self._discard(path)
             raise
@@ -302,35 +316,11 @@ class Checkpoints:
                 shutil.rmtree(self._path(step))
 
     def _find_damage(self, step: int, contents: bool = True) -> str | None:
-        """Returns a description of the damage of a step, or None.
-
-        Args:
-          step: a step with a directory.
-          contents: whether to compare hashes as well as names and sizes.
-        """
-        path = self._path(step)
-        if not (path / MANIFEST).is_file():
-            return "unfinished (no manifest)"
-        try:
-            manifest = read_object(path / MANIFEST)
-            listed = {name: (int(size), str(sha)) for name, (size, sha) in manifest.items()}
-        except (ValueError, TypeError):
-            return f"{MANIFEST} is damaged"
-        present = _file_sizes(path)
-        if not listed:
-            return f"{MANIFEST} lists no files"
-        if unlisted := sorted(present.keys() - listed.keys()):
-            return f"{unlisted[0]} is not in {MANIFEST}"
-        for name, (size, sha) in listed.items():
-            if name not in present:
-                return f"{name} is missing"
-            if present[name] != size:
-                return f"{name} has {present[name]} bytes instead of {size}"
-            if contents and step not in self._verified and _sha256(path / name) != sha:
-                return f"{name} is damaged: its SHA-256 differs from the manifest"
-        if contents:
+        """Returns `find_damage` of a step that has a directory, whose hashes are compared once."""
+        fault = find_damage(self._path(step), contents and step not in self._verified)
+        if contents and fault is None:
             self._verified.add(step)
-        return None
+        return fault
 
     def _quarantine(self, step: int, reason: str) -> None:
         """Moves a step into ``quarantine/``, under a new name if that is taken, and warns."""
@@ -384,17 +374,3 @@ def _check_fit(path: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> No
 def _dtype_and_shape(array: Any) -> str:
     """Returns the type of an array as text, such as ``"float32[2, 3]"``."""
     return f"{np.dtype(array.dtype)}{[*array.shape]}"
-
-
-def _file_sizes(path: Path) -> dict[str, int]:
-    """Returns the sizes in bytes of all files of a step except the manifest, by relative path."""
-    return {
-        file.relative_to(path).as_posix(): file.stat().st_size
-        for file in sorted(path.rglob("*"))
-        if file.is_file() and not file.is_symlink() and file != path / MANIFEST
-    }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

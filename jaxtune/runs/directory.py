@@ -30,6 +30,7 @@ from jaxtune.runs.resuming import (
     check_config_file,
     check_stored,
     checked_config,
+    complete_chat,
     find_record,
     restore_config,
 )
@@ -128,6 +129,7 @@ class RunDirectory(RunFiles):
             raise JaxtuneError(f"{self.path}: {error.strerror}") from error
         with _locked(self.path):
             restore_config(self, review)
+            complete_chat(self)
             fresh = config is not None and not self.exists()
             if config is not None and fresh:
                 with report_full_disk(self.path):
@@ -147,6 +149,7 @@ class RunDirectory(RunFiles):
         self.config.unlink()
         self.expert_scores.unlink(missing_ok=True)
         self.chat.unlink(missing_ok=True)
+        self.next_chat.unlink(missing_ok=True)
         (self.path / LOCK).unlink()
         with contextlib.suppress(OSError):  # the directory contains files of the user
             self.path.rmdir()
@@ -170,18 +173,28 @@ class RunDirectory(RunFiles):
         recorded = None if self.recorded is None else self.recorded.config
         return find_changes(with_absolute_paths(recorded or self.read_config()), config)
 
-    def record(self, record: Record, changes: Changes, accepted: Changes) -> None:
-        """Writes the record with which a run continues, its config, and changes to the history.
+    def record(
+        self,
+        record: Record,
+        changes: Changes,
+        accepted: Changes,
+        chat: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Writes what a run continues with: record, config, chat settings, changes in the history.
 
         ``config.json`` is replaced after the record, which holds the config that is replaced until
-        then: a run that is killed in between has not been edited.
+        then, and ``chat.json`` is written to another file first: a run that is killed in between
+        has not been edited.
 
         Args:
           record: the new record.
           changes: result of `changes`.
           accepted: the accepted changes; see `Review`.
+          chat: new content of ``chat.json``; None to keep it.
         """
         if leads():
+            if chat is not None:
+                self._write_json(self.next_chat, chat)
             assert record.config is not None
             if changes or accepted:
                 self._add_history({**accepted, **changes}, sorted(accepted))
@@ -192,6 +205,8 @@ class RunDirectory(RunFiles):
                 with report_full_disk(self.path):
                     write_atomically(self.config, record.config.to_json())
             self._write_record(record)
+            if chat is not None:
+                self.next_chat.replace(self.chat)
             for key, (old, new) in sorted({**accepted, **changes}.items()):
                 logger.info("%s: %s → %s", key, old, new)
         barrier("the record is written")

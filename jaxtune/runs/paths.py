@@ -38,6 +38,7 @@ class RunFiles:
         self.config = self.path / CONFIG
         self.fingerprint = self.path / "fingerprint.json"
         self.chat = self.path / "chat.json"
+        self.next_chat = self.path / "chat.next.json"  # until the record of it is written
         self.history = self.path / "history.jsonl"
         self.metrics = self.path / METRICS
         self.evaluations = self.path / EVALUATIONS

@@ -89,6 +89,21 @@ def restore_config(run: RunFiles, review: Review) -> None:
         write_atomically(run.config, record.config.to_json())
 
 
+def complete_chat(run: RunFiles) -> None:
+    """Replaces chat.json where that was interrupted after the record was written.
+
+    Called by process 0 alone.
+    """
+    if not run.next_chat.is_file():
+        return
+    with contextlib.suppress(JaxtuneError):
+        record = read_record(run.fingerprint)
+        written = hash_value(read_object(run.next_chat))
+        if record is not None and record.inputs.get("chat") == written:
+            run.next_chat.replace(run.chat)
+    run.next_chat.unlink(missing_ok=True)
+
+
 def _readable(path: Path) -> tuple[Config | None, str]:
     """Returns the config in a file, or None and what is wrong with it."""
     if not path.is_file():

@@ -36,11 +36,12 @@ from jaxtune.layers.tree import Tree
 from jaxtune.parallel.processes import agree, fetch, leads, put
 from jaxtune.runs.changes import Changes
 from jaxtune.runs.chat import (
+    chat_content,
     configured_chat,
     create_run_chat,
     initial_chat,
+    learned_end_tokens,
     reader_options,
-    save_end_tokens,
 )
 from jaxtune.runs.directory import RunDirectory
 from jaxtune.runs.metrics import check_wandb
@@ -126,20 +127,21 @@ def train(
         check_memory(setup)
         _log_setup(setup)
         splits = read()
-        chat = save_end_tokens(run, chat, splits.train)
+        ends = learned_end_tokens(chat, splits.train)
+        chat, stored_chat = chat.ending_with(ends), chat_content(chat, ends)
         _check_stopping(config.evaluation, splits.sets, setup)
         loader = make_loader(config, splits.train, setup.reserved)
         timeline = Timeline(loader.order)
         setup = with_length(setup, run, timeline, changes)
         logger.info("training for %s", timeline.describe(setup.steps))
         inputs = fingerprint(source, tokenizer, splits.train, splits.held_out)
-        verification.check_inputs(inputs)
+        verification.check_inputs(inputs, stored_chat)
         check_seed(setup, changes)
         if not run.steps_done():
             check_source_run(setup, inputs)
         model = _load(setup, source, stored, tokenizer)
         # Recorded only now, so that a run whose inputs have errors can be started again.
-        run.record(verification.finish(setup.config), changes, review.accepted)
+        run.record(verification.finish(setup.config), changes, review.accepted, stored_chat)
         checks.close()
         _write_summary(run, setup, splits.train, splits.held_out, loader)
         with jax.set_mesh(setup.mesh), out_of_memory_named(setup):

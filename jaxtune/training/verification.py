@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -136,18 +136,19 @@ class Verification:
     def __exit__(self, *exception: object) -> None:
         self._open.close()
 
-    def check_inputs(self, inputs: Mapping[str, str]) -> None:
+    def check_inputs(self, inputs: Mapping[str, str], chat: Mapping[str, Any]) -> None:
         """Compares hashes of the inputs with the record, and between the processes.
 
         Args:
           inputs: result of `fingerprint`.
+          chat: content of the chat.json with which the run continues.
 
         Raises:
           JaxtuneError: an input has changed since the run started, or a key of the accepted changes
             is not needed.
         """
         with self._timed():
-            self._inputs = dict(inputs) | self._own_hashes()
+            self._inputs = dict(inputs) | {"chat": hash_value(chat)} | self._own_hashes()
             _check_processes(self._inputs)
         recorded = self._run.recorded
         if recorded is not None:
@@ -170,7 +171,7 @@ class Verification:
         self._review.finish(later=[MODEL])
 
     def _own_hashes(self) -> dict[str, str]:
-        hashes = {"chat": hash_json(self._run.chat)}
+        hashes: dict[str, str] = {}
         if self._run.expert_scores.is_file():
             hashes["expert_scores"] = hash_json(self._run.expert_scores)
         if start := self._config.adapter.init_from:

@@ -163,6 +163,38 @@ def test_a_damaged_step_is_set_aside_and_the_one_before_is_used(tmp_path, caplog
     assert (tmp_path / "quarantine" / "3-2").is_dir()
 
 
+def test_files_that_others_leave_behind_are_no_damage(tmp_path):
+    save_all(tmp_path, [1])
+    state = tmp_path / "1" / "state"
+    edit_manifest(tmp_path / "1", lambda m: m.update({"state/.DS_Store": [1, "0"]}))
+    for place in (tmp_path / "1", state, state / "d"):
+        for name in (".DS_Store", "._manifest.json", ".nfs000000000001"):
+            (place / name).write_text("x")
+    (tmp_path / "1" / "notes.txt").write_text("x")
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest_verified() == 1
+        checkpoints.save(2, {"a": jnp.ones(2)}, {})
+        checkpoints.wait()
+        (tmp_path / "2" / "state" / ".DS_Store").write_text("x")
+    assert Checkpoints(tmp_path).latest_verified() == 2
+
+
+@pytest.mark.parametrize("quarantine", [True, False])
+def test_finished_steps_that_are_all_damaged_are_no_fresh_start(tmp_path, quarantine):
+    save_all(tmp_path, [1, 2])
+    flip(array_file(tmp_path, 1))
+    (tmp_path / "2" / "extra.json").unlink()
+    (tmp_path / "3").mkdir()
+    damage = r"no checkpoint is undamaged \(3: unf.*; 2: extra\.json is missing; 1: state/.* is dam"
+    for _ in range(2):
+        with pytest.raises(JaxtuneError, match=damage):
+            Checkpoints(tmp_path).latest_verified(quarantine=quarantine)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "3"]
+    shutil.rmtree(tmp_path / "1")
+    shutil.rmtree(tmp_path / "2")
+    assert Checkpoints(tmp_path).latest_verified(quarantine=quarantine) is None
+
+
 def test_a_reader_skips_an_unfinished_step_and_leaves_it_to_its_writer(tmp_path):
     save_all(tmp_path, [1, 2])
     # The manifest is the last file of a step to be written.

@@ -14,6 +14,7 @@ import jaxtune
 from jaxtune.api.run import Run
 from jaxtune.cli import main
 from jaxtune.errors import JaxtuneError
+from jaxtune.runs.directory import RunDirectory
 from jaxtune.runs.paths import RunFiles
 from jaxtune.runs.record import Record, hash_value, read_record
 from jaxtune.runs.resuming import check_stored
@@ -297,6 +298,73 @@ def test_accepted_data_goes_on_at_the_same_step_of_the_new_order(place):
     batches = [[line["batch"] for line in each.metrics()] for each in (run, whole)]
     assert len(batches[0]) == 4 and batches[0][2:] == batches[1][2:]
     assert batches[0][:2] != batches[1][:2]
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(place, monkeypatch):
+    base, other, rows = place / "base", place / "other.jsonl", place / "rows.jsonl"
+    ids = {"input_ids": [3, 4, 5, 6], "labels": [-100, 4, 5, 6]}  # no end token
+    other.write_text(f"{json.dumps(ids)}\n" * 8)
+    before = {path: path.read_bytes() for path in (place / "run").iterdir() if path.is_file()}
+    ends = json.loads((place / "run/chat.json").read_text())["eos_token_id"]
+    assert ends
+
+    def unchanged():
+        resume(place)
+        assert {path: path.read_bytes() for path in before} == before
+        assert not (place / "run/chat.next.json").exists()
+
+    refused(place, "the inputs of the run have changed: data.train", sections(base, other))
+    unchanged()
+    # The chat settings are made anew, and something else is refused.
+    (place / "mine.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    )
+    template = sections(base, rows)
+    template["data"]["chat_template"] = str(place / "mine.jinja")
+    refused(place, "the inputs of the run", template, ["data.chat_template"])
+    unchanged()
+
+    # A kill before the record, and one between the record and chat.json.
+    write = RunDirectory._write_record
+
+    def killed_before(self, record):
+        raise KeyboardInterrupt
+
+    def killed_after(self, record):
+        write(self, record)
+        raise KeyboardInterrupt
+
+    accepted = {"config": sections(base, other), "accept": "data.train"}
+    for killed in (killed_before, killed_after):
+        monkeypatch.setattr(RunDirectory, "_write_record", killed)
+        with pytest.raises(KeyboardInterrupt):
+            resume(place, **accepted)
+        assert json.loads((place / "run/chat.json").read_text())["eos_token_id"] == ends
+        monkeypatch.setattr(RunDirectory, "_write_record", write)
+        if killed is killed_before:
+            (place / "run/history.jsonl").unlink()
+            unchanged()
+    resume(place)
+    assert json.loads((place / "run/chat.json").read_text())["eos_token_id"] == []
+    resume(place)
+
+
+def test_a_stray_file_in_the_only_checkpoint_is_no_damage_and_damage_is_no_fresh_start(place):
+    checkpoint = place / "run/checkpoints/2"
+    metrics = (place / "run/metrics.jsonl").read_bytes()
+    for directory in (checkpoint, checkpoint / "state"):
+        (directory / ".DS_Store").write_text("x")
+    resume(place)
+    assert (place / "run/metrics.jsonl").read_bytes() == metrics
+    extra = checkpoint / "extra.json"
+    content = extra.read_bytes()
+    extra.write_bytes(content.replace(b"0", b"1"))
+    for config in (None, sections(place / "base", place / "rows.jsonl")):
+        refused(place, r"checkpoints: no checkpoint is undamaged \(2: extra\.json is dam", config)
+    extra.write_bytes(content)
+    resume(place)
+    assert (place / "run/metrics.jsonl").read_bytes() == metrics
+    assert not (place / "run/checkpoints/quarantine").exists()
 
 
 LOST = {

@@ -13,9 +13,9 @@ from jaxtune.runs.chat import (
     create_run_chat,
     find_end_tokens,
     initial_chat,
+    learned_end_tokens,
     load_run_chat,
     reader_options,
-    save_end_tokens,
 )
 from jaxtune.runs.directory import RunDirectory
 from jaxtune.training.train import data_reader
@@ -78,7 +78,8 @@ def test_the_tokens_that_end_what_is_learned(
     assert find_end_tokens(examples.ends, chat) == sorted(ids)
     run = RunDirectory(tmp_path / "run")
     with run.start(resolve({})) as config:
-        kept = save_end_tokens(run, create_run_chat(run, config, chat), examples)
+        chat = create_run_chat(run, config, chat)
+        kept = chat.ending_with(learned_end_tokens(chat, examples))
     assert set(kept.eos_token_ids) == {chat.tokenizer.eos_token_id, *ids}
     assert ("no learned span ends in an end token" in caplog.text) == (not expected)
 
