@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 from jaxtune.api.run import Run
 from jaxtune.config import Config, ConfigLike, load_file, resolve
 from jaxtune.data.in_memory import PREFIX, check_rows
-from jaxtune.errors import JaxtuneError, check_path
+from jaxtune.errors import JaxtuneError, check_path, shown
 from jaxtune.log_output import logged
 from jaxtune.parallel.processes import leads
 from jaxtune.progress import bars
@@ -81,7 +81,9 @@ def train(
 
 def _keys(accept_changes: str | Sequence[str]) -> list[str]:
     """Returns keys that are given as a list or separated by commas."""
-    given = accept_changes.split(",") if isinstance(accept_changes, str) else accept_changes
+    given = accept_changes.split(",") if isinstance(accept_changes, str) else accept_changes or ()
+    if not isinstance(given, Iterable) or not all(isinstance(key, str) for key in given):
+        raise JaxtuneError(f"accept_changes is a list of keys, not {shown(accept_changes)}")
     return [key.strip() for key in given if key.strip()]
 
 

@@ -220,7 +220,8 @@ def _difference(one: Chat, other: Chat) -> str:
 
 def _read_generation_config(location: Path) -> dict[str, Any]:
     path = location / GENERATION_CONFIG
-    content = read_object(path) if location.is_dir() and path.exists() else {}
+    present = location.is_dir() and (path.exists() or path.is_symlink())
+    content = read_object(path) if present else {}
     for key in _SPECIAL:
         _ids(content, key, path)
     return content

@@ -16,11 +16,15 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from jaxtune.checkpoints.formats.gguf_header import read_header
 from jaxtune.checkpoints.huggingface import resolve_path
 from jaxtune.errors import JaxtuneError, lookup
-from jaxtune.strict_json import expect, read_object, read_text
+from jaxtune.strict_json import MAX_BYTES, expect, read_object, read_text
 
 _logger = logging.getLogger(__name__)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _SETTINGS = "tokenizer_config.json"
+_BESIDE = (
+    *(_SETTINGS, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    "merges.txt",
+)
 _PROBE = 'def add(a, b):\n    return a + 12345  # two  spaces, "it\'s", 你好，世界 café\n'
 
 # The patterns below are those of the tokenizer.json files of the original checkpoints.
@@ -136,6 +140,7 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedT
     """
     local = resolve_path(str(path), revision or "")
     if local.is_dir():
+        _check_files(local)
         if not any((local / name).is_file() for name in _TOKENIZER_FILES):
             return None
         tokenizer = _from_directory(local)
@@ -179,6 +184,20 @@ def _from_directory(directory: Path) -> PreTrainedTokenizerFast:
     if wanted != has:
         tokenizer.add_bos_token, tokenizer.add_eos_token = wanted
     return tokenizer
+
+
+def _check_files(directory: Path) -> None:
+    """Raises for files that transformers would take for missing, or would read at any size."""
+    for name in (*_TOKENIZER_FILES, *_BESIDE):
+        path = directory / name
+        if path.is_symlink() and not path.exists():
+            raise JaxtuneError(f"{path}: a link to a file that does not exist")
+        if not path.exists():
+            continue
+        if not path.is_file():
+            raise JaxtuneError(f"{path}: not a regular file")
+        if path.stat().st_size > MAX_BYTES:
+            raise JaxtuneError(f"{path}: larger than {MAX_BYTES >> 20} MiB")
 
 
 def _damaged(directory: Path) -> Path:

@@ -175,7 +175,7 @@ def _apply_template(base: Chat, data: DataConfig) -> Chat:
 def _read(run: RunDirectory, base: Chat) -> Chat:
     content = read_object(run.chat)
     template = content.get("chat_template")
-    named = template if isinstance(template, dict) else {"": template or ""}
+    named = template if isinstance(template, dict) else {"": "" if template is None else template}
     for name, source in named.items():  # several templates by name, or one
         expect(source, str, f'{run.chat}: "chat_template"{name and f" {name}"}')
     ends = expect(content.get("eos_token_id", []), list, f'{run.chat}: "eos_token_id"')

@@ -15,7 +15,7 @@ from typing import Any
 from jaxtune.adapters.esft.expert_scores import ExpertScores, read_scores
 from jaxtune.atomic_files import new_directory, recover, report_full_disk, write_atomically
 from jaxtune.config import Config, from_json
-from jaxtune.errors import JaxtuneError
+from jaxtune.errors import JaxtuneError, lookup
 from jaxtune.parallel.processes import barrier, leads
 from jaxtune.runs.changes import Changes, find_changes, read_history, resumed_config
 from jaxtune.runs.paths import (
@@ -33,6 +33,7 @@ from jaxtune.runs.resuming import (
     complete_chat,
     find_record,
     restore_config,
+    warn_of_lost_checkpoints,
 )
 from jaxtune.runs.review import CONFIG_FILE, MODEL, Review
 from jaxtune.strict_json import entry, parse_json, read_object
@@ -130,6 +131,7 @@ class RunDirectory(RunFiles):
         with _locked(self.path):
             restore_config(self, review)
             complete_chat(self)
+            warn_of_lost_checkpoints(self)
             fresh = config is not None and not self.exists()
             if config is not None and fresh:
                 with report_full_disk(self.path):
@@ -257,7 +259,7 @@ class RunDirectory(RunFiles):
           JaxtuneError: no adapter has been saved yet, or the run trains all weights.
         """
         paths = {"best": self.adapter_best, "last": self.adapter_last}
-        for path in (paths[which], self.adapter_last):
+        for path in (lookup(paths, which, "adapter"), self.adapter_last):
             if path.is_dir():
                 return path
         if self.read_config().adapter.method == "full":

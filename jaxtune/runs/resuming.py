@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Collection
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from jaxtune.atomic_files import report_full_disk, write_atomically
 from jaxtune.config import Config, from_json
 from jaxtune.errors import JaxtuneError
 from jaxtune.runs.changes import find_changes, needs_acceptance
-from jaxtune.runs.paths import CONFIG, RunFiles, with_absolute_paths
+from jaxtune.runs.paths import CONFIG, RunFiles, finished_steps, with_absolute_paths
 from jaxtune.runs.record import DamagedRecord, Record, hash_value, read_record
 from jaxtune.runs.review import (
     CHAT,
@@ -22,6 +23,8 @@ from jaxtune.runs.review import (
     edited,
 )
 from jaxtune.strict_json import read_object
+
+logger = logging.getLogger(__name__)
 
 _FROM_RECORD = "writes it again from the record of the run"
 
@@ -139,6 +142,16 @@ def find_record(run: RunFiles, review: Review) -> Record | None:
             )
         review.accepted[MODEL] = ("not recorded", "")
     return record
+
+
+def warn_of_lost_checkpoints(run: RunFiles) -> None:
+    """Logs that a run which has trained some steps has no checkpoint to continue from."""
+    if not finished_steps(run.checkpoints) and run.metrics.is_file() and run.metrics.stat().st_size:
+        logger.warning(
+            "%s: has no finished checkpoint, so training starts at the first step again and "
+            "replaces the metrics and adapters of the run",
+            run.path,
+        )
 
 
 def check_stored(run: RunFiles, record: Record | None, review: Review) -> None:

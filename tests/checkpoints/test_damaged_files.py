@@ -173,10 +173,10 @@ def test_special_files_are_neither_read_nor_waited_for(
     model, kind, no_waiting, monkeypatch, tmp_path
 ):
     monkeypatch.chdir(tmp_path)  # also restores the directory
-    refused = ["config.json", "model.safetensors"]
-    others = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "merges.txt"]
-    others += ["special_tokens_map.json", "added_tokens.json", "model.safetensors.index.json"]
-    for index, name in enumerate([*refused, *others]):
+    refused = ["config.json", "model.safetensors", "generation_config.json"]
+    refused += ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "merges.txt"]
+    refused += ["special_tokens_map.json", "added_tokens.json"]
+    for index, name in enumerate([*refused, "model.safetensors.index.json"]):
         directory = tmp_path / str(index)
         shutil.copytree(model, directory)
         kept = put(directory / name, kind)
@@ -280,3 +280,18 @@ def test_a_key_twice_in_the_header_of_safetensors(tiny, tmp_path):
         message = refusal(SafetensorsFile, path)
         assert message.startswith(f"{path}: ")
         assert "duplicate key" in message or "not a valid safetensors file" in message
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json"])
+def test_a_link_to_nothing_is_not_an_absent_file(model, name):
+    (model / name).unlink()
+    (model / name).symlink_to(model / "blob")
+    with pytest.raises(JaxtuneError, match=name):
+        base_chat(model, {})
+
+
+def test_a_tokenizer_is_not_read_beyond_the_limit(model):
+    with (model / "tokenizer.json").open("r+b") as file:
+        file.truncate(2**32)  # a sparse file
+    with pytest.raises(JaxtuneError, match=r"tokenizer.json: larger than 32 MiB"):
+        base_chat(model, {})

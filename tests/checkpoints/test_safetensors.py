@@ -188,3 +188,11 @@ class TestShards:
             assert bits(held) == bits(value)
         files = {path.name for path in Path(tmp_path).iterdir()}
         assert files == {*names, "model.safetensors.index.json"}
+
+
+def test_more_dimensions_than_arrays_have_are_refused(tmp_path):
+    header = json.dumps({"x": {"dtype": "F32", "shape": [1] * 72, "data_offsets": [0, 4]}}).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(JaxtuneError, match=r"x.safetensors: tensor 'x' has 72 dimensions"):
+        SafetensorsFile(path)

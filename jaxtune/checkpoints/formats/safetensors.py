@@ -37,6 +37,8 @@ DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
 }
 
+_MAX_DIMENSIONS = 64  # of a NumPy array
+
 
 class SafetensorsFile:
     """One safetensors file; its tensors are views of a memory map.
@@ -65,6 +67,12 @@ class SafetensorsFile:
             header: dict[str, Any] = parse_json(file.read(length), str(path))
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         header.pop("__metadata__", None)
+        for name, entry in header.items():
+            if len(entry["shape"]) > _MAX_DIMENSIONS:
+                raise JaxtuneError(
+                    f"{path}: tensor {name[:100]!a} has {len(entry['shape'])} dimensions, more "
+                    f"than {_MAX_DIMENSIONS}"
+                )
         self._start = 8 + length
         self._entries = header
 
