@@ -117,7 +117,7 @@ def matching_built_ins(
     for name in built_in_templates():
         source = read_template(name)
         special = tokenizer.special_tokens_map
-        (prompt,) = render(Request(source, question, [(1, True)], None, special))
+        (prompt,) = render(Request.of(source, question, [(1, True)], None, special))
         # A template fails, for example, if the tokenizer has no BOS or EOS token.
         if not isinstance(prompt, RenderingError) and prompt == asked and source != other_than:
             names.append(name)

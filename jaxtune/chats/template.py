@@ -19,9 +19,16 @@ from jaxtune.chats.builtin import (
 )
 from jaxtune.chats.clock import fix_clock
 from jaxtune.chats.messages import Conversation, Message, check_messages, choose_targets, tool_name
-from jaxtune.chats.rendering import Part, Rendering, choose_rendering
+from jaxtune.chats.rendering import (
+    Part,
+    Rendering,
+    Steps,
+    TemplateLimitError,
+    choose_rendering,
+    run,
+)
 from jaxtune.chats.spans import RewrittenTurn, Span, skip_empty_block, turn_span
-from jaxtune.chats.template_process import LimitExceeded, RenderingError, Request, render
+from jaxtune.chats.template_process import LimitExceeded, Made, RenderingError, Request
 from jaxtune.chats.tokens import Tokenized, tokenize, tokenize_prompt
 from jaxtune.errors import JaxtuneError
 
@@ -30,10 +37,6 @@ if TYPE_CHECKING:
 
 
 MAX_TEMPLATE = 2**20  # characters; those of published models have up to 30,000
-
-
-class TemplateLimitError(JaxtuneError):
-    """Raised for a template that exceeds a limit, which no other row would change."""
 
 
 class ChatTemplate:
@@ -99,7 +102,7 @@ class ChatTemplate:
         return f"chat template {name or json.dumps(self._text[:40], ensure_ascii=False) + '…'}"
 
     def _check_syntax(self) -> None:
-        (made,) = self._apply([{"role": "user", "content": "?"}], [(1, True)])
+        (made,) = run(self._apply([{"role": "user", "content": "?"}], [(1, True)]))
         # A template may reject this probe and still accept the actual conversations.
         if isinstance(made, RenderingError) and made.kind == "TemplateSyntaxError":
             raise JaxtuneError(f"chat template, line {made.line}: {made}") from made
@@ -111,19 +114,26 @@ class ChatTemplate:
         tools: list[Any] | None = None,
         arguments: Mapping[str, Any] | None = None,
         place: str = "",
-    ) -> Sequence[str | RenderingError]:
+    ) -> Steps[Made]:
         """Returns the text, or the error of the template, for each part of a conversation."""
         try:
             source = self.source or self.tokenizer.get_chat_template(tools=tools)
             source = source if self.clock is None else fix_clock(source, self.clock)
             given = {**self.tokenizer.special_tokens_map, **self.arguments, **(arguments or {})}
-            return render(Request(source, messages, parts, tools, given))
+            request = Request.of(source, messages, parts, tools, given)
         except LimitExceeded as error:
-            where = f"{place}: " if place else ""
-            raise TemplateLimitError(f"{where}{self._name()} {error}") from error
+            raise self._limit_error(place, error) from error
         # Several templates without a default; values that JSON lacks.
         except (TypeError, ValueError, RecursionError) as error:
             return [RenderingError(str(error), type(error).__name__, None)] * len(parts)
+        try:
+            return (yield request)
+        except LimitExceeded as error:
+            raise self._limit_error(place, error) from error
+
+    def _limit_error(self, place: str, error: LimitExceeded) -> TemplateLimitError:
+        where = f"{place}: " if place else ""
+        return TemplateLimitError(f"{where}{self._name()} {error}")
 
     def _rendering(
         self,
@@ -134,7 +144,7 @@ class ChatTemplate:
         parts: Sequence[Part],
         *,
         generation_prompt: bool = False,
-    ) -> Rendering:
+    ) -> Steps[Rendering]:
         """Returns the renderings of a conversation and its first turns.
 
         `parts` are those that will be needed.
@@ -154,16 +164,18 @@ class ChatTemplate:
             for turn in turns:
                 turn["role"] = "system" if turn["role"] == "developer" else turn["role"]
 
-        def apply(
-            turns: Sequence[Message], parts: Sequence[Part]
-        ) -> Sequence[str | RenderingError]:
-            made = self._apply(turns, parts, tools, arguments, place)
+        def apply(turns: Sequence[Message], parts: Sequence[Part]) -> Steps[Made]:
+            made = yield from self._apply(turns, parts, tools, arguments, place)
             if self._missing:
                 for text in made:
                     warn_missing_tokens(str(text), self._missing, self.source)
             return made
 
-        return choose_rendering(turns, apply, place, parts, generation_prompt=generation_prompt)
+        return (
+            yield from choose_rendering(
+                turns, apply, place, parts, generation_prompt=generation_prompt
+            )
+        )
 
     def render(
         self,
@@ -186,8 +198,28 @@ class ChatTemplate:
         Raises:
           JaxtuneError: there is no template, or it rejects the conversation.
         """
+        return run(
+            self.render_steps(
+                messages,
+                generation_prompt=generation_prompt,
+                tools=tools,
+                arguments=arguments,
+                place=place,
+            )
+        )
+
+    def render_steps(
+        self,
+        messages: Sequence[Message],
+        *,
+        generation_prompt: bool = False,
+        tools: list[Any] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+        place: str = "chat",
+    ) -> Steps[str]:
+        """Returns the conversation as text, in steps; see `render`."""
         part = (len(messages), generation_prompt)
-        rendering = self._rendering(
+        rendering = yield from self._rendering(
             messages, tools, arguments, place, [part], generation_prompt=generation_prompt
         )
         return rendering(*part)
@@ -218,6 +250,23 @@ class ChatTemplate:
         Raises:
           JaxtuneError: there is no assistant turn, or the template rewrites turns or omits tools.
         """
+        return run(
+            self.spans_steps(
+                messages, place, learned, tools, arguments, empty_reasoning=empty_reasoning
+            )
+        )
+
+    def spans_steps(
+        self,
+        messages: Sequence[Message],
+        place: str,
+        learned: Sequence[int] | None = None,
+        tools: list[Any] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        empty_reasoning: bool = True,
+    ) -> Steps[tuple[str, list[Span]]]:
+        """Returns the text and the spans of assistant turns, in steps; see `spans`."""
         if learned is None:
             learned = choose_targets(
                 Conversation([*map(dict, messages)], [None] * len(messages)), "all", place
@@ -226,9 +275,9 @@ class ChatTemplate:
         parts = [(len(messages), False)]
         for index in learned:
             parts += [(index, True), (index + 1, False)] if index else []
-        rendering = self._rendering(messages, tools, arguments, place, parts)
+        rendering = yield from self._rendering(messages, tools, arguments, place, parts)
         text, found = rendering(len(messages), False), []
-        self._check_tools(messages, text, tools, arguments, place)
+        yield from self._check_tools(messages, text, tools, arguments, place)
         for index in learned:
             if index == 0:
                 raise JaxtuneError(f"{place}: messages[0] is an assistant turn without a prompt")
@@ -248,14 +297,18 @@ class ChatTemplate:
         tools: list[Any] | None,
         arguments: Mapping[str, Any] | None,
         place: str,
-    ) -> None:
+    ) -> Steps[None]:
         """Raises if the rendering `text` omits a tool."""
         if not tools:
             return
-        shown = True
-        with contextlib.suppress(JaxtuneError):  # the template may require tools
+        try:
             # A short name may occur in the text by chance, so the renderings are compared as well.
-            shown = text != self.render(messages, arguments=arguments, place=place)
+            plain = yield from self.render_steps(messages, arguments=arguments, place=place)
+            shown = text != plain
+        except TemplateLimitError:
+            raise
+        except JaxtuneError:  # the template may require tools
+            shown = True
         for name in map(tool_name, tools):
             if not shown or name not in text:
                 raise JaxtuneError(

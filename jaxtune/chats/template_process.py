@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import dataclasses
 import functools
+import itertools
 import os
 import select
 import signal
@@ -20,12 +20,12 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxtune.chats import template_worker
-from jaxtune.chats.template_worker import HEADER_BYTES, decode, encode
+from jaxtune.chats.template_worker import HEADER_BYTES, decode, encode, message
 
 SECONDS = 4.0  # for a rendering; a conversation takes milliseconds
 MEMORY = 768 * 2**20  # bytes, in addition to those of the started process
@@ -34,6 +34,8 @@ _LIMITS = {
     "memory": f"needs more than {MEMORY >> 20} MiB of memory",
     "characters": f"writes more than {CHARACTERS:,} characters",
 }
+_MESSAGE_BYTES = 2**18  # of requests that are sent together, unless a single one is longer
+_PAUSE_SECONDS = 1e-3  # between two reads of answers to several requests, to wake up less often
 _START_SECONDS = 120.0  # importing transformers from a slow disk
 _TEMPLATES = 64  # that the process keeps
 # Values that the process needs to start, and that templates may print (the time zone).
@@ -58,23 +60,51 @@ class LimitExceeded(Exception):
     """Raised if a template exceeds a limit, which the message names."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """Renderings of the first turns of a conversation.
+Made = list[str | RenderingError]
+"""The text, or the error that the template has raised, of each wanted rendering of a request."""
+
+
+class Request(NamedTuple):
+    """Renderings of the first turns of a conversation, encoded.
 
     Attributes:
-      source: Jinja source.
-      turns: turns of the conversation.
-      wanted: number of turns and whether to add a generation prompt, for each rendering.
-      tools: JSON schemas of functions.
-      arguments: template arguments, including special tokens.
+      source: Jinja source; empty: the request needs no template.
+      body: JSON.
+      count: number of answers.
     """
 
     source: str
-    turns: Sequence[Mapping[str, Any]]
-    wanted: Sequence[tuple[int, bool]]
-    tools: Sequence[Any] | None = None
-    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    body: bytes
+    count: int
+
+    @classmethod
+    def of(
+        cls,
+        source: str,
+        turns: Sequence[Mapping[str, Any]],
+        wanted: Sequence[tuple[int, bool]],
+        tools: Sequence[Any] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> Request:
+        """Encodes a request.
+
+        Args:
+          source: Jinja source.
+          turns: turns of the conversation.
+          wanted: number of turns and whether to add a generation prompt, for each rendering.
+          tools: JSON schemas of functions.
+          arguments: template arguments, including special tokens.
+
+        Raises:
+          TypeError, ValueError, RecursionError: a turn or an argument cannot be written as JSON.
+        """
+        body = {
+            "turns": turns[: max((count for count, _ in wanted), default=0)],
+            "wanted": wanted,
+            "tools": tools,
+            "arguments": arguments or {},
+        }
+        return cls(source, encode(body, _plain), len(wanted))
 
 
 class _Process:
@@ -100,33 +130,40 @@ class _Process:
         self._unread = bytearray()
         path = [str(Path(entry).absolute()) for entry in sys.path if entry]
         limits = {"seconds": SECONDS, "memory": MEMORY, "characters": CHARACTERS}
-        self._send(encode({"path": path, **limits}), time.monotonic() + SECONDS)
+        self._send(message(encode({"path": path, **limits})), time.monotonic() + SECONDS)
         self._ready = False
 
-    def answers(self, body: bytes, source: str, count: int) -> Iterator[Any]:
-        """Yields the answers to a request of `count` parts.
+    def answers(self, requests: Sequence[Request]) -> Iterator[dict[str, Any]]:
+        """Sends requests together and yields their answers.
 
-        Args:
-          body: encoded request.
-          source: template that it refers to; empty: none.
-          count: number of answers.
+        ``later`` is the last answer if the remaining requests have to be sent again.
         """
         if not self._ready:
             answer = self._receive(time.monotonic() + _START_SECONDS)
             if not answer.get("ready"):
                 raise RuntimeError(f"{answer.get('type')}: {answer.get('error')}")
             self._ready = True
-        template: dict[str, Any] = {}
-        if source:
-            if source not in self._known:
-                if len(self._known) == _TEMPLATES:
-                    self._known.clear()
-                self._known[source] = len(self._known)
-                template["source"] = source
-            template["key"] = self._known[source]
-        self._send(encode(template) + body, time.monotonic() + SECONDS)
-        for _ in range(count):
-            yield self._receive(time.monotonic() + SECONDS)
+        pairs = [b"[%b,%b]" % (encode(self._template(r.source)), r.body) for r in requests]
+        self._send(message(b"[%b]" % b",".join(pairs)), time.monotonic() + SECONDS)
+        pause = _PAUSE_SECONDS if len(requests) > 1 else 0.0
+        for _ in range(sum(request.count for request in requests)):
+            answer = self._receive(time.monotonic() + SECONDS, pause)
+            if "later" in answer:
+                self._known.clear()  # it has not read the templates of the remaining requests
+                yield answer
+                return
+            yield answer
+
+    def _template(self, source: str) -> dict[str, Any]:
+        """Returns the key of a template, and its source if the process does not know it."""
+        if not source:
+            return {}
+        if source in self._known:
+            return {"key": self._known[source]}
+        if len(self._known) == _TEMPLATES:
+            self._known.clear()
+        self._known[source] = len(self._known)
+        return {"key": self._known[source], "source": source}
 
     def _send(self, content: bytes, deadline: float) -> None:
         rest = memoryview(content)
@@ -136,14 +173,16 @@ class _Process:
                 continue
             self._wait(self._in, select.POLLOUT, deadline)
 
-    def _receive(self, deadline: float) -> dict[str, Any]:
-        size = int.from_bytes(self._read(HEADER_BYTES, deadline), "little")
+    def _receive(self, deadline: float, pause: float = 0.0) -> dict[str, Any]:
+        size = int.from_bytes(self._read(HEADER_BYTES, deadline, pause), "little")
         if size > 8 * CHARACTERS:  # four bytes of a character, or escapes
             raise LimitExceeded("sent an invalid answer")
-        return decode(self._read(size, deadline))
+        return decode(self._read(size, deadline, pause))
 
-    def _read(self, size: int, deadline: float) -> bytes:
+    def _read(self, size: int, deadline: float, pause: float) -> bytes:
         while len(self._unread) < size:
+            if pause:
+                time.sleep(pause)
             self._wait(self._out, select.POLLIN, deadline)
             with contextlib.suppress(BlockingIOError):
                 part = os.read(self._out, 2**20)
@@ -184,26 +223,42 @@ _lock = threading.Lock()
 _process: _Process | None = None
 
 
-def render(request: Request) -> list[str | RenderingError]:
-    """Returns the text, or the error that the template has raised, of each wanted rendering.
+def render(request: Request) -> Made:
+    """Returns the renderings of a request.
 
     Raises:
       LimitExceeded: the template exceeds a limit.
-      TypeError, ValueError, RecursionError: a turn or an argument cannot be written as JSON.
     """
-    body = {
-        "turns": request.turns[: max((count for count, _ in request.wanted), default=0)],
-        "wanted": request.wanted,
-        "tools": request.tools,
-        "arguments": request.arguments,
-    }
-    answers = _ask(encode(body, _plain), request.source, len(request.wanted))
-    return [
-        answer["text"]
-        if "text" in answer
-        else RenderingError(answer["error"], answer["type"], answer["line"])
-        for answer in answers
-    ]
+    (made,) = render_all([request])
+    if isinstance(made, LimitExceeded):
+        raise made
+    return made
+
+
+def render_all(requests: Sequence[Request]) -> Iterator[Made | LimitExceeded]:
+    """Yields the renderings of each request, in order.
+
+    Many requests share a round trip. `LimitExceeded` takes the place of renderings that exceed a
+    limit, and ends the iterator.
+    """
+    start = 0
+    while start < len(requests):
+        stop, size = start + 1, len(requests[start].body)
+        while stop < len(requests) and (size := size + len(requests[stop].body)) < _MESSAGE_BYTES:
+            stop += 1
+        answered = _ask(requests[start:stop])
+        for answers in answered:
+            if isinstance(answers, LimitExceeded):
+                yield answers
+                return
+            yield [_made(answer) for answer in answers]
+        start += len(answered)
+
+
+def _made(answer: Mapping[str, Any]) -> str | RenderingError:
+    if "text" in answer:
+        return answer["text"]
+    return RenderingError(answer["error"], answer["type"], answer["line"])
 
 
 @functools.lru_cache(maxsize=32)
@@ -213,8 +268,10 @@ def percent_literals(source: str) -> tuple[str, ...]:
     Raises:
       LimitExceeded: finding them exceeds a limit.
     """
-    (answer,) = _ask(encode({"literals": source}), "", 1)
-    return tuple(answer.get("literals", ()))
+    (answers,) = _ask([Request("", encode({"literals": source}), 1)])
+    if isinstance(answers, LimitExceeded):
+        raise answers
+    return tuple(answers[0].get("literals", ()))
 
 
 def _plain(value: Any) -> Any:
@@ -226,27 +283,39 @@ def _plain(value: Any) -> Any:
     return f"<{type(value).__name__}>"
 
 
-def _ask(body: bytes, source: str, count: int) -> list[dict[str, Any]]:
-    """Returns the answers to a request; starts the process if it does not run."""
+def _ask(requests: Sequence[Request]) -> list[list[dict[str, Any]] | LimitExceeded]:
+    """Returns the answers to each request of a message; starts the process if it does not run.
+
+    There are fewer results than requests if one exceeds a limit, which is then the last result, or
+    if the answers together are too long, and the other requests have to be sent in another message.
+    """
+    found: list[list[dict[str, Any]] | LimitExceeded] = []
     with _lock:
         process = _running()
         try:
-            answers = list(process.answers(body, source, count))
+            answers = process.answers(requests)
+            for request in requests:
+                own = list(itertools.islice(answers, request.count))
+                if any("later" in answer for answer in own):
+                    break
+                if limit := next((a["limit"] for a in own if "limit" in a), None):
+                    end()  # the process may keep what it has allocated
+                    return [*found, LimitExceeded(_LIMITS[limit])]
+                found.append(own)
         except TimeoutError:
             end()
-            raise LimitExceeded(f"takes more than {SECONDS:g} seconds") from None
+            return [*found, LimitExceeded(f"takes more than {SECONDS:g} seconds")]
         except BrokenPipeError:
             code = process.end()
             end()
-            raise LimitExceeded(f"ends its process ({_exit_reason(code)})") from None
-        except BaseException:  # an interrupt: answers to this request may still come
+            return [*found, LimitExceeded(f"ends its process ({_exit_reason(code)})")]
+        except LimitExceeded as error:
+            end()
+            return [*found, error]
+        except BaseException:  # an interrupt: answers to these requests may still come
             end()
             raise
-        for answer in answers:
-            if "limit" in answer:
-                end()  # the process may keep what it has allocated
-                raise LimitExceeded(_LIMITS[answer["limit"]])
-    return answers
+    return found
 
 
 def _exit_reason(code: int) -> str:

@@ -5,12 +5,15 @@ process restricts how much memory and time they can use. It runs as a file of it
 imports `transformers` and nothing of jaxtune or JAX.
 
 Messages in both directions are JSON documents in UTF-8, preceded by their length. The first one has
-the import path and the limits, and is answered when the process is ready.
+the import path and the limits, and is answered when the process is ready. Any other one is a list
+of requests, each with its template. It is read completely before the first answer, and its sender
+reads all answers before the next one, so the two never wait for each other to empty a pipe.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import math
 import os
@@ -28,14 +31,18 @@ _HELD_SECONDS = 0.1  # answers to a request are sent together unless they take l
 
 
 def encode(value: Any, default: Any = None) -> bytes:
-    """Returns a value as a message: JSON with its length.
+    """Returns a value as JSON.
 
     Args:
       value: JSON values; floats may be infinite or NaN.
       default: function that returns a JSON value for any other object.
     """
     text = json.dumps(value, ensure_ascii=False, default=default)
-    content = text.encode("utf-8", "surrogatepass")
+    return text.encode("utf-8", "surrogatepass")
+
+
+def message(content: bytes) -> bytes:
+    """Returns JSON with its length."""
     return len(content).to_bytes(HEADER_BYTES, "little") + content
 
 
@@ -58,23 +65,15 @@ def main() -> None:
             import transformers  # noqa: F401
             from transformers import PreTrainedTokenizerBase  # noqa: F401
         except Exception as error:
-            answers.write(encode(_error(error)))
+            answers.write(message(encode(_error(error))))
             answers.flush()
             return
+        gc.freeze()  # not searched for garbage after each batch of renderings
         _limit_memory(limits["memory"])
-        answers.write(encode({"ready": True}))
+        answers.write(message(encode({"ready": True})))
         answers.flush()
-        while (template := _read(sys.stdin.buffer)) is not None:
-            if "source" in template:
-                sources[template["key"]] = template["source"]
-            source = sources.get(template.get("key"), "")
-            sent = time.monotonic()
-            for answer in _answers(_read(sys.stdin.buffer), source, limits):
-                answers.write(encode(answer))
-                if time.monotonic() > sent + _HELD_SECONDS:
-                    answers.flush()
-                    sent = time.monotonic()
-            answers.flush()
+        while (requests := _read(sys.stdin.buffer)) is not None:
+            _answer_all(requests, sources, limits, answers)
 
 
 def _read(file: BinaryIO) -> Any:
@@ -109,7 +108,40 @@ def _limit_time(more: float) -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
 
 
-def _answers(request: dict[str, Any], source: str, limits: dict[str, Any]) -> Iterator[Any]:
+def _answer_all(
+    requests: list[Any], sources: dict[int, str], limits: dict[str, Any], answers: BinaryIO
+) -> None:
+    """Writes an answer for each part of each request.
+
+    The last one is ``later`` if the texts are too long to be kept together. The answers to a
+    request are written before the next one starts, so that a missing one shows which was at fault.
+
+    Args:
+      requests: pairs of a template, as its key and, if it is new, its source, and a request.
+      sources: known templates by key; new ones are added.
+      limits: limits by name.
+      answers: file to write to.
+    """
+    characters, sent = 0, time.monotonic()
+    for template, request in requests:
+        if characters > limits["characters"]:
+            answers.write(message(encode({"later": True})))
+            answers.flush()
+            return
+        if "source" in template:
+            sources[template["key"]] = template["source"]
+        for answer in _answers(request, sources.get(template.get("key"), ""), limits):
+            characters += len(answer.get("text", ""))
+            answers.write(message(encode(answer)))
+            if time.monotonic() > sent + _HELD_SECONDS:
+                answers.flush()
+                sent = time.monotonic()
+        answers.flush()
+
+
+def _answers(
+    request: dict[str, Any], source: str, limits: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
     """Yields an answer for each part of a request."""
     if "literals" in request:
         parts = [lambda: {"literals": _literals(request["literals"])}]

@@ -6,18 +6,18 @@ import collections
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from jaxtune.chats.ends import span_end_tokens
-from jaxtune.chats.template import TemplateLimitError
+from jaxtune.chats.rendering import Steps, run_all
 from jaxtune.chats.tokens import IGNORE, Tokens, tokenize_batch
 from jaxtune.data.detect_format import FORMATS, detect_format, unread_keys
 from jaxtune.data.file_formats import Record
 from jaxtune.data.fitting import OverLong, fit_to_length, over_long
-from jaxtune.data.rows import Row, parse_row
+from jaxtune.data.rows import parse_row
 from jaxtune.data.samples import Sample
 from jaxtune.data.settings import DataSettings
 from jaxtune.data.token_bound import TokenBound
@@ -139,18 +139,18 @@ class Encoder:
         """
         chunk = Chunk(len(records))
         kept: list[tuple[int, Record, Sample]] = []
-        for index, record in enumerate(records):
+        read = run_all([self._sample(record, form, first) for record in records])
+        for index, (record, found) in enumerate(zip(records, read, strict=True)):
             try:
-                row = parse_row(record)
-                sample = self._sample(row, form, first)
+                if isinstance(found, JaxtuneError):
+                    raise found
+                sample, unread = found
                 if self._is_dropped(sample, record.place):
                     chunk.counts["drop"] += 1
                     chunk.turns.update(sample.turns)
                 else:
                     kept.append((index, record, sample))
-                chunk.unread.update(unread_keys(row, form), sample.unread)
-            except TemplateLimitError:  # a bad template, not a bad row
-                raise
+                chunk.unread.update(unread, sample.unread)
             except OverLong as error:
                 chunk.problems.append(Problem.of(record, error)._replace(long=True))
             except JaxtuneError as error:
@@ -190,11 +190,16 @@ class Encoder:
         chunk.tokens, chunk.targets = _concatenate(tokens), _concatenate(targets)
         return chunk
 
-    def _sample(self, row: Row, form: str, first: str) -> Sample:
+    def _sample(self, record: Record, form: str, first: str) -> Steps[tuple[Sample, Iterable[str]]]:
+        """Returns the sample of a row, and the keys that its format does not use."""
+        row = parse_row(record)
         found = detect_format(row, self.settings.format)
         if found != form:
             raise JaxtuneError(f"{row.place}: format {found}, but {first} has format {form}")
-        return FORMATS[form].read(row, self._reading)
+        sample = FORMATS[form].read(row, self._reading)
+        if not isinstance(sample, Sample):
+            sample = yield from sample
+        return sample, unread_keys(row, form)
 
     @functools.cached_property
     def _bound(self) -> TokenBound:

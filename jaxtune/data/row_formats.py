@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxtune.chats.jsontext import parse_json_text
 from jaxtune.chats.messages import Conversation, check_text, read_conversation, read_function_calls
+from jaxtune.chats.rendering import Steps
 from jaxtune.chats.tokens import Tokenized
 from jaxtune.data.rows import Row
 from jaxtune.data.samples import ReadingOptions, Sample, conversation_sample
@@ -23,12 +24,12 @@ class DataFormat:
 
     Attributes:
       keys: required keys; keys that are neither required nor optional are ignored.
-      read: converts a row to a `Sample`.
+      read: converts a row to a `Sample`, in steps if it renders a conversation.
       optional: optional keys.
     """
 
     keys: tuple[str, ...]
-    read: Callable[[Row, ReadingOptions], Sample]
+    read: Callable[[Row, ReadingOptions], Sample | Steps[Sample]]
     optional: tuple[str, ...] = ()
 
 
@@ -47,11 +48,11 @@ def _conversation(messages: Any, row: Row, tools: bool = True) -> Conversation:
     )
 
 
-def _read_messages(row: Row, reading: ReadingOptions) -> Sample:
+def _read_messages(row: Row, reading: ReadingOptions) -> Steps[Sample]:
     return conversation_sample(_conversation(row.values["messages"], row), reading, row.place)
 
 
-def _read_completion(row: Row, reading: ReadingOptions) -> Sample:
+def _read_completion(row: Row, reading: ReadingOptions) -> Sample | Steps[Sample]:
     prompt, completion = row.values["prompt"], row.values["completion"]
     if (asked := _parse_turns(prompt)) and (answered := _parse_turns(completion)):
         prompt, completion = asked, answered
@@ -94,7 +95,7 @@ def _parse_turns(text: Any) -> list[Any] | None:
     return turns if all(isinstance(turn, Mapping) and "role" in turn for turn in turns) else None
 
 
-def _read_alpaca(row: Row, reading: ReadingOptions) -> Sample:
+def _read_alpaca(row: Row, reading: ReadingOptions) -> Steps[Sample]:
     asked = check_text(row.values["instruction"], "instruction", row.place)
     given = row.values.get("input")
     if given is not None and check_text(given, "input", row.place).strip():
@@ -135,7 +136,7 @@ _SPEAKERS = {
 }
 
 
-def _read_sharegpt(row: Row, reading: ReadingOptions) -> Sample:
+def _read_sharegpt(row: Row, reading: ReadingOptions) -> Steps[Sample]:
     said = parse_json_text(row.values["conversations"], f"{row.place}: conversations")
     turns: list[Any] = []
     if not isinstance(said, list) or not all(isinstance(turn, Mapping) for turn in said):

@@ -18,6 +18,7 @@ from jaxtune.chats.reasoning import (
     separate_reasoning,
     split_content,
 )
+from jaxtune.chats.rendering import Steps
 from jaxtune.chats.template import ChatTemplate
 from jaxtune.chats.tokens import Tokenized
 from jaxtune.errors import JaxtuneError
@@ -125,8 +126,10 @@ def _check_closed(content: str, name: str) -> None:
         )
 
 
-def conversation_sample(conversation: Conversation, reading: ReadingOptions, place: str) -> Sample:
-    """Returns the sample of a conversation.
+def conversation_sample(
+    conversation: Conversation, reading: ReadingOptions, place: str
+) -> Steps[Sample]:
+    """Returns the sample of a conversation, in steps.
 
     Args:
       conversation: conversation of a row.
@@ -143,7 +146,7 @@ def conversation_sample(conversation: Conversation, reading: ReadingOptions, pla
     if conversation.turns[0]["role"] == "assistant" and reading.targets == "all":
         counts[FIRST_TURN] += conversation.marks[0] is None
     if reading.reasoning == "drop":
-        conversation = _drop_reasoning(conversation, template, counts, place)
+        conversation = yield from _drop_reasoning(conversation, template, counts, place)
         for index in learned:
             turn = conversation.turns[index]
             if not (turn["content"] or "").strip() and "tool_calls" not in turn:
@@ -159,7 +162,9 @@ def conversation_sample(conversation: Conversation, reading: ReadingOptions, pla
             turns = [*turns[:first], worded, *turns[first + 1 :]]
     context = (conversation.tools, conversation.arguments)
     learn_empty = reading.empty_reasoning == "learn"
-    text, spans = template.spans(turns, place, learned, *context, empty_reasoning=learn_empty)
+    text, spans = yield from template.spans_steps(
+        turns, place, learned, *context, empty_reasoning=learn_empty
+    )
     unread = template.unread_keys(turns, conversation.extra, *context)
     named = frozenset(f"messages[].{key}" for key in unread)
     return Sample(content, text, spans, unread=named, turns={k: n for k, n in counts.items() if n})
@@ -170,7 +175,7 @@ def _drop_reasoning(
     template: ChatTemplate,
     counts: collections.Counter[str],
     place: str,
-) -> Conversation:
+) -> Steps[Conversation]:
     """Removes the reasoning from assistant turns, and counts the turns that had any."""
     turns: list[dict[str, Any]] = []
     for index, turn in enumerate(conversation.turns):
@@ -178,16 +183,16 @@ def _drop_reasoning(
             reasoning, answer = separate_reasoning(turn), turn["content"]
             _check_closed(answer or "", f"{place}: messages[{index}]")
             if END_THINK in (answer or ""):
-                opened = index > 0 and ends_with_think(
-                    template.render(
+                prompt = ""
+                if index:
+                    prompt = yield from template.render_steps(
                         turns,
                         generation_prompt=True,
                         tools=conversation.tools,
                         arguments=conversation.arguments,
                         place=place,
                     )
-                )
-                within, answer = split_content(answer, opened)
+                within, answer = split_content(answer, ends_with_think(prompt))
                 reasoning += within
             counts[DROPPED] += bool(reasoning.strip())
             kept = {key: value for key, value in turn.items() if key not in REASONING_KEYS}

@@ -14,7 +14,13 @@ from loading import load_examples
 
 from jaxtune.chats import template_process
 from jaxtune.chats.template import MAX_TEMPLATE, TemplateLimitError, read_template
-from jaxtune.chats.template_process import LimitExceeded, RenderingError, Request, render
+from jaxtune.chats.template_process import (
+    LimitExceeded,
+    RenderingError,
+    Request,
+    render,
+    render_all,
+)
 from jaxtune.data import ChatTemplate
 from jaxtune.errors import JaxtuneError
 
@@ -33,7 +39,7 @@ TOO_LARGE = [
 
 
 def rendered(source, turns=TURNS, parts=((2, False),), **options):
-    return render(Request(source, turns, parts, **options))
+    return render(Request.of(source, turns, parts, **options))
 
 
 def child():
@@ -149,20 +155,74 @@ def test_a_text_that_is_too_long_is_refused():
         rendered("{{ 'a' * 70000000 }}")
 
 
-def test_the_error_names_the_template_and_the_row(chatml, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("hostile", "reason"),
+    [(ENDLESS, "takes more than 1.5 seconds"), (TOO_LARGE[0], "needs more than 768 MiB of memory")],
+)
+def test_the_error_names_the_template_and_the_row(chatml, tmp_path, monkeypatch, hostile, reason):
     monkeypatch.setattr(template_process, "SECONDS", 1.5)
     template = tmp_path / "late.jinja"
-    template.write_text("{% if messages | length > 1 %}" + ENDLESS + "{% endif %}" + CONTENTS)
+    template.write_text("{% if 'x' in messages[-1].content %}" + hostile + "{% endif %}" + CONTENTS)
     data = tmp_path / "rows.jsonl"
-    data.write_text(json.dumps({"messages": TURNS}) + "\n")
+    rows = [[*TURNS]] * 30 + [[TURNS[0], {"role": "assistant", "content": "x"}]] + [[*TURNS]] * 30
+    data.write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in rows))
     template_process.end()
     options = {"max_length": 64, "chat_template": str(template), "bad_rows": "skip"}
     with pytest.raises(TemplateLimitError) as error:
         load_examples(data, tokenizer=chatml, progress=False, **options)
-    assert str(error.value) == (
-        f'{data}:1: chat template "{{% if messages | length > 1 %}}{{% for i i"… '
-        "takes more than 1.5 seconds"
+    shown = "{% if 'x' in messages[-1].content %}" + hostile[:4]
+    assert str(error.value) == f'{data}:31: chat template "{shown}"… {reason}'
+
+
+def described(made):
+    """Returns renderings as values that compare as equal."""
+    assert not isinstance(made, LimitExceeded)
+    return [(str(m), m.kind, m.line) if isinstance(m, RenderingError) else m for m in made]
+
+
+def varied_requests():
+    """Returns requests of many templates, some rejected, that together fill pipes many times."""
+    picky = "{% if messages | length == 1 %}{{ raise_exception('one') }}{% endif %}" + CONTENTS
+    requests = []
+    for number in range(150):
+        turns = [{"role": "user", "content": f"{number} " + "a" * (number % 7 * 20_000)}, TURNS[1]]
+        source = [picky, f"{number}{CONTENTS}", "a\n{% if %}", CONTENTS * 3][number % 4]
+        requests.append(Request.of(source, turns, [(1, True), (2, False)]))
+    return requests
+
+
+def test_requests_that_are_sent_together_are_answered_like_single_ones():
+    requests = varied_requests()
+    together = [described(made) for made in render_all(requests)]
+    assert together == [described(render(request)) for request in requests]
+    assert sum(len(text) for made in together for text in made) > 10 * 2**20
+
+
+def test_texts_that_are_too_long_together_are_sent_in_several_messages(monkeypatch):
+    expected = [described(made) for made in render_all(varied_requests())]
+    template_process.end()
+    monkeypatch.setattr(template_process, "CHARACTERS", 400_000)
+    assert [described(made) for made in render_all(varied_requests())] == expected
+    template_process.end()
+
+
+def test_rows_share_messages_to_the_process(chatml, jsonl, monkeypatch):
+    """A message for each row would slow down tokenizing by up to a third."""
+    called = {"name": "f", "arguments": json.dumps({"x": 1})}
+    calls = [{"type": "function", "function": called}]
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    turns = [TURNS[0], {"role": "assistant", "content": "", "tool_calls": calls}]
+    rows = [{"messages": TURNS}] * 64 + [{"messages": turns, "tools": tools}] * 64
+    messages = []
+    ask = template_process._ask
+    monkeypatch.setattr(
+        template_process, "_ask", lambda requests: messages.append(len(requests)) or ask(requests)
     )
+    examples = load_examples(
+        jsonl(*rows), tokenizer=chatml, progress=False, max_length=2048, chat_template="qwen3"
+    )
+    assert len(examples.lengths) == 128
+    assert max(messages) == 128 and len(messages) < 10
 
 
 def test_a_template_that_never_ends_is_refused_before_any_row(chatml, monkeypatch):
@@ -232,15 +292,15 @@ PARENT = """
 import sys, os
 from jaxtune.chats import template_process
 from jaxtune.chats.template_process import Request, render
-render(Request("a", [{"role": "user", "content": "a"}], [(1, False)]))
+render(Request.of("a", [{"role": "user", "content": "a"}], [(1, False)]))
 print(template_process._process._process.pid, flush=True)
 if sys.argv[1] == "fork":
     if os.fork() == 0:
-        assert render(Request("b", [{"role": "user", "content": "a"}], [(1, False)])) == ["b"]
+        assert render(Request.of("b", [{"role": "user", "content": "a"}], [(1, False)])) == ["b"]
         template_process.end()
         os._exit(0)
     assert os.wait()[1] == 0
-    assert render(Request("c", [{"role": "user", "content": "a"}], [(1, False)])) == ["c"]
+    assert render(Request.of("c", [{"role": "user", "content": "a"}], [(1, False)])) == ["c"]
 elif sys.argv[1] == "wait":
     sys.stdin.read()
 """
