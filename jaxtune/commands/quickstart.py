@@ -25,5 +25,9 @@ def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
     from jaxtune.config import load_file, resolve
     from jaxtune.demos.quickstart import quickstart
+    from jaxtune.parallel import processes
 
-    quickstart(resolve(load_file(arguments.config), arguments.overrides), arguments.workdir)
+    config = resolve(load_file(arguments.config), arguments.overrides)
+    if arguments.owns_process:
+        processes.initialize(None)  # SIGTERM then saves a step of the training
+    quickstart(config, arguments.workdir)

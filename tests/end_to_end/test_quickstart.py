@@ -58,6 +58,24 @@ def test_it_resumes_after_an_interruption(small_config, jaxtune_command, tmp_pat
 
 
 @pytest.mark.slow
+def test_sigterm_saves_a_step(small_config, jaxtune_command, tmp_path):
+    workdir = tmp_path / "quickstart"
+    options = ("--config.training.steps=100000", "--config.checkpoint.every=0")
+    process = jaxtune_command(
+        "quickstart", "--config", small_config, "--workdir", workdir, *options
+    )
+    metrics = workdir / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 2):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 75, error
+    saved = max(int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*"))
+    assert f"stopped by SIGTERM after step {saved}, which is saved" in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiled_fully")
 @pytest.mark.timeout(3600)
 def test_a_real_model_learns_the_task(tmp_path, monkeypatch, capsys):
