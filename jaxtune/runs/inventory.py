@@ -132,8 +132,13 @@ class Inventory:
     def changed_blocks(
         self, recorded: BaseRecord, hashes: Mapping[str, Sequence[str]]
     ) -> list[str]:
-        """Compares the content of all files with a record of files of the same names and sizes."""
-        return [line for name in self.sizes for line in _changed(recorded, name, hashes[name])]
+        """Compares the content of all files that have the same names and sizes in a record."""
+        return [
+            line
+            for name, size in self.sizes.items()
+            if name in recorded.files and recorded.files[name].size == size
+            for line in _changed(recorded, name, hashes[name])
+        ]
 
 
 def file_differences(directory: Path, recorded: BaseRecord) -> list[str]:

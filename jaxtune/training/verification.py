@@ -59,6 +59,7 @@ class Verification:
         self._seconds = 0.0
         self._open = contextlib.ExitStack()
         self._inputs: dict[str, str] = {}
+        self._accepted: list[str] = []
         path, revision = config.model.path, recorded_revision(run.recorded, config.model)
         directory = resolve_path(path, revision)
         with self._timed():
@@ -97,7 +98,8 @@ class Verification:
         return record.base, f"training.continue_from={source.path}"
 
     def _compare(self, differences: list[str]) -> None:
-        """Raises if the base differs and that is not accepted; accepted ones are not compared."""
+        """Raises if the base differs and that is not accepted; collects accepted differences."""
+        differences = [line for line in differences if line not in self._accepted]
         if not differences or self._expected is None:
             return
         path, expected = self._config.model.path, self._expected
@@ -109,9 +111,11 @@ class Verification:
         self._review.check_text(
             MODEL,
             f"cannot resume exactly: the base model {path} has changed: {listed(differences)}",
-            (expected.digest()[:12], listed(differences)),
+            (expected.digest()[:12], ", ".join([*self._accepted, *differences])),
         )
-        self._expected = None
+        for line in differences:
+            logger.warning("accepted: the base model %s has changed: %s", path, line)
+        self._accepted += differences
 
     def _check_shapes(self) -> None:
         """Raises if the tensors of the base are not those of the run, which cannot be accepted."""

@@ -127,6 +127,22 @@ def test_a_replaced_base_can_be_accepted(place, tiny_chat):
     refused(place, r"config\.json (differs|has)", accept=())
 
 
+def test_everything_that_has_changed_in_the_base_is_accepted_together_and_listed(place, caplog):
+    """An accepted difference of a small file does not hide one of the weights."""
+    edit(place / "base/generation_config.json", lambda content: content.update(temperature=0.5))
+    weights = place / "base/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    refused(place, r"has changed: generation_config\.json")
+    resume(place, accept="model")
+    (line,) = Run(place / "run").directory.read_history()
+    for name in ("generation_config.json", "model.safetensors"):
+        assert line["changes"]["model"][1].count(name) == 1, line
+        assert caplog.text.count(f"base has changed: {name}") == 1
+    resume(place)
+
+
 def test_a_base_of_other_shapes_cannot_be_accepted(place, tiny):
     other = tiny("llama", vocab_size=258, num_hidden_layers=2)
     for name in ("config.json", "model.safetensors"):
