@@ -13,9 +13,23 @@ from typing import Any, NamedTuple
 
 from jaxtune.checkpoints.blocks import BLOCK, BlockHashes, first_difference, hash_file
 from jaxtune.checkpoints.open_model import OpenModel
+from jaxtune.checkpoints.weights import FORMS, has_weights
 
-# What is read or copied beside weights: configs, indexes, tokenizers, templates, referenced code.
-_BESIDE = ("*.json", "*.jinja", "*/*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py")
+# What is read beside weights. Other files of a directory may come and go: the hub's cache is shared
+# with programs that download more of a repository.
+_BESIDE = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+)
+# What transformers reads in place of tokenizer.json.
+_VOCABULARY = ("vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken")
 _GGUF = "model.gguf"
 _SHOWN = 3  # differences that a message lists
 
@@ -173,10 +187,15 @@ def listed(differences: Sequence[str]) -> str:
 
 
 def _beside(directory: Path) -> dict[str, Path]:
-    """Returns the files of a model's directory that are not weights, by relative path."""
+    """Returns the files that are read from a model's directory except weights, by relative path."""
     if not directory.is_dir():
         return {}
-    found = {path for pattern in _BESIDE for path in directory.glob(pattern)}
+    patterns = [*_BESIDE]
+    if not (directory / "tokenizer.json").is_file():
+        patterns += _VOCABULARY
+    forms = [form for number, form in enumerate(FORMS) if has_weights(directory, number)]
+    patterns += [form.index for form in forms[:1]]
+    found = {path for pattern in patterns for path in directory.glob(pattern)}
     return {
         _name(path, directory): path
         for path in sorted(found)

@@ -81,9 +81,9 @@ class Verification:
         self._seconds += time.perf_counter() - begin
 
     def _expectation(self) -> tuple[BaseRecord | None, str]:
-        """Returns the record that the base must match, and the option that asks for another's."""
+        """Returns the record that the base must match, and what cannot be done otherwise."""
         if self._run.recorded is not None:
-            return self._run.recorded.base, ""
+            return self._run.recorded.base, "cannot resume exactly"
         if not self._config.training.continue_from or self._run.has_checkpoints():
             return None, ""
         source = source_run(self._config).run
@@ -103,14 +103,9 @@ class Verification:
         if not differences or self._expected is None:
             return
         path, expected = self._config.model.path, self._expected
-        if self._place:
-            raise JaxtuneError(
-                f"{self._place}: the base model of that run differs from {path}: "
-                f"{listed(differences)}"
-            )
         self._review.check_text(
             MODEL,
-            f"cannot resume exactly: the base model {path} has changed: {listed(differences)}",
+            f"{self._place}: the base model {path} has changed: {listed(differences)}",
             (expected.digest()[:12], ", ".join([*self._accepted, *differences])),
         )
         for line in differences:
@@ -119,12 +114,9 @@ class Verification:
 
     def _check_shapes(self) -> None:
         """Raises if the tensors of the base are not those of the run, which cannot be accepted."""
-        recorded = self._run.recorded
-        if recorded is None or recorded.base is None:
-            return
-        if self._inventory.shapes != recorded.base.shapes:
+        if self._expected is not None and self._inventory.shapes != self._expected.shapes:
             raise JaxtuneError(
-                f"{self._run.path}: cannot be resumed: the base model {self._config.model.path} "
+                f"{self._run.path}: {self._place}: the base model {self._config.model.path} "
                 "has other tensors than that of the run, so its checkpoints would not fit"
             )
 

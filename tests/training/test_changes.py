@@ -114,9 +114,9 @@ def test_a_replaced_base_can_be_accepted(place, tiny_chat):
     flip(weights, random.Random(SEED))
     message = refused(place, r"the base model .*/base has changed: model\.safetensors differs")
     assert message.endswith("restore it, or accept with --accept-changes model")
-    (place / "base/extra.json").write_text("{}")
-    refused(place, r"has changed: extra\.json is new; restore")
-    (place / "base/extra.json").unlink()
+    (place / "base/added_tokens.json").write_text("{}")
+    refused(place, r"has changed: added_tokens\.json is new; restore")
+    (place / "base/added_tokens.json").unlink()
     resume(place, accept="model")
     (line,) = Run(place / "run").directory.read_history()
     assert line["accepted"] == ["model"] and line["step"] == 2
@@ -125,6 +125,25 @@ def test_a_replaced_base_can_be_accepted(place, tiny_chat):
     # Another architecture cannot be accepted.
     edit(place / "base/config.json", lambda c: c.update(num_hidden_layers=2))
     refused(place, r"config\.json (differs|has)", accept=())
+
+
+def test_files_that_are_not_read_may_come_and_go(place, caplog):
+    """As in the hub's cache, which other programs add to."""
+    assert (place / "base/tokenizer.json").is_file()  # read instead of vocab.json and merges.txt
+    others = "LICENSE.txt merges.txt eval_results.json .DS_Store modeling_x.py pytorch_model.bin"
+    for name in others.split():
+        (place / "base" / name).write_text("{}")
+    before = (place / "run/fingerprint.json").read_bytes()
+    resume(place)
+    assert (place / "run/fingerprint.json").read_bytes() == before
+    for name in others.split():
+        (place / "base" / name).unlink()
+    resume(place)
+    for name in ("additional_chat_templates/a.jinja", "model.safetensors.index.json"):  # read
+        (place / "base" / name).parent.mkdir(exist_ok=True)
+        (place / "base" / name).write_text('{"weight_map": {"x": "model.safetensors"}}')
+        refused(place, f"{name} is new")
+        (place / "base" / name).unlink()
 
 
 def test_everything_that_has_changed_in_the_base_is_accepted_together_and_listed(place, caplog):
@@ -379,12 +398,16 @@ def test_another_base_under_continue_from_is_refused(place):
     config = sections(
         place / "base", place / "rows.jsonl", training={"continue_from": str(place / "run")}
     )
-    flip(place / "base/tokenizer_config.json", random.Random(SEED))
+    edit(place / "base/tokenizer_config.json", lambda content: content.update(other=1))
     with pytest.raises(
         JaxtuneError, match=r"continue_from=.*/run: the base model .*tokenizer_conf"
     ):
         jaxtune.train(config, place / "next", progress=False)
     assert not (place / "next/config.json").exists()
+    run = jaxtune.train(config, place / "next", accept_changes="model", progress=False)
+    (line,) = run.directory.read_history()
+    assert line["accepted"] == ["model"] and "tokenizer_config" in line["changes"]["model"][1]
+    jaxtune.train(None, run.path, progress=False)
 
 
 def test_lost_lines_of_the_metrics_are_reported_once(place, caplog):
