@@ -11,6 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from jaxtune.adapters.define import define
 from jaxtune.checkpoints.blocks import BLOCK, BlockHashes, first_difference, hash_file
 from jaxtune.checkpoints.open_model import OpenModel
 from jaxtune.checkpoints.weights import FORMS, has_weights
@@ -50,6 +53,7 @@ class BaseRecord:
       revision: ``model.revision`` of the config.
       commit: commit of a hub id; empty for a local path.
       shapes: hash of the names and shapes of the tensors.
+      arrays: hash of the names and shapes of the arrays that the model makes of them.
       block: size of a block in bytes.
       files: the files by name, relative to the directory.
     """
@@ -58,6 +62,7 @@ class BaseRecord:
     revision: str
     commit: str
     shapes: str
+    arrays: str
     block: int
     files: Mapping[str, FileRecord]
 
@@ -81,8 +86,7 @@ class BaseRecord:
 
     def digest(self) -> str:
         """Returns a hash of the content of all files."""
-        text = json.dumps(self.to_dict()["files"], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return _hash(self.to_dict()["files"])
 
 
 class Inventory:
@@ -104,10 +108,20 @@ class Inventory:
 
     @functools.cached_property
     def shapes(self) -> str:
-        """Hash of the names and shapes of the tensors."""
+        """Hash of the names and shapes of the tensors, whether or not they are used."""
         source = self._model.source
-        shapes = {name: list(source.shape(name)) for name in source.names()}
-        return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()
+        return _hash({name: source.shape(name) for name in source.names()})
+
+    @functools.cached_property
+    def arrays(self) -> str:
+        """Hash of the names and shapes of the model's arrays, before a method is attached."""
+        leaves = define(self._model.source.config, np.float32).leaves
+        return _hash(
+            {
+                "/".join(map(str, path)): leaf.declaration.stacked_shape
+                for path, leaf in leaves.items()
+            }
+        )
 
     @contextlib.contextmanager
     def hashing(self) -> Iterator[BlockHashes]:
@@ -133,13 +147,14 @@ class Inventory:
           hashes: result of `BlockHashes.complete`.
         """
         files = {name: FileRecord(size, tuple(hashes[name])) for name, size in self.sizes.items()}
-        return BaseRecord(path, revision, self._model.commit, self.shapes, self._block, files)
+        commit, block = self._model.commit, self._block
+        return BaseRecord(path, revision, commit, self.shapes, self.arrays, block, files)
 
     def differences(self, recorded: BaseRecord) -> list[str]:
         """Compares names of files, and names and shapes of tensors, with a record."""
         found = [f"{name} is missing" for name in recorded.files if name not in self.sizes]
         found += [f"{name} is new" for name in self.sizes if name not in recorded.files]
-        if not found and self.shapes != recorded.shapes:
+        if self.shapes != recorded.shapes:
             found.append("names or shapes of tensors differ")
         return found
 
@@ -172,6 +187,10 @@ def file_differences(directory: Path, recorded: BaseRecord) -> list[str]:
         elif name in beside:
             found += _changed(recorded, name, hash_file(path, recorded.block))
     return found + [f"{name} is new" for name in beside if name not in recorded.files]
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _changed(recorded: BaseRecord, name: str, hashes: Sequence[str]) -> list[str]:

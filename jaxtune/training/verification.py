@@ -70,7 +70,7 @@ class Verification:
         with self._timed():
             block = BLOCK if self._expected is None else self._expected.block
             self._inventory = Inventory(self.model, block)
-            self._check_shapes()
+            self._check_arrays()
             if self._expected is not None:
                 self._compare(self._inventory.differences(self._expected))
 
@@ -112,12 +112,16 @@ class Verification:
             logger.warning("accepted: the base model %s has changed: %s", path, line)
         self._accepted += differences
 
-    def _check_shapes(self) -> None:
-        """Raises if the tensors of the base are not those of the run, which cannot be accepted."""
-        if self._expected is not None and self._inventory.shapes != self._expected.shapes:
+    def _check_arrays(self) -> None:
+        """Raises if the model has other arrays than that of the run, which cannot be accepted.
+
+        Tensors that it does not use may differ.
+        """
+        if self._expected is not None and self._inventory.arrays != self._expected.arrays:
             raise JaxtuneError(
                 f"{self._run.path}: {self._place}: the base model {self._config.model.path} "
-                "has other tensors than that of the run, so its checkpoints would not fit"
+                "has arrays of other names or shapes than that of the run, so its checkpoints "
+                "would not fit"
             )
 
     def __enter__(self) -> Verification:

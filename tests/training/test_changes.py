@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import jaxtune
 from jaxtune.api.run import Run
@@ -166,7 +167,19 @@ def test_a_base_of_other_shapes_cannot_be_accepted(place, tiny):
     other = tiny("llama", vocab_size=258, num_hidden_layers=2)
     for name in ("config.json", "model.safetensors"):
         shutil.copy(other / name, place / "base" / name)
-    refused(place, "has other tensors than that of the run", accept="model")
+    refused(place, "has arrays of other names or shapes than that of the run", accept="model")
+
+
+def test_a_base_with_other_unused_tensors_can_be_accepted(place):
+    """Such as a tensor that another version of transformers stores."""
+    weights = place / "base/model.safetensors"
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    save_file(load_file(weights) | {name: np.ones(4, np.float32)}, weights)
+    refused(place, r"model\.safetensors has")
+    resume(place, accept="model")
+    change = Run(place / "run").directory.read_history()[0]["changes"]["model"][1]
+    assert "names or shapes of tensors differ" in change
+    resume(place)
 
 
 def test_an_edited_config_is_refused_by_name(place):
