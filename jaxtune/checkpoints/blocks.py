@@ -2,8 +2,9 @@
 
 A resume must notice a single changed bit anywhere in a checkpoint, without a second pass over it.
 Reading a part of a file therefore reports the range (`BlockHashes.touched`), and every block that
-the range touches is hashed once, whole, by the process that reads it, while its pages are in
-memory. Blocks that no process has read are divided among the processes at the end.
+a process reads is hashed once, whole, while its pages are in memory. One of several processes may
+read few rows of each tensor: it hashes a block only after reading half of it, so that no process
+reads much more than it loads. The remaining blocks are divided among the processes at the end.
 
 XXH3 (128 bits) is as fast as memory, so another core hashes without slowing the reading. It is not
 a cryptographic hash: it detects damage and confusion. Whoever forges a checkpoint on purpose can
@@ -45,6 +46,7 @@ class BlockHashes:
           block: size of a block in bytes; the last block of a file may be smaller.
         """
         self.seconds = 0.0
+        self._alone = process_count() == 1
         self._paths, self._block = dict(paths), block
         self._open = contextlib.ExitStack()
         self._views: dict[str, memoryview] = {}
@@ -55,6 +57,7 @@ class BlockHashes:
             self._first[name] = count
             count += -(-len(self._views[name]) // block)
         self._started = np.zeros(count, np.uint8)
+        self._read = np.zeros(count, np.int64)  # bytes of each block, once per read
         self._digests = np.zeros((count, DIGEST), np.uint8)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hash")
 
@@ -79,18 +82,28 @@ class BlockHashes:
         self._open.close()
 
     def touched(self, name: str, start: int, stop: int) -> None:
-        """Hashes, in the background, the blocks of a range that are not hashed yet.
+        """Hashes, in the background, the blocks that a range belongs to, if not hashed yet.
+
+        With several processes, this waits until half of a block has been read.
 
         Args:
           name: name of the file.
           start: first byte of the range.
           stop: last byte + 1.
         """
-        first = self._first[name]
-        for number in range(start // self._block, -(-stop // self._block)):
-            if not self._started[first + number]:
-                self._started[first + number] = 1
-                self._thread.submit(self._hash, name, number)
+        first, block = self._first[name], self._block
+        size = len(self._views[name])
+        for number in range(start // block, -(-stop // block)):
+            begin, end = number * block, min((number + 1) * block, size)
+            self._read[first + number] += min(stop, end) - max(start, begin)
+            if self._alone or 2 * self._read[first + number] >= end - begin:
+                self._submit(name, number)
+
+    def _submit(self, name: str, number: int) -> None:
+        flat = self._first[name] + number
+        if not self._started[flat]:
+            self._started[flat] = 1
+            self._thread.submit(self._hash, name, number)
 
     def _hash(self, name: str, number: int) -> None:
         begin = time.perf_counter()
@@ -102,8 +115,8 @@ class BlockHashes:
     def complete(self) -> dict[str, list[str]]:
         """Returns the hashes of all blocks, hexadecimal and in order, by name of the file.
 
-        Every process calls it, with the same files. Blocks that none has read yet are hashed now,
-        each by one process.
+        Every process calls it, with the same files. Blocks that none has hashed yet are hashed
+        now, each by one process.
 
         Raises:
           JaxtuneError: the processes have files of other names or sizes, or have read different
@@ -114,8 +127,7 @@ class BlockHashes:
         missing = np.flatnonzero(done == 0)
         for flat in missing[process_index() :: process_count()]:
             name = self._file_of(int(flat))
-            start = (int(flat) - self._first[name]) * self._block
-            self.touched(name, start, start + 1)
+            self._submit(name, int(flat) - self._first[name])
         self._merged()
         return {name: self._hashes_of(name) for name in self._paths}
 

@@ -165,6 +165,30 @@ def test_processes_share_what_none_of_them_reads(tmp_path, monkeypatch):
     assert max(len(numbers) for _, numbers in results) <= 10
 
 
+def test_processes_that_read_rows_hash_little_more_than_they_read(tmp_path, monkeypatch):
+    """Tensors of 14 kB in blocks of 16 kB, each split by rows over 8 processes."""
+    count, tensor, block = 8, 14_000, 16_000
+    path = tmp_path / "file"
+    path.write_bytes(np.random.default_rng(2).bytes(64 * tensor))
+    together = Together(count, monkeypatch)
+
+    def check(index):
+        with BlockHashes({"file": path}, block) as hashes:
+            hashed = []
+            original = hashes._hash
+            hashes._hash = lambda name, number: (hashed.append(number), original(name, number))
+            for start in range(0, 64 * tensor, tensor):
+                rows = tensor // count
+                hashes.touched("file", start + index * rows, start + (index + 1) * rows)
+            return hashes.complete()["file"], len(hashed) * block
+
+    results, errors = together.run(check)
+    assert errors == [None] * count
+    assert all(found == expected(path, block) for found, _ in results)
+    share = 64 * tensor // count
+    assert max(hashed for _, hashed in results) <= share + block
+
+
 def test_processes_with_other_files_are_told_so(tmp_path, monkeypatch):
     for index, size in enumerate((5000, 5000, 5001)):
         (tmp_path / str(index)).mkdir()
