@@ -69,10 +69,23 @@ def read_adapter(directory: str | Path, *, encoder: bool = False) -> StoredAdapt
     return split(StoredAdapter(config, tensors, network))
 
 
+def files_read(directory: Path) -> tuple[Path, list[Path]]:
+    """Returns the config of an adapter and the existing files of its weights."""
+    config = directory / CONFIG
+    if (directory / EXPERTS).is_file() and not config.is_file():
+        return directory / EXPERTS, _expert_files(directory)
+    names = (WEIGHTS, ADAPTERHUB, *TORCH_WEIGHTS.values(), ENCODER)
+    return config, [directory / name for name in names if (directory / name).is_file()]
+
+
+def _expert_files(directory: Path) -> list[Path]:
+    found = (sorted(directory.glob(pattern)) for pattern in EXPERT_WEIGHTS)
+    return next((paths for paths in found if paths), [])
+
+
 def _read_experts(directory: Path) -> StoredAdapter:
     """Reads the files of ESFT's own programs: any number of them, preferably safetensors."""
-    found = (sorted(directory.glob(pattern)) for pattern in EXPERT_WEIGHTS)
-    files = next((paths for paths in found if paths), [])
+    files = _expert_files(directory)
     if not files:
         raise JaxtuneError(f"{directory}: holds {EXPERTS} but no {' or '.join(EXPERT_WEIGHTS)}")
     tensors: dict[str, np.ndarray] = {}

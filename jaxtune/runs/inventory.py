@@ -18,10 +18,9 @@ from jaxtune.checkpoints.blocks import BLOCK, BlockHashes, first_difference, has
 from jaxtune.checkpoints.open_model import OpenModel
 from jaxtune.checkpoints.weights import FORMS, has_weights
 
-# What is read beside weights. Other files of a directory may come and go: the hub's cache is shared
-# with programs that download more of a repository.
-_BESIDE = (
-    "config.json",
+# What is read of the chat format. Other files of a directory may come and go: the hub's cache is
+# shared with programs that download more of a repository.
+_CHAT = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -205,21 +204,26 @@ def listed(differences: Sequence[str]) -> str:
     return ", ".join(differences[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
+def chat_files(directory: Path) -> list[Path]:
+    """Returns the files of a directory from which the chat format is read; see `base_chat`."""
+    whole = (directory / "tokenizer.json").is_file()
+    found = {
+        path
+        for pattern in (_CHAT if whole else (*_CHAT, *_VOCABULARY))
+        for path in directory.glob(pattern)
+        if path.is_file() and not path.name.startswith(".")
+    }
+    return sorted(found)
+
+
 def _beside(directory: Path) -> dict[str, Path]:
     """Returns the files that are read from a model's directory except weights, by relative path."""
     if not directory.is_dir():
         return {}
-    patterns = [*_BESIDE]
-    if not (directory / "tokenizer.json").is_file():
-        patterns += _VOCABULARY
     forms = [form for number, form in enumerate(FORMS) if has_weights(directory, number)]
-    patterns += [form.index for form in forms[:1]]
-    found = {path for pattern in patterns for path in directory.glob(pattern)}
-    return {
-        _name(path, directory): path
-        for path in sorted(found)
-        if path.is_file() and not path.name.startswith(".")
-    }
+    names = ["config.json", *(form.index for form in forms[:1])]
+    found = [path for name in names if (path := directory / name).is_file()]
+    return {_name(path, directory): path for path in [*found, *chat_files(directory)]}
 
 
 def _name(path: Path, directory: Path) -> str:

@@ -33,8 +33,8 @@ class Record:
 
     Attributes:
       inputs: hashes by name: ``model`` (configuration and shapes of the base), ``tokenizer``,
-        ``data.train``, ``data.eval``; and, if the run has them, ``chat``, ``expert_scores`` and
-        ``adapter.init_from``.
+        ``data.train``, ``data.eval``; and, if the run has them, ``chat``, ``expert_scores``,
+        ``adapter.init_from`` (weights and chat format) and ``adapter.init_from.config``.
       config: config of the run; None in the record of an earlier version.
       base: the files of the base model; None in the record of an earlier version.
       replaced: the config that ``config.json`` may still have, because it is replaced after the

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jaxtune.adapter_files.peft import files_read
 from jaxtune.checkpoints.blocks import BLOCK, hash_file
 from jaxtune.checkpoints.huggingface import resolve_path
 from jaxtune.checkpoints.open_model import OpenModel, open_model
@@ -23,7 +24,7 @@ from jaxtune.errors import JaxtuneError
 from jaxtune.parallel.processes import gather
 from jaxtune.runs.base import recorded_revision
 from jaxtune.runs.directory import RunDirectory
-from jaxtune.runs.inventory import BaseRecord, Inventory, file_differences, listed
+from jaxtune.runs.inventory import BaseRecord, Inventory, chat_files, file_differences, listed
 from jaxtune.runs.record import Record, hash_json, hash_value, read_record
 from jaxtune.runs.review import MODEL, Review, short
 from jaxtune.training.continue_from import source_run
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+_START, _START_CONFIG = "adapter.init_from", "adapter.init_from.config"
+# Methods with constants that are read from the initial adapter at each start.
+_CONSTANT_START = ("vera",)
 
 
 class Verification:
@@ -149,10 +154,12 @@ class Verification:
             names = [*inputs]
             if recorded.base is not None:
                 names.remove(MODEL)  # compared file by file
-                names.append("adapter.init_from")
+                names += [_START, _START_CONFIG]
             old = {name: recorded.inputs[name] for name in names if name in recorded.inputs}
             new = {name: self._inputs[name] for name in names if name in self._inputs}
             changes = short(old, new)
+            if pair := changes.pop(_START_CONFIG, None):
+                changes.setdefault(_START, pair)
             self._review.check(
                 changes,
                 "cannot resume exactly: the inputs of the run have changed",
@@ -167,9 +174,24 @@ class Verification:
         if self._run.expert_scores.is_file():
             hashes["expert_scores"] = hash_json(self._run.expert_scores)
         if start := self._config.adapter.init_from:
-            files = sorted(path for path in Path(start).glob("*") if path.is_file())
-            hashes["adapter.init_from"] = hash_value({p.name: hash_file(p) for p in files})
+            config, weights = files_read(Path(start))
+            hashes[_START_CONFIG] = hash_json(config)
+            hashes[_START] = self._kept_start() or hash_value(
+                {path.name: hash_file(path) for path in [*weights, *chat_files(Path(start))]}
+            )
         return hashes
+
+    def _kept_start(self) -> str:
+        """Returns the recorded hash of the initial adapter if its arrays are not used any more.
+
+        Those of the checkpoint replace them, so a run that starts from another one does not depend
+        on how that goes on.
+        """
+        recorded = self._run.recorded
+        if recorded is None or not self._run.steps_done():
+            return ""
+        constant = self._config.adapter.method in _CONSTANT_START
+        return "" if constant else recorded.inputs.get(_START, "")
 
     def finish(self, config: Config) -> Record:
         """Compares all blocks of the base with the record, after the weights have been read.

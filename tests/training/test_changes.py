@@ -436,20 +436,55 @@ def test_lost_lines_of_the_metrics_are_reported_once(place, caplog):
     np.testing.assert_equal([line["step"] for line in Run(place / "run").metrics()], [2, 3, 4])
 
 
-def test_the_initial_adapter_may_move_but_not_change(place):
+def test_the_initial_adapter_may_move_and_go_on_but_not_change_before_a_checkpoint(place):
     start = place / "run/adapter/last"
     config = sections(place / "base", place / "rows.jsonl", adapter={"init_from": str(start)})
-    jaxtune.train(config, place / "second", progress=False)
+
+    class Interrupted(jaxtune.Callback):
+        def on_step(self, event):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        jaxtune.train(config, place / "second", callbacks=[Interrupted()], progress=False)
     moved = place / "moved"
-    start.rename(moved)
+    shutil.copytree(start, moved)
+    shutil.rmtree(start)
     config["adapter"]["init_from"] = str(moved)
+    weights = moved / "adapter_model.safetensors"
+    content = weights.read_bytes()
+    other = {name: value * 2 for name, value in load_file(weights).items()}
+    save_file(other, weights)
+    with pytest.raises(JaxtuneError, match=r"have changed: adapter\.init_from: "):
+        jaxtune.train(config, place / "second", progress=False)
+    weights.write_bytes(content)
+    (moved / ".DS_Store").write_text("x")
+    (moved / "LICENSE").write_text("x")
     jaxtune.train(config, place / "second", progress=False)
-    flip(moved / "adapter_model.safetensors", random.Random(SEED + 3))
-    with pytest.raises(JaxtuneError, match=r"adapter\.init_from|adapter_model\.safetensors"):
+    before = (place / "second/fingerprint.json").read_bytes()
+    save_file(other, weights)  # its run has been trained on
+    jaxtune.train(None, place / "second", progress=False)
+    assert (place / "second/fingerprint.json").read_bytes() == before
+    edit(moved / "adapter_config.json", lambda content: content.update(lora_alpha=3))
+    with pytest.raises(JaxtuneError, match=r"have changed: adapter\.init_from: "):
         jaxtune.train(None, place / "second", progress=False)
     del config["adapter"]["init_from"]
     with pytest.raises(JaxtuneError, match=r"do not fit another adapter\.init_from"):
         jaxtune.train(config, place / "second", progress=False)
+
+
+@pytest.mark.slow
+def test_an_initial_adapter_with_constants_may_not_change_later(place):
+    """VeRA's shared matrices are frozen, so no checkpoint has them."""
+    method = {"method": "vera", "rank": 8}
+    config = sections(place / "base", place / "rows.jsonl", adapter=method)
+    first = jaxtune.train(config, place / "first", progress=False)
+    start = first.path / "adapter/last"
+    config["adapter"]["init_from"] = str(start)
+    jaxtune.train(config, place / "second", progress=False)
+    weights = start / "adapter_model.safetensors"
+    save_file({name: value * 2 for name, value in load_file(weights).items()}, weights)
+    with pytest.raises(JaxtuneError, match=r"have changed: adapter\.init_from: "):
+        jaxtune.train(None, place / "second", progress=False)
 
 
 def test_lost_or_changed_expert_scores_cannot_be_made_anew(tmp_path):
