@@ -121,7 +121,7 @@ class BlockHashes:
         start = number * self._block
         check_length(self._paths[name], self._maps[name])
         with self._views[name][start : start + self._block] as content:
-            digest = xxhash.xxh3_128_digest(content)
+            digest = _digest(content)
         self._digests[self._first[name] + number] = np.frombuffer(digest, np.uint8)
         self.seconds += time.perf_counter() - begin
 
@@ -214,8 +214,18 @@ def hash_file(path: Path, block: int = BLOCK) -> list[str]:
     hashes = []
     with path.open("rb") as file:
         while content := file.read(block):
-            hashes.append(xxhash.xxh3_128_hexdigest(content))
+            hashes.append(_digest(content).hex())
     return hashes
+
+
+def _digest(content: bytes | memoryview) -> bytes:
+    """Returns XXH3 of some bytes; other threads run meanwhile.
+
+    The function for one call, ``xxh3_128_digest``, holds the interpreter lock in xxhash 3.5.
+    """
+    state = xxhash.xxh3_128()
+    state.update(content)
+    return state.digest()
 
 
 def first_difference(
