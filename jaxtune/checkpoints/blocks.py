@@ -17,12 +17,13 @@ import contextlib
 import mmap
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
+from jaxtune.checkpoints.source import check_length
 from jaxtune.errors import JaxtuneError
 from jaxtune.parallel.processes import gather, process_count, process_index
 
@@ -38,39 +39,49 @@ class BlockHashes:
       seconds: time that the thread has spent hashing.
     """
 
-    def __init__(self, paths: Mapping[str, Path], block: int = BLOCK):
+    def __init__(
+        self,
+        paths: Mapping[str, Path],
+        block: int = BLOCK,
+        maps: Mapping[str, mmap.mmap] | None = None,
+    ):
         """Opens the files; nothing is hashed yet.
 
         Args:
           paths: files by name.
           block: size of a block in bytes; the last block of a file may be smaller.
+          maps: memory maps of files that are open already, by name, so that the hashed bytes are
+            the ones that are loaded even if a file has been replaced.
         """
         self.seconds = 0.0
         self._alone = process_count() == 1
         self._paths, self._block = dict(paths), block
         self._open = contextlib.ExitStack()
+        self._maps = dict(maps or {})
         self._views: dict[str, memoryview] = {}
         self._first: dict[str, int] = {}  # number of the first block of each file
         count = 0
         for name, path in self._paths.items():
-            self._views[name] = self._map(path)
+            self._views[name] = self._view(name, path)
             self._first[name] = count
             count += -(-len(self._views[name]) // block)
         self._started = np.zeros(count, np.uint8)
         self._read = np.zeros(count, np.int64)  # bytes of each block, once per read
         self._digests = np.zeros((count, DIGEST), np.uint8)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hash")
+        self._running: list[Future[None]] = []
 
-    def _map(self, path: Path) -> memoryview:
-        try:
-            with path.open("rb") as file:
-                if not path.stat().st_size:
-                    return memoryview(b"")
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise JaxtuneError(f"{path}: cannot read: {error.strerror}") from error
-        self._open.callback(mapped.close)
-        view = memoryview(mapped)
+    def _view(self, name: str, path: Path) -> memoryview:
+        if name not in self._maps:
+            try:
+                with path.open("rb") as file:
+                    if not path.stat().st_size:
+                        return memoryview(b"")
+                    self._maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except OSError as error:
+                raise JaxtuneError(f"{path}: cannot read: {error.strerror}") from error
+            self._open.callback(self._maps[name].close)
+        view = memoryview(self._maps[name])
         self._open.callback(view.release)
         return view
 
@@ -103,12 +114,14 @@ class BlockHashes:
         flat = self._first[name] + number
         if not self._started[flat]:
             self._started[flat] = 1
-            self._thread.submit(self._hash, name, number)
+            self._running.append(self._thread.submit(self._hash, name, number))
 
     def _hash(self, name: str, number: int) -> None:
         begin = time.perf_counter()
         start = number * self._block
-        digest = xxhash.xxh3_128_digest(self._views[name][start : start + self._block])
+        check_length(self._paths[name], self._maps[name])
+        with self._views[name][start : start + self._block] as content:
+            digest = _digest(content)
         self._digests[self._first[name] + number] = np.frombuffer(digest, np.uint8)
         self.seconds += time.perf_counter() - begin
 
@@ -120,7 +133,7 @@ class BlockHashes:
 
         Raises:
           JaxtuneError: the processes have files of other names or sizes, or have read different
-            bytes.
+            bytes, or a file has become shorter.
         """
         self._check_files()
         done = self._merged()
@@ -148,7 +161,9 @@ class BlockHashes:
         Returns:
           uint8 [blocks], nonzero where any process has hashed the block.
         """
-        self._thread.submit(lambda: None).result()  # the thread works in order
+        for hashed in self._running:
+            hashed.result()
+        self._running.clear()
         for start in range(0, len(self._started), _GATHERED):
             part = slice(start, start + _GATHERED)
             packed = np.concatenate([self._started[part, None], self._digests[part]], axis=1)
@@ -199,8 +214,18 @@ def hash_file(path: Path, block: int = BLOCK) -> list[str]:
     hashes = []
     with path.open("rb") as file:
         while content := file.read(block):
-            hashes.append(xxhash.xxh3_128_hexdigest(content))
+            hashes.append(_digest(content).hex())
     return hashes
+
+
+def _digest(content: bytes | memoryview) -> bytes:
+    """Returns XXH3 of some bytes; other threads run meanwhile.
+
+    The function for one call, ``xxh3_128_digest``, holds the interpreter lock in xxhash 3.5.
+    """
+    state = xxhash.xxh3_128()
+    state.update(content)
+    return state.digest()
 
 
 def first_difference(

@@ -26,6 +26,11 @@ class ReadFile(Protocol):
     path: Path
     on_read: Callable[[int, int], None] | None
 
+    @property
+    def mapped(self) -> mmap.mmap | None:
+        """Memory map of the whole file; None if tensors are read in another way."""
+        ...
+
 
 class TensorFile(ReadFile, Protocol):
     """One file of tensors."""

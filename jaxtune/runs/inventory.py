@@ -125,16 +125,16 @@ class Inventory:
     @contextlib.contextmanager
     def hashing(self) -> Iterator[BlockHashes]:
         """Hashes the blocks of every file that reading the tensors touches within the block."""
-        files = self._model.source.files()
-        with BlockHashes(self._paths, self._block) as hashes:
-            for file in files:
-                file.on_read = functools.partial(
-                    hashes.touched, _name(file.path, self._model.directory)
-                )
+        directory = self._model.directory
+        files = {_name(file.path, directory): file for file in self._model.source.files()}
+        maps = {name: file.mapped for name, file in files.items() if file.mapped is not None}
+        with BlockHashes(self._paths, self._block, maps) as hashes:
+            for name, file in files.items():
+                file.on_read = functools.partial(hashes.touched, name)
             try:
                 yield hashes
             finally:
-                for file in files:
+                for file in files.values():
                     file.on_read = None
 
     def record(self, path: str, revision: str, hashes: Mapping[str, Sequence[str]]) -> BaseRecord:

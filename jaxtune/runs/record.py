@@ -105,8 +105,10 @@ def read_record(path: Path) -> Record | None:
     if checksum != hash_value(content):
         raise DamagedRecord(f"{path}: damaged: its checksum differs")
     try:
-        content.pop("config_sha256")
-        config = from_content(expect(content.pop("config"), dict, str(path)), path)
+        frozen = expect(content.pop("config"), dict, str(path))
+        if content.pop("config_sha256") != hash_value(frozen):
+            raise DamagedRecord(f"{path}: damaged: config_sha256 is not the hash of its config")
+        config = from_content(frozen, path)
         base = BaseRecord.from_dict(expect(content.pop("base"), dict, str(path)))
         replaced = content.pop("replaced", None)
         if replaced is not None:

@@ -140,7 +140,7 @@ def find_record(run: RunFiles, review: Review) -> Record | None:
                 f"{run.fingerprint}: written by an earlier version of jaxtune, without hashes of "
                 f"the base model: if the base is still the same, pass {FLAG} {MODEL} to record it"
             )
-        review.accepted[MODEL] = ("not recorded", "")
+        review.accept(MODEL, "not recorded", "")
     return record
 
 

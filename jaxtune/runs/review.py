@@ -91,6 +91,10 @@ class Review:
             raise JaxtuneError(f"{self._run}: {problem}; restore it, or accept with {FLAG} {keys}")
         self.accepted[key] = change
 
+    def accept(self, key: str, old: Any, new: Any) -> None:
+        """Records a change whose key was given, as `accepts` has told."""
+        self.accepted[key] = (old, new)
+
     def pass_damage(self, key: str, problem: str, consequence: str) -> None:
         """Accepts that a file of the run is missing or damaged, if its key was given.
 

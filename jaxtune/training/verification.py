@@ -148,8 +148,9 @@ class Verification:
             is not needed.
         """
         with self._timed():
-            self._inputs = dict(inputs) | {"chat": hash_value(chat)} | self._own_hashes()
-            _check_processes(self._inputs)
+            own = {"chat": hash_value(chat)} | self._own_hashes()
+            _check_processes({**inputs, **own})
+            self._inputs = {**inputs, **{name: value for name, value in own.items() if value}}
         recorded = self._run.recorded
         if recorded is not None:
             names = [*inputs]
@@ -171,9 +172,13 @@ class Verification:
         self._review.finish(later=[MODEL])
 
     def _own_hashes(self) -> dict[str, str]:
-        hashes: dict[str, str] = {}
-        if self._run.expert_scores.is_file():
-            hashes["expert_scores"] = hash_json(self._run.expert_scores)
+        """Returns hashes of files of the run and of the initial adapter.
+
+        The names follow from the config, so that all processes compare the same ones; the hash of
+        a file that a process does not see is empty.
+        """
+        scores = self._run.expert_scores
+        hashes = {"expert_scores": hash_json(scores) if scores.is_file() else ""}
         if start := self._config.adapter.init_from:
             config, weights = files_read(Path(start))
             hashes[_START_CONFIG] = hash_json(config)
@@ -185,8 +190,8 @@ class Verification:
     def _kept_start(self) -> str:
         """Returns the recorded hash of the initial adapter if its arrays are not used any more.
 
-        Those of the checkpoint replace them, so a run that starts from another one does not depend
-        on how that goes on.
+        Those of the checkpoint replace them, so the run that wrote the adapter may be trained
+        further.
         """
         recorded = self._run.recorded
         if recorded is None or not self._run.steps_done():

@@ -1,5 +1,6 @@
 """Block hashes: every byte of a checkpoint is covered, each block is hashed once and whole."""
 
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -91,6 +92,31 @@ def test_a_file_without_bytes_and_one_of_whole_blocks(tmp_path):
     assert found == {"empty": [], "whole": expected(paths["whole"], 256)}
     assert hash_file(paths["whole"], 256) == found["whole"]
     assert first_difference(found["whole"], [*found["whole"][:9], "x"], 2560, 256) == (2304, 2559)
+
+
+def test_a_file_that_becomes_shorter_is_an_error(bases, tmp_path):
+    """Its missing pages cannot be read: the operating system would end the process."""
+    shutil.copytree(bases["safetensors"], tmp_path / "base")
+    weights = tmp_path / "base/model.safetensors"
+    inventory = Inventory(open_model(tmp_path / "base"), 4096)
+    with inventory.hashing() as hashes:
+        os.truncate(weights, 4096)
+        with pytest.raises(JaxtuneError, match=r"model\.safetensors: has become shorter"):
+            hashes.complete()
+
+
+def test_a_replaced_file_is_hashed_as_it_is_loaded(bases, tmp_path):
+    shutil.copytree(bases["safetensors"], tmp_path / "base")
+    weights = tmp_path / "base/model.safetensors"
+    model = open_model(tmp_path / "base")
+    inventory, before = Inventory(model, BLOCK), expected(weights)
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "new").write_bytes(content)
+    (tmp_path / "new").rename(weights)
+    with inventory.hashing() as hashes:
+        assert hashes.complete()["model.safetensors"] == before
+    model.source.read(model.source.names()[0])  # its map is still open
 
 
 def test_the_digests_of_several_processes_are_merged():

@@ -20,6 +20,7 @@ from jaxtune.runs.record import Record, hash_value, read_record
 from jaxtune.runs.resuming import check_stored
 from jaxtune.runs.review import Review
 from jaxtune.training import train as training
+from jaxtune.training.verification import Verification
 
 SEED = 20261129
 
@@ -448,6 +449,8 @@ def test_a_record_with_a_valid_checksum_and_other_content_is_one_line(place):
         {"base": 5},
         {"base": {"files": 3}},
         {"config": []},
+        {"config": content["config"] | {"optimizer": {"learning_rate": 3.0}}},
+        {"config_sha256": "0" * 64},
         {"config": {"model": {"path": 5}}},
         {"chat": 5},
         {"replaced": "x"},
@@ -553,6 +556,18 @@ def test_an_initial_adapter_with_constants_may_not_change_later(place):
     save_file({name: value * 2 for name, value in load_file(weights).items()}, weights)
     with pytest.raises(JaxtuneError, match=r"have changed: adapter\.init_from: "):
         jaxtune.train(None, place / "second", progress=False)
+
+
+def test_processes_compare_hashes_of_the_same_names_whatever_files_they_see(place):
+    directory = Run(place / "run").directory
+    review = Review(directory.path)
+    with directory.start(None, review) as config:
+        verification = Verification(directory, config, review)
+        without = verification._own_hashes()
+        directory.expert_scores.write_text('{"a": [1.5]}')
+        assert [*verification._own_hashes()] == [*without]
+    directory.expert_scores.unlink()
+    assert "expert_scores" not in read_record(directory.fingerprint).inputs
 
 
 def test_lost_or_changed_expert_scores_cannot_be_made_anew(tmp_path):

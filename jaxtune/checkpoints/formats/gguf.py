@@ -84,6 +84,7 @@ class GGUFSource:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self.mapped = None  # every read maps a part of the file
         self.on_read: Callable[[int, int], None] | None = None
         self._metadata, infos = read_header(self.path)
         place = f"{self.path}: general.architecture"

@@ -65,7 +65,7 @@ class SafetensorsFile:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header: dict[str, Any] = parse_json(file.read(length), str(path))
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self.mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         header.pop("__metadata__", None)
         for name, entry in header.items():
             if len(entry["shape"]) > _MAX_DIMENSIONS:
@@ -100,14 +100,14 @@ class SafetensorsFile:
 
         The array is a read-only view of the file. `rows` is ignored for a scalar.
         """
-        check_length(self.path, self._map)
+        check_length(self.path, self.mapped)
         start, stop = self._entries[name]["data_offsets"]
         dtype = self.dtype(name)
         if self.on_read is not None:
             first, last = byte_range(self.shape(name), stop - start, rows)
             self.on_read(self._start + start + first, self._start + start + last)
         flat = np.frombuffer(
-            self._map, dtype, (stop - start) // dtype.itemsize, self._start + start
+            self.mapped, dtype, (stop - start) // dtype.itemsize, self._start + start
         )
         value = flat.reshape(self.shape(name))
         return value[rows] if value.ndim else value

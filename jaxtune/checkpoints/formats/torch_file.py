@@ -86,11 +86,11 @@ class TorchFile:
         refuse_pointer(path)
         with path.open("rb") as file:
             _check_format(file.read(512), path)
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        members = read_directory(self._map, path)
+            self.mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        members = read_directory(self.mapped, path)
         prefix = self._prefix(members)
         pickle = self._pickle(members[f"{prefix}data.pkl"])
-        records = read_state_dict(self._map, pickle.start, pickle.size, path)
+        records = read_state_dict(self.mapped, pickle.start, pickle.size, path)
         storages: dict[str, Storage] = {}
         self._entries: dict[str, _Entry] = {}
         for name, record in records.items():
@@ -101,7 +101,7 @@ class TorchFile:
                 )
             self._entries[name] = self._entry(name, record, members.get(f"{prefix}data/{key}"))
         copied = sum(entry.nbytes for entry in self._entries.values() if not entry.contiguous)
-        if copied > max(len(self._map), COPIED_BYTES):
+        if copied > max(len(self.mapped), COPIED_BYTES):
             self._refuse("has overlapping views with more values than the file")
 
     def _refuse(self, problem: str) -> NoReturn:
@@ -125,7 +125,7 @@ class TorchFile:
                 "zip it again without compression"
             )
         order = members.get(f"{prefix}byteorder")
-        if order and self._map[order.start : order.start + min(order.size, 16)] != b"little":
+        if order and self.mapped[order.start : order.start + min(order.size, 16)] != b"little":
             self._refuse(
                 "was written on a big-endian machine (its byteorder is not little): load and save "
                 "it with torch on a little-endian one"
@@ -136,7 +136,7 @@ class TorchFile:
         """Checks the size and checksum of the pickle and returns it."""
         if member.size > PICKLE_BYTES:
             self._refuse(f"its pickle has {member.size} bytes, more than any state dict needs")
-        with memoryview(self._map) as whole, whole[member.start :][: member.size] as content:
+        with memoryview(self.mapped) as whole, whole[member.start :][: member.size] as content:
             crc = zlib.crc32(content)
         if member.crc not in (0, crc):
             self._refuse("is damaged: the checksum of its data.pkl is wrong")
@@ -186,7 +186,7 @@ class TorchFile:
         The array is read-only: a view of the file, or a copy if it is not contiguous or aligned.
         `rows` is ignored for a scalar.
         """
-        check_length(self.path, self._map)
+        check_length(self.path, self.mapped)
         dtype, shape, offset, strides = entry = self._entries[name]
         if self.on_read is not None:
             first, last = 0, entry.extent
@@ -196,7 +196,7 @@ class TorchFile:
         if 0 in shape:
             value = np.empty(shape, dtype)
         else:
-            value = np.ndarray(shape, dtype, self._map, offset, strides)
+            value = np.ndarray(shape, dtype, self.mapped, offset, strides)
         value = np.require(value[rows] if shape else value, requirements=["C", "A"])
         value.flags.writeable = False
         return value
