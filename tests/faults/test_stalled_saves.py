@@ -68,6 +68,21 @@ def test_a_run_goes_back_past_damaged_checkpoints_and_ends_as_without(server, un
     assert {path.name for path in (saved / "quarantine").iterdir()} == {"8", "10", "12"}
 
 
+def test_sigterm_after_the_first_step_waits_until_it_is_evaluated_and_saved(
+    server, plain_config, tmp_path
+):
+    workdir = tmp_path / "run"
+    flags = (*FLAGS, "--config.evaluation.every=1")
+    process = server.start(
+        *("train", "--config", plain_config, *flags, "--workdir", workdir), fault="slow_evaluation"
+    )
+    process.until(lambda: "evaluating step 1" in process.output())
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 75, process.output()
+    assert "stopped by SIGTERM after step 1, which is saved" in process.output()
+    assert "nothing to save" not in process.output() and checkpoints(workdir)[0] == {1}
+
+
 def freeze(process, condition):
     """Stops a process while a condition holds."""
     while True:
