@@ -34,14 +34,14 @@ def test_a_stalled_file_system_ends_the_run_with_75_and_it_resumes_bit_for_bit(
 ):
     workdir = tmp_path / "run"
     train = ("train", "--config", plain_config, *FLAGS, "--workdir", workdir)
-    limit = "--config.checkpoint.timeout_minutes=0.1"
+    limit = "--config.checkpoint.timeout_minutes=0.2"
     output = server.run(*train, limit, fault=fault, code=75)
     assert f"jaxtune: error: saving step 4 in {workdir / 'checkpoints'} takes more than" in output
     assert "checkpoint.timeout_minutes" in output
     assert function in output  # the stack of the thread that waits
     assert "Traceback" not in output
     output = server.run(*train)
-    assert "checkpoint.timeout_minutes: 0.1 → 60.0" in output
+    assert "checkpoint.timeout_minutes: 0.2 → 60.0" in output
     assert comparable(workdir) == comparable(unbroken)
 
 
