@@ -146,8 +146,9 @@ class CheckpointConfig(Section):
     )
     timeout_minutes: float = option(
         60.0,
-        "longest time that a save may take in minutes; after it the file system counts as stalled: "
-        "the run prints the stacks of its threads and exits with code 75; 0: no limit",
+        "longest time in minutes that writing a checkpoint may take, or hashing one megabyte of "
+        "it; after it the file system counts as stalled: the run prints the stacks of its threads "
+        "and exits with code 75; 0: no limit",
         minimum=0,
     )
 

@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterator
+import time
 
 from jaxtune.parallel import failures
 
 
-def start_time_limit(minutes: float, message: str) -> threading.Timer:
-    """Starts a time limit, which ends all processes of the run with exit code 75.
+class TimeLimit:
+    """A time limit, which ends all processes of the run with exit code 75."""
 
-    Args:
-      minutes: time until then; 0: no limit.
-      message: the reason, in one line; the stacks of all threads are printed before it.
+    def __init__(self, minutes: float, message: str):
+        """Starts the limit.
 
-    Returns:
-      A timer, whose `cancel` ends the limit.
-    """
-    timer = threading.Timer(60 * minutes, failures.fail, (75, message), {"stacks": True})
-    timer.name, timer.daemon = "time limit", True
-    if minutes:
-        timer.start()
-    return timer
+        Args:
+          minutes: time until the end; 0: no limit.
+          message: the reason, in one line; the stacks of all threads are printed before it.
+        """
+        self._seconds, self._message = 60 * minutes, message
+        self._ended = threading.Event()
+        self.restart()
+        if minutes:
+            threading.Thread(target=self._watch, name="time limit", daemon=True).start()
 
+    def restart(self) -> None:
+        """Starts the time again, because there is progress."""
+        self._deadline = time.monotonic() + self._seconds
 
-@contextlib.contextmanager
-def time_limit(minutes: float, message: str) -> Iterator[None]:
-    """Limits the duration of the block; see `start_time_limit`."""
-    timer = start_time_limit(minutes, message)
-    try:
-        yield
-    finally:
-        timer.cancel()
+    def end(self) -> None:
+        """Ends the limit."""
+        self._ended.set()
+
+    def _watch(self) -> None:
+        while (left := self._deadline - time.monotonic()) > 0:
+            if self._ended.wait(left):
+                return
+        failures.fail(75, self._message, stacks=True)

@@ -13,7 +13,7 @@ import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ from flax import traverse_util
 
 from jaxtune.atomic_files import report_full_disk, write_atomically
 from jaxtune.errors import JaxtuneError, closest
-from jaxtune.parallel.processes import agree, leads
-from jaxtune.parallel.time_limits import start_time_limit
+from jaxtune.parallel.processes import agree, leads, on_leader
+from jaxtune.parallel.time_limits import TimeLimit
 from jaxtune.runs.manifest import STATE, find_damage, write_manifest
 from jaxtune.runs.paths import EXTRA, MANIFEST
 from jaxtune.runs.quiet_saves import quiet_saves
@@ -56,7 +56,7 @@ class Checkpoints:
       directory: parent of the step directories.
       keep: number of checkpoints to keep.
       pinned: a step that is kept in addition, if any.
-      timeout_minutes: longest time of a save; 0: no limit.
+      timeout_minutes: longest time of a save, without the time of hashing; 0: no limit.
     """
 
     def __init__(self, directory: str | Path, keep: int = 2, timeout_minutes: float = 0):
@@ -103,7 +103,13 @@ class Checkpoints:
             self._checkpointer.close()
             self._quiet.close()
 
-    def save(self, step: int, tree: Any, extra: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        tree: Any,
+        extra: Mapping[str, Any],
+        export: Callable[[], Any] = lambda: None,
+    ) -> None:
         """Copies a state to the host and writes it in the background.
 
         The arrays of `tree` may be donated after the call. The checkpoint is complete once its
@@ -113,16 +119,18 @@ class Checkpoints:
           step: step number, the name of the directory.
           tree: pytree of arrays of any shapes and dtypes.
           extra: JSON-serializable values: position in the data, counters of the run.
+          export: writes other files of the step meanwhile, within the same time limit.
 
         Raises:
           JaxtuneError: no space is left for this or the previous save.
         """
         self.wait()
+        on_leader(self.wait)  # it hashes after the others are done, which is not limited
         target = self.directory / str(step)
         if leads() and target.exists():
             self._quarantine(step, "replaced by a new save of this step")
         text = json.dumps(dict(extra), indent=2, ensure_ascii=False)
-        limit = start_time_limit(self.timeout_minutes, self.timeout_message(step))
+        limit = TimeLimit(self.timeout_minutes, self._timeout_message(step))
         try:
             with report_full_disk(self.directory):
                 if leads():
@@ -132,12 +140,15 @@ class Checkpoints:
                 self._checkpointer.save(target / STATE, args=ocp.args.StandardSave(nested, chunks))
         except BaseException:
             self._discard(target)
-            limit.cancel()
+            limit.end()
             raise
-        self._pending = self._finisher.submit(self._finish, step, text)
-        self._pending.add_done_callback(lambda _: limit.cancel())
+        self._pending = self._finisher.submit(self._finish, step, text, limit)
+        try:
+            export()
+        finally:
+            self._pending.add_done_callback(lambda _: limit.end())
 
-    def timeout_message(self, step: int) -> str:
+    def _timeout_message(self, step: int) -> str:
         """Returns the reason for the exit when saving a step takes too long."""
         return (
             f"saving step {step} in {self.directory} takes more than {self.timeout_minutes:g} "
@@ -277,7 +288,7 @@ class Checkpoints:
             return []
         return sorted(int(entry.name) for entry in self.directory.iterdir() if _is_step(entry))
 
-    def _finish(self, step: int, extra: str) -> None:
+    def _finish(self, step: int, extra: str, limit: TimeLimit) -> None:
         """Runs in the finisher thread: waits for Orbax, writes the manifest, deletes old steps."""
         path = self._path(step)
         try:
@@ -286,7 +297,9 @@ class Checkpoints:
                 if not leads():
                     return
                 write_atomically(path / EXTRA, extra)
-                write_manifest(path)
+                # Terabytes are hashed for an hour, so only a stall of it is limited.
+                limit.restart()
+                write_manifest(path, limit.restart)
         except BaseException:
             self._discard(path)
             raise

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from jaxtune.atomic_files import write_atomically
 from jaxtune.runs.paths import EXTRA, MANIFEST
 from jaxtune.strict_json import read_object
 
 STATE = "state"
+_BLOCK = 2**20  # bytes
 
 
-def write_manifest(path: Path) -> None:
+def write_manifest(path: Path, progress: Callable[[], Any] = lambda: None) -> None:
     """Writes the manifest of a step, its last file.
 
     Args:
       path: directory of the step.
+      progress: function that is called after each megabyte that has been hashed.
     """
-    files = {name: [size, _sha256(path / name)] for name, size in _file_sizes(path).items()}
+    sizes = _file_sizes(path)
+    files = {name: [size, _sha256(path / name, progress)] for name, size in sizes.items()}
     write_atomically(path / MANIFEST, json.dumps(files, indent=2))
 
 
@@ -70,6 +75,10 @@ def _file_sizes(path: Path) -> dict[str, int]:
     }
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256(path: Path, progress: Callable[[], Any] = lambda: None) -> str:
+    digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(block):
+            digest.update(block[:size])
+            progress()
+    return digest.hexdigest()

@@ -18,7 +18,10 @@ import pytest
 from disks import small_disk
 
 from jaxtune.errors import JaxtuneError
+from jaxtune.parallel import failures
+from jaxtune.parallel.time_limits import TimeLimit
 from jaxtune.runs.checkpoints import Checkpoints
+from jaxtune.runs.manifest import write_manifest
 
 
 def state(seed=0, size=64):
@@ -193,6 +196,29 @@ def test_finished_steps_that_are_all_damaged_are_no_fresh_start(tmp_path, quaran
     shutil.rmtree(tmp_path / "1")
     shutil.rmtree(tmp_path / "2")
     assert Checkpoints(tmp_path).latest_verified(quarantine=quarantine) is None
+
+
+def test_a_time_limit_is_restarted_by_each_megabyte_that_is_hashed(tmp_path, monkeypatch):
+    save_all(tmp_path, [1])
+    (tmp_path / "1" / "state" / "large").write_bytes(bytes(5 * 2**20 + 1))
+    ended = []
+    monkeypatch.setattr(failures, "fail", lambda code, *_, **__: ended.append(code))
+    limit, begin, times = TimeLimit(0.5 / 60, "stalled"), time.monotonic(), []
+
+    def progress():
+        times.append(time.monotonic())
+        time.sleep(0.1)
+        limit.restart()
+
+    write_manifest(tmp_path / "1", progress)
+    assert time.monotonic() - begin > 0.6 and len(times) >= 6 and not ended
+    time.sleep(0.8)
+    assert ended == [75]
+    assert Checkpoints(tmp_path).latest_verified() == 1
+    limit = TimeLimit(0.1 / 60, "stalled")
+    limit.end()
+    time.sleep(0.2)
+    assert ended == [75]
 
 
 def test_a_reader_skips_an_unfinished_step_and_leaves_it_to_its_writer(tmp_path):

@@ -96,6 +96,7 @@ class Server:
           environ: environment variables to add.
         """
         output = self._directory / f"output-{len(self._started)}.txt"
+        output.touch()
         request = {"arguments": [*map(str, arguments)], "output": str(output), "fault": fault}
         pid = self.ask(request | {"environ": environ or {}})
         self._started.append(Command(self, pid, output))

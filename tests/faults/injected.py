@@ -91,6 +91,23 @@ def hashed_state():
     Checkpoints.restore = restored
 
 
+def slow_evaluation():
+    """Makes each evaluation take longer than SIGTERM gives to a process with nothing to save."""
+    import time
+
+    from jaxtune.parallel.termination import GRACE_SECONDS
+    from jaxtune.training.loop.actions import Actions
+
+    plain = Actions._evaluate
+
+    def evaluate(self, number, state):
+        print("evaluating step", number, flush=True)
+        time.sleep(GRACE_SECONDS + 1)
+        return plain(self, number, state)
+
+    Actions._evaluate = evaluate
+
+
 def failing_save():
     """Raises an exception that is a bug, with everything that is local in its traceback."""
     from jaxtune.training.loop.actions import Actions

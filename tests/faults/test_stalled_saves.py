@@ -34,14 +34,14 @@ def test_a_stalled_file_system_ends_the_run_with_75_and_it_resumes_bit_for_bit(
 ):
     workdir = tmp_path / "run"
     train = ("train", "--config", plain_config, *FLAGS, "--workdir", workdir)
-    limit = "--config.checkpoint.timeout_minutes=0.1"
+    limit = "--config.checkpoint.timeout_minutes=0.2"
     output = server.run(*train, limit, fault=fault, code=75)
     assert f"jaxtune: error: saving step 4 in {workdir / 'checkpoints'} takes more than" in output
     assert "checkpoint.timeout_minutes" in output
     assert function in output  # the stack of the thread that waits
     assert "Traceback" not in output
     output = server.run(*train)
-    assert "checkpoint.timeout_minutes: 0.1 → 60.0" in output
+    assert "checkpoint.timeout_minutes: 0.2 → 60.0" in output
     assert comparable(workdir) == comparable(unbroken)
 
 
@@ -66,6 +66,21 @@ def test_a_run_goes_back_past_damaged_checkpoints_and_ends_as_without(server, un
     assert "resuming after step 6" in output
     assert comparable(workdir) == comparable(unbroken)
     assert {path.name for path in (saved / "quarantine").iterdir()} == {"8", "10", "12"}
+
+
+def test_sigterm_after_the_first_step_waits_until_it_is_evaluated_and_saved(
+    server, plain_config, tmp_path
+):
+    workdir = tmp_path / "run"
+    flags = (*FLAGS, "--config.evaluation.every=1")
+    process = server.start(
+        *("train", "--config", plain_config, *flags, "--workdir", workdir), fault="slow_evaluation"
+    )
+    process.until(lambda: "evaluating step 1" in process.output())
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 75, process.output()
+    assert "stopped by SIGTERM after step 1, which is saved" in process.output()
+    assert "nothing to save" not in process.output() and checkpoints(workdir)[0] == {1}
 
 
 def freeze(process, condition):

@@ -64,7 +64,7 @@ def test_kills_of_either_process_lose_nothing(server, train, unbroken, tmp_path)
 
 def test_a_stopped_process_ends_the_other_one_with_its_stacks(server, train, unbroken, tmp_path):
     workdir = tmp_path / "run"
-    watchdog = "--config.training.watchdog_minutes=0.15"
+    watchdog = "--config.training.watchdog_minutes=0.3"
     # The heartbeat is far longer, so that the watchdog is first on a busy machine as well.
     working, stuck = server.start_all(2, *train, watchdog, "--workdir", workdir, heartbeat=100)
     working.until(lambda: steps_logged(workdir) >= 5)

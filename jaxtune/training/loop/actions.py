@@ -13,7 +13,6 @@ import jax
 
 from jaxtune.config import Config
 from jaxtune.parallel.processes import agree
-from jaxtune.parallel.time_limits import time_limit
 from jaxtune.runs.checkpoints import Checkpoints
 from jaxtune.runs.directory import RunDirectory
 from jaxtune.runs.metrics import MetricLog
@@ -173,9 +172,7 @@ class Actions:
 
     def _save(self, number: int, state: Any) -> None:
         """Saves a checkpoint with the position in the data and the tally; exports the adapter."""
-        saving = self.checkpoints
-        limit = time_limit(saving.timeout_minutes, saving.timeout_message(number))
-        with self.recorder.paused(), limit:
+        with self.recorder.paused():
             extra = {
                 "loader": self.loader.state(),
                 "tally": dataclasses.asdict(self.tally),
@@ -184,9 +181,9 @@ class Actions:
             }
             self.checkpoints.wait()
             self.announce()
-            self.checkpoints.save(number, state, extra)
+            export = partial(self._export, self.run.adapter_last, state)
+            self.checkpoints.save(number, state, extra, export)
             self._saved = number
-            self._export(self.run.adapter_last, state)
 
     def _export(self, target: Path, state: Any) -> None:
         if self.save_adapter is not None:

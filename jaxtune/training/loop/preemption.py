@@ -19,7 +19,7 @@ __all__ = ["Preempted", "Watchdog", "preempted", "watchdog"]
 def preempted(step: int) -> bool:
     """Returns whether SIGTERM reached any process and this is the step that all save.
 
-    Every process calls it after every step; signals count from the first call on. It is always
+    Every process calls it after every step; signals count from the first step on. It is always
     False without `jax.distributed.initialize`, which the command line calls.
 
     Args:

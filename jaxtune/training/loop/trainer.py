@@ -14,6 +14,7 @@ import jax
 
 from jaxtune.atomic_files import report_full_disk
 from jaxtune.config import Config
+from jaxtune.parallel.processes import listen_for_notices
 from jaxtune.runs.checkpoints import EXTRA, Checkpoints
 from jaxtune.runs.directory import RunDirectory
 from jaxtune.runs.metrics import MetricLog
@@ -150,6 +151,9 @@ class Trainer:
                         batch = next(self.loader)
                     profile.before(number)
                     state, metrics = self.step(state, batch)
+                    if number == start + 1:
+                        # From here on, SIGTERM waits until the step is evaluated and saved.
+                        listen_for_notices()
                     profile.after(number, state)
                     recorder.put(number, metrics, batch, self.loader.rows)
                     checkpoints.poll()
