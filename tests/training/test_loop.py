@@ -121,7 +121,7 @@ def save_adapter(trainable, directory):
 
 def record(run, config):
     """Records a config, and no base, because the problem has none."""
-    run.record(Record({}, config, BaseRecord("", "", "", "", 1, {})), run.changes(config), {})
+    run.record(Record({}, config, BaseRecord("", "", "", "", "", 1, {})), run.changes(config), {})
 
 
 def train(directory, config, **changes):
