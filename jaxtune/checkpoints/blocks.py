@@ -161,9 +161,7 @@ class BlockHashes:
         Returns:
           uint8 [blocks], nonzero where any process has hashed the block.
         """
-        for hashed in self._running:
-            hashed.result()
-        self._running.clear()
+        self._finish_running()
         for start in range(0, len(self._started), _GATHERED):
             part = slice(start, start + _GATHERED)
             packed = np.concatenate([self._started[part, None], self._digests[part]], axis=1)
@@ -177,6 +175,18 @@ class BlockHashes:
                 ) from error
             self._started[part], self._digests[part] = everyone[..., 0].max(axis=0), merged
         return self._started
+
+    def _finish_running(self) -> None:
+        """Waits for the thread; raises its error, and in the other processes that there is one."""
+        errors = [error for hashed in self._running if (error := hashed.exception())]
+        self._running.clear()
+        failed = gather(np.array([len(errors)], np.int32))
+        if errors:
+            raise errors[0]
+        if failed.any():
+            raise JaxtuneError(
+                f"process {int(failed[:, 0].argmax())} cannot read the base model; see its message"
+            )
 
     def _file_of(self, flat: int) -> str:
         return next(name for name in reversed(self._first) if self._first[name] <= flat)

@@ -143,15 +143,20 @@ def release() -> None:
         _guard.active = False
 
 
+_masks = threading.local()  # of the thread that forks
+
+
 def _hold() -> None:
     """Delays signals during a fork: the new process would write them to the pipe of its parent."""
     if _guard is not None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)
+        _masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)
 
 
 def _resume() -> None:
-    if _guard is not None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDS)
+    """Restores the signals that the thread had blocked before the fork."""
+    if _guard is not None and hasattr(_masks, "before"):
+        signal.pthread_sigmask(signal.SIG_SETMASK, _masks.before)
+        del _masks.before
 
 
 def _forget() -> None:

@@ -7,10 +7,11 @@ import importlib
 import importlib.util
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 from tensorboardX import SummaryWriter
 
 from jaxtune.atomic_files import write_atomically
@@ -20,7 +21,8 @@ from jaxtune.runs.paths import CHECKPOINTS, EVALUATIONS, EXTRA, METRICS
 from jaxtune.strict_json import entry, read_object, read_objects
 
 SAMPLES, TENSORBOARD = "samples.jsonl", "tensorboard"
-_MOST_STEPS = 10**8  # in a range of a checkpoint, which may be damaged
+_MOST_STEPS = 10**8  # between the ranges of a checkpoint, which may be damaged
+_MOST_SHOWN = 10**5  # lost steps that are summarized
 _logger = logging.getLogger(__name__)
 
 
@@ -124,9 +126,11 @@ class MetricLog:
         lost = []
         for name, ranges in stored.items() if isinstance(stored, dict) else ():
             found = self._logged[name].ranges() if name in self._logged else []
-            missing = Steps(expand(ranges) - expand(found))
-            if missing:
-                lost.append(f"{name} lacks the lines of steps {missing}")
+            missing = missing_steps(ranges, found)
+            if len(missing):
+                more = ", …" if len(missing) > _MOST_SHOWN else ""
+                steps = Steps(map(int, missing[:_MOST_SHOWN]))
+                lost.append(f"{name} lacks the lines of steps {steps}{more}")
         if lost:
             _logger.warning(
                 "%s: %s: deleted or cut since they were written, and not computed again",
@@ -187,14 +191,33 @@ class Steps:
         return [list(each) for each in self._ranges]
 
 
-def expand(ranges: Iterable[Any]) -> set[int]:
-    """Returns the steps in ranges of `Steps.ranges`, of which damaged ones are left out."""
-    steps: set[int] = set()
-    for each in ranges:
-        match each:
-            case [int(first), int(last), int(by)] if by > 0 and last - first < _MOST_STEPS:
-                steps |= set(range(first, last + 1, by))
-    return steps
+def missing_steps(stored: Any, found: Iterable[Sequence[int]]) -> np.ndarray:
+    """Returns the steps in some ranges that are not in others, ascending.
+
+    Args:
+      stored: ranges as in `Steps.ranges`, from a file; damaged ones are left out.
+      found: result of `Steps.ranges`.
+    """
+    ranges = [each for each in stored if _is_range(each)] if isinstance(stored, list) else []
+    low = min((first for first, _, _ in ranges), default=0)
+    high = max((last for _, last, _ in ranges), default=-1)
+    if high - low >= _MOST_STEPS:
+        return np.zeros(0, np.int64)
+    missing = np.zeros(high - low + 1, bool)  # a byte per step
+    for first, last, by in ranges:
+        missing[first - low : last - low + 1 : by] = True
+    for first, last, by in found:
+        first += max(0, -((first - low) // by)) * by  # the first one from `low` on
+        if first <= last:
+            missing[first - low : last - low + 1 : by] = False
+    return np.flatnonzero(missing) + low
+
+
+def _is_range(value: Any) -> bool:
+    match value:
+        case [int(first), int(last), int(by)]:
+            return by > 0 and 0 <= first <= last
+    return False
 
 
 def check_wandb(project: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxtune.config import OPTIONS, Config
 from jaxtune.errors import JaxtuneError, closest
-from jaxtune.parallel.processes import leads
+from jaxtune.parallel.processes import agree
 from jaxtune.runs.changes import Changes, describe
 
 FLAG = "--accept-changes"
@@ -122,10 +122,12 @@ class Review:
         Raises:
           JaxtuneError: a key names something that has not changed.
         """
-        if leads() and (unused := sorted(self._keys - self.accepted.keys() - set(later))):
+        # Process 0 restores config.json alone, so it decides for all.
+        unused = sorted(self._keys - self.accepted.keys() - set(later))
+        if agree(len(unused)):
             raise JaxtuneError(
-                f"{FLAG} {','.join(unused)}: nothing to accept, because it has not changed since "
-                f"{self._run} was last started; leave it out"
+                f"{FLAG} {','.join(unused) or '(see process 0)'}: nothing to accept, because it "
+                f"has not changed since {self._run} was last started; leave it out"
             )
 
 

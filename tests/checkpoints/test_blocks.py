@@ -233,6 +233,22 @@ def test_processes_with_other_files_are_told_so(tmp_path, monkeypatch):
     assert all("file: two processes have read different bytes of it" in error for error in errors)
 
 
+def test_all_processes_learn_that_one_of_them_cannot_read_a_file(tmp_path, monkeypatch):
+    for index in range(3):
+        (tmp_path / str(index)).write_bytes(b"x" * 9000)
+    together = Together(3, monkeypatch)
+
+    def check(index):
+        with BlockHashes({"file": tmp_path / str(index)}, BLOCK) as hashes:
+            if index == 1:
+                os.truncate(tmp_path / "1", 100)
+            return hashes.complete()
+
+    _, errors = together.run(check)
+    assert "1: has become shorter" in errors[1]
+    assert [errors[0], errors[2]] == ["process 1 cannot read the base model; see its message"] * 2
+
+
 def test_gather_of_one_process():
     assert processes.gather(np.arange(3)).tolist() == [[0, 1, 2]] and jax.process_count() == 1
 

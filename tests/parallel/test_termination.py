@@ -65,6 +65,17 @@ FORK = """
     print("unharmed")
 """
 
+MASK = """
+    import os
+    for blocked in (set(), {signal.SIGTERM}, {signal.SIGTERM, signal.SIGUSR1}):
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        child = os.fork()
+        same = signal.pthread_sigmask(signal.SIG_BLOCK, ()) == blocked
+        if child == 0:
+            os._exit(0 if same else 1)
+        print(same, os.waitpid(child, 0)[1])
+"""
+
 
 def end(program, number, *arguments, later=0.0):
     """Sends a signal to a program some seconds after it is ready.
@@ -134,6 +145,12 @@ def test_a_signal_to_a_forked_process_does_not_end_its_parent():
         [sys.executable, "-c", BEGIN + FORK], capture_output=True, text=True, timeout=60
     )
     assert done.stdout == "unharmed\n"
+
+
+def test_a_fork_keeps_the_signals_that_were_blocked():
+    program = [sys.executable, "-c", BEGIN + MASK]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "True 0\n" * 3, done.stderr
 
 
 def test_a_process_that_jaxtune_does_not_own_keeps_its_handlers():

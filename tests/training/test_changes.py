@@ -543,7 +543,6 @@ def test_the_initial_adapter_may_move_and_go_on_but_not_change_before_a_checkpoi
         jaxtune.train(config, place / "second", progress=False)
 
 
-@pytest.mark.slow
 def test_an_initial_adapter_with_constants_may_not_change_later(place):
     """VeRA's shared matrices are frozen, so no checkpoint has them."""
     method = {"method": "vera", "rank": 8}

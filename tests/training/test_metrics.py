@@ -1,12 +1,14 @@
 import json
+import random
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
 from jaxtune.errors import JaxtuneError
-from jaxtune.runs.metrics import MetricLog, read_lines
+from jaxtune.runs.metrics import MetricLog, missing_steps, read_lines
 
 
 def read_events(directory):
@@ -109,6 +111,37 @@ def test_events_hold_the_same_values_and_mark_where_a_run_went_on(tmp_path):
     write(tmp_path, [3], resume_step=2, tensorboard=True)
     marks = [event for event in read_events(tmp_path) if event.HasField("session_log")]
     assert [(m.step, m.session_log.status) for m in marks] == [(3, event_pb2.SessionLog.START)]
+
+
+def test_lost_steps_are_those_that_no_range_has():
+    draw = random.Random(20261129)
+    for _ in range(200):
+        stored, found = (
+            [
+                [first := draw.randrange(40), first + draw.randrange(30), draw.randrange(1, 5)]
+                for _ in range(draw.randrange(4))
+            ]
+            for _ in range(2)
+        )
+        sets = [
+            {step for first, last, by in ranges for step in range(first, last + 1, by)}
+            for ranges in (stored, found)
+        ]
+        assert [*missing_steps(stored, found)] == sorted(sets[0] - sets[1]), (stored, found)
+    damaged = [[1, 2], "x", [1, 5, 0], [5, 1, 1], [-4, 1, 1], None, [1.5, 2, 1]]
+    assert [*missing_steps([*damaged, [3, 4, 1]], [])] == [3, 4]
+    for stored in (damaged, [[0, 10**15, 1]], {"a": 1}, None, 5):
+        assert not len(missing_steps(stored, []))
+
+
+def test_long_ranges_of_steps_are_compared_without_expanding_them():
+    tracemalloc.start()
+    try:
+        assert [*missing_steps([[1, 10**7, 1]], [[1, 10**7 - 2, 1]])] == [10**7 - 1, 10**7]
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 3e7
 
 
 def test_events_are_optional(tmp_path):
