@@ -19,6 +19,8 @@ from jaxtune.errors import JaxtuneError, shown
 MAX_DEPTH = 100
 # The index of a model with 100,000 tensors has 10 MB. Parsed JSON needs up to 25 times its size.
 MAX_BYTES = 2**25
+# An index has two levels of text, and hundreds of thousands of tensors of quantized experts.
+MAX_INDEX_BYTES = 2**27
 
 _T = TypeVar("_T")
 _KINDS = {
@@ -114,20 +116,21 @@ def open_regular(path: str | Path) -> IO[bytes]:
     return os.fdopen(handle, "rb")
 
 
-def read_bytes(path: str | Path) -> bytes:
-    """Returns the content of a regular file of up to `MAX_BYTES` bytes.
+def read_bytes(path: str | Path, limit: int | None = None) -> bytes:
+    """Returns the content of a regular file of up to `limit` bytes, `MAX_BYTES` by default.
 
     Raises:
       JaxtuneError: the file cannot be read, or is larger.
     """
+    limit = MAX_BYTES if limit is None else limit
     with open_regular(path) as file:
         try:
             # No more than the size, because the buffer is allocated first.
-            content = file.read(min(os.fstat(file.fileno()).st_size, MAX_BYTES) + 1)
+            content = file.read(min(os.fstat(file.fileno()).st_size, limit) + 1)
         except OSError as error:
             raise JaxtuneError(f"{path}: cannot read: {error.strerror}") from None
-    if len(content) > MAX_BYTES:
-        raise JaxtuneError(f"{path}: larger than {MAX_BYTES >> 20} MiB")
+    if len(content) > limit:
+        raise JaxtuneError(f"{path}: larger than {limit >> 20} MiB")
     return content
 
 
@@ -136,23 +139,23 @@ def read_text(path: str | Path) -> str:
     return decode(read_bytes(path), str(path), "file")
 
 
-def read_json(path: str | Path) -> Any:
+def read_json(path: str | Path, limit: int | None = None) -> Any:
     """Returns the value in a JSON file, whose strings can be written; see `read_bytes`.
 
     Raises:
       JaxtuneError: the file cannot be read, is not JSON, or has an unpaired surrogate.
     """
-    text = read_bytes(path)
+    text = read_bytes(path, limit)
     return _check_strings(parse_json(text, str(path), "file"), text, str(path))
 
 
-def read_object(path: str | Path) -> dict[str, Any]:
-    """Returns the object in a JSON file.
+def read_object(path: str | Path, limit: int | None = None) -> dict[str, Any]:
+    """Returns the object in a JSON file; see `read_bytes`.
 
     Raises:
       JaxtuneError: the file cannot be read, is not JSON, or is not an object.
     """
-    content = read_json(path)
+    content = read_json(path, limit)
     if not isinstance(content, dict):
         raise JaxtuneError(f"{path}: not a JSON object")
     return content

@@ -1,6 +1,7 @@
 """JSON files of any content are read, or are errors of one line that name the file."""
 
 import collections
+import json
 import os
 import re
 from pathlib import Path
@@ -12,7 +13,7 @@ from jaxtune import strict_json
 from jaxtune.adapters import method_from_config
 from jaxtune.adapters.define import define
 from jaxtune.adapters.esft.expert_scores import read_choice, read_scores
-from jaxtune.checkpoints.huggingface import read_config
+from jaxtune.checkpoints.huggingface import open_source, read_config
 from jaxtune.checkpoints.requantize import read_report
 from jaxtune.config import resolve
 from jaxtune.errors import JaxtuneError
@@ -22,7 +23,15 @@ from jaxtune.runs.directory import RunDirectory
 from jaxtune.runs.metrics import read_lines
 from jaxtune.runs.record import read_record
 from jaxtune.runs.stored_arrays import open_arrays
-from jaxtune.strict_json import entry, expect, parse_json, read_json, read_objects, read_text
+from jaxtune.strict_json import (
+    entry,
+    expect,
+    parse_json,
+    read_json,
+    read_object,
+    read_objects,
+    read_text,
+)
 from jaxtune.training.durations import Timeline
 from jaxtune.training.loop.early_stopping import Tally, read_counters
 
@@ -191,6 +200,22 @@ def test_a_length_of_very_many_passes_is_refused_soon():
         training = resolve({"training": {name: 10**6}}).training
         with pytest.raises(JaxtuneError, match=f"training.{name}=1000000.*: more than 10000"):
             Timeline(Order()).total_steps(training)  # type: ignore[arg-type]
+
+
+def test_an_index_may_be_larger_than_other_files(tmp_path, monkeypatch):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(
+        json.dumps({"weight_map": {f"layers.{i}": "a.safetensors" for i in range(99)}})
+    )
+    monkeypatch.setattr(strict_json, "MAX_BYTES", 1000)
+    with pytest.raises(JaxtuneError, match=r"index\.json: larger than"):
+        read_object(index)
+    assert len(read_object(index, strict_json.MAX_INDEX_BYTES)["weight_map"]) == 99
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(JaxtuneError, match=r"a\.safetensors: no such file"):  # it has been read
+        open_source(tmp_path)
+    with pytest.raises(JaxtuneError, match="larger than 0 MiB"):
+        read_object(index, 100)
 
 
 def test_a_damaged_manifest_falls_back_to_the_step_before(tmp_path):

@@ -20,7 +20,7 @@ from jaxtune.checkpoints.formats.safetensors import SafetensorsFile
 from jaxtune.checkpoints.formats.torch_file import TorchFile
 from jaxtune.checkpoints.source import TensorFile
 from jaxtune.errors import JaxtuneError
-from jaxtune.strict_json import read_object
+from jaxtune.strict_json import MAX_INDEX_BYTES, read_object
 
 _logger = logging.getLogger(__name__)
 _COMPARED_BYTES = 2**24  # bytes compared at a time
@@ -125,7 +125,7 @@ def _open_indexed(index: Path, form: _Form) -> dict[str, TensorFile]:
 
 def _weight_map(index: Path, form: _Form) -> dict[str, str]:
     """Returns the file of each tensor that an index lists."""
-    weight_map = read_object(index).get("weight_map")
+    weight_map = read_object(index, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise JaxtuneError(f'{index}: has no "weight_map"')
     for name in map(str, weight_map.values()):

@@ -192,7 +192,7 @@ class Steps:
 
 
 def missing_steps(stored: Any, found: Iterable[Sequence[int]]) -> np.ndarray:
-    """Returns the steps in some ranges that are not in others, ascending.
+    """Returns the steps in some ranges that are not in others, ascending, as int64 [steps].
 
     Args:
       stored: ranges as in `Steps.ranges`, from a file; damaged ones are left out.

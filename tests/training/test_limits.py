@@ -11,7 +11,7 @@ import pytest
 from jaxtune.adapters import method_from_config
 from jaxtune.config import resolve
 from jaxtune.errors import JaxtuneError
-from jaxtune.parallel.memory import GIB, check_fits, host_bytes
+from jaxtune.parallel.memory import GIB, check_fits, group_bytes, host_bytes
 from jaxtune.training.setup import check_memory, set_up
 
 TOO_LARGE = {
@@ -82,3 +82,44 @@ def test_the_command_ends_with_65(small_config, tmp_path, override):
     assert line.startswith("jaxtune: error: ") and "this machine has 11.44 GiB" in line
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+GROUPS = {
+    "version 2": ("0::/slice/job/step", "slice/job", "memory.max", "memory.swap.max"),
+    "a container": ("0::/", "", "memory.max", "memory.swap.max"),
+    "another name space": ("0::/../../x", "", "memory.max", "memory.swap.max"),
+    "version 1": (
+        "11:cpuset:/\n5:memory:/slurm/uid_1/job",
+        "memory/slurm/uid_1",
+        "memory.limit_in_bytes",
+        "memory.memsw.limit_in_bytes",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_limits_of_the_control_groups_and_their_ancestors_count(kind, tmp_path):
+    """The files have the names and contents of the kernel's documentation."""
+    lines, limited, memory, swap = GROUPS[kind]
+    own, group = tmp_path / "own", tmp_path / "groups" / limited
+    group.mkdir(parents=True)
+    own.write_text(lines + "\n")
+
+    def found():
+        return group_bytes(100 * GIB, 10 * GIB, tmp_path / "groups", own)
+
+    assert found() == []
+    for unlimited in ("max", str(2**63 - 4096)):
+        (group / memory).write_text(unlimited)
+        assert found() == []
+    (group / memory).write_text(f"{8 * GIB}\n")
+    assert found() == [18 * GIB]  # with the swap space of the machine
+    (group / swap).write_text("max" if swap == "memory.swap.max" else str(2**63 - 4096))
+    assert found() == [18 * GIB]
+    (group / swap).write_text(str(GIB if swap == "memory.swap.max" else 9 * GIB))
+    assert found() == [9 * GIB]
+    other = tmp_path / "groups" / "another"
+    other.mkdir()
+    (other / memory).write_text("4096")
+    assert found() == [9 * GIB]
+    assert group_bytes(100 * GIB, 0, tmp_path / "none", tmp_path / "none") == []
