@@ -20,7 +20,7 @@ MAX_DEPTH = 100
 # The index of a model with 100,000 tensors has 10 MB. Parsed JSON needs up to 25 times its size.
 MAX_BYTES = 2**25
 # An index has two levels of text, and hundreds of thousands of tensors of quantized experts.
-MAX_INDEX_BYTES = 2**27
+MAX_INDEX_BYTES = 2**26
 
 _T = TypeVar("_T")
 _KINDS = {
