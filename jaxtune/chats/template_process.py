@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import functools
 import itertools
+import math
 import os
 import select
 import signal
@@ -26,6 +27,7 @@ import numpy as np
 
 from jaxtune.chats import template_worker
 from jaxtune.chats.template_worker import HEADER_BYTES, decode, encode, message
+from jaxtune.errors import JaxtuneError, Retry
 
 SECONDS = 4.0  # for a rendering; a conversation takes milliseconds
 MEMORY = 768 * 2**20  # bytes, in addition to those of the started process
@@ -37,6 +39,7 @@ _LIMITS = {
 _MESSAGE_BYTES = 2**18  # of requests that are sent together, unless a single one is longer
 _PAUSE_SECONDS = 1e-3  # between two reads of answers to several requests, to wake up less often
 _START_SECONDS = 120.0  # importing transformers from a slow disk
+_STALL_SECONDS = 60.0  # for a message, if the process gets no processor time
 _TEMPLATES = 64  # that the process keeps
 # Values that the process needs to start, and that templates may print (the time zone).
 _ENVIRONMENT = ("HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "PYTHONHOME", "TZ")
@@ -56,7 +59,7 @@ class RenderingError(Exception):
         self.kind, self.line = kind, line
 
 
-class LimitExceeded(Exception):
+class LimitExceeded(JaxtuneError):
     """Raised if a template exceeds a limit, which the message names."""
 
 
@@ -130,8 +133,22 @@ class _Process:
         self._unread = bytearray()
         path = [str(Path(entry).absolute()) for entry in sys.path if entry]
         limits = {"seconds": SECONDS, "memory": MEMORY, "characters": CHARACTERS}
-        self._send(message(encode({"path": path, **limits})), time.monotonic() + SECONDS)
         self._ready = False
+        self._begin = time.monotonic(), 0.0
+        with contextlib.suppress(BrokenPipeError):  # found by `_wait_until_ready`
+            self._send(message(encode({"path": path, **limits})), time.monotonic() + SECONDS)
+
+    def _wait_until_ready(self) -> None:
+        try:
+            answer = self._receive(time.monotonic() + _START_SECONDS)
+        except (TimeoutError, BrokenPipeError):
+            raise Retry("the process that renders chat templates does not start") from None
+        if not answer.get("ready"):
+            raise JaxtuneError(
+                "the process that renders chat templates cannot be used: "
+                f"{answer.get('type')}: {answer.get('error')}"
+            )
+        self._ready = True
 
     def answers(self, requests: Sequence[Request]) -> Iterator[dict[str, Any]]:
         """Sends requests together and yields their answers.
@@ -139,10 +156,8 @@ class _Process:
         ``later`` is the last answer if the remaining requests have to be sent again.
         """
         if not self._ready:
-            answer = self._receive(time.monotonic() + _START_SECONDS)
-            if not answer.get("ready"):
-                raise RuntimeError(f"{answer.get('type')}: {answer.get('error')}")
-            self._ready = True
+            self._wait_until_ready()
+        self._begin = time.monotonic(), self._processor_seconds()
         pairs = [b"[%b,%b]" % (encode(self._template(r.source)), r.body) for r in requests]
         self._send(message(b"[%b]" % b",".join(pairs)), time.monotonic() + SECONDS)
         pause = _PAUSE_SECONDS if len(requests) > 1 else 0.0
@@ -196,8 +211,26 @@ class _Process:
     def _wait(self, pipe: int, event: int, deadline: float) -> None:
         poll = select.poll()
         poll.register(pipe, event)
-        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            raise TimeoutError
+        while not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            if not self._is_stalled():
+                raise TimeoutError
+            deadline = time.monotonic() + SECONDS
+
+    def _is_stalled(self) -> bool:
+        """Returns whether the machine, not the template, is slow: swapping or overloaded."""
+        begin, used = self._begin
+        if not self._ready or time.monotonic() - begin > _STALL_SECONDS:
+            return False
+        return self._processor_seconds() - used < SECONDS / 2
+
+    def _processor_seconds(self) -> float:
+        """Returns the processor time of the process; infinite where the system does not tell."""
+        try:
+            content = Path(f"/proc/{self._process.pid}/stat").read_text()
+        except OSError:
+            return math.inf
+        ticks = content.rpartition(")")[2].split()[11:13]  # the name may contain anything
+        return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
 
     def end(self) -> int:
         """Kills the process and returns its exit code, which is another one if it has ended."""
@@ -308,6 +341,11 @@ def _ask(requests: Sequence[Request]) -> list[list[dict[str, Any]] | LimitExceed
         except BrokenPipeError:
             code = process.end()
             end()
+            if code == -signal.SIGKILL:  # the limits do not do that, but the kernel does
+                raise Retry(
+                    "the process that renders chat templates was killed: is the memory of the "
+                    "machine exhausted?"
+                ) from None
             return [*found, LimitExceeded(f"ends its process ({_exit_reason(code)})")]
         except LimitExceeded as error:
             end()

@@ -64,6 +64,8 @@ def main() -> None:
         try:
             import transformers  # noqa: F401
             from transformers import PreTrainedTokenizerBase  # noqa: F401
+
+            _probe()
         except Exception as error:
             answers.write(message(encode(_error(error))))
             answers.flush()
@@ -74,6 +76,13 @@ def main() -> None:
         answers.flush()
         while (requests := _read(sys.stdin.buffer)) is not None:
             _answer_all(requests, sources, limits, answers)
+
+
+def _probe() -> None:
+    """Raises if this version of transformers does not render with a `_Tokenizer`."""
+    request = {"turns": [{"role": "user", "content": "x"}], "tools": None, "arguments": {}}
+    if _render(request, "{{ messages[0]['content'] }}", 1, False) != {"text": "x"}:
+        raise RuntimeError("this version of transformers renders templates differently")
 
 
 def _read(file: BinaryIO) -> Any:

@@ -22,7 +22,7 @@ from jaxtune.chats.template_process import (
     render_all,
 )
 from jaxtune.data import ChatTemplate
-from jaxtune.errors import JaxtuneError
+from jaxtune.errors import JaxtuneError, Retry
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Good day"}]
 CONTENTS = "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -244,6 +244,32 @@ def test_a_process_that_was_killed_is_replaced():
         time.sleep(0.01)
     assert child() != before
     assert not is_running(before)
+
+
+def test_a_slow_machine_is_not_the_fault_of_a_template(monkeypatch):
+    monkeypatch.setattr(template_process, "SECONDS", 0.2)
+    stopped = child()
+    os.kill(stopped, signal.SIGSTOP)
+    threading.Timer(0.7, os.kill, (stopped, signal.SIGCONT)).start()
+    assert render(Request.of(CONTENTS, TURNS, [(1, False)])) == ["Hi"]
+    assert child() == stopped
+    os.kill(stopped, signal.SIGSTOP)
+    threading.Timer(0.1, os.kill, (stopped, signal.SIGKILL)).start()  # as the kernel does
+    with pytest.raises(Retry, match="killed"):
+        render(Request.of(CONTENTS, TURNS, [(1, False)]))
+
+
+def test_a_process_that_cannot_be_used_is_not_the_fault_of_a_template(monkeypatch, tmp_path):
+    program = tmp_path / "worker.py"
+    monkeypatch.setattr(template_process.template_worker, "__file__", str(program))
+    template_process.end()
+    program.write_text("")
+    with pytest.raises(Retry, match="does not start"):
+        render(Request.of(CONTENTS, TURNS, [(1, False)]))
+    source = Path(template_process.encode.__code__.co_filename).read_text()
+    program.write_text(source.replace("import transformers  #", "import transformed  #"))
+    with pytest.raises(JaxtuneError, match=r"cannot be used: ModuleNotFoundError.*transformed"):
+        render(Request.of(CONTENTS, TURNS, [(1, False)]))
 
 
 def test_signals_of_a_launcher_do_not_reach_the_process():
