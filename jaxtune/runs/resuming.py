@@ -78,7 +78,9 @@ def restore_config(run: RunFiles, review: Review) -> None:
     if record is None or record.config is None:
         if review.accepts(CONFIG_FILE):
             raise JaxtuneError(
-                f"{FLAG} {CONFIG_FILE}: {run.fingerprint} holds no config to write again"
+                f"{FLAG} {CONFIG_FILE}: {run.fingerprint} holds no config to write again; restore "
+                f"{run.config} from a copy, or copy it from a new run with the same config, and "
+                f"pass {FLAG} {RECORD}"
             )
         return
     found, problem = _readable(run.config)
