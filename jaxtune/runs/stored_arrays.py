@@ -55,7 +55,10 @@ def read_metadata(checkpointer: Any, state: Path) -> Any:
     """
     for name in ("_METADATA", "_CHECKPOINT_METADATA"):
         read_object(state / name)  # raises where Orbax would fail without a reason
-    metadata = checkpointer.metadata(state).item_metadata
+    try:
+        metadata = checkpointer.metadata(state).item_metadata
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # Orbax checks no types
+        raise JaxtuneError(f"{state}: its list of arrays is damaged: {error!r}") from error
     if metadata is None:
         raise JaxtuneError(f"{state}: its list of arrays is damaged")
     return metadata.tree

@@ -81,7 +81,10 @@ def damage_json(rng, path):
     """Changes values of a JSON file, or its bytes."""
     if rng.random() < 0.25:
         return damage_bytes(rng, path)
-    content = json.loads(path.read_bytes())
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):  # damaged already
+        return damage_bytes(rng, path)
     done = [_change(rng, content) for _ in range(rng.choice((1, 1, 1, 2, 4)))]
     if rng.random() < 0.03:
         content, done = rng.choice(VALUES), ["another document"]

@@ -65,12 +65,12 @@ def test_an_export_that_another_process_cannot_read_is_named(workdir, tmp_path):
 
 
 def test_an_error_of_the_process_that_writes_reaches_the_other(workdir, tmp_path):
-    taken = tmp_path / "file"
+    taken = tmp_path / "file-0"
     taken.touch()
-    export = ["export", "--workdir", workdir, "--format", "merged", "--to", taken / "inside"]
-    code, output = run(*export)
+    export = ["export", "--workdir", workdir, "--format", "merged", "--to"]
+    code, output = run(*export, tmp_path / "file-{process}" / "inside")
     assert code == 65 and "Traceback" not in output
-    assert f"{taken / 'inside'}: File exists" in output
+    assert f"{taken / 'inside'}: cannot create: {taken} is not a directory" in output
     assert "[1] jaxtune: error: process 0 failed" in output
 
 

@@ -92,6 +92,7 @@ def deepseek(tiny, tmp_path_factory):
         **latent,
         **routing,
         qk_nope_head_dim=16,
+        head_dim=8,
         num_hidden_layers=2,
         num_key_value_heads=4,
     )
