@@ -40,8 +40,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     if arguments.quantized and arguments.format != "merged":
         raise JaxtuneError("--quantized requires --format merged: adapters are not quantized")
-    refuse_taken(arguments.to)
     with joined(arguments) as leads:
+        if leads:  # an error ends the other processes, too
+            refuse_taken(arguments.to)
         run = jaxtune.Run(arguments.workdir)
         if arguments.format == "merged":
             quantized = arguments.quantized
