@@ -7,7 +7,7 @@ FULL := .venv/installed-for-tests
 # A file stays on one worker, which makes its fixtures once. tests/conftest.py orders the files.
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: install quickstart test test-quick test-slow test-all test-large test-quickstart test-plans test-merge test-kills test-slurm benchmark-generation lint gpu-plan clean
+.PHONY: install quickstart test test-quick test-slow test-all test-large test-quickstart test-plans test-merge test-kills test-slurm benchmark-generation benchmark-base lint gpu-plan clean
 
 install: $(FULL)
 
@@ -63,6 +63,11 @@ test-kills: $(FULL)
 benchmark-generation: export JAX_PLATFORMS := cpu
 benchmark-generation: $(FULL)
 	.ci/record $@ $(BIN)/python benchmarks/generation.py $(OTHER)
+
+# The time that a resume takes to compare its base: 600 MB of disk and of memory.
+benchmark-base: export JAX_PLATFORMS := cpu
+benchmark-base: $(FULL)
+	.ci/record $@ $(BIN)/python benchmarks/verify_base.py
 
 # Two nodes of a real SLURM on this machine. Needs root on Debian or Ubuntu; installs packages.
 test-slurm: $(FULL)
