@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 import jaxtune
@@ -78,7 +79,8 @@ def test_weights_of_adapters_are_finite_numbers(model):
 
 def test_arguments_of_load(tiny_chat):
     for name, value in (
-        *(("quantize", 5), ("quantize", ["nf4"]), ("dtype", 5), ("dtype", ["x"]), ("mesh", 5)),
+        *(("quantize", 5), ("quantize", ["nf4"]), ("quantize", np.array([])), ("mesh", 5)),
+        *(("dtype", 5), ("dtype", ["x"])),
         *(("adapter", 5), ("adapters", ["x"]), ("adapters", {"x": 5}), ("chat_template", 5)),
         *(("revision", 5), ("attention", 5)),
     ):
@@ -86,6 +88,7 @@ def test_arguments_of_load(tiny_chat):
     for path in PATHS:
         assert refusal(jaxtune.load, path).startswith("path ")
         assert refusal(jaxtune.Run, path).startswith("workdir ")
+    assert refusal(jaxtune.convert, np.array([]), "unused").startswith("path ")
     assert "vocab_size" in refusal(jaxtune.convert, tiny_chat, "unused", vocab_size="x")
 
 
@@ -97,6 +100,11 @@ def test_a_run_is_neither_a_checkpoint_nor_an_adapter(tiny_chat, tmp_path):
     assert f"jaxtune generate --workdir {run}" in refusal(open_source, run)
     message = refusal(jaxtune.load, tiny_chat, adapter=run, progress=False)
     assert message.startswith(f"{run}: a run, not an adapter: use {run}/adapter/best")
+    for which in ("first", {}, None):
+        assert refusal(jaxtune.Run(run).adapter_directory, which).startswith("adapter=")
+    for keys in (5, [5], True):
+        message = refusal(jaxtune.train, None, run, accept_changes=keys, progress=False)
+        assert message.startswith("accept_changes is a list of keys")
 
 
 def test_an_output_directory_that_cannot_be_created_is_refused_first(tmp_path):

@@ -227,12 +227,11 @@ def _open(
     """Returns a model's files and the quantization of its weights."""
     lookup(dict.fromkeys(DTYPES), dtype, "dtype")
     check_argument("revision", revision, str, "a branch, tag or commit")
-    check_argument(
-        "quantize", quantize or {}, (str, Mapping), "a weight format or a dict of settings"
-    )
-    if path != "":
+    quantize = {} if quantize is None else quantize
+    check_argument("quantize", quantize, (str, Mapping), "a weight format or a dict of settings")
+    if not isinstance(path, str) or path:
         check_path("path", path)  # as it is: "./" tells a directory from a hub id
-    section = {"format": quantize} if isinstance(quantize, str) else dict(quantize or {})
+    section = {"format": quantize} if isinstance(quantize, str) else dict(quantize)
     settings = config_module.resolve({"quantize": section}).quantize
     opened = open_model(path, revision)
     return opened, huggingface.choose_quantization(settings, opened.source.config)

@@ -101,6 +101,7 @@ def _description(key: str) -> list[str]:
     else:
         limits = [f"at least {number(option.minimum)}"] if option.minimum is not None else []
         limits = [f"{option.minimum} or at least 1"] if option.nonzero else limits
+        limits = limits if option.least is None else [f"0 or at least {number(option.least)}"]
         limits += [f"at most {number(option.maximum)}"] if option.maximum is not None else []
         lines.append(", ".join([_kind(option), *limits]))
     for selector, choices in readers_of(key).items():
@@ -131,5 +132,6 @@ def _as_json(key: str) -> dict[str, Any]:
         "minimum": option.minimum,
         "maximum": option.maximum,
         "nonzero": option.nonzero,
+        "least": option.least,
         "read_with": {selector: list(names) for selector, names in readers_of(key).items()},
     }

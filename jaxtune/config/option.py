@@ -39,6 +39,7 @@ class Option:
       minimum: smallest valid number; None: unbounded.
       maximum: largest valid number; None: that of int32 or float32.
       nonzero: whether 0 is invalid.
+      least: smallest valid number above 0, where 0 switches something off; None: any.
       names: whether the value is one or more names: a comma-separated string or a sequence.
       share: whether a float is a fraction below 1; an integer is a count.
       interval: whether the value is an interval in the syntax of `parse_interval`.
@@ -51,6 +52,7 @@ class Option:
     minimum: float | None = None
     maximum: float | None = None
     nonzero: bool = False
+    least: float | None = None
     names: bool = False
     share: bool = False
     interval: bool = False
@@ -127,6 +129,8 @@ class Option:
             raise JaxtuneError(f"{key} is at least {number(low)}, not {shown(value)}")
         if high is not None and value > high:
             raise JaxtuneError(f"{key} is at most {number(high)}, not {shown(value)}")
+        if self.least is not None and 0 < value < self.least:
+            raise JaxtuneError(f"{key} is 0 or at least {number(self.least)}, not {shown(value)}")
         if self.nonzero and not value:
             raise JaxtuneError(f"{key} is {number(low or 0)} or at least 1, not 0")
 

@@ -58,6 +58,7 @@ class TrainingConfig(Section):
         "longest time between two steps in minutes, including evaluations and saves; after it the "
         "run prints the stacks of its threads and exits with code 75; 0: off",
         minimum=0,
+        least=0.05,  # every step takes longer than a limit near 0, so no restart would get further
         maximum=10**6,
     )
     label_smoothing: float = option(
@@ -150,6 +151,7 @@ class CheckpointConfig(Section):
         "it; after it the file system counts as stalled: the run prints the stacks of its threads "
         "and exits with code 75; 0: no limit",
         minimum=0,
+        least=0.05,
     )
 
 
